@@ -1,0 +1,110 @@
+"""Every error that the package raises on purpose.
+
+    DMAgentError
+    ├── ConfigurationError (ValueError)      a setting that cannot work
+    │   ├── DomainError                      unknown domain, domain without a field
+    │   └── MixError                         weights that are not a distribution
+    ├── ShardError                           the data on disk
+    │   ├── ShardNotFoundError               no file matches
+    │   ├── EmptyShardError                  a shard, or a whole domain, without rows
+    │   ├── DamagedShardError                truncated, overwritten or changed bytes
+    │   └── DecodeError                      a member that cannot be, or must not be, decoded
+    ├── StateError (ValueError)              a saved state that does not belong to this run
+    ├── ExhaustedError                       a domain ran out and its rule is ``error``
+    ├── EnvironmentDataError (ValueError)    question files that cannot be used
+    ├── FeedbackError (ValueError)           feedback that is not finite or has the wrong fields
+    ├── PolicyError                          a policy that did not give a usable mix
+    ├── CheckpointError                      agent weights that are missing, changed or of another shape
+    └── MissingExtraError (ImportError)      an optional package that is not installed
+
+A message says what is wrong (with its values), what follows, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class DMAgentError(Exception):
+    """Base class of all errors of this package."""
+
+
+class ConfigurationError(DMAgentError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DomainError(ConfigurationError):
+    """A domain that is unknown, named twice, or belongs to no field."""
+
+
+class MixError(ConfigurationError):
+    """Weights that are not a distribution over the domains."""
+
+
+class ShardError(DMAgentError):
+    """Something about the shards on disk or behind a URL."""
+
+
+class ShardNotFoundError(ShardError, FileNotFoundError):
+    """A pattern that matches no shard, or a shard that cannot be opened."""
+
+
+class EmptyShardError(ShardError):
+    """A shard or a domain that holds no rows."""
+
+
+class DamagedShardError(ShardError):
+    """A shard that is truncated, overwritten, or changed since it was indexed."""
+
+
+class DecodeError(ShardError):
+    """A member that could not be decoded, or whose decoder could execute code."""
+
+
+class StateError(DMAgentError, ValueError):
+    """A saved state that does not belong to this run, or cannot be understood."""
+
+
+class ExhaustedError(DMAgentError):
+    """A domain was used up and its exhaustion rule is ``error``."""
+
+
+class EnvironmentDataError(DMAgentError, ValueError):
+    """A question file that is empty, malformed or lacks a column."""
+
+
+class FeedbackError(DMAgentError, ValueError):
+    """Feedback that is not finite, or does not cover the fields."""
+
+
+class PolicyError(DMAgentError):
+    """A policy that raised, was late, or proposed something that is not a mix."""
+
+
+class CheckpointError(DMAgentError):
+    """An agent checkpoint that is missing, changed, or of another shape."""
+
+
+class MissingExtraError(DMAgentError, ImportError):
+    """An optional package that is needed here and is not installed."""
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Imports an optional module, or says which extra brings it.
+
+    Args:
+        module: Name of the module, for example ``"transformers"``.
+        extra: The extra of this package that installs it, for example ``"hf"``.
+
+    Raises:
+        MissingExtraError: The module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"this needs {module!r}, which is not installed: pip install 'dmagent-loader[{extra}]'"
+        ) from error
