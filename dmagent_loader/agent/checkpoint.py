@@ -1,0 +1,311 @@
+"""Checkpoints: a directory with ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
+
+Loading never unpickles. What was saved is what is loaded: the weights' sha256 lies in ``config.json`` and is verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from dmagent_loader.agent.config import AgentConfig
+from dmagent_loader.agent.model import MixingAgent
+from dmagent_loader.errors import CheckpointError, ConfigurationError, require_extra
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+
+MAX_HEADER_BYTES = 1 << 20
+"""Limit on config.json and on the header of the weights; both are a few kilobytes."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def list_bundled() -> dict[str, Path]:
+    """The checkpoints that come with the package: name to directory.
+
+    An installed package has them inside itself, a checkout beside the package.
+    """
+    package = Path(__file__).resolve().parents[1]
+    roots = [package / "agent_checkpoints"]
+    if (package.parent / "setup.cfg").is_file():
+        roots.append(package.parent / "agent_checkpoints")
+    found: dict[str, Path] = {}
+    for root in roots:
+        for config in sorted(root.glob(f"*/{CONFIG_FILE}")):
+            found.setdefault(config.parent.name, config.parent)
+    return found
+
+
+def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+    """Directory of a checkpoint.
+
+    Args:
+        name_or_path: The name of a bundled checkpoint (it wins over a folder of the same name in the working
+            directory: write ``./name`` for that one), a directory, or a Hub id ``org/name``.
+        revision: Branch, tag or commit on the Hub; pass a commit to be sure of what you get.
+
+    Raises:
+        CheckpointError: Nothing of that name, or the Hub cannot be reached.
+        MissingExtraError: A Hub id without ``huggingface_hub`` installed.
+    """
+    name = os.fspath(name_or_path)
+    bundled = list_bundled()
+    if isinstance(name_or_path, str) and name in bundled:
+        return bundled[name]
+    if Path(name).is_dir():
+        return Path(name)
+    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
+        return _download(name, revision)
+    raise CheckpointError(
+        f"no agent checkpoint {name!r}: it is neither bundled ({', '.join(bundled) or 'none are'}), nor a directory, "
+        "nor a Hub id like 'org/name'"
+    )
+
+
+def load(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> MixingAgent:
+    """Loads an agent on the CPU in float32, without touching any random generator.
+
+    Args:
+        name_or_path: See `resolve`.
+        revision: See `resolve`.
+
+    Raises:
+        CheckpointError: Missing, changed, truncated or ill-shaped files, weights that are not finite, or a newer
+            schema.
+        MissingExtraError: A Hub id without ``huggingface_hub`` installed.
+    """
+    directory = resolve(name_or_path, revision=revision)
+    values = read_config(directory)
+    sha256 = values.pop("weights_sha256", None)
+    if not isinstance(sha256, str):
+        raise CheckpointError(f"{directory / CONFIG_FILE} has no weights_sha256: it was not written by save_pretrained")
+    try:
+        config = AgentConfig.from_dict(values)
+    except ConfigurationError as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
+    # Parameters on the meta device take neither memory nor random numbers; `assign` then puts the loaded ones in place.
+    with torch.device("meta"):
+        agent = MixingAgent(config, name=_name(name_or_path, directory))
+    weights = _read_weights(directory / WEIGHTS_FILE, sha256, agent.state_dict())
+    agent.load_state_dict(weights, assign=True)
+    return agent.eval()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The contents of ``config.json``.
+
+    Raises:
+        CheckpointError: It is missing or no JSON object.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes: no config is larger than {MAX_HEADER_BYTES}"
+            )
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} is no agent checkpoint: it has no {CONFIG_FILE}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(values).__name__}, not an object")
+    return values
+
+
+def save(agent: MixingAgent, directory: str | os.PathLike[str], *, card: str | None = None) -> None:
+    """Writes a checkpoint; weights are stored as float32.
+
+    Each file is written beside its place, flushed to disk and renamed, the config last. A crash leaves the old
+    checkpoint, or one whose digest does not match and which is refused; never one that loads and is wrong.
+
+    Args:
+        agent: With feedback statistics.
+        directory: Created if missing; files of an older checkpoint are replaced.
+        card: Text of ``README.md``; None: a short generated one.
+
+    Raises:
+        CheckpointError: The agent has no statistics, or weights that are not finite.
+    """
+    if agent.config.statistics is None:
+        raise CheckpointError(
+            f"agent {agent.name!r} has no feedback statistics, so that it could not propose after loading: "
+            "set AgentConfig(statistics=...)"
+        )
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in agent.state_dict().items()
+    }
+    _refuse_non_finite(weights, f"agent {agent.name!r}", "it is not saved, because it diverged in training")
+    data = safetensors.torch.save(weights, metadata={"format": "pt"})
+    config = {**agent.config.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    _write(target / WEIGHTS_FILE, data)
+    _write(target / CARD_FILE, (card if card is not None else _default_card(agent, target)).encode())
+    _write(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _name(name_or_path: str | os.PathLike[str], directory: Path) -> str:
+    """The Hub id as it is; of bundled names and of paths, the folder's name."""
+    name = os.fspath(name_or_path)
+    is_hub_id = isinstance(name_or_path, str) and not Path(name).is_dir() and _HUB_ID.fullmatch(name)
+    return name if is_hub_id else directory.resolve().name
+
+
+def _read_weights(path: Path, sha256: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Reads and verifies the weights; `expected` gives names and shapes."""
+    needed = sum(4 * tensor.numel() for tensor in expected.values())
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > needed + MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path} has {size} bytes, but the config describes weights of {needed}: the two files are of "
+                    "different models"
+                )
+            data = file.read()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} is no complete checkpoint: it has no {path.name}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    _check_layout(path, data, expected)
+    if (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise CheckpointError(
+            f"{path} has sha256 {found[:12]}..., but {CONFIG_FILE} says {sha256[:12]}...: the weights were changed "
+            "after they were saved, or a save was interrupted; fetch the checkpoint again"
+        )
+    try:
+        weights: dict[str, torch.Tensor] = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is no valid safetensors file: {error}") from error
+    _refuse_non_finite(weights, str(path), "the agent diverged in training or the file was damaged")
+    return weights
+
+
+def _check_layout(path: Path, data: bytes, expected: Mapping[str, torch.Tensor]) -> None:
+    """Checks header, size, names, dtypes and shapes, for messages that say more than that the digest differs."""
+    header_size = int.from_bytes(data[:8], "little") if len(data) >= 8 else 0
+    if len(data) < 8 or header_size > len(data) - 8 or header_size > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path} has {len(data)} bytes and declares a header of {header_size}: it is truncated or no "
+            "safetensors file"
+        )
+    try:
+        header = json.loads(data[8 : 8 + header_size])
+        header.pop("__metadata__", None)
+        tensors = {
+            name: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1]) for name, entry in header.items()
+        }
+        end = max((int(stop) for _, _, stop in tensors.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the header of {path} is damaged: {error!r}") from error
+    if end > len(data) - 8 - header_size:
+        raise CheckpointError(
+            f"{path} is truncated: its tensors need {end} bytes, {len(data) - 8 - header_size} are there: "
+            "fetch it again"
+        )
+    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path} lacks tensors {missing[:4]} and has unexpected {unexpected[:4]}: another model's weights"
+        )
+    for name, (dtype, shape, _) in tensors.items():
+        if shape != tuple(expected[name].shape):
+            raise CheckpointError(
+                f"tensor {name!r} in {path} has shape {list(shape)}, but the config describes "
+                f"{list(expected[name].shape)}: weights and config are of different models"
+            )
+        if dtype != "F32":
+            raise CheckpointError(
+                f"tensor {name!r} in {path} is {dtype}; agent weights are stored as F32: save it again"
+            )
+
+
+def _refuse_non_finite(weights: Mapping[str, torch.Tensor], owner: str, reason: str) -> None:
+    bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise CheckpointError(f"{owner} has weights that are not finite in {', '.join(bad[:4])}: {reason}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Puts a file in its place whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a checkpoint should be as readable as any other file of the user.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    hub = require_extra("huggingface_hub", "hf")
+    try:
+        return Path(
+            hub.snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE])
+        )
+    except Exception as error:  # the Hub client raises its own, requests', httpx's and the system's errors
+        reason = (str(error).strip().splitlines() or ["no details"])[0]
+        raise CheckpointError(
+            f"agent {name!r} is no local directory and cannot be fetched from the Hub ({type(error).__name__}: {reason}"
+            "): check the name and the network, or download the folder elsewhere and pass its path"
+        ) from error
+
+
+def _default_card(agent: MixingAgent, directory: Path) -> str:
+    config = agent.config
+    assert config.statistics is not None
+    rows = "\n".join(
+        f"| {role} | {mean:.6g} | {std:.6g} |"
+        for role, mean, std in zip(config.feedback_roles, config.statistics.mean, config.statistics.std, strict=True)
+    )
+    return f"""---
+library_name: dmagent-loader
+tags: [data-mixing, continual-pre-training]
+---
+
+# {directory.resolve().name}
+
+A data mixing agent: {agent.num_parameters():,} parameters, {config.num_layers} decoder layers of width
+{config.d_model}, {config.num_domains} domains, histories of up to {config.max_steps} steps. How it was trained was not
+described when it was saved.
+
+Feedback of the training trajectories, {config.statistics.count} values per role; standardised at use as
+`{config.standardization}`:
+
+| role | mean | std |
+|---|---|---|
+{rows}
+
+```python
+from dmagent_loader import MixingAgent
+
+agent = MixingAgent.from_pretrained("path/to/this/folder")
+```
+"""

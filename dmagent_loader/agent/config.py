@@ -1,0 +1,148 @@
+"""Shape of the agent, the domains and feedback it was trained for, and their JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dmagent_loader.domains import DomainSpace
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.history import STANDARDIZATIONS, FeedbackStatistics, Standardization
+
+SCHEMA_VERSION = 1
+"""Version of the JSON form; raised when an older reader would misunderstand a newer file."""
+
+MAX_LAYERS = 128
+"""No agent is deeper; the limit keeps a hostile config.json from building a model for hours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """Everything about an agent but its weights.
+
+    The paper gives 2 decoder layers and 2.1M parameters; width, heads and block are reconstructed (LLaMA-style).
+
+    Args:
+        d_model: Width of the residual stream.
+        num_layers: Decoder blocks.
+        num_heads: Attention heads; the width of a head must be even (rotary embedding).
+        d_ff: Inner width of the SwiGLU feed-forward.
+        max_steps: The longest history, in reweighting steps, that the agent was trained on (80 in the paper).
+        rope_theta: Base of the rotary embedding.
+        norm_eps: Epsilon of RMSNorm.
+        domains: Names of the domains of a mix, in order; the 52 canonical ones for every bundled agent.
+        feedback_roles: What each feedback value is about, in order: the field to keep, the field to acquire.
+        standardization: How feedback is standardised unless the caller says otherwise; see `history.standardize`.
+        prior_weight: For ``anchored``: how many observations the training spread counts for.
+        statistics: Of the feedback of the training trajectories; an agent without them can be trained, but can neither
+            propose nor be saved.
+
+    Raises:
+        ConfigurationError: A value that cannot work.
+    """
+
+    d_model: int = 256
+    num_layers: int = 2
+    num_heads: int = 4
+    d_ff: int = 1024
+    max_steps: int = 80
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    domains: tuple[str, ...] = DomainSpace.canonical().names
+    feedback_roles: tuple[str, ...] = ("keep", "acquire")
+    standardization: Standardization = "anchored"
+    prior_weight: float = 10.0
+    statistics: FeedbackStatistics | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_layers", "num_heads", "d_ff", "max_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name in ("rope_theta", "norm_eps", "prior_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+                raise ConfigurationError(f"{name} is {value!r}; it must be a positive finite number")
+        if self.num_layers > MAX_LAYERS:
+            raise ConfigurationError(f"num_layers is {self.num_layers}; at most {MAX_LAYERS} are supported")
+        if self.d_model % self.num_heads or self.head_dim % 2:
+            raise ConfigurationError(
+                f"d_model {self.d_model} over {self.num_heads} heads gives no even head width, which the rotary "
+                "embedding needs: choose d_model as a multiple of 2 * num_heads"
+            )
+        for name in ("domains", "feedback_roles"):
+            names = getattr(self, name)
+            if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
+                raise ConfigurationError(f"{name} must be distinct non-empty names, got {names}")
+        if self.standardization not in STANDARDIZATIONS:
+            raise ConfigurationError(
+                f"unknown standardization {self.standardization!r}; choose one of {', '.join(STANDARDIZATIONS)}"
+            )
+        if self.statistics is not None and len(self.statistics.mean) != self.num_fields:
+            raise ConfigurationError(
+                f"statistics are for {len(self.statistics.mean)} feedback values, but the roles are "
+                f"{self.feedback_roles}"
+            )
+
+    @property
+    def num_domains(self) -> int:
+        """D, the length of a mix."""
+        return len(self.domains)
+
+    @property
+    def num_fields(self) -> int:
+        """K, the number of feedback values of a step."""
+        return len(self.feedback_roles)
+
+    @property
+    def input_dim(self) -> int:
+        """Width of one step's input: the mix joined with the feedback (54 = 52 + 2)."""
+        return self.num_domains + self.num_fields
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.num_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable form with its schema version."""
+        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AgentConfig:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            ConfigurationError: Another schema version, missing or unknown keys, or values that cannot work.
+        """
+        values = dict(values)
+        version = values.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            remedy = "install a newer dmagent-loader" if newer else "save the agent again with this version"
+            raise ConfigurationError(
+                f"the agent's config has schema version {version!r}, but this version reads {SCHEMA_VERSION}: {remedy}"
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        if missing or unknown:
+            raise ConfigurationError(
+                f"the agent's config lacks {missing} and has unknown {unknown}: it was edited or is of another model"
+            )
+        try:
+            for name in ("domains", "feedback_roles"):
+                values[name] = tuple(values[name])
+            if (statistics := values["statistics"]) is not None:
+                values["statistics"] = FeedbackStatistics(
+                    mean=tuple(map(float, statistics["mean"])),
+                    std=tuple(map(float, statistics["std"])),
+                    count=int(statistics["count"]),
+                )
+            return cls(**values)
+        except (TypeError, KeyError, ValueError) as error:
+            if isinstance(error, ConfigurationError):
+                raise
+            raise ConfigurationError(f"the agent's config has a value of the wrong kind: {error!r}") from error

@@ -1,0 +1,187 @@
+"""The agent's network (paper, Eq. 3; block and widths reconstructed).
+
+Shapes: B batch, T steps, D = 52 domains, K = 2 feedback values, d width.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmagent_loader.agent.config import AgentConfig
+from dmagent_loader.agent.layers import DecoderBlock, causal_mask, initialize, rotary_tables
+from dmagent_loader.errors import ConfigurationError, DomainError, FeedbackError
+from dmagent_loader.history import FeedbackStatistics, History, Standardization, standardize
+from dmagent_loader.simplex import FloatArray
+
+
+class MixingAgent(nn.Module):
+    """Reads the mix and the standardised feedback of each step so far, and writes the next mix.
+
+    x_i = [a_i ; f_i], h = CausalDecoder(W_in x_0 .. W_in x_{t-1}), a_t = softmax(W_out h_{t-1}) (Eq. 3). With the
+    default configuration it has exactly 2,125,568 parameters; the paper says 2.1M.
+
+    Example:
+        >>> agent = MixingAgent(AgentConfig())
+        >>> agent.num_parameters()
+        2125568
+    """
+
+    def __init__(self, config: AgentConfig, *, name: str = "unnamed") -> None:
+        super().__init__()
+        self.config = config
+        self.name = name
+        self.embed = nn.Linear(config.input_dim, config.d_model, bias=False)
+        self.blocks = nn.ModuleList(
+            DecoderBlock(config.d_model, config.num_heads, config.d_ff, config.norm_eps)
+            for _ in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.num_domains, bias=False)
+        initialize(self)
+
+    def num_parameters(self) -> int:
+        """Number of weights."""
+        return sum(p.numel() for p in self.parameters())
+
+    def logits(self, inputs: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Scores of the domains before the softmax.
+
+        Args:
+            inputs: (B, T, D + K), mix and standardised feedback of each step.
+            mask: (B, T) bool, False on padding, which may lie anywhere and is usually on the left; None: no padding.
+            positions: (B, T) int64, the absolute step of each row; None: count the valid rows from 0.
+
+        Returns:
+            (B, T, D); row t is about step t + 1 and depends on no later row. Rows of padding are finite and
+            mean nothing.
+
+        Raises:
+            ConfigurationError: `inputs` has another width.
+        """
+        return self._logits(inputs, mask, positions, tail=None)
+
+    def _logits(self, inputs: Tensor, mask: Tensor | None, positions: Tensor | None, tail: int | None) -> Tensor:
+        """As `logits`; with `tail`, of the last rows only, which saves most of the last block's work."""
+        if inputs.ndim != 3 or inputs.shape[-1] != self.config.input_dim:
+            raise ConfigurationError(
+                f"the agent's input has shape {tuple(inputs.shape)}; expected (batch, steps, {self.config.input_dim}): "
+                f"{self.config.num_domains} weights and {self.config.num_fields} feedback values for each step"
+            )
+        length = inputs.shape[1]
+        if positions is None:
+            if mask is None:
+                positions = torch.arange(length, device=inputs.device)[None]
+            else:
+                positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        if mask is not None:
+            # Padding may hold anything, even NaN, and 0 * NaN would reach the values of valid rows.
+            inputs = torch.where(mask[..., None], inputs, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
+        x = self.embed(inputs)
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        allowed = causal_mask(length, mask, inputs.device)
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x, rotary, allowed, tail if number == len(self.blocks) else None)
+        out: Tensor = self.head(self.norm(x))
+        return out
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Mixes of the next steps, (B, T, D), each summing to 1; arguments as in `logits`."""
+        return self.logits(inputs, mask, positions).softmax(dim=-1)
+
+    def encode(self, history: History, *, standardization: Standardization | None = None) -> FloatArray:
+        """The inputs of a history: mixes joined with standardised feedback.
+
+        Args:
+            history: Over the agent's own domains, feedback in the order of `config.feedback_roles`.
+            standardization: None: as the checkpoint says.
+
+        Returns:
+            (T, D + K) float64.
+
+        Raises:
+            DomainError: The history is over other domains.
+            FeedbackError: Feedback that is not finite.
+            ConfigurationError: Another number of feedback values, no steps, or an agent without statistics.
+        """
+        if history.domains != self.config.domains:
+            raise DomainError(
+                f"the history is over {len(history.domains)} domains ({', '.join(history.domains[:3])}, ...), "
+                f"but agent {self.name!r} was trained on {self.config.num_domains} "
+                f"({', '.join(self.config.domains[:3])}, ...): "
+                "use policies.AgentPolicy, which maps your domains to the agent's"
+            )
+        if len(history.fields) != self.config.num_fields:
+            raise ConfigurationError(
+                f"the history has feedback on {len(history.fields)} fields {list(history.fields)}, but agent "
+                f"{self.name!r} reads {self.config.num_fields}, one for each role {list(self.config.feedback_roles)}: "
+                "choose with policies.AgentPolicy(..., roles=...)"
+            )
+        if len(history) == 0:
+            raise ConfigurationError(
+                "the history is empty: the agent needs the start state (the base model's own mix and its feedback)"
+            )
+        if not np.isfinite(history.feedback).all() or not np.isfinite(history.mixes).all():
+            raise FeedbackError("the history holds values that are not finite: the agent can propose nothing from it")
+        mode = self.config.standardization if standardization is None else standardization
+        feedback = standardize(history.feedback, self._statistics(), mode, prior_weight=self.config.prior_weight)
+        return np.concatenate([history.mixes, feedback], axis=1)
+
+    @torch.no_grad()
+    def propose(self, history: History, *, standardization: Standardization | None = None) -> FloatArray:
+        """The mix of the next step.
+
+        A history longer than `config.max_steps` is cut to its last `max_steps` rows, which keep their absolute steps
+        (feedback is standardised over all of it first): the agent never saw longer ones.
+
+        Args:
+            history: See `encode`.
+            standardization: None: as the checkpoint says.
+
+        Returns:
+            (D,) float64, sums to 1.
+
+        Raises:
+            DomainError, FeedbackError, ConfigurationError: See `encode`.
+        """
+        rows = self.encode(history, standardization=standardization)
+        first = max(0, len(rows) - self.config.max_steps)
+        if first:
+            warnings.warn(
+                f"the history has {len(rows)} steps, but agent {self.name!r} was trained on at most "
+                f"{self.config.max_steps}: it sees the last {self.config.max_steps} only",
+                stacklevel=2,
+            )
+        weight = self.embed.weight
+        inputs = torch.from_numpy(rows[first:])[None].to(weight.device, weight.dtype)
+        positions = torch.arange(first, len(rows), device=weight.device)[None]
+        # Called from inside a training loop, where autocast may be on: the mix should not be rounded to bfloat16.
+        with torch.autocast(weight.device.type, enabled=False):
+            scores = self._logits(inputs, None, positions, tail=1)[0, -1]
+        mix = scores.double().softmax(dim=-1).cpu().numpy()
+        return np.asarray(mix / mix.sum(), dtype=np.float64)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, card: str | None = None) -> None:
+        """Writes a checkpoint: see `agent.checkpoint.save`."""
+        from dmagent_loader.agent import checkpoint
+
+        checkpoint.save(self, directory, card=card)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> MixingAgent:
+        """Loads a bundled agent by name, or one from a directory or the Hub: see `agent.checkpoint.load`."""
+        from dmagent_loader.agent import checkpoint
+
+        return checkpoint.load(name_or_path, revision=revision)
+
+    def _statistics(self) -> FeedbackStatistics:
+        if self.config.statistics is None:
+            raise ConfigurationError(
+                f"agent {self.name!r} has no feedback statistics: build it with "
+                "AgentConfig(statistics=FeedbackStatistics.of(feedback of the training trajectories))"
+            )
+        return self.config.statistics
