@@ -1,0 +1,90 @@
+"""Which rank scores which pairs, and in which calls of the model.
+
+Everything here is a pure function of the token counts, so every rank computes the plan of all ranks and none is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmagent_loader.environment.encoding import EncodedQuestion, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredWindow:
+    """The part of a pair that fits into the model.
+
+    Args:
+        tokens: (n + 1,), at most `max_length` + 1: the model reads the first n and predicts the last n.
+        num_scored: How many of the last tokens are scored, 1 .. n.
+    """
+
+    tokens: Tokens
+    num_scored: int
+
+    @property
+    def num_inputs(self) -> int:
+        """How many tokens the model reads."""
+        return len(self.tokens) - 1
+
+
+def window(encoded: EncodedQuestion, max_length: int, *, whole_pair: bool) -> ScoredWindow:
+    """The last `max_length` + 1 tokens of a pair: what does not fit is cut from the left, as in lm-evaluation-harness.
+
+    Of an answer longer than `max_length` (which the harness refuses) the last `max_length` tokens are scored.
+
+    Args:
+        encoded: The pair.
+        max_length: The most tokens that the model reads.
+        whole_pair: Score every token but the first, which nothing predicts, instead of only the answer's.
+    """
+    tokens = encoded.tokens[-(max_length + 1) :]
+    predictable = len(tokens) - 1
+    return ScoredWindow(
+        tokens=tokens, num_scored=predictable if whole_pair else min(encoded.num_answer_tokens, predictable)
+    )
+
+
+def plan_batches(
+    lengths: Sequence[int], *, rank: int, world_size: int, batch_size: int, batch_tokens: int
+) -> tuple[list[list[int]], int]:
+    """The batches of one rank, and how many calls every rank makes.
+
+    Pairs are dealt in order of length, forwards and backwards in turn, so that ranks get equally many and equally long
+    ones. The number of calls is the same on all ranks because a sharded model (FSDP, ZeRO-3) communicates in each.
+
+    Args:
+        lengths: Tokens that the model reads for each pair.
+        rank: Of this process among those that hold the same model.
+        world_size: How many those are.
+        batch_size: The most pairs in a call.
+        batch_tokens: The most tokens in a call, padding included; a longer pair goes alone.
+
+    Returns:
+        Lists of pair numbers, longest pairs first, so that lack of memory shows in the first call; the number of calls.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    # Deal k gives one pair to each rank; every other deal runs backwards, so that no rank always gets the longest.
+    deals = [order[start : start + world_size] for start in range(0, len(order), world_size)]
+    dealt: list[list[int]] = [[] for _ in range(world_size)]
+    for number, deal in enumerate(deals):
+        for position, pair in enumerate(deal):
+            dealt[position if number % 2 == 0 else world_size - 1 - position].append(int(pair))
+    batches = [_batched(pairs, lengths, batch_size, batch_tokens) for pairs in dealt]
+    return batches[rank], max(map(len, batches))
+
+
+def _batched(pairs: list[int], lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for pair in pairs:
+        # The first pair of a batch is its longest, so it sets the width that all are padded to.
+        if batches and len(batches[-1]) < batch_size:
+            width = lengths[batches[-1][0]]
+            if (len(batches[-1]) + 1) * width <= batch_tokens:
+                batches[-1].append(pair)
+                continue
+        batches.append([pair])
+    return batches

@@ -1,0 +1,343 @@
+"""`Environment`: question sets and the feedback of a model on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from dmagent_loader.distributed import all_reduce_sum, get_rank, get_world_size
+from dmagent_loader.environment.batches import ScoredWindow, plan_batches, window
+from dmagent_loader.environment.encoding import PairEncoder, Tokenizer, request, tokenizer_max_length
+from dmagent_loader.environment.questions import (
+    Paths,
+    Question,
+    evenly_spaced,
+    questions_from_pairs,
+    read_questions,
+)
+from dmagent_loader.environment.scoring import (
+    Model,
+    Scorer,
+    model_max_length,
+    model_vocabulary,
+    scoring_state,
+    unwrap,
+)
+from dmagent_loader.errors import ConfigurationError, EnvironmentDataError, FeedbackError
+from dmagent_loader.simplex import FloatArray, IntArray
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_LENGTH = 2048
+"""Where neither the settings, nor the model, nor the tokenizer names a length; the harness' default too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentSettings:
+    """How question sets are turned into feedback.
+
+    Args:
+        score: ``"answer"``: the mean over the answer's tokens given the question (Eq. 1, reconstructed).
+            ``"pair"``: the mean over the tokens of question and answer, less noisy where answers are short (extension).
+        separator: Put between question and answer and scored with the answer, as lm-evaluation-harness does with its
+            ``target_delimiter``, whose default is the same. White space is left out where white space is there already.
+        max_length: The most tokens that the model reads; what does not fit is cut from the left. None: the length in
+            the model's configuration, else the tokenizer's, else 2048.
+        max_questions: The most questions of a field, evenly spaced in its files. None: all.
+        batch_size: The most pairs in a call of the model.
+        batch_tokens: The most tokens in a call of the model, padding included. Neither changes the feedback.
+        prefix_token_id: Stands in for an empty question. None: the tokenizer's BOS token, else its EOS token.
+        progress: Whether rank 0 shows a progress bar.
+
+    Raises:
+        ConfigurationError: A value that cannot work.
+    """
+
+    score: Literal["answer", "pair"] = "answer"
+    separator: str = " "
+    max_length: int | None = None
+    max_questions: int | None = None
+    batch_size: int = 64
+    batch_tokens: int = 8192
+    prefix_token_id: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.score not in ("answer", "pair"):
+            raise ConfigurationError(f"unknown score {self.score!r}; choose 'answer' or 'pair'")
+        for name in ("max_length", "max_questions", "batch_size", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} is {value}: it must be 1 or more")
+
+
+class LogLikelihoods(NamedTuple):
+    """The log-likelihoods of one field.
+
+    Attributes:
+        sums: (N,), summed over the scored tokens of each pair, in nats.
+        num_tokens: (N,), how many tokens were scored.
+    """
+
+    sums: FloatArray
+    num_tokens: IntArray
+
+
+class Environment:
+    """Question sets, one per field, and the feedback of a model on them (Eq. 1, reconstructed).
+
+    Feedback of a field = mean over its pairs of the mean log-probability per answer token given the question, in nats.
+    Under torch.distributed the pairs are dealt over the ranks; all ranks call `evaluate` and get the same numbers.
+
+    Make one with `from_files` or `from_pairs`.
+
+    Example:
+        >>> import torch
+        >>> def model(input_ids, attention_mask):
+        ...     return torch.zeros(*input_ids.shape, 256)  # every byte is equally likely
+        >>> environment = Environment.from_pairs(
+        ...     {"general": [("1 + 1 =", "2")]}, lambda text: list(text.encode()), progress=False
+        ... )
+        >>> round(environment.evaluate(model)["general"], 4)  # -log 256
+        -5.5452
+    """
+
+    def __init__(
+        self, questions: Mapping[str, list[Question]], tokenizer: Tokenizer, settings: EnvironmentSettings
+    ) -> None:
+        if not questions:
+            raise EnvironmentDataError("there is no field: give question files for at least one")
+        for field, listed in questions.items():
+            if not isinstance(field, str) or not field:
+                raise EnvironmentDataError(f"{field!r} cannot name a field: use a text that is not empty")
+            if not listed:
+                raise EnvironmentDataError(f"field {field!r} has no questions: its feedback would be undefined")
+        self.settings = settings
+        self.questions = {f: tuple(evenly_spaced(qs, settings.max_questions)) for f, qs in questions.items()}
+        self.last_seconds = 0.0
+        self.total_seconds = 0.0
+        encoder = PairEncoder(tokenizer, settings.prefix_token_id)
+        self._tokenizer_max_length = tokenizer_max_length(tokenizer)
+        self._encoded = [
+            encoder.encode(*request(question, settings.separator), question.origin)
+            for listed in self.questions.values()
+            for question in listed
+        ]
+        self._largest_token = max(int(encoded.tokens.max()) for encoded in self._encoded)
+        self._windows: dict[int, list[ScoredWindow]] = {}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Paths], tokenizer: Tokenizer, **settings: Any) -> Environment:
+        """Question sets from JSON lines with the columns ``question`` and ``answer``.
+
+        Args:
+            files: Field name -> path or paths, ``.jsonl`` or ``.jsonl.gz``.
+            tokenizer: The model's: of Hugging Face, a ``tokenizers.Tokenizer``, or a callable from text to token ids.
+            **settings: The arguments of `EnvironmentSettings`.
+
+        Raises:
+            EnvironmentDataError: A file that cannot be used; the message names file, line and column.
+            ConfigurationError: A setting or a tokenizer that cannot work.
+        """
+        return cls({f: read_questions(paths) for f, paths in files.items()}, tokenizer, EnvironmentSettings(**settings))
+
+    @classmethod
+    def from_pairs(
+        cls, pairs: Mapping[str, Iterable[tuple[str, str]]], tokenizer: Tokenizer, **settings: Any
+    ) -> Environment:
+        """Question sets from (question, answer) pairs in memory; otherwise as `from_files`."""
+        questions = {field: questions_from_pairs(field, listed) for field, listed in pairs.items()}
+        return cls(questions, tokenizer, EnvironmentSettings(**settings))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields, in the given order."""
+        return tuple(self.questions)
+
+    @property
+    def num_questions(self) -> dict[str, int]:
+        """Number of questions of each field."""
+        return {field: len(listed) for field, listed in self.questions.items()}
+
+    @property
+    def requests(self) -> dict[str, list[tuple[str, str]]]:
+        """(context, continuation) of each pair: what lm-evaluation-harness would be asked for the same numbers."""
+        return {f: [request(q, self.settings.separator) for q in listed] for f, listed in self.questions.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over fields, questions, their tokens and the settings that change feedback: equal means comparable."""
+        digest = hashlib.sha256()
+        settings = {name: getattr(self.settings, name) for name in ("score", "separator", "max_length")}
+        encoded = iter(self._encoded)
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        for field, listed in self.questions.items():
+            digest.update(json.dumps([field, len(listed)]).encode())
+            for question in listed:
+                pair = next(encoded)
+                digest.update(json.dumps([question.question, question.answer, pair.num_answer_tokens]).encode())
+                digest.update(pair.tokens.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def evaluate(self, model: Model, *, rank: int | None = None, world_size: int | None = None) -> dict[str, float]:
+        """The feedback of a model (Eq. 1, reconstructed).
+
+        The model and all random states are left as they were. `last_seconds` and `total_seconds` say what it cost.
+
+        Args:
+            model: A causal language model, called as ``model(input_ids, attention_mask=...)``, that returns logits or
+                an object with ``.logits``; DistributedDataParallel and torch.compile are unwrapped.
+            rank: Of this process among those that hold the whole model. Give it, with `world_size`, where ranks are
+                not data-parallel replicas (tensor parallelism). None: the rank in the default process group.
+            world_size: Number of data-parallel ranks. None: the size of the default process group.
+
+        Returns:
+            Field -> mean over pairs of the mean log-probability per scored token, the same on every rank.
+
+        Raises:
+            FeedbackError: Log-probabilities that are not finite, or a failure on another rank.
+            ConfigurationError: The model does not fit the tokenizer, or returns no logits.
+        """
+        feedback = {}
+        for field, (sums, num_tokens) in self.log_likelihoods(model, rank=rank, world_size=world_size).items():
+            bad = np.flatnonzero(~np.isfinite(sums))
+            if len(bad):
+                raise FeedbackError(
+                    f"log-probabilities are not finite for {len(bad)} of {len(sums)} questions of field {field!r} "
+                    f"(first: {self.questions[field][bad[0]].origin}), so there is no feedback: the model has probably "
+                    "diverged or its logits overflow; check its loss, and evaluate in bfloat16 or float32"
+                )
+            feedback[field] = float(np.mean(sums / num_tokens))
+        logger.info(
+            "feedback %s on %d questions in %.2f s",
+            ", ".join(f"{field} {value:.4f}" for field, value in feedback.items()),
+            len(self._encoded),
+            self.last_seconds,
+        )
+        return feedback
+
+    def log_likelihoods(
+        self, model: Model, *, rank: int | None = None, world_size: int | None = None
+    ) -> dict[str, LogLikelihoods]:
+        """The summed log-probability of every pair; arguments as of `evaluate`.
+
+        Values that are not finite are returned as they are.
+
+        Raises:
+            ConfigurationError: The model does not fit the tokenizer, or returns no logits.
+            FeedbackError: The evaluation failed on another rank.
+        """
+        if (rank is None) != (world_size is None):
+            raise ConfigurationError(f"rank is {rank} and world_size is {world_size}: give both or neither")
+        started = time.perf_counter()
+        model = unwrap(model)
+        windows = self._windows_for(model)
+        sums = np.zeros(len(windows))
+        times = np.zeros(len(windows))
+        failure: Exception | None = None
+        try:
+            self._score(
+                model,
+                windows,
+                rank=get_rank() if rank is None else rank,
+                world_size=get_world_size() if world_size is None else world_size,
+                sums=sums,
+                times=times,
+            )
+        except Exception as error:
+            # The others wait in the sum below; they must hear of it instead of waiting for ever.
+            failure = error
+        reduced = all_reduce_sum(np.concatenate([sums, times, [failure is not None]]))
+        if failure is not None:
+            raise failure
+        if reduced[-1]:
+            raise FeedbackError(
+                f"the evaluation failed on {int(reduced[-1])} other ranks, so there is no feedback: see their messages"
+            )
+        # Ranks that hold parts of one model score the same pairs; dividing by how often a pair was scored undoes that.
+        scored, counted = reduced[: len(windows)], reduced[len(windows) : -1]
+        means = scored / counted
+        self.last_seconds = time.perf_counter() - started
+        self.total_seconds += self.last_seconds
+        num_tokens = np.array([entry.num_scored for entry in windows], dtype=np.int64)
+        results, start = {}, 0
+        for field, count in self.num_questions.items():
+            part = slice(start, start + count)
+            results[field] = LogLikelihoods(means[part], num_tokens[part])
+            start += count
+        return results
+
+    def _score(
+        self,
+        model: Model,
+        windows: list[ScoredWindow],
+        *,
+        rank: int,
+        world_size: int,
+        sums: FloatArray,
+        times: FloatArray,
+    ) -> None:
+        """Scores this rank's share of the pairs into `sums` and `times`, both (N,)."""
+        batches, num_calls = plan_batches(
+            [entry.num_inputs for entry in windows],
+            rank=rank,
+            world_size=world_size,
+            batch_size=self.settings.batch_size,
+            batch_tokens=self.settings.batch_tokens,
+        )
+        shown = self.settings.progress and get_rank() == 0
+        results = []
+        with (
+            scoring_state(model),
+            tqdm(total=sum(map(len, batches)), desc="environment", unit="q", leave=False, disable=not shown) as bar,
+        ):
+            scorer = Scorer(model)
+            for batch in batches:
+                # Left on the device: fetching each batch's result would make the GPU wait for Python.
+                results.append(scorer.log_probs([windows[pair] for pair in batch]))
+                bar.update(len(batch))
+            for _ in range(num_calls - len(batches)):
+                scorer.log_probs([min(windows, key=lambda entry: entry.num_inputs)])
+        for batch, log_probs in zip(batches, results, strict=True):
+            counts = [windows[pair].num_scored for pair in batch]
+            values = log_probs.double().cpu().numpy()
+            sums[batch] = np.add.reduceat(values, np.cumsum([0, *counts[:-1]]))
+            times[batch] = 1.0
+
+    def _windows_for(self, model: Model) -> list[ScoredWindow]:
+        vocabulary = model_vocabulary(model)
+        if vocabulary is not None and self._largest_token >= vocabulary:
+            raise ConfigurationError(
+                f"the questions hold token {self._largest_token}, but the model knows only {vocabulary} tokens: "
+                "make the environment with the model's own tokenizer"
+            )
+        max_length = (
+            self.settings.max_length or model_max_length(model) or self._tokenizer_max_length or DEFAULT_MAX_LENGTH
+        )
+        if max_length not in self._windows:
+            self._windows[max_length] = [
+                window(encoded, max_length, whole_pair=self.settings.score == "pair") for encoded in self._encoded
+            ]
+            self._report_cuts(max_length)
+        return self._windows[max_length]
+
+    def _report_cuts(self, max_length: int) -> None:
+        cut = sum(len(encoded.tokens) > max_length + 1 for encoded in self._encoded)
+        answers = sum(encoded.num_answer_tokens > max_length for encoded in self._encoded)
+        if cut and get_rank() == 0:
+            logger.warning(
+                "%d of %d questions are longer than max_length=%d and were cut from the left; of %d even the answer is "
+                "longer, so only its last tokens are scored: remove them or raise max_length if that matters",
+                cut,
+                len(self._encoded),
+                max_length,
+                answers,
+            )

@@ -1,0 +1,153 @@
+"""From texts to tokens, by the rule of lm-evaluation-harness (0.4.13: ``_encode_pair`` and ``loglikelihood``).
+
+The same rule, so that our log-likelihoods can be checked against the harness request by request.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from dmagent_loader.environment.questions import Question
+from dmagent_loader.errors import ConfigurationError, EnvironmentDataError
+
+Tokens: TypeAlias = npt.NDArray[np.int64]
+Tokenizer: TypeAlias = Any
+"""A Hugging Face tokenizer, a ``tokenizers.Tokenizer``, or any callable from text to token ids."""
+
+UNSET_LENGTH = 1 << 40
+"""A ``model_max_length`` above this is Hugging Face's way of saying that there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedQuestion:
+    """The tokens of one pair.
+
+    Args:
+        tokens: (n,), context and continuation; the context holds at least one token.
+        num_answer_tokens: How many of the last tokens are the answer's, at least 1.
+    """
+
+    tokens: Tokens
+    num_answer_tokens: int
+
+
+def request(question: Question, separator: str) -> tuple[str, str]:
+    """The (context, continuation) of a pair, as lm-evaluation-harness calls them.
+
+    A separator of white space is left out where the question is empty or ends with white space, or the answer begins
+    with it: code that continues a function must keep its indentation.
+    """
+    seam = question.question[-1:] + question.answer[:1]
+    if separator.isspace() and (not question.question or any(c.isspace() for c in seam)):
+        separator = ""
+    return question.question, separator + question.answer
+
+
+class PairEncoder:
+    """Turns (context, continuation) into tokens.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer, a ``tokenizers.Tokenizer``, or a callable from text to token ids.
+        prefix_token_id: Stands in for an empty context. None: the tokenizer's BOS token, or else its EOS token.
+
+    Raises:
+        ConfigurationError: The tokenizer is none of these, or appends its EOS token to every text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prefix_token_id: int | None = None) -> None:
+        encode = getattr(tokenizer, "encode", None)
+        if not callable(encode) and not callable(tokenizer):
+            raise ConfigurationError(
+                f"a {type(tokenizer).__name__} cannot be used as a tokenizer: pass a Hugging Face tokenizer, a "
+                "tokenizers.Tokenizer, or a callable from text to a list of token ids"
+            )
+        self._encode: Callable[..., Any] = encode if callable(encode) else tokenizer
+        self._knows_special_tokens = callable(encode) and _takes(encode, "add_special_tokens")
+        self._prefix = prefix_token_id
+        for name in ("bos_token_id", "eos_token_id"):
+            if self._prefix is None:
+                self._prefix = getattr(tokenizer, name, None)
+        self._prefix_text: str | None = None
+        if self._prefix is not None and hasattr(tokenizer, "bos_token_id") and hasattr(tokenizer, "decode"):
+            self._prefix_text = str(tokenizer.decode(self._prefix))
+        eos = getattr(tokenizer, "eos_token_id", None)
+        probe = self._tokens("a")
+        if eos is not None and len(probe) > 1 and probe[-1] == eos:
+            raise ConfigurationError(
+                f"the tokenizer appends its EOS token ({eos}) to every text, so that a question would end before its "
+                "answer begins: pass a tokenizer with add_eos_token=False"
+            )
+
+    def encode(self, context: str, continuation: str, origin: str) -> EncodedQuestion:
+        """The tokens of one request.
+
+        White space at the end of the context moves to the continuation. Both are encoded together, and the continuation
+        is what follows as many tokens as the context alone has: no token is split that the model would see whole.
+
+        Args:
+            context: The question.
+            continuation: The separator and the answer.
+            origin: For messages.
+
+        Raises:
+            EnvironmentDataError: The continuation has no token, or the context has none and no prefix token is known.
+        """
+        if context == "":
+            before, after = [], self._tokens(continuation, add_special_tokens=False)
+            if after and after[0] == self._prefix:
+                before, after = after[:1], after[1:]
+        else:
+            stripped = context.rstrip()
+            before = self._tokens(stripped)
+            after = self._tokens(stripped + context[len(stripped) :] + continuation)[len(before) :]
+        if not after:
+            raise EnvironmentDataError(
+                f"the answer in {origin} has no tokens, so there is nothing to score: remove the row or write an answer"
+            )
+        if not before:
+            if self._prefix is None:
+                raise EnvironmentDataError(
+                    f"the question in {origin} has no tokens, and the tokenizer has no BOS or EOS token to stand in "
+                    "for it: write a question, or pass prefix_token_id"
+                )
+            before = [self._prefix]
+        return EncodedQuestion(tokens=np.array(before + after, dtype=np.int64), num_answer_tokens=len(after))
+
+    def _tokens(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if not self._knows_special_tokens:
+            return _token_ids(self._encode(text))
+        if self._prefix_text is not None and text.startswith(self._prefix_text):
+            add_special_tokens = False
+        return _token_ids(self._encode(text, add_special_tokens=add_special_tokens))
+
+
+def tokenizer_max_length(tokenizer: Tokenizer) -> int | None:
+    """The longest text that the tokenizer says its model takes, in tokens."""
+    length = getattr(tokenizer, "model_max_length", None)
+    return int(length) if length is not None and 0 < length < UNSET_LENGTH else None
+
+
+def _takes(function: Callable[..., Any], parameter: str) -> bool:
+    try:
+        return parameter in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _token_ids(encoded: Any) -> list[int]:
+    """The ids in what a tokenizer returned: a list, an ``Encoding``, or a mapping with ``input_ids``."""
+    if isinstance(encoded, Mapping):
+        encoded = encoded["input_ids"]
+    encoded = getattr(encoded, "ids", encoded)
+    try:
+        return [int(token) for token in encoded]
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"the tokenizer returned a {type(encoded).__name__} instead of token ids: it must turn a text into a list"
+        ) from error

@@ -1,0 +1,134 @@
+"""Question files: JSON lines with the columns ``question`` and ``answer``, plain or gzipped."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from dmagent_loader.errors import EnvironmentDataError
+
+COLUMNS = ("question", "answer")
+
+Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question with its answer.
+
+    Args:
+        question: What the model is given; may be empty.
+        answer: What is scored.
+        origin: Where it comes from, for messages: file and line, or its place in a list.
+    """
+
+    question: str
+    answer: str
+    origin: str
+
+
+def read_questions(paths: Paths) -> list[Question]:
+    """Reads question files, one after the other.
+
+    Other columns are ignored, and so are blank lines.
+
+    Args:
+        paths: One path or several, ``.jsonl`` or ``.jsonl.gz``.
+
+    Raises:
+        EnvironmentDataError: No such file, an empty file, bytes that are not gzip, UTF-8 or JSON, or a row without the
+            two columns as text. The message names the file, the line and the column.
+    """
+    listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not listed:
+        raise EnvironmentDataError("the list of question files is empty: give at least one path for each field")
+    return [question for path in listed for question in _read_file(Path(path))]
+
+
+def questions_from_pairs(field: str, pairs: Iterable[tuple[str, str]]) -> list[Question]:
+    """Questions from pairs in memory.
+
+    Raises:
+        EnvironmentDataError: An entry is not a pair of texts.
+    """
+    questions = []
+    for number, pair in enumerate(pairs):
+        origin = f"pair {number} of field {field!r}"
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise EnvironmentDataError(f"{origin} is {_shown(pair)}: give (question, answer)")
+        questions.append(_question(dict(zip(COLUMNS, pair, strict=True)), origin))
+    return questions
+
+
+def evenly_spaced(questions: list[Question], limit: int | None) -> list[Question]:
+    """At most `limit` questions, evenly spaced: in a file sorted by subject the first rows would be one subject."""
+    if limit is None or len(questions) <= limit:
+        return questions
+    return [questions[i * len(questions) // limit] for i in range(limit)]
+
+
+def _read_file(path: Path) -> list[Question]:
+    questions = [_parse(line, f"line {number} of {path}") for number, line in _lines(path) if line.strip()]
+    if not questions:
+        raise EnvironmentDataError(
+            f"{path} holds no questions: write one JSON object per line with the columns {' and '.join(COLUMNS)}"
+        )
+    return questions
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            yield from enumerate(file, start=1)
+    except FileNotFoundError as error:
+        raise EnvironmentDataError(f"there is no question file {path}: check the path") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise EnvironmentDataError(
+            f"question file {path} cannot be read to its end ({error}): no part of it is used; write it again"
+        ) from error
+
+
+def _parse(line: bytes, origin: str) -> Question:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise EnvironmentDataError(f"{origin} is not UTF-8 ({error}): convert the file to UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise EnvironmentDataError(f"{origin} is not JSON ({error}): write one JSON object per line") from error
+    if not isinstance(row, dict):
+        raise EnvironmentDataError(
+            f"{origin} is {_shown(row)}, not a JSON object with the columns {' and '.join(COLUMNS)}"
+        )
+    return _question(row, origin)
+
+
+def _question(row: dict[str, object], origin: str) -> Question:
+    texts = {}
+    for column in COLUMNS:
+        if column not in row:
+            raise EnvironmentDataError(
+                f"{origin} has no column {column!r} (its columns: {', '.join(map(repr, row)) or 'none'}): "
+                f"rename or add it, every row needs {' and '.join(COLUMNS)}"
+            )
+        text = row[column]
+        if not isinstance(text, str):
+            raise EnvironmentDataError(f"column {column!r} in {origin} is {_shown(text)}: it must be text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise EnvironmentDataError(
+                f"column {column!r} in {origin} holds half of a surrogate pair ({error}): no tokenizer can read it"
+            ) from error
+        texts[column] = text
+    return Question(question=texts["question"], answer=texts["answer"], origin=origin)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
