@@ -1,0 +1,117 @@
+"""The trained agent as a policy over a user's own domains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+
+from dmagent_loader.agent.model import MixingAgent
+from dmagent_loader.domains import DomainMap, DomainSpace, Projection
+from dmagent_loader.errors import ConfigurationError, DomainError
+from dmagent_loader.history import STANDARDIZATIONS, History, Standardization
+from dmagent_loader.policies.static import Weights
+from dmagent_loader.simplex import FloatArray
+
+logger = logging.getLogger(__name__)
+
+
+class AgentPolicy:
+    """Translates a run's history for the agent, and the agent's mix for the run (paper, D.6; compositions: extension).
+
+    Past mixes p become pC over the canonical domains; the agent's mix a becomes the user mix w that minimises
+    KL(a || wC). Nothing is retrained.
+
+    Args:
+        agent: Trained on the canonical domains.
+        space: The run's domains, in both fields.
+        natural: Natural share of each domain, from which the projection starts: the shares of rows, say. None: equal.
+        roles: Name of the environment's field for each of the agent's roles, for example
+            ``{"keep": "general", "acquire": "code"}``. None: the fields are in the order of the roles already.
+        iterations: Steps of the projection; 1 is the Bayes split.
+        standardization: None: as the checkpoint says.
+
+    Raises:
+        DomainError: The agent is not over the canonical domains, or the space lacks one of the two fields.
+        ConfigurationError: Other roles than the agent's, or an unknown standardization.
+    """
+
+    def __init__(
+        self,
+        agent: MixingAgent,
+        space: DomainSpace,
+        natural: Weights | None = None,
+        *,
+        roles: Mapping[str, str] | None = None,
+        iterations: int = 50,
+        standardization: Standardization | None = None,
+    ) -> None:
+        if agent.config.domains != DomainSpace.canonical().names:
+            raise DomainError(
+                f"agent {agent.name!r} was trained on {agent.config.num_domains} domains of its own, not on the 52 "
+                "canonical ones, so that no map to your domains exists: call agent.propose with its own domains"
+            )
+        if roles is not None and set(roles) != set(agent.config.feedback_roles):
+            raise ConfigurationError(
+                f"roles names {sorted(roles)}, but agent {agent.name!r} reads {sorted(agent.config.feedback_roles)}: "
+                "give the name of one of the environment's fields for each"
+            )
+        if standardization is not None and standardization not in STANDARDIZATIONS:
+            raise ConfigurationError(
+                f"unknown standardization {standardization!r}; choose one of {', '.join(STANDARDIZATIONS)}"
+            )
+        shares = None if natural is None else space.mix(natural, renormalize=True)
+        self.name = agent.name
+        self.map = DomainMap(space, natural=shares, iterations=iterations)
+        self._agent = agent
+        self._roles = None if roles is None else dict(roles)
+        self._standardization = standardization
+        self._projection: Projection | None = None
+        logger.info(
+            "agent %s: %d domains, feedback standardised as %r",
+            agent.name,
+            len(space),
+            standardization or agent.config.standardization,
+        )
+
+    @property
+    def projection(self) -> Projection | None:
+        """What was lost in translating the latest proposal; None before the first."""
+        return self._projection
+
+    def propose(self, history: History) -> FloatArray:
+        """The mix of the next step.
+
+        Raises:
+            DomainError: The history is over other domains.
+            ConfigurationError: The environment lacks the field of a role.
+            FeedbackError: Feedback that is not finite.
+        """
+        if history.domains != self.map.space.names:
+            raise DomainError(
+                f"the history is over {list(history.domains)}, but this policy was built for "
+                f"{list(self.map.space.names)}"
+            )
+        canonical = History(
+            domains=self._agent.config.domains,
+            fields=history.fields if self._roles is None else self._agent.config.feedback_roles,
+            mixes=self.map.to_canonical(history.mixes),
+            feedback=history.feedback[:, self._columns(history.fields)],
+        )
+        proposal = self._agent.propose(canonical, standardization=self._standardization)
+        self._projection = self.map.to_user(proposal)
+        return self._projection.mix
+
+    def _columns(self, fields: tuple[str, ...]) -> list[int]:
+        if self._roles is None:
+            return list(np.arange(len(fields)))
+        columns = []
+        for role in self._agent.config.feedback_roles:
+            field = self._roles[role]
+            if field not in fields:
+                raise ConfigurationError(
+                    f"role {role!r} is to be read from field {field!r}, but the environment's fields are {list(fields)}"
+                )
+            columns.append(fields.index(field))
+        return columns

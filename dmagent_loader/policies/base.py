@@ -1,0 +1,30 @@
+"""The one interface of the agent and every baseline."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from dmagent_loader.history import History
+from dmagent_loader.simplex import FloatArray
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Anything with a name that proposes mixes.
+
+    Attributes:
+        name: Written beside each decision in the ledger and in logs.
+    """
+
+    name: str
+
+    def propose(self, history: History) -> FloatArray:
+        """The mix of the next step.
+
+        Args:
+            history: All steps so far, the start state first. Its arrays are read-only.
+
+        Returns:
+            (D,) over `history.domains`, sums to 1. The caller guards it: see `policies.guard`.
+        """
+        ...

@@ -1,0 +1,48 @@
+"""One mix for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dmagent_loader.history import History
+from dmagent_loader.simplex import FloatArray, validate_mix
+
+Weights = Mapping[str, float] | Sequence[float] | FloatArray
+
+
+class StaticPolicy:
+    """Proposes the same mix at every step.
+
+    Args:
+        weights: Weight by domain name (domains left out get 0), or one weight for each domain in order.
+        name: See `policies.base.Policy`.
+
+    Raises:
+        MixError: The weights are no distribution.
+
+    Example:
+        >>> policy = StaticPolicy({"source/web": 0.25, "target/math": 0.75})
+        >>> policy.name
+        'static'
+    """
+
+    def __init__(self, weights: Weights, *, name: str = "static") -> None:
+        self.name = name
+        self._weights = checked(weights)
+
+    def propose(self, history: History) -> FloatArray:
+        """The mix over the domains of the history.
+
+        Raises:
+            DomainError: The mix names a domain that the run does not have.
+            MixError: One weight for each domain was given, and the number differs.
+        """
+        return validate_mix(self._weights, history.domains)
+
+
+def checked(weights: Weights) -> Weights:
+    """A copy of the weights, known to be a distribution before the run's domains are known."""
+    if isinstance(weights, Mapping):
+        validate_mix(weights, tuple(weights))
+        return dict(weights)
+    return validate_mix(weights, [f"weight {i}" for i in range(len(weights))])
