@@ -1,7 +1,7 @@
 """Domains, domain spaces, and the map between a user's space and the canonical one.
 
-A *field* is what a corpus serves: ``source`` is to be kept, ``target`` is to be learnt. A *domain* is a named part of the
-data inside one field. The canonical space is the 26 topics of the NVIDIA domain classifier in each of the two fields.
+A *field* is what a corpus serves: ``source`` is to be kept, ``target`` is to be learnt. A *domain* is a named part
+of the data inside one field. The canonical space is the 26 topics of the NVIDIA domain classifier in each of the two fields.
 
 Shapes: U user domains, C = 52 canonical domains.
 """
@@ -162,8 +162,8 @@ class DomainSpace:
             domain_field = fields.get(name, prefix if prefix in FIELDS else None)
             if domain_field is None:
                 raise DomainError(
-                    f"domain {name!r} belongs to no field, so it is unknown whether it is to be kept or learnt: name it "
-                    f"'source/{name}' or 'target/{name}', or pass fields={{{name!r}: 'source'}}"
+                    f"domain {name!r} belongs to no field, so it is unknown whether it is to be kept or learnt: name "
+                    f"it 'source/{name}' or 'target/{name}', or pass fields={{{name!r}: 'source'}}"
                 )
             domains.append(Domain(name=name, field=domain_field, composition=compositions.get(name)))
         return cls(tuple(domains))
@@ -200,7 +200,9 @@ class DomainSpace:
         except ValueError:
             raise DomainError(f"unknown domain {name!r}; the domains are {list(self.names)}") from None
 
-    def mix(self, weights: Mapping[str, float] | Sequence[float] | FloatArray, *, renormalize: bool = False) -> FloatArray:
+    def mix(
+        self, weights: Mapping[str, float] | Sequence[float] | FloatArray, *, renormalize: bool = False
+    ) -> FloatArray:
         """Validates weights over this space: see `dmagent_loader.simplex.validate_mix`."""
         return validate_mix(weights, self.names, renormalize=renormalize)
 
@@ -223,7 +225,8 @@ class Projection:
     Attributes:
         mix: (U,), sums to 1.
         uncovered: Mass of the canonical mix on topics that no user domain of the field covers; it stayed in its field.
-        kl: KL(a || wC) over the covered topics in nats: what the user's domains cannot express.
+        kl: KL(a || wC) over the covered topics of each field in nats, weighted by the fields' masses: what the user's
+            domains cannot express. Uncovered mass adds nothing to it.
     """
 
     mix: FloatArray
@@ -254,6 +257,16 @@ class DomainMap:
             raise DomainError(
                 f"the agent needs domains in both fields 'source' and 'target', but the fields are {self.space.fields}"
             )
+        if self.iterations < 1:
+            raise DomainError(f"a projection of {self.iterations} iterations would ignore the agent: give at least 1")
+        if self.natural is not None:
+            natural = np.asarray(self.natural, dtype=np.float64)
+            if natural.shape != (len(self.space),) or not np.isfinite(natural).all() or (natural < 0).any():
+                raise MixError(
+                    f"natural shares must be {len(self.space)} finite numbers of 0 or more, one for each domain, but "
+                    f"are {natural.tolist()}"
+                )
+            object.__setattr__(self, "natural", natural)
         composition = np.zeros((len(self.space), NUM_CANONICAL))
         for row, domain in enumerate(self.space.domains):
             start = FIELDS.index(domain.field) * len(CANONICAL_TOPICS)
@@ -277,9 +290,9 @@ class DomainMap:
         Args:
             canonical: (52,), sums to 1.
         """
-        natural = np.full(len(self.space), 1.0) if self.natural is None else np.maximum(self.natural, 0.0)
+        natural = np.ones(len(self.space)) if self.natural is None else self.natural
         mix = np.zeros(len(self.space))
-        expressed = np.zeros(NUM_CANONICAL)
+        reached = kl = 0.0
         for position, field_name in enumerate(FIELDS):
             topics = slice(position * len(CANONICAL_TOPICS), (position + 1) * len(CANONICAL_TOPICS))
             members = list(self.space.members(field_name))
@@ -290,13 +303,13 @@ class DomainMap:
             start = start if start.sum() > 0 else np.ones(len(members))
             block = self.composition[members][:, topics]
             covered = (block[start > 0] > 0).any(axis=0)
-            expressed[topics] = np.where(covered, canonical[topics], 0.0)
-            if expressed[topics].sum() > 0:
+            expressed = np.where(covered, canonical[topics], 0.0)
+            expressed_mass = float(expressed.sum())
+            if expressed_mass > 0:
                 shares = em_projection(block, canonical[topics] / mass, start, self.iterations)
+                reached += expressed_mass
+                kl += mass * kl_divergence(expressed / expressed_mass, shares @ block)
             else:
                 shares = start / start.sum()
             mix[members] = mass * shares
-        mix = mix / mix.sum()
-        reached = float(expressed.sum())
-        kl = kl_divergence(expressed / reached, self.to_canonical(mix)) if reached > 0 else float("inf")
-        return Projection(mix=mix, uncovered=max(0.0, 1.0 - reached), kl=max(0.0, kl))
+        return Projection(mix=mix / mix.sum(), uncovered=max(0.0, 1.0 - reached), kl=max(0.0, kl))
