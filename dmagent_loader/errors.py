@@ -8,6 +8,7 @@
     │   ├── ShardNotFoundError               no file matches
     │   ├── EmptyShardError                  a shard, or a whole domain, without rows
     │   ├── DamagedShardError                truncated, overwritten or changed bytes
+    │   ├── ShardLayoutError                 a tar whose members cannot be read as samples by position
     │   └── DecodeError                      a member that cannot be, or must not be, decoded
     ├── StateError (ValueError)              a saved state that does not belong to this run
     ├── ExhaustedError                       a domain ran out and its rule is ``error``
@@ -56,6 +57,10 @@ class EmptyShardError(ShardError):
 
 class DamagedShardError(ShardError):
     """A shard that is truncated, overwritten, or changed since it was indexed."""
+
+
+class ShardLayoutError(ShardError):
+    """A whole shard that cannot be read as samples by position: compressed, links, keys that come back."""
 
 
 class DecodeError(ShardError):

@@ -1,0 +1,1 @@
+"""WebDataset tar shards, read by position: index, reader, decoders, writer."""

@@ -1,0 +1,195 @@
+"""Indexes on disk, so that a shard is read through only once.
+
+One safetensors file per shard (nothing in it can execute), named by the hash of the URL and valid for one size and
+modification time or etag. A replaced shard overwrites its entry; an entry that is damaged in any way is built again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import struct
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from dmagent_loader.shards.index import ShardDamage, ShardIndex, build_index
+from dmagent_loader.shards.reader import ShardVersion, open_source
+from dmagent_loader.shards.urls import display_url, is_local, local_path
+
+CACHE_VARIABLE = "DMAGENT_CACHE_DIR"
+_FORMAT = "1"
+_COLUMNS = ("offset", "size", "extension", "row_first", "row_crc", "keys", "key_end")
+_LOCK_POLL_SECONDS = 0.05
+
+_logger = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+def default_cache_dir() -> Path:
+    """``$DMAGENT_CACHE_DIR``, else ``~/.cache/dmagent_loader``."""
+    configured = os.environ.get(CACHE_VARIABLE)
+    return Path(configured).expanduser() if configured else Path("~/.cache/dmagent_loader").expanduser()
+
+
+class IndexCache:
+    """A folder of shard indexes.
+
+    Args:
+        folder: Made when first written to. One that cannot be written to only costs time: a warning says so.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def entry(self, url: str) -> Path:
+        """The file that holds the index of a shard."""
+        identity = os.path.realpath(local_path(url)) if is_local(url) else url
+        return self._folder / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()}.safetensors"
+
+    def load(self, url: str, version: ShardVersion) -> ShardIndex | None:
+        """The index of this version of the shard, or None if there is none that can be used."""
+        path = self.entry(url)
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        try:
+            return _parse(url, data, version)
+        except Exception as error:  # whatever is wrong with a cache entry, the remedy is to build it again
+            _logger.warning(
+                "the cached index %s of %s is not usable (%s): building it again", path, display_url(url), error
+            )
+            return None
+
+    def save(self, url: str, version: ShardVersion, index: ShardIndex) -> None:
+        """Writes an index; complete or not at all."""
+        path = self.entry(url)
+        columns = {name: np.ascontiguousarray(getattr(index, name)) for name in _COLUMNS}
+        metadata = {
+            "format": _FORMAT,
+            "shard": display_url(url),
+            "version": json.dumps([version.size, version.tag]),
+            "extensions": json.dumps(index.extensions),
+            "checksum": index.checksum,
+            "damage": json.dumps([asdict(damage) for damage in index.damage]),
+            "crc32": str(_columns_crc(columns)),
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save_tensors(columns, metadata))
+        except OSError as error:
+            if str(self._folder) not in _warned:
+                _warned.add(str(self._folder))
+                _logger.warning(
+                    "the index cache %s cannot be written (%s): shards are indexed again at every start; set %s or "
+                    "cache_dir "
+                    "to a folder that can be written",
+                    self._folder,
+                    error,
+                    CACHE_VARIABLE,
+                )
+
+    @contextlib.contextmanager
+    def lock(self, url: str, stop: threading.Event) -> Iterator[None]:
+        """Held while a shard is indexed, so that the ranks of one machine do not all read it through."""
+        path = self.entry(url).with_suffix(".lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            yield
+            return
+        try:
+            while not stop.is_set():
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(_LOCK_POLL_SECONDS)
+                except OSError:
+                    break  # a file system without locks: every process builds for itself
+            yield
+            with contextlib.suppress(OSError):
+                path.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def build_and_cache(
+    url: str,
+    version: ShardVersion,
+    cache: IndexCache,
+    *,
+    advance: Callable[[int], object],
+    stop: threading.Event,
+) -> ShardIndex:
+    """Indexes a shard and caches the index, unless another process has done so meanwhile.
+
+    Args:
+        url: The shard.
+        version: Its present size and version.
+        cache: Where indexes are kept.
+        advance: Called with the number of bytes done since the last call.
+        stop: When set, the work ends with `dmagent_loader.shards.tar.ScanStopped`.
+    """
+    with cache.lock(url, stop):
+        index = cache.load(url, version)
+        if index is not None:
+            advance(version.size)
+            return index
+        index = build_index(url, open_source(url), version.size, advance=advance, stop=stop)
+        cache.save(url, version, index)
+        return index
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file under another name, flushes it to the disk, then renames it."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _parse(url: str, data: bytes, version: ShardVersion) -> ShardIndex | None:
+    (length,) = struct.unpack_from("<Q", data)
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    if metadata["format"] != _FORMAT or json.loads(metadata["version"]) != [version.size, version.tag]:
+        return None
+    columns: dict[str, Any] = load_tensors(data)
+    if str(_columns_crc(columns)) != metadata["crc32"]:
+        raise ValueError("its checksum is wrong")
+    return ShardIndex(
+        file_size=version.size,
+        extensions=tuple(json.loads(metadata["extensions"])),
+        checksum=metadata["checksum"],
+        damage=tuple(ShardDamage(**{**damage, "shard": url}) for damage in json.loads(metadata["damage"])),
+        **{name: columns[name] for name in _COLUMNS},
+    )
+
+
+def _columns_crc(columns: dict[str, Any]) -> int:
+    crc = 0
+    for name in _COLUMNS:
+        crc = zlib.crc32(columns[name].tobytes(), crc)
+    return crc

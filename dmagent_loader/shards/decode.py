@@ -1,0 +1,252 @@
+"""From the bytes of a row to values, by an allow-list of formats that cannot execute code.
+
+| extension | value |
+|---|---|
+| txt, text, transcript | str |
+| json, jsn | what `json.loads` gives |
+| jsonl | list, one value per line |
+| npy | array; writable, shares the row's memory |
+| npz, safetensors | dict of arrays |
+| cls, cls2, index, inx, id | int |
+| anything else | bytes, as stored |
+
+The whole extension is looked up first, then its last part: ``input_ids.npy`` is an ``npy``. A trailing ``.gz`` is
+unpacked (at most `MAX_UNPACKED_BYTES`). Names and rules are webdataset's; what differs is that formats that can execute
+code, or have no decoder here, are errors.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy_format
+from safetensors.numpy import load as load_safetensors
+
+from dmagent_loader.errors import ConfigurationError, DecodeError
+
+MAX_UNPACKED_BYTES = 1 << 30
+MAX_NPY_HEADERS = 1024
+
+Buffer = bytes | bytearray | memoryview
+
+
+class RawSample(NamedTuple):
+    """A row as it is stored.
+
+    Attributes:
+        key: The common part of its members' names.
+        members: Extension to bytes, in the order of the shard; views of memory that belongs to this row alone.
+    """
+
+    key: str
+    members: dict[str, memoryview]
+
+
+MemberDecoder = Callable[[bytes], Any]
+SampleDecoder = Callable[[RawSample], dict[str, Any]]
+
+
+class Decoder:
+    """Decodes the members of a row.
+
+    Args:
+        overrides: Extension to a decoder of your own (bytes to value), which comes before the allow-list. This is the
+            way to read formats that can execute code, if you trust whoever wrote the shards.
+
+    Example:
+        >>> Decoder()(RawSample("a", {"txt": memoryview(b"hello"), "cls": memoryview(b"3")}))
+        {'txt': 'hello', 'cls': 3}
+    """
+
+    def __init__(self, overrides: Mapping[str, MemberDecoder] | None = None) -> None:
+        self._overrides = {extension.lower().lstrip("."): decode for extension, decode in (overrides or {}).items()}
+        self._resolved: dict[str, Callable[[memoryview], Any]] = {}
+
+    def __call__(self, sample: RawSample) -> dict[str, Any]:
+        """Decodes all members of a row.
+
+        Raises:
+            DecodeError: A member is malformed, or of a kind that is not decoded.
+        """
+        values = {}
+        for extension, data in sample.members.items():
+            decode = self._resolved.get(extension)
+            if decode is None:
+                decode = self._resolved[extension] = self._resolve(extension)
+            try:
+                values[extension] = decode(data)
+            except Exception as error:
+                raise DecodeError(
+                    f"member {extension!r} of sample {sample.key!r} cannot be decoded: {error}"
+                ) from error
+        return values
+
+    def _resolve(self, extension: str) -> Callable[[memoryview], Any]:
+        last = extension.rpartition(".")[2]
+        for name in (extension, last):
+            if name in self._overrides:
+                own = self._overrides[name]
+                return lambda data: own(bytes(data))
+        if last == "gz":
+            inner = self._resolve(extension.rpartition(".")[0])
+            return lambda data: inner(memoryview(_gunzip(data)))
+        if last in _UNSAFE:
+            return _refuse(
+                f"{last!r} files can execute code when they are read, so they are not read by default; if you trust "
+                f"whoever wrote the shards, pass decode={{{last!r}: your_function}} (bytes to value), else store .npy "
+                "or .safetensors"
+            )
+        if last in _NOT_INCLUDED:
+            return _refuse(
+                f"there is no built-in decoder for {last!r}; pass decode={{{last!r}: your_function}} (bytes to value)"
+            )
+        return _DECODERS.get(last, bytes)
+
+    def __getstate__(self) -> dict[str, MemberDecoder]:
+        return self._overrides
+
+    def __setstate__(self, state: dict[str, MemberDecoder]) -> None:
+        self.__init__(state)  # type: ignore[misc]
+
+
+def raw_bytes(sample: RawSample) -> dict[str, Any]:
+    """No decoding: every member as `bytes`."""
+    return {extension: bytes(data) for extension, data in sample.members.items()}
+
+
+def make_decoder(decode: str | Mapping[str, MemberDecoder] | SampleDecoder | None = "default") -> SampleDecoder:
+    """The decoder that a user asks for.
+
+    Args:
+        decode: ``"default"``: the allow-list. None: bytes. A mapping from extension to function (bytes to value): these
+            first, then the allow-list. A function: takes a `RawSample`, returns a dict.
+
+    Raises:
+        ConfigurationError: None of these.
+    """
+    if decode is None:
+        return raw_bytes
+    if isinstance(decode, str):
+        if decode == "default":
+            return Decoder()
+    elif isinstance(decode, Mapping):
+        return Decoder(decode)
+    elif callable(decode):
+        return decode
+    raise ConfigurationError(
+        f"decode={decode!r} is no decoder: pass 'default', None (bytes), a dict from extension to function, or a "
+        "function of a RawSample"
+    )
+
+
+def decode_npy(data: Buffer) -> np.ndarray[Any, Any]:
+    """An array from a npy file in memory, without a copy; writable if `data` is.
+
+    Headers are parsed once each: the rows of a shard mostly share one.
+
+    Raises:
+        DecodeError: Not a npy file, objects inside, or a size that is not that of the data.
+    """
+    view = memoryview(data)
+    major = view[6] if len(view) >= 10 else 0
+    prefix = 10 if major == 1 else 12
+    length = int.from_bytes(view[8:prefix], "little")
+    header = bytes(view[: prefix + length])
+    parsed = _npy_headers.get(header)
+    if parsed is None:
+        parsed = _parse_npy_header(header)
+        if len(_npy_headers) >= MAX_NPY_HEADERS:
+            _npy_headers.clear()
+        _npy_headers[header] = parsed
+    dtype, shape, order, count, size = parsed
+    if len(view) != len(header) + size:
+        raise DecodeError(
+            f"the npy header declares shape {shape} of {dtype} ({size} bytes), but {len(view) - len(header)} bytes "
+            "follow it"
+        )
+    array = np.frombuffer(data, dtype, count, len(header))
+    return array if len(shape) == 1 else array.reshape(shape, order=order)
+
+
+_npy_headers: dict[bytes, tuple[np.dtype[Any], tuple[int, ...], Any, int, int]] = {}
+
+
+def _parse_npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any, int, int]:
+    stream = io.BytesIO(header)
+    try:
+        version = npy_format.read_magic(stream)  # type: ignore[no-untyped-call]
+        reader = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+        shape, fortran, dtype = reader(stream)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise DecodeError(f"not a npy file: {error}") from error
+    if dtype.hasobject:
+        raise DecodeError(
+            "the array holds Python objects, and reading them can execute code: store numbers or text instead, or "
+            "pass a decoder of your own"
+        )
+    if any(extent < 0 for extent in shape):
+        raise DecodeError(f"the npy header declares the shape {shape}")
+    count = math.prod(shape)
+    return dtype, shape, "F" if fortran else "C", count, count * dtype.itemsize
+
+
+def _text(data: memoryview) -> str:
+    return str(data, "utf-8")
+
+
+def _json(data: memoryview) -> Any:
+    return json.loads(str(data, "utf-8"))
+
+
+def _json_lines(data: memoryview) -> list[Any]:
+    return [json.loads(line) for line in str(data, "utf-8").split("\n") if line.strip()]
+
+
+def _integer(data: memoryview) -> int:
+    return int(bytes(data))
+
+
+def _npz(data: memoryview) -> dict[str, Any]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        declared = sum(entry.file_size for entry in archive.zip.infolist())
+        if declared > MAX_UNPACKED_BYTES:
+            raise DecodeError(f"unpacks to {declared} bytes, more than {MAX_UNPACKED_BYTES}")
+        return dict(archive)
+
+
+def _safetensors(data: memoryview) -> dict[str, Any]:
+    return dict(load_safetensors(bytes(data)))
+
+
+def _gunzip(data: memoryview) -> bytes:
+    stream = zlib.decompressobj(wbits=31)
+    unpacked = stream.decompress(data, MAX_UNPACKED_BYTES)
+    if not stream.eof:
+        raise DecodeError(f"cut short, or unpacks to more than {MAX_UNPACKED_BYTES} bytes")
+    return unpacked
+
+
+def _refuse(message: str) -> Callable[[memoryview], Any]:
+    def refuse(data: memoryview) -> Any:
+        raise DecodeError(message)
+
+    return refuse
+
+
+_UNSAFE = frozenset(("pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill"))
+_NOT_INCLUDED = frozenset(("ten", "tb", "mp", "msg", "cbor"))
+_DECODERS: dict[str, Callable[[memoryview], Any]] = {
+    **dict.fromkeys(("txt", "text", "transcript"), _text),
+    **dict.fromkeys(("json", "jsn"), _json),
+    **dict.fromkeys(("cls", "cls2", "index", "inx", "id"), _integer),
+    "jsonl": _json_lines,
+    "npy": decode_npy,
+    "npz": _npz,
+    "safetensors": _safetensors,
+}

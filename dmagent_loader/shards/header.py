@@ -1,0 +1,92 @@
+"""One tar header: name, size and kind of a member, and the sample that it belongs to."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+import zlib
+
+BLOCK = tarfile.BLOCKSIZE
+PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+EXTENDED_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *PAX_TYPES)
+REFUSED_TYPES = {
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.CHRTYPE: "a character device",
+    tarfile.BLKTYPE: "a block device",
+    tarfile.FIFOTYPE: "a named pipe",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+}
+
+_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+def plain_header(block: bytes | bytearray) -> tuple[bytes, int] | None:
+    """Name and size of a regular file with a short name; None for every other header, valid or not.
+
+    The fast path: nearly all members of a shard are of this kind, and `tarfile` takes 5 times as long.
+    """
+    try:
+        if block[156] != 48 or block[345]:
+            return None
+        # The low half of adler32 is 1 + the sum of the bytes: the header checksum at the speed of C.
+        total = int(block[148:154], 8) + sum(block[148:156]) - 8 * 32
+        if (zlib.adler32(block) & 0xFFFF) != (total + 1) % 65521:
+            return None
+        size = int(block[124:136].rstrip(b"\0 "), 8)
+    except ValueError:
+        return None
+    return (bytes(block[:100].partition(b"\0")[0]), size) if size >= 0 else None
+
+
+def parse_header(block: bytes | bytearray) -> tarfile.TarInfo | None:
+    """Any header, as `tarfile` reads it; None if its checksum or a number in it is wrong."""
+    try:
+        header = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+    return header if header.size >= 0 else None
+
+
+def pax_records(data: bytes) -> dict[bytes, bytes]:
+    """The records of a pax header: lines of ``length key=value``.
+
+    Raises:
+        ValueError: They are malformed.
+    """
+    records = {}
+    position = 0
+    while position < len(data) and data[position]:
+        space = data.index(b" ", position)
+        length = int(data[position:space])
+        record = data[space + 1 : position + length]
+        if length <= space - position + 1 or not record.endswith(b"\n") or b"=" not in record:
+            raise ValueError("malformed pax record")
+        key, _, value = record[:-1].partition(b"=")
+        records[key] = value
+        position += length
+    return records
+
+
+def split_name(name: bytes) -> tuple[bytes, bytes] | None:
+    """Key and lower-cased extension of a member, or None if it belongs to no sample: webdataset's rules.
+
+    Example:
+        >>> split_name(b"a.b/c.seg.PNG"), split_name(b"__meta__/x.txt"), split_name(b"README")
+        ((b'a.b/c', b'seg.png'), None, None)
+    """
+    start = name.rfind(b"/") + 1
+    dot = name.find(b".", start)
+    if dot > start and not name.startswith(b"__") and name.isascii() and b"\n" not in name:
+        return name[:dot], name[dot + 1 :].lower()
+    text = name.decode("utf-8", "surrogateescape")
+    match = _KEY.match(text)
+    if match is None or _META.match(text):
+        return None
+    return match[1].encode("utf-8", "surrogateescape"), match[2].lower().encode("utf-8", "surrogateescape")
+
+
+def padded(size: int) -> int:
+    """A size rounded up to whole blocks."""
+    return (size + BLOCK - 1) // BLOCK * BLOCK

@@ -1,0 +1,131 @@
+"""From what a user writes for a domain's shards to a list of URLs."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import braceexpand
+
+from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
+_GLOB = re.compile(r"[*?\[]")
+
+
+def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The shards of one domain, in order.
+
+    Brace notation is expanded as webdataset does (``a-{000..015}.tar``, ``{a,b}.tar``, several patterns joined by
+    ``::``); for local paths also globs (sorted) and folders (their ``*.tar``, sorted). A local file whose name is
+    exactly the pattern is taken as it is.
+
+    Args:
+        domain: Name of the domain, for messages.
+        shards: A path, URL or pattern, or several of them.
+
+    Raises:
+        ConfigurationError: A shell pipe, or a shard that is listed twice.
+        ShardNotFoundError: A pattern that matches no file.
+
+    Example:
+        >>> expand_shards("source/web", "s3://corpus/web-{00..02}.tar")
+        ['s3://corpus/web-00.tar', 's3://corpus/web-01.tar', 's3://corpus/web-02.tar']
+    """
+    patterns = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
+    urls: list[str] = []
+    for pattern in patterns:
+        urls.extend(_expand_one(domain, os.fspath(pattern)))
+    if not urls:
+        raise ShardNotFoundError(f"domain {domain!r} lists no shards: give it a path, a URL or a pattern")
+    first_use: dict[str, str] = {}
+    for url in urls:
+        identity = os.path.realpath(local_path(url)) if is_local(url) else url
+        if identity in first_use:
+            raise ConfigurationError(
+                f"domain {domain!r} lists shard {display_url(url)} twice (also as "
+                f"{display_url(first_use[identity])}), so its rows would be trained on twice per epoch: list every "
+                "shard once"
+            )
+        first_use[identity] = url
+    return urls
+
+
+def is_local(url: str) -> bool:
+    """Whether the URL is a path or ``file://``."""
+    scheme = _SCHEME.match(url)
+    return scheme is None or scheme[1].lower() == "file"
+
+
+def local_path(url: str) -> str:
+    """The path of a local shard."""
+    return unquote(urlsplit(url).path) if _SCHEME.match(url) else url
+
+
+def base_name(url: str) -> str:
+    """The file name of a shard, without folders and without query."""
+    return os.path.basename(local_path(url) if is_local(url) else urlsplit(url).path)
+
+
+def display_url(text: str) -> str:
+    """A URL for messages: passwords and query strings (signatures, tokens) are left out."""
+
+    def clean(match: re.Match[str]) -> str:
+        parts = urlsplit(match[0])
+        host = parts.netloc.rsplit("@", 1)[-1]
+        return urlunsplit((parts.scheme, host, parts.path, "", "")) + ("?..." if parts.query else "")
+
+    return re.sub(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+", clean, text)
+
+
+def _expand_one(domain: str, pattern: str) -> list[str]:
+    if re.match(r"^\s*(pipe:|\|)", pattern):
+        raise ConfigurationError(
+            f"domain {domain!r}: {pattern!r} would run a shell command; commands are never run from a shard list: "
+            "use a local path or an fsspec URL (s3://, gs://, https://, ...)"
+        )
+    if is_local(pattern) and os.path.isfile(local_path(pattern)):
+        return [pattern]
+    urls: list[str] = []
+    for part in pattern.split("::"):
+        try:
+            expanded = list(braceexpand.braceexpand(part))
+        except ValueError as error:
+            raise ConfigurationError(f"domain {domain!r}: the braces in {part!r} do not match ({error})") from error
+        for url in expanded:
+            urls.extend(_local_matches(domain, pattern, url) if is_local(url) else [_remote(domain, url)])
+    return urls
+
+
+def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
+    path = local_path(url)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        matches = sorted(str(found) for found in Path(path).glob("*.tar"))
+        if not matches:
+            raise ShardNotFoundError(
+                f"domain {domain!r}: the folder {path!r} holds no *.tar file (pattern {pattern!r})"
+            )
+        return matches
+    matches = sorted(glob.glob(path, recursive=True)) if _GLOB.search(path) else []
+    if not matches:
+        detail = "" if url == pattern else f" (from the pattern {pattern!r})"
+        raise ShardNotFoundError(
+            f"domain {domain!r}: no shard matches {path!r}{detail}, seen from {os.getcwd()!r}; check the path, or "
+            "take the domain out of the list"
+        )
+    return matches
+
+
+def _remote(domain: str, url: str) -> str:
+    if _GLOB.search(url.partition("?")[0]):
+        raise ConfigurationError(
+            f"domain {domain!r}: {display_url(url)!r} has a wildcard, which only local paths may have: use brace "
+            f"notation, for example shard-{{000..015}}.tar, or a list"
+        )
+    return url
