@@ -1,7 +1,8 @@
 """Domains, domain spaces, and the map between a user's space and the canonical one.
 
-A *field* is what a corpus serves: ``source`` is to be kept, ``target`` is to be learnt. A *domain* is a named part
-of the data inside one field. The canonical space is the 26 topics of the NVIDIA domain classifier in each of the two fields.
+A *field* is what a corpus serves: ``source`` is to be kept, ``target`` is to be learnt. A *domain* is a named part of
+the data inside one field. The canonical space is the 26 topics of the NVIDIA domain classifier in each of the two
+fields.
 
 Shapes: U user domains, C = 52 canonical domains.
 """
