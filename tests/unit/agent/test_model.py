@@ -70,7 +70,7 @@ def test_padding_on_the_left_changes_nothing(agent: MixingAgent) -> None:
 
 
 def test_padding_gives_neither_nan_outputs_nor_nan_gradients() -> None:
-    """A row that may attend to nothing is NaN after the softmax; reading only valid rows does not keep it out of the gradient."""
+    """A row that may attend to nothing is NaN after the softmax, and spoils the gradient even if nobody reads it."""
     torch.manual_seed(0)
     agent = MixingAgent(AgentConfig(d_model=16, num_heads=2, d_ff=32))
     mask = torch.zeros(2, 6, dtype=torch.bool)

@@ -1,0 +1,136 @@
+"""The agent over a user's own domains."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from dmagent_loader.agent import AgentConfig, MixingAgent
+from dmagent_loader.domains import CANONICAL_TOPICS, DomainSpace
+from dmagent_loader.errors import ConfigurationError, DomainError, MixError
+from dmagent_loader.history import FeedbackStatistics, History
+from dmagent_loader.policies import AgentPolicy, Policy
+from dmagent_loader.simplex import total_variation
+
+MakeHistory = Callable[..., History]
+TWO = DomainSpace.from_names(["source/web", "target/math"])
+
+
+@pytest.fixture(scope="module")
+def agent() -> MixingAgent:
+    torch.manual_seed(3)
+    statistics = FeedbackStatistics(mean=(-5.0, -4.0), std=(0.1, 0.5), count=10)
+    agent = MixingAgent(AgentConfig(d_model=64, num_heads=2, d_ff=128, statistics=statistics), name="three")
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8.0)
+    return agent
+
+
+def test_over_the_canonical_domains_it_is_the_agent_itself(agent: MixingAgent, make_history: MakeHistory) -> None:
+    history = make_history(DomainSpace.canonical().names, 6)
+    policy = AgentPolicy(agent, DomainSpace.canonical())
+    assert isinstance(policy, Policy)
+    assert policy.name == "three"
+    assert policy.projection is None
+    np.testing.assert_allclose(policy.propose(history), agent.propose(history), atol=1e-12)
+    assert policy.projection is not None
+    assert policy.projection.uncovered == pytest.approx(0.0, abs=1e-12)
+    assert policy.projection.kl == pytest.approx(0.0, abs=1e-9)
+
+
+def test_two_domains_get_the_sums_of_26(agent: MixingAgent, make_history: MakeHistory) -> None:
+    """The paper's reduction (D.6), and on the way in each domain is spread over its field's topics."""
+    history = make_history(TWO.names, 6)
+    spread = np.repeat(history.mixes / 26, 26, axis=1)
+    canonical = dataclasses.replace(history, domains=DomainSpace.canonical().names, mixes=spread)
+    proposal = agent.propose(canonical)
+    np.testing.assert_allclose(
+        AgentPolicy(agent, TWO).propose(history), [proposal[:26].sum(), proposal[26:].sum()], atol=1e-9
+    )
+
+
+def test_past_mixes_reach_the_agent_through_the_compositions(agent: MixingAgent, make_history: MakeHistory) -> None:
+    science = DomainSpace.from_names(
+        TWO.names, compositions={"source/web": {"Science": 1.0}, "target/math": {"Science": 1.0}}
+    )
+    history = make_history(TWO.names, 6)
+    mixes = np.zeros((6, 52))
+    mixes[:, 21], mixes[:, 47] = history.mixes[:, 0], history.mixes[:, 1]
+    expected = agent.propose(dataclasses.replace(history, domains=DomainSpace.canonical().names, mixes=mixes))
+    policy = AgentPolicy(agent, science)
+    np.testing.assert_allclose(policy.propose(history), [expected[:26].sum(), expected[26:].sum()], atol=1e-9)
+    assert policy.projection is not None
+    assert policy.projection.uncovered == pytest.approx(1.0 - expected[21] - expected[47], abs=1e-9)
+
+
+def test_roles_choose_the_feedback_columns_by_name(agent: MixingAgent, make_history: MakeHistory) -> None:
+    """Taking columns by position swaps the field to keep and the field to learn."""
+    history = make_history(TWO.names, 6)
+    expected = AgentPolicy(agent, TWO).propose(history)
+    mixed = dataclasses.replace(
+        history,
+        fields=("math", "law", "general"),
+        feedback=np.column_stack([history.feedback[:, 1], np.full(6, 99.0), history.feedback[:, 0]]),
+    )
+    by_name = AgentPolicy(agent, TWO, roles={"acquire": "math", "keep": "general"}).propose(mixed)
+    np.testing.assert_array_equal(by_name, expected)
+    swapped = AgentPolicy(agent, TWO, roles={"acquire": "general", "keep": "math"}).propose(mixed)
+    assert total_variation(swapped, expected) > 1e-4
+
+
+def test_natural_shares_split_what_the_agent_cannot_tell_apart(agent: MixingAgent, make_history: MakeHistory) -> None:
+    space = DomainSpace.from_names(["source/web", "source/books", "target/math"])
+    policy = AgentPolicy(agent, space, {"source/web": 30, "source/books": 10, "target/math": 5})
+    mix = policy.propose(make_history(space.names, 4))
+    assert mix[0] / mix[1] == pytest.approx(3.0)
+
+
+def test_the_standardization_is_passed_on(agent: MixingAgent, make_history: MakeHistory) -> None:
+    history = make_history(TWO.names, 6)
+    frozen = AgentPolicy(agent, TWO, standardization="frozen").propose(history)
+    assert total_variation(frozen, AgentPolicy(agent, TWO).propose(history)) > 1e-4
+
+
+def test_what_cannot_work_is_refused_at_construction(agent: MixingAgent) -> None:
+    own = MixingAgent(AgentConfig(d_model=16, num_heads=2, d_ff=32, domains=("a", "b")))
+    with pytest.raises(DomainError, match="2 domains of its own"):
+        AgentPolicy(own, TWO)
+    with pytest.raises(DomainError, match="both fields"):
+        AgentPolicy(agent, DomainSpace.from_names(["source/web"]))
+    with pytest.raises(ConfigurationError, match=r"roles names \['keep', 'learn'\]"):
+        AgentPolicy(agent, TWO, roles={"keep": "general", "learn": "math"})
+    with pytest.raises(ConfigurationError, match="unknown standardization 'none'"):
+        AgentPolicy(agent, TWO, standardization="none")  # type: ignore[arg-type]
+    with pytest.raises(MixError, match="shape"):
+        AgentPolicy(agent, TWO, [1.0, 2.0, 3.0])
+
+
+def test_another_runs_history_is_refused(agent: MixingAgent, make_history: MakeHistory) -> None:
+    with pytest.raises(DomainError, match="this policy was built for"):
+        AgentPolicy(agent, TWO).propose(make_history(TWO.names[::-1]))
+    with pytest.raises(ConfigurationError, match=r"3 fields"):
+        AgentPolicy(agent, TWO).propose(make_history(TWO.names, fields=("a", "b", "c")))
+    with pytest.raises(ConfigurationError, match=r"field 'law', but the environment's fields are \['general'"):
+        AgentPolicy(agent, TWO, roles={"keep": "general", "acquire": "law"}).propose(make_history(TWO.names))
+
+
+def test_a_composition_over_few_topics_covers_only_those(agent: MixingAgent, make_history: MakeHistory) -> None:
+    """Weight on topics without data must not leak into the other field."""
+    space = DomainSpace.from_names(["source/News", "target/Science", "target/Health"])
+    policy = AgentPolicy(agent, space)
+    history = make_history(space.names, 3)
+    mix = policy.propose(history)
+    canonical = dataclasses.replace(
+        history, domains=DomainSpace.canonical().names, mixes=policy.map.to_canonical(history.mixes)
+    )
+    proposal = agent.propose(canonical)
+    assert mix[0] == pytest.approx(proposal[:26].sum())
+    target = proposal[26:]
+    science, health = target[CANONICAL_TOPICS.index("Science")], target[CANONICAL_TOPICS.index("Health")]
+    assert mix[1] / mix[2] == pytest.approx(science / health)

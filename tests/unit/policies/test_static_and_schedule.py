@@ -1,0 +1,71 @@
+"""The two policies that do not look at the feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from dmagent_loader.errors import ConfigurationError, DomainError, MixError
+from dmagent_loader.history import History
+from dmagent_loader.policies import LinearSchedule, Policy, StaticPolicy
+
+MakeHistory = Callable[..., History]
+DOMAINS = ("source/web", "source/books", "target/math")
+
+
+def test_both_are_policies() -> None:
+    assert isinstance(StaticPolicy([1.0]), Policy)
+    assert isinstance(LinearSchedule([1.0], [1.0], 1), Policy)
+
+
+def test_a_static_mix_by_name_follows_the_order_of_the_run(make_history: MakeHistory) -> None:
+    policy = StaticPolicy({"target/math": 0.75, "source/web": 0.25})
+    assert policy.propose(make_history(DOMAINS)).tolist() == [0.25, 0.0, 0.75]
+    assert policy.propose(make_history(DOMAINS[::-1], 5)).tolist() == [0.75, 0.0, 0.25]
+
+
+def test_a_static_mix_by_position(make_history: MakeHistory) -> None:
+    policy = StaticPolicy(np.array([0.5, 0.25, 0.25]))
+    assert policy.propose(make_history(DOMAINS)).tolist() == [0.5, 0.25, 0.25]
+    with pytest.raises(MixError, match="2 domains"):
+        policy.propose(make_history(DOMAINS[:2]))
+
+
+def test_changing_the_weights_or_a_proposal_afterwards_changes_no_policy(make_history: MakeHistory) -> None:
+    weights, array = {"source/web": 1.0}, np.array([1.0, 0.0, 0.0])
+    by_name, by_position = StaticPolicy(weights), StaticPolicy(array)
+    weights["source/web"] = 0.1
+    array[0] = 0.1
+    by_position.propose(make_history(DOMAINS))[0] = 9.0
+    for policy in (by_name, by_position):
+        assert policy.propose(make_history(DOMAINS)).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_a_wrong_mix_is_refused_at_construction_and_a_wrong_name_at_use(make_history: MakeHistory) -> None:
+    with pytest.raises(MixError, match=r"sums to 0\.9"):
+        StaticPolicy({"source/web": 0.9})
+    with pytest.raises(MixError, match="negative"):
+        LinearSchedule([1.0, 0.0], [1.5, -0.5], 4)
+    with pytest.raises(DomainError, match="unknown domains 'source/wev'"):
+        StaticPolicy({"source/wev": 1.0}).propose(make_history(DOMAINS))
+
+
+def test_a_schedule_goes_from_its_start_to_its_end_and_stays(make_history: MakeHistory) -> None:
+    """The first decision has a history of one row and is step 1: off by one gives the start mix there."""
+    policy = LinearSchedule({"source/web": 1.0}, {"target/math": 1.0}, steps=4)
+    shares = [policy.propose(make_history(DOMAINS, steps))[2] for steps in range(1, 8)]
+    assert shares == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_every_mix_of_a_schedule_sums_to_one(make_history: MakeHistory) -> None:
+    rng = np.random.default_rng(0)
+    policy = LinearSchedule(rng.dirichlet(np.ones(3)), rng.dirichlet(np.ones(3)), steps=7)
+    for steps in range(1, 10):
+        assert abs(policy.propose(make_history(DOMAINS, steps)).sum() - 1.0) < 1e-12
+
+
+def test_a_schedule_over_no_steps_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="over 0 steps"):
+        LinearSchedule([1.0], [1.0], 0)
