@@ -1,1 +1,17 @@
 """WebDataset tar shards, read by position: index, reader, decoders, writer."""
+
+from dmagent_loader.shards.collection import ShardCollection, ShardSummary
+from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, make_decoder
+from dmagent_loader.shards.index import ShardDamage
+from dmagent_loader.shards.manifest import load_manifest
+
+__all__ = [
+    "Decoder",
+    "RawSample",
+    "ShardCollection",
+    "ShardDamage",
+    "ShardSummary",
+    "decode_npy",
+    "load_manifest",
+    "make_decoder",
+]

@@ -180,9 +180,9 @@ _npy_headers: dict[bytes, tuple[np.dtype[Any], tuple[int, ...], Any, int, int]] 
 def _parse_npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any, int, int]:
     stream = io.BytesIO(header)
     try:
-        version = npy_format.read_magic(stream)  # type: ignore[no-untyped-call]
+        version = npy_format.read_magic(stream)
         reader = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-        shape, fortran, dtype = reader(stream)  # type: ignore[no-untyped-call]
+        shape, fortran, dtype = reader(stream)
     except Exception as error:
         raise DecodeError(f"not a npy file: {error}") from error
     if dtype.hasobject:

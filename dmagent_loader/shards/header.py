@@ -7,6 +7,8 @@ import tarfile
 import zlib
 
 BLOCK = tarfile.BLOCKSIZE
+REGULAR = tarfile.REGTYPE[0]
+PAX = tarfile.XHDTYPE[0]
 PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 EXTENDED_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *PAX_TYPES)
 REFUSED_TYPES = {
@@ -22,14 +24,15 @@ _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
-def plain_header(block: bytes | bytearray) -> tuple[bytes, int] | None:
-    """Name and size of a regular file with a short name; None for every other header, valid or not.
+def quick_header(block: bytes | bytearray) -> tuple[int, bytes, int] | None:
+    """Type, name and size of a regular file with a short name or of a pax header; None for all others, valid or not.
 
-    The fast path: nearly all members of a shard are of this kind, and `tarfile` takes 5 times as long.
+    The fast path: nearly all headers of a shard are of these two kinds, and `tarfile` takes ten times as long.
     """
+    kind = block[156]
+    if (kind != REGULAR and kind != PAX) or block[345]:
+        return None
     try:
-        if block[156] != 48 or block[345]:
-            return None
         # The low half of adler32 is 1 + the sum of the bytes: the header checksum at the speed of C.
         total = int(block[148:154], 8) + sum(block[148:156]) - 8 * 32
         if (zlib.adler32(block) & 0xFFFF) != (total + 1) % 65521:
@@ -37,7 +40,7 @@ def plain_header(block: bytes | bytearray) -> tuple[bytes, int] | None:
         size = int(block[124:136].rstrip(b"\0 "), 8)
     except ValueError:
         return None
-    return (bytes(block[:100].partition(b"\0")[0]), size) if size >= 0 else None
+    return (kind, bytes(block[:100].partition(b"\0")[0]), size) if size >= 0 else None
 
 
 def parse_header(block: bytes | bytearray) -> tarfile.TarInfo | None:
@@ -47,6 +50,11 @@ def parse_header(block: bytes | bytearray) -> tarfile.TarInfo | None:
     except tarfile.HeaderError:
         return None
     return header if header.size >= 0 else None
+
+
+def concerns_layout(pax: bytes | bytearray) -> bool:
+    """Whether a pax header may say something about name, size or layout; most hold only times and owners."""
+    return b"path=" in pax or b"size=" in pax or b"GNU." in pax
 
 
 def pax_records(data: bytes) -> dict[bytes, bytes]:

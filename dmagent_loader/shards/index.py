@@ -155,7 +155,7 @@ def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
         offset, size, extension, crc = offset[members], size[members], extension[members], crc[rows]
     digest = hashlib.sha256(repr(table.extensions).encode())
     for column in (keys, key_end, first, extension, crc):
-        digest.update(np.ascontiguousarray(column))
+        digest.update(column.tobytes())
     return ShardIndex(
         file_size=file_size,
         extensions=tuple(name.decode("utf-8", "surrogateescape") for name in table.extensions),

@@ -18,12 +18,15 @@ from dmagent_loader.errors import ShardLayoutError
 from dmagent_loader.shards.header import (
     BLOCK,
     EXTENDED_TYPES,
+    PAX,
     PAX_TYPES,
     REFUSED_TYPES,
+    REGULAR,
+    concerns_layout,
     padded,
     parse_header,
     pax_records,
-    plain_header,
+    quick_header,
     split_name,
 )
 from dmagent_loader.shards.reader import Source
@@ -200,15 +203,20 @@ class _Scanner:
                 self.load(position)
                 relative = 0
             block = self.buffer[relative : relative + BLOCK]
-            member = plain_header(block) if self.next_name is None and self.next_size is None else None
-            if member is None:
+            quick = quick_header(block)
+            if quick is not None and quick[0] == REGULAR and self.next_name is None and self.next_size is None:
+                _, name, size = quick
+            elif quick is not None and quick[0] == PAX and self.is_harmless(relative + BLOCK, quick[2]):
+                position += BLOCK + padded(quick[2])
+                continue
+            else:
                 special = self.special_header(block, position)
                 if special is None:
                     return
                 member, position = special
                 if member is None:
                     continue
-            name, size = member
+                name, size = member
             start = position + BLOCK
             end = start + size
             if end > self.file_size:
@@ -224,8 +232,13 @@ class _Scanner:
                 table.row_crc[-1] = crc
             position = start + padded(size)
 
+    def is_harmless(self, relative: int, size: int) -> bool:
+        """Whether a pax header whose records are in the buffer changes nothing that matters here."""
+        end = relative + padded(size)
+        return end <= len(self.buffer) and not concerns_layout(self.buffer[relative : relative + size])
+
     def special_header(self, block: bytearray, position: int) -> tuple[tuple[bytes, int] | None, int] | None:
-        """Everything but a plain regular file: (the member if it is one, position of its header or of the next header).
+        """Everything that is not plain: (the member if it is one, position of its header or of the next header).
 
         None: nothing more can be read.
         """
