@@ -44,7 +44,8 @@ class History:
             raise ConfigurationError(f"mixes have shape {mixes.shape}; expected (steps, {len(self.domains)})")
         if feedback.shape != (len(mixes), len(self.fields)):
             raise ConfigurationError(
-                f"feedback has shape {feedback.shape}; expected ({len(mixes)}, {len(self.fields)}): one row for each mix"
+                f"feedback has shape {feedback.shape}; expected ({len(mixes)}, {len(self.fields)}): one row for "
+                f"each mix"
             )
         object.__setattr__(self, "mixes", mixes)
         object.__setattr__(self, "feedback", feedback)
@@ -79,7 +80,8 @@ def validate_feedback(feedback: Mapping[str, float], fields: Sequence[str]) -> F
     if not np.isfinite(values).all():
         bad = {f: float(v) for f, v in zip(fields, values, strict=True) if not np.isfinite(v)}
         raise FeedbackError(
-            f"the feedback is not finite: {bad}; the model has probably diverged: check its loss, the mix was left unchanged"
+            f"the feedback is not finite: {bad}; the model has probably diverged: check its loss, the mix was left "
+            f"unchanged"
         )
     return values
 

@@ -46,26 +46,31 @@ def validate_mix(
     if isinstance(weights, Mapping):
         unknown = [name for name in weights if name not in set(names)]
         if unknown:
-            raise DomainError(
-                f"the mix names unknown domains {_shorten(unknown)}; the domains are {_shorten(names)}"
-            )
+            raise DomainError(f"the mix names unknown domains {_shorten(unknown)}; the domains are {_shorten(names)}")
         mix = np.array([float(weights.get(name, 0.0)) for name in names], dtype=np.float64)
     else:
         mix = np.array(weights, dtype=np.float64)
         if mix.shape != (len(names),):
-            raise MixError(f"the mix has shape {mix.shape}, but there are {len(names)} domains: give one weight for each")
+            raise MixError(
+                f"the mix has shape {mix.shape}, but there are {len(names)} domains: give one weight for each"
+            )
     bad = ~np.isfinite(mix)
     if bad.any():
         raise MixError(f"the mix is not finite on {_named(names, mix, bad)}: every weight must be a finite number")
     bad = mix < 0
     if bad.any():
         raise MixError(f"the mix is negative on {_named(names, mix, bad)}: weights must be 0 or more")
-    total = float(mix.sum())
+    with np.errstate(over="ignore"):
+        total = float(mix.sum())
+    if renormalize and not np.isfinite(total):
+        mix = mix / mix.max()
+        total = float(mix.sum())
     if total <= 0:
         raise MixError(f"all {len(names)} weights are 0: at least one domain needs a positive weight")
     if not renormalize and abs(total - 1.0) > SUM_TOLERANCE:
         raise MixError(
-            f"the mix sums to {total:.6g} over {len(names)} domains, not to 1: correct the weights, or pass renormalize=True"
+            f"the mix sums to {total:.6g} over {len(names)} domains, not to 1: correct the weights, or pass "
+            f"renormalize=True"
         )
     return mix / total
 
@@ -164,13 +169,13 @@ def em_projection(composition: FloatArray, target: FloatArray, start: FloatArray
         ratio = np.divide(reachable, mixed, out=np.zeros_like(mixed), where=mixed > 0)
         mix = mix * (composition @ ratio)
         mix = mix / mix.sum()
-    return mix
+    return np.asarray(mix, dtype=np.float64)
 
 
 def _named(names: Sequence[str], values: FloatArray, selected: npt.NDArray[np.bool_]) -> str:
-    return _shorten([f"{names[i]}={values[i]:.4g}" for i in np.flatnonzero(selected)])
+    return _shorten([f"{names[i]}={values[i]:.4g}" for i in np.flatnonzero(selected).tolist()])
 
 
 def _shorten(items: Sequence[str], limit: int = 6) -> str:
-    shown = ", ".join(repr(item) for item in items[:limit])
+    shown = ", ".join(repr(items[i]) for i in range(min(limit, len(items))))
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

@@ -1,0 +1,145 @@
+"""The way of a decision: feedback -> history -> policy -> guard -> the next mix, the same on all ranks.
+
+Rank 0 decides; the others receive the outcome. What the policy sees is derived from the plan (what was in fact trained
+on) and from the recorded feedback, so that it survives a restart unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from dmagent_loader import distributed
+from dmagent_loader.errors import ConfigurationError, FeedbackError, StateError
+from dmagent_loader.history import History, validate_feedback
+from dmagent_loader.ledger import LedgerEntry
+from dmagent_loader.plan import Plan
+from dmagent_loader.policies import Guard, Policy, propose_guarded
+from dmagent_loader.simplex import FloatArray
+
+HistoryMix = Literal["achieved", "requested"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What came of one reweighting step.
+
+    Attributes:
+        proposed: Domain -> weight, after the guard.
+        in_force: Whether the proposal went into the ledger: False in shadow mode or when the policy failed.
+        entry: The newest ledger entry.
+        staleness: Samples that will be trained under the old mix after the decision.
+        seconds: Time that the policy took.
+        notes: What the guard changed, or why the last good mix was kept.
+    """
+
+    proposed: Mapping[str, float]
+    in_force: bool
+    entry: LedgerEntry
+    staleness: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Feedback of the environment after a number of consumed samples."""
+
+    consumed: int
+    feedback: Mapping[str, float]
+
+
+@dataclass(kw_only=True)
+class DecisionMaker:
+    """Keeps the feedback of a run and asks the policy.
+
+    Args:
+        policy: None: mixes change by hand only.
+        guard: Limits on proposals.
+        plan: What was trained on.
+        start_state: (D,) the mix of the base model's own training data (paper, 3.1).
+        history_mix: Show the policy the mixes that were ``"achieved"``, or those that were ``"requested"`` (parity with
+            the paper, where both are the same up to sampling noise).
+    """
+
+    policy: Policy | None
+    guard: Guard
+    plan: Plan
+    start_state: FloatArray
+    history_mix: HistoryMix = "achieved"
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def history(self) -> History:
+        """All steps so far: row 0 is the start state with the first feedback."""
+        fields = tuple(self.measurements[0].feedback)
+        mixes = [self.start_state]
+        for before, after in zip(self.measurements, self.measurements[1:], strict=False):
+            trained = after.consumed - before.consumed
+            if self.history_mix == "requested":
+                mixes.append(self.plan.ledger.in_force(max(0, after.consumed - 1)).weights())
+            else:
+                mixes.append((self.plan.counts(after.consumed) - self.plan.counts(before.consumed)) / trained)
+        feedback = np.array([[float(m.feedback[f]) for f in fields] for m in self.measurements])
+        return History(domains=self.plan.space.names, fields=fields, mixes=np.array(mixes), feedback=feedback)
+
+    def record(self, feedback: Mapping[str, float], consumed: int) -> None:
+        """Adds the feedback of one reweighting step.
+
+        Raises:
+            FeedbackError: Not finite, no field at all, or other fields than before.
+            ConfigurationError: No sample was trained on since the last step.
+        """
+        if not feedback:
+            raise FeedbackError("the feedback is empty: the environment needs at least one field")
+        fields = tuple(self.measurements[0].feedback) if self.measurements else tuple(feedback)
+        values = validate_feedback(feedback, fields)
+        if self.measurements and consumed <= self.measurements[-1].consumed:
+            raise ConfigurationError(
+                f"feedback after {consumed} consumed samples follows feedback after {self.measurements[-1].consumed}: "
+                "train between two reweighting steps, and pass the number of samples consumed by all ranks since "
+                "the start"
+            )
+        self.measurements.append(Measurement(consumed, dict(zip(fields, (float(v) for v in values), strict=True))))
+
+    def decide(self, previous: FloatArray) -> tuple[FloatArray, bool, tuple[str, ...], float]:
+        """The next mix, the same on all ranks.
+
+        Args:
+            previous: (D,) the mix in force.
+
+        Returns:
+            The mix (D,), whether it is the policy's own, notes, and the seconds that the policy took.
+        """
+        if self.policy is None:
+            raise ConfigurationError(
+                "reweight() needs a policy, but this sampler has none: pass agent= or policy=, or change the mix by "
+                "set_mix()"
+            )
+        result: tuple[list[float], bool, tuple[str, ...], float] | None = None
+        if distributed.get_rank() == 0:
+            outcome = propose_guarded(self.policy, self.history(), previous, self.guard)
+            notes = outcome.notes if outcome.error is None else (outcome.error,)
+            result = (outcome.mix.tolist(), outcome.accepted, notes, outcome.seconds)
+        mix, accepted, notes, seconds = distributed.broadcast_object(result)  # type: ignore[misc]
+        return np.array(mix), accepted, notes, seconds
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The recorded feedback as JSON values."""
+        return [{"consumed": m.consumed, "feedback": dict(m.feedback)} for m in self.measurements]
+
+
+def measurements_from_json(saved: Any) -> list[Measurement]:
+    """Recorded feedback as `DecisionMaker.to_json` wrote it.
+
+    Raises:
+        StateError: It cannot be read.
+    """
+    if not isinstance(saved, list):
+        raise StateError(f"the saved feedback is a {type(saved).__name__}, not a list: the state is damaged")
+    try:
+        return [Measurement(int(m["consumed"]), {str(k): float(v) for k, v in m["feedback"].items()}) for m in saved]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StateError(f"the saved feedback cannot be read: {error!r}") from error

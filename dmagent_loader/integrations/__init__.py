@@ -1,0 +1,1 @@
+"""Trainers: each module needs its own extra and is imported on its own."""

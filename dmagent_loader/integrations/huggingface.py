@@ -1,0 +1,352 @@
+"""The Hugging Face Trainer: one callback that evaluates the model, re-weights the domains, and saves the run's state.
+
+    Trainer(model, args, train_dataset=sampler, callbacks=[DataMixingCallback(sampler, environment)])
+
+A stock Trainer reads an iterable dataset in one of three ways, and the callback tells the sampler which:
+
+- one process: the stream as it is;
+- several processes, by default: rank 0 reads one whole stream and sends each rank its slice (`DataLoaderDispatcher`);
+- several processes, ``accelerator_config={"dispatch_batches": False}``: every rank reads the whole stream and keeps its
+  slice (`IterableDatasetShard`), so that each row is read once for every rank.
+
+In all of them accelerate fetches one batch more than is trained on. `DataMixingTrainerMixin` gives the sampler's own
+loader instead: each rank reads only its share, and a new mix holds from the next step on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+
+from dmagent_loader.environment import Environment
+from dmagent_loader.errors import ConfigurationError, StateError, require_extra
+from dmagent_loader.layout import StreamKind
+from dmagent_loader.sampler import AgentWeightedSampler
+
+require_extra("transformers", "hf")
+require_extra("accelerate", "hf")
+
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard  # noqa: E402
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback  # noqa: E402
+from transformers.trainer_callback import ExportableState  # noqa: E402
+from transformers.trainer_utils import RemoveColumnsCollator  # noqa: E402
+
+if TYPE_CHECKING:
+    from dmagent_loader.decisions import Decision
+
+logger = logging.getLogger(__name__)
+
+
+class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Evaluates the environment when a decision is due, and lets the sampler's policy choose the next mix.
+
+    Before the first step the base model is evaluated. After every ``sampler.samples_per_reweight`` samples the model is
+    evaluated again. The state goes into the Trainer's checkpoints (``trainer_state.json``) and comes back with
+    ``resume_from_checkpoint``; the Trainer's own skipping of batches is switched off, because the sampler goes on at
+    the right sample by itself. Training stops when the plan ends.
+
+    Metrics go to the Trainer's reporters and its ``log_history``: ``mix/<domain>`` (the new mix), ``achieved/<domain>``
+    (shares trained on since the last decision), ``env/<field>``, ``dmagent/staleness_samples``,
+    ``dmagent/look_ahead_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
+    ``dmagent/evaluation_share`` (of the time since training began).
+
+    Args:
+        sampler: The Trainer's `train_dataset`.
+        environment: Question sets; None: no decisions, mixes change by `set_mix` only.
+    """
+
+    def __init__(self, sampler: AgentWeightedSampler, environment: Environment | None = None) -> None:
+        self.sampler, self.environment = sampler, environment
+        self._begin_consumed, self._begin_step, self._samples_per_step = 0, 0, 1
+        self._consumed = 0
+        self._started, self._evaluating_seconds = 0.0, 0.0
+        self._reporters: list[TrainerCallback] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the Trainer measures the loader: the kind of stream, and no skipping at resume."""
+        if args.restore_callback_states_from_checkpoint:
+            raise ConfigurationError(
+                "restore_callback_states_from_checkpoint=True makes the Trainer build a new DataMixingCallback "
+                "without its sampler: leave it False, this callback restores itself"
+            )
+        args.ignore_data_skip = True
+        if args.world_size > 1:
+            batch_size, _ = _batch_sizes(args, args.train_batch_size)
+            self.sampler.set_loader(kind="whole", batch_size=batch_size, worker_block=1, granule=batch_size)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Recognises the loader, restores a checkpoint's state, and evaluates the base model."""
+        loader = kwargs["train_dataloader"]
+        self._recognise(args, loader)
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if isinstance(saved, list):
+            saved = saved[-1] if saved else None
+        if state.global_step > 0:
+            self._restore(args, state, saved)
+        # A checkpoint made without this callback has no place for its state, which the Trainer needs when it saves.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self._begin_step, self._begin_consumed = state.global_step, self._consumed
+        self._started = time.perf_counter()
+        self._reporters = _other_callbacks(self)
+        self._warn_about_epochs(args)
+        self._maybe_reweight(args, state, control, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts what was consumed, decides when it is time, and stops at the end of the plan."""
+        trained = (state.global_step - self._begin_step) * self._samples_per_step
+        self._consumed = self._begin_consumed + trained
+        end = self.sampler.end
+        if end is not None and self._consumed >= end:
+            self._consumed = end
+            control.should_training_stop = True
+            logger.info(
+                "the plan ends after %d samples, because %s are used up: training stops", end, self._used_up(end)
+            )
+            return
+        self._maybe_reweight(args, state, control, kwargs["model"])
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into its checkpoint."""
+        return {
+            "args": {},
+            "attributes": {
+                "sampler": self.sampler.state_dict(consumed=self._consumed),
+                "environment": None if self.environment is None else self.environment.fingerprint,
+            },
+        }
+
+    @property
+    def consumed(self) -> int:
+        """Samples that training has consumed over all ranks since the run began."""
+        return self._consumed
+
+    def _maybe_reweight(self, args: Any, state: Any, control: Any, model: Any) -> None:
+        if self.environment is None or self.sampler.decisions.policy is None:
+            return
+        if not self.sampler.reweight_due(self._consumed):
+            return
+        before = self.sampler.decisions.measurements
+        since = before[-1].consumed if before else 0
+        started = time.perf_counter()
+        feedback = self.environment.evaluate(model)
+        seconds = time.perf_counter() - started
+        self._evaluating_seconds += seconds
+        decision = self.sampler.reweight(feedback, consumed=self._consumed)
+        self._report(args, state, control, decision, feedback, seconds, since)
+
+    def _report(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        decision: Decision,
+        feedback: Mapping[str, float],
+        seconds: float,
+        since: int,
+    ) -> None:
+        """Sends the metrics of one decision to the Trainer's log history and reporters."""
+        space = self.sampler.space
+        elapsed = time.perf_counter() - self._started
+        short = {f"env/{field}": float(value) for field, value in feedback.items()}
+        masses = space.field_mass(space.mix(decision.proposed, renormalize=True))
+        short |= {f"mix/{field}": mass for field, mass in masses.items()}
+        short["dmagent/staleness_samples"] = float(decision.staleness)
+        full = dict(short)
+        full |= {f"mix/{domain}": weight for domain, weight in decision.proposed.items()}
+        if self._consumed > since:
+            counts = self.sampler.achieved(since, self._consumed)
+            full |= {f"achieved/{domain}": count / (self._consumed - since) for domain, count in counts.items()}
+        full |= {
+            "dmagent/consumed_samples": float(self._consumed),
+            "dmagent/decision_seconds": decision.seconds,
+            "dmagent/evaluation_seconds": seconds,
+            "dmagent/evaluation_share": self._evaluating_seconds / elapsed if elapsed > 0 else 0.0,
+        }
+        state.log_history.append({**full, "epoch": state.epoch, "step": state.global_step})
+        for reporter in self._reporters:
+            console = isinstance(reporter, (ProgressCallback, PrinterCallback))
+            logs = {name: f"{value:.4g}" for name, value in short.items()} if console else dict(full)
+            reporter.on_log(args, state, control, logs=logs)
+
+    def _recognise(self, args: Any, loader: Any) -> None:
+        """Finds out how the Trainer reads the sampler, and tells it."""
+        sliced_by_rank = isinstance(loader.dataset, IterableDatasetShard)
+        dataset = loader.dataset.dataset if sliced_by_rank else loader.dataset
+        if dataset is not self.sampler:
+            raise ConfigurationError(
+                f"the Trainer's train_dataset is a {type(dataset).__name__}, not the sampler of this "
+                "DataMixingCallback: pass the same sampler to both"
+            )
+        world, workers = args.world_size, loader.num_workers
+        loaded = loader.batch_size or 1
+        dispatched = isinstance(loader, DataLoaderDispatcher)
+        kind: StreamKind = "sharded"
+        block, batch_size = loaded, loaded
+        ahead = (workers * (loader.prefetch_factor or 0)) * loaded
+        if world > 1 and (dispatched or sliced_by_rank):
+            split = bool(loader.split_batches if dispatched else loader.dataset.split_batches)
+            batch_size = loaded // world if split else loaded
+            block = loaded if dispatched or split else loaded * world
+            ahead = batch_size * world + workers * (loader.prefetch_factor or 0) * block
+            kind = "whole"
+            if sliced_by_rank:
+                logger.warning(
+                    "dispatch_batches=False: each of the %d ranks reads and decodes every row, and discards %d of "
+                    "%d; leave dispatch_batches at its default, or use DataMixingTrainerMixin, and each row is read "
+                    "once",
+                    world,
+                    world - 1,
+                    world,
+                )
+        else:
+            bare = type(loader) is DataLoader
+            ahead = (ahead + (0 if bare else loaded)) * world
+        self._samples_per_step = batch_size * world * args.gradient_accumulation_steps
+        whole_steps = world > 1 or args.gradient_accumulation_steps > 1
+        self.sampler.set_loader(
+            kind=kind,
+            batch_size=batch_size,
+            worker_block=block,
+            granule=batch_size * args.gradient_accumulation_steps if whole_steps else 1,
+            look_ahead=ahead if workers else 0,
+        )
+
+    def _restore(self, args: Any, state: Any, saved: Any) -> None:
+        if saved is None:
+            logger.warning(
+                "the checkpoint at step %d was made without DataMixingCallback: the plan begins at its first sample",
+                state.global_step,
+            )
+        else:
+            try:
+                attributes = saved["attributes"]
+                restored, questions = attributes["sampler"], attributes["environment"]
+            except (KeyError, TypeError) as error:
+                raise StateError(f"the checkpoint's state of DataMixingCallback cannot be read: {error!r}") from error
+            self.sampler.load_state_dict(restored)
+            self._consumed = int(restored["consumed"])
+            present = None if self.environment is None else self.environment.fingerprint
+            if questions != present:
+                logger.warning(
+                    "the environment's questions or settings differ from those before the checkpoint: feedback before "
+                    "and after it cannot be compared"
+                )
+        if not args.ignore_data_skip:
+            args.ignore_data_skip = True
+            logger.warning(
+                "the callback was added after the Trainer was built: its skipping of batches is switched off, but the "
+                "random state of the checkpoint is not restored; pass the callback to Trainer(callbacks=[...])"
+            )
+
+    def _warn_about_epochs(self, args: Any) -> None:
+        end = self.sampler.end
+        if end is not None and args.max_steps <= 0 and args.num_train_epochs > 1:
+            steps = -(-end // self._samples_per_step)
+            logger.warning(
+                "num_train_epochs=%g asks for %g passes, but the run ends when data are used up, after about %d "
+                "steps; the learning rate schedule is planned for %g times as many: set num_train_epochs=1 or "
+                "max_steps=%d, or let the target field repeat (exhausted='repeat')",
+                args.num_train_epochs,
+                args.num_train_epochs,
+                steps,
+                args.num_train_epochs,
+                steps,
+            )
+
+    def _used_up(self, end: int) -> str:
+        return ", ".join(self.sampler.plan.used_up_at(self.sampler.plan.end or end)) or "data"
+
+
+class DataMixingTrainerMixin:
+    """Gives a Trainer the sampler's own loader, which fetches nothing beyond the step in hand (without torch workers).
+
+        class MyTrainer(DataMixingTrainerMixin, Trainer): ...
+
+    Each rank reads only its share, and a new mix holds from the very next step.
+    """
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The loader of the Trainer's sampler; any other dataset gets the Trainer's own loader."""
+        trainer: Any = self
+        if not isinstance(trainer.train_dataset, AgentWeightedSampler):
+            return super().get_train_dataloader()  # type: ignore[misc, no-any-return]
+        args = trainer.args
+        batch_size = args.train_batch_size
+        trainer.train_dataset.set_loader(
+            kind="sharded",
+            batch_size=batch_size,
+            worker_block=batch_size,
+            granule=batch_size if args.world_size > 1 else 1,
+        )
+        collate = trainer.data_collator
+        if args.remove_unused_columns:
+            columns = [
+                *inspect.signature(trainer.model.forward).parameters,
+                "label",
+                "label_ids",
+                *(args.label_names or []),
+            ]
+            collate = RemoveColumnsCollator(data_collator=collate, signature_columns=columns)
+        workers = args.dataloader_num_workers
+        return DataLoader(
+            trainer.train_dataset,
+            batch_size=batch_size,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end, for ``resume_from_checkpoint`` after a crash.
+
+    The Trainer writes ``trainer_state.json`` last; a folder without one that can be read was cut off.
+
+    Args:
+        output_dir: The Trainer's.
+
+    Returns:
+        Path of the checkpoint, or None.
+    """
+    found: list[tuple[int, Path]] = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        try:
+            step = int(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        found.append((step, folder))
+    return str(max(found)[1]) if found else None
+
+
+def _batch_sizes(args: Any, loaded: int) -> tuple[int, int]:
+    """Samples of one rank, and of one batch of the loader, when accelerate splits a stream."""
+    split = bool(getattr(args.accelerator_config, "split_batches", False))
+    return (loaded // args.world_size if split else loaded), loaded
+
+
+def _other_callbacks(own: TrainerCallback) -> list[TrainerCallback]:
+    """The Trainer's other callbacks, so that metrics reach TensorBoard, W&B and the rest through the Trainer's own
+    writers.
+
+    The Trainer gives a callback no way to log: it stands at the end of the list whose `on_log` writes. The list is
+    found in the handler that is calling.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        callbacks = getattr(handler, "callbacks", None)
+        if isinstance(callbacks, list) and any(callback is own for callback in callbacks):
+            return [callback for callback in callbacks if callback is not own]
+        frame = frame.f_back  # type: ignore[assignment]
+    logger.warning("the Trainer's reporters were not found: metrics of the mix are only in its log_history")
+    return []

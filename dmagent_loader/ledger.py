@@ -1,0 +1,133 @@
+"""The append-only record of which mix holds from which global sample on, who decided it, and on what feedback.
+
+Together with the seed it determines every sample of a run; see `dmagent_loader.plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dmagent_loader.errors import StateError
+from dmagent_loader.simplex import FloatArray, validate_mix
+
+INITIAL = "initial"
+MANUAL = "manual"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerEntry:
+    """One mix and where it comes from.
+
+    Args:
+        start: Global sample index from which the mix holds.
+        mix: D weights that sum to 1, in the order of the ledger's domains.
+        decided_by: ``"initial"``, ``"manual"`` or the name of the policy.
+        decided_at: Samples that training had consumed at the decision; ``start - decided_at`` is the staleness.
+        feedback: The feedback that the decision rests on, by field; None for manual and initial mixes.
+        accepted: False if the policy failed and the last good mix was kept.
+        note: What a reader of the ledger should know, for example why a proposal was refused.
+    """
+
+    start: int
+    mix: tuple[float, ...]
+    decided_by: str
+    decided_at: int
+    feedback: Mapping[str, float] | None = None
+    accepted: bool = True
+    note: str = ""
+
+    @property
+    def staleness(self) -> int:
+        """Samples trained under the previous mix after the decision."""
+        return self.start - self.decided_at
+
+    def weights(self) -> FloatArray:
+        """The mix as a vector: (D,)."""
+        return np.array(self.mix, dtype=np.float64)
+
+
+class Ledger:
+    """An append-only sequence of entries with rising `start`.
+
+    Args:
+        domains: The D domain names.
+    """
+
+    def __init__(self, domains: tuple[str, ...]) -> None:
+        self.domains = domains
+        self._entries: list[LedgerEntry] = []
+
+    def append(self, entry: LedgerEntry) -> None:
+        """Adds an entry. One that starts where the last one starts replaces it: no sample was drawn under that one.
+
+        Raises:
+            StateError: The entry starts before the last one, or a first entry does not start at 0.
+        """
+        if len(entry.mix) != len(self.domains):
+            raise StateError(f"the ledger entry has {len(entry.mix)} weights for {len(self.domains)} domains")
+        last = self._entries[-1].start if self._entries else 0
+        if entry.start < last or (not self._entries and entry.start != 0):
+            raise StateError(
+                f"a mix that holds from sample {entry.start} cannot follow one that holds from sample {last}: "
+                "the ledger is append-only"
+            )
+        if self._entries and entry.start == last:
+            self._entries.pop()
+        self._entries.append(entry)
+
+    def in_force(self, index: int) -> LedgerEntry:
+        """The entry that holds at a global sample index."""
+        starts = [entry.start for entry in self._entries]
+        return self._entries[int(np.searchsorted(starts, index, side="right")) - 1]
+
+    @property
+    def last(self) -> LedgerEntry:
+        """The newest entry."""
+        return self._entries[-1]
+
+    def __iter__(self) -> Iterator[LedgerEntry]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, position: int) -> LedgerEntry:
+        return self._entries[position]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The entries as JSON values."""
+        return [{**asdict(entry), "mix": list(entry.mix)} for entry in self._entries]
+
+    @classmethod
+    def from_json(cls, domains: tuple[str, ...], entries: Any) -> Ledger:
+        """Rebuilds a ledger from `to_json`.
+
+        Raises:
+            StateError: The entries are not those of a ledger over these domains.
+        """
+        if not isinstance(entries, list) or not entries:
+            raise StateError("the saved ledger is not a list of entries: the state is damaged")
+        ledger = cls(domains)
+        for number, saved in enumerate(entries):
+            try:
+                weights = [float(x) for x in saved["mix"]]
+                validate_mix(weights, domains)
+                entry = LedgerEntry(
+                    start=int(saved["start"]),
+                    mix=tuple(weights),
+                    decided_by=str(saved["decided_by"]),
+                    decided_at=int(saved["decided_at"]),
+                    feedback=None
+                    if saved.get("feedback") is None
+                    else {str(k): float(v) for k, v in saved["feedback"].items()},
+                    accepted=bool(saved.get("accepted", True)),
+                    note=str(saved.get("note", "")),
+                )
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise StateError(f"entry {number} of the saved ledger cannot be read: {error!r}") from error
+            ledger.append(entry)
+        return ledger

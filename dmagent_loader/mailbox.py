@@ -1,0 +1,124 @@
+"""Shared memory between a sampler and its copies in torch workers.
+
+The main process publishes new mixes; every worker sees them before it chooses its next sample, so that the loader need
+not be rebuilt. Workers publish how far they have come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.ledger import LedgerEntry
+
+MAX_WORKERS = 256
+CAPACITY = 512
+"""Mixes that a worker may fall behind; it looks before each sample, so only its prefetched samples count."""
+
+_PUBLISHED, _NUM_WORKERS, _BLOCK = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class PublishedMix:
+    """A mix as workers receive it: a ledger entry without its history."""
+
+    start: int
+    decided_at: int
+    mix: tuple[float, ...]
+
+    def as_entry(self) -> LedgerEntry:
+        """The ledger entry that a worker's copy of the plan appends."""
+        return LedgerEntry(start=self.start, mix=self.mix, decided_by="main process", decided_at=self.decided_at)
+
+
+class Mailbox:
+    """Mixes from the main process to its workers, and the workers' progress back.
+
+    Args:
+        num_domains: D.
+    """
+
+    def __init__(self, num_domains: int) -> None:
+        self._tensors = {
+            "header": torch.zeros(3, dtype=torch.int64),
+            "frontiers": torch.zeros(MAX_WORKERS, dtype=torch.int64),
+            "indices": torch.zeros((CAPACITY, 2), dtype=torch.int64),
+            "mixes": torch.zeros((CAPACITY, num_domains), dtype=torch.float64),
+        }
+        for tensor in self._tensors.values():
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        self._view()
+
+    def _view(self) -> None:
+        """numpy views of the shared tensors: reading one number through torch costs ten times as much."""
+        self._header = self._tensors["header"].numpy()
+        self._frontiers = self._tensors["frontiers"].numpy()
+        self._indices = self._tensors["indices"].numpy()
+        self._mixes = self._tensors["mixes"].numpy()
+
+    def __getstate__(self) -> dict[str, torch.Tensor]:
+        return self._tensors
+
+    def __setstate__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._view()
+
+    @property
+    def published(self) -> int:
+        """Number of mixes published so far."""
+        return int(self._header[_PUBLISHED])
+
+    def publish(self, entry: LedgerEntry) -> None:
+        """Makes a new mix visible to the workers."""
+        number = self.published
+        slot = number % CAPACITY
+        self._indices[slot] = (entry.start, entry.decided_at)
+        self._mixes[slot] = entry.mix
+        self._header[_PUBLISHED] = number + 1
+
+    def read(self, number: int) -> PublishedMix:
+        """The mix published as the given number.
+
+        Raises:
+            StateError: It has been overwritten since.
+        """
+        if self.published - number > CAPACITY:
+            raise StateError(
+                f"a data worker fell {self.published - number} mix changes behind and only {CAPACITY} are kept: raise "
+                "samples_per_reweight or lower prefetch_factor"
+            )
+        slot = number % CAPACITY
+        start, decided_at = (int(x) for x in self._indices[slot])
+        return PublishedMix(start, decided_at, tuple(self._mixes[slot].tolist()))
+
+    def start_worker(self, worker: int, num_workers: int, block: int, frontier: int) -> None:
+        """A worker says that it has begun, and how many consecutive samples of the stream it takes at a time.
+
+        Raises:
+            ConfigurationError: There are too many workers.
+        """
+        if num_workers > MAX_WORKERS:
+            raise ConfigurationError(f"{num_workers} data workers on one rank; at most {MAX_WORKERS} are supported")
+        self._header[_NUM_WORKERS] = num_workers
+        self._header[_BLOCK] = block
+        self._frontiers[worker] = frontier
+
+    def advance(self, worker: int, frontier: int) -> None:
+        """A worker says how far it has come."""
+        self._frontiers[worker] = frontier
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that have begun; 0 while the main process reads by itself."""
+        return int(self._header[_NUM_WORKERS])
+
+    @property
+    def block(self) -> int:
+        """Consecutive stream positions that a worker takes at a time."""
+        return int(self._header[_BLOCK])
+
+    def frontier(self) -> int:
+        """The first global index that no worker of this rank has delivered."""
+        return int(self._frontiers[: max(1, self.num_workers)].max())

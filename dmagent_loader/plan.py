@@ -1,0 +1,284 @@
+"""The plan: the pure function (seed, ledger, global sample index) -> (domain, row of the domain).
+
+Between two mixes, and between two moments at which a domain runs out, the effective mix is constant: a *segment*. Each
+segment holds an order of domains with random access (`dmagent_loader.order`) and the number of samples that each domain
+had given before it, so any sample is found without going through those before it.
+
+Shapes: D domains, n samples.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+
+from dmagent_loader.domains import SOURCE, DomainSpace
+from dmagent_loader.errors import ConfigurationError, EmptyShardError, ExhaustedError
+from dmagent_loader.hashing import stream_key
+from dmagent_loader.ledger import Ledger, LedgerEntry
+from dmagent_loader.order import RESOLUTION, DomainOrder
+from dmagent_loader.shuffle import DEFAULT_WINDOW, RowOrder
+from dmagent_loader.simplex import FloatArray, IntArray
+
+ExhaustionRule = Literal["repeat", "stop", "redistribute", "error"]
+_OFF_BY = 4
+"""More samples than a domain can be off its share, what the last mix owed it included."""
+
+EXHAUSTION_RULES: tuple[ExhaustionRule, ...] = get_args(ExhaustionRule)
+
+
+def exhaustion_rules(
+    space: DomainSpace, exhausted: str | Mapping[str, str] | None = None
+) -> tuple[ExhaustionRule, ...]:
+    """What happens when each domain of a space has given all its rows.
+
+    - ``repeat``: the rows come again in a new order (default for the source field).
+    - ``stop``: the domain's weight goes to the rest of its field, and the run ends when the field is used up, as in the
+      paper (default for every other field).
+    - ``redistribute``: the same without that end: when the field is used up, its weight goes to the other fields.
+    - ``error``: `ExhaustedError`.
+
+    Weight goes only to domains that have weight themselves: a weight of 0 is never raised.
+
+    Args:
+        space: The domains.
+        exhausted: One rule for all, or a mapping from field or domain name to rule (a domain's own wins).
+
+    Raises:
+        ConfigurationError: An unknown rule, or a name that is neither a field nor a domain.
+    """
+    given: dict[str, str] = {}
+    if isinstance(exhausted, str):
+        given = dict.fromkeys(space.fields, exhausted)
+    elif exhausted is not None:
+        given = dict(exhausted)
+    unknown = sorted(set(given) - set(space.fields) - set(space.names))
+    if unknown:
+        raise ConfigurationError(
+            f"exhausted names {unknown}, which are neither fields {space.fields} nor domains: check the spelling"
+        )
+    rules = []
+    for domain in space.domains:
+        default = "repeat" if domain.field == SOURCE else "stop"
+        rule = given.get(domain.name, given.get(domain.field, default))
+        if rule not in EXHAUSTION_RULES:
+            raise ConfigurationError(
+                f"exhaustion rule {rule!r} of domain {domain.name!r} is unknown; choose one of {list(EXHAUSTION_RULES)}"
+            )
+        rules.append(rule)
+    return tuple(rules)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a batch of samples comes from; all arrays are (n,) int64.
+
+    Attributes:
+        domain: Domain number.
+        draw: How many samples that domain had given before this one.
+        shard: Shard number within the domain.
+        row: Row within the shard.
+    """
+
+    domain: IntArray
+    draw: IntArray
+    shard: IntArray
+    row: IntArray
+
+
+@dataclass(frozen=True)
+class _Segment:
+    start: int
+    stop: int | None
+    order: DomainOrder | None
+    base: IntArray
+    used_up: tuple[int, ...] = ()
+    failed: tuple[int, ...] = ()
+
+
+class Plan:
+    """The order of all samples of a run.
+
+    Args:
+        space: The domains.
+        shard_rows: For each domain, the rows of each of its shards.
+        seed: Of the run.
+        exhausted: See `exhaustion_rules`.
+        window: Rows per shuffle window.
+
+    Raises:
+        EmptyShardError: A domain has no rows.
+    """
+
+    def __init__(
+        self,
+        space: DomainSpace,
+        shard_rows: Sequence[IntArray],
+        *,
+        seed: int,
+        exhausted: str | Mapping[str, str] | None = None,
+        window: int = DEFAULT_WINDOW,
+    ) -> None:
+        self.space, self.seed, self.window = space, seed, window
+        self.rules = exhaustion_rules(space, exhausted)
+        self._rows = [RowOrder(seed, name, rows, window) for name, rows in zip(space.names, shard_rows, strict=True)]
+        self.num_rows: IntArray = np.array([order.num_rows for order in self._rows], dtype=np.int64)
+        empty = [name for name, rows in zip(space.names, self.num_rows, strict=True) if rows == 0]
+        if empty:
+            raise EmptyShardError(f"domains {empty} have no rows: give them shards, or leave them out")
+        self._limited = np.array([rule != "repeat" for rule in self.rules])
+        self._segments: list[_Segment] = []
+        self._starts: list[int] = []
+        self.ledger = Ledger(space.names)
+
+    def append(self, entry: LedgerEntry) -> None:
+        """Lets a new mix hold from ``entry.start`` on; samples before it do not change.
+
+        Raises:
+            StateError: The entry would change the past of the ledger.
+        """
+        self.ledger.append(entry)
+        while self._segments and self._segments[-1].start >= entry.start:
+            self._segments.pop()
+        base = np.zeros(len(self.space), dtype=np.int64)
+        owed = np.zeros(len(self.space), dtype=np.int64)
+        if self._segments:
+            last = self._segments[-1]
+            if last.order is None:
+                return
+            base, owed = (
+                last.base + last.order.counts(entry.start - last.start),
+                last.order.owed(entry.start - last.start),
+            )
+            self._segments[-1] = replace(last, stop=entry.start)
+        self._extend(entry.start, entry.weights(), base, owed)
+        self._starts = [segment.start for segment in self._segments]
+
+    def _extend(self, start: int, mix: FloatArray, base: IntArray, owed: IntArray) -> None:
+        """Adds the segments of one mix: one more each time that a domain runs out."""
+        while True:
+            used_up = self._limited & (base >= self.num_rows)
+            weights = self._effective(mix, used_up)
+            names = tuple(int(i) for i in np.flatnonzero(used_up))
+            failed = tuple(i for i in names if self.rules[i] == "error" and mix[i] > 0)
+            if weights is None or failed:
+                self._segments.append(_Segment(start, start, None, base, names, failed))
+                return
+            order = DomainOrder(weights, stream_key(self.seed, "order", start), owed)
+            length = self._until_used_up(order, base)
+            stop = None if length is None else start + length
+            self._segments.append(_Segment(start, stop, order, base, names))
+            if length is None or stop is None:
+                return
+            base, owed, start = base + order.counts(length), order.owed(length), stop
+
+    def _effective(self, mix: FloatArray, used_up: np.ndarray) -> FloatArray | None:
+        """The mix after the weights of used-up domains went elsewhere; None: the run ends here."""
+        if not used_up.any():
+            return mix
+        weights = np.where(used_up, 0.0, mix)
+        for field_name in self.space.fields:
+            members = list(self.space.members(field_name))
+            lost, left = float(mix[members][used_up[members]].sum()), float(weights[members].sum())
+            ends = any(used_up[i] and self.rules[i] == "stop" for i in members)
+            if left > 0:
+                weights[members] *= (left + lost) / left
+            elif ends and (lost > 0 or used_up[members].all()):
+                return None
+        total = float(weights.sum())
+        return None if total <= 0 else weights / total
+
+    def _until_used_up(self, order: DomainOrder, base: IntArray) -> int | None:
+        """Samples until the first limited domain with weight has given its last row; None: never."""
+        waiting = self._limited & (order.quanta > 0)
+        if not waiting.any():
+            return None
+        left = (self.num_rows - base)[waiting]
+
+        def reached(length: int) -> bool:
+            return bool((order.counts(length)[waiting] >= left).any())
+
+        share = order.quanta[waiting] / RESOLUTION
+        low = max(0, int(((left - _OFF_BY) / share).min()))
+        high = int(np.ceil(((left + _OFF_BY) / share).min()))
+        while not reached(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if reached(middle) else (middle, high)
+        return high
+
+    @property
+    def end(self) -> int | None:
+        """Global index at which the run ends because data are used up, under the present ledger; None: never."""
+        last = self._segments[-1]
+        return last.start if last.order is None and not last.failed else None
+
+    def locate(self, indices: IntArray) -> Located:
+        """Domain, draw, shard and row of samples.
+
+        Args:
+            indices: (n,) global sample indices, each below `end`.
+
+        Raises:
+            ExhaustedError: A domain with rule ``error`` was used up before one of the indices, or the plan has ended.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        domain, draw = np.empty_like(indices), np.empty_like(indices)
+        shard, row = np.empty_like(indices), np.empty_like(indices)
+        segment_of = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(segment_of):
+            segment = self._segments[int(number)]
+            self._refuse(segment)
+            chosen = segment_of == number
+            assert segment.order is not None
+            domain[chosen], draw[chosen] = segment.order.locate(indices[chosen] - segment.start)
+            draw[chosen] += segment.base[domain[chosen]]
+        by_domain = np.argsort(domain, kind="stable")
+        bounds = np.flatnonzero(np.diff(domain[by_domain])) + 1
+        for chosen in np.split(by_domain, bounds) if len(indices) else []:
+            shard[chosen], row[chosen] = self._rows[int(domain[chosen[0]])].rows(draw[chosen])
+        return Located(domain, draw, shard, row)
+
+    def _refuse(self, segment: _Segment) -> None:
+        if segment.failed:
+            names = [self.space.names[i] for i in segment.failed]
+            raise ExhaustedError(
+                f"domains {names} were used up at sample {segment.start} and their rule is 'error': add shards, lower "
+                "their weight, or choose exhausted='repeat', 'stop' or 'redistribute'"
+            )
+        if segment.order is None:
+            names = [self.space.names[i] for i in segment.used_up]
+            raise ExhaustedError(f"the plan ends at sample {segment.start}: {names} are used up")
+
+    def counts(self, index: int) -> IntArray:
+        """Samples that each domain has given before a global index: (D,) int64, sums to the index."""
+        segment = self._segments[bisect_right(self._starts, index) - 1]
+        if segment.order is None:
+            return segment.base.copy()
+        return segment.base + segment.order.counts(index - segment.start)
+
+    def mix_at(self, index: int) -> FloatArray:
+        """The effective mix at a global index, after used-up domains gave their weight away: (D,)."""
+        segment = self._segments[max(0, bisect_right(self._starts, index) - 1)]
+        if segment.order is None:
+            return np.zeros(len(self.space))
+        return np.asarray(segment.order.quanta / RESOLUTION, dtype=np.float64)
+
+    def used_up_at(self, index: int) -> tuple[str, ...]:
+        """Names of the domains that have run out before a global index."""
+        segment = self._segments[bisect_right(self._starts, index) - 1]
+        return tuple(self.space.names[i] for i in segment.used_up)
+
+    def changes(self) -> list[tuple[int, tuple[str, ...]]]:
+        """Where domains run out, under the present ledger: (global index, names used up from there on)."""
+        found: list[tuple[int, tuple[str, ...]]] = []
+        for segment in self._segments:
+            names = tuple(self.space.names[i] for i in segment.used_up)
+            if names and (not found or found[-1][1] != names):
+                found.append((segment.start, names))
+        return found

@@ -1,0 +1,468 @@
+"""`AgentWeightedSampler`: shards per domain in, samples in a mix that a policy decides while training goes on.
+
+It composes shards, ledger, plan and policy. The order of samples is a pure function of the seed and the ledger, so that
+global batches do not depend on ranks or workers, and a run resumes exactly from a small JSON state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from dmagent_loader import distributed
+from dmagent_loader.agent import MixingAgent
+from dmagent_loader.decisions import Decision, DecisionMaker, HistoryMix
+from dmagent_loader.domains import SOURCE, DomainSpace
+from dmagent_loader.errors import ConfigurationError, ShardError, StateError
+from dmagent_loader.history import Standardization
+from dmagent_loader.layout import StreamKind, StreamLayout
+from dmagent_loader.ledger import INITIAL, MANUAL, Ledger, LedgerEntry
+from dmagent_loader.mailbox import Mailbox
+from dmagent_loader.plan import Plan
+from dmagent_loader.policies import AgentPolicy, Guard, GuardConfig, Policy
+from dmagent_loader.shards import ShardCollection, load_manifest, make_decoder
+from dmagent_loader.shuffle import DEFAULT_WINDOW
+from dmagent_loader.simplex import FloatArray
+from dmagent_loader.state import read_state, write_state
+from dmagent_loader.stream import ReadaheadConfig, Sample, SampleStream, check_not_delivered
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PREFETCH_FACTOR = 2
+"""torch's own default: batches that each data worker prepares ahead."""
+
+
+class AgentWeightedSampler(IterableDataset[Sample]):
+    """Samples from WebDataset shards of several domains, in a mix that an agent (or any policy, or you) decides.
+
+    Iterating goes on where the last iterator over it stopped: no sample is given twice.
+
+    Args:
+        shards: Domain name -> URL, brace pattern or list of these; or the path of a ``manifest.json`` that
+            ``dmagent shard`` wrote. A domain's name begins with its field: ``source/...`` is to be kept, ``target/...``
+            is to be learnt.
+        agent: Name, path or Hub id of an agent checkpoint, or a loaded `MixingAgent`.
+        policy: Any other policy in place of the agent.
+        samples_per_reweight: Samples, over all ranks, between two decisions (64,000 in the paper).
+        seed: Of the order of samples.
+        initial_mix: Domain -> weight until the first decision; None: the domains' shares of rows.
+        start_state: Mix of the base model's own training data (paper, 3.1), the first thing that the policy sees; None:
+            the source domains' shares of rows.
+        exhausted: What happens when a domain has given all its rows: see `dmagent_loader.plan.exhaustion_rules`.
+        rank: Of this data-parallel process; None: from `torch.distributed`.
+        world_size: Number of data-parallel processes; None: from `torch.distributed`.
+        decode: ``"default"`` (allow-listed decoders), ``None`` (raw bytes), extension -> decoder, or a function of a
+        row. transform: Function from sample to sample, for example tokenisation. Tags that it drops are put back.
+        fields: Field of each domain whose name does not begin with it.
+        compositions: P(topic | domain) over the 26 canonical topics, by domain.
+        roles: Field of the environment for each role of the agent, for example ``{"keep": "general", "acquire":
+            "code"}``; None: the environment's fields are in the order keep, acquire.
+        standardization: How feedback is standardised for the agent: ``"frozen"``, ``"running"`` or ``"anchored"``;
+        None:
+            as the checkpoint says.
+        guard: Limits on what a policy may do.
+        shadow: Log what the policy would do, and keep the mix.
+        history_mix: Show the policy the mixes that were ``"achieved"``, or those that were ``"requested"``.
+        batch_size: The loader's batch size for each rank; needed with several torch workers only if it cannot be found.
+        prefetch_factor: The loader's; it bounds how late a new mix takes effect with torch workers.
+        shuffle_window: Rows per shuffle window.
+        readahead: Reading in the background.
+        on_damage: ``"raise"`` or ``"skip"`` damaged shards.
+        cache_dir: Where shard indexes are kept.
+        progress: Show a progress bar while shards are indexed.
+
+    Raises:
+        ConfigurationError: Settings that cannot work; `DomainError` and `MixError` are kinds of it.
+        ShardError: Shards that are missing, empty or damaged.
+        CheckpointError: An agent that cannot be loaded.
+
+    Example:
+        >>> sampler = AgentWeightedSampler(shards, agent="dmagent-sft-preview", samples_per_reweight=64_000)  #
+        doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[str, str | Sequence[str]] | str | os.PathLike[str],
+        agent: str | os.PathLike[str] | MixingAgent | None = None,
+        *,
+        samples_per_reweight: int,
+        policy: Policy | None = None,
+        seed: int = 0,
+        initial_mix: Mapping[str, float] | None = None,
+        start_state: Mapping[str, float] | None = None,
+        exhausted: str | Mapping[str, str] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        decode: Any = "default",
+        transform: Callable[[Sample], Sample] | None = None,
+        fields: Mapping[str, str] | None = None,
+        compositions: Mapping[str, Mapping[str, float]] | None = None,
+        roles: Mapping[str, str] | None = None,
+        standardization: Standardization | None = None,
+        guard: GuardConfig | None = None,
+        shadow: bool = False,
+        history_mix: HistoryMix = "achieved",
+        batch_size: int | None = None,
+        prefetch_factor: int = DEFAULT_PREFETCH_FACTOR,
+        shuffle_window: int = DEFAULT_WINDOW,
+        readahead: ReadaheadConfig | None = None,
+        on_damage: Literal["raise", "skip"] = "raise",
+        cache_dir: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        if samples_per_reweight < 1:
+            raise ConfigurationError(f"samples_per_reweight is {samples_per_reweight}; it must be at least 1")
+        if agent is not None and policy is not None:
+            raise ConfigurationError("both agent and policy were given, but only one can decide: leave one out")
+        found = shards if isinstance(shards, Mapping) else load_manifest(Path(shards))
+        self.space = DomainSpace.from_names(found, fields=fields, compositions=compositions)
+        self.collection = _open_on_all_ranks(
+            found, on_damage=on_damage, cache_dir=cache_dir, progress=progress and distributed.get_rank() == 0
+        )
+        self.samples_per_reweight, self.shadow = samples_per_reweight, shadow
+        self.decoder, self.transform = make_decoder(decode), transform
+        self.readahead = readahead or ReadaheadConfig()
+        self.worker_block, self._prefetch_factor = batch_size, prefetch_factor
+        self._rank, self._world_size = rank, world_size
+        self._kind: StreamKind = "sharded"
+        self._batch_size, self._granule, self._look_ahead = batch_size or 1, 1, 0
+
+        rows = [self.collection.shard_rows(d) for d in range(len(self.space))]
+        self._plan_settings: dict[str, Any] = {"seed": seed, "exhausted": exhausted, "window": shuffle_window}
+        self.plan = Plan(self.space, rows, **self._plan_settings)
+        self._check_world_size()
+        natural = self.plan.num_rows / self.plan.num_rows.sum()
+        first = natural if initial_mix is None else self.space.mix(initial_mix)
+        self.plan.append(LedgerEntry(start=0, mix=tuple(first.tolist()), decided_by=INITIAL, decided_at=0))
+
+        if agent is not None:
+            loaded = agent if isinstance(agent, MixingAgent) else MixingAgent.from_pretrained(agent)
+            policy = AgentPolicy(loaded, self.space, natural, roles=roles, standardization=standardization)
+        elif roles is not None or standardization is not None:
+            logger.warning("roles and standardization are for the agent; without agent= they have no effect")
+        self._decisions = DecisionMaker(
+            policy=policy,
+            guard=Guard(guard or GuardConfig(), self.space.names),
+            plan=self.plan,
+            start_state=self._start_state(natural, start_state),
+            history_mix=history_mix,
+        )
+        self.version = 0
+        self.mailbox = Mailbox(len(self.space))
+        self._received = 0
+        self._position, self._consumed = 0, 0
+        self._stream: SampleStream | None = None
+
+    # The stream
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Goes on after the last sample that was given (with torch workers: after those reported as consumed)."""
+        self._position = self._handed_out()
+        self._stream = SampleStream(self, self._position)
+        return self._stream
+
+    def __len__(self) -> int:
+        """Samples that one iterator over the whole run gives, if data run out under the present ledger.
+
+        Raises:
+            TypeError: The run has no end, because every domain with weight repeats.
+        """
+        end = self.plan.end
+        if end is None:
+            raise TypeError("this sampler has no length: the domains repeat without end; bound the run by its steps")
+        return self.layout(base=0).num_samples(end)
+
+    def layout(self, *, base: int, worker: int = 0, num_workers: int = 1, worker_block: int = 1) -> StreamLayout:
+        """The positions of an iterator that begins at a global index."""
+        return StreamLayout(
+            base=base,
+            rank=self.rank,
+            world_size=self.world_size,
+            kind=self._kind,
+            batch_size=self._batch_size,
+            worker=worker,
+            num_workers=num_workers,
+            worker_block=worker_block,
+            granule=self._granule,
+        )
+
+    def set_loader(
+        self, *, kind: StreamKind, batch_size: int, worker_block: int, granule: int = 1, look_ahead: int | None = None
+    ) -> None:
+        """Tells the sampler which loader reads it; for integrations, before the first sample.
+
+        Args:
+            kind: Whether each rank reads its share, or the trainer splits one whole stream.
+            batch_size: Samples of one rank in one batch.
+            worker_block: Samples that a loader takes from the stream of one worker at a time.
+            granule: Samples of one rank to a multiple of which the run is cut: one optimizer step, say.
+            look_ahead: Samples over all ranks that the loader and its workers fetch beyond those consumed; None: worked
+                out from the workers.
+        """
+        self._kind, self._batch_size, self.worker_block = kind, batch_size, worker_block
+        self._granule, self._look_ahead = granule, look_ahead or 0
+
+    @property
+    def rank(self) -> int:
+        """Of this data-parallel process."""
+        return distributed.get_rank() if self._rank is None else self._rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of data-parallel processes."""
+        return distributed.get_world_size() if self._world_size is None else self._world_size
+
+    @property
+    def end(self) -> int | None:
+        """Global index at which the run ends for lack of data, cut to whole batches on all ranks; None: never."""
+        return None if self.plan.end is None else self.layout(base=self._position).delivered_end(self.plan.end)
+
+    # The mix
+
+    @property
+    def ledger(self) -> Ledger:
+        """The record of all mixes so far."""
+        return self.plan.ledger
+
+    @property
+    def mix(self) -> dict[str, float]:
+        """Domain -> weight in force for the next sample to be fetched; a used-up domain has none."""
+        index = self._frontier()
+        mix = self.plan.mix_at(index) if self.plan.used_up_at(index) else self.ledger.in_force(index).weights()
+        return self.space.as_dict(mix)
+
+    def achieved(self, start: int = 0, stop: int | None = None) -> dict[str, int]:
+        """Domain -> samples among the global indices from `start` up to `stop` (None: all handed out)."""
+        stop = self._frontier() if stop is None else stop
+        counts = self.plan.counts(stop) - self.plan.counts(start)
+        return {name: int(count) for name, count in zip(self.space.names, counts, strict=True)}
+
+    def set_mix(self, weights: Mapping[str, float], *, renormalize: bool = False) -> LedgerEntry:
+        """Changes the mix by hand, from the first sample on that nobody has fetched. All ranks call it together.
+
+        Raises:
+            DomainError: An unknown domain.
+            MixError: The weights are not a distribution.
+        """
+        mix = distributed.broadcast_object(self.space.mix(weights, renormalize=renormalize))
+        return self._append(mix, decided_by=MANUAL, decided_at=max(self._consumed, self._handed_out()))
+
+    def reweight_due(self, consumed: int) -> bool:
+        """Whether a decision is due after so many samples consumed by all ranks; the first is due before any."""
+        self._consumed = max(self._consumed, consumed)
+        done = self._decisions.measurements
+        interval = self.samples_per_reweight
+        return consumed >= (done[-1].consumed // interval + 1) * interval if done else True
+
+    def reweight(self, feedback: Mapping[str, float], *, consumed: int) -> Decision:
+        """Asks the policy for the next mix. All ranks call it together; rank 0's policy decides for all.
+
+        Args:
+            feedback: Field -> mean log-probability per answer token, the same on all ranks.
+            consumed: Samples that training has consumed, over all ranks, since the run began.
+
+        Raises:
+            FeedbackError: Not finite, or other fields than before.
+            ConfigurationError: No policy, or `consumed` cannot be.
+        """
+        if self._stream is not None and self._kind == "sharded" and not self.mailbox.num_workers:
+            handed_out = self._handed_out()
+            if consumed > handed_out:
+                raise ConfigurationError(
+                    f"consumed is {consumed}, but only {handed_out} samples were handed out: count the samples of all "
+                    "ranks since the run began, once"
+                )
+        self._consumed = max(self._consumed, consumed)
+        self._decisions.record(feedback, consumed)
+        previous = self.ledger.last.weights()
+        mix, accepted, notes, seconds = self._decisions.decide(previous)
+        in_force = accepted and not self.shadow
+        if in_force or not self.shadow:
+            assert self._decisions.policy is not None
+            entry = self._append(
+                mix,
+                decided_by=self._decisions.policy.name,
+                decided_at=consumed,
+                feedback=self._decisions.measurements[-1].feedback,
+                accepted=accepted,
+                note="; ".join(notes),
+            )
+        else:
+            entry = self.ledger.last
+        decision = Decision(
+            proposed=self.space.as_dict(mix),
+            in_force=in_force,
+            entry=entry,
+            staleness=entry.start - consumed if not self.shadow else 0,
+            seconds=seconds,
+            notes=notes,
+        )
+        logger.info(
+            "mix after %d samples%s: %s", consumed, " (shadow)" if self.shadow else "", self.space.field_mass(mix)
+        )
+        return decision
+
+    # State
+
+    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
+        """The run's state as JSON values.
+
+        Args:
+            consumed: Samples that training has consumed over all ranks; None: all that this iterator has handed out.
+
+        Raises:
+            StateError: `consumed` is None although torch workers read, so that only the trainer knows it.
+        """
+        if consumed is None:
+            if self.mailbox.num_workers:
+                raise StateError(
+                    "torch workers read ahead of training, so that only the trainer knows what was consumed: pass "
+                    "consumed=, the number of samples trained on by all ranks"
+                )
+            consumed = self._handed_out()
+        return write_state(self, consumed)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the samples that a saved state says were consumed; ranks and workers may be others than then.
+
+        Raises:
+            StateError: The state is of another schema, seed or shard set, or damaged. Nothing is changed then.
+        """
+        restored = read_state(self, state, self._plan_settings)
+        self.plan, self._position = restored.plan, restored.consumed
+        self._consumed, self._stream = restored.consumed, None
+        self._decisions.plan = restored.plan
+        self._decisions.start_state = restored.start_state
+        self._decisions.measurements = restored.measurements
+        self.version += 1
+
+    @property
+    def decisions(self) -> DecisionMaker:
+        """Feedback so far, and who decides on it."""
+        return self._decisions
+
+    @property
+    def start_state(self) -> dict[str, float]:
+        """Domain -> weight of the base model's own training data, as the policy sees it."""
+        return self.space.as_dict(self._decisions.start_state)
+
+    # Inside
+
+    def receive(self, frontier: int) -> None:
+        """In a torch worker: takes over what the main process has published since the last sample."""
+        while self._received < self.mailbox.published:
+            entry = self.mailbox.read(self._received).as_entry()
+            check_not_delivered(entry.start, frontier)
+            self.plan.append(entry)
+            self._received += 1
+            self.version += 1
+
+    def _append(
+        self,
+        mix: FloatArray,
+        *,
+        decided_by: str,
+        decided_at: int,
+        feedback: Mapping[str, float] | None = None,
+        accepted: bool = True,
+        note: str = "",
+    ) -> LedgerEntry:
+        entry = LedgerEntry(
+            start=self._first_free(),
+            mix=tuple(mix.tolist()),
+            decided_by=decided_by,
+            decided_at=decided_at,
+            feedback=feedback,
+            accepted=accepted,
+            note=note,
+        )
+        self.plan.append(entry)
+        self.mailbox.publish(entry)
+        self._received = self.mailbox.published
+        self.version += 1
+        return entry
+
+    def _handed_out(self) -> int:
+        """Global index after the last sample that the main process's own iterator gave, or that was consumed."""
+        own = self._position if self._stream is None else self._stream.frontier
+        return max(own, self._consumed)
+
+    def _frontier(self) -> int:
+        """The first global index that no iterator of this rank has given."""
+        return max(self._handed_out(), self.mailbox.frontier() if self.mailbox.num_workers else 0)
+
+    def _first_free(self) -> int:
+        """The first global index at which a new mix may begin: nobody, on any rank, has or will have fetched it.
+
+        Without torch workers that is known exactly. With them, more samples may be fetched at any moment, up to what
+        the loader prefetches; the bound does not depend on timing, so that a resumed run decides for the same index
+        again.
+        """
+        free = max(self._frontier(), self.ledger.last.start)
+        workers = self.mailbox.num_workers
+        if workers:
+            ahead = self._look_ahead or workers * self._prefetch_factor * self.mailbox.block * (
+                self.world_size if self._kind == "sharded" else 1
+            )
+            unit = self.world_size * self._batch_size
+            free = max(free, self._consumed + -(-ahead // unit) * unit)
+        return distributed.all_reduce_max(free)
+
+    def _start_state(self, natural: FloatArray, given: Mapping[str, float] | None) -> FloatArray:
+        if given is not None:
+            return self.space.mix(given)
+        source = np.array([d.field == SOURCE for d in self.space.domains])
+        kept = np.where(source, natural, 0.0)
+        return kept / kept.sum() if kept.sum() > 0 else natural
+
+    def _check_world_size(self) -> None:
+        total = int(self.plan.num_rows.sum())
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigurationError(f"rank {self.rank} does not lie in a world of {self.world_size} processes")
+        if self.world_size > total:
+            raise ConfigurationError(
+                f"world size {self.world_size} is larger than the {total} rows of all {len(self.space)} domains "
+                "together: some ranks would have nothing to train on; use fewer ranks or more data"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a spawned data worker needs: all but the policy and a running iterator."""
+        state = self.__dict__.copy()
+        state["_stream"] = None
+        state["_decisions"] = None
+        state["_position"] = self._handed_out()
+        return state
+
+
+def _open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], **settings: Any) -> ShardCollection:
+    """Rank 0 indexes the shards first, the others then find its index; all must see the same data."""
+    collection, fault = None, None
+    if distributed.get_rank() == 0:
+        try:
+            collection = ShardCollection.open(shards, **settings)
+        except Exception as error:
+            if distributed.get_world_size() == 1:
+                raise
+            fault = error
+    told = distributed.broadcast_object(None if fault is None else f"{type(fault).__name__}: {fault}")
+    if fault is not None:
+        raise fault
+    if told is not None:
+        raise ShardError(f"rank 0 could not open the shards: {told}")
+    if collection is None:
+        collection = ShardCollection.open(shards, **settings)
+    fingerprints = distributed.all_gather_object(collection.fingerprint)
+    if len(set(fingerprints)) > 1:
+        raise ShardError(
+            f"the ranks see different shards: {len(set(fingerprints))} different fingerprints over {len(fingerprints)} "
+            "ranks; every rank needs the same files with the same content"
+        )
+    return collection

@@ -1,0 +1,255 @@
+"""The iterator behind a sampler: from positions to samples, the domain chosen as late as possible.
+
+The way of a sample: own position -> global index (layout) -> domain and row (plan) -> bytes (shards, read ahead in
+threads) -> values (decode) -> transform. Positions are planned in blocks; a new mix discards the rest of the block, not
+the rows that were already read for it: the rows of a domain come in the same order under any mix.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import get_worker_info
+
+from dmagent_loader.errors import ConfigurationError, ExhaustedError, StateError
+from dmagent_loader.layout import StreamLayout
+from dmagent_loader.plan import Located
+from dmagent_loader.shards import RawSample, ShardCollection
+from dmagent_loader.simplex import IntArray
+
+if TYPE_CHECKING:
+    from dmagent_loader.sampler import AgentWeightedSampler
+
+Sample = dict[str, Any]
+
+_READ_CHUNK = 16
+_Key = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadaheadConfig:
+    """How far rows are read ahead of the samples.
+
+    Args:
+        num_threads: Reading threads of one iterator; 0 reads each row when it is needed.
+        num_rows: Positions planned, and rows requested, at a time; one such block is read while another is delivered.
+    """
+
+    num_threads: int = 2
+    num_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if self.num_threads < 0 or self.num_rows < 1:
+            raise ConfigurationError(
+                f"readahead of {self.num_rows} rows in {self.num_threads} threads: rows must be at least 1, threads "
+                f"at least 0"
+            )
+
+
+class Readahead:
+    """Rows that are being read in the background, by domain and draw."""
+
+    def __init__(self, collection: ShardCollection, config: ReadaheadConfig) -> None:
+        self._collection, self._config = collection, config
+        self._pool = (
+            ThreadPoolExecutor(config.num_threads, thread_name_prefix="dmagent-read") if config.num_threads else None
+        )
+        self._pending: dict[_Key, tuple[Future[list[RawSample]], int]] = {}
+
+    def request(self, located: Located) -> None:
+        """Starts reading rows that have not been requested yet."""
+        if self._pool is None:
+            return
+        if len(self._pending) > 4 * self._config.num_rows:
+            self._pending.clear()
+        wanted = [
+            number
+            for number, key in enumerate(zip(located.domain.tolist(), located.draw.tolist(), strict=True))
+            if key not in self._pending
+        ]
+        for first in range(0, len(wanted), _READ_CHUNK):
+            chosen = wanted[first : first + _READ_CHUNK]
+            rows = [(int(located.domain[i]), int(located.shard[i]), int(located.row[i])) for i in chosen]
+            future = self._pool.submit(self._read, rows)
+            for place, i in enumerate(chosen):
+                self._pending[int(located.domain[i]), int(located.draw[i])] = (future, place)
+
+    def take(self, domain: int, draw: int, shard: int, row: int) -> RawSample:
+        """A row: from the background if it was requested, or else read now."""
+        pending = self._pending.pop((domain, draw), None)
+        if pending is None:
+            return self._collection.read(domain, shard, row)
+        future, place = pending
+        return future.result()[place]
+
+    def close(self) -> None:
+        """Stops the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, rows: list[tuple[int, int, int]]) -> list[RawSample]:
+        return [self._collection.read(*row) for row in rows]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive positions of an iterator, with where their rows are."""
+
+    first: int
+    indices: IntArray
+    located: Located
+
+
+_NOTHING = np.empty(0, dtype=np.int64)
+_NOTHING_PLANNED = _Block(0, _NOTHING, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING))
+
+
+class SampleStream(Iterator[Sample]):
+    """One iterator over a sampler: in the main process, or in one torch worker.
+
+    Args:
+        sampler: The sampler, or this worker's copy of it.
+        base: Global index at which to begin.
+    """
+
+    def __init__(self, sampler: AgentWeightedSampler, base: int) -> None:
+        info = get_worker_info()
+        self._sampler, self._base = sampler, base
+        self._worker = None if info is None else info.id
+        self._num_workers = 1 if info is None else info.num_workers
+        self._layout: StreamLayout | None = None
+        self._readahead = Readahead(sampler.collection, sampler.readahead)
+        self._decode: Callable[[RawSample], Sample] = sampler.decoder
+        self._version = -1
+        self.taken = 0
+        self._limit: int | None = None
+        self._block = _NOTHING_PLANNED
+        self._next: _Block | None = None
+
+    @property
+    def frontier(self) -> int:
+        """The first global index that this iterator, and those in step with it, cannot have delivered."""
+        return self._base if self._layout is None else self._layout.frontier(self.taken)
+
+    def __next__(self) -> Sample:
+        if self._layout is None:
+            self._layout = self._begin()
+        if self._worker is not None:
+            self._sampler.receive(self.frontier)
+        if self._version != self._sampler.version:
+            self._replan()
+        if self._limit is not None and self.taken >= self._limit:
+            self._readahead.close()
+            raise StopIteration
+        if self.taken - self._block.first >= len(self._block.indices):
+            self._advance_block()
+        place, located = self.taken - self._block.first, self._block.located
+        domain, draw = int(located.domain[place]), int(located.draw[place])
+        raw = self._readahead.take(domain, draw, int(located.shard[place]), int(located.row[place]))
+        sample = self._decode(raw)
+        tags = {
+            "__key__": raw.key,
+            "__domain__": self._sampler.space.names[domain],
+            "__index__": int(self._block.indices[place]),
+        }
+        sample = {**tags, **sample}
+        if self._sampler.transform is not None:
+            sample = {**tags, **self._sampler.transform(sample)}
+        self.taken += 1
+        if self._worker is not None:
+            self._sampler.mailbox.advance(self._worker, self.frontier)
+        return sample
+
+    def _begin(self) -> StreamLayout:
+        """Fixes the layout at the first sample: only then is it known which loader asks."""
+        block = self._sampler.worker_block
+        if block is None and self._num_workers > 1:
+            block = _loader_batch_size()
+            if block is None:
+                raise ConfigurationError(
+                    f"{self._num_workers} torch workers share this sampler, but the loader's batch size is unknown, so "
+                    "that the order of samples would depend on the workers: pass batch_size= to AgentWeightedSampler, "
+                    "the same as the DataLoader's (1 if the loader has none)"
+                )
+        layout = self._sampler.layout(
+            base=self._base, worker=self._worker or 0, num_workers=self._num_workers, worker_block=block or 1
+        )
+        if self._worker is not None:
+            self._sampler.mailbox.start_worker(self._worker, self._num_workers, layout.worker_block, self._base)
+        return layout
+
+    def _replan(self) -> None:
+        """Drops what was planned under an older ledger."""
+        assert self._layout is not None
+        self._version = self._sampler.version
+        end = self._sampler.plan.end
+        self._limit = None if end is None else self._layout.num_samples(end)
+        self._block, self._next = _NOTHING_PLANNED, None
+
+    def _advance_block(self) -> None:
+        """Goes on to the next block, and has the rows of the one after it read in the background."""
+        self._block = self._next if self._next is not None else self._plan(self.taken)
+        self._readahead.request(self._block.located)
+        following = self._block.first + len(self._block.indices)
+        self._next = None
+        if self._limit is None or following < self._limit:
+            try:
+                self._next = self._plan(following)
+            except ExhaustedError:
+                return
+            self._readahead.request(self._next.located)
+
+    def _plan(self, first: int) -> _Block:
+        """Plans the positions from `first` on.
+
+        Raises:
+            ExhaustedError: A domain with rule ``error`` is used up before `first`.
+        """
+        assert self._layout is not None
+        count = self._sampler.readahead.num_rows
+        count = count if self._limit is None else min(count, self._limit - first)
+        indices = self._layout.indices(first, count)
+        try:
+            return _Block(first, indices, self._sampler.plan.locate(indices))
+        except ExhaustedError:
+            # The end lies inside the block: deliver one by one what comes before it.
+            return _Block(first, indices[:1], self._sampler.plan.locate(indices[:1]))
+
+    def __del__(self) -> None:
+        readahead = getattr(self, "_readahead", None)
+        if readahead is not None:
+            readahead.close()
+
+
+def _loader_batch_size() -> int | None:
+    """The batch size of the torch loader that is asking for a sample, in a worker process.
+
+    torch tells a worker its number but not the loader's batch size, without which batches cannot be dealt to workers in
+    the order of the run. The fetcher that calls `next` holds it: one list element for each sample of the batch.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if "possibly_batched_index" in frame.f_locals and frame.f_code.co_name == "fetch":
+            asked = frame.f_locals["possibly_batched_index"]
+            return len(asked) if isinstance(asked, list) else 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def check_not_delivered(start: int, frontier: int) -> None:
+    """Refuses a mix that should have held for samples that a worker has already delivered.
+
+    Raises:
+        StateError: The new mix came too late.
+    """
+    if start < frontier:
+        raise StateError(
+            f"a new mix holds from sample {start}, but a data worker has already delivered samples up to {frontier} "
+            "under the old one: the loader runs further ahead than declared; pass prefetch_factor= (the DataLoader's) "
+            "to AgentWeightedSampler"
+        )
