@@ -229,8 +229,8 @@ def test_a_policy_within_its_time_runs_in_a_thread_and_is_accepted(make_history:
 def test_a_late_policy_is_left_behind_and_not_called_again_until_it_has_ended(
     make_history: MakeHistory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Waiting for it would hold up every rank, two calls at once would mix up its state, and its late answer is not that
-    to a later step."""
+    """Waiting for it would hold up every rank, two calls at once would mix up its state, and its late answer belongs to
+    no later step."""
     release, calls = threading.Event(), []
 
     def propose(history: History) -> FloatArray:
