@@ -1,0 +1,93 @@
+"""Tables for terminals and for HTML pages."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dmagent_loader.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Cells that are already text; the first column is left-aligned, the others right-aligned.
+
+    Args:
+        columns: Headings of the columns; a line break in one makes a second line.
+        rows: One text per column.
+        groups: (heading, number of columns) above the columns, covering all of them; empty: none.
+
+    Raises:
+        ConfigurationError: A row or the groups have another width than the columns.
+
+    Example:
+        >>> table = Table(columns=("method", "loss"), rows=[("base", "3.51"), ("agent", "3.40")])
+        >>> print(table.to_text())
+        method  loss
+        ------------
+        base    3.51
+        agent   3.40
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    groups: Sequence[tuple[str, int]] = ()
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ConfigurationError(
+                    f"row {list(row)} has {len(row)} cells, but there are {len(self.columns)} columns"
+                )
+        if self.groups and sum(span for _, span in self.groups) != len(self.columns):
+            raise ConfigurationError(f"groups {list(self.groups)} do not cover the {len(self.columns)} columns")
+
+    def to_text(self) -> str:
+        """Monospaced text without trailing blanks."""
+        widths = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
+        start = 0
+        for heading, span in self.groups:
+            # A heading wider than its columns would run into the next group.
+            missing = len(heading) - (sum(widths[start : start + span]) + 2 * (span - 1))
+            if missing > 0:
+                widths[start + span - 1] += missing
+            start += span
+        lines = [self._line(self.columns, widths)]
+        if self.groups:
+            lines.insert(0, self._group_line(widths))
+        lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
+        lines += [self._line(row, widths) for row in self.rows]
+        return "\n".join(lines)
+
+    def to_html(self) -> str:
+        """A ``<table>`` with escaped cells."""
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
+        above = "".join(f'<th class="group" colspan="{span}">{html.escape(name)}</th>' for name, span in self.groups)
+        body = "\n".join(
+            "<tr>"
+            + "".join(
+                f"<{'td' if i else 'th scope=row'}>{html.escape(cell)}</{'td' if i else 'th'}>"
+                for i, cell in enumerate(row)
+            )
+            + "</tr>"
+            for row in self.rows
+        )
+        groups = f"<tr>{above}</tr>\n" if self.groups else ""
+        return f"<table>\n<thead>\n{groups}<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+    @staticmethod
+    def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+        parts = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(parts).rstrip()
+
+    def _group_line(self, widths: Sequence[int]) -> str:
+        parts, start = [], 0
+        for heading, span in self.groups:
+            width = sum(widths[start : start + span]) + 2 * (span - 1)
+            parts.append(heading.rjust(width) if start else heading.ljust(width))
+            start += span
+        return "  ".join(parts).rstrip()
