@@ -4,6 +4,7 @@ from dmagent_loader.shards.collection import ShardCollection, ShardSummary
 from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, make_decoder
 from dmagent_loader.shards.index import ShardDamage
 from dmagent_loader.shards.manifest import load_manifest
+from dmagent_loader.shards.writer import ShardingConfig, shard_files
 
 __all__ = [
     "Decoder",
@@ -11,7 +12,9 @@ __all__ = [
     "ShardCollection",
     "ShardDamage",
     "ShardSummary",
+    "ShardingConfig",
     "decode_npy",
     "load_manifest",
     "make_decoder",
+    "shard_files",
 ]

@@ -294,7 +294,9 @@ def _load_or_build(urls: list[str], cache: IndexCache, progress: bool) -> dict[s
     if missing:
         total = sum(known[url][0].size for url in missing)
         description = f"indexing {len(missing)} shard{'s' if len(missing) > 1 else ''}"
-        with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=not progress) as bar:
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc=description, mininterval=0.5, disable=not progress
+        ) as bar:
             indexes |= _in_threads(
                 lambda url: build_and_cache(url, known[url][0], cache, advance=bar.update, stop=stop), missing, stop
             )

@@ -1,13 +1,14 @@
 """``manifest.json``: which shards belong to which domain, and what is in them.
 
-``{"schema": 1, "domains": {"source/web": {"rows": ..., "tokens": ..., "bytes": ..., "shards": [{"path": ...}, ...]}},
-...}``; paths are relative to the manifest, so the folder can be moved or uploaded as it is.
+``{"schema": 1, "domains": {"source/web": {"rows": ..., "shards": [{"path": ..., "sha256": ...}, ...]}}}``; paths are
+relative to the manifest, so the folder can be moved or uploaded as it is.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,35 +29,53 @@ class ShardRecord:
     Attributes:
         path: Relative to the manifest, with forward slashes.
         rows: Samples.
-        tokens: Tokens, for packed rows; else None.
         bytes: Size of the file.
         sha256: Of the whole file.
     """
 
     path: str
     rows: int
-    tokens: int | None
     bytes: int
     sha256: str
 
 
-def manifest_json(domains: dict[str, list[ShardRecord]], settings: dict[str, Any]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class DomainRecord:
+    """What was written for one domain.
+
+    Attributes:
+        rows: Samples.
+        documents: Documents that were read, empty ones not counted.
+        empty_documents: Documents without text, left out.
+        tokens: Tokens in all rows, end-of-document tokens included; None for raw text.
+        dropped_tokens: Tokens at the end that did not fill a row, left out; None for raw text.
+        settings: How the domain was written.
+        shards: The files, in order.
+    """
+
+    rows: int
+    documents: int
+    empty_documents: int
+    tokens: int | None
+    dropped_tokens: int | None
+    settings: dict[str, Any]
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(shard.bytes for shard in self.shards)
+
+
+def manifest_text(domains: Mapping[str, DomainRecord], kept: Mapping[str, Any]) -> str:
     """The text of a manifest.
 
     Args:
-        domains: Shards of each domain, in order.
-        settings: How they were written; kept for the reader's information.
+        domains: The domains that were written.
+        kept: Entries of an earlier manifest, as they stand there.
     """
-    listing = {
-        domain: {
-            "rows": sum(record.rows for record in records),
-            "tokens": None if any(r.tokens is None for r in records) else sum(r.tokens or 0 for r in records),
-            "bytes": sum(record.bytes for record in records),
-            "shards": [asdict(record) for record in records],
-        }
-        for domain, records in domains.items()
-    }
-    return json.dumps({"schema": SCHEMA, "settings": settings, "domains": listing}, indent=1, ensure_ascii=False) + "\n"
+    entries = {**kept, **{domain: asdict(record) for domain, record in domains.items()}}
+    return json.dumps({"schema": SCHEMA, "domains": entries}, indent=1, ensure_ascii=False) + "\n"
 
 
 def load_manifest(path: str | os.PathLike[str]) -> dict[str, list[str]]:

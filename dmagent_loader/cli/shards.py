@@ -1,0 +1,152 @@
+"""``dmagent shard`` writes shards, ``dmagent index`` says what is in them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.shards.collection import ShardCollection
+from dmagent_loader.shards.documents import domain_name
+from dmagent_loader.shards.manifest import MANIFEST_NAME, load_manifest
+from dmagent_loader.shards.writer import ShardingConfig, shard_files
+
+
+def add_shard_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``shard`` and ``index``."""
+    _add_shard(subparsers)
+    _add_index(subparsers)
+
+
+def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    defaults = ShardingConfig()
+    parser = subparsers.add_parser(
+        "shard",
+        help="write shards per domain from jsonl(.gz) or text files",
+        description=(
+            "Writes OUTPUT/<field>/<domain>/<domain>-000000.tar ... and OUTPUT/manifest.json, which the sampler takes. "
+            "Without --tokenizer: a row per document. With it: packed rows of --sequence-length tokens, documents "
+            "separated by the end-of-text token; the tokens at the end that do not fill a row are dropped and counted. "
+            "Run it again with other domains to add them."
+        ),
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--domain",
+        action="append",
+        metavar="NAME=PATH[,PATH...]",
+        help="a domain, such as source/web=web.jsonl.gz; PATH is a file, a glob or a folder; repeatable",
+    )
+    where.add_argument(
+        "--input", metavar="DIR", help="every file in DIR is a domain, named after the file; with --field"
+    )
+    parser.add_argument("--field", help="field of domains that do not name it: source or target")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
+    parser.add_argument("--text-key", default=defaults.text_key, help="column with the text (default: %(default)s)")
+    parser.add_argument("--keep-columns", nargs="+", default=[], metavar="COLUMN", help="columns kept as a json member")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder that save_pretrained wrote")
+    parser.add_argument("--eos-token", metavar="TOKEN", help="end-of-text token (default: the tokenizer's)")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens per packed row")
+    parser.add_argument("--rows-per-shard", type=int, metavar="N", help="most rows in a shard")
+    parser.add_argument(
+        "--max-shard-bytes", type=int, default=defaults.max_shard_bytes, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.set_defaults(run=shard)
+
+
+def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "index",
+        help="index shards and list rows, bytes and damage",
+        description="Indexes every shard (or reads the cached index) and prints a table. Exits with 1 on damage.",
+    )
+    parser.add_argument(
+        "shards",
+        nargs="+",
+        metavar="SHARDS",
+        help="a manifest.json or its folder, NAME=PATTERN, or a path, brace pattern, glob or URL",
+    )
+    parser.add_argument("--cache-dir", metavar="DIR", help="where indexes are kept (default: $DMAGENT_CACHE_DIR)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.set_defaults(run=index)
+
+
+def shard(args: argparse.Namespace) -> int:
+    """Writes the shards and prints what was written."""
+    config = ShardingConfig(
+        text_key=args.text_key,
+        keep_columns=tuple(args.keep_columns),
+        tokenizer=args.tokenizer,
+        eos_token=args.eos_token,
+        sequence_length=args.sequence_length,
+        rows_per_shard=args.rows_per_shard,
+        max_shard_bytes=args.max_shard_bytes,
+    )
+    domains = _domains_of_folder(args.input) if args.input else _named_domains(args.domain)
+    domains = {_with_field(name, args.field): paths for name, paths in domains.items()}
+    records = shard_files(domains, args.output, config, progress=not args.no_progress)
+    width = max(len(name) for name in records)
+    for name, record in records.items():
+        tokens = (
+            "" if record.tokens is None else f", {record.tokens:,} tokens ({record.dropped_tokens} dropped at the end)"
+        )
+        empty = f", {record.empty_documents} empty documents left out" if record.empty_documents else ""
+        print(
+            f"{name:{width}}  {record.rows:>10,} rows in {len(record.shards)} shard(s), {record.bytes:,} bytes, "
+            f"{record.documents:,} documents{tokens}{empty}"
+        )
+    print(f"wrote {Path(args.output) / MANIFEST_NAME}")
+    return 0
+
+
+def index(args: argparse.Namespace) -> int:
+    """Indexes the shards and prints the table; 1 if any is damaged."""
+    shards: dict[str, list[str]] = {}
+    for given in args.shards:
+        name, separator, pattern = given.partition("=")
+        if given.endswith(".json") or os.path.isfile(os.path.join(given, MANIFEST_NAME)):
+            for domain, paths in load_manifest(given).items():
+                shards.setdefault(domain, []).extend(paths)
+        elif separator and "://" not in name and not os.path.exists(given):
+            shards.setdefault(name, []).append(pattern)
+        else:
+            shards.setdefault("(shards)", []).append(given)
+    collection = ShardCollection.open(shards, on_damage="skip", cache_dir=args.cache_dir, progress=not args.no_progress)
+    print(collection.describe())
+    for damage in collection.damage:
+        print(damage)
+    return 1 if collection.damage else 0
+
+
+def _domains_of_folder(folder: str) -> dict[str, list[str]]:
+    if not os.path.isdir(folder):
+        raise ConfigurationError(f"--input {folder!r} is not a folder")
+    domains: dict[str, list[str]] = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            domains.setdefault(domain_name(path), []).append(str(path))
+    if not domains:
+        raise ConfigurationError(f"--input {folder!r} holds no files")
+    return domains
+
+
+def _named_domains(given: list[str]) -> dict[str, list[str]]:
+    domains: dict[str, list[str]] = {}
+    for item in given:
+        name, _, paths = item.partition("=")
+        if not name or not paths:
+            raise ConfigurationError(f"--domain {item!r}: write NAME=PATH, for example source/web=web.jsonl.gz")
+        domains.setdefault(name, []).extend(paths.split(","))
+    return domains
+
+
+def _with_field(name: str, field: str | None) -> str:
+    if "/" in name:
+        return name
+    if field is None:
+        raise ConfigurationError(
+            f"domain {name!r} names no field: write source/{name} or target/{name}, or pass --field"
+        )
+    return f"{field}/{name}"
