@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -82,10 +82,11 @@ def _read_file(path: Path) -> list[Question]:
     return questions
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines and their numbers, read to the end first: the checksum of a gzipped file stands there."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            yield from enumerate(file, start=1)
+            return list(enumerate(file, start=1))
     except FileNotFoundError as error:
         raise EnvironmentDataError(f"there is no question file {path}: check the path") from error
     except (OSError, EOFError, zlib.error) as error:

@@ -175,7 +175,7 @@ def _picked_log_probs(logits: Tensor, rows: Tensor, columns: Tensor, targets: Te
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
         scores = logits[rows[part], columns[part]].to(dtype)
-        picked.append(scores.gather(1, targets[part, None]).squeeze(1) - scores.logsumexp(dim=1))
+        picked.append(-nn.functional.cross_entropy(scores, targets[part], reduction="none"))
     return torch.cat(picked)
 
 

@@ -20,10 +20,11 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 MAX_LENGTH = 96
-WORDS = (
+VOCABULARY = (
     "the of and to in that was his it with as had for not he but at on is her which be from all have mixing agent "
     "domain weights gradient tensor 12 345 x=y; def return if: else: naïve café 数学 🙂 don't e.g. $\\frac{1}{2}$"
-).split()
+)
+WORDS = VOCABULARY.split()
 
 
 def texts(number: int, longest: int, seed: int) -> list[str]:
@@ -68,7 +69,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def pairs() -> list[tuple[str, str]]:
-    """200 pairs: plain, white space at either side of the seam, empty and BOS contexts, and contexts that do not fit."""
+    """200 pairs: plain, white space around the seam, empty and BOS contexts, and contexts that do not fit."""
     questions, answers = texts(200, 25, seed=2), texts(200, 8, seed=3)
     for i in range(200):
         match i % 10:
