@@ -82,8 +82,8 @@ def training_table(record: FeedbackRecord, result: SFTResult) -> str:
     rows = {
         "trajectories": f"{len(trajectories.lengths)}: {config.trajectories_per_set} for each number of candidates per "
         f"step in {', '.join(f'{n:,}' for n in config.candidates_per_step)}",
-        "steps": f"at most {config.steps}, mean {trajectories.lengths.mean():.1f}, of {config.tokens_per_step:,} tokens; "
-        f"a trajectory ends when {config.target_tokens:,} target tokens are used",
+        "steps": f"at most {config.steps}, mean {trajectories.lengths.mean():.1f}; {config.tokens_per_step:,} tokens a "
+        f"step; a trajectory ends when {config.target_tokens:,} target tokens are used",
         "feedbacks": f"{record.num_feedbacks:,}: one after every step of every trajectory",
         "proxies": f"{settings['proxy_parameters']:,} parameters each: LLaMA blocks, width {proxy['width']}, "
         f"{proxy['layers']} layers, vocabulary {proxy['vocab_size']}, from scratch, AdamW {proxy['learning_rate']:g}",

@@ -30,7 +30,8 @@ from dmagent_loader.pipeline.streams import TrajectoryStream
 from dmagent_loader.pipeline.trajectories import Trajectories, TrajectoryConfig
 from dmagent_loader.simplex import FloatArray, IntArray
 
-SCHEMA = 1
+SCHEMA = "feedback/1"
+"""Kind and version of the file; raised when an older reader would misunderstand a newer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class FeedbackRecord:
             "losses": self.losses,
         }
         meta = {
-            "schema": str(SCHEMA),
+            "schema": SCHEMA,
             "fields": json.dumps(self.fields),
             "seconds": repr(self.seconds),
             "settings": json.dumps(self.settings, sort_keys=True),
@@ -112,7 +113,7 @@ class FeedbackRecord:
         """
         with safe_open(str(path), framework="numpy") as file:
             meta = file.metadata() or {}
-            if meta.get("schema") != str(SCHEMA):
+            if meta.get("schema") != SCHEMA:
                 raise StateError(f"{path} has schema {meta.get('schema')}, not {SCHEMA}: collect the feedback again")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         feedback, losses = arrays.pop("feedback"), arrays.pop("losses")

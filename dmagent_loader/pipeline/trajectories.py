@@ -23,7 +23,8 @@ from dmagent_loader.domains import CANONICAL_TOPICS, NUM_CANONICAL
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.simplex import FloatArray, IntArray, js_divergence, total_variation
 
-SCHEMA = 1
+SCHEMA = "trajectories/1"
+"""Kind and version of the file; raised when an older reader would misunderstand a newer one."""
 NUM_TOPICS = len(CANONICAL_TOPICS)
 
 
@@ -133,7 +134,7 @@ class Trajectories:
             "candidates": self.candidates,
             "target_distribution": self.target_distribution,
         }
-        meta = {"schema": str(SCHEMA), "settings": json.dumps(asdict(self.config))}
+        meta = {"schema": SCHEMA, "settings": json.dumps(asdict(self.config))}
         partial = path.with_suffix(".partial")
         save_file(arrays, str(partial), metadata=meta)
         partial.replace(path)
@@ -147,7 +148,7 @@ class Trajectories:
         """
         with safe_open(str(path), framework="numpy") as file:
             meta = file.metadata() or {}
-            if meta.get("schema") != str(SCHEMA):
+            if meta.get("schema") != SCHEMA:
                 raise StateError(f"{path} has schema {meta.get('schema')}, not {SCHEMA}: draw the trajectories again")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         return cls(**arrays, config=TrajectoryConfig.from_json(meta["settings"]))

@@ -1,0 +1,94 @@
+"""Data streams: rows follow the mix, and are a pure function of trajectory and step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dmagent_loader.domains import NUM_CANONICAL
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.pipeline.corpus import Corpus
+from dmagent_loader.pipeline.streams import TrajectoryStream, deliverable
+from dmagent_loader.simplex import FloatArray
+
+ROW, EMPTY = 8, 30
+
+
+def path(steps: int = 5) -> FloatArray:
+    return np.random.default_rng(2).dirichlet(np.full(NUM_CANONICAL, 0.3), steps + 1)
+
+
+def stream(corpus: Corpus, mixes: FloatArray, number: int = 0, rows: int = 40) -> TrajectoryStream:
+    return TrajectoryStream(corpus, mixes, rows_per_step=rows, row_tokens=ROW, seed=0, number=number)
+
+
+def test_each_row_is_text_of_its_domain(corpus: Corpus) -> None:
+    """In this corpus domain d holds the tokens 2 d and 2 d + 1 only."""
+    rows = stream(corpus, path())
+    for step in range(1, 6):
+        tokens = rows.rows(step)
+        assert tokens.shape == (40, ROW + 1)
+        assert np.array_equal(tokens // 2, np.repeat(rows.domains(step)[:, None], ROW + 1, axis=1))
+
+
+def test_row_counts_follow_the_mix_of_the_step_to_within_one(corpus: Corpus) -> None:
+    """Catches independent draws, and the mix of the step before."""
+    mixes = path()
+    rows = stream(corpus, mixes)
+    for step in range(1, 6):
+        counts = np.bincount(rows.domains(step), minlength=NUM_CANONICAL)
+        assert np.abs(counts - 40 * deliverable(mixes[step], corpus.num_tokens)).max() < 1 + 1e-9
+
+
+def test_shares_far_below_one_row_still_get_rows_in_the_long_run(corpus: Corpus) -> None:
+    """Rounding every step's counts would starve them for ever."""
+    mix = np.zeros(NUM_CANONICAL)
+    mix[:2] = 0.995, 0.005
+    rows = stream(corpus, np.tile(mix, (401, 1)), rows=20)
+    seen = sum(int((rows.domains(step) == 1).sum()) for step in range(1, 401))
+    assert 20 <= seen <= 60
+
+
+def test_a_step_can_be_read_alone_and_again(corpus: Corpus) -> None:
+    """What makes a run resumable without saving the stream; catches hidden state."""
+    mixes = path()
+    whole = stream(corpus, mixes)
+    forward = [whole.rows(step) for step in range(1, 6)]
+    assert np.array_equal(stream(corpus, mixes).rows(4), forward[3])
+    assert np.array_equal(stream(corpus, mixes[:5]).rows(4), forward[3])
+    assert not np.array_equal(stream(corpus, mixes, number=1).rows(4), forward[3])
+
+
+def test_rows_of_a_domain_do_not_repeat_before_it_is_used_up(corpus: Corpus) -> None:
+    distinct = Corpus(
+        tokens=np.arange(len(corpus.tokens)).astype(np.uint16),
+        bounds=corpus.bounds,
+        documents=corpus.documents,
+        tokenizer_json=corpus.tokenizer_json,
+        facts={},
+    )
+    mix = np.zeros(NUM_CANONICAL)
+    mix[5] = 1.0
+    available = (distinct.num_tokens[5] - 1) // ROW
+    rows = stream(distinct, np.tile(mix, (4, 1)), rows=available // 2)
+    first = np.concatenate([rows.rows(1), rows.rows(2)])[:, 0]
+    assert len(set(first)) == 2 * (available // 2)
+    assert set(rows.rows(3)[:, 0]) <= set(first) | set(distinct.bounds[5] + ROW * np.arange(available))
+
+
+def test_the_weight_of_an_empty_domain_stays_in_its_field(corpus: Corpus) -> None:
+    mix = np.full(NUM_CANONICAL, 1 / NUM_CANONICAL)
+    given = deliverable(mix, corpus.num_tokens)
+    assert given[EMPTY] == 0
+    assert np.isclose(given[26:].sum(), 0.5)
+    assert np.allclose(given[:26], mix[:26])
+    only = np.zeros(NUM_CANONICAL)
+    only[EMPTY] = 1.0
+    assert np.isclose(deliverable(only, corpus.num_tokens)[26:].sum(), 1.0)
+
+
+def test_weight_on_a_field_without_data_is_refused(corpus: Corpus) -> None:
+    available = corpus.num_tokens.copy()
+    available[26:] = 0
+    with pytest.raises(ConfigurationError, match="'target'"):
+        deliverable(np.full(NUM_CANONICAL, 1 / NUM_CANONICAL), available)
