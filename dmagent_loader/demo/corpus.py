@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+from dmagent_loader.demo.config import DemoConfig
 from dmagent_loader.domains import DomainSpace
 from dmagent_loader.environment import Question
+from dmagent_loader.environment.questions import evenly_spaced
 
 GENERAL = "general"
 """The environment's field that is to be kept; it measures the source field."""
@@ -75,3 +79,32 @@ def unseen(questions: Iterable[Question], documents: Iterable[str]) -> list[Ques
             blank = text.find(" ", position)
             position = blank + 1 if blank >= 0 else -1
     return list(candidates.values())
+
+
+def affordable(questions: list[Question], config: DemoConfig) -> list[Question]:
+    """As many questions, evenly spaced, as the limits on their number and on their text allow."""
+    chars = sum(len(q.question) + len(q.answer) for q in questions)
+    limit = config.questions if not chars else min(config.questions, config.question_chars * len(questions) // chars)
+    return evenly_spaced(questions, max(1, limit))
+
+
+def write_corpus(corpus: Corpus, folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Writes the corpus as the JSON lines that users have: ``<field>/<domain>.jsonl`` and ``env/<field>.jsonl``.
+
+    Returns:
+        Domain -> file, and field of the environment -> file.
+    """
+    domains, questions = {}, {}
+    for name, documents in corpus.documents.items():
+        domains[name] = _write_lines(folder / f"{name}.jsonl", ({"text": text} for text in documents))
+    for name, asked in corpus.questions.items():
+        rows = ({"question": q.question, "answer": q.answer, "origin": q.origin} for q in asked)
+        questions[name] = _write_lines(folder / "env" / f"{name}.jsonl", rows)
+    return domains, questions
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path

@@ -10,38 +10,23 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dmagent_loader.demo.corpus import GENERAL, Corpus, normalized, unseen
+from dmagent_loader.demo.config import DemoConfig
+from dmagent_loader.demo.corpus import GENERAL, Corpus, affordable, normalized, unseen
 from dmagent_loader.demo.python_groups import CODE_DOMAINS, DOCUMENTATION_DOMAINS, PACKAGE_GROUPS, STDLIB_GROUPS
 from dmagent_loader.demo.python_source import DocumentedObject, PythonFile, dotted_name, files_under, string_table
 from dmagent_loader.domains import SOURCE, TARGET
 from dmagent_loader.environment import Question
-from dmagent_loader.environment.questions import evenly_spaced
 from dmagent_loader.errors import ConfigurationError
 
 CODE = "code"
 HELD_OUT_ONE_IN = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class PythonCorpusConfig:
-    """How much text the demo collects from the Python installation.
-
-    Args:
-        source_chars: At most so many characters of training text per documentation domain.
-        target_chars: At most so many per code domain.
-        min_chars: A domain with less than this is left out, and noted.
-        questions: At most so many questions per field of the environment.
-    """
-
-    source_chars: int = 700_000
-    target_chars: int = 400_000
-    min_chars: int = 20_000
-    questions: int = 200
+MIN_DOMAIN_CHARS = 20_000
+"""A domain with less training text is left out, and the report says so."""
 
 
 @dataclass
@@ -78,9 +63,7 @@ def is_held_out(module: str) -> bool:
     return _number(module) % HELD_OUT_ONE_IN == 0
 
 
-def build_python_corpus(
-    config: PythonCorpusConfig | None = None, progress: Callable[[int], None] = lambda files: None
-) -> Corpus:
+def build_python_corpus(config: DemoConfig, progress: Callable[[int], None] = lambda files: None) -> Corpus:
     """Collects the corpus from the running Python installation; reads files, imports nothing.
 
     Args:
@@ -90,10 +73,9 @@ def build_python_corpus(
     Raises:
         ConfigurationError: The installation holds too little text, for example because its sources were removed.
     """
-    config = config or PythonCorpusConfig()
     stdlib = Path(sysconfig.get_path("stdlib"))
-    pages = {name: _Collector(config.source_chars) for name in dict.fromkeys(DOCUMENTATION_DOMAINS.values())}
-    codes = {name: _Collector(config.target_chars) for name in CODE_DOMAINS.values()}
+    pages = _collectors(DOCUMENTATION_DOMAINS.values(), config.source_chars)
+    codes = _collectors(CODE_DOMAINS.values(), config.target_chars)
     general: list[Question] = []
     functions: list[Question] = []
 
@@ -126,7 +108,7 @@ def build_python_corpus(
             general += filter(None, map(_what_does, file.documented_objects()))
 
     collected = {
-        name: collector for name, collector in {**pages, **codes}.items() if collector.chars >= config.min_chars
+        name: collector for name, collector in {**pages, **codes}.items() if collector.chars >= MIN_DOMAIN_CHARS
     }
     left_out = [name for name in {**pages, **codes} if name not in collected]
     corpus = Corpus(
@@ -141,10 +123,15 @@ def build_python_corpus(
     )
     training = [text for texts in corpus.documents.values() for text in texts]
     fresh = set(unseen([*general, *functions], training))
-    corpus.questions[GENERAL] = evenly_spaced([q for q in general if q in fresh], config.questions)
-    corpus.questions[CODE] = evenly_spaced([q for q in functions if q in fresh], config.questions)
+    for name, candidates in ((GENERAL, general), (CODE, functions)):
+        corpus.questions[name] = affordable([q for q in candidates if q in fresh], config)
     _require_enough(corpus, stdlib)
     return corpus
+
+
+def _collectors(domains: Iterable[str], chars: int) -> dict[str, _Collector]:
+    names = list(dict.fromkeys(domains))
+    return {name: _Collector(chars // len(names)) for name in names}
 
 
 def _what_does(item: DocumentedObject) -> Question | None:

@@ -1,0 +1,62 @@
+"""``dmagent demo``: a language model continually pre-trained in three ways, in a few minutes, on text that is there."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import textwrap
+from pathlib import Path
+
+from dmagent_loader.errors import require_extra
+
+
+def add_demo_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``demo``."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="watch the agent re-weight domains while a small model trains: a few minutes on two CPU cores",
+        description=(
+            "Trains a small language model on the documentation of this Python installation, then goes on in three "
+            "ways with the same token budget: on source code only, half and half, and in the mix that the agent "
+            "chooses. Writes a table, a chart and an HTML page. Downloads nothing."
+        ),
+    )
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results (%(default)s)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help=(
+            "text of your own: DATA/source/*.jsonl(.gz) and DATA/target*/*.jsonl(.gz) with a column 'text', "
+            "DATA/env/general.jsonl(.gz) and DATA/env/<target>.jsonl(.gz) with the columns 'question' and 'answer'"
+        ),
+    )
+    parser.add_argument("--target", help="with --data: which target folder, if there are several (the first)")
+    parser.add_argument("--agent", default="dmagent-sft-preview", help="name or folder of the agent (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that everything works")
+    parser.set_defaults(run=run_demo_command)
+
+
+def run_demo_command(args: argparse.Namespace) -> int:
+    """Runs the demo and prints the table and where the report is."""
+    transformers = require_extra("transformers", "demo")
+    # Here, because it loads torch, which the other commands' help should not wait for.
+    from dmagent_loader.demo.config import DemoConfig
+    from dmagent_loader.demo.run import run_demo
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    report = run_demo(
+        args.output,
+        data=args.data,
+        target=args.target,
+        agent=args.agent,
+        config=DemoConfig.quick() if args.quick else DemoConfig(),
+    )
+    print(f"\n{report.table.to_text()}\n")
+    for note in report.notes:
+        print(textwrap.fill(note, width=79, subsequent_indent="  "))
+    print(f"\nDone in {report.seconds:.0f} seconds.")
+    for what in ("report", "chart", "numbers"):
+        print(f"  {what:<8} {report.files[what].resolve()}")
+    return 0

@@ -1,0 +1,97 @@
+"""The sizes of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dmagent_loader.errors import ConfigurationError
+
+CONTEXT_TOKENS = 512
+"""Positions of the model: rows are shorter, but a question with its answer may need more."""
+
+MIN_VOCAB = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """How much is trained and measured; the defaults take about four minutes on two CPU cores.
+
+    Args:
+        seed: Of the model's first weights and of the order of samples.
+        vocab_size: Of the byte-level BPE tokenizer.
+        row_tokens: Length of a packed training row.
+        batch_rows: Rows in one optimizer step.
+        hidden_size: Width of the model.
+        num_layers: Of the model.
+        base_steps: Optimizer steps of the base model, on the source field.
+        base_learning_rate: Peak; cosine decay to a tenth.
+        decisions: Reweighting steps of each continual run.
+        steps_per_decision: Optimizer steps between two of them.
+        run_learning_rate: Peak of the continual runs; linear decay to zero.
+        source_chars: Training text of the source field, at most.
+        target_chars: Training text of the target field, at most.
+        questions: Questions of each field of the environment, at most.
+        question_chars: Text of all questions and answers of a field, at most: what an evaluation may cost.
+        held_out_rows: Rows of each field on which the held-out loss is measured, at most.
+        num_threads: CPU threads; a model this small gains nothing from many, and results would depend on them.
+    """
+
+    seed: int = 0
+    vocab_size: int = 2048
+    row_tokens: int = 128
+    batch_rows: int = 8
+    hidden_size: int = 128
+    num_layers: int = 4
+    base_steps: int = 800
+    base_learning_rate: float = 3e-3
+    decisions: int = 20
+    steps_per_decision: int = 14
+    run_learning_rate: float = 1.5e-3
+    source_chars: int = 4_200_000
+    target_chars: int = 2_400_000
+    questions: int = 120
+    question_chars: int = 60_000
+    held_out_rows: int = 160
+    num_threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < MIN_VOCAB:
+            raise ConfigurationError(
+                f"vocab_size is {self.vocab_size}: a byte-level tokenizer needs {MIN_VOCAB} or more"
+            )
+        if not 2 <= self.row_tokens <= CONTEXT_TOKENS:
+            raise ConfigurationError(f"row_tokens is {self.row_tokens}; it must be between 2 and {CONTEXT_TOKENS}")
+
+    @classmethod
+    def quick(cls) -> DemoConfig:
+        """The whole way in a few seconds of training: to see that it works, not to learn anything from the numbers."""
+        return cls(
+            vocab_size=1024,
+            row_tokens=64,
+            hidden_size=64,
+            num_layers=2,
+            base_steps=40,
+            decisions=3,
+            steps_per_decision=6,
+            source_chars=900_000,
+            target_chars=500_000,
+            questions=40,
+            question_chars=16_000,
+            held_out_rows=40,
+            num_threads=1,
+        )
+
+    @property
+    def samples_per_reweight(self) -> int:
+        """Rows between two decisions."""
+        return self.steps_per_decision * self.batch_rows
+
+    @property
+    def run_steps(self) -> int:
+        """Optimizer steps of each continual run."""
+        return self.decisions * self.steps_per_decision
+
+    @property
+    def run_tokens(self) -> int:
+        """Token budget of each continual run."""
+        return self.run_steps * self.batch_rows * self.row_tokens
