@@ -246,18 +246,19 @@ class ShardCollection:
     def _damage_effect(self, domain: int) -> str:
         """What damage does to the size of a domain; shards that were cut are judged by the whole shards beside them."""
         shards = self._shards[domain]
-        kept = int(self._rows[domain].sum())
-        whole = [index.num_rows for _, index in shards if not index.damage]
-        lost = 0
-        for _, index in shards:
-            estimate = sum(item.rows_lost for item in index.damage)
-            if whole and any(item.at_least for item in index.damage):
-                estimate = max(estimate, round(float(np.median(whole))) - index.num_rows)
-            lost += estimate
         if all(not index.damage for _, index in shards):
             return ""
+        kept = int(self._rows[domain].sum())
+        whole = [index.num_rows for _, index in shards if not index.damage]
+        lost, certain = 0, True
+        for _, index in shards:
+            estimate = sum(item.rows_lost for item in index.damage)
+            if any(item.at_least for item in index.damage):
+                certain = certain and bool(whole)
+                estimate = max(estimate, round(float(np.median(whole))) - index.num_rows) if whole else estimate
+            lost += estimate
         return (
-            f"domain {self.domains[domain]!r}: {kept} rows are left, about {lost} are lost "
+            f"domain {self.domains[domain]!r}: {kept} rows are left, {'about' if certain else 'at least'} {lost} are lost "
             f"({lost / max(1, kept + lost):.1%} of the domain), so at equal weight its rows repeat sooner"
         )
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader.errors import ShardLayoutError
+from dmagent_loader.shards.header import BLOCK
 from dmagent_loader.shards.reader import Source
 from dmagent_loader.shards.tar import CUTS, TRAILING, Gap, MemberTable, scan
 from dmagent_loader.shards.urls import display_url
@@ -145,7 +146,7 @@ def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
     keep = np.ones(num_rows, bool)
     if table.gaps:
         keep[_broken_rows(table.gaps, first, extension)] = False
-    damage = _account(url, table.gaps, keep, first, offset, size)
+    damage = _account(url, table.gaps, keep, first, size)
     if not keep.all():
         rows = np.flatnonzero(keep)
         members = np.repeat(keep, np.diff(first))
@@ -209,21 +210,20 @@ def _account(
     gaps: list[Gap],
     keep: NDArray[np.bool_],
     first: NDArray[np.int64],
-    offset: NDArray[np.int64],
     size: NDArray[np.int64],
 ) -> tuple[ShardDamage, ...]:
     kept = int(keep.sum())
-    spans = (offset[first[1:] - 1] + size[first[1:] - 1] - offset[first[:-1]])[keep] if kept else np.zeros(0)
-    mean_span = float(spans.mean()) + 512 if kept else 0.0
+    members_before = np.append(0, np.cumsum(BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK))
+    stored = members_before[first[1:]] - members_before[first[:-1]]
+    mean_stored = float(stored[keep].mean()) if kept else 0.0
     account = []
     for gap in gaps:
         beside = [row for row in (gap.rows_before - 1, gap.rows_before) if 0 <= row < len(keep) and not keep[row]]
-        dropped_bytes = sum(int(size[first[row] : first[row + 1]].sum()) for row in beside)
-        bytes_lost = gap.end - gap.start + dropped_bytes
+        bytes_lost = gap.end - gap.start + sum(int(stored[row]) for row in beside)
         at_least = gap.kind in CUTS
         rows_lost = 0
         if gap.kind != TRAILING and bytes_lost:
-            rows_lost = max(1, len(beside), round(bytes_lost / mean_span) if mean_span else 1)
+            rows_lost = max(1, len(beside), round(bytes_lost / mean_stored) if mean_stored else 1)
         account.append(
             ShardDamage(
                 shard=url,

@@ -1,0 +1,240 @@
+"""Reading by position: threads, processes, pickles, bounds."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError, ShardNotFoundError
+from dmagent_loader.shards import ShardCollection
+from dmagent_loader.shards.collection import _in_threads
+
+WriteTar = Callable[..., Path]
+
+
+def content(shard: int, row: int) -> bytes:
+    return f"{shard}/{row} ".encode() * (1 + (shard + row) % 50)
+
+
+@pytest.fixture
+def hundred(write_tar: WriteTar) -> dict[str, list[str]]:
+    """Ten domains of ten shards of seven rows."""
+    shards = {}
+    for domain in range(10):
+        numbers = range(domain * 10, domain * 10 + 10)
+        shards[f"source/{domain}"] = [
+            str(write_tar(f"{n:03d}.tar", [(f"{row}.txt", content(n, row)) for row in range(7)])) for n in numbers
+        ]
+    return shards
+
+
+def read_and_check(collection: ShardCollection, seed: int, count: int = 500) -> int:
+    rng = random.Random(seed)
+    for _ in range(count):
+        domain, shard, row = rng.randrange(10), rng.randrange(10), rng.randrange(7)
+        sample = collection.read(domain, shard, row)
+        assert sample.key == str(row)
+        assert bytes(sample.members["txt"]) == content(domain * 10 + shard, row)
+    return count
+
+
+def test_shapes_and_order_follow_the_mapping(hundred: dict[str, list[str]]) -> None:
+    collection = ShardCollection.open(hundred, progress=False)
+    assert collection.domains == tuple(hundred)
+    assert collection.num_rows.tolist() == [70] * 10
+    assert collection.shard_rows(3).tolist() == [7] * 10
+
+
+def test_many_threads_read_the_right_rows_with_few_open_files(hundred: dict[str, list[str]]) -> None:
+    """With 3 open files for 100 shards, files are closed while others read: catches a descriptor that is closed under a
+    reading thread and given to another file."""
+    collection = ShardCollection.open(hundred, progress=False, max_open_files=3)
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(lambda seed: read_and_check(collection, seed), range(8))) == 4000
+
+
+def test_open_files_are_bounded(hundred: dict[str, list[str]]) -> None:
+    collection = ShardCollection.open(hundred, progress=False, max_open_files=16)
+    before = len(os.listdir("/proc/self/fd"))
+    read_and_check(collection, 0, 2000)
+    assert len(os.listdir("/proc/self/fd")) - before == 16
+    collection.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    read_and_check(collection, 1, 10)
+
+
+def _child(collection: ShardCollection, seed: int, results: multiprocessing.Queue[int]) -> None:
+    results.put(read_and_check(collection, seed))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_read_what_their_parent_opened(hundred: dict[str, list[str]], method: str) -> None:
+    """A lock that another thread holds at the fork would hang the child: it is held here on purpose."""
+    collection = ShardCollection.open(hundred, progress=False)
+    read_and_check(collection, 0)
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    with collection._open._lock:
+        workers = [context.Process(target=_child, args=(collection, seed, results)) for seed in range(2)]
+        for worker in workers:
+            worker.start()
+    counts = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert counts == [500, 500]
+    read_and_check(collection, 1)
+
+
+def test_a_pickle_reads_the_same_and_holds_no_files(hundred: dict[str, list[str]]) -> None:
+    collection = ShardCollection.open(hundred, progress=False)
+    read_and_check(collection, 0)
+    copy = pickle.loads(pickle.dumps(collection))
+    assert copy.fingerprint == collection.fingerprint
+    read_and_check(copy, 1)
+
+
+def test_fingerprint_ignores_folders_and_sees_everything_else(write_tar: WriteTar, tmp_path: Path) -> None:
+    a = write_tar("one/a.tar", [("1.txt", b"x"), ("2.txt", b"y")])
+    b = write_tar("one/b.tar", [("1.txt", b"z")])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    renamed = Path(shutil.copy(a, tmp_path / "c.tar"))
+    changed = write_tar("three/a.tar", [("1.txt", b"x"), ("2.txt", b"Y")])
+    rekeyed = write_tar("four/a.tar", [("1.txt", b"x"), ("3.txt", b"y")])
+
+    def fingerprint(shards: dict[str, list[Path]]) -> str:
+        return ShardCollection.open(shards, progress=False).fingerprint
+
+    base = fingerprint({"source/a": [a, b]})
+    assert fingerprint({"source/a": [tmp_path / "two/a.tar", tmp_path / "two/b.tar"]}) == base
+    others = [
+        fingerprint({"source/b": [a, b]}),
+        fingerprint({"source/a": [b, a]}),
+        fingerprint({"source/a": [a]}),
+        fingerprint({"source/a": [renamed, b]}),
+        fingerprint({"source/a": [changed, b]}),
+        fingerprint({"source/a": [rekeyed, b]}),
+    ]
+    assert len({base, *others}) == 7
+
+
+def test_rotten_bytes_are_found_when_read(twenty: Path) -> None:
+    collection = ShardCollection.open({"source/a": str(twenty)}, progress=False)
+    data = bytearray(twenty.read_bytes())
+    data[6 * 1536 + 700] ^= 1
+    twenty.write_bytes(data)
+    collection.read(0, 0, 5)
+    with pytest.raises(DamagedShardError, match=r"row 6 \(key '006'\).*twenty\.tar.*changed since it was indexed"):
+        collection.read(0, 0, 6)
+    unchecked = pickle.loads(pickle.dumps(collection))
+    unchecked._verify = False
+    unchecked.read(0, 0, 6)
+
+
+def test_a_shard_that_was_cut_after_indexing_is_an_error_not_a_crash(twenty: Path) -> None:
+    """Under a memory map this is SIGBUS."""
+    collection = ShardCollection.open({"source/a": str(twenty)}, progress=False)
+    collection.read(0, 0, 10)
+    os.truncate(twenty, 6 * 1536 + 700)
+    with pytest.raises(DamagedShardError, match="changed since it was indexed"):
+        collection.read(0, 0, 6)
+
+
+def test_a_shard_that_is_gone_is_named(twenty: Path) -> None:
+    collection = ShardCollection.open({"source/a": str(twenty)}, progress=False)
+    twenty.unlink()
+    with pytest.raises(ShardNotFoundError, match=r"twenty\.tar"):
+        collection.read(0, 0, 0)
+
+
+@pytest.mark.parametrize("row", [-1, 20])
+def test_rows_outside_the_shard_are_refused(twenty: Path, row: int) -> None:
+    """Row -1 would silently be the last one."""
+    with pytest.raises(IndexError, match="20 rows"):
+        ShardCollection.open({"source/a": str(twenty)}, progress=False).read(0, 0, row)
+
+
+def test_a_domain_without_rows_is_an_error_and_an_empty_shard_a_warning(
+    twenty: Path, write_tar: WriteTar, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty = write_tar("empty.tar", [])
+    nameless = write_tar("nameless.tar", [("README", b"x")])
+    with pytest.raises(EmptyShardError, match=r"'source/b' has no rows.*empty\.tar"):
+        ShardCollection.open({"source/a": twenty, "source/b": [empty, nameless]}, progress=False)
+    with caplog.at_level(logging.WARNING):
+        collection = ShardCollection.open({"source/a": [twenty, empty]}, progress=False)
+    assert collection.shard_rows(0).tolist() == [20, 0]
+    assert "1 of 2 shards hold no sample" in caplog.text
+
+
+def test_settings_that_cannot_work_are_refused(twenty: Path) -> None:
+    with pytest.raises(ConfigurationError, match="on_damage='ignore'"):
+        ShardCollection.open({"source/a": twenty}, on_damage="ignore")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="no domains"):
+        ShardCollection.open({})
+
+
+def test_one_shard_may_serve_two_domains(twenty: Path) -> None:
+    collection = ShardCollection.open({"source/a": twenty, "target/a": twenty}, progress=False)
+    assert collection.num_rows.tolist() == [20, 20]
+
+
+def test_a_thousand_domains_open_and_read(write_tar: WriteTar) -> None:
+    shards = {f"source/{n}": write_tar(f"t{n}.tar", [("a.txt", str(n).encode())]) for n in range(1000)}
+    collection = ShardCollection.open(shards, progress=False)
+    before = len(os.listdir("/proc/self/fd"))
+    assert [int(bytes(collection.read(n, 0, 0).members["txt"])) for n in range(1000)] == list(range(1000))
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+    assert threading.active_count() < 20
+
+
+def test_the_table_names_every_shard_and_its_damage(twenty: Path, pairs: Path) -> None:
+    pairs.write_bytes(pairs.read_bytes()[: 12 * 1024])
+    collection = ShardCollection.open({"source/a": twenty, "target/b": pairs}, on_damage="skip", progress=False)
+    table = collection.describe()
+    assert [line.split()[0] for line in table.splitlines()] == [
+        "domain",
+        "source/a",
+        "twenty.tar",
+        "target/b",
+        "pairs.tar",
+    ]
+    assert "cut at a record boundary at byte 12288" in table.splitlines()[-1]
+    assert [(s.domain, s.rows, s.members) for s in collection.summaries()] == [
+        ("source/a", 20, 20),
+        ("target/b", 6, 12),
+    ]
+
+
+def test_ctrl_c_in_one_thread_stops_the_others() -> None:
+    """Catches a pool that indexes on for an hour after Ctrl-C."""
+    stop = threading.Event()
+    done = []
+
+    def work(url: str) -> None:
+        if url == "0":
+            raise KeyboardInterrupt
+        stop.wait(30)
+        done.append(url)
+
+    with pytest.raises(KeyboardInterrupt):
+        _in_threads(work, [str(n) for n in range(100)], stop)
+    assert len(done) < 10
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    program = (
+        "import sys, dmagent_loader.shards; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
