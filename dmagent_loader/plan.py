@@ -42,7 +42,8 @@ def exhaustion_rules(
     - ``redistribute``: the same without that end: when the field is used up, its weight goes to the other fields.
     - ``error``: `ExhaustedError`.
 
-    Weight goes only to domains that have weight themselves: a weight of 0 is never raised.
+    Weight goes to the domains of the field that have weight themselves, in proportion; only when none of them is left
+    do those without weight take over, by their rows. So a weight of 0 holds as long as the field can do without.
 
     Args:
         space: The domains.
@@ -184,10 +185,12 @@ class Plan:
         for field_name in self.space.fields:
             members = list(self.space.members(field_name))
             lost, left = float(mix[members][used_up[members]].sum()), float(weights[members].sum())
-            ends = any(used_up[i] and self.rules[i] == "stop" for i in members)
+            spare = [i for i in members if not used_up[i]]
             if left > 0:
                 weights[members] *= (left + lost) / left
-            elif ends and (lost > 0 or used_up[members].all()):
+            elif spare:
+                weights[spare] = lost * self.num_rows[spare] / self.num_rows[spare].sum()
+            elif any(self.rules[i] == "stop" for i in members):
                 return None
         total = float(weights.sum())
         return None if total <= 0 else weights / total

@@ -101,9 +101,11 @@ def test_a_domain_of_one_in_ten_thousand_gets_its_samples_although_the_mix_chang
     assert plan.counts(100_000)[1] == pytest.approx(15, abs=1.3)
 
 
-@given(st.integers(1, 300), st.integers(1, 64), st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 99))
+@given(
+    st.integers(1, 300), st.integers(1, 64), st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 99)
+)
 @settings(max_examples=60, deadline=None)
-def test_each_epoch_gives_every_row_once(window, _, shards, seed):
+def test_each_epoch_gives_every_row_once(window, shards, seed):
     order = RowOrder(seed, "source/a", np.array(shards), window)
     rows = sum(shards)
     for epoch in range(3):
@@ -166,9 +168,15 @@ def test_error_names_the_domain_at_the_sample_where_it_runs_out():
         plan.locate(np.arange(first + 1))
 
 
-def test_repeat_never_ends_and_zero_weight_is_never_raised():
+def test_a_weight_of_zero_holds_until_its_field_has_nothing_else():
     plan = make_plan(["source/a", "target/x", "target/y"], [5, 10, 10], [0.5, 0.5, 0.0])
-    assert plan.counts(plan.end).tolist()[1:] == [10, 0]
+    first = plan.changes()[0][0]
+    assert plan.counts(first).tolist()[1:] == [10, 0]
+    assert plan.mix_at(first).tolist() == [0.5, 0.0, 0.5]
+    assert plan.counts(plan.end).tolist()[1:] == [10, 10]
+
+
+def test_repeat_never_ends():
     endless = make_plan(["source/a", "target/x"], [5, 5], [0.5, 0.5], exhausted="repeat")
     assert endless.end is None
     assert endless.counts(10**9).sum() == 10**9
@@ -190,7 +198,9 @@ def test_an_even_mix_reaches_every_rank():
     for mix in ([0.5, 0.5], [0.75, 0.25], [0.25] * 4):
         domains, _ = DomainOrder(np.array(mix), 3).locate(np.arange(20_000))
         for world in (2, 4):
-            shares = np.array([np.bincount(domains[r::world], minlength=len(mix)) for r in range(world)]) / 20_000 * world
+            shares = (
+                np.array([np.bincount(domains[r::world], minlength=len(mix)) for r in range(world)]) / 20_000 * world
+            )
             assert (shares > 0.6 * np.array(mix)).all()
 
 

@@ -1,4 +1,5 @@
-"""A training run with a stock Trainer that writes down every sample it trains on; started by the tests, also by torchrun."""
+"""A training run with a stock Trainer that writes down every sample it trains on; started by the tests, also by
+torchrun."""
 
 from __future__ import annotations
 

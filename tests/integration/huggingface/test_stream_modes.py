@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 
 MODES = [
@@ -21,8 +23,8 @@ MODES = [
 
 @pytest.mark.parametrize(("mode", "processes", "workers", "accumulation"), MODES)
 def test_every_sample_is_trained_on_once_and_in_order(launch, mode, processes, workers, accumulation):
-    """Catches a sampler that shards itself by rank under a stock Trainer: half of its samples are then never trained on,
-    and one whose workers deal samples instead of batches: the order then depends on the number of workers."""
+    """Catches a sampler that shards itself by rank under a stock Trainer: half of its samples are then never trained
+    on, and one whose workers deal samples instead of batches: the order then depends on the number of workers."""
     batch_size = 4 if mode == "split" else 2
     per_rank = 2
     steps = 12 if accumulation == 1 else 5
@@ -44,7 +46,7 @@ def test_every_sample_is_trained_on_once_and_in_order(launch, mode, processes, w
     batches = run.micro_batches()
     assert len(batches) == steps * accumulation
     for number, ranks in enumerate(batches):
-        assert sorted(sum(ranks, [])) == list(range(number * size, (number + 1) * size))
+        assert sorted(chain(*ranks)) == list(range(number * size, (number + 1) * size))
         for rank, indices in enumerate(ranks):
             assert [i % processes for i in indices] == [rank] * per_rank
     keys = run.keys()

@@ -1,0 +1,143 @@
+"""What a Trainer user expects of the callback: metrics, a clean end, epochs, refusals."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from dmagent_loader import AgentWeightedSampler, Environment
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.integrations.huggingface import DataMixingCallback
+from dmagent_loader.policies import StaticPolicy
+from dmagent_loader.testing import write_toy_shards
+
+DOMAINS = ["source/Science", "source/News", "target/Science", "target/Finance"]
+
+
+def tokens(sample):
+    ids = torch.as_tensor(sample["input_ids.npy"].astype("int64"))
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    shards = write_toy_shards(tmp_path / "shards", {"source/a": 40, "target/x": 20, "target/y": 13}, tokens=8)
+
+    def build(arguments=None, **settings):
+        sampler = AgentWeightedSampler(
+            shards,
+            policy=StaticPolicy({"source/a": 0.5, "target/x": 0.25, "target/y": 0.25}),
+            samples_per_reweight=16,
+            transform=tokens,
+            progress=False,
+            cache_dir=tmp_path / "cache",
+            **settings,
+        )
+        environment = Environment.from_pairs(
+            {"general": [("a b", "c")], "math": [("1 + 1", "2 2")]},
+            lambda text: [ord(c) % 64 for c in text],
+            progress=False,
+        )
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            **(arguments or {}),
+        )
+        callback = DataMixingCallback(sampler, environment)
+        trainer = Trainer(
+            model=LlamaForCausalLM(config),
+            args=args,
+            train_dataset=sampler,
+            callbacks=[callback],
+            processing_class=None,
+        )
+        return trainer, callback, sampler
+
+    return build
+
+
+def test_metrics_reach_the_event_file_through_the_trainers_own_writer(launch):
+    run = launch("--steps", "12", "--tensorboard")
+    folders = {path.parent for path in (run.out / "trainer").rglob("events.out.tfevents.*")}
+    assert len(folders) == 1, "metrics went to a writer beside the Trainer's"
+    events = EventAccumulator(str(folders.pop())).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"train/mix/{domain}" for domain in DOMAINS} <= tags
+    assert {f"train/achieved/{domain}" for domain in DOMAINS} <= tags
+    assert {"train/env/general", "train/env/math", "train/loss", "train/mix/source", "train/mix/target"} <= tags
+    assert {"train/dmagent/staleness_samples", "train/dmagent/evaluation_share"} <= tags
+    mix = events.Scalars("train/mix/target/Science")
+    assert [event.step for event in mix] == [0, 8]
+    assert [event.value for event in mix] == pytest.approx(
+        [entry["mix"][2] for entry in run.results[0]["ledger"][-2:]], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_training_stops_cleanly_when_the_target_is_used_up(parts, accumulation):
+    trainer, callback, sampler = parts({"max_steps": 500, "gradient_accumulation_steps": accumulation})
+    trainer.train()
+    end = sampler.plan.end
+    assert end == pytest.approx(66, abs=3)
+    assert end - 2 * accumulation < callback.consumed <= end
+    steps = -(-callback.consumed // (2 * accumulation))
+    assert trainer.state.global_step == steps
+    assert sampler.achieved(0, callback.consumed)["target/y"] >= 11
+
+
+def test_num_train_epochs_1_is_one_pass_over_the_target(parts):
+    trainer, callback, sampler = parts({"num_train_epochs": 1})
+    trainer.train()
+    assert callback.consumed == sampler.plan.end
+    assert trainer.state.max_steps == pytest.approx(trainer.state.global_step, abs=1)
+
+
+def test_more_epochs_than_data_are_warned_about(parts, caplog):
+    trainer, _, _ = parts({"num_train_epochs": 3})
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "num_train_epochs=3 asks for 3 passes" in caplog.text
+
+
+def test_without_an_end_the_trainer_asks_for_max_steps(parts):
+    with pytest.raises(ValueError, match="max_steps"):
+        parts({"num_train_epochs": 1}, exhausted="repeat")
+
+
+def test_the_last_incomplete_batch_of_one_process_is_trained_on(parts):
+    trainer, callback, sampler = parts({"num_train_epochs": 1}, initial_mix={"source/a": 0.5, "target/x": 0.5})
+    trainer.train()
+    assert callback.consumed == sampler.plan.end
+
+
+def test_another_dataset_than_the_samplers_is_refused(parts, tmp_path):
+    trainer, callback, _ = parts({"max_steps": 2})
+    _, _, other = parts({"max_steps": 2})
+    trainer.train_dataset = other
+    with pytest.raises(ConfigurationError, match="pass the same sampler to both"):
+        trainer.train()
+
+
+def test_rebuilding_callbacks_from_a_checkpoint_is_refused(parts):
+    with pytest.raises(ConfigurationError, match="leave it False"):
+        parts({"max_steps": 2, "restore_callback_states_from_checkpoint": True})
+
+
+def test_the_models_mode_and_the_logs_of_the_trainer_are_left_alone(parts):
+    trainer, _, _ = parts({"max_steps": 9, "logging_steps": 1})
+    trainer.train()
+    assert trainer.model.training
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in losses] == list(range(1, 10))
