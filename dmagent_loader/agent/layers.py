@@ -31,8 +31,8 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 def causal_mask(length: int, valid: Tensor | None, device: torch.device) -> Tensor:
     """Which token may attend to which: earlier valid tokens and itself.
 
-    A padded token may attend to itself, because a softmax over nothing is NaN, and a NaN in a row that nobody reads
-    still spoils the gradient.
+    A padded token may attend to itself: a softmax over nothing is NaN in the kernels of torch before 2.5, and a NaN in
+    a row that nobody reads still spoils the gradient.
 
     Args:
         length: T.
