@@ -32,7 +32,7 @@ def assert_same_weights(one: StackedProxies, i: int, other: StackedProxies, j: i
 
 
 def test_training_many_at_once_equals_training_each_alone() -> None:
-    """Catches a loss averaged over proxies, a gradient norm taken over all, and any mixing of rows."""
+    """Catches every operation that mixes proxies: rows, embeddings or statistics taken over the whole stack."""
     together = ProxyTrainer(3, CONFIG)
     for step in range(STEPS):
         losses = together.train(torch.stack([rows(i, step) for i in range(3)]))
