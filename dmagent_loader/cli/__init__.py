@@ -1,0 +1,48 @@
+"""The command line: ``dmagent``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from dmagent_loader._version import __version__
+from dmagent_loader.cli.demo import add_demo_command
+from dmagent_loader.cli.inspect import add_inspect_command
+from dmagent_loader.cli.plan import add_plan_commands
+from dmagent_loader.cli.shards import add_shard_commands
+from dmagent_loader.cli.train_agent import add_train_agent_command
+from dmagent_loader.errors import DMAgentError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="dmagent", description="Data mixing for continual pre-training: shards, plans, agents."
+    )
+    parser.add_argument("--version", action="version", version=f"dmagent-loader {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    add_demo_command(commands)
+    add_shard_commands(commands)
+    add_plan_commands(commands)
+    add_inspect_command(commands)
+    add_train_agent_command(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; an error of this package is a line on stderr and exit status 2."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return int(args.run(args) or 0)
+    except DMAgentError as error:
+        print(f"dmagent {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does: not an error. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"dmagent {args.command}: interrupted", file=sys.stderr)
+        return 130

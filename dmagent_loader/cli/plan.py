@@ -1,0 +1,172 @@
+"""``dmagent replay`` lists the samples of a finished run, ``dmagent simulate`` predicts those of one to come."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmagent_loader.domains import DomainSpace
+from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.ledger import INITIAL, LedgerEntry
+from dmagent_loader.plan import EXHAUSTION_RULES, Plan
+from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.shards import ShardCollection, load_manifest
+from dmagent_loader.simplex import FloatArray
+
+_BATCH = 4096
+
+
+def add_plan_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``replay`` and ``simulate``."""
+    _add_replay(subparsers)
+    _add_simulate(subparsers)
+
+
+def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "replay",
+        help="list the samples of a run from its saved state",
+        description="Prints a JSON line for each sample: global index, domain, shard, row and key.",
+    )
+    parser.add_argument("state", help="a saved state_dict() as JSON, a trainer_state.json, or a checkpoint's folder")
+    parser.add_argument(
+        "--shards", required=True, metavar="MANIFEST", help="manifest.json of the shards, or its folder"
+    )
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="first global index (default: 0)")
+    parser.add_argument(
+        "--stop", type=int, metavar="N", help="global index to stop before (default: what was consumed)"
+    )
+    parser.add_argument("--rank", type=int, default=0, help="only the samples of this rank")
+    parser.add_argument("--world-size", type=int, default=1)
+    parser.add_argument("--cache-dir", metavar="DIR", help="where shard indexes are kept")
+    parser.set_defaults(run=replay)
+
+
+def _add_simulate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "simulate",
+        help="predict when domains run out, before any GPU is used",
+        description=(
+            "Plays the plan of a run with a fixed mix, or one that changes linearly, and prints what each domain "
+            "gives. A mix is NAME=WEIGHT,...; a name is a domain, or a field, whose weight is split by rows."
+        ),
+    )
+    parser.add_argument(
+        "--shards", required=True, metavar="MANIFEST", help="manifest.json of the shards, or its folder"
+    )
+    parser.add_argument("--mix", required=True, metavar="NAME=W,...", help="for example source=0.6,target=0.4")
+    parser.add_argument("--final-mix", metavar="NAME=W,...", help="the mix reached linearly after --steps steps")
+    parser.add_argument("--steps", type=int, default=80, metavar="N", help="reweighting steps (default: %(default)s)")
+    parser.add_argument(
+        "--samples-per-reweight", type=int, default=64_000, metavar="N", help="samples per step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--exhausted", choices=EXHAUSTION_RULES, help="for all domains (default: repeat source, stop target)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache-dir", metavar="DIR", help="where shard indexes are kept")
+    parser.set_defaults(run=simulate)
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Prints the samples of a run."""
+    state = read_saved_state(Path(args.state))
+    sampler = AgentWeightedSampler(
+        args.shards,
+        samples_per_reweight=1,
+        seed=int(state.get("seed", 0)),
+        exhausted=dict(zip(state.get("domains", []), state.get("exhausted", []), strict=False)),
+        shuffle_window=int(state.get("shuffle_window", 1)),
+        cache_dir=args.cache_dir,
+    )
+    sampler.load_state_dict(state)
+    if not 0 <= args.rank < args.world_size:
+        raise ConfigurationError(f"rank {args.rank} does not lie in a world of {args.world_size}")
+    stop = state["consumed"] if args.stop is None else args.stop
+    first = args.start + (args.rank - args.start) % args.world_size
+    for begin in range(first, stop, _BATCH * args.world_size):
+        indices = np.arange(begin, min(stop, begin + _BATCH * args.world_size), args.world_size)
+        located = sampler.plan.locate(indices)
+        for g, d, s, r in zip(indices, located.domain, located.shard, located.row, strict=True):
+            raw = sampler.collection.read(int(d), int(s), int(r))
+            line = {"index": int(g), "domain": sampler.space.names[d], "shard": int(s), "row": int(r), "key": raw.key}
+            print(json.dumps(line))
+    return 0
+
+
+def simulate(args: argparse.Namespace) -> int:
+    """Prints what each domain gives."""
+    shards = load_manifest(args.shards)
+    collection = ShardCollection.open(shards, cache_dir=args.cache_dir)
+    space = DomainSpace.from_names(shards)
+    rows = [collection.shard_rows(d) for d in range(len(space))]
+    plan = Plan(space, rows, seed=args.seed, exhausted=args.exhausted)
+    first = parse_mix(args.mix, space, plan.num_rows)
+    last = first if args.final_mix is None else parse_mix(args.final_mix, space, plan.num_rows)
+    for step in range(args.steps):
+        part = step / max(1, args.steps - 1)
+        mix = (1 - part) * first + part * last
+        start = step * args.samples_per_reweight
+        entry = LedgerEntry(start=start, mix=tuple(mix.tolist()), decided_by=INITIAL, decided_at=start)
+        plan.append(entry)
+        if plan.end is not None and plan.end <= start + args.samples_per_reweight:
+            break
+    budget = args.steps * args.samples_per_reweight
+    stop = budget if plan.end is None else min(budget, plan.end)
+    counts = plan.counts(stop)
+    ends = {name: index for index, names in reversed(plan.changes()) for name in names if index <= stop}
+    width = max(len("domain"), *(len(name) for name in space.names))
+    print(f"{'domain':{width}}  {'rows':>12}  {'samples':>12}  {'share':>7}  {'epochs':>8}  used up at sample")
+    for name, total, count in zip(space.names, plan.num_rows, counts, strict=True):
+        used_up = f"{ends[name]:,}" if name in ends else "-"
+        print(f"{name:{width}}  {total:>12,}  {count:>12,}  {count / stop:>7.2%}  {count / total:>8.2f}  {used_up}")
+    why = "a field is used up" if stop < budget else f"the budget of {args.steps} steps is spent"
+    print(f"the run ends after {stop:,} samples (step {stop / args.samples_per_reweight:.1f}): {why}")
+    return 0
+
+
+def read_saved_state(path: Path) -> Mapping[str, Any]:
+    """The sampler's state in a file of its own or in a Trainer's checkpoint.
+
+    Raises:
+        StateError: There is none.
+    """
+    path = path / "trainer_state.json" if path.is_dir() else path
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(f"{path} cannot be read as JSON: {error}") from error
+    if isinstance(saved, Mapping) and "stateful_callbacks" in saved:
+        held = saved["stateful_callbacks"].get("DataMixingCallback")
+        held = held[-1] if isinstance(held, list) and held else held
+        if not isinstance(held, Mapping):
+            raise StateError(f"{path} was saved without DataMixingCallback: it says nothing about the order of samples")
+        saved = held["attributes"]["sampler"]
+    if not isinstance(saved, Mapping) or "ledger" not in saved:
+        raise StateError(f"{path} holds no sampler state: pass what state_dict() returned, or a Trainer's checkpoint")
+    return saved
+
+
+def parse_mix(text: str, space: DomainSpace, rows: Any) -> FloatArray:
+    """``NAME=WEIGHT,...`` over domains and fields as a mix: (D,), sums to 1.
+
+    Raises:
+        ConfigurationError: It cannot be read, names nothing, or does not sum to 1.
+    """
+    weights = np.zeros(len(space))
+    for part in text.split(","):
+        name, separator, value = part.partition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            separator, weight = "", 0.0
+        if not separator:
+            raise ConfigurationError(f"mix {text!r}: {part!r} is not NAME=WEIGHT")
+        members = list(space.members(name)) if name in space.fields else [space.index(name)]
+        weights[members] += weight * rows[members] / rows[members].sum()
+    return space.mix(weights)

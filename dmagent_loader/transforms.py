@@ -1,0 +1,70 @@
+"""From decoded rows to what a causal language model trains on; pass one as ``transform=`` of the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmagent_loader.errors import DecodeError
+
+PACKED_MEMBER = "input_ids.npy"
+"""The member that ``dmagent shard --tokenizer`` writes."""
+
+IGNORED_LABEL = -100
+"""Labels of padding, which the losses of transformers and torch leave out."""
+
+
+def packed_tokens(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Packed rows of tokens as ``input_ids`` and ``labels``, both (T,) int64; the model shifts the labels.
+
+    Raises:
+        DecodeError: The row holds no packed tokens.
+    """
+    if PACKED_MEMBER not in sample:
+        raise DecodeError(
+            f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} has no member {PACKED_MEMBER!r}, only "
+            f"{[name for name in sample if not name.startswith('__')]}: write the shards with --tokenizer, or use "
+            f"TokenizeText"
+        )
+    tokens = torch.from_numpy(np.asarray(sample[PACKED_MEMBER]).astype(np.int64))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeText:
+    """Tokenises text rows, cut and padded to a fixed length.
+
+    Args:
+        encode: Text to token ids: ``tokenizer.encode`` of transformers, for example.
+        length: T, tokens of a row.
+        pad_token: Fills short rows.
+        member: The text member.
+    """
+
+    encode: Callable[[str], Sequence[int]]
+    length: int
+    pad_token: int
+    member: str = "txt"
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels``, all (T,) int64; labels of padding are -100.
+
+        Raises:
+            DecodeError: The row holds no such member.
+        """
+        if self.member not in sample:
+            raise DecodeError(
+                f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} has no member {self.member!r}, only "
+                f"{[name for name in sample if not name.startswith('__')]}: pass member="
+            )
+        ids = list(self.encode(sample[self.member]))[: self.length]
+        missing = self.length - len(ids)
+        return {
+            "input_ids": torch.tensor(ids + [self.pad_token] * missing),
+            "attention_mask": torch.tensor([1] * len(ids) + [0] * missing),
+            "labels": torch.tensor(ids + [IGNORED_LABEL] * missing),
+        }
