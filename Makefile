@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all set-up on a fresh machine with Python 3.11 (CPU is enough).
+PYTHON ?= python3.11
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip
+STAMP := $(VENV)/.installed
+# Several processes with two threads each on two cores are many times slower than with one each.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-all lint bench clean
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip -c constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	OMP_NUM_THREADS=2 $(VENV)/bin/dmagent demo --output demo_output
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(STAMP)
+	$(VENV)/bin/python benchmarks/decision_cost.py
+	$(VENV)/bin/python benchmarks/staleness.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache
