@@ -258,8 +258,8 @@ class ShardCollection:
                 estimate = max(estimate, round(float(np.median(whole))) - index.num_rows) if whole else estimate
             lost += estimate
         return (
-            f"domain {self.domains[domain]!r}: {kept} rows are left, {'about' if certain else 'at least'} {lost} are lost "
-            f"({lost / max(1, kept + lost):.1%} of the domain), so at equal weight its rows repeat sooner"
+            f"domain {self.domains[domain]!r}: {kept} rows are left, {'about' if certain else 'at least'} {lost} are "
+            f"lost ({lost / max(1, kept + lost):.1%} of the domain), so at equal weight its rows repeat sooner"
         )
 
     def _judge_emptiness(self) -> None:

@@ -333,15 +333,19 @@ class _Scanner:
             # A full end marker, padded as writers pad it. What follows may be the rest of an older, longer file.
             self.gap(TRAILING, end, self.file_size)
             return None
-        return self.resynchronise(ZEROED_HEADER, position)
+        ended = end - position >= 2 * BLOCK and bool(self.table.offset)
+        return self.resynchronise(ZEROED_HEADER, position, kind_if_last=TRAILING if ended else ZEROED_HEADER)
 
-    def resynchronise(self, kind: str, position: int) -> int | None:
-        """The next valid header behind `position`, or None; notes the gap."""
+    def resynchronise(self, kind: str, position: int, kind_if_last: str | None = None) -> int | None:
+        """The next valid header behind `position`, or None; notes the gap, less the zeros at the end of the file."""
         self.next_name = self.next_size = None
         magic = b"ustar"
         search = position + 1
+        last_byte = search
         while search < self.file_size:
             self.load(search)
+            used = len(self.buffer.rstrip(b"\0"))
+            last_byte = search + used if used else last_byte
             found = self.buffer.find(magic)
             while found >= 0:
                 start = search + found - 257
@@ -350,7 +354,8 @@ class _Scanner:
                     return start
                 found = self.buffer.find(magic, found + 1)
             search += max(1, len(self.buffer) - len(magic) + 1)
-        self.gap(TRAILING if kind == ZEROED_HEADER and self.table.offset else kind, position, self.file_size)
+        end = min(self.file_size, position + padded(last_byte - position))
+        self.gap(kind_if_last or kind, position, end)
         return None
 
     def gap(self, kind: str, start: int, end: int) -> None:

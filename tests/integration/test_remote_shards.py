@@ -1,0 +1,239 @@
+"""Shards behind URLs: a real HTTP server on loopback, and fsspec's memory filesystem."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import multiprocessing
+import tarfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError
+from dmagent_loader.shards import ShardCollection, load_manifest, shard_files
+
+pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
+
+
+def tar_bytes(texts: list[str]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for number, text in enumerate(texts):
+            info = tarfile.TarInfo(f"{number:03d}.txt")
+            info.size = len(text.encode())
+            tar.addfile(info, io.BytesIO(text.encode()))
+    return stream.getvalue()
+
+
+TEXTS = [f"row {n} " * 40 for n in range(30)]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` with byte ranges; counts what it sent; can be told to misbehave."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.etags: dict[str, str] = {}
+        self.bytes_sent = 0
+        self.ranges: list[str] = []
+        self.failures_left = 0
+        self.ignore_ranges = False
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{name}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        name = self.path.lstrip("/").partition("?")[0]
+        data = self.server.files.get(name)
+        if data is None:
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if body and self.server.failures_left > 0:
+            self.server.failures_left -= 1
+            self.close_connection = True
+            self.connection.close()
+            return
+        wanted = self.headers.get("Range")
+        if wanted and not self.server.ignore_ranges:
+            first, last = wanted.removeprefix("bytes=").split("-")
+            start, end = int(first), min(int(last) + 1, len(data))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+            data = data[start:end]
+            self.server.ranges.append(wanted)
+        else:
+            self.send_response(200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", self.server.etags.get(name, '"1"'))
+        self.send_header("Last-Modified", formatdate(0, usegmt=True))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+            self.server.bytes_sent += len(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    yield running
+    running.shutdown()
+    running.server_close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMAGENT_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def texts_of(collection: ShardCollection, domain: int = 0, shard: int = 0) -> list[str]:
+    rows = range(int(collection.shard_rows(domain)[shard]))
+    return [str(collection.read(domain, shard, row).members["txt"], "utf-8") for row in rows]
+
+
+def test_rows_are_read_by_ranges_and_the_index_only_once(server: Server) -> None:
+    for number in range(3):
+        server.files[f"s-{number:03d}.tar"] = tar_bytes(TEXTS)
+    shards = {"source/a": server.url("s-{000..002}.tar")}
+    first = ShardCollection.open(shards, progress=False)
+    assert first.num_rows.tolist() == [90]
+    assert texts_of(first, shard=2) == TEXTS
+    server.bytes_sent, server.ranges = 0, []
+    again = ShardCollection.open(shards, progress=False)
+    assert server.bytes_sent == 0
+    assert bytes(again.read(0, 1, 7).members["txt"]).decode() == TEXTS[7]
+    assert server.bytes_sent == len(TEXTS[7])
+    assert len(server.ranges) == 1
+
+
+def test_a_remote_shard_with_another_etag_is_indexed_again(server: Server) -> None:
+    server.files["a.tar"] = tar_bytes(["old1", "old2"])
+    shards = {"source/a": server.url("a.tar")}
+    assert texts_of(ShardCollection.open(shards, progress=False)) == ["old1", "old2"]
+    server.files["a.tar"], server.etags["a.tar"] = tar_bytes(["new1", "new2"]), '"2"'
+    assert texts_of(ShardCollection.open(shards, progress=False)) == ["new1", "new2"]
+
+
+def test_a_remote_shard_that_changes_while_it_is_used_is_found(server: Server) -> None:
+    server.files["a.tar"] = tar_bytes(["old1", "old2"])
+    collection = ShardCollection.open({"source/a": server.url("a.tar")}, progress=False)
+    server.files["a.tar"] = tar_bytes(["new1", "new2"])
+    with pytest.raises(DamagedShardError, match="changed since it was indexed"):
+        collection.read(0, 0, 0)
+
+
+def test_dropped_connections_are_tried_again(server: Server) -> None:
+    server.files["a.tar"] = tar_bytes(TEXTS)
+    collection = ShardCollection.open({"source/a": server.url("a.tar")}, progress=False)
+    server.failures_left = 2
+    assert str(collection.read(0, 0, 3).members["txt"], "utf-8") == TEXTS[3]
+    assert server.failures_left == 0
+
+
+def test_a_server_that_stays_away_is_an_error_that_names_the_shard(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmagent_loader.shards.reader.REMOTE_BACKOFF_SECONDS", 0.01)
+    server.files["a.tar"] = tar_bytes(TEXTS)
+    collection = ShardCollection.open({"source/a": server.url("a.tar?token=secret")}, progress=False)
+    server.failures_left = 100
+    with pytest.raises(ShardError, match=r"a\.tar.*could not be read in 4 attempts") as error:
+        collection.read(0, 0, 3)
+    assert "secret" not in str(error.value)
+
+
+def test_a_server_without_ranges_is_named_as_such(server: Server) -> None:
+    """fsspec hands over the whole file instead: rows would be the first bytes of the shard."""
+    server.files["a.tar"] = tar_bytes(TEXTS)
+    collection = ShardCollection.open({"source/a": server.url("a.tar")}, progress=False)
+    server.ignore_ranges = True
+    with pytest.raises(ShardError, match="ignores byte ranges"):
+        collection.read(0, 0, 3)
+
+
+def test_a_missing_remote_shard_is_named(server: Server) -> None:
+    with pytest.raises(ShardNotFoundError, match=r"nowhere\.tar"):
+        ShardCollection.open({"source/a": server.url("nowhere.tar")}, progress=False)
+
+
+def test_a_remote_cut_is_found(server: Server) -> None:
+    server.files["a.tar"] = tar_bytes(TEXTS)[: 1024 * 6]
+    with pytest.raises(DamagedShardError, match=r"a\.tar.*cut at a record boundary"):
+        ShardCollection.open({"source/a": server.url("a.tar")}, progress=False)
+
+
+def _child(collection: ShardCollection, results: multiprocessing.Queue[list[str]]) -> None:
+    results.put(texts_of(collection))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_forked_and_spawned_processes_read_over_http(server: Server, method: str) -> None:
+    """The parent's event loop and connections do not work in a forked child."""
+    server.files["a.tar"] = tar_bytes(TEXTS)
+    collection = ShardCollection.open({"source/a": server.url("a.tar")}, progress=False)
+    collection.read(0, 0, 0)
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    worker = context.Process(target=_child, args=(collection, results))
+    worker.start()
+    assert results.get(timeout=60) == TEXTS
+    worker.join()
+    assert texts_of(collection) == TEXTS
+
+
+def test_many_threads_read_over_http(server: Server) -> None:
+    server.files["a.tar"] = tar_bytes(TEXTS)
+    collection = ShardCollection.open({"source/a": server.url("a.tar")}, progress=False)
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(range(30)) * 4
+        read = pool.map(lambda row: str(collection.read(0, 0, row).members["txt"], "utf-8"), rows)
+        assert list(read) == [TEXTS[row] for row in rows]
+
+
+def test_memory_filesystem_and_manifest(tmp_path: Path) -> None:
+    """A folder of shards can be copied anywhere that fsspec reaches, and its manifest goes with it."""
+    (tmp_path / "a.txt").write_text("alpha")
+    shard_files({"source/a": [tmp_path / "a.txt"]}, tmp_path / "out", progress=False)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "out"), "/corpus-of-test", recursive=True)
+    shards = load_manifest("memory://corpus-of-test/manifest.json")
+    assert shards == {"source/a": ["memory://corpus-of-test/source/a/a-000000.tar"]}
+    collection = ShardCollection.open(shards, progress=False)
+    assert texts_of(collection) == ["alpha"]
+    memory.pipe("/corpus-of-test/source/a/a-000000.tar", tar_bytes(["beta!"]))
+    assert texts_of(ShardCollection.open(shards, progress=False)) == ["beta!"]
+
+
+def test_unknown_protocols_and_wildcards_are_refused() -> None:
+    with pytest.raises(ShardError, match="no access to 'nope' URLs"):
+        ShardCollection.open({"source/a": "nope://a.tar"}, progress=False)
+    with pytest.raises(ConfigurationError, match="wildcard"):
+        ShardCollection.open({"source/a": "https://example.invalid/*.tar"}, progress=False)
