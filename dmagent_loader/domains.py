@@ -202,9 +202,35 @@ class DomainSpace:
             raise DomainError(f"unknown domain {name!r}; the domains are {list(self.names)}") from None
 
     def mix(
-        self, weights: Mapping[str, float] | Sequence[float] | FloatArray, *, renormalize: bool = False
+        self,
+        weights: Mapping[str, float] | Sequence[float] | FloatArray,
+        *,
+        renormalize: bool = False,
+        shares: FloatArray | None = None,
     ) -> FloatArray:
-        """Validates weights over this space: see `dmagent_loader.simplex.validate_mix`."""
+        """Weights over this space as a mix: (D,), sums to 1.
+
+        Args:
+            weights: D numbers, or domain -> weight; with `shares` also field -> weight.
+            renormalize: Divide by the sum, whatever it is.
+            shares: (D,) by which a field's weight is split over its domains: their rows, say.
+
+        Raises:
+            DomainError: A name that is neither a domain nor, with `shares`, a field.
+            MixError: Not a distribution.
+        """
+        if shares is not None and isinstance(weights, Mapping):
+            split: dict[str, float] = {}
+            for name, weight in weights.items():
+                if name in self.fields and name not in self.names:
+                    positions = list(self.members(name))
+                    parts = shares[positions] / shares[positions].sum()
+                    for position, part in zip(positions, parts, strict=True):
+                        domain = self.names[position]
+                        split[domain] = split.get(domain, 0.0) + float(weight) * float(part)
+                else:
+                    split[name] = split.get(name, 0.0) + float(weight)
+            weights = split
         return validate_mix(weights, self.names, renormalize=renormalize)
 
     def as_dict(self, mix: FloatArray) -> dict[str, float]:

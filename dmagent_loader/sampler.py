@@ -51,7 +51,8 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         policy: Any other policy in place of the agent.
         samples_per_reweight: Samples, over all ranks, between two decisions (64,000 in the paper).
         seed: Of the order of samples.
-        initial_mix: Domain -> weight until the first decision; None: the domains' shares of rows.
+        initial_mix: Domain -> weight until the first decision, or field -> weight, split by rows; None: the domains'
+            shares of rows.
         start_state: Mix of the base model's own training data (paper, 3.1), the first thing that the policy sees; None:
             the source domains' shares of rows.
         exhausted: What happens when a domain has given all its rows: see `dmagent_loader.plan.exhaustion_rules`.
@@ -140,7 +141,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self.plan = Plan(self.space, rows, **self._plan_settings)
         self._check_world_size()
         natural = self.plan.num_rows / self.plan.num_rows.sum()
-        first = natural if initial_mix is None else self.space.mix(initial_mix)
+        first = natural if initial_mix is None else self.space.mix(initial_mix, shares=natural)
         self.plan.append(LedgerEntry(start=0, mix=tuple(first.tolist()), decided_by=INITIAL, decided_at=0))
 
         if agent is not None:
@@ -248,11 +249,16 @@ class AgentWeightedSampler(IterableDataset[Sample]):
     def set_mix(self, weights: Mapping[str, float], *, renormalize: bool = False) -> LedgerEntry:
         """Changes the mix by hand, from the first sample on that nobody has fetched. All ranks call it together.
 
+        Args:
+            weights: Domain -> weight (those left out get 0), or field -> weight, split over its domains by rows.
+            renormalize: Divide by the sum, whatever it is.
+
         Raises:
             DomainError: An unknown domain.
             MixError: The weights are not a distribution.
         """
-        mix = distributed.broadcast_object(self.space.mix(weights, renormalize=renormalize))
+        mix = self.space.mix(weights, renormalize=renormalize, shares=self.plan.num_rows.astype(np.float64))
+        mix = distributed.broadcast_object(mix)
         return self._append(mix, decided_by=MANUAL, decided_at=max(self._consumed, self._handed_out()))
 
     def reweight_due(self, consumed: int) -> bool:
@@ -418,7 +424,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
     def _start_state(self, natural: FloatArray, given: Mapping[str, float] | None) -> FloatArray:
         if given is not None:
-            return self.space.mix(given)
+            return self.space.mix(given, shares=natural)
         source = np.array([d.field == SOURCE for d in self.space.domains])
         kept = np.where(source, natural, 0.0)
         return kept / kept.sum() if kept.sum() > 0 else natural

@@ -106,8 +106,9 @@ def simulate(args: argparse.Namespace) -> int:
     space = DomainSpace.from_names(shards)
     rows = [collection.shard_rows(d) for d in range(len(space))]
     plan = Plan(space, rows, seed=args.seed, exhausted=args.exhausted)
-    first = parse_mix(args.mix, space, plan.num_rows)
-    last = first if args.final_mix is None else parse_mix(args.final_mix, space, plan.num_rows)
+    sizes = plan.num_rows.astype(np.float64)
+    first = parse_mix(args.mix, space, sizes)
+    last = first if args.final_mix is None else parse_mix(args.final_mix, space, sizes)
     for step in range(args.steps):
         part = step / max(1, args.steps - 1)
         mix = (1 - part) * first + part * last
@@ -152,21 +153,19 @@ def read_saved_state(path: Path) -> Mapping[str, Any]:
     return saved
 
 
-def parse_mix(text: str, space: DomainSpace, rows: Any) -> FloatArray:
+def parse_mix(text: str, space: DomainSpace, rows: FloatArray) -> FloatArray:
     """``NAME=WEIGHT,...`` over domains and fields as a mix: (D,), sums to 1.
 
     Raises:
         ConfigurationError: It cannot be read, names nothing, or does not sum to 1.
     """
-    weights = np.zeros(len(space))
+    weights: dict[str, float] = {}
     for part in text.split(","):
         name, separator, value = part.partition("=")
         try:
-            weight = float(value)
+            weights[name.strip()] = float(value)
         except ValueError:
-            separator, weight = "", 0.0
+            separator = ""
         if not separator:
             raise ConfigurationError(f"mix {text!r}: {part!r} is not NAME=WEIGHT")
-        members = list(space.members(name)) if name in space.fields else [space.index(name)]
-        weights[members] += weight * rows[members] / rows[members].sum()
-    return space.mix(weights)
+    return space.mix(weights, shares=rows)
