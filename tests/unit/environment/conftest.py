@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class CausalMean(nn.Module):
-    """Reads tokens, averages the embeddings so far, predicts the next token; has dropout, a random draw and a cache.
+    """Reads tokens, averages the embeddings so far, predicts the next token; has dropout and draws random numbers.
 
-    It refuses tokens that are masked yet followed by unmasked ones, and counts its calls.
+    It refuses a mask that is not 0 exactly on the padding (no text holds byte 0), and records the shapes of its calls.
     """
 
     def __init__(self, vocabulary: int = 256, width: int = 16) -> None:
@@ -24,6 +24,7 @@ class CausalMean(nn.Module):
         self.calls: list[tuple[int, int]] = []
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        assert (attention_mask == (input_ids != 0)).all(), "the mask must be 0 exactly on the padding"
         assert (attention_mask.diff(dim=1) <= 0).all(), "padding must be on the right"
         self.calls.append((input_ids.shape[0], input_ids.shape[1]))
         torch.rand(3)

@@ -122,17 +122,19 @@ def test_logits_are_counted_from_the_right(model, pairs, returned):
     assert environment.evaluate(last_only if returned == "last positions only" else with_virtual_tokens) == expected
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
-def test_half_precision_logits_are_summed_in_float32(model, pairs, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_normalised_in_float32(model, pairs, dtype):
+    """Catches a softmax in half precision, which loses two digits on top of what the logits have lost."""
     environment = quiet({"x": pairs})
     model.eval()
 
     def half(input_ids, attention_mask):
         return model(input_ids, attention_mask).to(dtype)
 
-    full, rounded = environment.evaluate(model)["x"], environment.evaluate(half)["x"]
-    assert rounded == pytest.approx(full, abs=tolerance)
-    assert np.isfinite(environment.log_likelihoods(half)["x"].sums).all()
+    def half_then_full(input_ids, attention_mask):
+        return half(input_ids, attention_mask).float()
+
+    assert environment.evaluate(half)["x"] == pytest.approx(environment.evaluate(half_then_full)["x"], abs=1e-6)
 
 
 def test_long_context_is_cut_from_the_left_and_reported(model, caplog):

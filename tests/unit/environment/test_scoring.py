@@ -110,7 +110,7 @@ def test_tensors_cached_in_an_evaluation_can_be_trained_with(pairs, model):
     caching = Caching()
     quiet(pairs).evaluate(caching)
 
-    caching(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3)).sum().backward()
+    caching(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3)).sum().backward()
 
 
 def test_a_training_step_is_the_same_with_and_without_an_evaluation_before_it(pairs):
