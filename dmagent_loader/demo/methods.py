@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dmagent_loader.agent import MixingAgent
 from dmagent_loader.demo.config import DemoConfig
 from dmagent_loader.demo.progress import Phase
 from dmagent_loader.domains import SOURCE, TARGET, DomainSpace
@@ -37,12 +38,12 @@ class Method:
     Args:
         name: As the report shows it.
         mix: Held for the whole run; None: `agent` decides.
-        agent: Name, path or Hub id of an agent checkpoint.
+        agent: The agent that decides.
     """
 
     name: str
     mix: Mapping[str, float] | None = None
-    agent: str | None = None
+    agent: MixingAgent | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,13 @@ class MethodResult:
     problems: list[str]
 
 
-def methods(space: DomainSpace, rows: Mapping[str, int], agent: str) -> list[Method]:
+def methods(space: DomainSpace, rows: Mapping[str, int], agent: MixingAgent) -> list[Method]:
     """Target only, half and half, agent; inside a field the static mixes follow the natural shares.
 
     Args:
         space: The domains.
         rows: Domain -> rows in its shards.
-        agent: Name or path of the agent's checkpoint.
+        agent: The agent.
     """
     return [
         Method(name="target only", mix=_field_mix(space, rows, {TARGET: 1.0})),
@@ -109,7 +110,6 @@ def run_method(
 
     Raises:
         MissingExtraError: transformers or accelerate is not installed.
-        CheckpointError: The agent cannot be loaded.
     """
     transformers = require_extra("transformers", "demo")
     # Here, because it needs transformers, whose absence should be reported as above.

@@ -83,7 +83,9 @@ def reading_notes(scores: Sequence[Scores]) -> list[str]:
     for field, values in agent.questions.items():
         difference = values - other.questions[field]
         error = float(np.std(difference, ddof=1) / np.sqrt(len(difference)))
-        errors.append(f"{field} {np.mean(difference):+.3f} ± {error:.3f} ({len(difference)} questions)")
+        # Adding 0 turns a rounded -0.0 into 0.0.
+        mean = round(float(np.mean(difference)), 3) + 0.0
+        errors.append(f"{field} {mean:+.3f} ± {error:.3f} ({len(difference)} questions)")
     notes.append(
         f"Feedback of '{agent.name}' minus '{other.name}', with the standard error over the questions: "
         f"{', '.join(errors)}. One seed each: the spread between seeds comes on top."

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dmagent_loader._version import __version__
+from dmagent_loader.agent import MixingAgent
 from dmagent_loader.demo.config import DemoConfig
 from dmagent_loader.demo.corpus import Corpus, write_corpus
 from dmagent_loader.demo.language_model import Rows, held_out_loss, new_model, packed_rows, pretrain, train_tokenizer
@@ -86,17 +87,19 @@ def run_demo(
         require_extra(package, "demo")
     config = config or DemoConfig()
     started = time.perf_counter()
+    # Before anything else: a wrong name should not cost minutes of training.
+    loaded = MixingAgent.from_pretrained(agent)
     _prepare(output)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(config.num_threads, os.cpu_count() or 1))
     try:
-        return _run(output, data, target, agent, config, started)
+        return _run(output, data, target, loaded, config, started)
     finally:
         torch.set_num_threads(threads)
 
 
 def _run(
-    output: Path, data: Path | None, target: str | None, agent: str, config: DemoConfig, started: float
+    output: Path, data: Path | None, target: str | None, agent: MixingAgent, config: DemoConfig, started: float
 ) -> DemoReport:
     with Phase("collecting text") as phase:
         if data is None:
@@ -216,7 +219,7 @@ def _report(
     environment: Environment,
     scores: list[Scores],
     results: list[MethodResult],
-    agent: str,
+    agent: MixingAgent,
     config: DemoConfig,
     started: float,
 ) -> DemoReport:
@@ -243,8 +246,8 @@ def _report(
     decisions = [s for result in results if result.record.name == "agent" for s in result.decision_seconds]
     settings = {
         "text": corpus.title,
-        "agent": agent,
-        **{name.replace("_", " "): f"{value:g}" for name, value in asdict(config).items()},
+        "agent": f"{agent.name}, feedback standardised as {agent.config.standardization!r}",
+        **{name.replace("_", " "): f"{value:,}" for name, value in asdict(config).items()},
         "questions asked": ", ".join(f"{field} {count}" for field, count in environment.num_questions.items()),
         "seconds of the demo": f"{seconds:.0f}",
         "share of the runs spent on evaluation": _percent(
@@ -257,7 +260,7 @@ def _report(
     versions |= {name: importlib.metadata.version(name) for name in _VERSIONS}
     details = [*corpus.notes, *problems]
     tokens = domain_table(corpus.space, {r.record.name: r.tokens for r in results})
-    places = Table(columns=("what", "where"), rows=[(what, str(path)) for what, path in files.items()])
+    done = _what_was_done(corpus, config, budget, results[0].model.num_parameters())
     page = html.page(
         "Data Mixing Agent: a demonstration",
         [
@@ -267,11 +270,11 @@ def _report(
                 chart,
                 description="Above: share of each domain in the tokens of each run. Below: feedback of each run.",
             ),
-            html.notes_section("What was done", [*_what_was_done(corpus, config, budget), *details]),
+            html.notes_section("What was done", [*done, *details]),
             html.table_section("Tokens of each domain", tokens),
-            html.table_section("Settings", Table(columns=("setting", "value"), rows=list(settings.items()))),
-            html.table_section("Versions", Table(columns=("package", "version"), rows=list(versions.items()))),
-            html.table_section("Files", places),
+            html.table_section("Files", _listing("what", "where", {what: str(path) for what, path in files.items()})),
+            html.table_section("Settings", _listing("setting", "value", settings)),
+            html.table_section("Versions", _listing("package", "version", versions)),
         ],
         summary=f"A small language model, continually pre-trained in three ways on {corpus.title}.",
     )
@@ -282,7 +285,8 @@ def _report(
     return DemoReport(table=table, notes=[*notes, *problems], files=files, seconds=seconds)
 
 
-def _what_was_done(corpus: Corpus, config: DemoConfig, budget: str) -> list[str]:
+def _what_was_done(corpus: Corpus, config: DemoConfig, budget: str, num_parameters: int) -> list[str]:
+    base_tokens = config.base_steps * config.batch_rows * config.row_tokens
     topics = sum(domain.topic is not None for domain in corpus.space.domains)
     knowledge = (
         "No domain is named after a topic that the agent knows, so it decides on the two fields; inside a field the "
@@ -292,7 +296,8 @@ def _what_was_done(corpus: Corpus, config: DemoConfig, budget: str) -> list[str]
         "taken as a blend of all topics."
     )
     return [
-        f"A base model was trained on the source field alone for {config.base_steps} steps.",
+        f"A base model of {num_parameters / 1e6:.1f}M parameters was trained on {base_tokens:,} tokens of the source "
+        "field alone.",
         f"Then three copies of it were trained on {budget} each, with the same settings and seed: on the target field "
         "only; on both fields, half and half; and in a mix that the agent chose anew after every "
         f"{config.samples_per_reweight * config.row_tokens:,} tokens.",
@@ -301,6 +306,10 @@ def _what_was_done(corpus: Corpus, config: DemoConfig, budget: str) -> list[str]
         "The tokenizer was trained on both fields. Domains repeat when they are used up, so that all runs get "
         "equally many tokens.",
     ]
+
+
+def _listing(name: str, value: str, entries: Mapping[str, str]) -> Table:
+    return Table(columns=(name, value), rows=list(entries.items()), numeric=False)
 
 
 def _percent(part: float, whole: float) -> str:

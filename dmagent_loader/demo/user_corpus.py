@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 from dmagent_loader.demo.config import DemoConfig
@@ -14,6 +15,9 @@ from dmagent_loader.errors import ConfigurationError, EmptyShardError, Environme
 from dmagent_loader.shards.documents import DocumentReader, domain_name, is_json_lines
 
 HELD_OUT_ONE_IN = 20
+_FIRST_HELD_OUT = 4
+"""Counted over a field's documents from 0, so that a field of a few long documents has one that is held out, too."""
+
 _LAYOUT = (
     "expected source/*.jsonl(.gz) and target*/*.jsonl(.gz) with a column 'text', and env/general.jsonl(.gz) and "
     "env/<target>.jsonl(.gz) with the columns 'question' and 'answer'"
@@ -57,12 +61,12 @@ def read_user_corpus(
     documents: dict[str, list[str]] = {}
     held_out: dict[str, list[str]] = {}
     for field, name, limit in ((SOURCE, SOURCE, config.source_chars), (TARGET, chosen, config.target_chars)):
-        held_out[field] = []
+        held_out[field], counter = [], count()
         files = _json_lines_in(folder / name)
         for path in files:
-            train, kept = _read_documents(path, limit // len(files))
-            documents[f"{field}/{domain_name(path)}"] = train
-            held_out[field] += kept
+            documents[f"{field}/{domain_name(path)}"] = _read_documents(
+                path, limit // len(files), counter, held_out[field]
+            )
             progress(1)
     questions: dict[str, list[Question]] = {}
     for field, path in _question_files(folder / "env", chosen.removeprefix(TARGET).strip("_-")).items():
@@ -92,13 +96,12 @@ def _json_lines_in(folder: Path) -> list[Path]:
     return files
 
 
-def _read_documents(path: Path, limit: int) -> tuple[list[str], list[str]]:
-    """The first documents of a file, up to `limit` characters of training text: (training, held out)."""
+def _read_documents(path: Path, limit: int, counter: Iterator[int], held_out: list[str]) -> list[str]:
+    """The first documents of a file, up to `limit` characters; adds those that are not trained on to `held_out`."""
     train: list[str] = []
-    held_out: list[str] = []
     chars = 0
-    for number, document in enumerate(DocumentReader([path], "text", (), lambda size: None)):
-        if number % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1:
+    for document in DocumentReader([path], "text", (), lambda size: None):
+        if next(counter) % HELD_OUT_ONE_IN == _FIRST_HELD_OUT:
             held_out.append(document.text)
             continue
         # A file that is one long document must not take the place of all others.
@@ -108,7 +111,7 @@ def _read_documents(path: Path, limit: int) -> tuple[list[str], list[str]]:
             break
     if not train:
         raise EmptyShardError(f"{path} holds no documents, so its domain would be empty: add text or remove the file")
-    return train, held_out
+    return train
 
 
 def _question_files(folder: Path, target: str) -> dict[str, Path]:

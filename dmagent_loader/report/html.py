@@ -19,7 +19,7 @@ th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd;
 thead th { color: #555; border-bottom: 1px solid #888; vertical-align: bottom; }
 thead .group { border-bottom: none; text-align: center; }
 tbody th, thead th:first-child { text-align: left; } tbody tr:hover { background: #f4f4f4; }
-td code, dd code { font-size: .9em; }
+.text th, .text td { text-align: left; }
 """
 
 

@@ -11,12 +11,13 @@ from dmagent_loader.errors import ConfigurationError
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells that are already text; the first column is left-aligned, the others right-aligned.
+    """Cells that are already text.
 
     Args:
         columns: Headings of the columns; a line break in one makes a second line.
         rows: One text per column.
         groups: (heading, number of columns) above the columns, covering all of them; empty: none.
+        numeric: Whether the columns after the first hold numbers, and are right-aligned for that.
 
     Raises:
         ConfigurationError: A row or the groups have another width than the columns.
@@ -33,6 +34,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     groups: Sequence[tuple[str, int]] = ()
+    numeric: bool = True
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -63,23 +65,16 @@ class Table:
     def to_html(self) -> str:
         """A ``<table>`` with escaped cells."""
         head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
-        above = "".join(f'<th class="group" colspan="{span}">{html.escape(name)}</th>' for name, span in self.groups)
-        body = "\n".join(
-            "<tr>"
-            + "".join(
-                f"<{'td' if i else 'th scope=row'}>{html.escape(cell)}</{'td' if i else 'th'}>"
-                for i, cell in enumerate(row)
-            )
-            + "</tr>"
-            for row in self.rows
-        )
-        groups = f"<tr>{above}</tr>\n" if self.groups else ""
-        return f"<table>\n<thead>\n{groups}<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+        if self.groups:
+            spans = "".join(f'<th class="group" colspan="{n}">{html.escape(name)}</th>' for name, n in self.groups)
+            head = f"{spans}</tr>\n<tr>{head}"
+        body = "\n".join(f"<tr>{_row_html(row)}</tr>" for row in self.rows)
+        kind = "" if self.numeric else ' class="text"'
+        return f"<table{kind}>\n<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
-    @staticmethod
-    def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
         parts = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.rjust(width) if i and self.numeric else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return "  ".join(parts).rstrip()
@@ -91,3 +86,8 @@ class Table:
             parts.append(heading.rjust(width) if start else heading.ljust(width))
             start += span
         return "  ".join(parts).rstrip()
+
+
+def _row_html(cells: Sequence[str]) -> str:
+    first, *others = map(html.escape, cells)
+    return f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
