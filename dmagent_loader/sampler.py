@@ -161,6 +161,8 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self._received = 0
         self._position, self._consumed = 0, 0
         self._stream: SampleStream | None = None
+        self.before_iteration: Callable[[], None] | None = None
+        """Called when a loader announces a pass over the data, before it makes its iterator; for integrations."""
 
     # The stream
 
@@ -180,6 +182,11 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         if end is None:
             raise TypeError("this sampler has no length: the domains repeat without end; bound the run by its steps")
         return self.layout(base=0).num_samples(end)
+
+    def set_epoch(self, epoch: int) -> None:
+        """What loaders of accelerate call before each pass. The order does not depend on it."""
+        if self.before_iteration is not None:
+            self.before_iteration()
 
     def layout(self, *, base: int, worker: int = 0, num_workers: int = 1, worker_block: int = 1) -> StreamLayout:
         """The positions of an iterator that begins at a global index."""
@@ -444,6 +451,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         state = self.__dict__.copy()
         state["_stream"] = None
         state["_decisions"] = None
+        state["before_iteration"] = None
         state["_position"] = self._handed_out()
         return state
 

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from dmagent_loader.environment import Environment
@@ -69,6 +70,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._consumed = 0
         self._started, self._evaluating_seconds = 0.0, 0.0
         self._reporters: list[TrainerCallback] = []
+        self._random_state: torch.Tensor | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the Trainer measures the loader: the kind of stream, and no skipping at resume."""
@@ -91,6 +93,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             saved = saved[-1] if saved else None
         if state.global_step > 0:
             self._restore(args, state, saved)
+            self.sampler.before_iteration = self._keep_random_state
         # A checkpoint made without this callback has no place for its state, which the Trainer needs when it saves.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._begin_step, self._begin_consumed = state.global_step, self._consumed
@@ -98,6 +101,12 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._reporters = _other_callbacks(self)
         self._warn_about_epochs(args)
         self._maybe_reweight(args, state, control, kwargs["model"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a resumption, undoes what making the loader's iterator did to the random state."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+            self._random_state, self.sampler.before_iteration = None, None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts what was consumed, decides when it is time, and stops at the end of the plan."""
@@ -219,6 +228,11 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             look_ahead=ahead if workers else 0,
         )
 
+    def _keep_random_state(self) -> None:
+        """Called after the Trainer restored it: making the loader's iterator then draws a seed from it, and dropout would
+        differ from the run that was not interrupted."""
+        self._random_state = torch.get_rng_state()
+
     def _restore(self, args: Any, state: Any, saved: Any) -> None:
         if saved is None:
             logger.warning(
@@ -304,6 +318,7 @@ class DataMixingTrainerMixin:
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             persistent_workers=args.dataloader_persistent_workers,
+            generator=torch.Generator().manual_seed(args.seed),  # the loader's seed is not drawn from the model's
         )
 
 
