@@ -28,8 +28,8 @@ from dmagent_loader.shards.urls import base_name, display_url, expand_shards
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 OnDamage = Literal["raise", "skip"]
 
-# Threads, not processes: reading and checksums run outside the interpreter lock, two forked processes were no faster on two
-# cores (440 against 590 MB/s), and spawned ones would run the user's script again.
+# Threads, not processes: reading and the checksums of large rows run outside the interpreter lock, two processes were
+# no faster on two cores, and spawned ones would run a script without a main guard again. Small rows keep one core busy.
 _INDEX_THREADS = 8
 _LISTED_DAMAGES = 20
 

@@ -42,8 +42,8 @@ CUTS = (NO_END, CUT_HEADER, CUT_PAYLOAD, ZEROED_TAIL)
 
 _CHUNK_BYTES = 4 << 20
 _MAX_EXTENDED_HEADER = 1 << 20
-# Writers end with two zero blocks and pad to 10,240 bytes. More zeros than that are rows that never reached the disk; the
-# one exception, GNU tar with a blocking factor above 20, is reported too: nothing tells the two apart.
+# Writers end with two zero blocks and pad to 10,240 bytes. More zeros than that are rows that never reached the disk;
+# GNU tar with a blocking factor above 20 is reported too, because nothing tells the two apart.
 _MAX_END_PADDING = 2 * BLOCK + tarfile.RECORDSIZE
 _ZERO_BLOCK = bytes(BLOCK)
 _COMPRESSED = {
