@@ -47,8 +47,8 @@ class DemoConfig:
     decisions: int = 20
     steps_per_decision: int = 14
     run_learning_rate: float = 1.5e-3
-    source_chars: int = 4_200_000
-    target_chars: int = 2_400_000
+    source_chars: int = 3_000_000
+    target_chars: int = 1_800_000
     questions: int = 120
     question_chars: int = 60_000
     held_out_rows: int = 160

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.cli.demo import add_demo_command
-from dmagent_loader.errors import CheckpointError, ConfigurationError
+from dmagent_loader.errors import CheckpointError, ConfigurationError, MissingExtraError
 from dmagent_loader.history import FeedbackStatistics
 
 pytest.importorskip("transformers")
@@ -105,6 +106,17 @@ def test_an_unknown_agent_is_reported_before_anything_is_trained(tmp_path: Path)
     """Catches loading the agent for the last run only, after minutes of training."""
     with pytest.raises(CheckpointError, match="no-such-agent"):
         _demo("--quick", "--agent", "no-such-agent", "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["transformers", "accelerate", "tokenizers", "matplotlib"])
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    package: str, agent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches finding out after the training that there is nothing to draw with."""
+    monkeypatch.setitem(sys.modules, package, None)  # Python's own way to say that a module is not there
+    with pytest.raises(MissingExtraError, match=rf"'{package}', which is not installed: .*dmagent-loader\[demo\]"):
+        _demo("--quick", "--agent", str(agent), "--output", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
