@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -135,6 +136,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self._rank, self._world_size = rank, world_size
         self._kind: StreamKind = "sharded"
         self._batch_size, self._granule, self._look_ahead = batch_size or 1, 1, 0
+        self._loader_known = False
 
         rows = [self.collection.shard_rows(d) for d in range(len(self.space))]
         self._plan_settings: dict[str, Any] = {"seed": seed, "exhausted": exhausted, "window": shuffle_window}
@@ -184,7 +186,18 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         return self.layout(base=0).num_samples(end)
 
     def set_epoch(self, epoch: int) -> None:
-        """What loaders of accelerate call before each pass. The order does not depend on it."""
+        """What loaders of accelerate call before each pass. The order does not depend on it.
+
+        Raises:
+            ConfigurationError: accelerate is about to split among several processes what each of them has its share of.
+        """
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("accelerate.") and self.world_size > 1 and not self._loader_known:
+            raise ConfigurationError(
+                f"accelerate splits an iterable dataset among its {self.world_size} processes by itself, so that this "
+                "sampler must not: add DataMixingCallback(sampler) to the Trainer's callbacks, or give each process a "
+                "DataLoader that was not prepared by accelerate"
+            )
         if self.before_iteration is not None:
             self.before_iteration()
 
@@ -217,6 +230,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         """
         self._kind, self._batch_size, self.worker_block = kind, batch_size, worker_block
         self._granule, self._look_ahead = granule, look_ahead or 0
+        self._loader_known = True
 
     @property
     def rank(self) -> int:
@@ -297,8 +311,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self._decisions.record(feedback, consumed)
         previous = self.ledger.last.weights()
         mix, accepted, notes, seconds = self._decisions.decide(previous)
-        in_force = accepted and not self.shadow
-        if in_force or not self.shadow:
+        if not self.shadow:
             assert self._decisions.policy is not None
             entry = self._append(
                 mix,
@@ -312,7 +325,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             entry = self.ledger.last
         decision = Decision(
             proposed=self.space.as_dict(mix),
-            in_force=in_force,
+            in_force=accepted and not self.shadow,
             entry=entry,
             staleness=entry.start - consumed if not self.shadow else 0,
             seconds=seconds,

@@ -109,7 +109,7 @@ def simulate(args: argparse.Namespace) -> int:
     sizes = plan.num_rows.astype(np.float64)
     first = parse_mix(args.mix, space, sizes)
     last = first if args.final_mix is None else parse_mix(args.final_mix, space, sizes)
-    for step in range(args.steps):
+    for step in range(args.steps if args.final_mix is not None else 1):
         part = step / max(1, args.steps - 1)
         mix = (1 - part) * first + part * last
         start = step * args.samples_per_reweight

@@ -1,0 +1,86 @@
+"""`dmagent replay` and `dmagent simulate` on real shards."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dmagent_loader import AgentWeightedSampler
+from dmagent_loader.cli import main
+from dmagent_loader.shards.writer import ShardingConfig, shard_files
+from dmagent_loader.testing import sample_ids
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    sources = {}
+    for domain, count in (("source/web", 30), ("source/books", 10), ("target/math", 20)):
+        path = tmp_path / f"{domain.replace('/', '-')}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{domain} {i}"}) + "\n" for i in range(count)))
+        sources[domain] = [path]
+    shard_files(sources, tmp_path / "shards", ShardingConfig(rows_per_shard=7), progress=False)
+    return str(tmp_path / "shards" / "manifest.json")
+
+
+def test_replay_lists_exactly_what_a_run_was_given(manifest, tmp_path, capsys):
+    cache = str(tmp_path / "cache")
+    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, seed=5, progress=False, cache_dir=cache)
+    given = sample_ids(sampler, 12)
+    sampler.set_mix({"source/web": 0.2, "target/math": 0.8})
+    given += sample_ids(sampler, 10)
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps(sampler.state_dict()))
+    assert main(["replay", str(state), "--shards", manifest, "--cache-dir", cache]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["index"], line["domain"], line["key"]) for line in lines] == given
+
+    main(
+        ["replay", str(state), "--shards", manifest, "--rank", "1", "--world-size", "2", "--start", "4", "--stop", "9"]
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["index"], line["domain"], line["key"]) for line in lines] == [given[5], given[7]]
+
+
+def test_replay_reads_a_trainers_checkpoint(manifest, tmp_path, capsys):
+    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, progress=False)
+    saved = {"stateful_callbacks": {"DataMixingCallback": {"attributes": {"sampler": sampler.state_dict(consumed=3)}}}}
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps(saved))
+    assert main(["replay", str(folder), "--shards", manifest]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_simulate_predicts_when_domains_run_out(manifest, capsys):
+    arguments = ["simulate", "--shards", manifest, "--mix", "source=0.5,target=0.5", "--samples-per-reweight", "10"]
+    assert main([*arguments, "--steps", "9"]) == 0
+    out = capsys.readouterr().out
+    sampler = AgentWeightedSampler(
+        manifest, samples_per_reweight=10, progress=False, initial_mix={"source": 0.5, "target": 0.5}
+    )
+    assert f"the run ends after {sampler.plan.end:,} samples" in out
+    assert "a field is used up" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("target/math"))
+    assert row[1:3] == ["20", "20"]
+    assert main([*arguments, "--steps", "2"]) == 0
+    assert "the run ends after 20 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["simulate", "--shards", "MANIFEST", "--mix", "source:1"], "'source:1' is not NAME=WEIGHT"),
+        (["simulate", "--shards", "MANIFEST", "--mix", "source=0.5"], "sums to 0.5"),
+        (["simulate", "--shards", "MANIFEST", "--mix", "sauce=1"], "sauce"),
+        (["simulate", "--shards", "nowhere", "--mix", "source=1"], "nowhere"),
+        (["replay", "nowhere.json", "--shards", "MANIFEST"], "nowhere.json cannot be read"),
+        (["replay", "MANIFEST", "--shards", "MANIFEST"], "holds no sampler state"),
+        (["inspect", "no-such-agent"], "no-such-agent"),
+    ],
+)
+def test_errors_are_one_line_that_names_the_thing(manifest, capsys, arguments, message):
+    assert main([manifest if a == "MANIFEST" else a for a in arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
