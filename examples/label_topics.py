@@ -27,14 +27,19 @@ def main() -> None:
     parser.add_argument("--labelled", type=Path, required=True, help="folder of <topic>.jsonl.gz with the column text")
     parser.add_argument("--input", type=Path, required=True, help="folder of .jsonl.gz files to label")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--piece", type=int, default=600, help="characters that get one label: a page may cover several topics"
+    )
     parser.add_argument("--vocabulary", type=int, default=4096, help="size of the tokenizer (default: %(default)s)")
     args = parser.parse_args()
 
     labelled = {path.name.split(".")[0]: list(read_documents(path)) for path in sorted(args.labelled.glob("*.jsonl*"))}
-    documents = [text for path in sorted(args.input.glob("*.jsonl*")) for text in read_documents(path)]
+    whole = [text for path in sorted(args.input.glob("*.jsonl*")) for text in read_documents(path)]
+    documents = [text[i : i + args.piece] for text in whole for i in range(0, len(text), args.piece)]
     classifier = TopicClassifier(labelled, TopicClassifierConfig())
     print(f"accuracy on {classifier.num_held_out} held-out documents: {classifier.accuracy:.3f}")
 
+    print(f"{len(whole)} documents in {len(documents)} pieces of up to {args.piece} characters")
     names = [classifier.topics[number] for number in classifier.predict(documents)]
     folder = args.output / "target"
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +48,7 @@ def main() -> None:
             for text, name in zip(documents, names, strict=True):
                 if name == topic:
                     out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        print(f"{topic:28} {count:6} documents")
+        print(f"{topic:28} {count:6} pieces")
 
     sample = [text for texts in labelled.values() for text in texts[:400]] + documents[::4]
     tokenizer = train_tokenizer(iter(sample), args.vocabulary)
