@@ -272,7 +272,9 @@ def _report(
             ),
             html.notes_section("What was done", [*done, *details]),
             html.table_section("Tokens of each domain", tokens),
-            html.table_section("Files", _listing("what", "where", {what: str(path) for what, path in files.items()})),
+            html.table_section(
+                "Files", _listing("what", "where", {what: str(path.resolve()) for what, path in files.items()})
+            ),
             html.table_section("Settings", _listing("setting", "value", settings)),
             html.table_section("Versions", _listing("package", "version", versions)),
         ],

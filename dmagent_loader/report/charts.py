@@ -157,23 +157,35 @@ def _label_ends(panel: Axes, ends: list[tuple[float, str, str]], gap: float = 0.
         gap: Smallest distance between two names, as a share of the panel's height.
     """
     low, high = panel.get_ylim()
-    heights = sorted(((value - low) / (high - low), name, color) for value, name, color in ends)
-    placed: list[float] = []
-    for height, _, _ in heights:
-        placed.append(max(height, placed[-1] + gap) if placed else height)
-    shift = float(np.mean([at - height for at, (height, _, _) in zip(placed, heights, strict=True)]))
-    excess = max(shift, placed[-1] - 1.0)
-    for (height, name, color), at in zip(heights, placed, strict=True):
+    marks = sorted(((value - low) / (high - low), name, color) for value, name, color in ends)
+    for (height, name, color), at in zip(marks, _apart([height for height, _, _ in marks], gap), strict=True):
         panel.annotate(
             name,
             xy=(1.0, height),
-            xytext=(1.03, at - excess),
+            xytext=(1.03, at),
             xycoords="axes fraction",
             color=color,
             fontsize=9,
             va="center",
             annotation_clip=False,
         )
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Positions at least `gap` apart, in order, each group of neighbours centred on where its members would be."""
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _span(groups[-1], gap)[0] < _span(groups[-2], gap)[1] + gap:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_span(group, gap)[0] + gap * i for group in groups for i in range(len(group))]
+
+
+def _span(group: Sequence[float], gap: float) -> tuple[float, float]:
+    """Lowest and highest position of a group whose members are `gap` apart, kept below the top of the panel."""
+    half = 0.5 * gap * (len(group) - 1)
+    center = min(float(np.mean(group)), 1.0 - half)
+    return center - half, center + half
 
 
 def _plain(panel: Axes) -> None:

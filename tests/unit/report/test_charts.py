@@ -71,6 +71,14 @@ def test_names_at_the_ends_of_lines_do_not_overlap() -> None:
     assert np.diff(heights).min() > 0.08
 
 
+def test_a_name_that_has_room_stands_beside_its_line() -> None:
+    """Catches moving all names because two of them are close."""
+    runs = [_run("one", (0.5, 0.5), 0.2), _run("two", (0.5, 0.5), 0.2), _run("far", (0.5, 0.5), 0.9)]
+    panel = _panels(runs)["feedback: general (higher is better)"]
+    far = next(text for text in panel.texts if text.get_text() == "far")  # type: ignore[attr-defined]
+    assert far.xyann[1] == pytest.approx(far.xy[1])
+
+
 def test_many_domains_are_named_by_field() -> None:
     space = DomainSpace.from_names([f"source/{i}" for i in range(MAX_NAMED_DOMAINS)] + ["target/code"])
     run = RunRecord(
