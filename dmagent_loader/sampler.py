@@ -20,14 +20,15 @@ from dmagent_loader import distributed
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.decisions import Decision, DecisionMaker, HistoryMix
 from dmagent_loader.domains import SOURCE, DomainSpace
-from dmagent_loader.errors import ConfigurationError, ShardError, StateError
+from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.history import Standardization
 from dmagent_loader.layout import StreamKind, StreamLayout
 from dmagent_loader.ledger import INITIAL, MANUAL, Ledger, LedgerEntry
 from dmagent_loader.mailbox import Mailbox
+from dmagent_loader.opening import open_on_all_ranks
 from dmagent_loader.plan import Plan
 from dmagent_loader.policies import AgentPolicy, Guard, GuardConfig, Policy
-from dmagent_loader.shards import ShardCollection, load_manifest, make_decoder
+from dmagent_loader.shards import load_manifest, make_decoder
 from dmagent_loader.shuffle import DEFAULT_WINDOW
 from dmagent_loader.simplex import FloatArray
 from dmagent_loader.state import read_state, write_state
@@ -126,7 +127,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             raise ConfigurationError("both agent and policy were given, but only one can decide: leave one out")
         found = shards if isinstance(shards, Mapping) else load_manifest(Path(shards))
         self.space = DomainSpace.from_names(found, fields=fields, compositions=compositions)
-        self.collection = _open_on_all_ranks(
+        self.collection = open_on_all_ranks(
             found, on_damage=on_damage, cache_dir=cache_dir, progress=progress and distributed.get_rank() == 0
         )
         self.samples_per_reweight, self.shadow = samples_per_reweight, shadow
@@ -467,29 +468,3 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         state["before_iteration"] = None
         state["_position"] = self._handed_out()
         return state
-
-
-def _open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], **settings: Any) -> ShardCollection:
-    """Rank 0 indexes the shards first, the others then find its index; all must see the same data."""
-    collection, fault = None, None
-    if distributed.get_rank() == 0:
-        try:
-            collection = ShardCollection.open(shards, **settings)
-        except Exception as error:
-            if distributed.get_world_size() == 1:
-                raise
-            fault = error
-    told = distributed.broadcast_object(None if fault is None else f"{type(fault).__name__}: {fault}")
-    if fault is not None:
-        raise fault
-    if told is not None:
-        raise ShardError(f"rank 0 could not open the shards: {told}")
-    if collection is None:
-        collection = ShardCollection.open(shards, **settings)
-    fingerprints = distributed.all_gather_object(collection.fingerprint)
-    if len(set(fingerprints)) > 1:
-        raise ShardError(
-            f"the ranks see different shards: {len(set(fingerprints))} different fingerprints over {len(fingerprints)} "
-            "ranks; every rank needs the same files with the same content"
-        )
-    return collection

@@ -208,9 +208,8 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             kind = "whole"
             if sliced_by_rank:
                 logger.warning(
-                    "dispatch_batches=False: each of the %d ranks reads and decodes every row, and discards %d of "
-                    "%d; leave dispatch_batches at its default, or use DataMixingTrainerMixin, and each row is read "
-                    "once",
+                    "dispatch_batches=False: each of the %d ranks reads and decodes every row, and discards %d of %d; "
+                    "leave dispatch_batches at its default, or use DataMixingTrainerMixin, and each row is read once",
                     world,
                     world - 1,
                     world,
