@@ -33,7 +33,7 @@ def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.Argu
         "--settings", type=Path, help="JSON file with settings to change, nested as in pipeline.preview.PreviewConfig"
     )
     preview.add_argument(
-        "--data-notes", type=Path, help="Markdown file for the model card: what the text is, under which licences"
+        "--notes", type=Path, help="Markdown sections for the model card: what the text is, under which licences"
     )
     preview.add_argument("--no-progress", action="store_true", help="no progress bars")
     preview.set_defaults(run=run_preview)
@@ -56,10 +56,10 @@ def run_preview(args: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"the settings in {args.settings} cannot be read: {error}") from error
         config = with_settings(config, values)
-    notes = "The person who trained this agent has not described the data."
-    if args.data_notes is not None:
-        notes = args.data_notes.read_text(encoding="utf-8")
-    checkpoint = train_preview(config, args.data, args.output, data_notes=notes, progress=not args.no_progress)
+    notes = "## Data\n\nThe person who trained this agent has not described the data."
+    if args.notes is not None:
+        notes = args.notes.read_text(encoding="utf-8")
+    checkpoint = train_preview(config, args.data, args.output, notes=notes, progress=not args.no_progress)
     print(f"agent: {checkpoint}")
     print(f"report: {args.output / 'report.md'}")
     return 0

@@ -14,14 +14,14 @@ from dmagent_loader.pipeline.trajectories import Trajectories
 from dmagent_loader.simplex import FloatArray, IntArray, js_divergence
 
 
-def model_card(record: FeedbackRecord, result: SFTResult, rollouts: Mapping[str, Rollout], data_notes: str) -> str:
+def model_card(record: FeedbackRecord, result: SFTResult, rollouts: Mapping[str, Rollout], notes: str) -> str:
     """The README.md of the checkpoint.
 
     Args:
         record: What the agent was trained on.
         result: The training.
         rollouts: What the agent does: title -> closed loop.
-        data_notes: What the text is and under which licences; Markdown.
+        notes: What the text is and under which licences, and what else should be said; Markdown sections.
     """
     config = record.trajectories.config
     return f"""---
@@ -58,15 +58,13 @@ The recorded set (mixes, feedback, training losses, settings) lies beside this p
 {error_table(result.error)}
 
 Squared distance between predicted and actual mix, averaged over steps. Neither training nor the choice of the weights
-saw these trajectories.
+saw these trajectories. {comparison(result.error)}
 
 ## What it does
 
 {rollout_section(rollouts, record.fields)}
 
-## Data
-
-{data_notes.strip()}
+{notes.strip()}
 """
 
 
@@ -140,6 +138,12 @@ Kept: the weights after {result.best_update} updates.
 """
 
 
+def comparison(error: HeldOutError) -> str:
+    """The held-out error in relation to the baselines, as a sentence."""
+    last, mean = error.agent.mean() / error.repeat_last.mean(), error.agent.mean() / error.mean_at_step.mean()
+    return f"The agent has {last:.2f} times the error of repeating the last mix, {mean:.2f} times that of the mean mix."
+
+
 def error_table(error: HeldOutError) -> str:
     """Held-out errors of the agent and the baselines, mean and spread over trajectories."""
     rows = [
@@ -156,11 +160,14 @@ def rollout_section(rollouts: Mapping[str, Rollout], fields: tuple[str, ...]) ->
     """Titled tables of closed loops."""
     parts = []
     for title, rollout in rollouts.items():
+        changes = rollout.changes().mean(axis=0)
         parts.append(
             f"**{title[0].upper()}{title[1:]}** ({len(rollout.mixes)} proxies, real feedback at every step):\n\n"
             f"{rollout.table(fields)}\n\n"
             f"Mean total variation between its proposals and those it would make with every feedback at its mean: "
-            f"{rollout.without_feedback.mean():.3f} (largest {rollout.without_feedback.max():.3f})."
+            f"{rollout.without_feedback.mean():.3f} (largest {rollout.without_feedback.max():.3f}). "
+            f"From one mix to the next: {changes.mean():.3f} (largest {changes.max():.3f}, at step "
+            f"{int(changes.argmax()) + 1})."
         )
     return "\n\n".join(parts)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file as save_arrays
+from safetensors.numpy import save as serialize
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -101,7 +101,7 @@ class FeedbackRecord:
             "trajectory_settings": json.dumps(asdict(self.trajectories.config), sort_keys=True),
         }
         partial = path.with_suffix(".partial")
-        save_arrays(arrays, str(partial), metadata=meta)
+        partial.write_bytes(serialize(arrays, metadata=meta))
         partial.replace(path)
 
     @classmethod

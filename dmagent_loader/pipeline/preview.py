@@ -147,14 +147,14 @@ def prepare_feedback(
     return record
 
 
-def train_preview(config: PreviewConfig, data: Path, output: Path, *, data_notes: str, progress: bool = True) -> Path:
+def train_preview(config: PreviewConfig, data: Path, output: Path, *, notes: str, progress: bool = True) -> Path:
     """Runs all stages: text files to a checkpoint directory.
 
     Args:
         config: Settings.
         data: Folder with ``source/<Topic>.jsonl(.gz)``, the target folder and the question files.
         output: For the results of all stages; partial results in it are continued.
-        data_notes: For the model card: what the text is and under which licences; Markdown.
+        notes: For the model card: what the text is and under which licences; Markdown sections.
         progress: Whether to show progress bars.
 
     Returns:
@@ -175,7 +175,7 @@ def train_preview(config: PreviewConfig, data: Path, output: Path, *, data_notes
     logger.info("steering proxies with the trained agent")
     rollouts = roll_out(config, data, corpus, result.agent)
     checkpoint = output / "checkpoint"
-    result.agent.save_pretrained(checkpoint, card=model_card(record, result, rollouts, data_notes))
+    result.agent.save_pretrained(checkpoint, card=model_card(record, result, rollouts, notes))
     record.save(checkpoint / "recorded.safetensors")
     (output / "report.md").write_text(report(record, result, rollouts), encoding="utf-8")
     logger.info("%s is complete after %.0f s", checkpoint, time.perf_counter() - started)
@@ -183,7 +183,7 @@ def train_preview(config: PreviewConfig, data: Path, output: Path, *, data_notes
 
 
 def roll_out(config: PreviewConfig, data: Path, corpus: Corpus, agent: MixingAgent) -> dict[str, Rollout]:
-    """Closed loops with the trained agent: as in the recorded trajectories, and nearer to how it will be used."""
+    """Closed loops with the trained agent: as in the recorded trajectories, and as in continual pre-training."""
     files = {name: data / relative for name, relative in config.questions.items()}
     questions = ProxyQuestions.from_files(files, corpus.tokenizer(), config.feedback.questions)
     steps, tokens = config.trajectories.steps, config.trajectories.tokens_per_step
@@ -201,11 +201,12 @@ def roll_out(config: PreviewConfig, data: Path, corpus: Corpus, agent: MixingAge
             standardization=standardization,
         )
 
+    skewed = skewed_start_state(config.trajectories.seed)
+    pretrained = f"proxies pre-trained for {steps} steps"
     return {
-        "as recorded: untrained proxies, the corpus's own start state, frozen statistics": steer(
+        "as recorded: untrained proxies, the corpus's start state, frozen statistics": steer(
             corpus.start_state, 0, "frozen"
         ),
-        f"as used: proxies pre-trained for {steps} steps on a skewed start state, anchored statistics": steer(
-            skewed_start_state(config.trajectories.seed), steps, "anchored"
-        ),
+        f"{pretrained} on the corpus's start state, anchored statistics": steer(corpus.start_state, steps, "anchored"),
+        f"{pretrained} on a made-up skewed start state, anchored statistics": steer(skewed, steps, "anchored"),
     }

@@ -44,6 +44,10 @@ class Rollout:
     feedback: FloatArray
     without_feedback: FloatArray
 
+    def changes(self) -> FloatArray:
+        """(P, T) total variation between each mix and the one before."""
+        return total_variation(self.mixes[:, 1:], self.mixes[:, :-1])
+
     def table(self, fields: Sequence[str], every: int = 2) -> str:
         """A text table over steps: target share, effective domains, feedback."""
         header = "| step | target share | largest target topic | effective domains | " + " | ".join(fields) + " |"

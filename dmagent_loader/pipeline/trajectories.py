@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from dmagent_loader.domains import CANONICAL_TOPICS, NUM_CANONICAL
 from dmagent_loader.errors import ConfigurationError, StateError
@@ -136,7 +136,7 @@ class Trajectories:
         }
         meta = {"schema": SCHEMA, "settings": json.dumps(asdict(self.config))}
         partial = path.with_suffix(".partial")
-        save_file(arrays, str(partial), metadata=meta)
+        partial.write_bytes(serialize(arrays, metadata=meta))
         partial.replace(path)
 
     @classmethod

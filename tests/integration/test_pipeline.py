@@ -71,7 +71,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_text_files_become_a_checkpoint_that_proposes(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ("--settings", data / "settings.json", "--data-notes", data / "notes.md")
+    settings = ("--settings", data / "settings.json", "--notes", data / "notes.md")
     assert run("--data", data, "--output", tmp_path / "out", *settings) == 0
     assert str(tmp_path / "out" / "checkpoint") in capsys.readouterr().out
     checkpoint = tmp_path / "out" / "checkpoint"

@@ -60,6 +60,12 @@ def test_the_proxies_learn_from_it(rollout: Rollout) -> None:
     assert (np.abs(np.diff(rollout.feedback, axis=1)) > 1e-4).all()
 
 
+def test_changes_are_between_one_mix_and_the_next(rollout: Rollout) -> None:
+    first = 0.5 * np.abs(rollout.mixes[:, 1] - rollout.mixes[:, 0]).sum(axis=1)
+    assert rollout.changes().shape == (2, 4)
+    assert np.allclose(rollout.changes()[:, 0], first)
+
+
 def test_the_table_has_the_first_and_the_last_step(rollout: Rollout) -> None:
     lines = rollout.table(("general", "math"), every=3).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["0", "3", "4"]
