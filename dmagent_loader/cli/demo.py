@@ -7,6 +7,7 @@ import logging
 import textwrap
 from pathlib import Path
 
+from dmagent_loader.demo.config import DEFAULT_AGENT, DemoConfig
 from dmagent_loader.errors import require_extra
 
 
@@ -31,7 +32,7 @@ def add_demo_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         ),
     )
     parser.add_argument("--target", help="with --data: which target folder, if there are several (the first)")
-    parser.add_argument("--agent", default="dmagent-sft-preview", help="name or folder of the agent (%(default)s)")
+    parser.add_argument("--agent", default=DEFAULT_AGENT, help="name or folder of the agent (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that everything works")
     parser.set_defaults(run=run_demo_command)
 
@@ -40,7 +41,6 @@ def run_demo_command(args: argparse.Namespace) -> int:
     """Runs the demo and prints the table and where the report is."""
     transformers = require_extra("transformers", "demo")
     # Here, because it loads torch, which the other commands' help should not wait for.
-    from dmagent_loader.demo.config import DemoConfig
     from dmagent_loader.demo.run import run_demo
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -11,6 +11,8 @@ CONTEXT_TOKENS = 512
 
 MIN_VOCAB = 512
 
+DEFAULT_AGENT = "dmagent-sft-preview"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
@@ -50,7 +52,7 @@ class DemoConfig:
     source_chars: int = 3_000_000
     target_chars: int = 1_800_000
     questions: int = 120
-    question_chars: int = 60_000
+    question_chars: int = 40_000
     held_out_rows: int = 160
     num_threads: int = 2
 

@@ -19,7 +19,7 @@ import torch
 
 from dmagent_loader._version import __version__
 from dmagent_loader.agent import MixingAgent
-from dmagent_loader.demo.config import DemoConfig
+from dmagent_loader.demo.config import DEFAULT_AGENT, DemoConfig
 from dmagent_loader.demo.corpus import Corpus, write_corpus
 from dmagent_loader.demo.language_model import Rows, held_out_loss, new_model, packed_rows, pretrain, train_tokenizer
 from dmagent_loader.demo.methods import MethodResult, methods, run_method, token_rows
@@ -37,7 +37,6 @@ from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.shards import load_manifest
 from dmagent_loader.shards.writer import ShardingConfig, shard_files
 
-DEFAULT_AGENT = "dmagent-sft-preview"
 MARKER = "demo.json"
 """Written first into the output folder: only a folder with it is written over."""
 
