@@ -86,23 +86,37 @@ class DecisionMaker:
         return History(domains=self.plan.space.names, fields=fields, mixes=np.array(mixes), feedback=feedback)
 
     def record(self, feedback: Mapping[str, float], consumed: int) -> None:
-        """Adds the feedback of one reweighting step.
+        """Adds the feedback of one reweighting step: rank 0's, on all ranks.
 
         Raises:
             FeedbackError: Not finite, no field at all, or other fields than before.
             ConfigurationError: No sample was trained on since the last step.
         """
+        told: Measurement | Exception | None = None
+        if distributed.get_rank() == 0:
+            try:
+                told = self._measurement(feedback, consumed)
+            except (FeedbackError, ConfigurationError) as error:
+                told = error
+        told = distributed.broadcast_object(told)
+        if isinstance(told, Exception):
+            raise told
+        assert told is not None
+        self.measurements.append(told)
+
+    def _measurement(self, feedback: Mapping[str, float], consumed: int) -> Measurement:
         if not feedback:
             raise FeedbackError("the feedback is empty: the environment needs at least one field")
         fields = tuple(self.measurements[0].feedback) if self.measurements else tuple(feedback)
         values = validate_feedback(feedback, fields)
         if self.measurements and consumed <= self.measurements[-1].consumed:
             raise ConfigurationError(
-                f"feedback after {consumed} consumed samples follows feedback after {self.measurements[-1].consumed}: "
-                "train between two reweighting steps, and pass the number of samples consumed by all ranks since "
-                "the start"
+                f"feedback after {consumed} consumed samples follows feedback after "
+                f"{self.measurements[-1].consumed}: train between two reweighting steps, and pass the number of "
+                f"samples "
+                "consumed by all ranks since the start"
             )
-        self.measurements.append(Measurement(consumed, dict(zip(fields, (float(v) for v in values), strict=True))))
+        return Measurement(consumed, dict(zip(fields, (float(v) for v in values), strict=True)))
 
     def decide(self, previous: FloatArray) -> tuple[FloatArray, bool, tuple[str, ...], float]:
         """The next mix, the same on all ranks.
@@ -113,11 +127,7 @@ class DecisionMaker:
         Returns:
             The mix (D,), whether it is the policy's own, notes, and the seconds that the policy took.
         """
-        if self.policy is None:
-            raise ConfigurationError(
-                "reweight() needs a policy, but this sampler has none: pass agent= or policy=, or change the mix by "
-                "set_mix()"
-            )
+        assert self.policy is not None
         result: tuple[list[float], bool, tuple[str, ...], float] | None = None
         if distributed.get_rank() == 0:
             outcome = propose_guarded(self.policy, self.history(), previous, self.guard)

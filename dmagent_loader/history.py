@@ -76,7 +76,10 @@ def validate_feedback(feedback: Mapping[str, float], fields: Sequence[str]) -> F
             f"the feedback has fields {list(feedback)}, but this run's fields are {list(fields)}: "
             "evaluate the same question sets at every step"
         )
-    values = np.array([float(feedback[f]) for f in fields], dtype=np.float64)
+    try:
+        values = np.array([float(feedback[f]) for f in fields], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise FeedbackError(f"the feedback holds something that is no number: {dict(feedback)}") from error
     if not np.isfinite(values).all():
         bad = {f: float(v) for f, v in zip(fields, values, strict=True) if not np.isfinite(v)}
         raise FeedbackError(

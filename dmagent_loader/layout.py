@@ -76,10 +76,14 @@ class StreamLayout:
         own = max(0, (blocks - self.worker + self.num_workers - 1) // self.num_workers)
         return own * self.worker_block + (rest if blocks % self.num_workers == self.worker else 0)
 
+    @property
+    def unit(self) -> int:
+        """Samples of all ranks to a multiple of which the run's length is cut."""
+        return self.world_size * self.granule
+
     def delivered_end(self, end: int) -> int:
         """`end` cut down to where all ranks have the same whole number of batches."""
-        unit = self.world_size * self.granule
-        return self.base + max(0, end - self.base) // unit * unit
+        return self.base + max(0, end - self.base) // self.unit * self.unit
 
     def frontier(self, taken: int) -> int:
         """The first global index that this iterator, and those in step with it, cannot have delivered yet.

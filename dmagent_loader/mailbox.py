@@ -17,7 +17,7 @@ MAX_WORKERS = 256
 CAPACITY = 512
 """Mixes that a worker may fall behind; it looks before each sample, so only its prefetched samples count."""
 
-_PUBLISHED, _NUM_WORKERS, _BLOCK = 0, 1, 2
+_PUBLISHED, _NUM_WORKERS, _BLOCK, _BASE, _GENERATION = range(5)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Mailbox:
 
     def __init__(self, num_domains: int) -> None:
         self._tensors = {
-            "header": torch.zeros(3, dtype=torch.int64),
+            "header": torch.zeros(5, dtype=torch.int64),
             "frontiers": torch.zeros(MAX_WORKERS, dtype=torch.int64),
             "indices": torch.zeros((CAPACITY, 2), dtype=torch.int64),
             "mixes": torch.zeros((CAPACITY, num_domains), dtype=torch.float64),
@@ -93,17 +93,52 @@ class Mailbox:
         start, decided_at = (int(x) for x in self._indices[slot])
         return PublishedMix(start, decided_at, tuple(self._mixes[slot].tolist()))
 
-    def start_worker(self, worker: int, num_workers: int, block: int, frontier: int) -> None:
-        """A worker says that it has begun, and how many consecutive samples of the stream it takes at a time.
+    @property
+    def base(self) -> int:
+        """Global index at which the next pass over the data begins: what was consumed, as far as the main process
+        knows."""
+        return int(self._header[_BASE])
+
+    @base.setter
+    def base(self, index: int) -> None:
+        self._header[_BASE] = index
+
+    @property
+    def generation(self) -> int:
+        """Number of states that were loaded: workers of an earlier generation hold another ledger."""
+        return int(self._header[_GENERATION])
+
+    def begin_generation(self, base: int) -> None:
+        """Another state was loaded: forgets the workers of the one before."""
+        self._header[_GENERATION] += 1
+        self.base = base
+        self.clear_workers()
+
+    def clear_workers(self) -> None:
+        """The main process reads by itself, or a new pass begins: workers have to announce themselves again."""
+        self._header[_NUM_WORKERS] = 0
+        self._header[_BLOCK] = 0
+        self._frontiers[:] = 0
+
+    def start_worker(self, worker: int, num_workers: int, base: int) -> int:
+        """A worker says that it begins a pass over the data.
+
+        Returns:
+            How far the same worker had come in the pass before, or 0.
 
         Raises:
             ConfigurationError: There are too many workers.
         """
         if num_workers > MAX_WORKERS:
             raise ConfigurationError(f"{num_workers} data workers on one rank; at most {MAX_WORKERS} are supported")
+        before = int(self._frontiers[worker])
         self._header[_NUM_WORKERS] = num_workers
+        self._frontiers[worker] = base
+        return before
+
+    def report_block(self, block: int) -> None:
+        """A worker says how many consecutive samples of the stream it takes at a time."""
         self._header[_BLOCK] = block
-        self._frontiers[worker] = frontier
 
     def advance(self, worker: int, frontier: int) -> None:
         """A worker says how far it has come."""
@@ -116,7 +151,7 @@ class Mailbox:
 
     @property
     def block(self) -> int:
-        """Consecutive stream positions that a worker takes at a time."""
+        """Consecutive stream positions that a worker takes at a time; 0 until the first worker has found out."""
         return int(self._header[_BLOCK])
 
     def frontier(self) -> int:

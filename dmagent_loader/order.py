@@ -42,13 +42,14 @@ class DomainOrder:
     Args:
         mix: (D,), sums to 1. Domains with weight 0 never appear.
         key: Of the random stream that makes the order irregular.
-        carry: (D,) int64, in units of samples / RESOLUTION: what each domain is still owed; None: nothing.
+        carry: (D,) int64, in units of samples / RESOLUTION: what each domain is still owed; None: nothing. A domain of
+            weight 0 keeps its claim for later, but gets nothing now.
     """
 
     def __init__(self, mix: FloatArray, key: int, carry: IntArray | None = None) -> None:
         self.quanta = largest_remainder(mix, RESOLUTION)
         """(D,) int64: the mix in force in units of 1 / RESOLUTION; sums to RESOLUTION."""
-        self._carry = np.zeros(len(mix), dtype=np.int64) if carry is None else np.where(self.quanta > 0, carry, 0)
+        self._carry = np.zeros(len(mix), dtype=np.int64) if carry is None else carry
         active = np.flatnonzero(self.quanta > 0)
         self._leaves = active[np.argsort(-self.quanta[active], kind="stable")].astype(np.int64)
         self._grow(key)
@@ -97,16 +98,16 @@ class DomainOrder:
                 received[ids[~leaf]] = amount[~leaf]
         return counts
 
-    def owed(self, num_samples: int) -> IntArray:
-        """What each domain is owed after `num_samples` samples: (D,) int64, in units of samples / RESOLUTION.
+    def counts_and_owed(self, num_samples: int) -> tuple[IntArray, IntArray]:
+        """`counts`, and what each domain is owed by then: (D,) int64, in units of samples / RESOLUTION.
 
         Exact: share times samples, minus samples given, plus what was carried in.
         """
+        counts = self.counts(num_samples)
         whole, part = divmod(num_samples, RESOLUTION)
         extra, rest = np.divmod(part * self.quanta, RESOLUTION)
-        return np.asarray(
-            (whole * self.quanta + extra - self.counts(num_samples)) * RESOLUTION + rest + self._carry, dtype=np.int64
-        )
+        owed = (whole * self.quanta + extra - counts) * RESOLUTION + rest + self._carry
+        return counts, np.asarray(owed, dtype=np.int64)
 
     def _given_to_minor(self, node: IntArray, received: IntArray) -> tuple[IntArray, np.ndarray]:
         """L(m) of each node, and whether sample m itself goes to the lighter child."""

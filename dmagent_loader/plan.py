@@ -28,6 +28,11 @@ ExhaustionRule = Literal["repeat", "stop", "redistribute", "error"]
 _OFF_BY = 4
 """More samples than a domain can be off its share, what the last mix owed it included."""
 
+_WINDOW = 1 << 14
+"""Samples that are looked at one by one to find where a domain runs out; a wider window is halved instead."""
+
+_NEVER = float(1 << 60)
+
 EXHAUSTION_RULES: tuple[ExhaustionRule, ...] = get_args(ExhaustionRule)
 
 
@@ -93,12 +98,15 @@ class Located:
 
 @dataclass(frozen=True)
 class _Segment:
+    """A stretch with one effective mix; `stop` is known once it is `settled`, and None if the mix never runs out."""
+
     start: int
-    stop: int | None
     order: DomainOrder | None
     base: IntArray
     used_up: tuple[int, ...] = ()
     failed: tuple[int, ...] = ()
+    stop: int | None = None
+    settled: bool = False
 
 
 class Plan:
@@ -142,6 +150,8 @@ class Plan:
         Raises:
             StateError: The entry would change the past of the ledger.
         """
+        if self._segments:
+            self._extend(entry.start)
         self.ledger.append(entry)
         while self._segments and self._segments[-1].start >= entry.start:
             self._segments.pop()
@@ -151,31 +161,36 @@ class Plan:
             last = self._segments[-1]
             if last.order is None:
                 return
-            base, owed = (
-                last.base + last.order.counts(entry.start - last.start),
-                last.order.owed(entry.start - last.start),
-            )
-            self._segments[-1] = replace(last, stop=entry.start)
-        self._extend(entry.start, entry.weights(), base, owed)
+            base, owed = last.order.counts_and_owed(entry.start - last.start)
+            base += last.base
+            self._segments[-1] = replace(last, stop=entry.start, settled=True)
+        self._segments.append(self._segment(entry.start, base, owed))
         self._starts = [segment.start for segment in self._segments]
 
-    def _extend(self, start: int, mix: FloatArray, base: IntArray, owed: IntArray) -> None:
-        """Adds the segments of one mix: one more each time that a domain runs out."""
-        while True:
-            used_up = self._limited & (base >= self.num_rows)
-            weights = self._effective(mix, used_up)
-            names = tuple(int(i) for i in np.flatnonzero(used_up))
-            failed = tuple(i for i in names if self.rules[i] == "error" and mix[i] > 0)
-            if weights is None or failed:
-                self._segments.append(_Segment(start, start, None, base, names, failed))
+    def _segment(self, start: int, base: IntArray, owed: IntArray) -> _Segment:
+        """The segment that begins at `start`, under the newest mix."""
+        mix = self.ledger.last.weights()
+        used_up = self._limited & (base >= self.num_rows)
+        weights = self._effective(mix, used_up)
+        names = tuple(int(i) for i in np.flatnonzero(used_up))
+        failed = tuple(i for i in names if self.rules[i] == "error" and mix[i] > 0)
+        if weights is None or failed:
+            return _Segment(start, None, base, names, failed)
+        return _Segment(start, DomainOrder(weights, stream_key(self.seed, "order", start), owed), base, names)
+
+    def _extend(self, index: int | None) -> None:
+        """Adds segments until one holds the sample `index`; None: until no domain runs out any more."""
+        while (last := self._segments[-1]).order is not None:
+            if not last.settled:
+                length = self._until_used_up(last.order, last.base)
+                last = replace(last, stop=None if length is None else last.start + length, settled=True)
+                self._segments[-1] = last
+            if last.stop is None or (index is not None and index < last.stop):
                 return
-            order = DomainOrder(weights, stream_key(self.seed, "order", start), owed)
-            length = self._until_used_up(order, base)
-            stop = None if length is None else start + length
-            self._segments.append(_Segment(start, stop, order, base, names))
-            if length is None or stop is None:
-                return
-            base, owed, start = base + order.counts(length), order.owed(length), stop
+            assert last.order is not None
+            given, owed = last.order.counts_and_owed(last.stop - last.start)
+            self._segments.append(self._segment(last.stop, last.base + given, owed))
+            self._starts.append(last.stop)
 
     def _effective(self, mix: FloatArray, used_up: np.ndarray) -> FloatArray | None:
         """The mix after the weights of used-up domains went elsewhere; None: the run ends here."""
@@ -192,6 +207,8 @@ class Plan:
                 weights[spare] = lost * self.num_rows[spare] / self.num_rows[spare].sum()
             elif any(self.rules[i] == "stop" for i in members):
                 return None
+        if weights.sum() <= 0:
+            weights = np.where(used_up, 0.0, self.num_rows.astype(np.float64))
         total = float(weights.sum())
         return None if total <= 0 else weights / total
 
@@ -201,13 +218,23 @@ class Plan:
         if not waiting.any():
             return None
         left = (self.num_rows - base)[waiting]
+        share = order.quanta[waiting] / RESOLUTION
+        if float(((left + _OFF_BY) / share).min()) > _NEVER:
+            return None
+        low = max(0, int(((left - _OFF_BY) / share).min()))
+        high = int(np.ceil(((left + _OFF_BY) / share).min()))
 
         def reached(length: int) -> bool:
             return bool((order.counts(length)[waiting] >= left).any())
 
-        share = order.quanta[waiting] / RESOLUTION
-        low = max(0, int(((left - _OFF_BY) / share).min()))
-        high = int(np.ceil(((left + _OFF_BY) / share).min()))
+        if high - low <= _WINDOW:
+            domain, rank = order.locate(np.arange(low, high))
+            last = np.full(len(self.space), -1, dtype=np.int64)
+            last[waiting] = left - 1
+            found = np.flatnonzero(rank == last[domain])
+            if len(found):
+                return low + int(found[0]) + 1
+        low = low if low and not reached(low) else 0
         while not reached(high):
             low, high = high, 2 * high
         while high - low > 1:
@@ -218,6 +245,23 @@ class Plan:
     @property
     def end(self) -> int | None:
         """Global index at which the run ends because data are used up, under the present ledger; None: never."""
+        self._extend(None)
+        return self._ended()
+
+    def ends_by(self, index: int) -> int | None:
+        """`end` if it is at or before a global index, else None; cheaper than `end` where many domains run out."""
+        self._extend(index)
+        end = self._ended()
+        return end if end is not None and end <= index else None
+
+    @property
+    def failure(self) -> tuple[int, tuple[str, ...]] | None:
+        """Global index at which a domain with rule ``error`` runs out, and which; None: none does."""
+        self._extend(None)
+        last = self._segments[-1]
+        return (last.start, tuple(self.space.names[i] for i in last.failed)) if last.failed else None
+
+    def _ended(self) -> int | None:
         last = self._segments[-1]
         return last.start if last.order is None and not last.failed else None
 
@@ -233,6 +277,8 @@ class Plan:
         indices = np.asarray(indices, dtype=np.int64)
         domain, draw = np.empty_like(indices), np.empty_like(indices)
         shard, row = np.empty_like(indices), np.empty_like(indices)
+        if len(indices):
+            self._extend(int(indices.max()))
         segment_of = np.searchsorted(self._starts, indices, side="right") - 1
         for number in np.unique(segment_of):
             segment = self._segments[int(number)]
@@ -260,28 +306,33 @@ class Plan:
 
     def counts(self, index: int) -> IntArray:
         """Samples that each domain has given before a global index: (D,) int64, sums to the index."""
-        segment = self._segments[bisect_right(self._starts, index) - 1]
+        segment = self._at(index)
         if segment.order is None:
             return segment.base.copy()
         return segment.base + segment.order.counts(index - segment.start)
 
     def mix_at(self, index: int) -> FloatArray:
         """The effective mix at a global index, after used-up domains gave their weight away: (D,)."""
-        segment = self._segments[max(0, bisect_right(self._starts, index) - 1)]
+        segment = self._at(index)
         if segment.order is None:
             return np.zeros(len(self.space))
         return np.asarray(segment.order.quanta / RESOLUTION, dtype=np.float64)
 
     def used_up_at(self, index: int) -> tuple[str, ...]:
         """Names of the domains that have run out before a global index."""
-        segment = self._segments[bisect_right(self._starts, index) - 1]
+        segment = self._at(index)
         return tuple(self.space.names[i] for i in segment.used_up)
 
     def changes(self) -> list[tuple[int, tuple[str, ...]]]:
         """Where domains run out, under the present ledger: (global index, names used up from there on)."""
+        self._extend(None)
         found: list[tuple[int, tuple[str, ...]]] = []
         for segment in self._segments:
             names = tuple(self.space.names[i] for i in segment.used_up)
             if names and (not found or found[-1][1] != names):
                 found.append((segment.start, names))
         return found
+
+    def _at(self, index: int) -> _Segment:
+        self._extend(index)
+        return self._segments[bisect_right(self._starts, index) - 1]

@@ -7,14 +7,15 @@ global batches do not depend on ranks or workers, and a run resumes exactly from
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from dmagent_loader import distributed
 from dmagent_loader.agent import MixingAgent
@@ -36,6 +37,8 @@ from dmagent_loader.stream import ReadaheadConfig, Sample, SampleStream, check_n
 
 logger = logging.getLogger(__name__)
 
+_BLOCK_TIMEOUT_SECONDS = 30.0
+
 DEFAULT_PREFETCH_FACTOR = 2
 """torch's own default: batches that each data worker prepares ahead."""
 
@@ -43,7 +46,8 @@ DEFAULT_PREFETCH_FACTOR = 2
 class AgentWeightedSampler(IterableDataset[Sample]):
     """Samples from WebDataset shards of several domains, in a mix that an agent (or any policy, or you) decides.
 
-    Iterating goes on where the last iterator over it stopped: no sample is given twice.
+    Iterating goes on where the last iterator over it stopped. With torch workers only the training loop knows how far
+    it came: a new pass begins after what was last reported as consumed (`reweight_due`, `reweight`, `seek`).
 
     Args:
         shards: Domain name -> URL, brace pattern or list of these; or the path of a ``manifest.json`` that
@@ -60,15 +64,15 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         exhausted: What happens when a domain has given all its rows: see `dmagent_loader.plan.exhaustion_rules`.
         rank: Of this data-parallel process; None: from `torch.distributed`.
         world_size: Number of data-parallel processes; None: from `torch.distributed`.
-        decode: ``"default"`` (allow-listed decoders), ``None`` (raw bytes), extension -> decoder, or a function of a
-        row. transform: Function from sample to sample, for example tokenisation. Tags that it drops are put back.
+        decode: ``"default"`` (allow-listed decoders), ``None`` (raw bytes), extension -> decoder, or a function of
+            a row.
+        transform: Function from sample to sample, for example tokenisation. Tags that it drops are put back.
         fields: Field of each domain whose name does not begin with it.
         compositions: P(topic | domain) over the 26 canonical topics, by domain.
         roles: Field of the environment for each role of the agent, for example ``{"keep": "general", "acquire":
             "code"}``; None: the environment's fields are in the order keep, acquire.
-        standardization: How feedback is standardised for the agent: ``"frozen"``, ``"running"`` or ``"anchored"``;
-        None:
-            as the checkpoint says.
+        standardization: How feedback is standardised for the agent: ``"frozen"``, ``"running"`` or
+            ``"anchored"``; None: as the checkpoint says.
         guard: Limits on what a policy may do.
         shadow: Log what the policy would do, and keep the mix.
         history_mix: Show the policy the mixes that were ``"achieved"``, or those that were ``"requested"``.
@@ -86,8 +90,14 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         CheckpointError: An agent that cannot be loaded.
 
     Example:
-        >>> sampler = AgentWeightedSampler(shards, agent="dmagent-sft-preview", samples_per_reweight=64_000)  #
-        doctest: +SKIP
+        >>> import tempfile
+        >>> from dmagent_loader.testing import write_toy_shards
+        >>> shards = write_toy_shards(tempfile.mkdtemp(), {"source/web": 30, "target/math": 20})
+        >>> sampler = AgentWeightedSampler(shards, samples_per_reweight=10, progress=False)
+        >>> sampler.set_mix({"source/web": 0.25, "target/math": 0.75}).start
+        0
+        >>> sum(sample["__domain__"] == "target/math" for sample, _ in zip(sampler, range(20)))
+        15
     """
 
     def __init__(
@@ -121,11 +131,16 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         progress: bool = True,
     ) -> None:
         super().__init__()
-        if samples_per_reweight < 1:
-            raise ConfigurationError(f"samples_per_reweight is {samples_per_reweight}; it must be at least 1")
+        for name, number in (
+            ("samples_per_reweight", samples_per_reweight),
+            ("batch_size", batch_size),
+            ("prefetch_factor", prefetch_factor),
+        ):
+            if number is not None and number < 1:
+                raise ConfigurationError(f"{name} is {number}; it must be at least 1")
         if agent is not None and policy is not None:
             raise ConfigurationError("both agent and policy were given, but only one can decide: leave one out")
-        found = shards if isinstance(shards, Mapping) else load_manifest(Path(shards))
+        found = shards if isinstance(shards, Mapping) else load_manifest(shards)
         self.space = DomainSpace.from_names(found, fields=fields, compositions=compositions)
         self.collection = open_on_all_ranks(
             found, on_damage=on_damage, cache_dir=cache_dir, progress=progress and distributed.get_rank() == 0
@@ -137,10 +152,15 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self._rank, self._world_size = rank, world_size
         self._kind: StreamKind = "sharded"
         self._batch_size, self._granule, self._look_ahead = batch_size or 1, 1, 0
-        self._loader_known = False
+        self.loader_known = False
+        """Whether an integration has said which loader reads."""
 
         rows = [self.collection.shard_rows(d) for d in range(len(self.space))]
-        self._plan_settings: dict[str, Any] = {"seed": seed, "exhausted": exhausted, "window": shuffle_window}
+        self._plan_settings: dict[str, Any] = {
+            "seed": _integer("seed", seed),
+            "exhausted": exhausted,
+            "window": shuffle_window,
+        }
         self.plan = Plan(self.space, rows, **self._plan_settings)
         self._check_world_size()
         natural = self.plan.num_rows / self.plan.num_rows.sum()
@@ -163,7 +183,9 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self.mailbox = Mailbox(len(self.space))
         self._received = 0
         self._position, self._consumed = 0, 0
+        self._generation = 0
         self._stream: SampleStream | None = None
+        self._worker_start: int | None = None
         self.before_iteration: Callable[[], None] | None = None
         """Called when a loader announces a pass over the data, before it makes its iterator; for integrations."""
 
@@ -171,9 +193,29 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         """Goes on after the last sample that was given (with torch workers: after those reported as consumed)."""
-        self._position = self._handed_out()
+        if get_worker_info() is None:
+            self.mailbox.clear_workers()
+            self._position = self._handed_out()
+        else:
+            self._position = self._worker_base()
         self._stream = SampleStream(self, self._position)
         return self._stream
+
+    def __bool__(self) -> bool:
+        """True: a sampler without an end has no length to be judged by."""
+        return True
+
+    def seek(self, consumed: int) -> None:
+        """Lets the next pass begin after so many consumed samples, whatever was handed out; for trainers that look
+        ahead.
+
+        Args:
+            consumed: Samples consumed over all ranks since the run began.
+        """
+        self._position = self._consumed = _integer("consumed", consumed)
+        self._stream = None
+        self.mailbox.clear_workers()
+        self.mailbox.base = self._consumed
 
     def __len__(self) -> int:
         """Samples that one iterator over the whole run gives, if data run out under the present ledger.
@@ -193,12 +235,18 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             ConfigurationError: accelerate is about to split among several processes what each of them has its share of.
         """
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith("accelerate.") and self.world_size > 1 and not self._loader_known:
-            raise ConfigurationError(
-                f"accelerate splits an iterable dataset among its {self.world_size} processes by itself, so that this "
-                "sampler must not: add DataMixingCallback(sampler) to the Trainer's callbacks, or give each process a "
-                "DataLoader that was not prepared by accelerate"
-            )
+        if caller.startswith("accelerate.") and not self.loader_known:
+            if self.world_size > 1:
+                raise ConfigurationError(
+                    f"accelerate splits an iterable dataset among its {self.world_size} processes by itself, so that "
+                    "this sampler must not: add DataMixingCallback(sampler) to the Trainer's callbacks, or give each "
+                    "process a DataLoader that was not prepared by accelerate"
+                )
+            if self._stream is not None:
+                logger.warning(
+                    "accelerate fetches a batch more than it gives: a new pass leaves it out, unless "
+                    "sampler.seek(consumed) is called before"
+                )
         if self.before_iteration is not None:
             self.before_iteration()
 
@@ -231,7 +279,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         """
         self._kind, self._batch_size, self.worker_block = kind, batch_size, worker_block
         self._granule, self._look_ahead = granule, look_ahead or 0
-        self._loader_known = True
+        self.loader_known = True
 
     @property
     def rank(self) -> int:
@@ -247,6 +295,12 @@ class AgentWeightedSampler(IterableDataset[Sample]):
     def end(self) -> int | None:
         """Global index at which the run ends for lack of data, cut to whole batches on all ranks; None: never."""
         return None if self.plan.end is None else self.layout(base=self._position).delivered_end(self.plan.end)
+
+    def finished(self, consumed: int) -> bool:
+        """Whether the run has ended, for lack of data, after so many consumed samples."""
+        layout = self.layout(base=self._position)
+        end = self.plan.ends_by(consumed + layout.unit)
+        return end is not None and consumed >= layout.delivered_end(end)
 
     # The mix
 
@@ -285,8 +339,8 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
     def reweight_due(self, consumed: int) -> bool:
         """Whether a decision is due after so many samples consumed by all ranks; the first is due before any."""
-        self._consumed = max(self._consumed, consumed)
-        done = self._decisions.measurements
+        self._consume(consumed)
+        done = self.decisions.measurements
         interval = self.samples_per_reweight
         return consumed >= (done[-1].consumed // interval + 1) * interval if done else True
 
@@ -301,22 +355,28 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             FeedbackError: Not finite, or other fields than before.
             ConfigurationError: No policy, or `consumed` cannot be.
         """
-        if self._stream is not None and self._kind == "sharded" and not self.mailbox.num_workers:
-            handed_out = self._handed_out()
+        policy = self.decisions.policy
+        if policy is None:
+            raise ConfigurationError(
+                "reweight() needs a policy, but this sampler has none: pass agent= or policy=, or change the mix by "
+                "set_mix()"
+            )
+        consumed = _integer("consumed", consumed)
+        if self._kind == "sharded" and not self.mailbox.num_workers:
+            handed_out = self._position if self._stream is None else self._stream.frontier
             if consumed > handed_out:
                 raise ConfigurationError(
                     f"consumed is {consumed}, but only {handed_out} samples were handed out: count the samples of all "
                     "ranks since the run began, once"
                 )
-        self._consumed = max(self._consumed, consumed)
+        self._consume(consumed)
         self._decisions.record(feedback, consumed)
         previous = self.ledger.last.weights()
         mix, accepted, notes, seconds = self._decisions.decide(previous)
         if not self.shadow:
-            assert self._decisions.policy is not None
             entry = self._append(
                 mix,
-                decided_by=self._decisions.policy.name,
+                decided_by=policy.name,
                 decided_at=consumed,
                 feedback=self._decisions.measurements[-1].feedback,
                 accepted=accepted,
@@ -355,7 +415,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                     "consumed=, the number of samples trained on by all ranks"
                 )
             consumed = self._handed_out()
-        return write_state(self, consumed)
+        return write_state(self, _integer("consumed", consumed))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on after the samples that a saved state says were consumed; ranks and workers may be others than then.
@@ -370,10 +430,18 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self._decisions.start_state = restored.start_state
         self._decisions.measurements = restored.measurements
         self.version += 1
+        self._generation += 1
+        self.mailbox.begin_generation(restored.consumed)
 
     @property
     def decisions(self) -> DecisionMaker:
-        """Feedback so far, and who decides on it."""
+        """Feedback so far, and who decides on it.
+
+        Raises:
+            ConfigurationError: This is a copy, made for a data worker.
+        """
+        if self._decisions is None:
+            raise ConfigurationError("this copy of a sampler was made for a data worker: only the original decides")
         return self._decisions
 
     @property
@@ -432,16 +500,58 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         Without torch workers that is known exactly. With them, more samples may be fetched at any moment, up to what
         the loader prefetches; the bound does not depend on timing, so that a resumed run decides for the same index
         again.
+
+        Raises:
+            ConfigurationError: Workers are further ahead than the loader's prefetch explains.
         """
-        free = max(self._frontier(), self.ledger.last.start)
-        workers = self.mailbox.num_workers
-        if workers:
-            ahead = self._look_ahead or workers * self._prefetch_factor * self.mailbox.block * (
-                self.world_size if self._kind == "sharded" else 1
-            )
+        free, ahead = max(self._handed_out(), self.ledger.last.start), 0
+        if self.mailbox.num_workers:
             unit = self.world_size * self._batch_size
-            free = max(free, self._consumed + -(-ahead // unit) * unit)
+            bound = self._consumed + -(-self._prefetched() // unit) * unit
+            free, ahead = max(free, bound), max(0, self.mailbox.frontier() - bound)
+        ahead = distributed.all_reduce_max(ahead)
+        if ahead:
+            raise ConfigurationError(
+                f"data workers are {ahead} samples further than {self._consumed} consumed samples and a "
+                f"prefetch_factor of "
+                f"{self._prefetch_factor} explain, so that it is unknown from where on a new mix can hold: report "
+                f"what was "
+                "consumed (sampler.reweight_due(consumed)), and pass the DataLoader's prefetch_factor to the sampler"
+            )
         return distributed.all_reduce_max(free)
+
+    def _prefetched(self) -> int:
+        """Samples over all ranks that workers may have fetched beyond those consumed."""
+        if self._look_ahead:
+            return self._look_ahead
+        waited = time.monotonic()
+        while not self.mailbox.block and time.monotonic() - waited < _BLOCK_TIMEOUT_SECONDS:
+            time.sleep(0.01)  # workers have begun, but not yet asked for their first batch
+        block = self.mailbox.block or self._batch_size
+        streams = self.world_size if self._kind == "sharded" else 1
+        return self.mailbox.num_workers * self._prefetch_factor * block * streams
+
+    def _consume(self, consumed: int) -> None:
+        self._consumed = max(self._consumed, _integer("consumed", consumed))
+        self.mailbox.base = self._consumed
+
+    def _worker_base(self) -> int:
+        """In a torch worker: where the pass begins, the same for all workers."""
+        if self._worker_start is None:
+            self._worker_start = self._handed_out()
+        return max(self._worker_start, self.mailbox.base)
+
+    def check_generation(self) -> None:
+        """In a torch worker, at its first sample.
+
+        Raises:
+            StateError: A state was loaded after the workers had started.
+        """
+        if self.mailbox.generation != self._generation:
+            raise StateError(
+                "a state was loaded after this loader's persistent workers had started, so that they hold another "
+                "ledger: build the DataLoader anew after load_state_dict()"
+            )
 
     def _start_state(self, natural: FloatArray, given: Mapping[str, float] | None) -> FloatArray:
         if given is not None:
@@ -468,3 +578,15 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         state["before_iteration"] = None
         state["_position"] = self._handed_out()
         return state
+
+
+def _integer(name: str, value: int) -> int:
+    """A whole number as a plain int: numpy's integers hash and serialise in other ways.
+
+    Raises:
+        ConfigurationError: It is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ConfigurationError(f"{name} is {value!r}; it must be a whole number") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.hashing import permutation, stream_key
@@ -18,7 +19,7 @@ from dmagent_loader.simplex import IntArray
 DEFAULT_WINDOW = 8192
 """Rows per shuffle window."""
 
-_CACHED_WINDOWS = 4
+_CACHED_WINDOWS = 2
 _CACHED_EPOCHS = 2
 
 
@@ -39,7 +40,7 @@ class RowOrder:
         self._shard_rows = np.asarray(shard_rows, dtype=np.int64)
         self.num_rows = int(self._shard_rows.sum())
         self._epochs: OrderedDict[int, tuple[IntArray, IntArray]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], IntArray] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], npt.NDArray[np.int32]] = OrderedDict()
 
     def rows(self, draws: IntArray) -> tuple[IntArray, IntArray]:
         """Shard and row in the shard of each draw.
@@ -77,11 +78,12 @@ class RowOrder:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
 
-    def _window_order(self, epoch: int, window: int) -> IntArray:
+    def _window_order(self, epoch: int, window: int) -> npt.NDArray[np.int32]:
         key = (epoch, window)
         if key not in self._windows:
             length = min(self._window, self.num_rows - window * self._window)
-            self._windows[key] = permutation(stream_key(self._seed, "rows", self._domain, epoch, window), length)
+            order = permutation(stream_key(self._seed, "rows", self._domain, epoch, window), length)
+            self._windows[key] = order.astype(np.int32)
             while len(self._windows) > _CACHED_WINDOWS:
                 self._windows.popitem(last=False)
         return self._windows[key]

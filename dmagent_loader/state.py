@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from dmagent_loader.simplex import FloatArray, validate_mix
 
 if TYPE_CHECKING:
     from dmagent_loader.sampler import AgentWeightedSampler
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 
@@ -49,10 +52,10 @@ class RestoredState:
 def write_state(sampler: AgentWeightedSampler, consumed: int) -> dict[str, Any]:
     """The state of a run after `consumed` samples, as JSON values."""
     plan = sampler.plan
-    if consumed < 0 or (plan.end is not None and consumed > plan.end):
-        raise StateError(f"consumed is {consumed}, but the run has {plan.end} samples")
+    end = plan.ends_by(max(0, consumed))
+    if consumed < 0 or (end is not None and consumed > end):
+        raise StateError(f"consumed is {consumed}, but the run has {end} samples")
     counts = plan.counts(consumed)
-    policy = sampler.decisions.policy
     return {
         "schema": SCHEMA,
         "seed": plan.seed,
@@ -63,7 +66,7 @@ def write_state(sampler: AgentWeightedSampler, consumed: int) -> dict[str, Any]:
         "consumed": int(consumed),
         "counts": {name: int(count) for name, count in zip(plan.space.names, counts, strict=True)},
         "samples_per_reweight": sampler.samples_per_reweight,
-        "policy": None if policy is None else policy.name,
+        "policy": _policy_name(sampler),
         "start_state": sampler.decisions.start_state.tolist(),
         "ledger": plan.ledger.to_json(),
         "measurements": sampler.decisions.to_json(),
@@ -111,8 +114,15 @@ def read_state(
     for entry in Ledger.from_json(plan.space.names, state["ledger"]):
         restored.append(entry)
     consumed, counts = state["consumed"], state["counts"]
-    if not isinstance(consumed, int) or consumed < 0 or (restored.end is not None and consumed > restored.end):
+    whole = isinstance(consumed, int) and consumed >= 0
+    end = restored.ends_by(consumed) if whole else None
+    if not whole or (end is not None and consumed > end):
         raise StateError(f"the state's consumed is {consumed!r}, which is not an index of this run")
+    for key, value in (("samples_per_reweight", sampler.samples_per_reweight), ("policy", _policy_name(sampler))):
+        if state[key] != value:
+            logger.warning(
+                "the state was saved with %s %r, this run has %r: decisions will differ", key, state[key], value
+            )
     expected = {n: int(c) for n, c in zip(plan.space.names, restored.counts(consumed), strict=True)}
     if counts != expected:
         raise StateError(
@@ -126,6 +136,11 @@ def read_state(
         raise StateError(f"the state's start_state is not a mix: {error}") from error
     measurements = measurements_from_json(state["measurements"])
     return RestoredState(plan=restored, consumed=consumed, start_state=start_state, measurements=measurements)
+
+
+def _policy_name(sampler: AgentWeightedSampler) -> str | None:
+    policy = sampler.decisions.policy
+    return None if policy is None else policy.name
 
 
 def _short(value: Any) -> str:

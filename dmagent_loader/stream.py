@@ -7,6 +7,7 @@ the rows that were already read for it: the rows of a domain come in the same or
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ from dmagent_loader.simplex import IntArray
 
 if TYPE_CHECKING:
     from dmagent_loader.sampler import AgentWeightedSampler
+
+logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 
@@ -103,10 +106,17 @@ class _Block:
     first: int
     indices: IntArray
     located: Located
+    rows: list[tuple[int, int, int, int, int]]
+    """(global index, domain, draw, shard, row) of each position: plain integers, because numpy's cost more to read."""
+
+    @classmethod
+    def of(cls, first: int, indices: IntArray, located: Located) -> _Block:
+        columns = (indices, located.domain, located.draw, located.shard, located.row)
+        return cls(first, indices, located, list(zip(*(column.tolist() for column in columns), strict=True)))
 
 
 _NOTHING = np.empty(0, dtype=np.int64)
-_NOTHING_PLANNED = _Block(0, _NOTHING, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING))
+_NOTHING_PLANNED = _Block(0, _NOTHING, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING), [])
 
 
 class SampleStream(Iterator[Sample]):
@@ -122,12 +132,22 @@ class SampleStream(Iterator[Sample]):
         self._sampler, self._base = sampler, base
         self._worker = None if info is None else info.id
         self._num_workers = 1 if info is None else info.num_workers
+        if self._worker is not None:
+            before = sampler.mailbox.start_worker(self._worker, self._num_workers, base)
+            if before > base:
+                logger.warning(
+                    "data workers begin again at sample %d, although samples up to %d were given before: report "
+                    "what was "
+                    "consumed (sampler.reweight_due(consumed)) if those were trained on",
+                    base,
+                    before,
+                )
         self._layout: StreamLayout | None = None
         self._readahead = Readahead(sampler.collection, sampler.readahead)
         self._decode: Callable[[RawSample], Sample] = sampler.decoder
         self._version = -1
         self.taken = 0
-        self._limit: int | None = None
+        self._done = False
         self._block = _NOTHING_PLANNED
         self._next: _Block | None = None
 
@@ -137,25 +157,26 @@ class SampleStream(Iterator[Sample]):
         return self._base if self._layout is None else self._layout.frontier(self.taken)
 
     def __next__(self) -> Sample:
+        if self._done:
+            raise StopIteration
         if self._layout is None:
             self._layout = self._begin()
         if self._worker is not None:
             self._sampler.receive(self.frontier)
         if self._version != self._sampler.version:
             self._replan()
-        if self._limit is not None and self.taken >= self._limit:
+        if self.taken - self._block.first >= len(self._block.indices) and not self._advance_block():
             self._readahead.close()
+            self._done = True
             raise StopIteration
-        if self.taken - self._block.first >= len(self._block.indices):
-            self._advance_block()
-        place, located = self.taken - self._block.first, self._block.located
-        domain, draw = int(located.domain[place]), int(located.draw[place])
-        raw = self._readahead.take(domain, draw, int(located.shard[place]), int(located.row[place]))
+        place = self.taken - self._block.first
+        index, domain, draw, shard, row = self._block.rows[place]
+        raw = self._readahead.take(domain, draw, shard, row)
         sample = self._decode(raw)
         tags = {
             "__key__": raw.key,
             "__domain__": self._sampler.space.names[domain],
-            "__index__": int(self._block.indices[place]),
+            "__index__": index,
         }
         sample = {**tags, **sample}
         if self._sampler.transform is not None:
@@ -167,58 +188,74 @@ class SampleStream(Iterator[Sample]):
 
     def _begin(self) -> StreamLayout:
         """Fixes the layout at the first sample: only then is it known which loader asks."""
-        block = self._sampler.worker_block
-        if block is None and self._num_workers > 1:
-            block = _loader_batch_size()
-            if block is None:
-                raise ConfigurationError(
-                    f"{self._num_workers} torch workers share this sampler, but the loader's batch size is unknown, so "
-                    "that the order of samples would depend on the workers: pass batch_size= to AgentWeightedSampler, "
-                    "the same as the DataLoader's (1 if the loader has none)"
-                )
-        layout = self._sampler.layout(
-            base=self._base, worker=self._worker or 0, num_workers=self._num_workers, worker_block=block or 1
-        )
         if self._worker is not None:
-            self._sampler.mailbox.start_worker(self._worker, self._num_workers, layout.worker_block, self._base)
-        return layout
+            # Not earlier: torch does not report what a persistent worker raises when it begins a new pass.
+            self._sampler.check_generation()
+        declared = self._sampler.worker_block
+        asked = None if self._worker is None else _loader_batch_size()
+        if self._num_workers > 1 and declared is None and asked is None:
+            raise ConfigurationError(
+                f"{self._num_workers} torch workers share this sampler, but the loader's batch size is unknown, so "
+                f"that "
+                "the order of samples would depend on the workers: pass batch_size= to AgentWeightedSampler, the "
+                "same as "
+                "the DataLoader's (1 if the loader has none)"
+            )
+        if declared is not None and asked is not None and declared != asked and not self._sampler.loader_known:
+            raise ConfigurationError(
+                f"the sampler was told batch_size={declared}, but the loader asks for {asked} samples at a time: "
+                f"the order "
+                "of samples would depend on the workers; pass the same to both, or none to the sampler"
+            )
+        block = declared or asked or 1
+        if self._worker is not None:
+            self._sampler.mailbox.report_block(block)
+        return self._sampler.layout(
+            base=self._base, worker=self._worker or 0, num_workers=self._num_workers, worker_block=block
+        )
 
     def _replan(self) -> None:
         """Drops what was planned under an older ledger."""
-        assert self._layout is not None
         self._version = self._sampler.version
-        end = self._sampler.plan.end
-        self._limit = None if end is None else self._layout.num_samples(end)
         self._block, self._next = _NOTHING_PLANNED, None
 
-    def _advance_block(self) -> None:
-        """Goes on to the next block, and has the rows of the one after it read in the background."""
-        self._block = self._next if self._next is not None else self._plan(self.taken)
-        self._readahead.request(self._block.located)
-        following = self._block.first + len(self._block.indices)
-        self._next = None
-        if self._limit is None or following < self._limit:
-            try:
-                self._next = self._plan(following)
-            except ExhaustedError:
-                return
-            self._readahead.request(self._next.located)
+    def _advance_block(self) -> bool:
+        """Goes on to the next block, and has the rows of the one after it read in the background.
 
-    def _plan(self, first: int) -> _Block:
-        """Plans the positions from `first` on.
+        Returns:
+            False if there is none: the run has ended.
+        """
+        block = self._next if self._next is not None else self._plan(self.taken)
+        if block is None:
+            return False
+        self._block = block
+        self._readahead.request(block.located)
+        try:
+            self._next = self._plan(block.first + len(block.indices))
+        except ExhaustedError:
+            self._next = None
+        if self._next is not None:
+            self._readahead.request(self._next.located)
+        return True
+
+    def _plan(self, first: int) -> _Block | None:
+        """Plans the positions from `first` on; None: the run has ended.
 
         Raises:
             ExhaustedError: A domain with rule ``error`` is used up before `first`.
         """
         assert self._layout is not None
-        count = self._sampler.readahead.num_rows
-        count = count if self._limit is None else min(count, self._limit - first)
-        indices = self._layout.indices(first, count)
+        indices = self._layout.indices(first, self._sampler.readahead.num_rows)
+        end = self._sampler.plan.ends_by(int(indices.max()) + self._layout.unit)
+        if end is not None:
+            indices = indices[: max(0, self._layout.num_samples(end) - first)]
+            if not len(indices):
+                return None
         try:
-            return _Block(first, indices, self._sampler.plan.locate(indices))
+            return _Block.of(first, indices, self._sampler.plan.locate(indices))
         except ExhaustedError:
             # The end lies inside the block: deliver one by one what comes before it.
-            return _Block(first, indices[:1], self._sampler.plan.locate(indices[:1]))
+            return _Block.of(first, indices[:1], self._sampler.plan.locate(indices[:1]))
 
     def __del__(self) -> None:
         readahead = getattr(self, "_readahead", None)

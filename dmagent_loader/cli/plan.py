@@ -101,6 +101,9 @@ def replay(args: argparse.Namespace) -> int:
 
 def simulate(args: argparse.Namespace) -> int:
     """Prints what each domain gives."""
+    for option in ("steps", "samples_per_reweight"):
+        if getattr(args, option) < 1:
+            raise ConfigurationError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
     shards = load_manifest(args.shards)
     collection = ShardCollection.open(shards, cache_dir=args.cache_dir)
     space = DomainSpace.from_names(shards)
@@ -108,17 +111,19 @@ def simulate(args: argparse.Namespace) -> int:
     plan = Plan(space, rows, seed=args.seed, exhausted=args.exhausted)
     sizes = plan.num_rows.astype(np.float64)
     first = parse_mix(args.mix, space, sizes)
-    last = first if args.final_mix is None else parse_mix(args.final_mix, space, sizes)
+    final = first if args.final_mix is None else parse_mix(args.final_mix, space, sizes)
     for step in range(args.steps if args.final_mix is not None else 1):
         part = step / max(1, args.steps - 1)
-        mix = (1 - part) * first + part * last
+        mix = (1 - part) * first + part * final
         start = step * args.samples_per_reweight
         entry = LedgerEntry(start=start, mix=tuple(mix.tolist()), decided_by=INITIAL, decided_at=start)
         plan.append(entry)
         if plan.end is not None and plan.end <= start + args.samples_per_reweight:
             break
     budget = args.steps * args.samples_per_reweight
-    stop = budget if plan.end is None else min(budget, plan.end)
+    failure = plan.failure
+    last = failure[0] if failure is not None else plan.end
+    stop = budget if last is None else min(budget, last)
     counts = plan.counts(stop)
     ends = {name: index for index, names in reversed(plan.changes()) for name in names if index <= stop}
     width = max(len("domain"), *(len(name) for name in space.names))
@@ -127,8 +132,10 @@ def simulate(args: argparse.Namespace) -> int:
         used_up = f"{ends[name]:,}" if name in ends else "-"
         print(f"{name:{width}}  {total:>12,}  {count:>12,}  {count / stop:>7.2%}  {count / total:>8.2f}  {used_up}")
     why = "a field is used up" if stop < budget else f"the budget of {args.steps} steps is spent"
+    if failure is not None and failure[0] < budget:
+        why = f"the run fails there, because {', '.join(failure[1])} are used up and the rule is 'error'"
     print(f"the run ends after {stop:,} samples (step {stop / args.samples_per_reweight:.1f}): {why}")
-    return 0
+    return 0 if failure is None or failure[0] >= budget else 1
 
 
 def read_saved_state(path: Path) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.layout import StreamKind
-from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.sampler import DEFAULT_PREFETCH_FACTOR, AgentWeightedSampler
 
 require_extra("transformers", "hf")
 require_extra("accelerate", "hf")
@@ -38,7 +38,7 @@ require_extra("accelerate", "hf")
 from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard  # noqa: E402
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback  # noqa: E402
 from transformers.trainer_callback import ExportableState  # noqa: E402
-from transformers.trainer_utils import RemoveColumnsCollator  # noqa: E402
+from transformers.trainer_utils import RemoveColumnsCollator, SaveStrategy  # noqa: E402
 
 if TYPE_CHECKING:
     from dmagent_loader.decisions import Decision
@@ -102,6 +102,10 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._warn_about_epochs(args)
         self._maybe_reweight(args, state, control, kwargs["model"])
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A new pass begins where training stands: what the last pass had fetched ahead was not trained on."""
+        self.sampler.seek(self._consumed)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a resumption, undoes what making the loader's iterator did to the random state."""
         if self._random_state is not None:
@@ -112,13 +116,13 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """Counts what was consumed, decides when it is time, and stops at the end of the plan."""
         trained = (state.global_step - self._begin_step) * self._samples_per_step
         self._consumed = self._begin_consumed + trained
-        end = self.sampler.end
-        if end is not None and self._consumed >= end:
-            self._consumed = end
-            control.should_training_stop = True
-            logger.info(
-                "the plan ends after %d samples, because %s are used up: training stops", end, self._used_up(end)
-            )
+        if self.sampler.finished(self._consumed):
+            self._consumed = self.sampler.end or self._consumed
+            control.should_training_stop = control.should_log = True
+            if args.save_strategy == SaveStrategy.STEPS:
+                control.should_save = True  # as the Trainer itself does at its last step
+            names = self.sampler.plan.used_up_at(self.sampler.plan.end or self._consumed)
+            logger.info("training stops after %d samples: %s are used up", self._consumed, ", ".join(names) or "data")
             return
         self._maybe_reweight(args, state, control, kwargs["model"])
 
@@ -129,6 +133,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             "attributes": {
                 "sampler": self.sampler.state_dict(consumed=self._consumed),
                 "environment": None if self.environment is None else self.environment.fingerprint,
+                "samples_per_step": self._samples_per_step,
             },
         }
 
@@ -228,8 +233,8 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         )
 
     def _keep_random_state(self) -> None:
-        """Called after the Trainer restored it: making the loader's iterator then draws a seed from it, and dropout would
-        differ from the run that was not interrupted."""
+        """Called after the Trainer restored it: making the loader's iterator then draws a seed from it, and dropout
+        would differ from the run that was not interrupted."""
         self._random_state = torch.get_rng_state()
 
     def _restore(self, args: Any, state: Any, saved: Any) -> None:
@@ -242,10 +247,12 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             try:
                 attributes = saved["attributes"]
                 restored, questions = attributes["sampler"], attributes["environment"]
+                samples_per_step = int(attributes["samples_per_step"])
             except (KeyError, TypeError) as error:
                 raise StateError(f"the checkpoint's state of DataMixingCallback cannot be read: {error!r}") from error
             self.sampler.load_state_dict(restored)
             self._consumed = int(restored["consumed"])
+            self._check_steps(args, state, samples_per_step)
             present = None if self.environment is None else self.environment.fingerprint
             if questions != present:
                 logger.warning(
@@ -258,6 +265,19 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 "the callback was added after the Trainer was built: its skipping of batches is switched off, but the "
                 "random state of the checkpoint is not restored; pass the callback to Trainer(callbacks=[...])"
             )
+
+    def _check_steps(self, args: Any, state: Any, samples_per_step: int) -> None:
+        """The Trainer counts the steps of an epoch in batches of now, and the steps done in batches of then."""
+        end = self.sampler.end
+        if end is None or args.max_steps > 0 or samples_per_step == self._samples_per_step:
+            return
+        needed = state.global_step + -(-(end - self._consumed) // self._samples_per_step)
+        raise ConfigurationError(
+            f"the checkpoint was made with {samples_per_step} samples in a step, this run has "
+            f"{self._samples_per_step}; "
+            f"with num_train_epochs the Trainer would stop at step {state.max_steps}, whatever data are left: pass "
+            f"max_steps={needed}"
+        )
 
     def _warn_about_epochs(self, args: Any) -> None:
         end = self.sampler.end
@@ -273,9 +293,6 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 args.num_train_epochs,
                 steps,
             )
-
-    def _used_up(self, end: int) -> str:
-        return ", ".join(self.sampler.plan.used_up_at(self.sampler.plan.end or end)) or "data"
 
 
 class DataMixingTrainerMixin:
@@ -298,6 +315,10 @@ class DataMixingTrainerMixin:
             batch_size=batch_size,
             worker_block=batch_size,
             granule=batch_size if args.world_size > 1 else 1,
+            look_ahead=args.dataloader_num_workers
+            * (args.dataloader_prefetch_factor or DEFAULT_PREFETCH_FACTOR)
+            * batch_size
+            * args.world_size,
         )
         collate = trainer.data_collator
         if args.remove_unused_columns:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +178,91 @@ def test_live_changes_reach_running_workers_within_the_declared_bound(build):
     assert 0 <= entry.staleness <= 2 * 2 * 4
     assert {domain for index, domain in trained if index >= entry.start} == {"target/proofs"}
     assert "source/web" in {domain for index, domain in trained if index >= entry.start - 8 and index < entry.start}
+
+
+def test_one_worker_has_a_bound_too(build):
+    """Catches a bound that is worked out from single samples: the change comes too late for the worker's batch."""
+    sampler = build(exhausted="repeat")
+    stream, starts = iter(DataLoader(sampler, batch_size=8, num_workers=1)), []
+    for step in range(1, 12):
+        next(stream)
+        sampler.reweight_due(8 * step)
+        starts.append(sampler.set_mix(CHANGES[step % 3]).staleness)
+    assert set(starts) == {2 * 8}
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_new_pass_of_workers_begins_after_what_was_consumed(build, persistent):
+    """Catches persistent workers that each go on at a place of their own."""
+    sampler = build(exhausted="repeat")
+    loader = DataLoader(sampler, batch_size=4, num_workers=2, persistent_workers=persistent)
+    for first in (0, 20, 40):
+        stream = iter(loader)
+        seen = [next(stream)["__index__"].tolist() for _ in range(5)]
+        assert [i for batch in seen for i in batch] == list(range(first, first + 20))
+        sampler.reweight_due(first + 20)
+        del stream
+
+
+def test_persistent_workers_refuse_to_go_on_with_an_older_ledger(build):
+    sampler = build(exhausted="repeat")
+    loader = DataLoader(sampler, batch_size=4, num_workers=1, persistent_workers=True)
+    next(iter(loader))
+    sampler.load_state_dict(sampler.state_dict(consumed=4))
+    with pytest.raises(StateError, match="build the DataLoader anew"):
+        next(iter(loader))
+
+
+def test_a_loader_that_prefetches_more_than_declared_is_refused_in_the_main_process(build):
+    sampler = build(exhausted="repeat")
+    stream = iter(DataLoader(sampler, batch_size=4, num_workers=1, prefetch_factor=8))
+    next(stream)
+    deadline = time.monotonic() + 20
+    while sampler.mailbox.frontier() < 36 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    sampler.reweight_due(4)
+    with pytest.raises(ConfigurationError, match="prefetch_factor"):
+        sampler.set_mix(CHANGES[0])
+    assert len(sampler.ledger) == 1
+
+
+def test_another_batch_size_than_the_loaders_is_refused(build):
+    loader = DataLoader(build(batch_size=4), batch_size=8, num_workers=2)
+    with pytest.raises(ConfigurationError, match=r"batch_size=4.*asks for 8"):
+        next(iter(loader))
+
+
+def test_after_workers_the_sampler_can_be_read_directly(build):
+    sampler = build(exhausted="repeat")
+    stream = iter(DataLoader(sampler, batch_size=4, num_workers=2))
+    for _ in range(10):
+        next(stream)
+    sampler.reweight_due(40)
+    del stream
+    assert [index for index, _, _ in sample_ids(sampler, 3)] == [40, 41, 42]
+    assert sampler.set_mix(CHANGES[0]).start == 43
+    assert sampler.state_dict()["consumed"] == 43
+
+
+def test_an_ended_iterator_stays_ended(build):
+    sampler = build()
+    stream = iter(sampler)
+    for _ in stream:
+        pass
+    sampler.set_mix(CHANGES[0])
+    assert list(stream) == []
+
+
+def test_numpy_integers_are_the_same_as_pythons(build):
+    assert sample_ids(build(seed=np.int64(3)), 20) == sample_ids(build(seed=3), 20)
+    assert json.dumps(build().state_dict(consumed=np.int64(7)))
+    with pytest.raises(ConfigurationError, match="seed is 'x'"):
+        build(seed="x")
+
+
+def test_a_copy_for_workers_does_not_decide(build):
+    with pytest.raises(ConfigurationError, match="only the original decides"):
+        copy.deepcopy(build()).reweight({"a": 1.0}, consumed=0)
 
 
 def test_a_mix_that_comes_too_late_for_a_worker_is_refused_loudly(build):

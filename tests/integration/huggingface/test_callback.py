@@ -52,8 +52,7 @@ def parts(tmp_path):
             use_cpu=True,
             report_to=[],
             disable_tqdm=True,
-            save_strategy="no",
-            **(arguments or {}),
+            **{"save_strategy": "no", **(arguments or {})},
         )
         callback = DataMixingCallback(sampler, environment)
         trainer = Trainer(
@@ -102,7 +101,8 @@ def test_num_train_epochs_1_is_one_pass_over_the_target(parts):
     trainer.train()
     assert callback.consumed == sampler.plan.end
     assert trainer.state.global_step == -(-callback.consumed // 2)
-    assert trainer.state.global_step <= trainer.state.max_steps == 37  # planned under the initial mix: all 73 rows
+    assert trainer.state.global_step == 33
+    assert trainer.state.max_steps == 36  # planned at the start, under the initial mix: half of nearly all 73 rows
 
 
 def test_more_epochs_than_data_are_warned_about(parts, caplog):
@@ -121,6 +121,38 @@ def test_the_last_incomplete_batch_of_one_process_is_trained_on(parts):
     trainer, callback, sampler = parts({"num_train_epochs": 1}, initial_mix={"source/a": 0.5, "target/x": 0.5})
     trainer.train()
     assert callback.consumed == sampler.plan.end
+
+
+def test_nothing_is_lost_between_two_passes(parts):
+    """The Trainer fetches a batch ahead; a second pass (here: a second call) must begin with what was not trained
+    on."""
+    trainer, callback, sampler = parts({"max_steps": 5}, exhausted="repeat")
+    trainer.train()
+    assert callback.consumed == 10
+    fetched = sampler.state_dict()["consumed"]
+    assert fetched == 12
+    trainer.train()
+    assert callback.consumed == 20
+    assert sampler.state_dict()["consumed"] == 22
+
+
+def test_the_end_of_the_plan_leaves_a_checkpoint(parts, tmp_path):
+    trainer, _, _ = parts({"max_steps": 500, "save_strategy": "steps", "save_steps": 400})
+    trainer.train()
+    assert (tmp_path / "out" / f"checkpoint-{trainer.state.global_step}" / "trainer_state.json").exists()
+
+
+def test_resuming_with_other_steps_and_epochs_names_the_max_steps_to_pass(parts, tmp_path):
+    """The Trainer would stop early without a word: it counts old steps against a length in new ones."""
+    trainer, _, _ = parts({"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 10})
+    trainer.train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-10")
+    resumed, _, _ = parts({"num_train_epochs": 1, "gradient_accumulation_steps": 2})
+    with pytest.raises(ConfigurationError, match=r"pass max_steps=2\d"):
+        resumed.train(resume_from_checkpoint=checkpoint)
+    resumed, callback, _ = parts({"max_steps": 22, "gradient_accumulation_steps": 2})
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert callback.consumed > 60
 
 
 def test_another_dataset_than_the_samplers_is_refused(parts, tmp_path):

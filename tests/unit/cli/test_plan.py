@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import fsspec
 import pytest
 
 from dmagent_loader import AgentWeightedSampler
@@ -65,6 +66,25 @@ def test_simulate_predicts_when_domains_run_out(manifest, capsys):
     assert row[1:3] == ["20", "20"]
     assert main([*arguments, "--steps", "2"]) == 0
     assert "the run ends after 20 samples" in capsys.readouterr().out
+
+
+def test_simulate_says_where_a_run_would_fail(manifest, capsys):
+    arguments = ["simulate", "--shards", manifest, "--mix", "source=0.5,target=0.5", "--exhausted", "error"]
+    assert main([*arguments, "--samples-per-reweight", "10", "--steps", "9"]) == 1
+    assert "the run fails there, because" in capsys.readouterr().out
+    assert main([*arguments, "--samples-per-reweight", "10", "--steps", "1"]) == 0
+    assert main([*arguments, "--steps", "0"]) == 2
+
+
+def test_a_manifest_may_lie_behind_a_url(manifest, tmp_path):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "shards"), "/plan-test", recursive=True)
+    cache = tmp_path / "cache"
+    local = AgentWeightedSampler(manifest, samples_per_reweight=8, progress=False, cache_dir=cache)
+    remote = AgentWeightedSampler(
+        "memory://plan-test/manifest.json", samples_per_reweight=8, progress=False, cache_dir=cache
+    )
+    assert sample_ids(remote, 12) == sample_ids(local, 12)
 
 
 @pytest.mark.parametrize(
