@@ -44,7 +44,7 @@ class DemoConfig:
     batch_rows: int = 8
     hidden_size: int = 128
     num_layers: int = 4
-    base_steps: int = 800
+    base_steps: int = 700
     base_learning_rate: float = 3e-3
     decisions: int = 20
     steps_per_decision: int = 14
