@@ -1,5 +1,7 @@
 # `make demo` and `make test` do all set-up on a fresh machine with Python 3.11 (CPU is enough).
 PYTHON ?= python3.11
+# Test files that run at the same time.
+JOBS ?= 2
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip
 STAMP := $(VENV)/.installed
@@ -20,10 +22,10 @@ demo: $(STAMP)
 	OMP_NUM_THREADS=2 $(VENV)/bin/dmagent demo --output demo_output
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(PYTEST_ARGS)
 
 test-all: $(STAMP)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

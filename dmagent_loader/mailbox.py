@@ -108,11 +108,9 @@ class Mailbox:
         """Number of states that were loaded: workers of an earlier generation hold another ledger."""
         return int(self._header[_GENERATION])
 
-    def begin_generation(self, base: int) -> None:
-        """Another state was loaded: forgets the workers of the one before."""
-        self._header[_GENERATION] += 1
-        self.base = base
-        self.clear_workers()
+    @generation.setter
+    def generation(self, number: int) -> None:
+        self._header[_GENERATION] = number
 
     def clear_workers(self) -> None:
         """The main process reads by itself, or a new pass begins: workers have to announce themselves again."""

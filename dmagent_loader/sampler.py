@@ -6,12 +6,13 @@ global batches do not depend on ranks or workers, and a run resumes exactly from
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,12 +24,13 @@ from dmagent_loader.decisions import Decision, DecisionMaker, HistoryMix
 from dmagent_loader.domains import SOURCE, DomainSpace
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.history import Standardization
-from dmagent_loader.layout import StreamKind, StreamLayout
+from dmagent_loader.layout import StreamLayout
 from dmagent_loader.ledger import INITIAL, MANUAL, Ledger, LedgerEntry
 from dmagent_loader.mailbox import Mailbox
 from dmagent_loader.opening import open_on_all_ranks
 from dmagent_loader.plan import Plan
 from dmagent_loader.policies import AgentPolicy, Guard, GuardConfig, Policy
+from dmagent_loader.progress import LoaderSettings, Progress
 from dmagent_loader.shards import load_manifest, make_decoder
 from dmagent_loader.shuffle import DEFAULT_WINDOW
 from dmagent_loader.simplex import FloatArray
@@ -36,11 +38,6 @@ from dmagent_loader.state import read_state, write_state
 from dmagent_loader.stream import ReadaheadConfig, Sample, SampleStream, check_not_delivered
 
 logger = logging.getLogger(__name__)
-
-_BLOCK_TIMEOUT_SECONDS = 30.0
-
-DEFAULT_PREFETCH_FACTOR = 2
-"""torch's own default: batches that each data worker prepares ahead."""
 
 
 class AgentWeightedSampler(IterableDataset[Sample]):
@@ -123,7 +120,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         shadow: bool = False,
         history_mix: HistoryMix = "achieved",
         batch_size: int | None = None,
-        prefetch_factor: int = DEFAULT_PREFETCH_FACTOR,
+        prefetch_factor: int = LoaderSettings.prefetch_factor,
         shuffle_window: int = DEFAULT_WINDOW,
         readahead: ReadaheadConfig | None = None,
         on_damage: Literal["raise", "skip"] = "raise",
@@ -148,12 +145,10 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self.samples_per_reweight, self.shadow = samples_per_reweight, shadow
         self.decoder, self.transform = make_decoder(decode), transform
         self.readahead = readahead or ReadaheadConfig()
-        self.worker_block, self._prefetch_factor = batch_size, prefetch_factor
         self._rank, self._world_size = rank, world_size
-        self._kind: StreamKind = "sharded"
-        self._batch_size, self._granule, self._look_ahead = batch_size or 1, 1, 0
-        self.loader_known = False
-        """Whether an integration has said which loader reads."""
+        self.loader = LoaderSettings(
+            batch_size=batch_size or 1, worker_block=batch_size, prefetch_factor=prefetch_factor
+        )
 
         rows = [self.collection.shard_rows(d) for d in range(len(self.space))]
         self._plan_settings: dict[str, Any] = {
@@ -181,11 +176,8 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         )
         self.version = 0
         self.mailbox = Mailbox(len(self.space))
+        self.progress = Progress(self.mailbox)
         self._received = 0
-        self._position, self._consumed = 0, 0
-        self._generation = 0
-        self._stream: SampleStream | None = None
-        self._worker_start: int | None = None
         self.before_iteration: Callable[[], None] | None = None
         """Called when a loader announces a pass over the data, before it makes its iterator; for integrations."""
 
@@ -193,13 +185,9 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         """Goes on after the last sample that was given (with torch workers: after those reported as consumed)."""
-        if get_worker_info() is None:
-            self.mailbox.clear_workers()
-            self._position = self._handed_out()
-        else:
-            self._position = self._worker_base()
-        self._stream = SampleStream(self, self._position)
-        return self._stream
+        stream = SampleStream(self, self.progress.begin_pass(in_worker=get_worker_info() is not None))
+        self.progress.stream = stream
+        return stream
 
     def __bool__(self) -> bool:
         """True: a sampler without an end has no length to be judged by."""
@@ -212,10 +200,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         Args:
             consumed: Samples consumed over all ranks since the run began.
         """
-        self._position = self._consumed = _integer("consumed", consumed)
-        self._stream = None
-        self.mailbox.clear_workers()
-        self.mailbox.base = self._consumed
+        self.progress.seek(_integer("consumed", consumed))
 
     def __len__(self) -> int:
         """Samples that one iterator over the whole run gives, if data run out under the present ledger.
@@ -235,14 +220,14 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             ConfigurationError: accelerate is about to split among several processes what each of them has its share of.
         """
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith("accelerate.") and not self.loader_known:
+        if caller.startswith("accelerate.") and not self.loader.declared:
             if self.world_size > 1:
                 raise ConfigurationError(
                     f"accelerate splits an iterable dataset among its {self.world_size} processes by itself, so that "
                     "this sampler must not: add DataMixingCallback(sampler) to the Trainer's callbacks, or give each "
                     "process a DataLoader that was not prepared by accelerate"
                 )
-            if self._stream is not None:
+            if self.progress.stream is not None:
                 logger.warning(
                     "accelerate fetches a batch more than it gives: a new pass leaves it out, unless "
                     "sampler.seek(consumed) is called before"
@@ -256,30 +241,17 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             base=base,
             rank=self.rank,
             world_size=self.world_size,
-            kind=self._kind,
-            batch_size=self._batch_size,
+            kind=self.loader.kind,
+            batch_size=self.loader.batch_size,
             worker=worker,
             num_workers=num_workers,
             worker_block=worker_block,
-            granule=self._granule,
+            granule=self.loader.granule,
         )
 
-    def set_loader(
-        self, *, kind: StreamKind, batch_size: int, worker_block: int, granule: int = 1, look_ahead: int | None = None
-    ) -> None:
-        """Tells the sampler which loader reads it; for integrations, before the first sample.
-
-        Args:
-            kind: Whether each rank reads its share, or the trainer splits one whole stream.
-            batch_size: Samples of one rank in one batch.
-            worker_block: Samples that a loader takes from the stream of one worker at a time.
-            granule: Samples of one rank to a multiple of which the run is cut: one optimizer step, say.
-            look_ahead: Samples over all ranks that the loader and its workers fetch beyond those consumed; None: worked
-                out from the workers.
-        """
-        self._kind, self._batch_size, self.worker_block = kind, batch_size, worker_block
-        self._granule, self._look_ahead = granule, look_ahead or 0
-        self.loader_known = True
+    def set_loader(self, loader: LoaderSettings) -> None:
+        """Tells the sampler which loader reads it; for integrations, before the first sample."""
+        self.loader = replace(loader, declared=True)
 
     @property
     def rank(self) -> int:
@@ -294,11 +266,11 @@ class AgentWeightedSampler(IterableDataset[Sample]):
     @property
     def end(self) -> int | None:
         """Global index at which the run ends for lack of data, cut to whole batches on all ranks; None: never."""
-        return None if self.plan.end is None else self.layout(base=self._position).delivered_end(self.plan.end)
+        return None if self.plan.end is None else self.layout(base=self.progress.position).delivered_end(self.plan.end)
 
     def finished(self, consumed: int) -> bool:
         """Whether the run has ended, for lack of data, after so many consumed samples."""
-        layout = self.layout(base=self._position)
+        layout = self.layout(base=self.progress.position)
         end = self.plan.ends_by(consumed + layout.unit)
         return end is not None and consumed >= layout.delivered_end(end)
 
@@ -312,13 +284,13 @@ class AgentWeightedSampler(IterableDataset[Sample]):
     @property
     def mix(self) -> dict[str, float]:
         """Domain -> weight in force for the next sample to be fetched; a used-up domain has none."""
-        index = self._frontier()
+        index = self.progress.frontier
         mix = self.plan.mix_at(index) if self.plan.used_up_at(index) else self.ledger.in_force(index).weights()
         return self.space.as_dict(mix)
 
     def achieved(self, start: int = 0, stop: int | None = None) -> dict[str, int]:
         """Domain -> samples among the global indices from `start` up to `stop` (None: all handed out)."""
-        stop = self._frontier() if stop is None else stop
+        stop = self.progress.frontier if stop is None else stop
         counts = self.plan.counts(stop) - self.plan.counts(start)
         return {name: int(count) for name, count in zip(self.space.names, counts, strict=True)}
 
@@ -335,11 +307,11 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         """
         mix = self.space.mix(weights, renormalize=renormalize, shares=self.plan.num_rows.astype(np.float64))
         mix = distributed.broadcast_object(mix)
-        return self._append(mix, decided_by=MANUAL, decided_at=max(self._consumed, self._handed_out()))
+        return self._append(mix, decided_by=MANUAL, decided_at=self.progress.handed_out)
 
     def reweight_due(self, consumed: int) -> bool:
         """Whether a decision is due after so many samples consumed by all ranks; the first is due before any."""
-        self._consume(consumed)
+        self.progress.consume(_integer("consumed", consumed))
         done = self.decisions.measurements
         interval = self.samples_per_reweight
         return consumed >= (done[-1].consumed // interval + 1) * interval if done else True
@@ -362,14 +334,13 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                 "set_mix()"
             )
         consumed = _integer("consumed", consumed)
-        if self._kind == "sharded" and not self.mailbox.num_workers:
-            handed_out = self._position if self._stream is None else self._stream.frontier
-            if consumed > handed_out:
-                raise ConfigurationError(
-                    f"consumed is {consumed}, but only {handed_out} samples were handed out: count the samples of all "
-                    "ranks since the run began, once"
-                )
-        self._consume(consumed)
+        given = self.progress.given
+        if self.loader.kind == "sharded" and not self.mailbox.num_workers and consumed > given:
+            raise ConfigurationError(
+                f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
+                "since the run began, once"
+            )
+        self.progress.consume(consumed)
         self._decisions.record(feedback, consumed)
         previous = self.ledger.last.weights()
         mix, accepted, notes, seconds = self._decisions.decide(previous)
@@ -414,7 +385,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                     "torch workers read ahead of training, so that only the trainer knows what was consumed: pass "
                     "consumed=, the number of samples trained on by all ranks"
                 )
-            consumed = self._handed_out()
+            consumed = self.progress.handed_out
         return write_state(self, _integer("consumed", consumed))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -424,14 +395,12 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             StateError: The state is of another schema, seed or shard set, or damaged. Nothing is changed then.
         """
         restored = read_state(self, state, self._plan_settings)
-        self.plan, self._position = restored.plan, restored.consumed
-        self._consumed, self._stream = restored.consumed, None
+        self.plan = restored.plan
+        self.progress.restore(restored.consumed)
         self._decisions.plan = restored.plan
         self._decisions.start_state = restored.start_state
         self._decisions.measurements = restored.measurements
         self.version += 1
-        self._generation += 1
-        self.mailbox.begin_generation(restored.consumed)
 
     @property
     def decisions(self) -> DecisionMaker:
@@ -471,7 +440,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         note: str = "",
     ) -> LedgerEntry:
         entry = LedgerEntry(
-            start=self._first_free(),
+            start=self.progress.first_free(self.loader, self.world_size, self.ledger.last.start),
             mix=tuple(mix.tolist()),
             decided_by=decided_by,
             decided_at=decided_at,
@@ -484,74 +453,6 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self._received = self.mailbox.published
         self.version += 1
         return entry
-
-    def _handed_out(self) -> int:
-        """Global index after the last sample that the main process's own iterator gave, or that was consumed."""
-        own = self._position if self._stream is None else self._stream.frontier
-        return max(own, self._consumed)
-
-    def _frontier(self) -> int:
-        """The first global index that no iterator of this rank has given."""
-        return max(self._handed_out(), self.mailbox.frontier() if self.mailbox.num_workers else 0)
-
-    def _first_free(self) -> int:
-        """The first global index at which a new mix may begin: nobody, on any rank, has or will have fetched it.
-
-        Without torch workers that is known exactly. With them, more samples may be fetched at any moment, up to what
-        the loader prefetches; the bound does not depend on timing, so that a resumed run decides for the same index
-        again.
-
-        Raises:
-            ConfigurationError: Workers are further ahead than the loader's prefetch explains.
-        """
-        free, ahead = max(self._handed_out(), self.ledger.last.start), 0
-        if self.mailbox.num_workers:
-            unit = self.world_size * self._batch_size
-            bound = self._consumed + -(-self._prefetched() // unit) * unit
-            free, ahead = max(free, bound), max(0, self.mailbox.frontier() - bound)
-        ahead = distributed.all_reduce_max(ahead)
-        if ahead:
-            raise ConfigurationError(
-                f"data workers are {ahead} samples further than {self._consumed} consumed samples and a "
-                f"prefetch_factor of "
-                f"{self._prefetch_factor} explain, so that it is unknown from where on a new mix can hold: report "
-                f"what was "
-                "consumed (sampler.reweight_due(consumed)), and pass the DataLoader's prefetch_factor to the sampler"
-            )
-        return distributed.all_reduce_max(free)
-
-    def _prefetched(self) -> int:
-        """Samples over all ranks that workers may have fetched beyond those consumed."""
-        if self._look_ahead:
-            return self._look_ahead
-        waited = time.monotonic()
-        while not self.mailbox.block and time.monotonic() - waited < _BLOCK_TIMEOUT_SECONDS:
-            time.sleep(0.01)  # workers have begun, but not yet asked for their first batch
-        block = self.mailbox.block or self._batch_size
-        streams = self.world_size if self._kind == "sharded" else 1
-        return self.mailbox.num_workers * self._prefetch_factor * block * streams
-
-    def _consume(self, consumed: int) -> None:
-        self._consumed = max(self._consumed, _integer("consumed", consumed))
-        self.mailbox.base = self._consumed
-
-    def _worker_base(self) -> int:
-        """In a torch worker: where the pass begins, the same for all workers."""
-        if self._worker_start is None:
-            self._worker_start = self._handed_out()
-        return max(self._worker_start, self.mailbox.base)
-
-    def check_generation(self) -> None:
-        """In a torch worker, at its first sample.
-
-        Raises:
-            StateError: A state was loaded after the workers had started.
-        """
-        if self.mailbox.generation != self._generation:
-            raise StateError(
-                "a state was loaded after this loader's persistent workers had started, so that they hold another "
-                "ledger: build the DataLoader anew after load_state_dict()"
-            )
 
     def _start_state(self, natural: FloatArray, given: Mapping[str, float] | None) -> FloatArray:
         if given is not None:
@@ -573,10 +474,10 @@ class AgentWeightedSampler(IterableDataset[Sample]):
     def __getstate__(self) -> dict[str, Any]:
         """What a spawned data worker needs: all but the policy and a running iterator."""
         state = self.__dict__.copy()
-        state["_stream"] = None
+        state["progress"] = copy.copy(self.progress)
+        state["progress"].position, state["progress"].stream = self.progress.handed_out, None
         state["_decisions"] = None
         state["before_iteration"] = None
-        state["_position"] = self._handed_out()
         return state
 
 

@@ -190,8 +190,8 @@ class SampleStream(Iterator[Sample]):
         """Fixes the layout at the first sample: only then is it known which loader asks."""
         if self._worker is not None:
             # Not earlier: torch does not report what a persistent worker raises when it begins a new pass.
-            self._sampler.check_generation()
-        declared = self._sampler.worker_block
+            self._sampler.progress.check_generation()
+        declared = self._sampler.loader.worker_block
         asked = None if self._worker is None else _loader_batch_size()
         if self._num_workers > 1 and declared is None and asked is None:
             raise ConfigurationError(
@@ -201,7 +201,7 @@ class SampleStream(Iterator[Sample]):
                 "same as "
                 "the DataLoader's (1 if the loader has none)"
             )
-        if declared is not None and asked is not None and declared != asked and not self._sampler.loader_known:
+        if declared is not None and asked is not None and declared != asked and not self._sampler.loader.declared:
             raise ConfigurationError(
                 f"the sampler was told batch_size={declared}, but the loader asks for {asked} samples at a time: "
                 f"the order "

@@ -24,6 +24,7 @@ from dmagent_loader.errors import require_extra
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.report.records import FeedbackPoint, MixStep, RunRecord
 from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.transforms import packed_tokens
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -77,17 +78,16 @@ def methods(space: DomainSpace, rows: Mapping[str, int], agent: MixingAgent) -> 
         rows: Domain -> rows in its shards.
         agent: The agent.
     """
+    shares = np.array([float(rows[name]) for name in space.names])
+
+    def mix(weights: Mapping[str, float]) -> dict[str, float]:
+        return space.as_dict(space.mix(weights, shares=shares))
+
     return [
-        Method(name="target only", mix=_field_mix(space, rows, {TARGET: 1.0})),
-        Method(name="half and half", mix=_field_mix(space, rows, {SOURCE: 0.5, TARGET: 0.5})),
+        Method(name="target only", mix=mix({TARGET: 1.0})),
+        Method(name="half and half", mix=mix({SOURCE: 0.5, TARGET: 0.5})),
         Method(name="agent", agent=agent),
     ]
-
-
-def token_rows(sample: dict[str, Any]) -> dict[str, Any]:
-    """A packed row as a causal language model takes it."""
-    tokens = sample["input_ids.npy"].astype(np.int64)
-    return {"input_ids": tokens, "labels": tokens}
 
 
 def run_method(
@@ -125,7 +125,7 @@ def run_method(
         initial_mix=method.mix,
         # All methods get the same number of tokens, also where the target text is short.
         exhausted="repeat",
-        transform=token_rows,
+        transform=packed_tokens,
         cache_dir=folder / "shard_index",
         progress=False,
     )
@@ -167,11 +167,6 @@ def run_method(
         decision_seconds=[entry["dmagent/decision_seconds"] for entry in logs],
         problems=[f"{entry.decided_at} samples: {entry.note}" for entry in sampler.ledger if not entry.accepted],
     )
-
-
-def _field_mix(space: DomainSpace, rows: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, float]:
-    totals = {field: sum(rows[d.name] for d in space.domains if d.field == field) for field in shares}
-    return {d.name: shares[d.field] * rows[d.name] / totals[d.field] for d in space.domains if d.field in shares}
 
 
 def _thousand_tokens(samples: int, config: DemoConfig) -> float:

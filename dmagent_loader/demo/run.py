@@ -22,7 +22,7 @@ from dmagent_loader.agent import MixingAgent
 from dmagent_loader.demo.config import DEFAULT_AGENT, DemoConfig
 from dmagent_loader.demo.corpus import Corpus, write_corpus
 from dmagent_loader.demo.language_model import Rows, held_out_loss, new_model, packed_rows, pretrain, train_tokenizer
-from dmagent_loader.demo.methods import MethodResult, methods, run_method, token_rows
+from dmagent_loader.demo.methods import MethodResult, methods, run_method
 from dmagent_loader.demo.progress import Phase
 from dmagent_loader.demo.python_corpus import build_python_corpus
 from dmagent_loader.demo.results import Scores, as_json, domain_table, reading_notes, score_table
@@ -36,6 +36,7 @@ from dmagent_loader.report.tables import Table
 from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.shards import load_manifest
 from dmagent_loader.shards.writer import ShardingConfig, shard_files
+from dmagent_loader.transforms import packed_tokens
 
 MARKER = "demo.json"
 """Written first into the output folder: only a folder with it is written over."""
@@ -188,7 +189,7 @@ def _base_sampler(shards: Mapping[str, Sequence[str]], config: DemoConfig, outpu
         shards,
         samples_per_reweight=1,
         seed=config.seed + 1,
-        transform=token_rows,
+        transform=packed_tokens,
         cache_dir=output / "shard_index",
         progress=False,
     )

@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.layout import StreamKind
-from dmagent_loader.sampler import DEFAULT_PREFETCH_FACTOR, AgentWeightedSampler
+from dmagent_loader.progress import LoaderSettings
+from dmagent_loader.sampler import AgentWeightedSampler
 
 require_extra("transformers", "hf")
 require_extra("accelerate", "hf")
@@ -82,7 +83,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         args.ignore_data_skip = True
         if args.world_size > 1:
             batch_size, _ = _batch_sizes(args, args.train_batch_size)
-            self.sampler.set_loader(kind="whole", batch_size=batch_size, worker_block=1, granule=batch_size)
+            self.sampler.set_loader(LoaderSettings(kind="whole", batch_size=batch_size, granule=batch_size))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Recognises the loader, restores a checkpoint's state, and evaluates the base model."""
@@ -225,11 +226,14 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._samples_per_step = batch_size * world * args.gradient_accumulation_steps
         whole_steps = world > 1 or args.gradient_accumulation_steps > 1
         self.sampler.set_loader(
-            kind=kind,
-            batch_size=batch_size,
-            worker_block=block,
-            granule=batch_size * args.gradient_accumulation_steps if whole_steps else 1,
-            look_ahead=ahead if workers else 0,
+            LoaderSettings(
+                kind=kind,
+                batch_size=batch_size,
+                worker_block=block,
+                granule=batch_size * args.gradient_accumulation_steps if whole_steps else 1,
+                prefetch_factor=loader.prefetch_factor or 1,
+                look_ahead=ahead if workers else 0,
+            )
         )
 
     def _keep_random_state(self) -> None:
@@ -310,15 +314,16 @@ class DataMixingTrainerMixin:
             return super().get_train_dataloader()  # type: ignore[misc, no-any-return]
         args = trainer.args
         batch_size = args.train_batch_size
+        workers = args.dataloader_num_workers
+        factor = args.dataloader_prefetch_factor or LoaderSettings.prefetch_factor
         trainer.train_dataset.set_loader(
-            kind="sharded",
-            batch_size=batch_size,
-            worker_block=batch_size,
-            granule=batch_size if args.world_size > 1 else 1,
-            look_ahead=args.dataloader_num_workers
-            * (args.dataloader_prefetch_factor or DEFAULT_PREFETCH_FACTOR)
-            * batch_size
-            * args.world_size,
+            LoaderSettings(
+                batch_size=batch_size,
+                worker_block=batch_size,
+                granule=batch_size if args.world_size > 1 else 1,
+                prefetch_factor=factor,
+                look_ahead=workers * factor * batch_size * args.world_size,
+            )
         )
         collate = trainer.data_collator
         if args.remove_unused_columns:
@@ -329,7 +334,6 @@ class DataMixingTrainerMixin:
                 *(args.label_names or []),
             ]
             collate = RemoveColumnsCollator(data_collator=collate, signature_columns=columns)
-        workers = args.dataloader_num_workers
         return DataLoader(
             trainer.train_dataset,
             batch_size=batch_size,

@@ -19,7 +19,8 @@ ROOT = PACKAGE.parent
 BASE = {"errors", "_version"}
 CORE = BASE | {"simplex", "domains", "history", "hashing", "order", "shuffle", "ledger", "plan", "layout"}
 DATA = CORE | {"distributed", "shards", "agent", "policies"}
-RUN = DATA | {"mailbox", "stream", "state", "decisions", "opening", "sampler", "environment", "transforms"}
+SAMPLER = {"progress", "stream", "state", "decisions", "opening", "sampler"}
+RUN = DATA | SAMPLER | {"mailbox", "environment", "transforms"}
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
     "distributed": CORE,
@@ -27,7 +28,7 @@ ALLOWED = {
     "agent": CORE | {"agent"},
     "policies": CORE | {"agent"},
     "mailbox": CORE,
-    **dict.fromkeys(("stream", "state", "decisions", "opening", "sampler"), RUN - {"environment", "transforms"}),
+    **dict.fromkeys(SAMPLER, RUN - {"environment", "transforms"}),
     "environment": CORE | {"distributed"},
     "transforms": CORE,
     "testing": RUN,

@@ -1,0 +1,169 @@
+"""How far a run is: what was consumed, what was handed out, and what data workers may have fetched.
+
+From this follows where a new pass over the data begins, and from which sample on a new mix can hold.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from dmagent_loader import distributed
+from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.layout import StreamKind
+from dmagent_loader.mailbox import Mailbox
+
+_BLOCK_TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSettings:
+    """The loader that reads a sampler.
+
+    Args:
+        kind: Whether each rank reads its share, or the trainer splits one whole stream.
+        batch_size: Samples of one rank in one batch.
+        worker_block: Samples that a loader takes from the stream of one worker at a time; None: not known yet.
+        granule: Samples of one rank to a multiple of which the run is cut: one optimizer step, say.
+        prefetch_factor: Batches that each worker prepares ahead.
+        look_ahead: Samples over all ranks that the loader and its workers fetch beyond those consumed; 0: worked out
+            from the workers.
+        declared: Whether an integration has said so, which knows the loader.
+    """
+
+    kind: StreamKind = "sharded"
+    batch_size: int = 1
+    worker_block: int | None = None
+    granule: int = 1
+    prefetch_factor: int = 2
+    look_ahead: int = 0
+    declared: bool = False
+
+
+class Stream(Protocol):
+    """The part of an iterator that matters here."""
+
+    @property
+    def frontier(self) -> int:
+        """The first global index that the iterator cannot have given."""
+        ...
+
+
+class Progress:
+    """The place of a run, in one process.
+
+    Args:
+        mailbox: Shared with the data workers.
+    """
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self.mailbox = mailbox
+        self.position = 0
+        """Global index at which the present pass began."""
+        self.consumed = 0
+        """Samples consumed over all ranks, as far as training has said."""
+        self.stream: Stream | None = None
+        """The iterator of the main process, or of this worker."""
+        self._generation = 0
+        self._worker_start: int | None = None
+
+    @property
+    def given(self) -> int:
+        """Global index after the last sample that the main process's own iterator gave."""
+        return self.position if self.stream is None else self.stream.frontier
+
+    @property
+    def handed_out(self) -> int:
+        """Global index after the last sample that was given or consumed."""
+        return max(self.given, self.consumed)
+
+    @property
+    def frontier(self) -> int:
+        """The first global index that no iterator of this rank has given."""
+        return max(self.handed_out, self.mailbox.frontier() if self.mailbox.num_workers else 0)
+
+    def consume(self, consumed: int) -> None:
+        """Training says how far it is."""
+        self.consumed = max(self.consumed, consumed)
+        self.mailbox.base = self.consumed
+
+    def seek(self, consumed: int) -> None:
+        """The next pass begins after so many samples."""
+        self.position = self.consumed = consumed
+        self.stream = None
+        self.mailbox.clear_workers()
+        self.mailbox.base = consumed
+
+    def restore(self, consumed: int) -> None:
+        """Another state was loaded: workers that run already hold another ledger."""
+        self.seek(consumed)
+        self._generation += 1
+        self.mailbox.generation = self._generation
+
+    def begin_pass(self, in_worker: bool) -> int:
+        """Where a new pass begins: in the main process after what was handed out, in a worker after what was consumed.
+
+        So all workers begin at the same sample.
+        """
+        if not in_worker:
+            self.mailbox.clear_workers()
+            self.position = self.handed_out
+        else:
+            if self._worker_start is None:
+                self._worker_start = self.handed_out
+            self.position = max(self._worker_start, self.mailbox.base)
+        self.stream = None
+        return self.position
+
+    def check_generation(self) -> None:
+        """In a torch worker, at its first sample.
+
+        Raises:
+            StateError: A state was loaded after the workers had started.
+        """
+        if self.mailbox.generation != self._generation:
+            raise StateError(
+                "a state was loaded after this loader's persistent workers had started, so that they hold another "
+                "ledger: build the DataLoader anew after load_state_dict()"
+            )
+
+    def first_free(self, loader: LoaderSettings, world_size: int, last_start: int) -> int:
+        """The first global index at which a new mix may begin: nobody, on any rank, has or will have fetched it.
+
+        Without torch workers that is known exactly. With them, more samples may be fetched at any moment, up to what
+        the loader prefetches; the bound does not depend on timing, so that a resumed run decides for the same index.
+
+        Args:
+            loader: That reads the sampler.
+            world_size: Number of data-parallel processes.
+            last_start: Where the newest mix begins.
+
+        Raises:
+            ConfigurationError: Workers are further ahead than the loader's prefetch explains.
+        """
+        free, ahead = max(self.handed_out, last_start), 0
+        if self.mailbox.num_workers:
+            unit = world_size * loader.batch_size
+            bound = self.consumed + -(-self._prefetched(loader, world_size) // unit) * unit
+            free, ahead = max(free, bound), max(0, self.mailbox.frontier() - bound)
+        ahead = distributed.all_reduce_max(ahead)
+        if ahead:
+            raise ConfigurationError(
+                f"data workers are {ahead} samples further than {self.consumed} consumed samples and a prefetch_factor "
+                f"of {loader.prefetch_factor} explain, so that it is unknown from where on a new mix can hold: report "
+                "what was consumed (sampler.reweight_due(consumed)), and pass the DataLoader's prefetch_factor to the "
+                "sampler"
+            )
+        return distributed.all_reduce_max(free)
+
+    def _prefetched(self, loader: LoaderSettings, world_size: int) -> int:
+        """Samples over all ranks that workers may have fetched beyond those consumed."""
+        if loader.look_ahead:
+            return loader.look_ahead
+        waited = time.monotonic()
+        while not self.mailbox.block and time.monotonic() - waited < _BLOCK_TIMEOUT_SECONDS:
+            time.sleep(0.01)  # workers have begun, but not yet asked for their first batch
+        block = self.mailbox.block or loader.batch_size
+        streams = world_size if loader.kind == "sharded" else 1
+        return self.mailbox.num_workers * loader.prefetch_factor * block * streams
