@@ -1,4 +1,4 @@
-"""The complete script, as a user runs it: shards from the command line, the bundled agent, a second run that goes on."""
+"""The complete script, as a user runs it: shards from the command line, the bundled agent, a run that goes on."""
 
 from __future__ import annotations
 
@@ -15,22 +15,6 @@ from dmagent_loader.cli import main
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "huggingface_trainer.py"
 TEXT = "the model reads a page of text and learns which word comes next in it"
-    "the",
-    "model",
-    "reads",
-    "a",
-    "page",
-    "of",
-    "text",
-    "and",
-    "learns",
-    "which",
-    "word",
-    "comes",
-    "next",
-    "in",
-    "it",
-]
 
 
 @pytest.fixture
