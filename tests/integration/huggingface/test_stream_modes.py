@@ -6,20 +6,19 @@ from itertools import chain
 
 import pytest
 
-SLOW = pytest.mark.slow
 MODES = [
     # mode, processes, workers, accumulation
+    ("default", 1, 0, 1),
     ("default", 1, 2, 4),
     ("default", 2, 0, 1),
+    ("default", 2, 0, 4),
     ("default", 2, 2, 1),
+    ("default", 2, 2, 4),
     ("nodispatch", 2, 0, 1),
+    ("nodispatch", 2, 2, 1),
+    ("split", 2, 0, 1),
+    ("mixin", 2, 0, 4),
     ("mixin", 2, 2, 1),
-    pytest.param("default", 1, 0, 1, marks=SLOW),
-    pytest.param("default", 2, 0, 4, marks=SLOW),
-    pytest.param("default", 2, 2, 4, marks=SLOW),
-    pytest.param("nodispatch", 2, 2, 1, marks=SLOW),
-    pytest.param("split", 2, 0, 1, marks=SLOW),
-    pytest.param("mixin", 2, 0, 4, marks=SLOW),
 ]
 
 
