@@ -100,6 +100,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._begin_step, self._begin_consumed = state.global_step, self._consumed
         self._started = time.perf_counter()
         self._reporters = _other_callbacks(self)
+        self._warn_about_idle_parts()
         self._warn_about_epochs(args)
         self._maybe_reweight(args, state, control, kwargs["model"])
 
@@ -282,6 +283,13 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             f"with num_train_epochs the Trainer would stop at step {state.max_steps}, whatever data are left: pass "
             f"max_steps={needed}"
         )
+
+    def _warn_about_idle_parts(self) -> None:
+        has_policy = self.sampler.decisions.policy is not None
+        if has_policy and self.environment is None:
+            logger.warning("the sampler has a policy, but DataMixingCallback has no environment: it is never asked")
+        if self.environment is not None and not has_policy:
+            logger.warning("an environment was given, but the sampler has neither agent nor policy: nothing is decided")
 
     def _warn_about_epochs(self, args: Any) -> None:
         end = self.sampler.end

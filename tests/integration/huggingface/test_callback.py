@@ -163,6 +163,17 @@ def test_another_dataset_than_the_samplers_is_refused(parts, tmp_path):
         trainer.train()
 
 
+def test_an_environment_without_a_policy_and_the_other_way_round_are_warned_about(parts, caplog):
+    trainer, callback, _ = parts({"max_steps": 1})
+    callback.environment = None
+    trainer.train()
+    assert "it is never asked" in caplog.text
+    trainer, _, sampler = parts({"max_steps": 1})
+    sampler.decisions.policy = None
+    trainer.train()
+    assert "neither agent nor policy" in caplog.text
+
+
 def test_rebuilding_callbacks_from_a_checkpoint_is_refused(parts):
     with pytest.raises(ConfigurationError, match="leave it False"):
         parts({"max_steps": 2, "restore_callback_states_from_checkpoint": True})
