@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 Sample = dict[str, Any]
 
 _READ_CHUNK = 16
+_REMOTE_THREADS = 2
 _Key = tuple[int, int]
 
 
@@ -39,15 +40,17 @@ class ReadaheadConfig:
     """How far rows are read ahead of the samples.
 
     Args:
-        num_threads: Reading threads of one iterator; 0 reads each row when it is needed.
-        num_rows: Positions planned, and rows requested, at a time; one such block is read while another is delivered.
+        num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is remote,
+            else 0, because handing a cached row from thread to thread costs more than reading it. Give 2 or more for
+            files on a slow network mount.
+        num_rows: Positions planned, and rows requested, at a time; one such block is read while another is given.
     """
 
-    num_threads: int = 2
-    num_rows: int = 256
+    num_threads: int | None = None
+    num_rows: int = 512
 
     def __post_init__(self) -> None:
-        if self.num_threads < 0 or self.num_rows < 1:
+        if (self.num_threads is not None and self.num_threads < 0) or self.num_rows < 1:
             raise ConfigurationError(
                 f"readahead of {self.num_rows} rows in {self.num_threads} threads: rows must be at least 1, threads "
                 f"at least 0"
@@ -59,9 +62,10 @@ class Readahead:
 
     def __init__(self, collection: ShardCollection, config: ReadaheadConfig) -> None:
         self._collection, self._config = collection, config
-        self._pool = (
-            ThreadPoolExecutor(config.num_threads, thread_name_prefix="dmagent-read") if config.num_threads else None
-        )
+        threads = config.num_threads
+        if threads is None:
+            threads = 0 if collection.is_local else _REMOTE_THREADS
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dmagent-read") if threads else None
         self._pending: dict[_Key, tuple[Future[list[RawSample]], int]] = {}
 
     def request(self, located: Located) -> None:

@@ -23,7 +23,7 @@ from dmagent_loader.shards.cache import IndexCache, build_and_cache, default_cac
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index import ShardDamage, ShardIndex
 from dmagent_loader.shards.reader import MAX_OPEN_FILES, OpenShards, ShardVersion, shard_version
-from dmagent_loader.shards.urls import base_name, display_url, expand_shards
+from dmagent_loader.shards.urls import base_name, display_url, expand_shards, is_local
 
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 OnDamage = Literal["raise", "skip"]
@@ -123,6 +123,11 @@ class ShardCollection:
         collection._judge_damage(on_damage)
         collection._judge_emptiness()
         return collection
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all shards are files, so that no row has to cross a network protocol."""
+        return all(is_local(url) for shards in self._shards for url, _ in shards)
 
     @property
     def num_rows(self) -> NDArray[np.int64]:
