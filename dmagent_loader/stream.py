@@ -40,9 +40,9 @@ class ReadaheadConfig:
     """How far rows are read ahead of the samples.
 
     Args:
-        num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is remote,
-            else 0, because handing a cached row from thread to thread costs more than reading it. Give 2 or more for
-            files on a slow network mount.
+        num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is
+            remote, else 0, because handing a cached row from thread to thread costs more than reading it. Give 2 or
+            more for files on a slow network mount.
         num_rows: Positions planned, and rows requested, at a time; one such block is read while another is given.
     """
 
