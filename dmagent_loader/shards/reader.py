@@ -207,6 +207,11 @@ class OpenShards:
         self._start()
 
 
+_KEPT_FILESYSTEMS: set[Any] = set()
+"""Every filesystem that was ever used, kept alive: a forked child would otherwise finalise its copies, and closing
+their connections there can take them out of the event queue that it shares with its parent, which then waits for ever."""
+
+
 def _filesystem(url: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
@@ -215,6 +220,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
             f"{display_url(url)}: no access to {urlsplit(url).scheme!r} URLs ({error}); install the fsspec package "
             "for it"
         ) from error
+    _KEPT_FILESYSTEMS.add(filesystem)
     return filesystem, path
 
 

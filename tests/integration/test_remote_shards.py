@@ -194,7 +194,7 @@ def _child(collection: ShardCollection, results: multiprocessing.Queue[list[str]
     results.put(texts_of(collection))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=pytest.mark.slow), "spawn"])
 def test_forked_and_spawned_processes_read_over_http(server: Server, method: str) -> None:
     """The parent's event loop and connections do not work in a forked child."""
     server.files["a.tar"] = tar_bytes(TEXTS)
