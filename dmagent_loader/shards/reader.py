@@ -208,8 +208,11 @@ class OpenShards:
 
 
 _KEPT_FILESYSTEMS: set[Any] = set()
-"""Every filesystem that was ever used, kept alive: a forked child would otherwise finalise its copies, and closing
-their connections there can take them out of the event queue that it shares with its parent, which then waits for ever."""
+"""Every filesystem that was ever used, kept alive.
+
+A forked child would otherwise finalise its copies, and closing their connections there can take them out of the event
+queue that it shares with its parent, which then waits for ever.
+"""
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
