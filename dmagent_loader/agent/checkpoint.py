@@ -99,7 +99,7 @@ def load(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -
     # Parameters on the meta device take neither memory nor random numbers; `assign` then puts the loaded ones in place.
     with torch.device("meta"):
         agent = MixingAgent(config, name=_name(name_or_path, directory))
-    weights = _read_weights(directory / WEIGHTS_FILE, sha256, agent.state_dict())
+    weights = read_weights(directory / WEIGHTS_FILE, sha256, agent.state_dict())
     agent.load_state_dict(weights, assign=True)
     return agent.eval()
 
@@ -148,14 +148,14 @@ def save(agent: MixingAgent, directory: str | os.PathLike[str], *, card: str | N
     weights = {
         name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in agent.state_dict().items()
     }
-    _refuse_non_finite(weights, f"agent {agent.name!r}", "it is not saved, because it diverged in training")
+    refuse_non_finite(weights, f"agent {agent.name!r}", "it is not saved, because it diverged in training")
     data = safetensors.torch.save(weights, metadata={"format": "pt"})
     config = {**agent.config.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    _write(target / WEIGHTS_FILE, data)
-    _write(target / CARD_FILE, (card if card is not None else _default_card(agent, target)).encode())
-    _write(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_whole(target / WEIGHTS_FILE, data)
+    write_whole(target / CARD_FILE, (card if card is not None else _default_card(agent, target)).encode())
+    write_whole(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _name(name_or_path: str | os.PathLike[str], directory: Path) -> str:
@@ -165,8 +165,17 @@ def _name(name_or_path: str | os.PathLike[str], directory: Path) -> str:
     return name if is_hub_id else directory.resolve().name
 
 
-def _read_weights(path: Path, sha256: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Reads and verifies the weights; `expected` gives names and shapes."""
+def read_weights(path: Path, sha256: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Reads and verifies weights.
+
+    Args:
+        path: A safetensors file.
+        sha256: Of the file, in hex.
+        expected: Tensors with the names and shapes that the config describes.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, changed, of other shapes or not finite.
+    """
     needed = sum(4 * tensor.numel() for tensor in expected.values())
     try:
         with path.open("rb") as file:
@@ -191,7 +200,7 @@ def _read_weights(path: Path, sha256: str, expected: Mapping[str, torch.Tensor])
         weights: dict[str, torch.Tensor] = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is no valid safetensors file: {error}") from error
-    _refuse_non_finite(weights, str(path), "the agent diverged in training or the file was damaged")
+    refuse_non_finite(weights, str(path), "the model diverged in training or the file was damaged")
     return weights
 
 
@@ -234,13 +243,14 @@ def _check_layout(path: Path, data: bytes, expected: Mapping[str, torch.Tensor])
             )
 
 
-def _refuse_non_finite(weights: Mapping[str, torch.Tensor], owner: str, reason: str) -> None:
+def refuse_non_finite(weights: Mapping[str, torch.Tensor], owner: str, reason: str) -> None:
+    """Raises CheckpointError, with `owner` and `reason` in its message, if a weight is infinite or NaN."""
     bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(f"{owner} has weights that are not finite in {', '.join(bad[:4])}: {reason}")
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Puts a file in its place whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

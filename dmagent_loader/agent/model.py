@@ -48,25 +48,24 @@ class MixingAgent(nn.Module):
         """Number of weights."""
         return sum(p.numel() for p in self.parameters())
 
-    def logits(self, inputs: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def logits(
+        self, inputs: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, *, tail: int | None = None
+    ) -> Tensor:
         """Scores of the domains before the softmax.
 
         Args:
             inputs: (B, T, D + K), mix and standardised feedback of each step.
             mask: (B, T) bool, False on padding, which may lie anywhere and is usually on the left; None: no padding.
             positions: (B, T) int64, the absolute step of each row; None: count the valid rows from 0.
+            tail: Give only the last `tail` rows, which saves most of the last block's work; None: all.
 
         Returns:
-            (B, T, D); row t is about step t + 1 and depends on no later row. Rows of padding are finite and
+            (B, tail or T, D); row t is about step t + 1 and depends on no later row. Rows of padding are finite and
             mean nothing.
 
         Raises:
             ConfigurationError: `inputs` has another width.
         """
-        return self._logits(inputs, mask, positions, tail=None)
-
-    def _logits(self, inputs: Tensor, mask: Tensor | None, positions: Tensor | None, tail: int | None) -> Tensor:
-        """As `logits`; with `tail`, of the last rows only, which saves most of the last block's work."""
         if inputs.ndim != 3 or inputs.shape[-1] != self.config.input_dim:
             raise ConfigurationError(
                 f"the agent's input has shape {tuple(inputs.shape)}; expected (batch, steps, {self.config.input_dim}): "
@@ -161,7 +160,7 @@ class MixingAgent(nn.Module):
         positions = torch.arange(first, len(rows), device=weight.device)[None]
         # Called from inside a training loop, where autocast may be on: the mix should not be rounded to bfloat16.
         with torch.autocast(weight.device.type, enabled=False):
-            scores = self._logits(inputs, None, positions, tail=1)[0, -1]
+            scores = self.logits(inputs, None, positions, tail=1)[0, -1]
         mix = scores.double().softmax(dim=-1).cpu().numpy()
         return np.asarray(mix / mix.sum(), dtype=np.float64)
 

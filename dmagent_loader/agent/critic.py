@@ -1,0 +1,270 @@
+"""The critic of the agent's training: how much feedback is to be gained after a mix (paper, Eq. 7; reconstructed).
+
+The loader does not need it. It is trained beside the agent, and shipped so that training can be judged and continued.
+
+Shapes: B batch, T steps, W of them with candidates, N candidates of a step, D domains, K feedback values, d width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dmagent_loader.agent.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_config,
+    read_weights,
+    refuse_non_finite,
+    write_whole,
+)
+from dmagent_loader.agent.config import AgentConfig
+from dmagent_loader.agent.layers import DecoderBlock, initialize, rotary_tables
+from dmagent_loader.errors import CheckpointError, ConfigurationError
+
+SCHEMA_VERSION = 1
+"""Version of the JSON form; raised when an older reader would misunderstand a newer file."""
+
+MAX_CRITICS = 16
+"""Limit on the critics of one folder; two are usual."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """Everything about a critic but its weights.
+
+    Args:
+        num_domains: D.
+        num_fields: K.
+        d_model: Width of the residual stream.
+        num_heads: Attention heads; the width of a head must be even.
+        d_ff: Inner width of the SwiGLU feed-forward.
+        rope_theta: Base of the rotary embedding.
+        norm_eps: Epsilon of RMSNorm.
+        low: The least value: Q = low + span * sigmoid(u), in units of the standardised reward.
+        span: Distance from the least to the greatest value.
+
+    Raises:
+        ConfigurationError: A value that cannot work.
+    """
+
+    num_domains: int = 52
+    num_fields: int = 2
+    d_model: int = 256
+    num_heads: int = 4
+    d_ff: int = 1024
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    low: float = 0.0
+    span: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_domains", "num_fields", "d_model", "num_heads", "d_ff"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name in ("rope_theta", "norm_eps", "span"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+                raise ConfigurationError(f"{name} is {value!r}; it must be a positive finite number")
+        if not isinstance(self.low, (int, float)) or not math.isfinite(self.low):
+            raise ConfigurationError(f"low is {self.low!r}; it must be a finite number")
+        if self.d_model % (2 * self.num_heads):
+            raise ConfigurationError(
+                f"d_model {self.d_model} over {self.num_heads} heads gives no even head width, which the rotary "
+                "embedding needs: choose d_model as a multiple of 2 * num_heads"
+            )
+
+    @classmethod
+    def for_agent(cls, agent: AgentConfig, *, low: float, span: float) -> CriticConfig:
+        """A critic of the agent's width, with one decoder layer (paper, C.4)."""
+        return cls(
+            num_domains=agent.num_domains,
+            num_fields=agent.num_fields,
+            d_model=agent.d_model,
+            num_heads=agent.num_heads,
+            d_ff=agent.d_ff,
+            rope_theta=float(agent.rope_theta),
+            norm_eps=float(agent.norm_eps),
+            low=low,
+            span=span,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CriticConfig:
+        """Reads the form of `dataclasses.asdict`.
+
+        Raises:
+            ConfigurationError: Missing or unknown keys, or values that cannot work.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        if missing or unknown:
+            raise ConfigurationError(
+                f"the critic's config lacks {missing} and has unknown {unknown}: it was edited or is of another model"
+            )
+        return cls(**values)
+
+
+class MixingCritic(nn.Module):
+    """Q(s_t, a_t) = low + span * sigmoid(u), u = w . Decoder_1(x_0 .. x_{t-1}, a_t) + b (Eq. 7; range an extension).
+
+    The sequence is the history's tokens, followed by one token for each candidate mix. A candidate attends to the
+    history before its step and to itself, never to another candidate, so that all steps and all candidates take one
+    pass. Candidates have an embedding of their own, because a mix that may be trained on next is another thing than
+    one that was. With the agent's default widths it has 1,076,737 parameters.
+
+    Example:
+        >>> sum(p.numel() for p in MixingCritic(CriticConfig()).parameters())
+        1076737
+    """
+
+    def __init__(self, config: CriticConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(config.num_domains + config.num_fields, config.d_model, bias=False)
+        self.embed_candidate = nn.Linear(config.num_domains, config.d_model, bias=False)
+        self.block = DecoderBlock(config.d_model, config.num_heads, config.d_ff, config.norm_eps)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, 1)
+        initialize(self)
+
+    def forward(
+        self, inputs: Tensor, candidates: Tensor, valid: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Logits u of the candidates' values.
+
+        Args:
+            inputs: (B, T, D + K), mix and standardised feedback of each step, as the agent gets them.
+            candidates: (B, W, N, D), W <= T: the candidates at [:, w] may follow row T - W + w of the history, and see
+                it and the rows before.
+            valid: (B, T) bool, False on padding; None: no padding.
+            positions: (B, T) int64, the absolute step of each row; None: count the valid rows from 0.
+
+        Returns:
+            (B, W, N); at rows of padding finite, without meaning.
+
+        Raises:
+            ConfigurationError: Shapes that do not fit the config or each other.
+        """
+        batch, length = inputs.shape[:2]
+        window, count = candidates.shape[1:3]
+        widths = (self.embed.in_features, self.embed_candidate.in_features)
+        if (inputs.shape[-1], candidates.shape[-1]) != widths or candidates.shape[0] != batch or window > length:
+            raise ConfigurationError(
+                f"the critic's inputs have shape {tuple(inputs.shape)} and the candidates {tuple(candidates.shape)}; "
+                f"expected (batch, steps, {widths[0]}) and (batch, the last of these steps, candidates, {widths[1]})"
+            )
+        if valid is None:
+            valid = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
+        if positions is None:
+            positions = (valid.long().cumsum(dim=1) - 1).clamp(min=0)
+        # Padding may hold anything, even NaN, and 0 * NaN would reach the values of valid rows.
+        inputs = torch.where(valid[..., None], inputs, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
+        x = torch.cat([self.embed(inputs), self.embed_candidate(candidates).flatten(1, 2)], dim=1)
+        following = (positions[:, length - window :] + 1).repeat_interleave(count, dim=1)
+        positions = torch.cat([positions.expand(batch, -1), following.expand(batch, -1)], dim=1)
+        rotary = rotary_tables(positions, x.shape[-1] // self.config.num_heads, self.config.rope_theta, x.dtype)
+        x = self.block(x, rotary, _candidate_mask(valid, window, count), window * count)
+        logits: Tensor = self.head(self.norm(x)).view(batch, window, count)
+        return logits
+
+    def values(self, logits: Tensor) -> Tensor:
+        """Q from the logits u, in units of the standardised reward."""
+        return self.config.low + self.config.span * logits.sigmoid()
+
+
+def save_critics(critics: Sequence[MixingCritic], directory: str | os.PathLike[str]) -> None:
+    """Writes the critics of one training, which share their config, as ``config.json`` and ``model.safetensors``.
+
+    Weights are stored as float32, their sha256 in the config, which is written last: see `agent.checkpoint.save`.
+
+    Raises:
+        CheckpointError: Weights that are not finite.
+        ConfigurationError: No critics, too many, or critics of different configs.
+    """
+    if not 1 <= len(critics) <= MAX_CRITICS or any(critic.config != critics[0].config for critic in critics):
+        raise ConfigurationError(
+            f"{len(critics)} critics with {len({critic.config for critic in critics})} configs cannot be saved in one "
+            f"folder: give 1 to {MAX_CRITICS} of one config"
+        )
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in nn.ModuleList(critics).state_dict().items()
+    }
+    refuse_non_finite(weights, "the critic", "it is not saved, because it diverged in training")
+    data = safetensors.torch.save(weights, metadata={"format": "pt"})
+    config = {
+        "schema_version": SCHEMA_VERSION,
+        **dataclasses.asdict(critics[0].config),
+        "num_critics": len(critics),
+        "weights_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    write_whole(target / WEIGHTS_FILE, data)
+    write_whole(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load_critics(directory: str | os.PathLike[str]) -> tuple[MixingCritic, ...]:
+    """Reads what `save_critics` wrote, on the CPU; never unpickles, and verifies the digest.
+
+    Raises:
+        CheckpointError: Missing, changed, truncated or ill-shaped files, weights that are not finite, or another
+            schema.
+    """
+    folder = Path(directory)
+    values = read_config(folder)
+    version, count, sha256 = (values.pop(name, None) for name in ("schema_version", "num_critics", "weights_sha256"))
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} has schema version {version!r}, but this version reads {SCHEMA_VERSION}: "
+            "it is no critic, or of another dmagent-loader"
+        )
+    if not isinstance(count, int) or not 1 <= count <= MAX_CRITICS or not isinstance(sha256, str):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} says num_critics {count!r} and weights_sha256 {sha256!r}: "
+            "it was not written by save_critics"
+        )
+    try:
+        config = CriticConfig.from_dict(values)
+    except ConfigurationError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
+    with torch.device("meta"):
+        critics = nn.ModuleList(MixingCritic(config) for _ in range(count))
+    critics.load_state_dict(read_weights(folder / WEIGHTS_FILE, sha256, critics.state_dict()), assign=True)
+    return tuple(critics.eval())  # type: ignore[arg-type]
+
+
+def _candidate_mask(valid: Tensor, window: int, count: int) -> Tensor:
+    """Which token may attend to which: a candidate to the valid history before its step and to itself.
+
+    Rows of history tokens, whose output nobody reads, are left at False; the block never computes them.
+
+    Args:
+        valid: (B, T) bool.
+        window: W.
+        count: N.
+
+    Returns:
+        (B, 1, T + W N, T + W N) bool.
+    """
+    batch, length = valid.shape
+    tokens = window * count
+    reach = torch.ones(window, length, dtype=torch.bool, device=valid.device).tril(length - window)
+    history = reach.repeat_interleave(count, dim=0)[None] & valid[:, None, :]
+    itself = torch.eye(tokens, dtype=torch.bool, device=valid.device).expand(batch, -1, -1)
+    rows = torch.cat([history, itself], dim=2)
+    unread = torch.zeros(batch, length, length + tokens, dtype=torch.bool, device=valid.device)
+    return torch.cat([unread, rows], dim=1)[:, None]
