@@ -47,6 +47,7 @@ class EnvironmentSettings:
     Args:
         score: ``"answer"``: the mean over the answer's tokens given the question (Eq. 1, reconstructed).
             ``"pair"``: the mean over the tokens of question and answer, less noisy where answers are short (extension).
+        cloze: Ask multiple choice questions without the list of choices, see `questions.read_questions`.
         separator: Put between question and answer and scored with the answer, as lm-evaluation-harness does with its
             ``target_delimiter``, whose default is the same. White space is left out where white space is there already.
         max_length: The most tokens that the model reads; what does not fit is cut from the left. None: the length in
@@ -62,6 +63,7 @@ class EnvironmentSettings:
     """
 
     score: Literal["answer", "pair"] = "answer"
+    cloze: bool = False
     separator: str = " "
     max_length: int | None = None
     max_questions: int | None = None
@@ -147,7 +149,8 @@ class Environment:
             EnvironmentDataError: A file that cannot be used; the message names file, line and column.
             ConfigurationError: A setting or a tokenizer that cannot work.
         """
-        return cls({f: read_questions(paths) for f, paths in files.items()}, tokenizer, EnvironmentSettings(**settings))
+        given = EnvironmentSettings(**settings)
+        return cls({f: read_questions(p, cloze=given.cloze) for f, p in files.items()}, tokenizer, given)
 
     @classmethod
     def from_pairs(

@@ -33,13 +33,16 @@ class Question:
     origin: str
 
 
-def read_questions(paths: Paths) -> list[Question]:
+def read_questions(paths: Paths, *, cloze: bool = False) -> list[Question]:
     """Reads question files, one after the other.
 
     Other columns are ignored, and so are blank lines.
 
     Args:
         paths: One path or several, ``.jsonl`` or ``.jsonl.gz``.
+        cloze: Ask a multiple choice question, one with the columns ``stem``, ``choices`` and ``answer_index``, as its
+            stem and the right choice, without the list of choices. Small models cannot read the list; with it their
+            scores are mostly noise.
 
     Raises:
         EnvironmentDataError: No such file, an empty file, bytes that are not gzip, UTF-8 or JSON, or a row without the
@@ -48,7 +51,7 @@ def read_questions(paths: Paths) -> list[Question]:
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not listed:
         raise EnvironmentDataError("the list of question files is empty: give at least one path for each field")
-    return [question for path in listed for question in _read_file(Path(path))]
+    return [question for path in listed for question in _read_file(Path(path), cloze)]
 
 
 def questions_from_pairs(field: str, pairs: Iterable[tuple[str, str]]) -> list[Question]:
@@ -73,8 +76,8 @@ def evenly_spaced(questions: list[Question], limit: int | None) -> list[Question
     return [questions[i * len(questions) // limit] for i in range(limit)]
 
 
-def _read_file(path: Path) -> list[Question]:
-    questions = [_parse(line, f"line {number} of {path}") for number, line in _lines(path) if line.strip()]
+def _read_file(path: Path, cloze: bool) -> list[Question]:
+    questions = [_parse(line, f"line {number} of {path}", cloze) for number, line in _lines(path) if line.strip()]
     if not questions:
         raise EnvironmentDataError(
             f"{path} holds no questions: write one JSON object per line with the columns {' and '.join(COLUMNS)}"
@@ -95,7 +98,7 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
         ) from error
 
 
-def _parse(line: bytes, origin: str) -> Question:
+def _parse(line: bytes, origin: str, cloze: bool) -> Question:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -106,7 +109,18 @@ def _parse(line: bytes, origin: str) -> Question:
         raise EnvironmentDataError(
             f"{origin} is {_shown(row)}, not a JSON object with the columns {' and '.join(COLUMNS)}"
         )
-    return _question(row, origin)
+    return _question(_as_cloze(row, origin) if cloze and "choices" in row else row, origin)
+
+
+def _as_cloze(row: dict[str, object], origin: str) -> dict[str, object]:
+    choices, index = row["choices"], row.get("answer_index")
+    if not isinstance(choices, list) or not isinstance(index, int) or not 0 <= index < len(choices):
+        raise EnvironmentDataError(
+            f"{origin} has choices {_shown(choices)} and answer_index {_shown(index)}: the index must be the number of "
+            "a choice, counted from 0"
+        )
+    # HellaSwag and its like have no stem: their question holds no list.
+    return {"question": row.get("stem", row.get("question")), "answer": choices[index]}
 
 
 def _question(row: dict[str, object], origin: str) -> Question:

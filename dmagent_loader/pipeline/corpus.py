@@ -24,7 +24,7 @@ from dmagent_loader.pipeline.topics import TopicClassifier, TopicClassifierConfi
 from dmagent_loader.simplex import FloatArray, IntArray
 
 END_OF_TEXT = "<|endoftext|>"
-SCHEMA = 1
+SCHEMA = 2
 NUM_TOPICS = len(CANONICAL_TOPICS)
 
 TokenArray = npt.NDArray[np.uint16]
@@ -38,12 +38,14 @@ class CorpusConfig:
         vocab_size: Of the byte-level BPE tokenizer.
         tokenizer_characters: Characters of each domain that the tokenizer is trained on, at most.
         max_tokens: Tokens kept of each domain, at most; document counts are of all documents.
+        held_out_every: Each how many-th document of a domain is never trained on, to measure losses with.
         classifier: Of the topic classifier for target documents.
     """
 
     vocab_size: int = 1024
     tokenizer_characters: int = 200_000
     max_tokens: int = 300_000
+    held_out_every: int = 20
     classifier: TopicClassifierConfig = field(default_factory=TopicClassifierConfig)
 
 
@@ -54,6 +56,8 @@ class Corpus:
     Args:
         tokens: All domains' tokens behind each other; documents end in `END_OF_TEXT`.
         bounds: (53,) where each domain's tokens begin in `tokens`, and the end.
+        held_out: Tokens of the documents that are kept from training, in the same layout.
+        held_out_bounds: (53,) where each domain's tokens begin in `held_out`, and the end.
         documents: (52,) documents of each domain in the files, kept or not.
         tokenizer_json: The trained tokenizer.
         facts: What was measured while building: files, classifier accuracy, settings.
@@ -61,6 +65,8 @@ class Corpus:
 
     tokens: TokenArray
     bounds: IntArray
+    held_out: TokenArray
+    held_out_bounds: IntArray
     documents: IntArray
     tokenizer_json: str
     facts: Mapping[str, Any]
@@ -84,8 +90,8 @@ class Corpus:
     def fingerprint(self) -> str:
         """Hex SHA-256 of tokens, bounds and tokenizer."""
         digest = hashlib.sha256(self.tokenizer_json.encode())
-        digest.update(self.bounds.tobytes())
-        digest.update(self.tokens.tobytes())
+        for array in (self.bounds, self.tokens, self.held_out_bounds, self.held_out):
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
     def tokenizer(self) -> Any:
@@ -95,7 +101,13 @@ class Corpus:
     def save(self, directory: Path) -> None:
         """Writes ``corpus.safetensors``, ``tokenizer.json`` and, last, ``corpus.json``, which marks completeness."""
         directory.mkdir(parents=True, exist_ok=True)
-        arrays = {"tokens": self.tokens, "bounds": self.bounds, "documents": self.documents}
+        arrays = {
+            "tokens": self.tokens,
+            "bounds": self.bounds,
+            "held_out": self.held_out,
+            "held_out_bounds": self.held_out_bounds,
+            "documents": self.documents,
+        }
         save_file(arrays, str(directory / "corpus.safetensors"))
         (directory / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
         meta = {"schema": SCHEMA, "fingerprint": self.fingerprint, "facts": self.facts}
@@ -167,6 +179,8 @@ def build_corpus(source: Mapping[str, Sequence[Path]], target: Sequence[Path], c
         raise ShardNotFoundError(
             f"there are files for {len(source)} source topics and {len(target)} target files: both fields need text"
         )
+    if config.held_out_every < 2:
+        raise ConfigurationError(f"held_out_every is {config.held_out_every}: at 1 no document would be trained on")
     if not 257 <= config.vocab_size <= 2**16:
         raise ConfigurationError(f"vocab_size is {config.vocab_size}: it must hold 257 symbols and fit into 16 bits")
     labelled = {topic: [text for path in source[topic] for text in read_documents(path)] for topic in source}
@@ -177,13 +191,19 @@ def build_corpus(source: Mapping[str, Sequence[Path]], target: Sequence[Path], c
     for text, label in zip(unlabelled, classifier.predict(unlabelled), strict=True):
         by_domain[NUM_TOPICS + CANONICAL_TOPICS.index(classifier.topics[label])].append(text)
 
+    every = config.held_out_every
+    trained = [[text for i, text in enumerate(documents) if i % every != every - 1] for documents in by_domain]
+    kept = [documents[every - 1 :: every] for documents in by_domain]
     tokenizer = train_tokenizer(
-        (text for documents in by_domain for text in _up_to(documents, config.tokenizer_characters)), config.vocab_size
+        (text for documents in trained for text in _up_to(documents, config.tokenizer_characters)), config.vocab_size
     )
-    parts = [_tokens(tokenizer, documents, config.max_tokens) for documents in by_domain]
+    tokens, bounds = _joined([_tokens(tokenizer, documents, config.max_tokens) for documents in trained])
+    held_out, held_out_bounds = _joined([_tokens(tokenizer, d, max(1, config.max_tokens // every)) for d in kept])
     return Corpus(
-        tokens=np.concatenate(parts),
-        bounds=np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
+        tokens=tokens,
+        bounds=bounds,
+        held_out=held_out,
+        held_out_bounds=held_out_bounds,
         documents=np.array([len(documents) for documents in by_domain], dtype=np.int64),
         tokenizer_json=tokenizer.to_str(),
         facts={
@@ -194,6 +214,10 @@ def build_corpus(source: Mapping[str, Sequence[Path]], target: Sequence[Path], c
             "settings": asdict(config),
         },
     )
+
+
+def _joined(parts: Sequence[TokenArray]) -> tuple[TokenArray, IntArray]:
+    return np.concatenate(parts), np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:

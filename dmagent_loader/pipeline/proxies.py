@@ -10,7 +10,9 @@ Shapes: P proxies, B rows, T tokens of a row, N = B * T, E width, F width of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +39,8 @@ class ProxyConfig:
         learning_rate: Of AdamW, constant after the warm-up.
         warmup_updates: Updates over which the learning rate rises linearly.
         weight_decay: Of AdamW.
+        averaging: Share of the old average that an update leaves in the moving average of the weights, which is what
+            is scored: steps of a constant learning rate shake the weights, and the scores with them. 0: no averaging.
         seed: Of the initial weights, which all proxies share: differences between them come from their data alone.
     """
 
@@ -49,6 +53,7 @@ class ProxyConfig:
     learning_rate: float = 3e-3
     warmup_updates: int = 10
     weight_decay: float = 0.01
+    averaging: float = 0.98
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +61,8 @@ class ProxyConfig:
             raise ConfigurationError(
                 f"width {self.width} does not split into {self.heads} heads of even width: choose another number"
             )
+        if not 0 <= self.averaging < 1:
+            raise ConfigurationError(f"averaging is {self.averaging}: it must be at least 0 and below 1")
 
     @property
     def num_parameters(self) -> int:
@@ -115,20 +122,21 @@ class StackedProxies(nn.Module):
         x = functional.embedding(flat + offsets, self.embedding.view(-1, self.config.width))
         cos, sin = rotary(length, head_width, x.device)
         for layer in range(self.config.layers):
-            y = torch.bmm(rms_norm(x, self.attention_norm[layer]), self.qkv[layer])
+            y = torch.bmm(rms_norm(x), scaled(self.qkv[layer], self.attention_norm[layer]))
             y = y.view(proxies * rows, length, 3 * heads, head_width).transpose(1, 2)
-            q, k, v = torch.split(y, heads, dim=1)
-            y = functional.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+            qk, v = torch.split(y, [2 * heads, heads], dim=1)
+            q, k = torch.split(rotate(qk, cos, sin), heads, dim=1)
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             y = y.transpose(1, 2).reshape(proxies, rows * length, self.config.width)
             x = x + torch.bmm(y, self.out[layer])
-            y = torch.bmm(rms_norm(x, self.mlp_norm[layer]), self.gate_up[layer])
+            y = torch.bmm(rms_norm(x), scaled(self.gate_up[layer], self.mlp_norm[layer]))
             gate, up = y.chunk(2, dim=-1)
             x = x + torch.bmm(functional.silu(gate) * up, self.down[layer])
-        return rms_norm(x, self.final_norm)
+        return rms_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(P, N, E) -> (P, N, V)."""
-        return torch.bmm(hidden, self.embedding.transpose(1, 2))
+        return torch.bmm(hidden, (self.embedding * self.final_norm).transpose(1, 2))
 
     def losses(self, tokens: Tensor) -> Tensor:
         """Mean next-token loss of each proxy in nats.
@@ -145,35 +153,61 @@ class StackedProxies(nn.Module):
         return loss.view(self.num_proxies, -1).mean(dim=1)
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Root mean square normalisation over the last axis, with a weight for each proxy: (P, N, E), (P, 1, E)."""
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * weight
+def rms_norm(x: Tensor) -> Tensor:
+    """Root mean square normalisation over the last axis, without weight: (..., E)."""
+    return functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def scaled(matrix: Tensor, weight: Tensor) -> Tensor:
+    """A matrix that takes in a norm's weight: the product over a few rows is cheaper than over all tokens.
+
+    (P, E, columns), (P, 1, E) -> (P, E, columns).
+    """
+    return matrix * weight.transpose(1, 2)
 
 
 def rotary(length: int, head_width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, (T, head_width / 2) each."""
+    """Cosine and signed sine of the rotary angles, (T, head_width) each; see `rotate`."""
     frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, device=device) / head_width)
     angles = torch.arange(length, device=device)[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding: (..., T, head_width)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class ProxyTrainer:
     """Trains P stacked proxies, each on its own rows.
 
+    Attributes:
+        model: The proxies.
+        averaged: Proxies with the moving average of the weights; the model itself where `ProxyConfig.averaging` is 0.
+        device: Where both lie.
+
     Args:
         num_proxies: P.
         config: Of each proxy.
+        start: Weights to start from, (P, ...) each; None: drawn from the seed.
+        device: ``"cpu"``, ``"cuda"`` and so on. On CUDA, matrix products are computed in bfloat16.
     """
 
-    def __init__(self, num_proxies: int, config: ProxyConfig) -> None:
+    def __init__(
+        self,
+        num_proxies: int,
+        config: ProxyConfig,
+        *,
+        start: Mapping[str, Tensor] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.config = config
-        self.model = StackedProxies(num_proxies, config)
+        self.device = torch.device(device)
+        self.model = StackedProxies(num_proxies, config).to(self.device)
+        if start is not None:
+            self.model.load_state_dict(dict(start))
+        self.averaged = copy.deepcopy(self.model) if config.averaging else self.model
         self.updates = 0
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -200,46 +234,61 @@ class ProxyTrainer:
                 f"a step of {rows.shape[1]} rows does not divide into updates of {self.config.rows_per_update} rows: "
                 "choose tokens_per_step as a multiple of row_tokens * rows_per_update"
             )
-        mean = torch.zeros(self.model.num_proxies)
-        batches = torch.split(rows, self.config.rows_per_update, dim=1)
+        mean = torch.zeros(self.model.num_proxies, device=self.device)
+        batches = torch.split(rows.to(self.device), self.config.rows_per_update, dim=1)
         for batch in batches:
             self.updates += 1
             warmup = min(1.0, self.updates / self.config.warmup_updates)
             for group in self._optimizer.param_groups:
                 group["lr"] = self.config.learning_rate * warmup
             self._optimizer.zero_grad()
-            losses = self.model.losses(batch)
+            with mixed_precision(self.device):
+                losses = self.model.losses(batch)
             # The sum: each proxy's gradient is that of its own loss, whatever the number of proxies.
             torch.autograd.backward(losses.sum())
             self._optimizer.step()
             mean += losses.detach() / len(batches)
-        return mean
+            self._average()
+        return mean.cpu()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.averaged is self.model:
+            return
+        # The first averages are over the updates so far: the weights that training started from would linger in them.
+        share = max(1 - self.config.averaging, 1 / (self.updates + 1))
+        averages = list(self.averaged.parameters())
+        torch._foreach_lerp_(averages, list(self.model.parameters()), share)
 
     def keep(self, positions: Sequence[int]) -> None:
         """Goes on with some of the proxies only, in the given order; the others have ended."""
         if list(positions) == list(range(self.model.num_proxies)):
             return
-        index = torch.tensor(list(positions))
+        index = torch.tensor(list(positions), device=self.device)
         for parameter in self.model.parameters():
             state = self._optimizer.state[parameter]
             for name in _MOMENTS:
                 if name in state:
                     state[name] = state[name][index]
             parameter.grad = None
-            parameter.data = parameter.data[index]
-        self.model.num_proxies = len(index)
+        for model in {id(self.model): self.model, id(self.averaged): self.averaged}.values():
+            for parameter in model.parameters():
+                parameter.data = parameter.data[index]
+            model.num_proxies = len(index)
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, moments and update count, as tensors under flat names."""
+        """Weights, averages, moments and update count, as tensors on the CPU under flat names."""
         result = {"updates": torch.tensor(self.updates)}
         for name, parameter in self.model.named_parameters():
             result[name] = parameter.detach()
             for moment in _MOMENTS:
                 if moment in self._optimizer.state[parameter]:
                     result[f"{name}.{moment}"] = self._optimizer.state[parameter][moment]
-        return result
+        if self.averaged is not self.model:
+            result |= {f"{name}.average": parameter.detach() for name, parameter in self.averaged.named_parameters()}
+        return {name: tensor.cpu() for name, tensor in result.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `state` gave; the number of proxies becomes the saved one.
 
         Raises:
@@ -247,17 +296,28 @@ class ProxyTrainer:
         """
         expected = {name: tuple(parameter.shape[1:]) for name, parameter in self.model.named_parameters()}
         found = {name: tuple(state[name].shape[1:]) for name in expected if name in state}
-        if expected != found:
+        averaged = self.averaged is not self.model
+        if expected != found or averaged != ("embedding.average" in state):
             raise StateError(
-                "the saved proxies have another size: continue with the settings that they were started with"
+                "the saved proxies have another size or averaging: continue with the settings they were started with"
             )
         self.updates = int(state["updates"])
         for name, parameter in self.model.named_parameters():
-            parameter.data = state[name].clone()
+            parameter.data = state[name].clone().to(self.device)
             self.model.num_proxies = len(parameter)
             if self.updates:
-                moments = {moment: state[f"{name}.{moment}"].clone() for moment in _MOMENTS}
-                self._optimizer.state[parameter] = {"step": torch.tensor(float(self.updates)), **moments}
+                moments = {moment: state[f"{name}.{moment}"].clone().to(self.device) for moment in _MOMENTS}
+                step = torch.tensor(float(self.updates), device=self.device)
+                self._optimizer.state[parameter] = {"step": step, **moments}
+        if averaged:
+            for name, parameter in self.averaged.named_parameters():
+                parameter.data = state[f"{name}.average"].clone().to(self.device)
+            self.averaged.num_proxies = self.model.num_proxies
+
+
+def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Matrix products in bfloat16 on CUDA; elsewhere nothing changes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

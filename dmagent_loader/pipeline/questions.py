@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from dmagent_loader.environment.encoding import EncodedQuestion, PairEncoder, request
 from dmagent_loader.environment.questions import Question, evenly_spaced, read_questions
-from dmagent_loader.errors import EnvironmentDataError
+from dmagent_loader.errors import ConfigurationError, EnvironmentDataError
 from dmagent_loader.pipeline.proxies import StackedProxies
 from dmagent_loader.simplex import FloatArray
 
@@ -32,13 +32,17 @@ class QuestionConfig:
 
     Args:
         max_tokens: Pairs with more tokens are left out, so that none is cut; at most the length of a training row.
-        max_questions: Pairs of each field at most, evenly spaced among those that fit.
+        max_questions: Pairs of a field at most, evenly spaced among those that fit; or a number for each field.
+        score: ``"answer"`` or ``"pair"``, as in `EnvironmentSettings`; ``"pair"`` is far less noisy with nano-proxies.
+        cloze: Ask multiple choice questions without the list of choices, see `read_questions`.
         separator: Between question and answer, scored with the answer, as in `EnvironmentSettings`.
         batch_tokens: Tokens of one proxy in one call, at most; does not change the feedback.
     """
 
     max_tokens: int = 128
-    max_questions: int = 300
+    max_questions: int | tuple[int, ...] = 300
+    score: Literal["answer", "pair"] = "pair"
+    cloze: bool = True
     separator: str = " "
     batch_tokens: int = 1024
 
@@ -74,7 +78,15 @@ class ProxyQuestions:
 
         Raises:
             EnvironmentDataError: No pair of a field is short enough.
+            ConfigurationError: Limits for another number of fields.
         """
+        limits = config.max_questions
+        if isinstance(limits, int):
+            limits = (limits,) * len(questions)
+        if len(limits) != len(questions):
+            raise ConfigurationError(
+                f"max_questions has {len(limits)} numbers, but the fields are {', '.join(questions)}: give one for each"
+            )
         encoder = PairEncoder(tokenizer)
         self.fields = tuple(questions)
         self.num_available = {name: len(listed) for name, listed in questions.items()}
@@ -83,7 +95,7 @@ class ProxyQuestions:
         for number, (name, listed) in enumerate(questions.items()):
             encoded = [(q, encoder.encode(*request(q, config.separator), q.origin)) for q in listed]
             fitting = {id(q): e for q, e in encoded if len(e.tokens) <= config.max_tokens + 1}
-            chosen = evenly_spaced([q for q, _ in encoded if id(q) in fitting], config.max_questions)
+            chosen = evenly_spaced([q for q, _ in encoded if id(q) in fitting], limits[number])
             if not chosen:
                 raise EnvironmentDataError(
                     f"none of the {len(listed)} pairs of field {name!r} fits into {config.max_tokens} tokens: raise "
@@ -91,6 +103,8 @@ class ProxyQuestions:
                 )
             self.num_questions[name] = len(chosen)
             pairs += [(number, fitting[id(q)]) for q in chosen]
+        if config.score == "pair":
+            pairs = [(number, replace(pair, num_answer_tokens=len(pair.tokens) - 1)) for number, pair in pairs]
         digest = hashlib.sha256()
         for number, pair in pairs:
             digest.update(np.array([number, pair.num_answer_tokens, len(pair.tokens)], dtype=np.int64).tobytes())
@@ -107,20 +121,21 @@ class ProxyQuestions:
     @classmethod
     def from_files(cls, files: Mapping[str, Path], tokenizer: Any, config: QuestionConfig) -> ProxyQuestions:
         """Reads the JSON lines of each field; see `dmagent_loader.environment.questions.read_questions`."""
-        return cls({name: read_questions(path) for name, path in files.items()}, tokenizer, config)
+        return cls({n: read_questions(path, cloze=config.cloze) for n, path in files.items()}, tokenizer, config)
 
     @torch.no_grad()
     def feedback(self, proxies: StackedProxies) -> FloatArray:
-        """Mean over the pairs of the mean log-probability per answer token, in nats: (P, K)."""
-        count = proxies.num_proxies
+        """Mean over the pairs of the mean log-probability per scored token, in nats: (P, K)."""
+        count, device = proxies.num_proxies, proxies.embedding.device
         totals = torch.zeros(count, len(self.fields), dtype=torch.float64)
         for batch in self._batches:
-            logits = proxies.logits(proxies.hidden(batch.tokens)[:, batch.scored])
+            hidden = proxies.hidden(batch.tokens.to(device))[:, batch.scored.to(device)]
+            logits = proxies.logits(hidden).float()
             losses = functional.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]), batch.targets.repeat(count), reduction="none"
+                logits.reshape(-1, logits.shape[-1]), batch.targets.to(device).repeat(count), reduction="none"
             )
             means = torch.zeros(count, len(batch.fields), dtype=torch.float64)
-            means.index_add_(1, batch.pairs, -losses.view(count, -1).double() * batch.weights)
+            means.index_add_(1, batch.pairs, -losses.view(count, -1).cpu().double() * batch.weights)
             totals.index_add_(1, batch.fields, means)
         questions = torch.tensor([self.num_questions[name] for name in self.fields], dtype=torch.float64)
         return np.asarray((totals / questions).numpy(), dtype=np.float64)
