@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file beside its place, flushes it to disk and renames it."""
-    # Named after the process: two that work on one unit must not write into each other's file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # A name by lot: two that work on one unit, on two machines maybe, must not write into each other's file.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     with partial.open("wb") as file:
         file.write(data)
         file.flush()

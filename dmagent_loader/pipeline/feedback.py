@@ -2,7 +2,7 @@
 
 Trajectories are worked off in groups, one batched model for each. A group is a unit of work: a pure function of the
 settings, whose file is replaced as a whole after every step. A run that is killed loses one step of the groups that
-were worked on, and continues with the same numbers as without the break; a unit that is done twice gives the same file.
+were worked on, and continues with the same numbers as without the break; a unit done twice gives the same numbers.
 
 Shapes: M trajectories, T steps, K fields, G trajectories of a group.
 """
@@ -67,6 +67,7 @@ class Collection:
         bases: Weights of the base models, (S, ...) each; trajectory m starts from number ``trajectories.starts[m]``.
         directory: For partial results.
         device: See `ProxyTrainer`.
+        evaluate_every: Score after each how many-th step, and after the last; the feedback of the others is NaN.
     """
 
     trajectories: Trajectories
@@ -76,6 +77,19 @@ class Collection:
     bases: Mapping[str, Tensor]
     directory: Path
     device: str
+    evaluate_every: int = 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the numbers depend on."""
+        settings = {
+            "collection": asdict(self.config),
+            "corpus": self.corpus.fingerprint,
+            "trajectories": self.trajectories.fingerprint,
+            "questions": self.questions.fingerprint,
+        }
+        # Not named where it is 1, as in every recorded set.
+        return settings if self.evaluate_every == 1 else {**settings, "evaluate_every": self.evaluate_every}
 
     @property
     def groups(self) -> list[IntArray]:
@@ -96,6 +110,8 @@ class Collection:
 
     def work(self, number: int) -> dict[str, Tensor]:
         """Works off one group from where its file stands; returns the finished file's tensors."""
+        # Here too: another machine may have a folder of its own at this place, or an old one.
+        claim(self.directory, self.settings, "feedback")
         members = self.groups[number]
         trajectories, config, questions = self.trajectories, self.config, self.questions
         path = self.directory / f"group-{number:04d}.safetensors"
@@ -139,7 +155,8 @@ class Collection:
             active = active[staying]
             rows = np.stack([streams[i].rows(step) for i in active])
             record["losses"][active, step] = trainer.train(torch.from_numpy(rows)).double()
-            record["feedback"][active, step] = torch.from_numpy(questions.feedback(trainer.averaged))
+            if step % self.evaluate_every == 0 or (lengths[active] == step).any():
+                record["feedback"][active, step] = torch.from_numpy(questions.feedback(trainer.averaged))
             record["step"] += 1
             record["seconds"] += time.perf_counter() - started
             state = {} if step == last else {f"proxy.{name}": value for name, value in trainer.state().items()}
@@ -187,22 +204,17 @@ def collect_feedback(
         raise ConfigurationError(
             f"the tokenizer has {vocabulary} tokens, the proxies {config.proxy.vocab_size}: make them equal"
         )
-    settings = {
-        "collection": asdict(config),
-        "corpus": corpus.fingerprint,
-        "trajectories": trajectories.fingerprint,
-        "questions": questions.fingerprint,
-    }
-    claim(directory, settings, "feedback")
     collection = Collection(
         trajectories=trajectories,
         corpus=corpus,
         questions=questions,
         config=config,
         bases=bases,
-        directory=directory,
+        directory=directory.resolve(),
         device=device,
     )
+    settings = collection.settings
+    claim(directory, settings, "feedback")
     groups = collection.groups
     sizes = [int(trajectories.lengths[members].sum()) for members in groups]
     parts = (workers or Workers()).run(collection, sizes, progress=progress)

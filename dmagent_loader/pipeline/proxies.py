@@ -257,7 +257,7 @@ class ProxyTrainer:
             return
         # The first averages are over the updates so far: the weights that training started from would linger in them.
         share = max(1 - self.config.averaging, 1 / (self.updates + 1))
-        averages = list(self.averaged.parameters())
+        averages: list[Tensor] = list(self.averaged.parameters())
         torch._foreach_lerp_(averages, list(self.model.parameters()), share)
 
     def keep(self, positions: Sequence[int]) -> None:

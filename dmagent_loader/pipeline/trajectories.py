@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +117,36 @@ class Trajectories:
                 f"{self.config.candidates_per_step}"
             )
         return numbers
+
+    def subset(self, numbers: Sequence[int] | IntArray) -> Trajectories:
+        """Some of the trajectories, in their order, as if only they had been drawn.
+
+        Args:
+            numbers: Which; equally many of each set that remains.
+
+        Raises:
+            ConfigurationError: Numbers that do not exist, come twice, or are not equally many of each set.
+        """
+        kept = np.sort(np.asarray(numbers, dtype=np.int64))
+        if not len(kept) or len(set(kept.tolist())) < len(kept) or kept[0] < 0 or kept[-1] >= len(self.lengths):
+            raise ConfigurationError(
+                f"{kept.tolist()} are no numbers of {len(self.lengths)} trajectories: give each once, from 0 to "
+                f"{len(self.lengths) - 1}"
+            )
+        counts = {n: int((self.candidates[kept] == n).sum()) for n in self.config.candidates_per_step}
+        counts = {n: count for n, count in counts.items() if count}
+        if len(set(counts.values())) > 1:
+            raise ConfigurationError(f"the sets would have {counts} trajectories: choose equally many of each")
+        return replace(
+            self,
+            mixes=self.mixes[kept],
+            lengths=self.lengths[kept],
+            candidates=self.candidates[kept],
+            starts=self.starts[kept],
+            config=replace(
+                self.config, candidates_per_step=tuple(counts), trajectories_per_set=next(iter(counts.values()))
+            ),
+        )
 
     def target_share(self) -> FloatArray:
         """(M, T + 1) weight of the target field; NaN after the end."""

@@ -5,6 +5,7 @@ A unit's result does not depend on who does it, and a unit that is done twice gi
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -34,10 +35,10 @@ class Workers:
     """How many work at once, and where.
 
     Args:
-        count: Processes; with Ray, tasks at once, None: as many as the cluster has CPUs (or GPUs) for.
-        backend: ``"local"``: processes of this machine. ``"ray"``: the cluster that `ray.init` finds. Workers on other
-            machines need the same installation; where they do not see the folder of partial results, a unit that is
-            broken off begins anew, and nothing else changes.
+        count: Processes; with Ray, tasks at once at most, None: as many as the cluster has CPUs (or GPUs) for.
+        backend: ``"local"``: processes of this machine. ``"ray"``: the cluster that `ray.init` finds, else this
+            machine. Workers on other machines need the same installation; where they do not see the folder of partial
+            results, a unit that is broken off begins anew, and nothing else changes.
         gpus_per_worker: With Ray, GPUs that a task asks for.
 
     Raises:
@@ -85,7 +86,7 @@ class Workers:
 
 
 _units: Units | None = None
-"""In a worker process: what it works on."""
+"""In a worker process: what it works on, sent once for each process and not with each unit."""
 
 
 def _with_processes(units: Units, count: int, workers: int) -> Iterator[tuple[int, Result]]:
@@ -94,12 +95,17 @@ def _with_processes(units: Units, count: int, workers: int) -> Iterator[tuple[in
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _begin, (units, threads)) as pool:
         futures = {pool.submit(_work, number): number for number in range(count)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            # Leaving the pool waits for all that is queued: hours, before a failure would be seen.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _begin(units: Units, threads: int) -> None:
-    global _units  # noqa: PLW0603  (sent once for each process, not with each unit)
+    global _units
     _units = units
     torch.set_num_threads(threads)
 
@@ -112,7 +118,7 @@ def _work(number: int) -> Result:
 def _with_ray(units: Units, count: int, workers: Workers) -> Iterator[tuple[int, Result]]:
     ray = require_extra("ray", "ray")
     if not ray.is_initialized():
-        ray.init(num_cpus=workers.count)
+        ray.init()
 
     def task(units: Units, number: int) -> tuple[int, Result]:
         torch.set_num_threads(1)
@@ -120,8 +126,14 @@ def _with_ray(units: Units, count: int, workers: Workers) -> Iterator[tuple[int,
 
     remote = ray.remote(num_cpus=1, num_gpus=workers.gpus_per_worker, max_retries=3)(task)
     shared = ray.put(units)
-    waiting = [remote.remote(shared, number) for number in range(count)]
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1)
-        for reference in done:
-            yield ray.get(reference)
+    numbers = iter(range(count))
+    waiting = [remote.remote(shared, number) for number in itertools.islice(numbers, workers.count or count)]
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            waiting += [remote.remote(shared, number) for number in itertools.islice(numbers, len(done))]
+            for reference in done:
+                yield ray.get(reference)
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)
