@@ -1,6 +1,7 @@
 """The training rows of one trajectory: a pure function of (corpus, mixes, seed, trajectory, step).
 
 Nothing needs to be saved to continue a stream, and two machines that are given the same trajectory read the same rows.
+`TrajectoryStream` is for mixes that are known beforehand, `MixStream` for those that are decided on the way.
 
 Shapes: D = 52 domains, R rows of a step, L tokens of a row.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dmagent_loader.domains import CANONICAL_TOPICS, FIELDS
+from dmagent_loader.domains import CANONICAL_TOPICS, FIELDS, NUM_CANONICAL
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.pipeline.corpus import Corpus
 from dmagent_loader.simplex import FloatArray, IntArray
@@ -45,12 +46,42 @@ def deliverable(mix: FloatArray, available: IntArray) -> FloatArray:
     return result
 
 
-class TrajectoryStream:
-    """Rows of tokens along the mixes of one trajectory.
+class MixStream:
+    """Rows of tokens for one mix after the other, as a closed loop asks for them.
 
     In a step, row counts follow the mix by systematic sampling: each domain's count is its share rounded up or down,
     with the right expectation even for shares far below one row. Rows of a domain come without replacement in a seeded
-    order of its own, and start over when it is used up.
+    order of its own, and start over when it is used up. Streams of one seed and number have the same orders, whatever
+    their mixes: two policies that are compared read the same rows of a domain first.
+
+    Args:
+        corpus: Tokens of the 52 domains.
+        rows_per_step: R.
+        row_tokens: L; a row holds one token more, the last to be predicted.
+        seed: Of all streams.
+        number: Which trajectory this is; other numbers give other rows.
+    """
+
+    def __init__(self, corpus: Corpus, *, rows_per_step: int, row_tokens: int, seed: int, number: int) -> None:
+        self._rows = _Rows(corpus, rows_per_step, row_tokens, seed, number)
+        self._step = 0
+        self._taken = np.zeros(NUM_CANONICAL, dtype=np.int64)
+
+    def next(self, mix: FloatArray) -> npt.NDArray[np.int64]:
+        """Tokens of the next step, (R, L + 1), under a mix (52,)."""
+        taken = self._taken.copy()
+        return self._rows.tokens(self.skip(mix), taken)
+
+    def skip(self, mix: FloatArray) -> IntArray:
+        """Passes over a step that was trained on already, as when a run is resumed; domain of each of its rows: (R,)."""
+        self._step += 1
+        domains = self._rows.domains(mix, self._step)
+        self._taken += np.bincount(domains, minlength=NUM_CANONICAL)
+        return domains
+
+
+class TrajectoryStream:
+    """Rows of tokens along the mixes of one trajectory, see `MixStream`; each step can be read alone.
 
     Args:
         corpus: Tokens of the 52 domains.
@@ -64,19 +95,10 @@ class TrajectoryStream:
     def __init__(
         self, corpus: Corpus, mixes: FloatArray, *, rows_per_step: int, row_tokens: int, seed: int, number: int
     ) -> None:
-        self._corpus = corpus
-        self._row_tokens = row_tokens
-        available = np.maximum(corpus.num_tokens - 1, 0) // row_tokens
+        self._rows = _Rows(corpus, rows_per_step, row_tokens, seed, number)
         self._domains = np.zeros((len(mixes), rows_per_step), dtype=np.int64)
         for step in range(1, len(mixes)):
-            rng = np.random.default_rng([seed, number, step])
-            edges = np.cumsum(deliverable(mixes[step], available))
-            points = (np.arange(rows_per_step) + rng.random()) / rows_per_step * edges[-1]
-            self._domains[step] = rng.permutation(np.searchsorted(edges, points, side="right"))
-        self._orders = {
-            int(d): np.random.default_rng([seed, number, int(d), 0]).permutation(available[d])
-            for d in np.unique(self._domains[1:])
-        }
+            self._domains[step] = self._rows.domains(mixes[step], step)
 
     def domains(self, step: int) -> IntArray:
         """Domain of each row of a step, counted from 1: (R,)."""
@@ -85,11 +107,39 @@ class TrajectoryStream:
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
         """Tokens of a step, counted from 1: (R, L + 1)."""
-        starts = np.zeros(self._domains.shape[1], dtype=np.int64)
-        for d in np.unique(self._domains[step]):
-            here = self._domains[step] == d
-            before = int((self._domains[1:step] == d).sum())
-            order = self._orders[int(d)]
-            blocks = order[(before + np.arange(here.sum())) % len(order)]
+        taken = np.bincount(self._domains[1:step].ravel(), minlength=NUM_CANONICAL)
+        return self._rows.tokens(self._domains[step], taken)
+
+
+class _Rows:
+    """What both streams share: which domains a step reads, and which tokens a domain's n-th row holds."""
+
+    def __init__(self, corpus: Corpus, rows_per_step: int, row_tokens: int, seed: int, number: int) -> None:
+        self._corpus = corpus
+        self._rows_per_step, self._row_tokens = rows_per_step, row_tokens
+        self._key = (seed, number)
+        self._available = np.maximum(corpus.num_tokens - 1, 0) // row_tokens
+        self._orders: dict[int, IntArray] = {}
+
+    def domains(self, mix: FloatArray, step: int) -> IntArray:
+        """Domain of each row of a step under a mix: (R,)."""
+        rng = np.random.default_rng([*self._key, step])
+        edges = np.cumsum(deliverable(mix, self._available))
+        points = (np.arange(self._rows_per_step) + rng.random()) / self._rows_per_step * edges[-1]
+        return np.asarray(rng.permutation(np.searchsorted(edges, points, side="right")), dtype=np.int64)
+
+    def tokens(self, domains: IntArray, taken: IntArray) -> npt.NDArray[np.int64]:
+        """Tokens of rows of some domains, (R, L + 1), of which `taken`, (52,), were read before."""
+        starts = np.zeros(len(domains), dtype=np.int64)
+        for d in np.unique(domains):
+            here = domains == d
+            order = self._order(int(d))
+            blocks = order[(taken[d] + np.arange(here.sum())) % len(order)]
             starts[here] = self._corpus.bounds[d] + blocks * self._row_tokens
         return np.asarray(self._corpus.tokens[starts[:, None] + np.arange(self._row_tokens + 1)], dtype=np.int64)
+
+    def _order(self, domain: int) -> IntArray:
+        if domain not in self._orders:
+            rng = np.random.default_rng([*self._key, domain, 0])
+            self._orders[domain] = rng.permutation(self._available[domain])
+        return self._orders[domain]
