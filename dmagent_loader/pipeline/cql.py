@@ -221,7 +221,7 @@ def _d3rlpy_contained() -> Iterator[None]:
     """Imports d3rlpy, and keeps what it does to the whole process to the time that it is needed.
 
     On import it sets up structlog, lowers the precision of matrix products on machines with CUDA, and brings gym, which
-    prints a notice; in training it logs every setting.
+    prints a notice; a replay buffer draws from numpy's global generator; in training it logs every setting.
 
     Raises:
         MissingExtraError: It is not installed.
@@ -233,9 +233,11 @@ def _d3rlpy_contained() -> Iterator[None]:
         require_extra("d3rlpy", "rl")
     torch.set_float32_matmul_precision(precision)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    numpy_state = np.random.get_state()  # noqa: NPY002
     try:
         yield
     finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
         structlog.reset_defaults()
         if before is not None:
             structlog.configure(**before)
