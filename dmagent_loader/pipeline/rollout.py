@@ -1,150 +1,188 @@
-"""What an agent does when it steers: proxies trained under its control, with real feedback at every step.
+"""What policies do when they steer: models trained under their control, with real feedback.
 
-The recorded trajectories show what mixes do; only a closed loop shows what the agent does with them.
+The recorded trajectories show what mixes do; only a closed loop shows what a policy does with them.
 
-Shapes: P proxies, T steps, D = 52 domains, K fields.
+Shapes: P runs, T steps, D = 52 domains, K fields.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dmagent_loader.agent import MixingAgent
-from dmagent_loader.domains import CANONICAL_TOPICS, NUM_CANONICAL
-from dmagent_loader.history import History, Standardization
+from dmagent_loader.domains import CANONICAL_TOPICS, NUM_CANONICAL, DomainSpace
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.history import History
 from dmagent_loader.pipeline.corpus import Corpus
-from dmagent_loader.pipeline.feedback import FeedbackConfig
 from dmagent_loader.pipeline.proxies import ProxyTrainer
-from dmagent_loader.pipeline.questions import ProxyQuestions
-from dmagent_loader.pipeline.streams import TrajectoryStream
-from dmagent_loader.simplex import FloatArray, effective_domains, total_variation
+from dmagent_loader.pipeline.streams import MixStream
+from dmagent_loader.policies import Policy
+from dmagent_loader.simplex import FloatArray, IntArray, total_variation, validate_mix
 
 NUM_TOPICS = len(CANONICAL_TOPICS)
-STREAM_NUMBERS = 1_000_000
-"""Streams of steered proxies are numbered from here on: other rows than any recorded trajectory's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """One steered run, averaged over P proxies that differ in their data streams.
+class LoopConfig:
+    """How long a run lasts, and what it reads.
 
     Args:
-        mixes: (P, T + 1, 52); row 0 is the start state.
-        feedback: (P, T + 1, K) in nats.
-        without_feedback: (P, T) total variation between each proposal and the one that the agent would have made with
-            every feedback at its mean (0 after standardising): how much the feedback changes its mind.
+        steps: T, reweighting steps at most.
+        tokens_per_step: Tokens trained between two decisions.
+        target_tokens: Target-field tokens that there are; a run ends with the step that uses up the last, as recorded
+            trajectories do (paper, section 2).
+        row_tokens: Tokens of a training row.
+        seed: Of the data streams.
     """
 
-    mixes: FloatArray
-    feedback: FloatArray
-    without_feedback: FloatArray
+    steps: int
+    tokens_per_step: int
+    target_tokens: int
+    row_tokens: int
+    seed: int
 
-    def changes(self) -> FloatArray:
-        """(P, T) total variation between each mix and the one before."""
-        return total_variation(self.mixes[:, 1:], self.mixes[:, :-1])
-
-    def table(self, fields: Sequence[str], every: int = 2) -> str:
-        """A text table over steps: target share, effective domains, feedback."""
-        header = "| step | target share | largest target topic | effective domains | " + " | ".join(fields) + " |"
-        lines = [header, "|---:|---:|---|---:|" + "---:|" * len(fields)]
-        shares = self.mixes[:, :, NUM_TOPICS:].sum(axis=-1)
-        last = self.mixes.shape[1] - 1
-        for step in sorted({*range(0, last + 1, every), last}):
-            learnt = self.mixes[:, step, NUM_TOPICS:].mean(axis=0)
-            top = int(np.argmax(learnt))
-            largest = f"{CANONICAL_TOPICS[top]} {learnt[top]:.2f}" if learnt[top] > 0 else "none"
-            spread = np.mean([effective_domains(mix) for mix in self.mixes[:, step]])
-            scores = " | ".join(f"{x:.2f}" for x in self.feedback[:, step].mean(axis=0))
-            share = shares[:, step]
-            lines.append(f"| {step} | {share.mean():.2f} ± {share.std():.2f} | {largest} | {spread:.1f} | {scores} |")
-        return "\n".join(lines)
+    def __post_init__(self) -> None:
+        if min(self.steps, self.tokens_per_step // self.row_tokens, self.target_tokens) < 1:
+            raise ConfigurationError(f"a run needs one or more steps, rows in a step and target tokens, got {self}")
 
 
-def skewed_start_state(seed: int) -> FloatArray:
-    """A made-up start state: shares 1/1, 1/2, 1/3 ... over the source topics in a random order; (52,), sums to 1."""
-    shares = 1.0 / np.arange(1, NUM_TOPICS + 1)
-    mix = np.zeros(NUM_CANONICAL)
-    mix[np.random.default_rng(seed).permutation(NUM_TOPICS)] = shares / shares.sum()
-    return mix
+class ClosedLoop:
+    """P runs trained at once as one batched model, each under a policy of its own.
 
+    `advance` trains one step; the caller writes what it measures into `feedback` before the next, wherever a policy
+    reads it.
 
-def steer_proxies(
-    agent: MixingAgent,
-    corpus: Corpus,
-    questions: ProxyQuestions,
-    config: FeedbackConfig,
-    start_state: FloatArray,
-    *,
-    steps: int,
-    tokens_per_step: int,
-    pretraining_steps: int,
-    standardization: Standardization,
-    num_proxies: int = 4,
-) -> Rollout:
-    """Trains proxies from scratch under the agent's control.
+    Attributes:
+        trainer: Holds the runs that trained in the last step, in the order of `active`.
+        mixes: (P, T + 1, 52); row 0 is the start state, rows after the end of a run are 0.
+        feedback: (P, T + 1, K) in nats; NaN where nothing was measured.
+        step: Steps done.
+        active: Numbers of the runs that trained in the last step.
 
     Args:
-        agent: With feedback statistics.
+        policies: One for each run.
+        trainer: P models to start from.
         corpus: Tokens of the 52 domains.
-        questions: The environment.
-        config: Of the proxies, as in the collection.
-        start_state: (52,), the mix before the first step.
-        steps: T.
-        tokens_per_step: Between two decisions.
-        pretraining_steps: Steps on the start state before the agent takes over: 0 as in the recorded trajectories, more
-            as in continual pre-training.
-        standardization: Of the feedback the agent sees.
-        num_proxies: P; they differ in their data streams.
+        config: Settings.
+        numbers: Stream of each run; runs of one number read the same rows of a domain first, see `MixStream`.
+        start_state: (52,).
+        fields: K names.
+        base_feedback: (P, K), before the first step.
     """
-    trainer = ProxyTrainer(num_proxies, config.proxy)
-    rows_per_step = tokens_per_step // config.row_tokens
-    for step in range(1, pretraining_steps + 1):
-        _train_last_step(trainer, corpus, config, rows_per_step, np.tile(start_state, (num_proxies, step + 1, 1)))
-    mixes = np.tile(start_state, (num_proxies, 1, 1))
-    # The pre-training's mixes stay in front of the trained ones: a stream counts its rows from the beginning.
-    trained = np.tile(start_state, (num_proxies, pretraining_steps + 1, 1))
-    feedback = questions.feedback(trainer.model)[:, None]
-    without_feedback = np.zeros((num_proxies, steps))
-    for step in range(1, steps + 1):
-        proposals = np.zeros((num_proxies, 1, NUM_CANONICAL))
-        for i in range(num_proxies):
-            seen = History(domains=agent.config.domains, fields=questions.fields, mixes=mixes[i], feedback=feedback[i])
-            proposals[i, 0] = agent.propose(seen, standardization=standardization)
-            blind = _without_feedback(agent, seen)
-            without_feedback[i, step - 1] = total_variation(proposals[i, 0], blind)
-        mixes = np.concatenate([mixes, proposals], axis=1)
-        trained = np.concatenate([trained, proposals], axis=1)
-        _train_last_step(trainer, corpus, config, rows_per_step, trained)
-        feedback = np.concatenate([feedback, questions.feedback(trainer.model)[:, None]], axis=1)
-    return Rollout(mixes=mixes, feedback=feedback, without_feedback=without_feedback)
+
+    def __init__(
+        self,
+        policies: Sequence[Policy],
+        trainer: ProxyTrainer,
+        corpus: Corpus,
+        config: LoopConfig,
+        *,
+        numbers: Sequence[int],
+        start_state: FloatArray,
+        fields: tuple[str, ...],
+        base_feedback: FloatArray,
+    ) -> None:
+        self.trainer = trainer
+        self.mixes = np.zeros((len(policies), config.steps + 1, NUM_CANONICAL))
+        self.mixes[:, 0] = start_state
+        self.feedback = np.full((len(policies), config.steps + 1, len(fields)), np.nan)
+        self.feedback[:, 0] = base_feedback
+        self.step = 0
+        self.active: IntArray = np.arange(len(policies))
+        self._policies, self._config, self._fields = policies, config, fields
+        self._streams = [
+            MixStream(
+                corpus,
+                rows_per_step=config.tokens_per_step // config.row_tokens,
+                row_tokens=config.row_tokens,
+                seed=config.seed,
+                number=number,
+            )
+            for number in numbers
+        ]
+
+    @property
+    def target_tokens(self) -> FloatArray:
+        """(P, T + 1) target-field tokens used up to each step; constant after the end of a run."""
+        return used_target_tokens(self.mixes, self._config.tokens_per_step)
+
+    @property
+    def staying(self) -> IntArray:
+        """Numbers of the active runs that have not ended."""
+        if self.step == self._config.steps:
+            return self.active[:0]
+        remaining = self.target_tokens[self.active, self.step] < self._config.target_tokens
+        return np.asarray(self.active[remaining], dtype=np.int64)
+
+    def propose(self, run: int) -> FloatArray:
+        """The mix (52,) that a run's policy proposes for the next step.
+
+        Raises:
+            MixError: It is no distribution.
+        """
+        past = slice(self.step + 1)
+        return proposal(self._policies[run], self._fields, self.mixes[run, past], self.feedback[run, past])
+
+    def advance(self) -> bool:
+        """Trains one step of all runs that have not ended; False if there is none left."""
+        staying = self.staying
+        if not len(staying):
+            return False
+        self.trainer.keep(np.flatnonzero(np.isin(self.active, staying)).tolist())
+        self.active = staying
+        mixes = np.stack([self.propose(int(run)) for run in staying])
+        self.step += 1
+        self.mixes[staying, self.step] = mixes
+        rows = [self._streams[run].next(mix) for run, mix in zip(staying, mixes, strict=True)]
+        self.trainer.train(torch.from_numpy(np.stack(rows)))
+        return True
+
+    def restore(self, mixes: FloatArray, feedback: FloatArray, step: int) -> None:
+        """Goes on where another loop of the same settings stood; the trainer's state is the caller's to restore."""
+        self.mixes, self.feedback, self.step = mixes.copy(), feedback.copy(), step
+        trained = mixes.sum(axis=-1) > 0
+        for stream, path, known in zip(self._streams, mixes, trained, strict=True):
+            for mix in path[1 : step + 1][known[1 : step + 1]]:
+                stream.skip(mix)
+        self.active = np.flatnonzero(trained[:, step])
 
 
-def _train_last_step(
-    trainer: ProxyTrainer, corpus: Corpus, config: FeedbackConfig, rows_per_step: int, trained: FloatArray
-) -> None:
-    """Trains each proxy on the last of its mixes: (P, steps so far + 1, 52)."""
-    last = trained.shape[1] - 1
-    rows = [
-        TrajectoryStream(
-            corpus,
-            mixes,
-            rows_per_step=rows_per_step,
-            row_tokens=config.row_tokens,
-            seed=config.seed,
-            number=STREAM_NUMBERS + i,
-        ).rows(last)
-        for i, mixes in enumerate(trained)
-    ]
-    trainer.train(torch.from_numpy(np.stack(rows)))
+def proposal(policy: Policy, fields: tuple[str, ...], mixes: FloatArray, feedback: FloatArray) -> FloatArray:
+    """The mix (52,) of the next step, after mixes (t, 52) and feedback (t, K).
+
+    Raises:
+        MixError: The policy proposes no distribution.
+    """
+    domains = DomainSpace.canonical().names
+    history = History(domains=domains, fields=fields, mixes=mixes, feedback=feedback)
+    return validate_mix(policy.propose(history), domains)
 
 
-def _without_feedback(agent: MixingAgent, history: History) -> FloatArray:
-    """The proposal that the agent would make if every feedback were at its mean."""
-    assert agent.config.statistics is not None
-    mean = np.tile(np.array(agent.config.statistics.mean), (len(history), 1))
-    return agent.propose(dataclasses.replace(history, feedback=mean), standardization="frozen")
+def used_target_tokens(mixes: FloatArray, tokens_per_step: int) -> FloatArray:
+    """Target-field tokens used up to each step: (..., T + 1, 52) -> (..., T + 1); the start state uses none."""
+    shares = mixes[..., NUM_TOPICS:].sum(axis=-1)
+    shares[..., 0] = 0.0
+    return np.asarray(np.cumsum(shares * tokens_per_step, axis=-1), dtype=np.float64)
+
+
+def change_by_feedback(policy: Policy, fields: tuple[str, ...], mixes: FloatArray, feedback: FloatArray) -> FloatArray:
+    """How much the feedback changes a policy's mind.
+
+    Args:
+        policy: That steered the run.
+        fields: K names.
+        mixes: (T + 1, 52) of one run.
+        feedback: (T + 1, K), after each step.
+
+    Returns:
+        (T,) total variation between each proposal and the one with all feedback at the base model's.
+    """
+    blind = np.tile(feedback[0], (len(feedback), 1))
+
+    def proposals(seen: FloatArray) -> FloatArray:
+        return np.array([proposal(policy, fields, mixes[:t], seen[:t]) for t in range(1, len(mixes))])
+
+    return total_variation(proposals(feedback), proposals(blind))

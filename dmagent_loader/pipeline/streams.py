@@ -73,7 +73,7 @@ class MixStream:
         return self._rows.tokens(self.skip(mix), taken)
 
     def skip(self, mix: FloatArray) -> IntArray:
-        """Passes over a step that was trained on already, as when a run is resumed; domain of each of its rows: (R,)."""
+        """Passes over a step that was trained on before a run was resumed; domain of each of its rows: (R,)."""
         self._step += 1
         domains = self._rows.domains(mix, self._step)
         self._taken += np.bincount(domains, minlength=NUM_CANONICAL)

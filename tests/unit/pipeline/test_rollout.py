@@ -1,4 +1,4 @@
-"""Closed loop: the agent's proposals are what the proxies are trained on."""
+"""Closed loop: what policies propose is what the models are trained on, as in the recorded trajectories."""
 
 from __future__ import annotations
 
@@ -6,74 +6,121 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
-from dmagent_loader.agent import AgentConfig, MixingAgent
-from dmagent_loader.history import FeedbackStatistics, History
+from dmagent_loader.domains import NUM_CANONICAL
+from dmagent_loader.errors import ConfigurationError, MixError
+from dmagent_loader.history import History
 from dmagent_loader.pipeline.corpus import Corpus
 from dmagent_loader.pipeline.feedback import FeedbackConfig
+from dmagent_loader.pipeline.proxies import ProxyTrainer
 from dmagent_loader.pipeline.questions import ProxyQuestions
-from dmagent_loader.pipeline.rollout import Rollout, skewed_start_state, steer_proxies
+from dmagent_loader.pipeline.record import FeedbackRecord
+from dmagent_loader.pipeline.rollout import ClosedLoop, LoopConfig, change_by_feedback
+from dmagent_loader.simplex import FloatArray
 
 
-@pytest.fixture(scope="module")
-def agent() -> MixingAgent:
-    statistics = FeedbackStatistics(mean=(-4.6, -4.6), std=(0.1, 0.1), count=10)
-    return MixingAgent(AgentConfig(d_model=32, num_heads=2, d_ff=64, max_steps=8, statistics=statistics))
+class Replay:
+    """Proposes the mixes of a recorded trajectory."""
+
+    name = "replay"
+
+    def __init__(self, mixes: FloatArray) -> None:
+        self.mixes = mixes
+
+    def propose(self, history: History) -> FloatArray:
+        return self.mixes[len(history)]
 
 
-@pytest.fixture(scope="module")
-def rollout(agent: MixingAgent, corpus: Corpus, questions: ProxyQuestions, small: FeedbackConfig) -> Rollout:
-    return steer_proxies(
-        agent,
+def replay(
+    record: FeedbackRecord, numbers: list[int], corpus: Corpus, bases: dict[str, torch.Tensor], small: FeedbackConfig
+) -> ClosedLoop:
+    """A loop along recorded trajectories of one start state."""
+    trajectories = record.trajectories
+    config = trajectories.config
+    start = {name: tensor[trajectories.starts[numbers]] for name, tensor in bases.items()}
+    return ClosedLoop(
+        [Replay(trajectories.mixes[number]) for number in numbers],
+        ProxyTrainer(len(numbers), small.proxy, start=start),
         corpus,
-        questions,
-        small,
-        skewed_start_state(0),
-        steps=4,
-        tokens_per_step=64,
-        pretraining_steps=3,
-        standardization="frozen",
-        num_proxies=2,
+        LoopConfig(
+            steps=config.steps,
+            tokens_per_step=config.tokens_per_step,
+            target_tokens=config.target_tokens,
+            row_tokens=small.row_tokens,
+            seed=small.seed,
+        ),
+        numbers=numbers,
+        start_state=trajectories.mixes[numbers[0], 0],
+        fields=record.fields,
+        base_feedback=record.feedback[numbers, 0],
     )
 
 
-def test_every_mix_is_what_the_agent_proposes_on_the_history_so_far(
-    rollout: Rollout, agent: MixingAgent, questions: ProxyQuestions
+def test_a_loop_along_recorded_mixes_gives_the_recorded_feedback_and_ends_with_the_trajectory(
+    collected: FeedbackRecord,
+    corpus: Corpus,
+    questions: ProxyQuestions,
+    bases: dict[str, torch.Tensor],
+    small: FeedbackConfig,
 ) -> None:
-    for step in range(1, 5):
-        history = History(
-            domains=agent.config.domains,
-            fields=questions.fields,
-            mixes=rollout.mixes[1, :step],
-            feedback=rollout.feedback[1, :step],
-        )
-        assert np.allclose(rollout.mixes[1, step], agent.propose(history, standardization="frozen"))
-        blind = dataclasses.replace(history, feedback=np.full((step, 2), -4.6))
-        change = 0.5 * np.abs(rollout.mixes[1, step] - agent.propose(blind, standardization="frozen")).sum()
-        assert np.isclose(rollout.without_feedback[1, step - 1], change)
+    """The world that agents steer in is the one that they learn from. Two runs of different lengths: catches runs that
+    change places when one ends, another stream, and an end one step early or late."""
+    trajectories = collected.trajectories
+    same_start = np.flatnonzero(trajectories.starts == trajectories.starts[0])
+    by_length = same_start[np.argsort(trajectories.lengths[same_start], kind="stable")]
+    numbers = [int(by_length[0]), int(by_length[-1])]
+    assert trajectories.lengths[numbers[0]] < trajectories.lengths[numbers[1]]
+    loop = replay(collected, numbers, corpus, bases, small)
+    while loop.advance():
+        loop.feedback[loop.active, loop.step] = questions.feedback(loop.trainer.averaged)
+    assert np.allclose(loop.mixes, trajectories.mixes[numbers])
+    assert np.allclose(loop.feedback, collected.feedback[numbers], atol=1e-4, equal_nan=True)
 
 
-def test_the_proxies_learn_from_it(rollout: Rollout) -> None:
-    """Untrained, every one of 104 tokens is about equally likely; catches proxies that are never trained."""
-    assert (rollout.feedback[:, 0] > -np.log(104) - 0.5).all()
-    assert not np.array_equal(rollout.feedback[0, 0], rollout.feedback[1, 0]), "pre-training gave both the same rows"
-    assert (np.abs(np.diff(rollout.feedback, axis=1)) > 1e-4).all()
+def test_a_restored_loop_goes_on_as_the_other_did(
+    collected: FeedbackRecord, corpus: Corpus, bases: dict[str, torch.Tensor], small: FeedbackConfig
+) -> None:
+    """Catches streams that begin anew."""
+    numbers = [int(np.argmax(collected.trajectories.lengths))]
+    whole, broken, resumed = (replay(collected, numbers, corpus, bases, small) for _ in range(3))
+    for _ in range(3):
+        broken.advance()
+    resumed.trainer.load_state(broken.trainer.state())
+    resumed.restore(broken.mixes, broken.feedback, broken.step)
+    assert len(resumed.staying) == 1
+    for loop in (whole, resumed):
+        while loop.advance():
+            pass
+    assert resumed.step == whole.step > 3
+    assert torch.equal(resumed.trainer.model.embedding, whole.trainer.model.embedding)
 
 
-def test_changes_are_between_one_mix_and_the_next(rollout: Rollout) -> None:
-    first = 0.5 * np.abs(rollout.mixes[:, 1] - rollout.mixes[:, 0]).sum(axis=1)
-    assert rollout.changes().shape == (2, 4)
-    assert np.allclose(rollout.changes()[:, 0], first)
+def test_a_proposal_that_is_no_mix_is_refused(
+    collected: FeedbackRecord, corpus: Corpus, bases: dict[str, torch.Tensor], small: FeedbackConfig
+) -> None:
+    half = dataclasses.replace(
+        collected, trajectories=dataclasses.replace(collected.trajectories, mixes=collected.trajectories.mixes / 2)
+    )
+    with pytest.raises(MixError, match=r"sums to 0\.5"):
+        replay(half, [0], corpus, bases, small).advance()
+    with pytest.raises(ConfigurationError, match="one or more steps"):
+        LoopConfig(steps=1, tokens_per_step=64, target_tokens=0, row_tokens=8, seed=0)
 
 
-def test_the_table_has_the_first_and_the_last_step(rollout: Rollout) -> None:
-    lines = rollout.table(("general", "math"), every=3).splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["0", "3", "4"]
-    assert "| 0.00 ± 0.00 | none |" in lines[2]
+def test_the_change_by_feedback_is_none_for_a_policy_that_does_not_read_it(
+    collected: FeedbackRecord,
+) -> None:
+    """And for one that does, it is the distance to its proposals on the base model's feedback."""
 
+    class Trusting:
+        """All weight on the first domain while feedback is as it was, on the second once it has risen."""
 
-def test_the_skewed_start_state_is_a_source_mix_of_few_topics() -> None:
-    mix = skewed_start_state(0)
-    assert np.isclose(mix.sum(), 1)
-    assert not mix[26:].any()
-    assert mix.max() > 0.25
+        name = "trusting"
+
+        def propose(self, history: History) -> FloatArray:
+            return np.eye(NUM_CANONICAL)[int(history.feedback[-1, 0] > history.feedback[0, 0])]
+
+    mixes, feedback = collected.trajectories.mixes[0], np.array([[-2.0], [-1.0], [-3.0], [-1.5]])
+    assert not change_by_feedback(Replay(mixes), ("general",), mixes[:4], feedback).any()
+    assert change_by_feedback(Trusting(), ("general",), mixes[:4], feedback).tolist() == [0.0, 1.0, 0.0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from dmagent_loader.domains import NUM_CANONICAL
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.pipeline.corpus import Corpus
-from dmagent_loader.pipeline.streams import TrajectoryStream, deliverable
+from dmagent_loader.pipeline.streams import MixStream, TrajectoryStream, deliverable
 from dmagent_loader.simplex import FloatArray
 
 ROW, EMPTY = 8, 30
@@ -59,14 +61,38 @@ def test_a_step_can_be_read_alone_and_again(corpus: Corpus) -> None:
     assert not np.array_equal(stream(corpus, mixes, number=1).rows(4), forward[3])
 
 
+def test_the_rows_of_a_seed_stay_what_they_were(corpus: Corpus) -> None:
+    """Recorded sets name only the seed and the number of their streams; a golden sum holds the rows behind them."""
+    tokens = stream(corpus, path(), number=3).rows(4)
+    assert int((tokens * np.arange(tokens.size).reshape(tokens.shape)).sum()) == 3012857
+
+
+def test_one_mix_after_the_other_gives_the_rows_of_the_trajectory(corpus: Corpus) -> None:
+    """Catches counts of rows that begin anew at each step, and orders that depend on when a domain is first read."""
+    mixes = path(12)
+    whole = stream(corpus, mixes, number=2)
+    steps = MixStream(corpus, rows_per_step=40, row_tokens=ROW, seed=0, number=2)
+    for step in range(1, 13):
+        assert np.array_equal(steps.next(mixes[step]), whole.rows(step))
+    resumed = MixStream(corpus, rows_per_step=40, row_tokens=ROW, seed=0, number=2)
+    for step in range(1, 12):
+        assert np.array_equal(resumed.skip(mixes[step]), whole.domains(step))
+    assert np.array_equal(resumed.next(mixes[12]), whole.rows(12))
+
+
+def test_two_mixes_of_one_number_read_the_same_rows_of_a_domain_first(corpus: Corpus) -> None:
+    """What pairs two policies; catches an order that depends on the mixes."""
+    halves = np.zeros((2, NUM_CANONICAL))
+    halves[0, [3, 40]] = 0.25, 0.75
+    halves[1, [3, 7]] = 0.75, 0.25
+    few, many = (MixStream(corpus, rows_per_step=40, row_tokens=ROW, seed=0, number=5).next(mix) for mix in halves)
+    of_domain = [rows[rows[:, 0] // 2 == 3] for rows in (few, many)]
+    assert (len(of_domain[0]), len(of_domain[1])) == (10, 30)
+    assert np.array_equal(of_domain[0], of_domain[1][:10])
+
+
 def test_rows_of_a_domain_do_not_repeat_before_it_is_used_up(corpus: Corpus) -> None:
-    distinct = Corpus(
-        tokens=np.arange(len(corpus.tokens)).astype(np.uint16),
-        bounds=corpus.bounds,
-        documents=corpus.documents,
-        tokenizer_json=corpus.tokenizer_json,
-        facts={},
-    )
+    distinct = dataclasses.replace(corpus, tokens=np.arange(len(corpus.tokens)).astype(np.uint16))
     mix = np.zeros(NUM_CANONICAL)
     mix[5] = 1.0
     available = (distinct.num_tokens[5] - 1) // ROW
