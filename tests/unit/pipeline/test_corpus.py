@@ -63,23 +63,58 @@ def test_start_state_and_target_distribution_are_document_shares(built: Corpus) 
     assert not target[:26].any()
 
 
-def test_tokens_of_a_domain_are_its_documents(built: Corpus, files: tuple[dict[str, list[Path]], list[Path]]) -> None:
+def test_tokens_of_a_domain_are_its_documents_but_each_twentieth(
+    built: Corpus, files: tuple[dict[str, list[Path]], list[Path]]
+) -> None:
     d = CANONICAL_TOPICS.index("Science")
     tokens = built.tokens[built.bounds[d] : built.bounds[d + 1]]
     text = built.tokenizer().decode(tokens.tolist(), skip_special_tokens=False)
-    expected = "<|endoftext|>".join(read_documents(files[0]["Science"][0]))
+    documents = list(read_documents(files[0]["Science"][0]))
+    expected = "<|endoftext|>".join(documents[:19])
     assert expected.startswith(text[:500])
     assert built.num_tokens.max() <= CONFIG.max_tokens
     assert built.num_tokens[CANONICAL_TOPICS.index("Games")] == 0
+
+
+def test_held_out_documents_are_never_trained_on(files: tuple[dict[str, list[Path]], list[Path]]) -> None:
+    """Catches shares cut off the same tokens, and a split that another order of files or domains would shift."""
+    config = dataclasses.replace(CONFIG, max_tokens=100_000, held_out_every=5)
+    corpus = build_corpus(*files, config)
+    tokenizer = corpus.tokenizer()
+
+    def texts(tokens: np.ndarray) -> list[str]:
+        return tokenizer.decode(tokens.tolist(), skip_special_tokens=False).split("<|endoftext|>")[:-1]
+
+    for topic in WORDS:
+        d = CANONICAL_TOPICS.index(topic)
+        every = list(read_documents(files[0][topic][0]))
+        trained = texts(corpus.tokens[corpus.bounds[d] : corpus.bounds[d + 1]])
+        held_out = texts(corpus.held_out[corpus.held_out_bounds[d] : corpus.held_out_bounds[d + 1]])
+        assert held_out == every[4::5]
+        assert trained == [text for i, text in enumerate(every) if i % 5 != 4]
+    target = CANONICAL_TOPICS.index("Science") + 26
+    assert corpus.held_out_bounds[target + 1] > corpus.held_out_bounds[target]
+    # Start state and target distribution are of all documents.
+    assert corpus.documents[CANONICAL_TOPICS.index("Finance")] == 60
 
 
 def test_a_saved_corpus_loads_and_a_changed_one_is_refused(built: Corpus, tmp_path: Path) -> None:
     built.save(tmp_path)
     loaded = Corpus.load(tmp_path)
     assert loaded.fingerprint == built.fingerprint
-    assert np.array_equal(loaded.documents, built.documents)
+    for name in ("tokens", "bounds", "held_out", "held_out_bounds", "documents"):
+        assert np.array_equal(getattr(loaded, name), getattr(built, name)), name
+    assert loaded.held_out.size > 0
     assert loaded.facts["classifier_accuracy"] == built.facts["classifier_accuracy"]
     dataclasses.replace(built, tokens=built.tokens[::-1].copy()).save(tmp_path / "other")
+    (tmp_path / "other" / "corpus.safetensors").replace(tmp_path / "corpus.safetensors")
+    with pytest.raises(StateError, match="do not belong together"):
+        Corpus.load(tmp_path)
+
+
+def test_changed_held_out_text_is_refused_too(built: Corpus, tmp_path: Path) -> None:
+    built.save(tmp_path)
+    dataclasses.replace(built, held_out=built.held_out[::-1].copy()).save(tmp_path / "other")
     (tmp_path / "other" / "corpus.safetensors").replace(tmp_path / "corpus.safetensors")
     with pytest.raises(StateError, match="do not belong together"):
         Corpus.load(tmp_path)
@@ -105,6 +140,8 @@ def test_input_that_cannot_be_used_is_refused(files: tuple[dict[str, list[Path]]
         build_corpus({"Cheese": target}, target, CONFIG)
     with pytest.raises(ShardNotFoundError, match="0 target files"):
         build_corpus(source, [], CONFIG)
+    with pytest.raises(ConfigurationError, match="held_out_every is 1: at 1 no document would be trained on"):
+        build_corpus(source, target, dataclasses.replace(CONFIG, held_out_every=1))
     with pytest.raises(ConfigurationError, match="vocab_size is 100"):
         build_corpus(source, target, dataclasses.replace(CONFIG, vocab_size=100))
     with pytest.raises(ConfigurationError, match=r"1 topics, and \['Science'\]"):

@@ -45,6 +45,7 @@ def record() -> FeedbackRecord:
         mixes=mixes,
         lengths=lengths.astype(np.int64),
         candidates=np.repeat([1, 10_000], PER_SET),
+        starts=np.zeros(total, dtype=np.int64),
         target_distribution=target,
         config=config,
     )

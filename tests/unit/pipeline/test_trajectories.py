@@ -8,11 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dmagent_loader.domains import CANONICAL_TOPICS, NUM_CANONICAL
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.pipeline.trajectories import Trajectories, TrajectoryConfig, propose, sample_trajectories, score
+from dmagent_loader.pipeline.trajectories import (
+    Trajectories,
+    TrajectoryConfig,
+    mean_total_variation,
+    propose,
+    sample_trajectories,
+    score,
+)
 from dmagent_loader.simplex import FloatArray, js_divergence
 
 TOPICS = len(CANONICAL_TOPICS)
@@ -28,9 +37,17 @@ def ends() -> tuple[FloatArray, FloatArray]:
     return start, target
 
 
+def states_and_target() -> tuple[FloatArray, FloatArray]:
+    """Two start states: the natural one, and one that is skewed."""
+    start, target = ends()
+    skewed = np.zeros(NUM_CANONICAL)
+    skewed[:3] = 0.7, 0.2, 0.1
+    return np.stack([start, skewed]), target
+
+
 @pytest.fixture(scope="module")
 def drawn() -> Trajectories:
-    return sample_trajectories(*ends(), CONFIG)
+    return sample_trajectories(*states_and_target(), CONFIG)
 
 
 def test_every_mix_is_on_the_simplex_and_rows_after_the_end_are_zero(drawn: Trajectories) -> None:
@@ -38,7 +55,57 @@ def test_every_mix_is_on_the_simplex_and_rows_after_the_end_are_zero(drawn: Traj
         assert np.allclose(mixes[: length + 1].sum(axis=1), 1.0)
         assert (mixes >= 0).all()
         assert not mixes[length + 1 :].any()
-        assert np.array_equal(mixes[0], ends()[0])
+
+
+def test_trajectories_of_each_set_take_the_start_states_in_turn(drawn: Trajectories) -> None:
+    """Catches turns over all sets, by which an odd set would give the next another split."""
+    states = states_and_target()[0]
+    odd = sample_trajectories(*states_and_target(), dataclasses.replace(CONFIG, trajectories_per_set=3, steps=1))
+    assert odd.starts.tolist() == [0, 1, 0] * 3
+    assert drawn.starts.tolist() == [0, 1] * 9
+    assert np.array_equal(drawn.mixes[:, 0], states[drawn.starts])
+
+
+def test_source_topics_are_proposed_from_the_own_start_state() -> None:
+    """From the skewed start there is little of other source topics; catches one start state for all proposals."""
+    many = sample_trajectories(
+        *states_and_target(), dataclasses.replace(CONFIG, candidates_per_step=(1,), trajectories_per_set=40)
+    )
+    others = many.mixes[:, 1:, 3:TOPICS].sum(axis=-1) / many.mixes[:, 1:, :TOPICS].sum(axis=-1).clip(1e-9)
+    of_state = [
+        np.concatenate([others[m, : many.lengths[m]] for m in np.flatnonzero(many.starts == s)]) for s in (0, 1)
+    ]
+    assert of_state[0].mean() > 2 * of_state[1].mean()
+
+
+def test_diversity_moves_trajectories_apart() -> None:
+    """Catches a term with the wrong sign, or one that sees only the trajectory before."""
+    config = dataclasses.replace(CONFIG, candidates_per_step=(100,), trajectories_per_set=10, target_tokens=10**9)
+    spread = []
+    for weight in (0.0, 3.0):
+        paths = sample_trajectories(*states_and_target(), dataclasses.replace(config, diversity_weight=weight)).mixes
+        spread.append(np.mean([np.abs(paths[i] - paths[j]).sum(axis=1).mean() for i in range(10) for j in range(i)]))
+    assert spread[1] > 1.2 * spread[0]
+    alone = sample_trajectories(
+        *states_and_target(), dataclasses.replace(config, diversity_weight=3.0, trajectories_per_set=1)
+    )
+    without = sample_trajectories(
+        *states_and_target(), dataclasses.replace(config, diversity_weight=0.0, trajectories_per_set=1)
+    )
+    assert np.array_equal(alone.mixes, without.mixes), "the first trajectory has none to keep away from"
+
+
+@given(seed=st.integers(0, 2**32 - 1), num=st.integers(1, 20), earlier=st.integers(1, 20), ties=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_mean_total_variation_is_the_mean_over_all_pairs(seed: int, num: int, earlier: int, ties: bool) -> None:
+    """The plain loop; catches wrong sums at ties, at zeros, and outside the range of the earlier mixes."""
+    rng = np.random.default_rng(seed)
+    candidates, mixes = rng.dirichlet(np.full(7, 0.3), num), rng.dirichlet(np.full(7, 0.3), earlier)
+    if ties:
+        candidates, mixes = candidates.round(1), mixes.round(1)
+        candidates[0] = mixes[-1]
+    expected = [np.mean([0.5 * np.abs(c - e).sum() for e in mixes]) for c in candidates]
+    assert np.allclose(mean_total_variation(candidates, mixes), expected, atol=1e-12)
 
 
 def test_a_trajectory_ends_with_the_step_that_uses_up_the_target_data(drawn: Trajectories) -> None:
@@ -65,9 +132,9 @@ def test_the_score_decides_more_the_more_candidates_there_are(drawn: Trajectorie
 
 
 def test_the_seed_fixes_all_draws_and_a_set_does_not_depend_on_the_others(drawn: Trajectories) -> None:
-    only = sample_trajectories(*ends(), dataclasses.replace(CONFIG, candidates_per_step=(100,)))
+    only = sample_trajectories(*states_and_target(), dataclasses.replace(CONFIG, candidates_per_step=(100,)))
     assert np.array_equal(only.mixes, drawn.mixes[drawn.members(100)])
-    other = sample_trajectories(*ends(), dataclasses.replace(CONFIG, candidates_per_step=(100,), seed=1))
+    other = sample_trajectories(*states_and_target(), dataclasses.replace(CONFIG, candidates_per_step=(100,), seed=1))
     assert not np.array_equal(other.mixes, only.mixes)
 
 
@@ -121,20 +188,40 @@ def test_a_saved_file_loads_bit_for_bit_with_its_settings(drawn: Trajectories, t
     assert np.array_equal(loaded.target_distribution, drawn.target_distribution)
 
 
+def test_a_subset_is_a_set_of_its_own(drawn: Trajectories) -> None:
+    """Catches settings that still speak of the whole set, and numbers in the order in which they were given."""
+    numbers = [17, 0, 3, 12]
+    some = drawn.subset(numbers)
+    assert np.array_equal(some.mixes, drawn.mixes[sorted(numbers)])
+    assert np.array_equal(some.lengths, drawn.lengths[sorted(numbers)])
+    assert some.candidates.tolist() == [1, 1, 1000, 1000]
+    assert some.starts.tolist() == [0, 1, 0, 1]
+    assert (some.config.candidates_per_step, some.config.trajectories_per_set) == ((1, 1000), 2)
+    assert some.members(1000).tolist() == [2, 3]
+    for wrong in ([], [0, 0], [-1], [18]):
+        with pytest.raises(ConfigurationError, match="no numbers of 18 trajectories"):
+            drawn.subset(wrong)
+    with pytest.raises(ConfigurationError, match=r"\{1: 2, 100: 1\} trajectories: choose equally many"):
+        drawn.subset([0, 1, 6])
+
+
 def test_files_of_another_schema_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"mixes": np.zeros(1)}, str(path), metadata={"schema": "99"})
-    with pytest.raises(StateError, match="schema 99, not trajectories/1"):
+    with pytest.raises(StateError, match="schema 99, not trajectories/2"):
         Trajectories.load(path)
 
 
 def test_what_is_no_start_state_is_refused() -> None:
     start, target = ends()
-    with pytest.raises(ConfigurationError, match="both must be 1"):
-        sample_trajectories(target, start, CONFIG)
-    with pytest.raises(ConfigurationError, match="52 canonical"):
-        sample_trajectories(start[:10], target, CONFIG)
+    with pytest.raises(ConfigurationError, match="all must be 1"):
+        sample_trajectories(target[None], start, CONFIG)
+    with pytest.raises(ConfigurationError, match="0 to 1 of their weight on source domains"):
+        sample_trajectories(np.stack([start, target]), target, CONFIG)
+    for states in (start, start[None, :10]):
+        with pytest.raises(ConfigurationError, match="over the canonical domains"):
+            sample_trajectories(states, target, CONFIG)
     with pytest.raises(ConfigurationError, match="positive numbers"):
         dataclasses.replace(CONFIG, steps=0)
     with pytest.raises(ConfigurationError, match="the sets are"):
-        sample_trajectories(start, target, dataclasses.replace(CONFIG, candidates_per_step=(1,))).members(7)
+        sample_trajectories(start[None], target, dataclasses.replace(CONFIG, candidates_per_step=(1,))).members(7)
