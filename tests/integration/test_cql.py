@@ -167,12 +167,12 @@ def test_a_short_training_beats_imitation_and_the_data_without_collapse() -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_longer_training_beats_the_best_recorded_trajectory_s_neighbourhood(seed: int) -> None:
-    """Twice the imitator's distance from the data, useful topics found, target field not given up."""
+def test_a_longer_training_beats_nine_tenths_of_the_data_and_finds_the_useful_topics(seed: int) -> None:
+    """The share of useful topics is 0.15 under every expert: only rewards say which they are."""
     recorded, imitator, agent = trained(
         TrajectoryConfig(
             candidates_per_step=(1, 10, 100),
-            trajectories_per_set=32,
+            trajectories_per_set=24,
             steps=16,
             tokens_per_step=1000,
             target_tokens=7200,
@@ -181,13 +181,12 @@ def test_a_longer_training_beats_the_best_recorded_trajectory_s_neighbourhood(se
         AgentConfig(d_model=64, num_heads=2, d_ff=128, max_steps=16),
         SFTConfig(expert_candidates=100, updates=200, evaluate_every=20, learning_rate=1e-3, seed=seed),
         CQLConfig(
-            updates=500,
+            updates=400,
             warmup_updates=100,
             batch_size=8,
             window=8,
             num_proposals=2,
             alpha=0.001,
-            polyak=0.02,
             log_every=50,
             actor_learning_rate=3e-4,
             critic_learning_rate=1e-3,
@@ -195,7 +194,6 @@ def test_a_longer_training_beats_the_best_recorded_trajectory_s_neighbourhood(se
         ),
     )
     found = f"data {recorded.mean():.2f} (best {recorded.max():.2f}), imitation {imitator}, CQL {agent}"
-    print(found)
     assert agent.gain > imitator.gain + 0.5, found
     assert agent.gain > np.percentile(recorded, 90), found
     assert agent.useful > 1.5 * len(USEFUL) / TOPICS, found

@@ -323,7 +323,7 @@ def test_config_survives_d3rlpy_s_own_form(agent: MixingAgent) -> None:
         ({"alpha": -0.1}, "alpha is -0.1"),
         ({"num_critics": 0}, "num_critics is 0"),
         ({"updates": 70, "log_every": 50, "warmup_updates": 1}, "no multiple of log_every"),
-        ({"warmup_updates": 1500}, "nothing of 1500 updates"),
+        ({"warmup_updates": 1200}, "nothing of 1200 updates"),
         ({"actor_learning_rate": float("nan")}, "actor_learning_rate is nan"),
     ],
 )
