@@ -1,65 +1,140 @@
-"""``dmagent train-agent``: train agents offline, from text files to a checkpoint."""
+"""``dmagent train-agent``: train agents offline, from text files to checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmagent_loader.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from dmagent_loader.pipeline.stages import PipelineConfig
+
+STAGES = {
+    "trajectories": "text files -> corpus, start states, mixing trajectories (Algorithm 1)",
+    "feedback": "trajectories -> base models, proxies trained along them, the recorded set",
+    "sft": "recorded set -> agent that imitates the expert trajectories",
+    "cql": "recorded set and that agent -> agent trained further with Conservative Q-Learning",
+    "all": "everything, from text files to both agents",
+}
+
 
 def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``train-agent preview``."""
+    """Adds ``train-agent`` and its stages."""
     parser = subparsers.add_parser("train-agent", help="train an agent on trajectories of small proxy models")
-    commands = parser.add_subparsers(dest="train_agent_command", required=True)
-    preview = commands.add_parser(
-        "preview",
-        help="the whole pipeline at the size of the preview weights: minutes on one CPU core",
-        description=(
-            "Text files -> corpus -> trajectories (Algorithm 1) -> feedback of nano-proxies -> agent (supervised "
-            "warm-up) -> OUTPUT/checkpoint and OUTPUT/report.md. Run it again to continue after a break."
-        ),
-    )
-    preview.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="folder with source/<Topic>.jsonl(.gz), target_math/*.jsonl(.gz) ('text' column) and the question files",
-    )
-    preview.add_argument("--output", type=Path, required=True, help="folder for the results of all stages")
-    preview.add_argument(
-        "--settings", type=Path, help="JSON file with settings to change, nested as in pipeline.preview.PreviewConfig"
-    )
-    preview.add_argument(
-        "--notes", type=Path, help="Markdown sections for the model card: what the text is, under which licences"
-    )
-    preview.add_argument("--no-progress", action="store_true", help="no progress bars")
-    preview.set_defaults(run=run_preview)
+    commands = parser.add_subparsers(dest="stage", required=True)
+    for stage, text in STAGES.items():
+        command = commands.add_parser(
+            stage,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}. A stage first does the stages before it, unless their results "
+            "are in the output folder. Run it again to continue after a break.",
+        )
+        command.add_argument("--output", type=Path, required=True, help="folder for the results of all stages")
+        command.add_argument(
+            "--data",
+            type=Path,
+            help="folder with source/<Topic>.jsonl(.gz), target_math/*.jsonl(.gz) ('text' column) and the question "
+            "files env/mmlu_val.jsonl.gz and env/math_train_500.jsonl.gz",
+        )
+        command.add_argument(
+            "--config",
+            default="full",
+            help="'full' (the bundled agents', hours), 'small' (minutes), or a JSON file with settings that replace "
+            "those of 'full', nested as in pipeline.stages.PipelineConfig (default: %(default)s)",
+        )
+        if stage not in ("trajectories", "all"):
+            command.add_argument("--recorded", type=Path, help="a recorded set to train on, instead of collecting one")
+        if stage != "trajectories":
+            _add_worker_arguments(command)
+        command.add_argument(
+            "--notes", type=Path, help="Markdown sections for the model cards: what the text is, under which licences"
+        )
+        command.add_argument("--no-progress", action="store_true", help="no progress bars")
+        command.set_defaults(run=run_stage)
 
 
-def run_preview(args: argparse.Namespace) -> int:
-    """Trains the agent and prints where it is.
+def _add_worker_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers", type=int, help="processes that train proxies (default: 1; with Ray: all that the cluster has)"
+    )
+    command.add_argument(
+        "--backend", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster (extra [ray])"
+    )
+    command.add_argument("--gpus-per-worker", type=float, default=0.0, help="with Ray (default: %(default)s)")
+    command.add_argument("--device", default="cpu", help="where proxies are trained: cpu, cuda (default: %(default)s)")
+    command.add_argument("--proxies-at-once", type=int, help="proxies in one batched model (cuda: as many as fit)")
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """Runs a stage and prints where its results are.
 
     Raises:
         ConfigurationError: The settings file is not a JSON object of known settings.
     """
     # Here, because it loads torch, which the other commands' help should not wait for.
-    from dmagent_loader.pipeline.preview import PreviewConfig, train_preview, with_settings
+    from dmagent_loader.pipeline.stages import RECORDED, RL, SFT, TRAJECTORIES, Pipeline, with_settings
+    from dmagent_loader.pipeline.workers import Workers
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = PreviewConfig()
-    if args.settings is not None:
-        try:
-            values = json.loads(args.settings.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"the settings in {args.settings} cannot be read: {error}") from error
-        config = with_settings(config, values)
-    notes = "## Data\n\nThe person who trained this agent has not described the data."
+    config = read_config(args.config)
+    if getattr(args, "proxies_at_once", None) is not None:
+        config = with_settings(config, {"feedback": {"proxies_at_once": args.proxies_at_once}})
+    optional = {}
     if args.notes is not None:
-        notes = args.notes.read_text(encoding="utf-8")
-    checkpoint = train_preview(config, args.data, args.output, notes=notes, progress=not args.no_progress)
-    print(f"agent: {checkpoint}")
-    print(f"report: {args.output / 'report.md'}")
+        optional["notes"] = args.notes.read_text(encoding="utf-8")
+    if args.stage != "trajectories":
+        backend = args.backend
+        count = args.workers if args.workers is not None or backend == "ray" else 1
+        optional["workers"] = Workers(count=count, backend=backend, gpus_per_worker=args.gpus_per_worker)
+        optional["device"] = args.device
+    pipeline = Pipeline(
+        config=config,
+        output=args.output,
+        data=args.data,
+        recorded=getattr(args, "recorded", None),
+        progress=not args.no_progress,
+        **optional,
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    made: Sequence[str]
+    if args.stage == "trajectories":
+        pipeline.trajectories()
+        made = [TRAJECTORIES]
+    elif args.stage == "feedback":
+        pipeline.record()
+        made = [RECORDED]
+    elif args.stage == "sft":
+        pipeline.sft()
+        made = [SFT, "sft.md"]
+    else:
+        pipeline.cql()
+        made = [SFT, RL, "sft.md", "cql.md"]
+    for name in made:
+        print(args.output / name)
     return 0
+
+
+def read_config(name: str) -> PipelineConfig:
+    """Settings by name, or the full ones with those of a JSON file in their place.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or is not a JSON object of known settings.
+    """
+    from dmagent_loader.pipeline.stages import CONFIGS, full_config, with_settings
+
+    if name in CONFIGS:
+        return CONFIGS[name]()
+    try:
+        values = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"the settings {name!r} cannot be read ({error}): give a JSON file, or one of {', '.join(CONFIGS)}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"the settings in {name} are a JSON {type(values).__name__}, not an object")
+    return with_settings(full_config(), values)

@@ -1,57 +1,45 @@
-"""The model card of an agent trained by this pipeline, and the report of a run: figures from the results only."""
+"""Model cards and reports, from what was run: every figure comes from the recorded set or from the training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
 
-from dmagent_loader.pipeline.feedback import FeedbackRecord
-from dmagent_loader.pipeline.rollout import Rollout
+from dmagent_loader.pipeline.cql import CQLConfig, CQLResult
+from dmagent_loader.pipeline.record import FeedbackRecord
 from dmagent_loader.pipeline.sft import HeldOutError, SFTResult
 from dmagent_loader.pipeline.trajectories import Trajectories
 from dmagent_loader.simplex import FloatArray, IntArray, js_divergence
 
-
-def model_card(record: FeedbackRecord, result: SFTResult, rollouts: Mapping[str, Rollout], notes: str) -> str:
-    """The README.md of the checkpoint.
-
-    Args:
-        record: What the agent was trained on.
-        result: The training.
-        rollouts: What the agent does: title -> closed loop.
-        notes: What the text is and under which licences, and what else should be said; Markdown sections.
-    """
-    config = record.trajectories.config
-    return f"""---
+FRONT_MATTER = """---
 library_name: dmagent-loader
 license: other
 tags: [data-mixing, continual-pre-training]
 ---
+"""
 
-# Data mixing agent, supervised warm-up only, preview
+
+def sft_card(record: FeedbackRecord, result: SFTResult, notes: str) -> str:
+    """The README.md of an agent after the supervised warm-up.
+
+    Args:
+        record: What the agent was trained on.
+        result: The training.
+        notes: What the text is and under which licences, and what else should be said; Markdown sections.
+    """
+    return f"""{FRONT_MATTER}
+# Data mixing agent, supervised warm-up
 
 A Transformer of {result.agent.num_parameters():,} parameters that reads the mixes used so far over 52 domains and the
-feedback after each, and proposes the next mix (arXiv 2507.15640, section 3). It was trained on a small scale, so that
-the package has weights that can be run, checked and repeated in minutes. It is **not** the paper's agent.
-
-## What it is not
-
-- No reinforcement learning: it imitates the trajectories that a hand-written score prefers (Algorithm 1), whatever they
-  do to a model. The paper's agent is trained further with conservative Q-learning on all trajectories.
-- Its feedback comes from proxies of {record.settings["proxy_parameters"] / 1e6:.2f}M parameters, trained on at most
-  {config.steps * config.tokens_per_step:,} tokens; the paper's have 50M. They say little about single topics.
-- It has seen one start state (the shares of the source documents, no target data), one target field, one pair of
-  question sets ({", ".join(record.fields)}), and no history of more than {config.steps} steps.
-- Nobody has shown that it makes a model better than a fixed mix does. It is for trying the machinery.
+feedback after each, and proposes the next mix (arXiv 2507.15640, section 3). This one imitates the trajectories that
+the score of Algorithm 1 prefers, whatever they do to a model; it is where reinforcement learning starts, and the
+paper's ablation.
 
 ## How it was trained
 
-{training_table(record, result)}
-
-The recorded set (mixes, feedback, training losses, settings) lies beside this page in `recorded.safetensors`;
-`dmagent_loader.pipeline.feedback.FeedbackRecord.load` reads it.
+{_table({**record_rows(record), **sft_rows(record, result)})}
 
 ## Next-mix error on {len(result.test)} held-out expert trajectories
 
@@ -60,48 +48,67 @@ The recorded set (mixes, feedback, training losses, settings) lies beside this p
 Squared distance between predicted and actual mix, averaged over steps. Neither training nor the choice of the weights
 saw these trajectories. {comparison(result.error)}
 
-## What it does
-
-{rollout_section(rollouts, record.fields)}
+{_limits(record)}
 
 {notes.strip()}
 """
 
 
-def training_table(record: FeedbackRecord, result: SFTResult) -> str:
-    """Sizes and settings of the trajectories, the proxies, the feedback and the agent's training."""
-    settings, trajectories, config = record.settings, record.trajectories, record.trajectories.config
-    proxy, facts, statistics = settings["collection"]["proxy"], settings["corpus_facts"], record.statistics()
-    asked = ", ".join(f"{name} {number}" for name, number in settings["num_questions"].items())
-    spread = ", ".join(
-        f"{name} {mean:.4f} ± {std:.4f}"
-        for name, mean, std in zip(record.fields, statistics.mean, statistics.std, strict=True)
-    )
-    rows = {
-        "trajectories": f"{len(trajectories.lengths)}: {config.trajectories_per_set} for each number of candidates per "
-        f"step in {', '.join(f'{n:,}' for n in config.candidates_per_step)}",
-        "steps": f"at most {config.steps}, mean {trajectories.lengths.mean():.1f}; {config.tokens_per_step:,} tokens a "
-        f"step; a trajectory ends when {config.target_tokens:,} target tokens are used",
-        "feedbacks": f"{record.num_feedbacks:,}: one after every step of every trajectory",
-        "proxies": f"{settings['proxy_parameters']:,} parameters each: LLaMA blocks, width {proxy['width']}, "
-        f"{proxy['layers']} layers, vocabulary {proxy['vocab_size']}, from scratch, AdamW {proxy['learning_rate']:g}",
-        "tokens trained": f"{record.num_feedbacks * config.tokens_per_step:,} over all proxies",
-        "questions": f"{asked}: pairs of at most {settings['collection']['questions']['max_tokens']} tokens; "
-        f"{settings['question_tokens']:,} tokens in each evaluation",
-        "feedback": f"{spread}: mean ± std of {statistics.count:,} values, start states included; in nats",
-        "time": f"{record.seconds / 60:.1f} minutes for the feedback on one CPU core, shared with other work",
-        "topics of target documents": f"linear classifier; {facts['classifier_accuracy']:.1%} of "
-        f"{facts['classifier_held_out_documents']:,} held-out *source* documents right; on target documents unknown",
-        "agent": f"next-mix squared error (Eq. 4) on {len(result.training)} trajectories of the set with "
-        f"{config.candidates_per_step[-1]:,} candidates; weights after {result.best_update} updates, the best "
-        f"of {len(result.validation_curve)} looks at {len(result.validation)} validation trajectories",
-    }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+def cql_card(record: FeedbackRecord, config: CQLConfig, result: CQLResult, notes: str) -> str:
+    """The README.md of an agent after Conservative Q-Learning.
+
+    Args:
+        record: What the agent was trained on.
+        config: Settings of the training.
+        result: The training.
+        notes: As in `sft_card`.
+    """
+    return f"""{FRONT_MATTER}
+# Data mixing agent, Conservative Q-Learning
+
+A Transformer of {result.agent.num_parameters():,} parameters that reads the mixes used so far over 52 domains and the
+feedback after each, and proposes the next mix (arXiv 2507.15640, section 3). After a supervised warm-up it was trained
+offline, on recorded trajectories of every quality, to propose what raises the feedback of both fields. Its critics lie
+in ``critic/``; they are not needed to use it.
+
+## How it was trained
+
+{_table({**record_rows(record), **cql_rows(config, result)})}
+
+{_limits(record)}
+
+{notes.strip()}
+"""
 
 
-def report(record: FeedbackRecord, result: SFTResult, rollouts: Mapping[str, Rollout]) -> str:
-    """What a run found, as Markdown tables: coverage, feedback, error, what the agent does."""
-    return f"""# Report
+def record_card(record: FeedbackRecord, notes: str) -> str:
+    """The README.md beside a recorded set.
+
+    Args:
+        record: The set.
+        notes: As in `sft_card`.
+    """
+    count, steps = len(record.trajectories.lengths), record.trajectories.config.steps
+    return f"""# Recorded set: mixing trajectories with feedback
+
+{count} mixing trajectories over 52 domains (26 topics x source and target field), drawn by Algorithm 1 of
+arXiv 2507.15640, with the feedback of a proxy language model after each step: what data mixing agents are trained on.
+``recorded.safetensors`` holds the arrays, its header the settings as JSON;
+`dmagent_loader.pipeline.record.FeedbackRecord.load` reads it, and
+``dmagent train-agent cql --recorded recorded.safetensors --output DIR`` trains both agents from it, without any text.
+
+| array | shape | what |
+|---|---|---|
+| mixes | ({count}, {steps + 1}, 52) | row 0: start state; row t: mix of step t; 0 after the end |
+| feedback | ({count}, {steps + 1}, {len(record.fields)}) | {", ".join(record.fields)}, nats per scored token; \
+row 0: base model; NaN after the end |
+| losses | ({count}, {steps + 1}) | mean training loss of each step, nats per token |
+| lengths, candidates, starts | ({count},) | steps; candidates per step (the set); number of the start state |
+| target_distribution | (52,) | that the score pulls to |
+
+## How it was collected
+
+{_table(record_rows(record))}
 
 ## Trajectories by set
 
@@ -120,22 +127,101 @@ Jensen-Shannon divergence to the mix before, and to the target distribution.
 
 Pearson correlations over all {record.num_feedbacks:,} recorded steps.
 
-## Validation during training
+{notes.strip()}
+"""
+
+
+def record_rows(record: FeedbackRecord) -> dict[str, str]:
+    """Sizes and settings of trajectories, base models, proxies and feedback: name -> text."""
+    settings, trajectories, config = record.settings, record.trajectories, record.trajectories.config
+    collection, facts, statistics = settings["collection"], settings["corpus_facts"], record.statistics()
+    proxy, bases, questions = collection["proxy"], collection["bases"], collection["questions"]
+    asked = ", ".join(f"{name} {number}" for name, number in settings["num_questions"].items())
+    spread = ", ".join(
+        f"{name} {mean:.4f} ± {std:.4f}"
+        for name, mean, std in zip(record.fields, statistics.mean, statistics.std, strict=True)
+    )
+    scored = "question and answer" if questions["score"] == "pair" else "the answer"
+    form = ", multiple choice as stem and right choice" if questions["cloze"] else ""
+    start = (
+        f"{bases['models']} base models, each trained on {bases['tokens']:,} source tokens of a start state of its own"
+    )
+    return {
+        "trajectories": f"{len(trajectories.lengths)}: {config.trajectories_per_set} for each number of candidates per "
+        f"step in {', '.join(f'{n:,}' for n in config.candidates_per_step)}",
+        "steps": f"at most {config.steps}, mean {trajectories.lengths.mean():.1f}; {config.tokens_per_step:,} tokens a "
+        f"step; a trajectory ends when {config.target_tokens:,} target tokens are used",
+        "start": start if bases["tokens"] else f"untrained proxies; {bases['models']} start states",
+        "feedbacks": f"{record.num_feedbacks:,}: one after every step of every trajectory",
+        "proxies": f"{settings['proxy_parameters']:,} parameters each: LLaMA blocks, width {proxy['width']}, "
+        f"{proxy['layers']} layers, vocabulary {proxy['vocab_size']}, AdamW {proxy['learning_rate']:g}; scored with a "
+        f"moving average of the weights ({proxy['averaging']:g})",
+        "tokens trained": f"{record.num_feedbacks * config.tokens_per_step:,} over all proxies",
+        "questions": f"{asked}: pairs of at most {questions['max_tokens']} tokens, {scored} scored{form}; "
+        f"{settings['question_tokens']:,} tokens in each evaluation",
+        "feedback": f"{spread}: mean ± std of {statistics.count:,} values, start states included; nats per token",
+        "time": f"{record.seconds / 3600:.2f} hours of one worker for training and scoring the proxies",
+        "topics of target documents": f"linear classifier; {facts['classifier_accuracy']:.1%} of "
+        f"{facts['classifier_held_out_documents']:,} held-out *source* documents right; on target documents unknown",
+    }
+
+
+def sft_rows(record: FeedbackRecord, result: SFTResult) -> dict[str, str]:
+    """What the warm-up did: name -> text."""
+    return {
+        "agent": f"next-mix squared error (Eq. 4) on {len(result.training)} expert trajectories; weights after "
+        f"{result.best_update} updates, the best of {len(result.validation_curve)} looks at {len(result.validation)} "
+        f"validation trajectories; standardisation {result.agent.config.standardization}"
+    }
+
+
+def cql_rows(config: CQLConfig, result: CQLResult) -> dict[str, str]:
+    """What Conservative Q-Learning did: name -> text."""
+    changed = ", ".join(f"{name} {value:g}" for name, value in asdict(config).items())
+    return {
+        "agent": f"Conservative Q-Learning (Eq. 5-7) on {len(result.trajectories)} trajectories, "
+        f"{result.seconds:.0f} s; standardisation {result.agent.config.standardization}",
+        "settings": changed,
+    }
+
+
+def sft_report(record: FeedbackRecord, result: SFTResult) -> str:
+    """The curve and the held-out error of a warm-up, as Markdown tables."""
+    return f"""# Supervised warm-up
 
 | updates | training error | validation error |
 |---:|---:|---:|
 {chr(10).join(f"| {u} | {a:.5f} | {b:.5f} |" for u, a, b in result.validation_curve)}
 
-Kept: the weights after {result.best_update} updates.
-
-## Next-mix error on {len(result.test)} test trajectories
+Kept: the weights after {result.best_update} updates. On {len(result.test)} test trajectories:
 
 {error_table(result.error)}
-
-## What the agent does
-
-{rollout_section(rollouts, record.fields)}
 """
+
+
+def cql_report(result: CQLResult) -> str:
+    """The curve of Conservative Q-Learning, as a Markdown table."""
+    names = list(result.curve[0])
+    rows = [" | ".join(f"{row[name]:.4g}" if name in row else "" for name in names) for row in result.curve]
+    return (
+        f"# Conservative Q-Learning\n\n| {' | '.join(names)} |\n|{'---:|' * len(names)}\n"
+        + "".join(f"| {row} |\n" for row in rows)
+        + f"\n{result.seconds:.0f} s.\n"
+    )
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+
+
+def _limits(record: FeedbackRecord) -> str:
+    config = record.trajectories.config
+    return f"""## Limits
+
+- Its feedback comes from proxies of {record.settings["proxy_parameters"] / 1e6:.2f}M parameters, trained on at most
+  {config.steps * config.tokens_per_step:,} tokens; the paper's have 50M.
+- It has seen one target field, one pair of question sets ({", ".join(record.fields)}) and
+  {record.settings["collection"]["bases"]["models"]} start states; no history of more than {config.steps} steps."""
 
 
 def comparison(error: HeldOutError) -> str:
@@ -156,27 +242,12 @@ def error_table(error: HeldOutError) -> str:
     return "\n".join(lines)
 
 
-def rollout_section(rollouts: Mapping[str, Rollout], fields: tuple[str, ...]) -> str:
-    """Titled tables of closed loops."""
-    parts = []
-    for title, rollout in rollouts.items():
-        changes = rollout.changes().mean(axis=0)
-        parts.append(
-            f"**{title[0].upper()}{title[1:]}** ({len(rollout.mixes)} proxies, real feedback at every step):\n\n"
-            f"{rollout.table(fields)}\n\n"
-            f"Mean total variation between its proposals and those it would make with every feedback at its mean: "
-            f"{rollout.without_feedback.mean():.3f} (largest {rollout.without_feedback.max():.3f}). "
-            f"From one mix to the next: {changes.mean():.3f} (largest {changes.max():.3f}, at step "
-            f"{int(changes.argmax()) + 1})."
-        )
-    return "\n\n".join(parts)
-
-
 def coverage_table(record: FeedbackRecord) -> str:
     """Where the trajectories of each set lie in the action space."""
     trajectories = record.trajectories
     share = trajectories.target_share()
-    steps = sorted({1, *range(4, share.shape[1], 4)})
+    every = max(4, (share.shape[1] - 1) // 8)
+    steps = sorted({1, *range(every, share.shape[1], every)})
     lines = [
         "| candidates per step | mean length | "
         + " | ".join(f"step {t}" for t in steps)
@@ -195,13 +266,13 @@ def coverage_table(record: FeedbackRecord) -> str:
 def final_feedback_table(record: FeedbackRecord) -> str:
     """Feedback after the last step, by set."""
     lines = ["| candidates per step | " + " | ".join(record.fields) + " |", "|---:|" + "---:|" * len(record.fields)]
-    start = " | ".join(f"{x:.3f}" for x in record.feedback[0, 0])
+    start = " | ".join(f"{x:.3f}" for x in record.feedback[:, 0].mean(axis=0))
     for candidates in record.trajectories.config.candidates_per_step:
         members = record.trajectories.members(candidates)
         final = record.feedback[members, record.trajectories.lengths[members]]
         cells = " | ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(final.mean(axis=0), final.std(axis=0), strict=True))
         lines.append(f"| {candidates:,} | {cells} |")
-    return "\n".join([*lines, f"| untrained proxy | {start} |"])
+    return "\n".join([*lines, f"| base models | {start} |"])
 
 
 def response_table(record: FeedbackRecord) -> str:

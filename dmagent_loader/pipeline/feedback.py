@@ -9,6 +9,7 @@ Shapes: M trajectories, T steps, K fields, G trajectories of a group.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,6 +33,8 @@ from dmagent_loader.pipeline.streams import TrajectoryStream
 from dmagent_loader.pipeline.trajectories import Trajectories
 from dmagent_loader.pipeline.workers import Workers
 from dmagent_loader.simplex import IntArray
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +122,8 @@ class Collection:
         lengths, steps = trajectories.lengths[members], trajectories.config.steps
         start = {name: tensor[trajectories.starts[members]] for name, tensor in self.bases.items()}
         trainer = ProxyTrainer(len(members), config.proxy, start=start, device=self.device)
-        if path.exists():
-            record = load_file(str(path))
+        record = _saved(path)
+        if record is not None:
             if "proxy.updates" in record:
                 trainer.load_state({k.removeprefix("proxy."): v for k, v in record.items() if k.startswith("proxy.")})
         else:
@@ -160,8 +164,20 @@ class Collection:
             record["step"] += 1
             record["seconds"] += time.perf_counter() - started
             state = {} if step == last else {f"proxy.{name}": value for name, value in trainer.state().items()}
-            save_tensors(path, {**record, **state})
+            # Waiting for the disk after every step took as long as the step; a lost state only costs its group.
+            save_tensors(path, {**record, **state}, durable=step == last)
         return record
+
+
+def _saved(path: Path) -> dict[str, Tensor] | None:
+    """What a group's file holds; None where there is none, or one that a loss of power has damaged."""
+    if not path.exists():
+        return None
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        logger.warning("%s cannot be read (%s): its group begins anew", path, error)
+        return None
 
 
 def collect_feedback(

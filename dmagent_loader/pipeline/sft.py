@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.history import FeedbackStatistics, standardize
-from dmagent_loader.pipeline.feedback import FeedbackRecord
+from dmagent_loader.history import FeedbackStatistics, Standardization, standardize
+from dmagent_loader.pipeline.record import FeedbackRecord
 from dmagent_loader.simplex import FloatArray, IntArray
 
 
@@ -89,17 +89,18 @@ class SFTResult:
 
 
 def agent_inputs(
-    record: FeedbackRecord, statistics: FeedbackStatistics, numbers: IntArray
+    record: FeedbackRecord, statistics: FeedbackStatistics, numbers: IntArray, standardization: Standardization
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, next mixes and validity of some trajectories, padded on the right.
 
     A causal agent's answer at a step does not depend on later rows, so padding on the right needs no mask inside it.
-    Feedback is standardised with the statistics of the whole record (``frozen``; paper, C.3).
+    Feedback is standardised as the agent will do it at inference, with the statistics of the whole record (paper, C.3).
 
     Args:
         record: Trajectories and feedback.
         statistics: Of the feedback.
         numbers: Which trajectories.
+        standardization: The agent's.
 
     Returns:
         inputs (M, T, D + K), targets (M, T, D): row t of the targets is the mix of step t + 1; valid (M, T).
@@ -107,7 +108,7 @@ def agent_inputs(
     longest = int(record.trajectories.lengths[numbers].max())
     mixes = record.trajectories.mixes[numbers, : longest + 1]
     valid = np.arange(longest)[None] < record.trajectories.lengths[numbers][:, None]
-    feedback = np.stack([standardize(f, statistics, "frozen") for f in record.feedback[numbers, :longest]])
+    feedback = np.stack([standardize(f, statistics, standardization) for f in record.feedback[numbers, :longest]])
     inputs = np.concatenate([mixes[:, :-1], np.where(valid[..., None], feedback, 0.0)], axis=-1)
     return (
         torch.from_numpy(inputs).float(),
@@ -164,7 +165,7 @@ def held_out_error(
     agent: MixingAgent, record: FeedbackRecord, statistics: FeedbackStatistics, training: IntArray, held_out: IntArray
 ) -> HeldOutError:
     """Errors of the agent and of two baselines on the held-out trajectories; see `HeldOutError`."""
-    inputs, targets, valid = agent_inputs(record, statistics, held_out)
+    inputs, targets, valid = agent_inputs(record, statistics, held_out, agent.config.standardization)
     with torch.no_grad():
         predicted = agent(inputs)
     mixes, lengths = record.trajectories.mixes, record.trajectories.lengths
@@ -190,8 +191,10 @@ def _fit(
     on_update: Callable[[], object] | None,
 ) -> tuple[list[tuple[int, float, float]], int, dict[str, Tensor]]:
     """Returns the validation curve, the best update and the weights after it."""
-    inputs, targets, valid = agent_inputs(record, statistics, training)
-    unseen_inputs, unseen_targets, unseen_valid = agent_inputs(record, statistics, validation)
+    inputs, targets, valid = agent_inputs(record, statistics, training, agent.config.standardization)
+    unseen_inputs, unseen_targets, unseen_valid = agent_inputs(
+        record, statistics, validation, agent.config.standardization
+    )
     optimizer = torch.optim.AdamW(agent.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.updates)
     curve: list[tuple[int, float, float]] = []
