@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from dmagent_loader.environment import Environment
+from dmagent_loader.environment import Environment, EnvironmentSettings
 from dmagent_loader.errors import EnvironmentDataError
 
 GOOD = json.dumps({"question": "q", "answer": "a", "id": 7}).encode()
@@ -54,6 +54,54 @@ def test_faulty_row_is_named_by_file_line_and_column(tmp_path, line, message):
 
     with pytest.raises(EnvironmentDataError, match=message):
         load(path, separator="")
+
+
+CHOICES = {"question": "2 + 2? A 3 B 4", "answer": "B", "stem": "2 + 2?", "choices": ["3", "4"], "answer_index": 1}
+
+
+def asked(tmp_path, *rows, cloze):
+    path = tmp_path / "choices.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return [(q.question, q.answer) for q in load(path, cloze=cloze).questions["x"]]
+
+
+def test_cloze_asks_the_stem_and_the_right_choice_without_the_list(tmp_path):
+    """Rows without choices, and files that mix both kinds, stay as they are."""
+    plain = {"question": "why", "answer": "because"}
+    assert asked(tmp_path, CHOICES, plain, cloze=True) == [("2 + 2?", "4"), ("why", "because")]
+    assert asked(tmp_path, CHOICES, plain, cloze=False) == [("2 + 2? A 3 B 4", "B"), ("why", "because")]
+    assert not EnvironmentSettings().cloze
+
+
+def test_cloze_without_a_stem_asks_the_question(tmp_path):
+    """HellaSwag's questions hold no list."""
+    row = {key: value for key, value in CHOICES.items() if key != "stem"}
+    assert asked(tmp_path, row, cloze=True) == [("2 + 2? A 3 B 4", "4")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer_index": 2}, r"line 1 of .* has choices \['3', '4'\] and answer_index 2: .*counted from 0"),
+        ({"answer_index": -1}, "answer_index -1"),
+        ({"answer_index": None}, "answer_index None"),
+        ({"answer_index": "1"}, "answer_index '1'"),
+        ({"choices": "34"}, "has choices '34'"),
+        ({"choices": [3, 4]}, r"column 'answer' in line 1 of .* is 4: it must be text"),
+        ({"stem": 7}, r"column 'question' in line 1 of .* is 7"),
+    ],
+)
+def test_faulty_choices_are_named(tmp_path, change, message):
+    """Catches: an index from the end, which Python would take."""
+    with pytest.raises(EnvironmentDataError, match=message):
+        asked(tmp_path, {**CHOICES, **change}, cloze=True)
+
+
+def test_cloze_changes_the_fingerprint(tmp_path):
+    """Feedback of the two is not comparable."""
+    path = tmp_path / "choices.jsonl"
+    path.write_text(json.dumps(CHOICES), encoding="utf-8")
+    assert load(path, cloze=True).fingerprint != load(path, cloze=False).fingerprint
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
