@@ -34,8 +34,8 @@ from dmagent_loader.report.mixes import coverage_chart, steered_run, trajectorie
 
 READ = {"general": "env/mmlu_val.jsonl.gz", "math": "env/math_train_500.jsonl.gz"}
 UNSEEN = {"general": "env/mmlu_test_sample.jsonl.gz", "math": "env/math_test_sample.jsonl.gz"}
-QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(64, 24), batch_tokens=2048)
-UNSEEN_QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(150, 60), batch_tokens=2048)
+QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(64, 24), batch_tokens=512)
+UNSEEN_QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(150, 60), batch_tokens=512)
 
 
 def tables(trial: TrialRecord, record: FeedbackRecord, agents: dict[str, MixingAgent]) -> str:

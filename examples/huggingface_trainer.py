@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     data.add_argument("--tokenizer", required=True, help="the one the shards were packed with")
     data.add_argument("--max-questions", type=int, help="most questions of each field")
     mixing = parser.add_argument_group("mixing")
-    mixing.add_argument("--agent", default="dmagent-sft-preview", help="name, path or Hub id (default: %(default)s)")
+    mixing.add_argument("--agent", default="dmagent-rl", help="name, path or Hub id (default: %(default)s)")
     mixing.add_argument("--static-target", type=float, metavar="SHARE", help="no agent: this share of target data")
     mixing.add_argument("--samples-per-reweight", type=int, default=64_000)
     mixing.add_argument("--exhausted", choices=["repeat", "stop", "redistribute", "error"])

@@ -11,7 +11,7 @@ With --small it takes minutes and makes an agent that is good for nothing but se
 384 trajectories: about an hour on two cores with --workers 2. `dmagent train-agent` does the same from the command
 line. To train an agent on a recorded set without any text:
 
-    dmagent train-agent cql --recorded agent_checkpoints/recorded-math/recorded.safetensors --output runs/again
+    dmagent train-agent cql --recorded recorded-math --output runs/again
 """
 
 from __future__ import annotations

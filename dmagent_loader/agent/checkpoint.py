@@ -33,17 +33,19 @@ MAX_HEADER_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def list_bundled() -> dict[str, Path]:
-    """The checkpoints that come with the package: name to directory.
-
-    An installed package has them inside itself, a checkout beside the package.
-    """
+def bundled_roots() -> list[Path]:
+    """Folders of what comes with the package: an installed package has it inside itself, a checkout beside itself."""
     package = Path(__file__).resolve().parents[1]
     roots = [package / "agent_checkpoints"]
     if (package.parent / "setup.cfg").is_file():
         roots.append(package.parent / "agent_checkpoints")
+    return roots
+
+
+def list_bundled() -> dict[str, Path]:
+    """The checkpoints that come with the package: name to directory."""
     found: dict[str, Path] = {}
-    for root in roots:
+    for root in bundled_roots():
         for config in sorted(root.glob(f"*/{CONFIG_FILE}")):
             found.setdefault(config.parent.name, config.parent)
     return found

@@ -47,8 +47,10 @@ def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.Argu
             help="'full' (the bundled agents', hours), 'small' (minutes), or a JSON file with settings that replace "
             "those of 'full', nested as in pipeline.stages.PipelineConfig (default: %(default)s)",
         )
-        if stage not in ("trajectories", "all"):
-            command.add_argument("--recorded", type=Path, help="a recorded set to train on, instead of collecting one")
+        if stage in ("sft", "cql"):
+            command.add_argument(
+                "--recorded", help="a recorded set to train on, instead of collecting one: a file, or 'recorded-math'"
+            )
         if stage != "trajectories":
             _add_worker_arguments(command)
         command.add_argument(

@@ -11,7 +11,7 @@ CONTEXT_TOKENS = 512
 
 MIN_VOCAB = 512
 
-DEFAULT_AGENT = "dmagent-sft-preview"
+DEFAULT_AGENT = "dmagent-rl"
 
 
 @dataclass(frozen=True, kw_only=True)

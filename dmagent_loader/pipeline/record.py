@@ -55,9 +55,10 @@ class FeedbackRecord:
         return FeedbackStatistics.of(self.feedback[np.isfinite(self.feedback).all(axis=-1)])
 
     def save(self, path: Path) -> None:
-        """Writes one safetensors file; settings are JSON in its header."""
+        """Writes one safetensors file; settings are JSON in its header, mixes are rounded to float32."""
         arrays = {
-            "mixes": self.trajectories.mixes,
+            # Half the size, and what agents are trained in.
+            "mixes": self.trajectories.mixes.astype(np.float32),
             "lengths": self.trajectories.lengths,
             "candidates": self.trajectories.candidates,
             "starts": self.trajectories.starts,
@@ -86,6 +87,7 @@ class FeedbackRecord:
             if meta.get("schema") != SCHEMA:
                 raise StateError(f"{path} has schema {meta.get('schema')}, not {SCHEMA}: collect the feedback again")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        arrays["mixes"] = arrays["mixes"].astype(np.float64)
         feedback, losses = arrays.pop("feedback"), arrays.pop("losses")
         return cls(
             trajectories=Trajectories(**arrays, config=TrajectoryConfig.from_json(meta["trajectory_settings"])),

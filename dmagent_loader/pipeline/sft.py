@@ -27,6 +27,8 @@ class SFTConfig:
 
     Args:
         expert_candidates: N of the set to imitate; the paper uses the one with the most candidates.
+        expert_share: Imitate so large a share of all trajectories instead, those with the highest return among the
+            trajectories of the same start state (extension); None: the set.
         updates: Optimiser updates at most.
         evaluate_every: Updates between two looks at the validation trajectories; the weights with the lowest validation
             error are kept (extension).
@@ -39,6 +41,7 @@ class SFTConfig:
     """
 
     expert_candidates: int = 10_000
+    expert_share: float | None = None
     updates: int = 600
     evaluate_every: int = 20
     batch_size: int = 8
@@ -135,7 +138,10 @@ def train_sft(
     Raises:
         ConfigurationError: Too few expert trajectories for the split.
     """
-    experts = record.trajectories.members(config.expert_candidates)
+    if config.expert_share is None:
+        experts = record.trajectories.members(config.expert_candidates)
+    else:
+        experts = highest_returns(record, config.expert_share)
     if min(config.validation, config.test) < 1 or len(experts) <= config.validation + config.test:
         raise ConfigurationError(
             f"the expert set has {len(experts)} trajectories, of which {config.validation} are for validation and "
@@ -159,6 +165,23 @@ def train_sft(
         validation=validation,
         test=test,
     )
+
+
+def highest_returns(record: FeedbackRecord, share: float) -> IntArray:
+    """Numbers of the trajectories with the highest return, so large a share of those of each start state.
+
+    The return is the change of feedback from start to end in units of its spread, mean over the fields: the sum of the
+    rewards of Eq. 6. Start states are kept apart, because a base model that knows less gains more.
+    """
+    lengths, starts = record.trajectories.lengths, record.trajectories.starts
+    change = record.feedback[np.arange(len(lengths)), lengths] - record.feedback[:, 0]
+    returns = (change / np.array(record.statistics().std)).mean(axis=1)
+    chosen = []
+    for start in np.unique(starts):
+        members = np.flatnonzero(starts == start)
+        best = members[np.argsort(-returns[members], kind="stable")]
+        chosen.append(best[: max(1, round(share * len(members)))])
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
 def held_out_error(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
+from dmagent_loader.agent.checkpoint import bundled_roots
 from dmagent_loader.agent.critic import save_critics
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError, StateError
 from dmagent_loader.pipeline import card
@@ -136,6 +137,23 @@ def with_settings(config: T, values: Mapping[str, Any]) -> T:
     return dataclasses.replace(config, **changes)
 
 
+def bundled_record(name_or_path: str | Path) -> Path:
+    """File of a recorded set: a path, or the name of one that comes with the package.
+
+    Raises:
+        StateError: Neither.
+    """
+    if Path(name_or_path).is_file():
+        return Path(name_or_path)
+    bundled = {path.parent.name: path for root in bundled_roots() for path in root.glob(f"*/{RECORDED}")}
+    if str(name_or_path) not in bundled:
+        raise StateError(
+            f"there is no recorded set {str(name_or_path)!r}: give a file, or the name of a bundled one "
+            f"({', '.join(sorted(bundled)) or 'there are none'})"
+        )
+    return bundled[str(name_or_path)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """The stages of one run.
@@ -145,7 +163,7 @@ class Pipeline:
         output: For the results of all stages.
         data: Folder with ``source/<Topic>.jsonl(.gz)``, the target folder and the question files; None: only stages
             whose inputs are in `output` already.
-        recorded: A recorded set to train on instead of collecting one.
+        recorded: A recorded set to train on instead of collecting one: a file, or the name of a bundled one.
         notes: For the model cards: what the text is and under which licences; Markdown sections.
         workers: Who collects the feedback.
         device: Where the proxies lie, see `ProxyTrainer`.
@@ -155,7 +173,7 @@ class Pipeline:
     config: PipelineConfig
     output: Path
     data: Path | None = None
-    recorded: Path | None = None
+    recorded: str | Path | None = None
     notes: str = "## Data\n\nThe person who trained this agent has not described the data."
     workers: Workers = field(default_factory=Workers)
     device: str = "cpu"
@@ -224,7 +242,7 @@ class Pipeline:
             ShardNotFoundError, StateError: See `corpus`.
         """
         if self.recorded is not None:
-            return FeedbackRecord.load(self.recorded)
+            return FeedbackRecord.load(bundled_record(self.recorded))
         path = self.output / RECORDED
         if path.exists():
             record = FeedbackRecord.load(path)
@@ -263,7 +281,8 @@ class Pipeline:
             progress=self.progress,
         )
         record.save(path)
-        return record
+        # As a later call will read it: mixes are rounded in the file.
+        return FeedbackRecord.load(path)
 
     def sft(self) -> MixingAgent:
         """The agent after the supervised warm-up, trained unless it is there.

@@ -79,7 +79,7 @@ class TrialConfig:
             averaging=0.95,
         )
     )
-    base: BaseConfig = field(default_factory=lambda: BaseConfig(models=1, tokens=3_000_000, learning_rate=3e-3))
+    base: BaseConfig = field(default_factory=lambda: BaseConfig(models=1, tokens=1_500_000, learning_rate=3e-3))
     seeds: int = 3
     steps: int = 80
     tokens_per_step: int = 2048
@@ -89,7 +89,7 @@ class TrialConfig:
     smoothing: float = 0.02
     runs_at_once: int = 3
     evaluate_every: int = 5
-    marks: tuple[float, ...] = (0.5, 0.8, 0.95)
+    marks: tuple[float, ...] = (0.5,)
     held_out_rows: int = 96
     seed: int = 1
 
