@@ -1,6 +1,6 @@
 """Do proxies of different size rank the same trajectories alike?
 
-    python benchmarks/proxy_fidelity.py --run DIR --data DIR --output DIR [--sizes 0.5M 3M 0.16M-again] [--table]
+    python benchmarks/proxy_fidelity.py --run DIR --data DIR --output DIR [--sizes 0.5M 1.7M 0.16M-again] [--table]
 
 Takes 24 trajectories of a recorded set, 6 of each of its sets, and trains proxies of other sizes along them: each from
 base models of its own size, on rows of its own. Then it prints the rank correlations of their scores, with each other
@@ -31,19 +31,19 @@ from dmagent_loader.pipeline.record import FeedbackRecord
 from dmagent_loader.pipeline.trajectories import Trajectories
 
 FILES = {"general": "env/mmlu_val.jsonl.gz", "math": "env/math_train_500.jsonl.gz"}
-QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(64, 24), batch_tokens=2048)
+QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(64, 24), batch_tokens=256)
 SMALL = ProxyConfig(rows_per_update=4, learning_rate=1.5e-3, warmup_updates=20, averaging=0.95, seed=1)
 # Larger proxies learn more from a token, and cost more for each: their base models see fewer.
 SIZES = {
     "0.5M": (
         replace(SMALL, width=112, layers=3, feed_forward=256, learning_rate=1.2e-3),
-        BaseConfig(tokens=2_000_000, learning_rate=2e-3, seed=1),
+        BaseConfig(tokens=600_000, learning_rate=2e-3, seed=1),
     ),
-    "3M": (
-        replace(SMALL, width=256, layers=4, feed_forward=680, learning_rate=7e-4),
-        BaseConfig(tokens=1_000_000, learning_rate=1e-3, seed=1),
+    "1.7M": (
+        replace(SMALL, width=176, layers=4, feed_forward=468, learning_rate=9e-4),
+        BaseConfig(tokens=300_000, learning_rate=1.5e-3, seed=1),
     ),
-    "0.16M-again": (SMALL, BaseConfig(tokens=3_000_000, seed=1)),
+    "0.16M-again": (SMALL, BaseConfig(tokens=1_000_000, seed=1)),
 }
 
 
@@ -54,13 +54,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--per-set", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=40, help="of each trajectory, at most (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="only print the table of what is done")
     args = parser.parse_args()
 
     everything = Trajectories.load(args.run / "trajectories.safetensors")
     numbers = spread_sample(everything, args.per_set)
-    trajectories = everything.subset(numbers)
+    trajectories = everything.subset(numbers).shortened(args.steps)
     args.output.mkdir(parents=True, exist_ok=True)
     if not args.table:
         corpus = Corpus.load(args.run / "corpus")
@@ -81,22 +82,22 @@ def main() -> None:
                 device=args.device,
             )
             np.save(args.output / f"{name}.npy", scores)
-            facts = {"parameters": proxy.num_parameters, "numbers": numbers.tolist()}
+            facts = {"parameters": proxy.num_parameters, "numbers": numbers.tolist(), "steps": args.steps}
             (args.output / f"{name}.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
     feedback = {}
     if (args.run / "recorded.safetensors").exists():
         record = FeedbackRecord.load(args.run / "recorded.safetensors")
-        feedback["recorded"] = record.feedback[numbers]
+        feedback["recorded"] = record.feedback[numbers, : trajectories.config.steps + 1]
     for name in SIZES:
         if (args.output / f"{name}.npy").exists():
             facts = json.loads((args.output / f"{name}.json").read_text(encoding="utf-8"))
-            if facts["numbers"] == numbers.tolist():
+            if facts["numbers"] == numbers.tolist() and facts["steps"] == args.steps:
                 feedback[name] = np.load(args.output / f"{name}.npy")
     print(f"done: {', '.join(feedback) or 'nothing yet'}; trajectories {numbers.tolist()}")
     if len(feedback) > 1:
-        print(fidelity_table(trajectories, feedback, tuple(FILES), steps=(20, 40)))
+        print(fidelity_table(trajectories, feedback, tuple(FILES), steps=(20,)))
 
 
 if __name__ == "__main__":

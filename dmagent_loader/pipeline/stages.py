@@ -85,7 +85,9 @@ class PipelineConfig:
             questions=QuestionConfig(max_questions=(64, 24), batch_tokens=256),
         )
     )
-    sft: SFTConfig = field(default_factory=SFTConfig)
+    sft: SFTConfig = field(
+        default_factory=lambda: SFTConfig(expert_share=0.2, updates=300, evaluate_every=10, validation=8, test=8)
+    )
     cql: CQLConfig = field(default_factory=CQLConfig)
 
 
@@ -103,7 +105,7 @@ def small_config() -> PipelineConfig:
             "trajectories": {"candidates_per_step": [1, 100, 1000], "trajectories_per_set": 12, "steps": 24}
             | {"target_tokens": 25_500},
             "feedback": {"bases": {"models": 2, "tokens": 500_000}, "questions": {"max_questions": [32, 12]}},
-            "sft": {"expert_candidates": 1000, "updates": 300, "validation": 2, "test": 2},
+            "sft": {"expert_share": 0.4, "updates": 200, "validation": 2, "test": 2},
             "cql": {"updates": 200, "warmup_updates": 50},
         },
     )

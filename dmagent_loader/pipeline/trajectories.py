@@ -148,6 +148,18 @@ class Trajectories:
             ),
         )
 
+    def shortened(self, steps: int) -> Trajectories:
+        """The first steps of each trajectory.
+
+        Raises:
+            ConfigurationError: Fewer than one step.
+        """
+        if steps < 1:
+            raise ConfigurationError(f"trajectories cannot be shortened to {steps} steps: keep one or more")
+        mixes = self.mixes[:, : steps + 1]
+        config = replace(self.config, steps=mixes.shape[1] - 1)
+        return replace(self, mixes=mixes, lengths=np.minimum(self.lengths, config.steps), config=config)
+
     def target_share(self) -> FloatArray:
         """(M, T + 1) weight of the target field; NaN after the end."""
         share = self.mixes[:, :, NUM_TOPICS:].sum(axis=-1)

@@ -23,7 +23,14 @@ SETTINGS = {
         "questions": {"max_tokens": 32, "max_questions": 5},
         "row_tokens": 32,
     },
-    "sft": {"expert_candidates": 20, "updates": 4, "evaluate_every": 2, "validation": 1, "test": 1},
+    "sft": {
+        "expert_share": None,
+        "expert_candidates": 20,
+        "updates": 4,
+        "evaluate_every": 2,
+        "validation": 1,
+        "test": 1,
+    },
     "cql": {"updates": 4, "warmup_updates": 1, "log_every": 2, "batch_size": 2, "window": 2},
 }
 
