@@ -201,7 +201,8 @@ Kept: the weights after {result.best_update} updates. On {len(result.test)} test
 
 def cql_report(result: CQLResult) -> str:
     """The curve of Conservative Q-Learning, as a Markdown table."""
-    names = list(result.curve[0])
+    # Some are only there once the actor moves.
+    names = list(dict.fromkeys(name for row in result.curve for name in row))
     rows = [" | ".join(f"{row[name]:.4g}" if name in row else "" for name in names) for row in result.curve]
     return (
         f"# Conservative Q-Learning\n\n| {' | '.join(names)} |\n|{'---:|' * len(names)}\n"
