@@ -174,10 +174,11 @@ def _saved(path: Path) -> dict[str, Tensor] | None:
     if not path.exists():
         return None
     try:
-        return load_file(str(path))
+        record: dict[str, Tensor] = load_file(str(path))
     except SafetensorError as error:
         logger.warning("%s cannot be read (%s): its group begins anew", path, error)
         return None
+    return record
 
 
 def collect_feedback(
