@@ -16,7 +16,9 @@ def test_a_saved_record_loads_with_everything(collected: FeedbackRecord, tmp_pat
     loaded = FeedbackRecord.load(tmp_path / "recorded.safetensors")
     assert np.array_equal(loaded.feedback, collected.feedback, equal_nan=True)
     assert np.array_equal(loaded.losses, collected.losses, equal_nan=True)
-    for name in ("mixes", "lengths", "candidates", "starts", "target_distribution"):
+    rounded = collected.trajectories.mixes.astype(np.float32)
+    assert np.array_equal(loaded.trajectories.mixes, rounded.astype(np.float64)), "mixes are stored in float32"
+    for name in ("lengths", "candidates", "starts", "target_distribution"):
         assert np.array_equal(getattr(loaded.trajectories, name), getattr(collected.trajectories, name)), name
     assert loaded.trajectories.config == collected.trajectories.config
     assert (loaded.fields, loaded.seconds) == (("general", "math"), collected.seconds)

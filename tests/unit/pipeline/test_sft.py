@@ -13,11 +13,12 @@ from dmagent_loader.domains import NUM_CANONICAL
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.history import History
 from dmagent_loader.pipeline.feedback import FeedbackRecord
-from dmagent_loader.pipeline.sft import SFTConfig, agent_inputs, held_out_error, train_sft
+from dmagent_loader.pipeline.sft import SFTConfig, agent_inputs, held_out_error, highest_returns, train_sft
 from dmagent_loader.pipeline.trajectories import Trajectories, TrajectoryConfig
 
 STEPS, PER_SET = 8, 16
-AGENT = AgentConfig(d_model=32, num_heads=2, d_ff=64, max_steps=STEPS)
+# Frozen: a lot around the first one drawn would say nothing about whether it is high or low.
+AGENT = AgentConfig(d_model=32, num_heads=2, d_ff=64, max_steps=STEPS, standardization="frozen")
 CONFIG = SFTConfig(updates=250, evaluate_every=25, learning_rate=3e-3, batch_size=8, validation=3, test=4)
 
 
@@ -77,6 +78,26 @@ def test_the_parts_are_disjoint_and_of_the_expert_set(record: FeedbackRecord) ->
     assert (len(result.validation), len(result.test)) == (3, 4)
 
 
+def test_experts_can_be_those_of_the_highest_return_of_each_start_state(record: FeedbackRecord) -> None:
+    """Catches a ranking over all: the trajectories of the second start state all end 10 nats higher than they began."""
+    starts = np.arange(2 * PER_SET) % 2
+    feedback = record.feedback.copy()
+    feedback[starts == 1, 1:] += 10.0
+    changed = dataclasses.replace(
+        record, feedback=feedback, trajectories=dataclasses.replace(record.trajectories, starts=starts)
+    )
+    chosen = highest_returns(changed, 0.25)
+    assert np.bincount(starts[chosen]).tolist() == [4, 4]
+    last = feedback[np.arange(2 * PER_SET), record.trajectories.lengths]
+    returns = ((last - feedback[:, 0]) / np.array(changed.statistics().std)).mean(axis=1)
+    for start in (0, 1):
+        others = np.setdiff1d(np.flatnonzero(starts == start), chosen)
+        assert returns[chosen[starts[chosen] == start]].min() >= returns[others].max()
+    result = train_sft(changed, dataclasses.replace(CONFIG, updates=1, expert_share=0.5), AGENT)
+    parts = np.concatenate([result.training, result.validation, result.test])
+    assert sorted(parts) == highest_returns(changed, 0.5).tolist()
+
+
 def test_a_seed_gives_the_same_agent_and_leaves_the_global_generator_alone(record: FeedbackRecord) -> None:
     config = dataclasses.replace(CONFIG, updates=3)
     torch.manual_seed(5)
@@ -107,7 +128,7 @@ def test_baselines_are_what_they_say(record: FeedbackRecord) -> None:
 def test_training_inputs_are_what_the_agent_sees_when_it_proposes(record: FeedbackRecord) -> None:
     """The same encoding in training and in use; catches another order of columns or another standardisation."""
     agent = MixingAgent(dataclasses.replace(AGENT, statistics=record.statistics()))
-    inputs, targets, valid = agent_inputs(record, record.statistics(), np.array([17]))
+    inputs, targets, valid = agent_inputs(record, record.statistics(), np.array([17]), "frozen")
     steps = int(record.trajectories.lengths[17])
     history = History(
         domains=AGENT.domains,

@@ -225,3 +225,14 @@ def test_what_is_no_start_state_is_refused() -> None:
         dataclasses.replace(CONFIG, steps=0)
     with pytest.raises(ConfigurationError, match="the sets are"):
         sample_trajectories(start[None], target, dataclasses.replace(CONFIG, candidates_per_step=(1,))).members(7)
+
+
+def test_shortened_trajectories_are_the_first_steps_of_each(drawn: Trajectories) -> None:
+    steps = int(drawn.lengths.min())
+    some = drawn.shortened(steps)
+    assert np.array_equal(some.mixes, drawn.mixes[:, : steps + 1])
+    assert (some.lengths == steps).all()
+    assert some.config.steps == steps
+    assert np.array_equal(drawn.shortened(drawn.config.steps + 5).lengths, drawn.lengths)
+    with pytest.raises(ConfigurationError, match="shortened to 0 steps"):
+        drawn.shortened(0)
