@@ -1,6 +1,6 @@
 """Do proxies of different size rank the same trajectories alike?
 
-    python benchmarks/proxy_fidelity.py --run DIR --data DIR --output DIR [--sizes 0.5M 1.7M 0.16M-again] [--table]
+    python benchmarks/proxy_fidelity.py --run DIR --data DIR --output DIR [--sizes 0.06M 0.5M ...] [--table]
 
 Takes 24 trajectories of a recorded set, 6 of each of its sets, and trains proxies of other sizes along them: each from
 base models of its own size, on rows of its own. Then it prints the rank correlations of their scores, with each other
@@ -35,6 +35,10 @@ QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(64, 24), batch_tokens=
 SMALL = ProxyConfig(rows_per_update=4, learning_rate=1.5e-3, warmup_updates=20, averaging=0.95, seed=1)
 # Larger proxies learn more from a token, and cost more for each: their base models see fewer.
 SIZES = {
+    "0.06M": (
+        replace(SMALL, width=32, heads=2, feed_forward=84, learning_rate=2e-3),
+        BaseConfig(tokens=600_000, learning_rate=4e-3, seed=1),
+    ),
     "0.5M": (
         replace(SMALL, width=112, layers=3, feed_forward=256, learning_rate=1.2e-3),
         BaseConfig(tokens=600_000, learning_rate=2e-3, seed=1),
@@ -54,7 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--per-set", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=40, help="of each trajectory, at most (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="of each trajectory, at most (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="only print the table of what is done")
     args = parser.parse_args()
