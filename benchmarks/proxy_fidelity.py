@@ -33,7 +33,7 @@ from dmagent_loader.pipeline.trajectories import Trajectories
 FILES = {"general": "env/mmlu_val.jsonl.gz", "math": "env/math_train_500.jsonl.gz"}
 QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(64, 24), batch_tokens=256)
 SMALL = ProxyConfig(rows_per_update=4, learning_rate=1.5e-3, warmup_updates=20, averaging=0.95, seed=1)
-# Larger proxies learn more from a token, and cost more for each: their base models see fewer.
+# Base models that have seen as much text as each other, and a fifth of what the recorded ones saw: 3.7M costs the most.
 SIZES = {
     "0.06M": (
         replace(SMALL, width=32, heads=2, feed_forward=84, learning_rate=2e-3),
@@ -45,9 +45,13 @@ SIZES = {
     ),
     "1.7M": (
         replace(SMALL, width=176, layers=4, feed_forward=468, learning_rate=9e-4),
-        BaseConfig(tokens=300_000, learning_rate=1.5e-3, seed=1),
+        BaseConfig(tokens=600_000, learning_rate=1.5e-3, seed=1),
     ),
-    "0.16M-again": (SMALL, BaseConfig(tokens=1_000_000, seed=1)),
+    "3.7M": (
+        replace(SMALL, width=240, layers=5, feed_forward=640, learning_rate=8e-4),
+        BaseConfig(tokens=600_000, learning_rate=1.2e-3, seed=1),
+    ),
+    "0.16M-again": (SMALL, BaseConfig(tokens=600_000, seed=1)),
 }
 
 

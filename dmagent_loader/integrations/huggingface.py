@@ -19,16 +19,15 @@ import inspect
 import json
 import logging
 import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
+from dmagent_loader.integrations.mixing import Mixing
 from dmagent_loader.layout import StreamKind
 from dmagent_loader.progress import LoaderSettings
 from dmagent_loader.sampler import AgentWeightedSampler
@@ -41,9 +40,6 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback  # n
 from transformers.trainer_callback import ExportableState  # noqa: E402
 from transformers.trainer_utils import RemoveColumnsCollator, SaveStrategy  # noqa: E402
 
-if TYPE_CHECKING:
-    from dmagent_loader.decisions import Decision
-
 logger = logging.getLogger(__name__)
 
 
@@ -55,10 +51,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     ``resume_from_checkpoint``; the Trainer's own skipping of batches is switched off, because the sampler goes on at
     the right sample by itself. Training stops when the plan ends.
 
-    Metrics go to the Trainer's reporters and its ``log_history``: ``mix/<domain>`` (the new mix), ``achieved/<domain>``
-    (shares trained on since the last decision), ``env/<field>``, ``dmagent/staleness_samples``,
-    ``dmagent/look_ahead_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
-    ``dmagent/evaluation_share`` (of the time since training began).
+    Metrics go to the Trainer's reporters and its ``log_history``: see `dmagent_loader.integrations.mixing.Report`.
 
     Args:
         sampler: The Trainer's `train_dataset`.
@@ -67,9 +60,8 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     def __init__(self, sampler: AgentWeightedSampler, environment: Environment | None = None) -> None:
         self.sampler, self.environment = sampler, environment
+        self._mixing = Mixing(sampler, environment)
         self._begin_consumed, self._begin_step, self._samples_per_step = 0, 0, 1
-        self._consumed = 0
-        self._started, self._evaluating_seconds = 0.0, 0.0
         self._reporters: list[TrainerCallback] = []
         self._random_state: torch.Tensor | None = None
 
@@ -97,16 +89,15 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             self.sampler.before_iteration = self._keep_random_state
         # A checkpoint made without this callback has no place for its state, which the Trainer needs when it saves.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self._begin_step, self._begin_consumed = state.global_step, self._consumed
-        self._started = time.perf_counter()
+        self._begin_step, self._begin_consumed = state.global_step, self.consumed
         self._reporters = _other_callbacks(self)
-        self._warn_about_idle_parts()
+        self._mixing.begin()
         self._warn_about_epochs(args)
         self._maybe_reweight(args, state, control, kwargs["model"])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A new pass begins where training stands: what the last pass had fetched ahead was not trained on."""
-        self.sampler.seek(self._consumed)
+        self.sampler.seek(self.consumed)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a resumption, undoes what making the loader's iterator did to the random state."""
@@ -117,14 +108,11 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts what was consumed, decides when it is time, and stops at the end of the plan."""
         trained = (state.global_step - self._begin_step) * self._samples_per_step
-        self._consumed = self._begin_consumed + trained
-        if self.sampler.finished(self._consumed):
-            self._consumed = self.sampler.end or self._consumed
+        self._mixing.consumed = self._begin_consumed + trained
+        if self._mixing.finished():
             control.should_training_stop = control.should_log = True
             if args.save_strategy == SaveStrategy.STEPS:
                 control.should_save = True  # as the Trainer itself does at its last step
-            names = self.sampler.plan.used_up_at(self.sampler.plan.end or self._consumed)
-            logger.info("training stops after %d samples: %s are used up", self._consumed, ", ".join(names) or "data")
             return
         self._maybe_reweight(args, state, control, kwargs["model"])
 
@@ -132,64 +120,22 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """What the Trainer writes into its checkpoint."""
         return {
             "args": {},
-            "attributes": {
-                "sampler": self.sampler.state_dict(consumed=self._consumed),
-                "environment": None if self.environment is None else self.environment.fingerprint,
-                "samples_per_step": self._samples_per_step,
-            },
+            "attributes": {**self._mixing.state_dict(), "samples_per_step": self._samples_per_step},
         }
 
     @property
     def consumed(self) -> int:
         """Samples that training has consumed over all ranks since the run began."""
-        return self._consumed
+        return self._mixing.consumed
 
     def _maybe_reweight(self, args: Any, state: Any, control: Any, model: Any) -> None:
-        if self.environment is None or self.sampler.decisions.policy is None:
+        if not self._mixing.due():
             return
-        if not self.sampler.reweight_due(self._consumed):
-            return
-        before = self.sampler.decisions.measurements
-        since = before[-1].consumed if before else 0
-        started = time.perf_counter()
-        feedback = self.environment.evaluate(model)
-        seconds = time.perf_counter() - started
-        self._evaluating_seconds += seconds
-        decision = self.sampler.reweight(feedback, consumed=self._consumed)
-        self._report(args, state, control, decision, feedback, seconds, since)
-
-    def _report(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        decision: Decision,
-        feedback: Mapping[str, float],
-        seconds: float,
-        since: int,
-    ) -> None:
-        """Sends the metrics of one decision to the Trainer's log history and reporters."""
-        space = self.sampler.space
-        elapsed = time.perf_counter() - self._started
-        short = {f"env/{field}": float(value) for field, value in feedback.items()}
-        masses = space.field_mass(space.mix(decision.proposed, renormalize=True))
-        short |= {f"mix/{field}": mass for field, mass in masses.items()}
-        short["dmagent/staleness_samples"] = float(decision.staleness)
-        full = dict(short)
-        full |= {f"mix/{domain}": weight for domain, weight in decision.proposed.items()}
-        if self._consumed > since:
-            counts = self.sampler.achieved(since, self._consumed)
-            full |= {f"achieved/{domain}": count / (self._consumed - since) for domain, count in counts.items()}
-        full |= {
-            "dmagent/consumed_samples": float(self._consumed),
-            "dmagent/decision_seconds": decision.seconds,
-            "dmagent/evaluation_seconds": seconds,
-            "dmagent/evaluation_share": self._evaluating_seconds / elapsed if elapsed > 0 else 0.0,
-        }
-        state.log_history.append({**full, "epoch": state.epoch, "step": state.global_step})
+        report = self._mixing.reweight(lambda environment: environment.evaluate(model))
+        state.log_history.append({**report.full, "epoch": state.epoch, "step": state.global_step})
         for reporter in self._reporters:
             console = isinstance(reporter, (ProgressCallback, PrinterCallback))
-            logs = {name: f"{value:.4g}" for name, value in short.items()} if console else dict(full)
+            logs = {name: f"{value:.4g}" for name, value in report.short.items()} if console else dict(report.full)
             reporter.on_log(args, state, control, logs=logs)
 
     def _recognise(self, args: Any, loader: Any) -> None:
@@ -251,19 +197,11 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         else:
             try:
                 attributes = saved["attributes"]
-                restored, questions = attributes["sampler"], attributes["environment"]
                 samples_per_step = int(attributes["samples_per_step"])
             except (KeyError, TypeError) as error:
                 raise StateError(f"the checkpoint's state of DataMixingCallback cannot be read: {error!r}") from error
-            self.sampler.load_state_dict(restored)
-            self._consumed = int(restored["consumed"])
+            self._mixing.load_state_dict(attributes)
             self._check_steps(args, state, samples_per_step)
-            present = None if self.environment is None else self.environment.fingerprint
-            if questions != present:
-                logger.warning(
-                    "the environment's questions or settings differ from those before the checkpoint: feedback before "
-                    "and after it cannot be compared"
-                )
         if not args.ignore_data_skip:
             args.ignore_data_skip = True
             logger.warning(
@@ -276,20 +214,13 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         end = self.sampler.end
         if end is None or args.max_steps > 0 or samples_per_step == self._samples_per_step:
             return
-        needed = state.global_step + -(-(end - self._consumed) // self._samples_per_step)
+        needed = state.global_step + -(-(end - self.consumed) // self._samples_per_step)
         raise ConfigurationError(
             f"the checkpoint was made with {samples_per_step} samples in a step, this run has "
             f"{self._samples_per_step}; "
             f"with num_train_epochs the Trainer would stop at step {state.max_steps}, whatever data are left: pass "
             f"max_steps={needed}"
         )
-
-    def _warn_about_idle_parts(self) -> None:
-        has_policy = self.sampler.decisions.policy is not None
-        if has_policy and self.environment is None:
-            logger.warning("the sampler has a policy, but DataMixingCallback has no environment: it is never asked")
-        if self.environment is not None and not has_policy:
-            logger.warning("an environment was given, but the sampler has neither agent nor policy: nothing is decided")
 
     def _warn_about_epochs(self, args: Any) -> None:
         end = self.sampler.end

@@ -6,7 +6,6 @@ import logging
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from dmagent_loader import AgentWeightedSampler, Environment
@@ -14,8 +13,6 @@ from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.integrations.huggingface import DataMixingCallback
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import write_toy_shards
-
-DOMAINS = ["source/Science", "source/News", "target/Science", "target/Finance"]
 
 
 def tokens(sample):
@@ -65,23 +62,6 @@ def parts(tmp_path):
         return trainer, callback, sampler
 
     return build
-
-
-def test_metrics_reach_the_event_file_through_the_trainers_own_writer(launch):
-    run = launch("--steps", "12", "--tensorboard")
-    folders = {path.parent for path in (run.out / "trainer").rglob("events.out.tfevents.*")}
-    assert len(folders) == 1, "metrics went to a writer beside the Trainer's"
-    events = EventAccumulator(str(folders.pop())).Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {f"train/mix/{domain}" for domain in DOMAINS} <= tags
-    assert {f"train/achieved/{domain}" for domain in DOMAINS} <= tags
-    assert {"train/env/general", "train/env/math", "train/loss", "train/mix/source", "train/mix/target"} <= tags
-    assert {"train/dmagent/staleness_samples", "train/dmagent/evaluation_share"} <= tags
-    mix = events.Scalars("train/mix/target/Science")
-    assert [event.step for event in mix] == [0, 8]
-    assert [event.value for event in mix] == pytest.approx(
-        [entry["mix"][2] for entry in run.results[0]["ledger"][-2:]], abs=1e-6
-    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

@@ -6,18 +6,14 @@ from itertools import chain
 
 import pytest
 
+# Those that the conformance suite does not run; it has more of the default mode and of the mixin.
 MODES = [
     # mode, processes, workers, accumulation
-    ("default", 1, 0, 1),
     ("default", 1, 2, 4),
-    ("default", 2, 0, 1),
-    ("default", 2, 0, 4),
-    ("default", 2, 2, 1),
     ("default", 2, 2, 4),
     ("nodispatch", 2, 0, 1),
     ("nodispatch", 2, 2, 1),
     ("split", 2, 0, 1),
-    ("mixin", 2, 0, 4),
     ("mixin", 2, 2, 1),
 ]
 
@@ -55,10 +51,10 @@ def test_every_sample_is_trained_on_once_and_in_order(launch, mode, processes, w
 
     assert run.results[0]["consumed"] == steps * accumulation * size
     assert all(result["ledger"] == run.results[0]["ledger"] for result in run.results)
-    decisions = run.decisions()
-    assert len(decisions) == 1 + steps * accumulation * size // 16
+    stale = [value for _, value in run.results[0]["metrics"]["train/dmagent/staleness_samples"]]
+    assert len(stale) == 1 + steps * accumulation * size // 16
     ahead = {"default": 1, "nodispatch": 1, "split": 1, "mixin": 0}[mode] * size
     prefetched = 2 * workers * (size if mode in ("nodispatch", "mixin") else per_rank)
     bound = ahead + -(-prefetched // size) * size
-    assert decisions[0]["dmagent/staleness_samples"] == 0
-    assert {d["dmagent/staleness_samples"] for d in decisions[1:]} == {bound}
+    assert stale[0] == 0
+    assert set(stale[1:]) == {bound}

@@ -1,0 +1,136 @@
+"""What every integration does between two training steps, whatever the trainer.
+
+An integration knows its trainer: when a step ends, how many samples were consumed, where metrics and checkpoints go.
+Everything else is here, so that a run decides, logs, saves and ends in the same way in all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dmagent_loader.decisions import Decision
+from dmagent_loader.environment import Environment
+from dmagent_loader.errors import StateError
+from dmagent_loader.sampler import AgentWeightedSampler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The metrics of one decision.
+
+    Attributes:
+        short: For a console: ``env/<field>``, ``mix/<field>``, ``dmagent/staleness_samples``.
+        full: Those, ``mix/<domain>`` (the new mix), ``achieved/<domain>`` (shares trained on since the last decision),
+            ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
+            ``dmagent/evaluation_share`` (of the time since training began).
+        decision: What was decided.
+    """
+
+    short: Mapping[str, float]
+    full: Mapping[str, float]
+    decision: Decision
+
+
+class Mixing:
+    """The sampler and the environment of one run, and how far it is.
+
+    Args:
+        sampler: That the trainer reads.
+        environment: Question sets; None: no decisions, mixes change by `set_mix` only.
+    """
+
+    def __init__(self, sampler: AgentWeightedSampler, environment: Environment | None) -> None:
+        self.sampler, self.environment = sampler, environment
+        self.consumed = 0
+        """Samples that training has consumed over all ranks since the run began."""
+        self._started, self._evaluating_seconds = 0.0, 0.0
+
+    def begin(self) -> None:
+        """Training begins or goes on: starts the clock, and warns about parts that have nothing to do."""
+        self._started, self._evaluating_seconds = time.perf_counter(), 0.0
+        has_policy = self.sampler.decisions.policy is not None
+        if has_policy and self.environment is None:
+            logger.warning("the sampler has a policy, but DataMixingCallback has no environment: it is never asked")
+        if self.environment is not None and not has_policy:
+            logger.warning("an environment was given, but the sampler has neither agent nor policy: nothing is decided")
+
+    def due(self) -> bool:
+        """Whether the model is to be evaluated now; all ranks get the same answer."""
+        if self.environment is None or self.sampler.decisions.policy is None:
+            return False
+        return self.sampler.reweight_due(self.consumed)
+
+    def reweight(self, evaluate: Callable[[Environment], Mapping[str, float]]) -> Report:
+        """Evaluates the model and lets the policy decide. All ranks call it together.
+
+        Args:
+            evaluate: From the environment to the feedback of the trainer's model.
+        """
+        assert self.environment is not None
+        before = self.sampler.decisions.measurements
+        since = before[-1].consumed if before else 0
+        started = time.perf_counter()
+        feedback = evaluate(self.environment)
+        seconds = time.perf_counter() - started
+        self._evaluating_seconds += seconds
+        decision = self.sampler.reweight(feedback, consumed=self.consumed)
+        elapsed = time.perf_counter() - self._started
+        space = self.sampler.space
+        short = {f"env/{field}": float(value) for field, value in feedback.items()}
+        masses = space.field_mass(space.mix(decision.proposed, renormalize=True))
+        short |= {f"mix/{field}": mass for field, mass in masses.items()}
+        short["dmagent/staleness_samples"] = float(decision.staleness)
+        full = dict(short)
+        full |= {f"mix/{domain}": weight for domain, weight in decision.proposed.items()}
+        if self.consumed > since:
+            counts = self.sampler.achieved(since, self.consumed)
+            full |= {f"achieved/{domain}": count / (self.consumed - since) for domain, count in counts.items()}
+        full |= {
+            "dmagent/consumed_samples": float(self.consumed),
+            "dmagent/decision_seconds": decision.seconds,
+            "dmagent/evaluation_seconds": seconds,
+            "dmagent/evaluation_share": self._evaluating_seconds / elapsed if elapsed > 0 else 0.0,
+        }
+        return Report(short=short, full=full, decision=decision)
+
+    def finished(self) -> bool:
+        """Whether data are used up; then `consumed` is cut to where they ended."""
+        if not self.sampler.finished(self.consumed):
+            return False
+        self.consumed = self.sampler.end or self.consumed
+        names = self.sampler.plan.used_up_at(self.sampler.plan.end or self.consumed)
+        logger.info("training stops after %d samples: %s are used up", self.consumed, ", ".join(names) or "data")
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for the trainer's checkpoint."""
+        return {
+            "sampler": self.sampler.state_dict(consumed=self.consumed),
+            "environment": None if self.environment is None else self.environment.fingerprint,
+        }
+
+    def load_state_dict(self, state: Any) -> None:
+        """Goes on where `state_dict` was taken.
+
+        Raises:
+            StateError: The state cannot be read, or belongs to other shards or another seed.
+        """
+        try:
+            restored, questions = state["sampler"], state["environment"]
+            consumed = int(restored["consumed"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"the checkpoint's state of DataMixingCallback cannot be read: {error!r}") from error
+        self.sampler.load_state_dict(restored)
+        self.consumed = consumed
+        present = None if self.environment is None else self.environment.fingerprint
+        if questions != present:
+            logger.warning(
+                "the environment's questions or settings differ from those before the checkpoint: feedback before "
+                "and after it cannot be compared"
+            )

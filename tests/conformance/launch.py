@@ -1,0 +1,110 @@
+"""Starts training programs, alone or under torchrun, and reads what they leave behind; see `parts`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dmagent_loader import AgentWeightedSampler
+from dmagent_loader.ledger import Ledger
+from dmagent_loader.testing import write_toy_shards
+
+ROWS = {"source/Science": 60, "source/News": 50, "target/Science": 64, "target/Finance": 32}
+DOMAINS = list(ROWS)
+
+
+@dataclass
+class Run:
+    """What one run of a program left behind."""
+
+    out: Path
+    returncode: int
+    stderr: str
+    processes: int
+    data_ranks: int
+    batch_size: int
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    def micro_batches(self) -> list[list[list[int]]]:
+        """For each micro-batch, the global indices of each data-parallel rank."""
+        ranks = [[line["indices"] for line in self.seen(rank)] for rank in range(self.data_ranks)]
+        assert len({len(seen) for seen in ranks}) == 1, "a rank has a batch more than another"
+        return [list(batches) for batches in zip(*ranks, strict=True)]
+
+    def indices(self) -> list[int]:
+        """Global indices of all that was trained on, micro-batch after micro-batch."""
+        return [index for ranks in self.micro_batches() for indices in ranks for index in indices]
+
+    def keys(self) -> dict[int, int]:
+        """Global index -> crc32 of the row's key."""
+        found: dict[int, int] = {}
+        for rank in range(self.data_ranks):
+            for line in self.seen(rank):
+                for index, key in zip(line["indices"], line["keys"], strict=True):
+                    assert index not in found, f"sample {index} was trained on twice"
+                    found[index] = key
+        return found
+
+    def seen(self, rank: int) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.out / f"seen-{rank}.jsonl").read_text().splitlines()]
+
+
+class Launcher:
+    """Starts a program on one set of shards.
+
+    Args:
+        folder: Of all runs.
+        program: Path of the program.
+    """
+
+    def __init__(self, folder: Path, program: Path) -> None:
+        self.folder, self.program = folder, program
+        self.number = 0
+        self.shards = write_toy_shards(folder / "shards", ROWS, tokens=16)
+        (folder / "shards.json").write_text(json.dumps(self.shards))
+
+    def __call__(
+        self,
+        *options: str,
+        processes: int = 1,
+        data_ranks: int | None = None,
+        batch_size: int = 2,
+        check: bool = True,
+    ) -> Run:
+        out = self.folder / f"run-{self.number}"
+        self.number += 1
+        launch = [sys.executable]
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+            launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command = [*launch, str(self.program), "--shards", str(self.folder / "shards.json"), "--out", str(out)]
+        command += ["--batch-size", str(batch_size), *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        run = Run(out, done.returncode, done.stderr, processes, data_ranks or processes, batch_size)
+        if check:
+            assert done.returncode == 0, (done.stdout[-1000:] + done.stderr)[-5000:]
+            run.results = [json.loads((out / f"result-{rank}.json").read_text()) for rank in range(processes)]
+        return run
+
+    def replay(self, run: Run, indices: list[int]) -> dict[int, int]:
+        """Global index -> crc32 of the key, from the run's ledger alone."""
+        sampler = AgentWeightedSampler(
+            self.shards, samples_per_reweight=1, seed=3, progress=False, cache_dir=self.folder / "cache"
+        )
+        for entry in Ledger.from_json(sampler.space.names, run.results[0]["ledger"]):
+            sampler.plan.append(entry)
+        located = sampler.plan.locate(indices)
+        rows = zip(located.domain, located.shard, located.row, strict=True)
+        keys = [sampler.collection.read(int(d), int(s), int(r)).key for d, s, r in rows]
+        return {index: zlib.crc32(key.encode()) for index, key in zip(indices, keys, strict=True)}
