@@ -41,6 +41,7 @@ from dmagent_loader.policies import Policy, StaticPolicy
 
 HELD_OUT_PER_SET = 12
 STREAMS = 2
+SHOWN_STEPS = (1, 20, 60)
 # Above any number of a recorded trajectory's stream.
 FIRST_NUMBER = 6_000_000
 # 400 updates of the 1,200 that the bundled agent was trained for: settings are compared at the same length.
@@ -124,7 +125,7 @@ class Search:
         agent, facts = self.warm_up(config, shape)
         if name in CQL:
             started = time.process_time()
-            result = train_cql(self.training, agent, config.cql)
+            result = train_cql(self.training, agent, config.cql, progress=False)
             agent = result.agent
             judged = held_out_q(self.record, agent, result.critics, self.held_out, discount=config.cql.discount)
             facts = {**dataclasses.asdict(judged), "cpu_seconds": time.process_time() - started}
@@ -177,7 +178,10 @@ class Search:
         return {
             "gains": gains.tolist(),
             "nats": last.tolist(),
-            "target_share": [float(shares[loop.mixes[:, step].sum(axis=-1) > 0, step].mean()) for step in (1, 20, 60)],
+            # Of the runs that have not ended by then.
+            "target_share": [
+                float(shares[lengths >= step, step].mean()) for step in SHOWN_STEPS if (lengths >= step).any()
+            ],
             "lengths": lengths.tolist(),
         }
 

@@ -35,6 +35,42 @@ def packed_tokens(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShiftedTokens:
+    """Packed rows as the models of Megatron-core take them: labels already shifted, a mask of the loss, positions.
+
+    A row of `length` + 1 tokens is used up to its last token. Of a row of `length` tokens the last position has no next
+    token: its label is 0 and it does not count in the loss.
+
+    Args:
+        length: T, tokens that the model reads.
+    """
+
+    length: int
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """``tokens``, ``labels`` and ``position_ids``, (T,) int64, and ``loss_mask``, (T,) float32.
+
+        Raises:
+            DecodeError: The row holds no packed tokens, or of another length.
+        """
+        row = packed_tokens(sample)["input_ids"]
+        if len(row) not in (self.length, self.length + 1):
+            raise DecodeError(
+                f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} has {len(row)} tokens, but the model "
+                f"reads {self.length}: write the shards with --sequence-length {self.length + 1} (or {self.length}, "
+                "whose last position then has nothing to predict)"
+            )
+        following = torch.zeros(self.length, dtype=torch.int64)
+        following[: len(row) - 1] = row[1:]
+        return {
+            "tokens": row[: self.length],
+            "labels": following,
+            "loss_mask": (torch.arange(self.length) < len(row) - 1).float(),
+            "position_ids": torch.arange(self.length),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizeText:
     """Tokenises text rows, cut and padded to a fixed length.
 

@@ -197,7 +197,8 @@ class Environment:
 
         Args:
             model: A causal language model, called as ``model(input_ids, attention_mask=...)``, that returns logits or
-                an object with ``.logits``; DistributedDataParallel and torch.compile are unwrapped.
+                an object with ``.logits``; DistributedDataParallel and torch.compile are unwrapped. Or one with a
+                method ``token_log_probs``, see `scoring.Model`.
             rank: Of this process among those that hold the whole model. Give it, with `world_size`, where ranks are
                 not data-parallel replicas (tensor parallelism). None: the rank in the default process group.
             world_size: Number of data-parallel ranks. None: the size of the default process group.
@@ -310,6 +311,8 @@ class Environment:
             for _ in range(num_calls - len(batches)):
                 scorer.log_probs([min(windows, key=lambda entry: entry.num_inputs)])
         for batch, log_probs in zip(batches, results, strict=True):
+            if log_probs is None:
+                continue
             counts = [windows[pair].num_scored for pair in batch]
             values = log_probs.double().cpu().numpy()
             sums[batch] = np.add.reduceat(values, np.cumsum([0, *counts[:-1]]))

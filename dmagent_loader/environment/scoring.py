@@ -19,7 +19,12 @@ from dmagent_loader.environment.batches import ScoredWindow
 from dmagent_loader.errors import ConfigurationError
 
 Model: TypeAlias = Callable[..., Any]
-"""Called as ``model(input_ids, attention_mask=...)``; returns logits, or an object that has them as ``.logits``."""
+"""Called as ``model(input_ids, attention_mask=...)``; returns logits, or an object that has them as ``.logits``.
+
+A model with a method ``token_log_probs(input_ids, following)``, both (B, T) int64 and padded on the right, is asked by it
+instead: for the log-probability of each following token, (B, T), or None on a rank that does not hold the output. So a
+model whose logits lie on several ranks never has to gather them.
+"""
 
 SLICE_ELEMENTS = 1 << 22
 """How many logits are turned into float32 at a time (16 MiB)."""
@@ -101,13 +106,14 @@ class Scorer:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._device = _device_of(model)
+        self._token_log_probs = getattr(model, "token_log_probs", None)
         forward = model.forward if isinstance(model, nn.Module) else model
         try:
             self._keeps_logits = "logits_to_keep" in inspect.signature(forward).parameters
         except (TypeError, ValueError):
             self._keeps_logits = False
 
-    def log_probs(self, batch: Sequence[ScoredWindow]) -> Tensor:
+    def log_probs(self, batch: Sequence[ScoredWindow]) -> Tensor | None:
         """Log-probabilities of the scored tokens of one batch, in nats.
 
         Pairs are padded on the right and masked. Positions that are not scored cost no softmax, and no output layer
@@ -117,7 +123,8 @@ class Scorer:
             batch: B windows.
 
         Returns:
-            (S,) on the model's device: the scored tokens of the first window, then of the second, and so on.
+            (S,) on the model's device: the scored tokens of the first window, then of the second, and so on. None: the
+            model's output is on another rank.
 
         Raises:
             ConfigurationError: The model does not return logits of the right shape.
@@ -132,6 +139,15 @@ class Scorer:
             rows.append(np.full(window.num_scored, row))
             columns.append(np.arange(window.num_inputs - window.num_scored, window.num_inputs))
             targets.append(window.tokens[-window.num_scored :])
+        if self._token_log_probs is not None:
+            following = np.zeros_like(input_ids)
+            for row, window in enumerate(batch):
+                following[row, : window.num_inputs] = window.tokens[1:]
+            found = self._token_log_probs(self._tensor(input_ids), self._tensor(following))
+            if found is None:
+                return None
+            chosen: Tensor = found[np.concatenate(rows), np.concatenate(columns)]
+            return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
         kept = width - min(int(column[0]) for column in columns)
         arguments: dict[str, Any] = {"attention_mask": self._tensor(mask)}
         if self._keeps_logits:

@@ -7,10 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+import uuid
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.ledger import Ledger
@@ -18,6 +21,8 @@ from dmagent_loader.testing import write_toy_shards
 
 ROWS = {"source/Science": 60, "source/News": 50, "target/Science": 64, "target/Finance": 32}
 DOMAINS = list(ROWS)
+TIMEOUT_SECONDS = float(os.environ.get("CONFORMANCE_TIMEOUT", "280"))
+"""Of one program; NeMo alone takes a minute to be imported on a busy machine."""
 
 
 @dataclass
@@ -26,7 +31,7 @@ class Run:
 
     out: Path
     returncode: int
-    stderr: str
+    printed: str
     processes: int
     data_ranks: int
     batch_size: int
@@ -89,11 +94,20 @@ class Launcher:
             launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
         command = [*launch, str(self.program), "--shards", str(self.folder / "shards.json"), "--out", str(out)]
         command += ["--batch-size", str(batch_size), *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-        run = Run(out, done.returncode, done.stderr, processes, data_ranks or processes, batch_size)
+        mark = {"CONFORMANCE_RUN": uuid.uuid4().hex}
+        environment = {**os.environ, **mark, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment["TOKENIZERS_PARALLELISM"] = "false"
+        # Into a file: a process that a killed one leaves behind would hold a pipe open.
+        with (self.folder / f"{out.name}.log").open("w+") as log:
+            try:
+                done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=TIMEOUT_SECONDS)
+            finally:
+                _end_processes(mark)
+            log.seek(0)
+            printed = log.read()
+        run = Run(out, done.returncode, printed, processes, data_ranks or processes, batch_size)
         if check:
-            assert done.returncode == 0, (done.stdout[-1000:] + done.stderr)[-5000:]
+            assert done.returncode == 0, printed[-5000:]
             run.results = [json.loads((out / f"result-{rank}.json").read_text()) for rank in range(processes)]
         return run
 
@@ -108,3 +122,14 @@ class Launcher:
         rows = zip(located.domain, located.shard, located.row, strict=True)
         keys = [sampler.collection.read(int(d), int(s), int(r)).key for d, s, r in rows]
         return {index: zlib.crc32(key.encode()) for index, key in zip(indices, keys, strict=True)}
+
+
+def _end_processes(mark: dict[str, str]) -> None:
+    """Ends what a killed run has left behind: data workers, and the helpers of distributed checkpointing."""
+    (name, value), *_ = mark.items()
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(name) == value:
+                process.kill()
+        except psutil.Error:
+            continue

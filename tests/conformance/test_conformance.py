@@ -54,10 +54,36 @@ class Integration:
         return self.ahead * unit + -(-prefetched // unit) * unit
 
 
+MEGATRON = ("megatron.core",)
+NEMO = ("nemo.collections.llm",)
 INTEGRATIONS = [
     Integration(name="plain loop", program="plain"),
     Integration(name="HF Trainer", program="huggingface", prefix="train/", ahead=1, every_rank_reads=False),
     Integration(name="HF Trainer, mixin", program="huggingface", options=("--mode", "mixin"), prefix="train/"),
+    Integration(name="Lightning", program="lightning", needs=("lightning.pytorch",)),
+    Integration(
+        name="Lightning, no length",
+        program="lightning",
+        needs=("lightning.pytorch",),
+        options=("--no-length",),
+        ahead=1,
+    ),
+    Integration(name="Megatron-core", program="megatron", needs=MEGATRON),
+    Integration(
+        name="Megatron-core, tensor-parallel",
+        program="megatron",
+        needs=MEGATRON,
+        options=("--tensor", "2"),
+        model_parallel=2,
+    ),
+    Integration(
+        name="Megatron-core, pipeline-parallel",
+        program="megatron",
+        needs=MEGATRON,
+        options=("--pipeline", "2"),
+        model_parallel=2,
+    ),
+    Integration(name="NeMo", program="nemo", needs=NEMO),
 ]
 
 
@@ -237,7 +263,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(integration, setting, 
     common += ["--steps", "12", "--save-every", "5"]
     whole = start(*common, processes=setting.processes)
     killed = start(*common, "--kill-at", "8", processes=setting.processes, check=False)
-    assert killed.returncode in (-signal.SIGKILL, 1), killed.stderr[-2000:]
+    assert killed.returncode in (-signal.SIGKILL, 1), killed.printed[-2000:]
     resumed = start(*common, "--resume", str(killed.out / "checkpoints"), processes=setting.processes)
     done = 5 * setting.accumulation
     assert resumed.micro_batches() == whole.micro_batches()[done:]

@@ -18,7 +18,7 @@ def test_killed_and_resumed_gives_the_same_samples_mixes_and_weights(launch, pro
     common = ["--workers", str(workers), "--accumulation", str(accumulation), "--save-every", "5", "--dropout", "0.1"]
     whole = launch(*common, "--steps", "14", processes=processes)
     killed = launch(*common, "--steps", "14", "--kill-at", "8", processes=processes, check=False)
-    assert killed.returncode in (-signal.SIGKILL, 1), killed.stderr[-2000:]
+    assert killed.returncode in (-signal.SIGKILL, 1), killed.printed[-2000:]
     checkpoint = last_whole_checkpoint(killed.out / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.endswith("checkpoint-5")

@@ -1,0 +1,356 @@
+"""Megatron-core: an external data iterator, the evaluation of a model that lies on several ranks, and the run's state.
+
+    mixing = MegatronMixing(sampler, environment, micro_batch_size=..., global_batch_size=..., max_length=...)
+    mixing.begin(model)
+    while not mixing.finished:
+        forward_backward(data_iterator=mixing.data_iterator, model=model, ...)
+        optimizer.step()
+        mixing.step_end(model, iteration=...)
+
+Every process of the run builds the sampler, with ``**data_parallel_ranks()``, and makes the same calls. Rank 0 of the
+run decides, and all ranks get the decision: tensor- and pipeline-parallel peers hold the same mix. Only processes that
+ask the data iterator for micro-batches read shards.
+
+Shapes: B rows of a micro-batch, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dmagent_loader import distributed
+from dmagent_loader.environment import Environment
+from dmagent_loader.errors import ConfigurationError, StateError, require_extra
+from dmagent_loader.integrations.mixing import Mixing, Report
+from dmagent_loader.progress import LoaderSettings
+from dmagent_loader.sampler import AgentWeightedSampler
+
+require_extra("megatron.core", "megatron")
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.utils import get_model_config  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+class Ranks(TypedDict):
+    """Place of a process among those that read different data."""
+
+    rank: int
+    world_size: int
+
+
+def data_parallel_ranks() -> Ranks:
+    """What `AgentWeightedSampler` needs to know: peers that hold parts of one model have the same place.
+
+    Raises:
+        ConfigurationError: Megatron's process groups do not exist yet.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        raise ConfigurationError(
+            "Megatron's process groups do not exist yet, so that the data-parallel rank is unknown: call "
+            "parallel_state.initialize_model_parallel() before the sampler is built"
+        )
+    return {
+        "rank": parallel_state.get_data_parallel_rank(),
+        "world_size": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+class MicroBatches(Iterator[dict[str, Any]]):
+    """The external data iterator: micro-batches of this data-parallel rank, without end until the plan ends.
+
+    Peers that hold parts of one model may all ask it, and get the same micro-batches, or one may ask and send them on.
+
+    Args:
+        sampler: Its transform gives what the forward step needs, see `transforms.ShiftedTokens`.
+        micro_batch_size: B.
+        num_workers: Torch data workers.
+        prefetch_factor: Micro-batches that each worker prepares ahead.
+    """
+
+    def __init__(
+        self, sampler: AgentWeightedSampler, *, micro_batch_size: int, num_workers: int, prefetch_factor: int
+    ) -> None:
+        self._loader = DataLoader(
+            sampler,
+            batch_size=micro_batch_size,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            generator=torch.Generator().manual_seed(0),  # the loader's seed is not drawn from the model's
+        )
+        self._batches: Iterator[dict[str, Any]] | None = None
+        self._samples_per_batch = micro_batch_size * sampler.world_size
+        self.begin = 0
+        """Samples consumed over all data-parallel ranks before the first micro-batch."""
+        self.given = 0
+        """Samples over all data-parallel ranks in the micro-batches that this process was given."""
+
+    def __next__(self) -> dict[str, Any]:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch = next(self._batches)
+        self.given += self._samples_per_batch
+        return batch
+
+
+class ParallelModel(nn.Module):
+    """A Megatron-core model as `Environment` asks it: by its own parallel forward, whatever rank holds its output.
+
+    Logits are never gathered: the model's vocabulary-parallel cross entropy gives one loss for each token.
+
+    Args:
+        chunks: The model of this process, as Megatron's schedules take it: one module, or several with an interleaved
+            pipeline; wrapped in Megatron's DistributedDataParallel or not.
+        max_length: The most tokens that it reads.
+
+    Raises:
+        ConfigurationError: The run is context-parallel.
+    """
+
+    def __init__(self, chunks: nn.Module | Sequence[nn.Module], *, max_length: int) -> None:
+        super().__init__()
+        if parallel_state.get_context_parallel_world_size() > 1:
+            raise ConfigurationError(
+                "the evaluation of a context-parallel model is not supported, because each rank would see a part of "
+                "each question only: set context_parallel_size to 1"
+            )
+        given = list(chunks) if isinstance(chunks, Sequence) else [chunks]
+        self.chunks = nn.ModuleList(given)
+        self.config = SimpleNamespace(max_position_embeddings=max_length, vocab_size=_vocabulary(given))
+        # Sequence-parallel regions are split evenly over the tensor-parallel ranks.
+        parallel = get_model_config(given[0])
+        self._multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+
+    def token_log_probs(self, input_ids: Tensor, following: Tensor) -> Tensor | None:
+        """Log-probability of each following token, in nats.
+
+        Args:
+            input_ids: (B, T), padded on the right.
+            following: (B, T), the token after each of them.
+
+        Returns:
+            (B, T); None on ranks without the last stage of the pipeline.
+        """
+        rows, tokens = input_ids.shape
+        # A pipeline works on as many micro-batches as it has stages; an interleaved one needs them.
+        num_microbatches = parallel_state.get_pipeline_model_parallel_world_size()
+        size = -(-rows // num_microbatches)
+        padding = (0, -tokens % self._multiple, 0, size * num_microbatches - rows)
+        inputs = nn.functional.pad(input_ids, padding).split(size)
+        labels = nn.functional.pad(following, padding).split(size)
+        length = tokens + padding[1]
+        positions = torch.arange(length, device=input_ids.device).expand(size, length)
+
+        def forward_step(batches: Iterator[tuple[Tensor, Tensor]], model: nn.Module) -> tuple[Tensor, Any]:
+            batch, targets = next(batches)
+            # No mask: the model is causal and padding is on the right.
+            return model(batch, positions, None, labels=targets), lambda losses, non_loss_data: losses
+
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(list(zip(inputs, labels, strict=True))) for _ in self.chunks],
+            model=list(self.chunks),
+            num_microbatches=num_microbatches,
+            seq_length=length,
+            micro_batch_size=size,
+            decoder_seq_length=length,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if not losses:
+            return None
+        return -torch.cat(list(losses))[:rows, :tokens]
+
+
+def evaluate(environment: Environment, model: nn.Module | Sequence[nn.Module], *, max_length: int) -> dict[str, float]:
+    """The feedback of a Megatron-core model, the same on every rank; all ranks call it together.
+
+    Questions are dealt over the data-parallel ranks; peers that hold parts of one model work on the same ones.
+
+    Args:
+        environment: Question sets.
+        model: See `ParallelModel`.
+        max_length: The most tokens that the model reads.
+    """
+    return environment.evaluate(ParallelModel(model, max_length=max_length), **data_parallel_ranks())
+
+
+class MegatronMixing:
+    """The sampler, the environment and the data iterator of one Megatron-core run.
+
+    Decisions are made between optimizer steps. Nothing is fetched ahead without `num_workers`, so a new mix holds from
+    the next step on.
+
+    Args:
+        sampler: Built with ``**data_parallel_ranks()`` on every process.
+        environment: Question sets; None: no decisions, mixes change by `set_mix` only.
+        micro_batch_size: Rows of one forward step.
+        global_batch_size: Rows of one optimizer step over all data-parallel ranks; the run ends with the last whole
+            one.
+        max_length: The most tokens that the model reads.
+        num_workers: Torch data workers of each process that reads.
+        prefetch_factor: Micro-batches that each worker prepares ahead.
+        writer: Has ``add_scalar(name, value, step)``, as TensorBoard's; None on processes that do not write.
+
+    Raises:
+        ConfigurationError: Batch sizes that do not fit, or a sampler with other ranks than the data-parallel ones.
+
+    Attributes:
+        data_iterator: For ``forward_backward_func(data_iterator=...)``.
+    """
+
+    def __init__(
+        self,
+        sampler: AgentWeightedSampler,
+        environment: Environment | None = None,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        max_length: int,
+        num_workers: int = 0,
+        prefetch_factor: int = LoaderSettings.prefetch_factor,
+        writer: Any = None,
+    ) -> None:
+        ranks = data_parallel_ranks()
+        if (sampler.rank, sampler.world_size) != (ranks["rank"], ranks["world_size"]):
+            raise ConfigurationError(
+                f"the sampler reads as rank {sampler.rank} of {sampler.world_size}, but this process is data-parallel "
+                f"rank {ranks['rank']} of {ranks['world_size']}: build it with AgentWeightedSampler(..., "
+                "**data_parallel_ranks())"
+            )
+        if global_batch_size % (micro_batch_size * sampler.world_size):
+            raise ConfigurationError(
+                f"a global batch of {global_batch_size} rows is no multiple of {micro_batch_size} rows on each of "
+                f"{sampler.world_size} data-parallel ranks: choose batch sizes that fit"
+            )
+        self.sampler, self.environment, self.writer = sampler, environment, writer
+        self._mixing = Mixing(sampler, environment)
+        self.global_batch_size, self.max_length = global_batch_size, max_length
+        sampler.set_loader(
+            LoaderSettings(
+                batch_size=micro_batch_size,
+                worker_block=micro_batch_size,
+                granule=global_batch_size // sampler.world_size,
+                prefetch_factor=prefetch_factor,
+                look_ahead=num_workers * prefetch_factor * micro_batch_size * sampler.world_size,
+            )
+        )
+        self.data_iterator = MicroBatches(
+            sampler, micro_batch_size=micro_batch_size, num_workers=num_workers, prefetch_factor=prefetch_factor
+        )
+
+    @property
+    def consumed(self) -> int:
+        """Samples that training has consumed over all data-parallel ranks since the run began."""
+        return self._mixing.consumed
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no further whole global batch."""
+        return self._mixing.finished()
+
+    def begin(
+        self,
+        model: nn.Module | Sequence[nn.Module] | None,
+        *,
+        iteration: int = 0,
+        base_feedback: Mapping[str, float] | None = None,
+    ) -> Report | None:
+        """Before the first step, after a checkpoint was loaded: measures the base model, unless that was done.
+
+        Args:
+            model: See `ParallelModel`; None: nothing is measured now.
+            iteration: Optimizer steps so far.
+            base_feedback: Feedback of the base model, where it was measured before.
+        """
+        self._mixing.begin()
+        if model is None and base_feedback is None:
+            return None
+        return self._maybe_reweight(model, iteration, base_feedback)
+
+    def step_end(
+        self, model: nn.Module | Sequence[nn.Module], *, iteration: int, consumed: int | None = None
+    ) -> Report | None:
+        """After each optimizer step; all processes call it together.
+
+        Args:
+            model: See `ParallelModel`.
+            iteration: Optimizer steps so far.
+            consumed: Samples consumed over all ranks; None: those of the micro-batches that were given, as long as this
+                process or another has asked for all of them.
+
+        Returns:
+            The metrics, where a decision was due.
+        """
+        given = self.data_iterator.begin + distributed.all_reduce_max(self.data_iterator.given)
+        self._mixing.consumed = given if consumed is None else consumed
+        return self._maybe_reweight(model, iteration)
+
+    def state_dict(self, *, consumed: int | None = None) -> dict[str, str]:
+        """For Megatron's distributed checkpoint: one text entry of its common state, the same on every rank.
+
+        In the checkpoint, and not in a file beside it, because both are then complete together or not at all.
+
+        Args:
+            consumed: Samples consumed over all ranks; None: as `step_end` was told.
+        """
+        if consumed is not None:
+            self._mixing.consumed = consumed
+        return {"json": json.dumps(self._mixing.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken, before the first micro-batch; ranks may be others than then.
+
+        Raises:
+            StateError: The state cannot be read, belongs to other shards or another seed, or comes too late.
+        """
+        if self.data_iterator.given:
+            raise StateError(
+                f"micro-batches of {self.data_iterator.given} samples were given before the state was loaded: load it "
+                "before the first step"
+            )
+        try:
+            restored = json.loads(state["json"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"the checkpoint's state of MegatronMixing cannot be read: {error!r}") from error
+        self._mixing.load_state_dict(restored)
+        self.data_iterator.begin = self._mixing.consumed
+
+    def _maybe_reweight(
+        self,
+        model: nn.Module | Sequence[nn.Module] | None,
+        iteration: int,
+        known: Mapping[str, float] | None = None,
+    ) -> Report | None:
+        if self._mixing.finished() or not self._mixing.due():
+            return None
+
+        def measure(environment: Environment) -> Mapping[str, float]:
+            if known is not None:
+                return known
+            assert model is not None
+            return evaluate(environment, model, max_length=self.max_length)
+
+        report = self._mixing.reweight(measure)
+        for name, value in report.full.items() if self.writer is not None else ():
+            self.writer.add_scalar(name, value, iteration)
+        return report
+
+
+def _vocabulary(chunks: Sequence[nn.Module]) -> int | None:
+    """The model's number of tokens, where a chunk says it."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(getattr(module, "vocab_size", None), int):
+                return int(module.vocab_size)
+    return None

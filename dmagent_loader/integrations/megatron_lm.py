@@ -1,0 +1,201 @@
+"""Megatron-LM's ``pretrain()``: what to pass it so that it trains on the sampler and evaluates the model.
+
+    hooks = PretrainHooks(build, base_feedback="runs/first/base.json", validation=batches)
+    pretrain(
+        hooks.datasets_provider, ..., extra_args_provider=add_arguments, non_loss_data_func=hooks.non_loss_data_func
+    )
+
+with ``--dataloader-type external --dataloader-save FOLDER --eval-interval N --eval-iters 1``, where N is the number of
+steps between two decisions: ``pretrain()`` hands out its model in evaluations only.
+
+Its first evaluation comes after N steps. To measure the base model before them, run the same command once with
+``--skip-train``: that writes the file `base_feedback`, and the run then begins with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmagent_loader import distributed
+from dmagent_loader.errors import ConfigurationError, StateError, require_extra
+from dmagent_loader.integrations.megatron import MegatronMixing, evaluate
+
+logger = logging.getLogger(__name__)
+
+
+class SavableIterator(Iterator[dict[str, Any]]):
+    """The external data iterator, with the method that Megatron-LM calls when it saves a checkpoint.
+
+    Args:
+        mixing: Of this process.
+    """
+
+    def __init__(self, mixing: MegatronMixing) -> None:
+        self._mixing = mixing
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self._mixing.data_iterator)
+
+    def save_state(self) -> dict[str, str]:
+        """What Megatron-LM writes as ``train_dataloader_dprank*.pt``, one for each data-parallel rank."""
+        iterator = self._mixing.data_iterator
+        return self._mixing.state_dict(consumed=iterator.begin + iterator.given)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The ``extra_args_provider``: Megatron-LM acts on ``--dataloader-save``, but leaves it to users to define it."""
+    group = parser.add_argument_group("data mixing")
+    group.add_argument("--dataloader-save", help="folder for the state of the data; the one of --save, best")
+    return parser
+
+
+class PretrainHooks:
+    """Two of the functions that ``pretrain()`` takes.
+
+    Args:
+        build: Makes the sampler and the environment; called on every process when Megatron-LM has built the model and
+            loaded its checkpoint.
+        base_feedback: File with the feedback of the base model; written by a run with ``--skip-train``.
+        validation: Micro-batches for the validation loss that Megatron-LM computes before it asks us; without end.
+
+    Attributes:
+        mixing: From the moment at which `build` was called.
+    """
+
+    def __init__(
+        self, build: Callable[[], MegatronMixing], *, base_feedback: str | Path, validation: Iterator[dict[str, Any]]
+    ) -> None:
+        self.mixing: MegatronMixing | None = None
+        self._build, self._base, self._validation = build, Path(base_feedback), validation
+        self.datasets_provider = self._provider()
+
+    def non_loss_data_func(self, model: Sequence[nn.Module]) -> None:
+        """Called by Megatron-LM in each evaluation, on every process: evaluates, decides, and bounds the run.
+
+        Raises:
+            ConfigurationError: The run has no environment to evaluate.
+        """
+        args, mixing = _args(), self.mixing
+        if mixing is None or mixing.environment is None:
+            raise ConfigurationError(
+                "there is nothing to evaluate: pass hooks.datasets_provider to pretrain(), and give MegatronMixing an "
+                "environment"
+            )
+        if args.skip_train:
+            self._write_base(evaluate(mixing.environment, model, max_length=mixing.max_length))
+            return
+        from megatron.training.global_vars import get_tensorboard_writer
+
+        consumed = int(args.consumed_train_samples)
+        mixing.writer = get_tensorboard_writer()
+        mixing.step_end(model, iteration=consumed // mixing.global_batch_size, consumed=consumed)
+        self._bound(args, mixing)
+
+    def _provider(self) -> Callable[[Any], tuple[Any, Any, Any]]:
+        def datasets_provider(num_samples: Any) -> tuple[Any, Any, Any]:
+            """Training and validation iterators; the arguments of the built-in data sets do not matter."""
+            args = _args()
+            if args.dataloader_type != "external":
+                raise ConfigurationError(
+                    f"--dataloader-type is {args.dataloader_type}: the sampler needs --dataloader-type external"
+                )
+            self.mixing = mixing = self._build()
+            if args.iteration > 0:
+                mixing.load_state_dict(_saved(args))
+            if not args.skip_train:
+                mixing.begin(None, base_feedback=self._read_base() if mixing.consumed == 0 else None)
+                self._bound(args, mixing)
+            return SavableIterator(mixing), self._validation, None
+
+        datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron-LM then calls it on every rank
+        return datasets_provider
+
+    def _bound(self, args: Any, mixing: MegatronMixing) -> None:
+        """Lets Megatron-LM stop with the last whole global batch, if data end before the next decision."""
+        if mixing.sampler.end is None:
+            return
+        last = mixing.sampler.end // mixing.global_batch_size
+        done = mixing.consumed // mixing.global_batch_size
+        if last < args.train_iters and last <= done + (args.eval_interval or args.train_iters):
+            logger.warning("data end after %d of %d iterations: train_iters is now %d", last, args.train_iters, last)
+            args.train_iters = last
+
+    def _write_base(self, feedback: dict[str, float]) -> None:
+        assert self.mixing is not None
+        assert self.mixing.environment is not None
+        if distributed.get_rank() == 0:
+            text = json.dumps({"feedback": feedback, "environment": self.mixing.environment.fingerprint})
+            self._base.parent.mkdir(parents=True, exist_ok=True)
+            part = self._base.with_suffix(".part")
+            part.write_text(text + "\n", encoding="utf-8")
+            part.replace(self._base)
+            logger.info("the base model's feedback is in %s", self._base)
+        distributed.barrier()
+
+    def _read_base(self) -> dict[str, float] | None:
+        assert self.mixing is not None
+        if self.mixing.environment is None:
+            return None
+        if not self._base.exists():
+            logger.warning(
+                "there is no %s: the first decision is made at the first evaluation, and its model taken for the base "
+                "model; to measure the base model, run the same command once with --skip-train",
+                self._base,
+            )
+            return None
+        try:
+            saved = json.loads(self._base.read_text(encoding="utf-8"))
+            feedback = {str(field): float(value) for field, value in saved["feedback"].items()}
+            questions = saved["environment"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StateError(f"{self._base} cannot be read: {error!r}; measure again with --skip-train") from error
+        if questions != self.mixing.environment.fingerprint:
+            raise StateError(
+                f"{self._base} was measured on other questions or settings: measure again with --skip-train"
+            )
+        return feedback
+
+
+def _saved(args: Any) -> dict[str, Any]:
+    """What `SavableIterator.save_state` gave at the iteration of the loaded checkpoint; any rank's file will do.
+
+    Raises:
+        StateError: There is none, or it cannot be read.
+    """
+    folder = Path(args.dataloader_save or ".") / f"iter_{args.iteration:07d}"
+    files = sorted(folder.rglob("train_dataloader_dprank*.pt")) if args.dataloader_save else []
+    if not files:
+        raise StateError(
+            f"the checkpoint of iteration {args.iteration} has no state of the data in {folder}: pass the "
+            "--dataloader-save of the run that wrote it, or start anew with --finetune"
+        )
+    try:
+        saved = torch.load(files[0], weights_only=True)["dataloader_state_dict"]
+    except Exception as error:
+        raise StateError(f"{files[0]} cannot be read: {error!r}") from error
+    return dict(saved)
+
+
+def _args() -> Any:
+    """Megatron-LM's arguments.
+
+    Raises:
+        MissingExtraError: Megatron-LM is not on the path; megatron-core alone has no ``pretrain()``.
+    """
+    require_extra("megatron.core", "megatron")
+    try:
+        from megatron.training import get_args
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "megatron.training is not importable: it is not in the megatron-core package; put a checkout of "
+            "Megatron-LM on PYTHONPATH"
+        ) from error
+    return get_args()
