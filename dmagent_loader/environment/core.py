@@ -268,6 +268,11 @@ class Environment:
             )
         # Ranks that hold parts of one model score the same pairs; dividing by how often a pair was scored undoes that.
         scored, counted = reduced[: len(windows)], reduced[len(windows) : -1]
+        if not counted.all():
+            raise FeedbackError(
+                f"no rank gave log-probabilities for {int((counted == 0).sum())} of {len(counted)} questions: every "
+                "rank that holds the model's output must take part, with its data-parallel rank and world size"
+            )
         means = scored / counted
         self.last_seconds = time.perf_counter() - started
         self.total_seconds += self.last_seconds

@@ -21,9 +21,9 @@ from dmagent_loader.errors import ConfigurationError
 Model: TypeAlias = Callable[..., Any]
 """Called as ``model(input_ids, attention_mask=...)``; returns logits, or an object that has them as ``.logits``.
 
-A model with a method ``token_log_probs(input_ids, following)``, both (B, T) int64 and padded on the right, is asked by it
-instead: for the log-probability of each following token, (B, T), or None on a rank that does not hold the output. So a
-model whose logits lie on several ranks never has to gather them.
+A model with a method ``token_log_probs(input_ids, following)``, both (B, T) int64 and padded on the right, is asked by
+it instead: for the log-probability of each following token, (B, T), or None on a rank that does not hold the output. So
+a model whose logits lie on several ranks never has to gather them.
 """
 
 SLICE_ELEMENTS = 1 << 22

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dmagent_loader.errors import DecodeError
-from dmagent_loader.transforms import TokenizeText, packed_tokens
+from dmagent_loader.transforms import ShiftedTokens, TokenizeText, packed_tokens
 
 
 def test_packed_rows_become_inputs_and_labels():
@@ -26,3 +26,21 @@ def test_a_row_without_the_member_is_named():
         packed_tokens({"__key__": "k7", "__domain__": "source/a", "txt": "x"})
     with pytest.raises(DecodeError, match="pass member="):
         TokenizeText(encode=list, length=1, pad_token=0)({"text": "x"})
+
+
+@pytest.mark.parametrize(
+    ("row", "labels", "mask"), [([1, 2, 3, 4], [2, 3, 4], [1, 1, 1]), ([1, 2, 3], [2, 3, 0], [1, 1, 0])]
+)
+def test_shifted_tokens_have_the_next_token_as_label_and_no_loss_without_one(row, labels, mask):
+    shifted = ShiftedTokens(length=3)({"__key__": "a", "input_ids.npy": np.array(row, dtype=np.uint16)})
+    assert shifted["tokens"].tolist() == [1, 2, 3]
+    assert shifted["labels"].tolist() == labels
+    assert shifted["loss_mask"].tolist() == mask
+    assert shifted["position_ids"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_rows_of_another_length_are_refused(length):
+    row = {"__key__": "k7", "__domain__": "source/a", "input_ids.npy": np.zeros(length, dtype=np.uint16)}
+    with pytest.raises(DecodeError, match=rf"'k7' of 'source/a' has {length} tokens.*--sequence-length 4 \(or 3"):
+        ShiftedTokens(length=3)(row)

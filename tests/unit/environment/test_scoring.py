@@ -11,6 +11,7 @@ from torch import nn
 
 from dmagent_loader.environment import Environment
 from dmagent_loader.environment.scoring import scoring_state, unwrap
+from dmagent_loader.errors import FeedbackError
 
 
 def quiet(pairs, **settings):
@@ -160,3 +161,28 @@ def test_data_parallel_model_is_unwrapped(model):
 def test_state_of_a_plain_callable_needs_no_module():
     with scoring_state(lambda input_ids, attention_mask: None):
         assert not torch.is_grad_enabled()
+
+
+class OnAnotherRank(nn.Module):
+    """Answers for given tokens itself, as a model does whose logits lie on several ranks."""
+
+    def __init__(self, inner: nn.Module, holds_output: bool) -> None:
+        super().__init__()
+        self.inner, self.holds_output = inner, holds_output
+
+    def token_log_probs(self, input_ids, following):
+        assert (following[:, :-1][input_ids[:, 1:] != 0] == input_ids[:, 1:][input_ids[:, 1:] != 0]).all()
+        log_probs = self.inner(input_ids, (input_ids != 0).long()).log_softmax(-1)
+        return log_probs.gather(-1, following[..., None])[..., 0] if self.holds_output else None
+
+
+def test_a_model_that_answers_for_tokens_gives_the_feedback_of_its_logits(pairs, model):
+    """Catches log-probabilities of the tokens themselves in place of those that follow."""
+    expected = quiet(pairs).evaluate(model)
+    assert quiet(pairs).evaluate(OnAnotherRank(model, holds_output=True)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_rank_without_the_output_adds_nothing(pairs, model):
+    """Alone it has no feedback at all, which must not pass for a number."""
+    with pytest.raises(FeedbackError, match="no rank"):
+        quiet(pairs).evaluate(OnAnotherRank(model, holds_output=False))

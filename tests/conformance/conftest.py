@@ -1,0 +1,44 @@
+"""`--conformance-table FILE` writes which integration passed which test, or why it was skipped, as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+TEST = re.compile(r"tests/conformance/.*::test_(?P<promise>\w+)\[(?P<integration>.*?)(?:-\d processes.*)?\]$")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--conformance-table", type=Path, help="file for the table of integrations and promises")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    path = config.getoption("--conformance-table", None)
+    if path is None:
+        return
+    outcomes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            found = TEST.search(report.nodeid)
+            if found is None:
+                continue
+            reason = report.longrepr[2].removeprefix("Skipped: ") if outcome == "skipped" else outcome
+            outcomes[found["promise"].replace("_", " ")][found["integration"]].append(reason)
+    names = list(dict.fromkeys(name for row in outcomes.values() for name in row))
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for promise, row in outcomes.items():
+        cells = []
+        for name in names:
+            results = row.get(name, [])
+            failed = sum(result in ("failed", "error") for result in results)
+            passed = results.count("passed")
+            reasons = sorted(set(results) - {"passed", "failed", "error"})
+            if failed:
+                cells.append(f"{failed} of {len(results)} fail")
+            else:
+                cells.append(f"{passed} pass" if passed else "; ".join(reasons))
+        lines.append(f"| {promise} | " + " | ".join(cells) + " |")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
