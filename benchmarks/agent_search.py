@@ -73,10 +73,13 @@ CQL: dict[str, dict[str, Any]] = {
     "cql actor rate x3": {"cql": SHORT | {"actor_learning_rate": 3e-4}},
     "cql from N=10000": {"sft": {"expert_share": None}, "cql": SHORT},
     "cql 1200": {"cql": {}},
+    "cql 1200, seed 1": {"cql": {"seed": 1}},
     "cql trace 0.9 1200": {"cql": {"trace": 0.9}},
 }
+# The agents that come with the package, which were trained on the held-out trajectories too.
+BUNDLED = {"bundled sft": "dmagent-sft", "bundled rl": "dmagent-rl"}
 TARGET_SHARES = {"static 25%": 0.25, "static 50%": 0.5, "static 75%": 0.75, "naive": 1.0}
-VARIANTS = [*TARGET_SHARES, *SFT, *CQL]
+VARIANTS = [*TARGET_SHARES, *SFT, *CQL, *BUNDLED]
 
 
 class Search:
@@ -122,6 +125,8 @@ class Search:
             share = TARGET_SHARES[name]
             mix = (1 - share) * self.corpus.start_state + share * self.corpus.target_distribution
             return self.steer(StaticPolicy(mix))
+        if name in BUNDLED:
+            return self.steer(MixingAgent.from_pretrained(BUNDLED[name]))
         settings = dict({**SFT, **CQL}[name])
         shape = AgentConfig(max_steps=self.record.trajectories.config.steps, **settings.pop("agent", {}))
         config = with_settings(PipelineConfig(), settings)

@@ -146,8 +146,8 @@ class ParallelModel(nn.Module):
         num_microbatches = parallel_state.get_pipeline_model_parallel_world_size()
         size = -(-rows // num_microbatches)
         padding = (0, -tokens % self._multiple, 0, size * num_microbatches - rows)
-        inputs = nn.functional.pad(input_ids, padding).split(size)
-        labels = nn.functional.pad(following, padding).split(size)
+        inputs = torch.split(nn.functional.pad(input_ids, padding), size)
+        labels = torch.split(nn.functional.pad(following, padding), size)
         length = tokens + padding[1]
         positions = torch.arange(length, device=input_ids.device).expand(size, length)
 
@@ -351,6 +351,7 @@ def _vocabulary(chunks: Sequence[nn.Module]) -> int | None:
     """The model's number of tokens, where a chunk says it."""
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(getattr(module, "vocab_size", None), int):
-                return int(module.vocab_size)
+            size = getattr(module, "vocab_size", None)
+            if isinstance(size, int):
+                return size
     return None

@@ -25,7 +25,7 @@ MODEL = [
     *("--no-gradient-accumulation-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"),
     *("--no-masked-softmax-fusion", "--no-rope-fusion", "--tokenizer-type", "NullTokenizer", "--vocab-size", "63"),
     *("--distributed-backend", "gloo", "--lr", "1e-2", "--clip-grad", "0", "--eval-iters", "1", "--log-interval", "1"),
-    *("--dataloader-type", "external", "--hidden-dropout", "0.1", "--attention-dropout", "0"),
+    *("--dataloader-type", "external", "--hidden-dropout", "0", "--attention-dropout", "0"),
     *("--ckpt-format", "torch", "--no-create-attention-mask-in-dataloader"),
 ]
 
