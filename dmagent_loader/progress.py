@@ -65,6 +65,9 @@ class Progress:
         """Samples consumed over all ranks, as far as training has said."""
         self.stream: Stream | None = None
         """The iterator of the main process, or of this worker."""
+        self.training_counts = False
+        """Whether training says after each batch what it consumed: a new pass then begins there, and what the last one
+        had fetched ahead comes again."""
         self._generation = 0
         self._worker_start: int | None = None
 
@@ -108,10 +111,11 @@ class Progress:
         """
         if not in_worker:
             self.mailbox.clear_workers()
-            self.position = self.handed_out
+            self.position = self.consumed if self.training_counts else self.handed_out
+        elif self._worker_start is None:
+            # Not the mailbox: a worker that starts slowly would find there what was consumed from the others by then.
+            self.position = self._worker_start = self.handed_out
         else:
-            if self._worker_start is None:
-                self._worker_start = self.handed_out
             self.position = max(self._worker_start, self.mailbox.base)
         self.stream = None
         return self.position

@@ -178,6 +178,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self.mailbox = Mailbox(len(self.space))
         self.progress = Progress(self.mailbox)
         self._received = 0
+        self._length: int | None = None
         self.before_iteration: Callable[[], None] | None = None
         """Called when a loader announces a pass over the data, before it makes its iterator; for integrations."""
 
@@ -208,10 +209,20 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         Raises:
             TypeError: The run has no end, because every domain with weight repeats.
         """
+        if self._length is not None:
+            return self._length
         end = self.plan.end
         if end is None:
             raise TypeError("this sampler has no length: the domains repeat without end; bound the run by its steps")
         return self.layout(base=0).num_samples(end)
+
+    def keep_length(self) -> None:
+        """From now on `len` is what it is now, whatever mixes come; for trainers that end an epoch by it.
+
+        The epochs of a resumed run then end where they would have ended.
+        """
+        if self.plan.end is not None:
+            self._length = len(self)
 
     def set_epoch(self, epoch: int) -> None:
         """What loaders of accelerate call before each pass. The order does not depend on it.
@@ -252,6 +263,21 @@ class AgentWeightedSampler(IterableDataset[Sample]):
     def set_loader(self, loader: LoaderSettings) -> None:
         """Tells the sampler which loader reads it; for integrations, before the first sample."""
         self.loader = replace(loader, declared=True)
+
+    def set_ranks(self, rank: int, world_size: int) -> None:
+        """Tells the sampler its place among the data-parallel processes; for integrations, before the first sample.
+
+        For trainers that make their process groups only after the sampler was built.
+
+        Args:
+            rank: Of this data-parallel process.
+            world_size: Number of data-parallel processes.
+
+        Raises:
+            ConfigurationError: More processes than rows.
+        """
+        self._rank, self._world_size = rank, world_size
+        self._check_world_size()
 
     @property
     def rank(self) -> int:
@@ -335,7 +361,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             )
         consumed = _integer("consumed", consumed)
         given = self.progress.given
-        if self.loader.kind == "sharded" and not self.mailbox.num_workers and consumed > given:
+        if not self.loader.declared and not self.mailbox.num_workers and consumed > given:
             raise ConfigurationError(
                 f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
                 "since the run began, once"
@@ -377,8 +403,10 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             consumed: Samples that training has consumed over all ranks; None: all that this iterator has handed out.
 
         Raises:
-            StateError: `consumed` is None although torch workers read, so that only the trainer knows it.
+            StateError: `consumed` is None although torch workers read, so that only the trainer knows it; or a data
+                worker is asked, as torchdata's StatefulDataLoader does.
         """
+        _refuse_in_worker()
         if consumed is None:
             if self.mailbox.num_workers:
                 raise StateError(
@@ -394,6 +422,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         Raises:
             StateError: The state is of another schema, seed or shard set, or damaged. Nothing is changed then.
         """
+        _refuse_in_worker()
         restored = read_state(self, state, self._plan_settings)
         self.plan = restored.plan
         self.progress.restore(restored.consumed)
@@ -479,6 +508,20 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         state["_decisions"] = None
         state["before_iteration"] = None
         return state
+
+
+def _refuse_in_worker() -> None:
+    """torchdata's StatefulDataLoader saves and restores a dataset inside its workers, whose copies decide nothing.
+
+    Raises:
+        StateError: This is a data worker.
+    """
+    if get_worker_info() is not None:
+        raise StateError(
+            "StatefulDataLoader keeps the state of its data workers, but the feedback and the mixes of a run are in "
+            "the main process, which it would not restore: use num_workers=0, or torch.utils.data.DataLoader and save "
+            "sampler.state_dict(consumed=...) yourself"
+        )
 
 
 def _integer(name: str, value: int) -> int:

@@ -62,9 +62,8 @@ class Mixing:
 
     def due(self) -> bool:
         """Whether the model is to be evaluated now; all ranks get the same answer."""
-        if self.environment is None or self.sampler.decisions.policy is None:
-            return False
-        return self.sampler.reweight_due(self.consumed)
+        due = self.sampler.reweight_due(self.consumed)  # also tells it where a new pass of data workers begins
+        return due and self.environment is not None and self.sampler.decisions.policy is not None
 
     def reweight(self, evaluate: Callable[[Environment], Mapping[str, float]]) -> Report:
         """Evaluates the model and lets the policy decide. All ranks call it together.
@@ -128,8 +127,16 @@ class Mixing:
             raise StateError(f"the checkpoint's state of DataMixingCallback cannot be read: {error!r}") from error
         self.sampler.load_state_dict(restored)
         self.consumed = consumed
+        self.compare_environment(questions)
+
+    def compare_environment(self, saved: str | None) -> None:
+        """Warns if feedback from before a checkpoint cannot be compared with what comes now.
+
+        Args:
+            saved: The environment's fingerprint in the checkpoint; None: there was no environment.
+        """
         present = None if self.environment is None else self.environment.fingerprint
-        if questions != present:
+        if saved != present:
             logger.warning(
                 "the environment's questions or settings differ from those before the checkpoint: feedback before "
                 "and after it cannot be compared"

@@ -110,6 +110,7 @@ def _restore(state: torch.Tensor, device: Any = None) -> None:
 
 
 _CUDA: dict[str, Any] = {
+    "device_count": lambda: 1,  # NeMo makes Megatron's random states where there is a GPU
     "current_device": lambda: 0,
     "is_initialized": lambda: True,  # so that what torch puts off until then is done at once
     "set_device": _nothing,

@@ -54,7 +54,7 @@ def main() -> None:
         generator=torch.Generator().manual_seed(0),
     )
     mixing.begin()
-    batches = iter(loader)
+    batches = None
     while True:
         if mixing.due():
             report = mixing.reweight(lambda environment: environment.evaluate(model))
@@ -65,6 +65,8 @@ def main() -> None:
         recorder.step_done(step)
         if step >= options.steps or mixing.finished():
             break
+        if batches is None:
+            batches = iter(loader)  # after the first decision: data workers begin to read now
         group = list(islice(batches, options.accumulation))
         for number, batch in enumerate(group):
             recorder.batch(batch["__index__"], batch["key"])

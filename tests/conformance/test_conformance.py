@@ -60,6 +60,7 @@ INTEGRATIONS = [
     Integration(name="plain loop", program="plain"),
     Integration(name="HF Trainer", program="huggingface", prefix="train/", ahead=1, every_rank_reads=False),
     Integration(name="HF Trainer, mixin", program="huggingface", options=("--mode", "mixin"), prefix="train/"),
+    Integration(name="Accelerate", program="accelerate"),
     Integration(name="Lightning", program="lightning", needs=("lightning.pytorch",)),
     Integration(
         name="Lightning, no length",
@@ -84,6 +85,10 @@ INTEGRATIONS = [
         model_parallel=2,
     ),
     Integration(name="NeMo", program="nemo", needs=NEMO),
+    Integration(name="NeMo, tensor-parallel", program="nemo", needs=NEMO, options=("--tensor", "2"), model_parallel=2),
+    Integration(
+        name="NeMo, pipeline-parallel", program="nemo", needs=NEMO, options=("--pipeline", "2"), model_parallel=2
+    ),
 ]
 
 

@@ -102,12 +102,16 @@ def test_setup_names_every_package():
     assert listed == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
 
 
-def test_a_missing_extra_is_named():
+@pytest.mark.parametrize(
+    ("package", "integration", "extra"),
+    [("transformers", "huggingface", "hf"), ("lightning", "lightning", "lightning")],
+)
+def test_a_missing_extra_is_named(package, integration, extra):
     code = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "try:\n    import dmagent_loader.integrations.huggingface\n"
+        f"import sys; sys.modules['{package}'] = None\n"
+        f"try:\n    import dmagent_loader.integrations.{integration}\n"
         "except ImportError as error:\n    print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "MissingExtraError" in done.stdout
-    assert "dmagent-loader[hf]" in done.stdout
+    assert f"dmagent-loader[{extra}]" in done.stdout

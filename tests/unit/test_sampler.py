@@ -204,6 +204,21 @@ def test_a_new_pass_of_workers_begins_after_what_was_consumed(build, persistent)
         del stream
 
 
+def start_second_worker_late(worker):
+    time.sleep(1.0 * worker)
+
+
+def test_a_worker_that_starts_late_begins_where_the_others_began(build):
+    """Catches a worker that begins after what was consumed from the others before it had started."""
+    sampler = build(exhausted="repeat")
+    loader = DataLoader(sampler, batch_size=4, num_workers=2, worker_init_fn=start_second_worker_late)
+    seen = []
+    for batch in itertools.islice(loader, 4):
+        seen += batch["__index__"].tolist()
+        sampler.reweight_due(len(seen))
+    assert seen == list(range(16))
+
+
 def test_persistent_workers_refuse_to_go_on_with_an_older_ledger(build):
     sampler = build(exhausted="repeat")
     loader = DataLoader(sampler, batch_size=4, num_workers=1, persistent_workers=True)

@@ -1,0 +1,273 @@
+"""Lightning's Trainer: one callback that evaluates the model, re-weights the domains, and saves the run's state.
+
+    loader = DataLoader(sampler, batch_size=8)
+    trainer = Trainer(max_epochs=-1, callbacks=[DataMixingCallback(sampler, environment)])
+    trainer.fit(module, loader)
+
+Lightning makes the loader's iterator, and may fetch a batch, before `on_train_start`; so the base model is measured in
+`on_fit_start`. It ends an epoch at the length that the loader had when the fit began, whatever the mixes have become
+since: the next epoch goes on at the sample after the last one trained on, until data are used up.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from dmagent_loader.environment import Environment
+from dmagent_loader.environment.scoring import Model
+from dmagent_loader.errors import ConfigurationError, StateError, require_extra
+from dmagent_loader.integrations.mixing import Mixing
+from dmagent_loader.progress import LoaderSettings
+from dmagent_loader.sampler import AgentWeightedSampler
+
+require_extra("lightning.pytorch", "lightning")
+
+from lightning.pytorch import Callback, LightningModule  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+class DataMixingCallback(Callback):  # type: ignore[misc]
+    """Evaluates the environment when a decision is due, and lets the sampler's policy choose the next mix.
+
+    Before the first step the base model is evaluated. After every ``sampler.samples_per_reweight`` samples the model is
+    evaluated again, at the end of an optimizer step. The state goes into Lightning's checkpoints and comes back with
+    ``fit(ckpt_path=...)``. Training stops when the plan ends.
+
+    Metrics go to the Trainer's loggers: see `dmagent_loader.integrations.mixing.Report`.
+
+    Args:
+        sampler: The dataset of a DataLoader that the Trainer trains on, alone or beside others in a dict or list.
+        environment: Question sets; None: no decisions, mixes change by `set_mix` only.
+        model: From the LightningModule to what is called as ``model(input_ids, attention_mask=...)`` and returns
+            logits, for example ``lambda module: module.network``. None: the LightningModule itself.
+    """
+
+    def __init__(
+        self,
+        sampler: AgentWeightedSampler,
+        environment: Environment | None = None,
+        *,
+        model: Callable[[Any], Model] | None = None,
+    ) -> None:
+        self.sampler, self.environment = sampler, environment
+        self._model = model
+        self._mixing = Mixing(sampler, environment)
+        self._ranks: dict[str, int] = {}
+        self._samples_per_batch = 1
+        self._step = 0
+        self._loaded_step: int | None = None
+        self._restored = self._used_up = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before the loader's iterator is made: the ranks, the length; what an earlier fit fetched ahead is dropped."""
+        if stage != "fit":
+            return
+        self._check(pl_module)
+        ranks = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+        if ranks is not None:
+            self._ranks = {"rank": ranks["rank"], "world_size": ranks["num_replicas"]}
+            self.sampler.set_ranks(**self._ranks)
+        self._loaded_step, self._restored, self._used_up = None, False, False
+        self._mixing.consumed = self.sampler.progress.consumed
+        self.sampler.seek(self.consumed)
+        self.sampler.progress.training_counts = True
+        self.sampler.keep_length()
+        self._mixing.begin()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Evaluates the base model; a checkpoint, if there is one, has been restored but for the Trainer's counters."""
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Recognises the loader. A strategy that restores late (FSDP, DeepSpeed) makes its first decision here."""
+        self._recognise(trainer)
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(trainer)
+        self._step = trainer.global_step
+        self._stop_at_the_end(trainer)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Ends training when data are used up and Lightning would go on.
+
+        Raises:
+            StopIteration: How a hook ends Lightning's loop over epochs.
+        """
+        if self._used_up:
+            logger.warning(
+                "data are used up after %d samples: training ends at step %d, although min_epochs=%s and min_steps=%s "
+                "ask for more",
+                self.consumed,
+                trainer.global_step,
+                trainer.min_epochs,
+                trainer.min_steps,
+            )
+            raise StopIteration
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Counts what was consumed; after a whole optimizer step decides when it is time, and stops at the end."""
+        if self._used_up:
+            return
+        self._mixing.consumed += self._samples_per_batch
+        self.sampler.progress.consume(self.consumed)
+        if trainer.global_step == self._step:
+            return  # gradients are being accumulated
+        self._step = trainer.global_step
+        self._stop_at_the_end(trainer)
+        if not self._used_up:
+            self._maybe_reweight(trainer, self._step)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """The next epoch begins where training stands: what was fetched ahead was not trained on."""
+        self.sampler.seek(self.consumed)
+        self._stop_at_the_end(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Warns about data that the number of epochs left out."""
+        end = self.sampler.end
+        epochs_are_over = 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= trainer.current_epoch
+        steps_are_over = 0 <= trainer.max_steps <= trainer.global_step
+        whole_epochs = trainer.limit_train_batches == 1.0
+        if end is None or end <= self.consumed or not epochs_are_over or steps_are_over or not whole_epochs:
+            return
+        logger.warning(
+            "training ended after max_epochs=%d with %d samples left before the data are used up: Lightning ends an "
+            "epoch at the length that the loader had under the first mix, and the mix has changed since. Pass "
+            "max_epochs=-1, and training stops when the data are used up; or go on from the last checkpoint",
+            trainer.max_epochs,
+            end - self.consumed,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning writes into its checkpoints."""
+        return self._mixing.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Goes on where a checkpoint was saved.
+
+        Raises:
+            StateError: The state cannot be read, or belongs to other shards or another seed.
+        """
+        self._mixing.load_state_dict(state_dict)
+        self._restored = True
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Before Lightning restores its counters from the checkpoint."""
+        self._loaded_step = int(checkpoint["global_step"])
+        if not hasattr(trainer.fit_loop.epoch_loop, "restarted_on_train_batch_end"):
+            _count_last_batch(checkpoint)
+
+    @property
+    def consumed(self) -> int:
+        """Samples that training has consumed over all ranks since the run began."""
+        return self._mixing.consumed
+
+    def _begin(self, trainer: Any) -> None:
+        if trainer.ckpt_path and not self._restored:
+            logger.warning(
+                "the checkpoint %s was made without DataMixingCallback: the plan begins at its first sample",
+                trainer.ckpt_path,
+            )
+        self._maybe_reweight(trainer, trainer.global_step if self._loaded_step is None else self._loaded_step)
+
+    def _stop_at_the_end(self, trainer: Any) -> None:
+        if not self._used_up and self._mixing.finished():
+            self._used_up = trainer.should_stop = True
+
+    def _maybe_reweight(self, trainer: Any, step: int) -> None:
+        if not self._mixing.due():
+            return
+        report = self._mixing.reweight(lambda environment: self._evaluate(trainer, environment))
+        for writer in trainer.loggers:
+            writer.log_metrics(dict(report.full), step=step)
+
+    def _evaluate(self, trainer: Any, environment: Environment) -> Mapping[str, float]:
+        model = trainer.model if self._model is None else self._model(trainer.lightning_module)
+        with trainer.precision_plugin.forward_context():
+            return environment.evaluate(model, **self._ranks)
+
+    def _check(self, module: Any) -> None:
+        """Refuses what cannot work, before anything is computed."""
+        try:
+            _ = self.sampler.decisions
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                "this process has a pickled copy of the sampler, which decides nothing: strategies that spawn their "
+                "processes (ddp_spawn) are not supported; use strategy='ddp', or start the program with torchrun"
+            ) from error
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise ConfigurationError(
+                f"{type(module).__name__}.training_step takes dataloader_iter, so that Lightning does not know how "
+                "many batches a step reads, and consumed samples cannot be counted: let it take batch"
+            )
+        if self.environment is not None and self._model is None and type(module).forward is LightningModule.forward:
+            raise ConfigurationError(
+                f"{type(module).__name__} has no forward(input_ids, attention_mask), so that the environment cannot "
+                "score it: write one that returns logits, or pass DataMixingCallback(..., model=lambda module: "
+                "module.network)"
+            )
+
+    def _recognise(self, trainer: Any) -> None:
+        """Finds the loader that reads the sampler among those of the Trainer, and tells the sampler about it."""
+        found = list(_leaves(trainer.train_dataloader))
+        own = [leaf for leaf in found if leaf is self.sampler or getattr(leaf, "dataset", None) is self.sampler]
+        if len(own) != 1:
+            shown = ", ".join(f"{type(x).__name__} of {type(getattr(x, 'dataset', x)).__name__}" for x in found)
+            raise ConfigurationError(
+                f"{len(own) or 'none'} of the Trainer's {len(found)} training loaders ({shown}) read the sampler of "
+                "this DataMixingCallback, but one must: train on DataLoader(sampler, ...), with the same sampler"
+            )
+        loader = own[0]
+        if loader is not self.sampler and hasattr(loader, "load_state_dict"):
+            raise ConfigurationError(
+                f"the sampler is read by a {type(loader).__name__}, whose own state Lightning would restore after that "
+                "of DataMixingCallback, with the batch fetched ahead counted as trained on: use "
+                "torch.utils.data.DataLoader"
+            )
+        batch_size, workers = getattr(loader, "batch_size", None) or 1, getattr(loader, "num_workers", 0)
+        factor = getattr(loader, "prefetch_factor", None) or 1
+        world = self.sampler.world_size
+        if not workers and self.sampler.progress.stream is None:
+            raise StateError(
+                "the loader's iterator was made before the checkpoint's state was restored, and would train on other "
+                "samples: do not use trainer.estimated_stepping_batches in configure_optimizers with this strategy"
+            )
+        self._samples_per_batch = batch_size * world
+        # Without a length Lightning fetches one batch ahead, to know which is the last.
+        ahead = workers * factor + (1 if math.isinf(trainer.num_training_batches) else 0)
+        self.sampler.set_loader(
+            LoaderSettings(
+                batch_size=batch_size,
+                granule=batch_size * trainer.accumulate_grad_batches,
+                prefetch_factor=factor,
+                look_ahead=ahead * self._samples_per_batch if workers else 0,
+            )
+        )
+
+
+def _leaves(loaders: Any) -> Iterator[Any]:
+    """The loaders in what a user passed: one, or a list or mapping of them, or of lists and mappings."""
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        for part in loaders:
+            yield from _leaves(part)
+    else:
+        yield loaders
+
+
+def _count_last_batch(checkpoint: dict[str, Any]) -> None:
+    """Counts the batch at whose end a checkpoint was saved as done, as Lightning does from version 2.5.
+
+    Before, a resumed run took it for one still to be trained on, and with gradient accumulation its first step was made
+    from one batch less. At the last batch of an epoch Lightning is left to itself.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    if progress is not None and not progress["is_last_batch"]:
+        for counts in (progress["total"], progress["current"]):
+            counts["completed"] = counts["processed"]

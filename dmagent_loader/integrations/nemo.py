@@ -1,0 +1,382 @@
+"""NeMo's LLM recipes (`nemo.collections.llm`, MegatronStrategy): a data module and a callback.
+
+    data = AgentWeightedDataModule(sampler, seq_length=4096, micro_batch_size=1, global_batch_size=256)
+    trainer = nl.Trainer(..., callbacks=[DataMixingCallback(environment=environment)])
+    llm.pretrain(model, data, trainer, ...)
+
+NeMo builds its process groups inside `trainer.fit`. The data module then tells the sampler its data-parallel place, so
+that tensor-, pipeline- and context-parallel peers get the same samples. What NeMo counts as consumed (global steps
+times the global batch) is what the sampler counts as consumed.
+
+NeMo describes trainer and data module in the ``context`` folder of its checkpoints, and builds them from there. The
+description has no sampler and no environment: it stays small, and `io.load_context` works where the shards are not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from dmagent_loader.environment import Environment
+from dmagent_loader.errors import ConfigurationError, StateError, require_extra
+from dmagent_loader.integrations.mixing import Mixing
+from dmagent_loader.progress import LoaderSettings
+from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.transforms import ShiftedTokens
+
+require_extra("nemo.collections.llm", "nemo")
+
+import lightning.pytorch as pl  # noqa: E402
+from megatron.core.num_microbatches_calculator import get_num_microbatches, update_num_microbatches  # noqa: E402
+from nemo.lightning.io.mixin import IOMixin  # noqa: E402
+from nemo.lightning.pytorch.plugins import MegatronDataSampler  # noqa: E402
+from nemo.utils.import_utils import safe_import  # noqa: E402
+
+from dmagent_loader.integrations.megatron import data_parallel_ranks, evaluate  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+_, HAVE_TE = safe_import("transformer_engine")
+
+_NEEDED = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[misc]
+    """The data module of a NeMo LLM recipe, in place of `PreTrainingDataModule` or `MockDataModule`.
+
+    A sampler without a transform gets `ShiftedTokens`: rows of `seq_length` + 1 packed tokens are used in full, of rows
+    of `seq_length` tokens the last position does not count in the loss. A transform of your own gives ``tokens``,
+    ``labels``, ``position_ids``, (T,) int64, and ``loss_mask``, (T,) float32. The tags ``__key__``, ``__domain__`` and
+    ``__index__`` are in each micro-batch that the loader gives; NeMo's own ``gpt_data_step`` empties them, one of your
+    own (``GPTConfig.data_step_fn``) can read them.
+
+    The run ends with the last whole global batch. For validation override `val_dataloader` in a subclass.
+
+    Args:
+        sampler: Shards in a mix. None: as NeMo builds it from a checkpoint's context; it cannot give data.
+        seq_length: T, tokens that the model reads.
+        micro_batch_size: Rows of one forward step of one data-parallel rank.
+        global_batch_size: Rows of one optimizer step over all data-parallel ranks. NeMo's ramp-up of the batch size is
+            not supported.
+        tokenizer: The one the shards were packed with, as a NeMo tokenizer; `llm.pretrain` gives it to the model.
+        num_workers: Torch data workers of each process. Without them a new mix holds from the next step on.
+        prefetch_factor: Micro-batches that each worker prepares ahead.
+        pin_memory: See `torch.utils.data.DataLoader`.
+        persistent_workers: See `torch.utils.data.DataLoader`.
+        create_attention_mask: Add the causal mask, (B, 1, T, T) bool, True where nothing is to be seen. Without
+            Transformer Engine NeMo's forward step asks for it, and it is added in any case.
+        output_log: Log ``consumed_samples`` and ``global_batch_size``, as NeMo does.
+
+    Raises:
+        ConfigurationError: Batch sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        sampler: AgentWeightedSampler | None = None,
+        *,
+        seq_length: int = 2048,
+        micro_batch_size: int = 4,
+        global_batch_size: int = 8,
+        tokenizer: Any = None,
+        num_workers: int = 0,
+        prefetch_factor: int = LoaderSettings.prefetch_factor,
+        pin_memory: bool = True,
+        persistent_workers: bool = False,
+        create_attention_mask: bool = False,
+        output_log: bool = True,
+    ) -> None:
+        super().__init__()
+        self._sampler = sampler
+        self.seq_length, self.tokenizer = seq_length, tokenizer
+        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
+        self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
+        self.pin_memory, self.persistent_workers = pin_memory, persistent_workers
+        self.create_attention_mask = create_attention_mask or not HAVE_TE
+        self.data_sampler = _ExternalDataSampler(
+            self,
+            seq_len=seq_length,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            output_log=output_log,
+        )
+        self._begun = self._restored = False
+
+    @property
+    def sampler(self) -> AgentWeightedSampler:
+        """Shards in a mix.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
+        if self._sampler is None:
+            raise ConfigurationError(
+                "this AgentWeightedDataModule has no sampler, because it was built from the context of a checkpoint, "
+                "which does not describe the shards: build it anew with AgentWeightedDataModule(sampler, ...)"
+            )
+        return self._sampler
+
+    @property
+    def consumed(self) -> int:
+        """Samples that training has consumed over all ranks since the run began."""
+        if not self._begun:
+            return int(self.data_sampler.init_consumed_samples)
+        return self.consumed_after(self.trainer.global_step)
+
+    def consumed_after(self, global_step: int) -> int:
+        """Samples consumed after so many optimizer steps, as NeMo counts them."""
+        return int(self.data_sampler.compute_consumed_samples(global_step - self.data_sampler.init_global_step))
+
+    # Called by the trainer, in this order
+
+    def setup(self, stage: str = "") -> None:
+        """NeMo's process groups exist now: tells the sampler its place and how it is read."""
+        sampler, ranks = self.sampler, data_parallel_ranks()
+        data_ranks = ranks["world_size"]
+        if self.global_batch_size % (self.micro_batch_size * data_ranks):
+            raise ConfigurationError(
+                f"a global batch of {self.global_batch_size} rows is no multiple of {self.micro_batch_size} rows on "
+                f"each of {data_ranks} data-parallel ranks: choose batch sizes that fit"
+            )
+        sampler.set_ranks(**ranks)
+        sampler.set_loader(
+            LoaderSettings(
+                batch_size=self.micro_batch_size,
+                worker_block=self.micro_batch_size,
+                granule=self.global_batch_size // data_ranks,
+                prefetch_factor=self.prefetch_factor,
+                look_ahead=self.num_workers * self.prefetch_factor * self.micro_batch_size * data_ranks,
+            )
+        )
+        if sampler.transform is None:
+            sampler.transform = ShiftedTokens(length=self.seq_length)
+
+    def reconfigure_limit_batches(self) -> None:
+        """Lightning counts micro-batches: turns the trainer's limits in steps into limits in micro-batches."""
+        for name in ("limit_train_batches", "limit_val_batches"):
+            limit = getattr(self.trainer, name)
+            if isinstance(limit, int):
+                setattr(self.trainer, name, limit * get_num_microbatches())
+        self.trainer.num_sanity_val_steps *= get_num_microbatches()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on after the samples that the checkpoint says were consumed; ranks and workers may be others than then.
+
+        Raises:
+            StateError: The state cannot be read, or belongs to other shards or another seed.
+        """
+        try:
+            consumed, sampler = int(state_dict["consumed_samples"]), json.loads(state_dict["sampler"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"the checkpoint's state of AgentWeightedDataModule cannot be read: {error!r}") from error
+        self.sampler.load_state_dict(sampler)
+        self.data_sampler.init_consumed_samples = self.data_sampler.prev_consumed_samples = consumed
+        self.data_sampler.if_first_step = 1
+        update_num_microbatches(consumed_samples=consumed, consistency_check=False)
+        self._begun, self._restored = False, True
+        logger.info("data go on at sample %d; Lightning's warning that the loader is not resumable is wrong", consumed)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Micro-batches of this data-parallel rank, from the next sample that was not trained on."""
+        step = self.trainer.global_step
+        if step and not (self._restored or self._begun):
+            logger.warning(
+                "the checkpoint at step %d was made without AgentWeightedDataModule: the plan begins at its first "
+                "sample",
+                step,
+            )
+        self.data_sampler.init_consumed_samples = self.consumed
+        self.data_sampler.init_global_step = step
+        self._begun = True
+        return _Loader(
+            self.sampler,
+            batch_size=self.micro_batch_size,
+            collate_fn=_Collate(self.seq_length, self.create_attention_mask),
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+            generator=torch.Generator().manual_seed(0),  # the loader's seed is not drawn from the model's
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """For NeMo's checkpoint, the same on every rank. Its last one, without the optimizer, has it too."""
+        consumed = self.consumed
+        return {
+            "consumed_samples": consumed,
+            # Text, because distributed checkpoints look for tensors in every list and dictionary.
+            "sampler": json.dumps(self.sampler.state_dict(consumed=consumed)),
+        }
+
+    def io_transform_args(self, init_fn: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """For the context of NeMo's checkpoints: all settings but the sampler, which cannot be written there."""
+        settings = super().io_transform_args(init_fn, *args, **kwargs)
+        settings.pop("sampler", None)
+        if not hasattr(kwargs.get("tokenizer"), "__io__"):
+            settings.pop("tokenizer", None)  # not one of NeMo's: NeMo would give up writing the context
+        return settings  # type: ignore[no-any-return]
+
+
+class DataMixingCallback(pl.Callback, IOMixin):  # type: ignore[misc]
+    """Evaluates the environment when a decision is due, and lets the sampler's policy choose the next mix.
+
+    Before the first step the base model is evaluated, by Megatron's own parallel forward. After every
+    ``sampler.samples_per_reweight`` samples the model is evaluated again, between two optimizer steps. The sampler's
+    state is in the data module's part of the checkpoint. Metrics go to the trainer's loggers: see
+    `dmagent_loader.integrations.mixing.Report`.
+
+    Args:
+        sampler: That of the data module. None: the data module's, whichever it is.
+        environment: Question sets; None: no decisions, mixes change by `set_mix` only.
+    """
+
+    def __init__(self, sampler: AgentWeightedSampler | None = None, environment: Environment | None = None) -> None:
+        super().__init__()
+        self.sampler, self.environment = sampler, environment
+        self._mixing: Mixing | None = None
+
+    @property
+    def consumed(self) -> int:
+        """Samples that training has consumed over all ranks since the run began."""
+        return 0 if self._mixing is None else self._mixing.consumed
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Finds the data module's sampler.
+
+        Raises:
+            ConfigurationError: Another data module, or one with another sampler.
+        """
+        data = trainer.datamodule
+        if stage != "fit":
+            return
+        if not isinstance(data, AgentWeightedDataModule):
+            raise ConfigurationError(
+                f"the trainer's data module is a {type(data).__name__}, whose samples nobody re-weights: pass an "
+                "AgentWeightedDataModule to trainer.fit() or llm.pretrain(data=...)"
+            )
+        if self.sampler is not None and self.sampler is not data.sampler:
+            raise ConfigurationError(
+                "AgentWeightedDataModule and DataMixingCallback were given two samplers, so that "
+                "decisions would not reach the data: pass the same to both, or none to the callback"
+            )
+        self._mixing = Mixing(data.sampler, self.environment)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluates the base model, before the loader starts its workers; a checkpoint is restored only after this."""
+        if trainer.ckpt_path is None:
+            self._begin(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After a checkpoint was restored."""
+        if trainer.ckpt_path is not None:
+            self._begin(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """After an optimizer step; NeMo writes its checkpoint of the step after this."""
+        self._maybe_reweight(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For NeMo's checkpoint."""
+        return {"environment": None if self.environment is None else self.environment.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warns if feedback before and after the checkpoint cannot be compared."""
+        if self._mixing is not None:
+            self._mixing.compare_environment(state_dict["environment"])
+
+    def io_transform_args(self, init_fn: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """For the context of NeMo's checkpoints: sampler and environment cannot be written there."""
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataMixingCallback:
+        """Itself: NeMo copies a trainer's arguments to describe them, and there is one sampler in a run."""
+        return self
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        assert self._mixing is not None
+        self._mixing.begin()
+        self._maybe_reweight(trainer)
+
+    def _maybe_reweight(self, trainer: pl.Trainer) -> None:
+        assert self._mixing is not None
+        data = trainer.datamodule
+        self._mixing.consumed = data.consumed
+        if self._mixing.finished() or not self._mixing.due():
+            return
+        report = self._mixing.reweight(lambda environment: _feedback(environment, trainer, data.seq_length))
+        for trainer_logger in trainer.loggers:
+            trainer_logger.log_metrics(dict(report.full), step=trainer.global_step)
+
+
+class _ExternalDataSampler(MegatronDataSampler):  # type: ignore[misc]
+    """NeMo's bookkeeping of consumed samples and micro-batches, for a loader that NeMo does not have to split.
+
+    Args:
+        data: The data module it belongs to.
+    """
+
+    def __init__(self, data: AgentWeightedDataModule, **settings: Any) -> None:
+        super().__init__(dataloader_type="single", **settings)
+        self._data = data
+
+    def transform_dataloader(self, dataloader: DataLoader[Any], consumed_samples: int = 0) -> DataLoader[Any]:
+        """The sampler's own loader as it is; others, for validation, get NeMo's sampler."""
+        if isinstance(dataloader, _Loader):
+            return dataloader
+        return super().transform_dataloader(dataloader, consumed_samples)  # type: ignore[no-any-return]
+
+    def on_megatron_step_end(self, step: Any) -> None:
+        """Tells the sampler what was consumed, and stops training where no whole global batch is left."""
+        super().on_megatron_step_end(step)
+        if not step.trainer.training:
+            return
+        consumed = self._data.consumed_after(step.trainer.global_step + 1)
+        self._data.sampler.reweight_due(consumed)
+        if self._data.sampler.finished(consumed):
+            step.trainer.should_stop = True
+
+
+class _Loader(DataLoader[Any]):
+    """A loader without a length: the sampler's follows from the mix so far, and Lightning would stop or begin anew at
+    the one it saw first."""
+
+    def __len__(self) -> int:
+        raise TypeError("the number of micro-batches depends on mixes that are not decided yet")
+
+
+class _Collate:
+    """Samples to a micro-batch; can be sent to data workers.
+
+    Args:
+        length: T.
+        attention_mask: Whether to add a causal mask.
+    """
+
+    def __init__(self, length: int, attention_mask: bool) -> None:
+        self._length, self._attention_mask = length, attention_mask
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        missing = [name for name in _NEEDED if name not in samples[0]]
+        if missing:
+            raise ConfigurationError(
+                f"the sampler's transform gives {sorted(samples[0])}, but NeMo's GPT step needs {missing} too: leave "
+                "transform out for packed shards, or end yours with dmagent_loader.transforms.ShiftedTokens"
+            )
+        batch: dict[str, Any] = default_collate(list(samples))
+        if self._attention_mask and "attention_mask" not in batch:
+            seen = torch.ones(self._length, self._length, dtype=torch.bool).tril()
+            batch["attention_mask"] = ~seen.expand(len(samples), 1, -1, -1)
+        return batch
+
+
+def _feedback(environment: Environment, trainer: pl.Trainer, max_length: int) -> dict[str, float]:
+    """The feedback of the trainer's model, by Megatron's parallel forward; all ranks call it together."""
+    parallel = trainer.strategy.megatron_parallel
+    if getattr(parallel.ddp_config, "overlap_param_gather", False):
+        parallel.force_param_sync()  # weights of the last step are still on their way
+    return evaluate(environment, [chunk.module for chunk in parallel], max_length=max_length)
