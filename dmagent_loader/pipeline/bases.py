@@ -105,11 +105,19 @@ def train_bases(
 
     Returns:
         Weights, (S, ...) each: the moving averages, where the proxies have them.
+
+    Raises:
+        ConfigurationError: Fewer tokens than one step takes.
     """
     settings = {**vars(proxy), "rows_per_update": config.rows_per_update, "learning_rate": config.learning_rate}
     trainer = ProxyTrainer(len(states), ProxyConfig(**settings), device=device)
     rows_per_step = 4 * config.rows_per_update
     steps = config.tokens // (rows_per_step * row_tokens)
+    if config.tokens and not steps:
+        raise ConfigurationError(
+            f"{config.tokens} tokens are less than one step of {rows_per_step * row_tokens}: the base models would not "
+            "be trained; give more tokens, or 0 for untrained ones"
+        )
     done = 0
     if path.exists():
         saved = load_file(str(path))

@@ -134,3 +134,11 @@ def test_killed_base_training_continues_to_the_same_bits(
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigurationError, match="there must be one or more"):
         BaseConfig(**wrong)
+
+
+def test_tokens_that_are_no_step_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    """They would give untrained base models without a word."""
+    settings = BaseConfig(models=1, tokens=100, rows_per_update=8)
+    states = start_states(corpus.start_state, settings)
+    with pytest.raises(ConfigurationError, match="100 tokens are less than one step of 256"):
+        train_bases(corpus, states, settings, FeedbackConfig().proxy, row_tokens=ROW, path=tmp_path / "bases")
