@@ -5,12 +5,16 @@ JOBS ?= 2
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip
 STAMP := $(VENV)/.installed
+# NeMo needs older versions of what the rest needs: an environment of its own, built once for each content of its pins.
+NEMO_VENV ?= .venv-nemo
+NEMO_PIP := $(NEMO_VENV)/bin/python -m pip
+NEMO_STAMP := $(NEMO_VENV)/.installed-$(firstword $(shell sha256sum constraints-nemo.txt))
 # Several processes with two threads each on two cores are many times slower than with one each.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-nemo lint bench clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +31,19 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
+$(NEMO_STAMP):
+	rm -rf $(NEMO_VENV)
+	$(PYTHON) -m venv $(NEMO_VENV)
+	$(NEMO_PIP) install --quiet --upgrade pip -c constraints-nemo.txt
+	$(NEMO_PIP) install --quiet -c constraints-nemo.txt -e '.[nemo]' pytest pytest-timeout
+	touch $@
+
+# One process at a time: each takes a minute to import NeMo where two share a core.
+test-nemo: $(NEMO_STAMP)
+	CONFORMANCE_TIMEOUT=900 $(NEMO_VENV)/bin/python -m pytest -m 'not slow' --timeout 1800 tests/integration/nemo \
+		tests/examples/test_nemo_pretrain.py $(PYTEST_ARGS)
+	CONFORMANCE_TIMEOUT=900 $(NEMO_VENV)/bin/python -m pytest -m 'not slow' --timeout 1800 tests/conformance -k NeMo $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -37,4 +54,4 @@ bench: $(STAMP)
 	$(VENV)/bin/python benchmarks/staleness.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEMO_VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,17 @@ if importlib.util.find_spec("nemo") is None or importlib.util.find_spec("nemo.co
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 
-def run(work: Path, output: str, *options: str) -> list[tuple[int, float]]:
+def run(work: Path, output: str, *options: str, processes: int = 1) -> list[tuple[int, float]]:
     """(step, logged feedback on math) of all decisions of the run so far."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(work / "tokenizer.json"), eos_token="<eos>")
     tokenizer.save_pretrained(work / "tokenizer")
-    command = [sys.executable, str(HERE / "on_cpu.py"), str(EXAMPLE), "--cpu", "--shards", str(work / "shards")]
+    launch = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    command = [*launch, str(HERE / "on_cpu.py"), str(EXAMPLE), "--cpu", "--shards", str(work / "shards")]
     command += ["--tokenizer", str(work / "tokenizer"), "--hidden-size", "16", "--layers", "1", "--seq-length", "16"]
     command += ["--environment", f"general={work / 'general.jsonl'}", f"math={work / 'math.jsonl'}"]
     command += ["--micro-batch-size", "2", "--global-batch-size", "4", "--samples-per-reweight", "16"]
@@ -53,7 +60,7 @@ def decisions(folder: Path) -> list[tuple[int, float]]:
 
 
 def test_the_script_runs_and_goes_on_and_its_model_can_be_continued(work):
-    first = run(work, "out", "--max-steps", "8")
+    first = run(work, "out", "--max-steps", "8", processes=2)
     assert [step for step, _ in first] == [0, 4, 8]
     whole = run(work, "out", "--max-steps", "12")
     assert [step for step, _ in whole] == [0, 4, 8, 12]

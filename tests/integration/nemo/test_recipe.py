@@ -51,9 +51,13 @@ def build_sampler(shards, **settings):
     )
 
 
+def characters(text):
+    return [ord(c) % 64 for c in text]
+
+
 def build_environment():
     pairs = {"general": [("ab", "cd"), ("x", "yz")], "math": [("1+", "2"), ("3", "456")]}
-    return Environment.from_pairs(pairs, lambda text: [ord(c) % 64 for c in text], progress=False, prefix_token_id=0)
+    return Environment.from_pairs(pairs, characters, progress=False, prefix_token_id=0)
 
 
 def build_data(sampler, kind=AgentWeightedDataModule, **settings):
@@ -221,18 +225,16 @@ def test_the_callback_needs_the_data_modules_sampler(shards):
 
 def test_a_recipe_builds_one_sampler_for_both(shards, tmp_path):
     """Catches copies: the callback's decisions would not reach the data."""
+    recipe = llm.llama32_1b.pretrain_recipe(dir=str(tmp_path), name="first", num_gpus_per_node=1)
+    recipe.trainer.accelerator, recipe.trainer.plugins = "cpu", None  # what this machine lacks
+    recipe.model.config.apply_rope_fusion = False
     sampler = run.Config(AgentWeightedSampler, shards=shards, samples_per_reweight=8, progress=False)
-    recipe = run.Partial(
-        dict,
-        data=run.Config(AgentWeightedDataModule, sampler=sampler, seq_length=LENGTH),
-        trainer=run.Config(
-            nl.Trainer,
-            accelerator="cpu",
-            strategy=run.Config(nl.MegatronStrategy),
-            callbacks=[run.Config(DataMixingCallback, sampler=sampler, environment=run.Config(build_environment))],
-        ),
+    environment = run.Config(
+        Environment.from_pairs, pairs={"general": [("a", "b")], "math": [("1", "2")]}, tokenizer=characters
     )
-    built = fdl.build(recipe)()
+    recipe.data = run.Config(AgentWeightedDataModule, sampler=sampler, seq_length=LENGTH)
+    recipe.trainer.callbacks.append(run.Config(DataMixingCallback, sampler=sampler, environment=environment))
+    built = fdl.build(recipe).keywords
     mixing = next(c for c in built["trainer"].callbacks if isinstance(c, DataMixingCallback))
     assert mixing.sampler is built["data"].sampler
     assert mixing.environment.fields == ("general", "math")
