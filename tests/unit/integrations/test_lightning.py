@@ -101,7 +101,7 @@ def trainer(tmp_path):
 
 def environment():
     pairs = {"general": [("ab", "c")], "math": [("1 +", "2")]}
-    return Environment.from_pairs(pairs, lambda text: [ord(c) % 64 for c in text], progress=False, prefix_token_id=0)
+    return Environment.from_pairs(pairs, lambda text: [ord(c) % 64 for c in text], progress=False)
 
 
 def decided(sampler):
@@ -127,9 +127,8 @@ def test_nothing_is_lost_or_repeated_where_epochs_end(build, trainer, loader, wo
 
 def test_training_goes_on_after_the_length_that_the_loader_had(build, trainer):
     sampler, module = build(), Module()
-    loader = DataLoader(sampler, batch_size=4)
     running = trainer(DataMixingCallback(sampler, environment()))
-    running.fit(module, loader)
+    running.fit(module, DataLoader(sampler, batch_size=4))
     assert running.num_training_batches == 80 / 4
     assert running.current_epoch == 3
     assert len(module.indices) == sampler.end > 120
@@ -254,8 +253,8 @@ def test_a_copy_of_the_sampler_in_a_spawned_process_is_refused(build, trainer):
 def test_an_iterator_made_before_the_first_decision_is_taken_into_account(build, trainer):
     """The batch that Lightning has fetched by then keeps the old mix, and the ledger says so."""
     sampler, module = build(), MeasuresItsLength()
-    loader = WithoutLength(sampler, batch_size=4)
-    trainer(DataMixingCallback(sampler, environment()), max_epochs=1, max_steps=4).fit(module, loader)
+    running = trainer(DataMixingCallback(sampler, environment()), max_epochs=1, max_steps=4)
+    running.fit(module, WithoutLength(sampler, batch_size=4))
     assert module.indices == list(range(16))
     assert next(entry.staleness for entry in sampler.ledger if entry.decided_by == LESS_TARGET.name) == 4
 

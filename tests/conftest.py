@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    path = config.getoption("--conformance-table", None)
+    path = config.getoption("--conformance-table")
     if path is None:
         return
     outcomes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
