@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all set-up on a fresh machine with Python 3.11 (CPU is enough).
 PYTHON ?= python3.11
-# Test files that run at the same time.
+# Groups of tests that run at the same time.
 JOBS ?= 2
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip
@@ -26,10 +26,10 @@ demo: $(STAMP)
 	OMP_NUM_THREADS=2 $(VENV)/bin/dmagent demo --output demo_output
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m 'not slow' $(PYTEST_ARGS)
 
 test-all: $(STAMP)
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 $(NEMO_STAMP):
 	rm -rf $(NEMO_VENV)

@@ -1,4 +1,4 @@
-"""`--conformance-table FILE` writes which integration passed which test, or why it was skipped, as Markdown."""
+"""How tests are dealt to processes; `--conformance-table FILE`: which integration passed what, as Markdown."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from pathlib import Path
 
 import pytest
 
-TEST = re.compile(r"tests/conformance/.*::test_(?P<promise>\w+)\[(?P<integration>.*?)(?:-\d processes.*)?\]$")
+TEST = re.compile(r"tests/conformance/.*::test_(?P<promise>\w+)\[(?P<integration>.*?)(?:-\d processes.*)?\](@.*)?$")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--conformance-table", type=Path, help="file for the table of integrations and promises")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one process tests with ``pytest -n``: a file, for its fixtures; an integration of the conformance suite."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        integration = getattr(parameters.get("integration"), "name", "")
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.relative_to(item.config.rootpath)}{integration}"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
