@@ -333,8 +333,7 @@ def test_without_a_policy_nothing_is_decided_and_the_end_is_kept(build, trainer,
 
 def save(build, trainer, path, *, with_callback=True, **settings):
     sampler = build()
-    callbacks = [DataMixingCallback(sampler, environment())] if with_callback else []
-    running = trainer(*callbacks, max_steps=6, **settings)
+    running = trainer(*[DataMixingCallback(sampler, environment())][:with_callback], max_steps=6, **settings)
     running.fit(Module(), DataLoader(sampler, batch_size=4))
     running.save_checkpoint(path)
     return sampler
