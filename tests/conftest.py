@@ -20,8 +20,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What one process tests with ``pytest -n``: a file, for its fixtures; an integration of the conformance suite."""
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        integration = getattr(parameters.get("integration"), "name", "")
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.relative_to(item.config.rootpath)}{integration}"))
+        integration = parameters.get("integration")
+        group = f"{item.path.relative_to(item.config.rootpath)}{getattr(integration, 'name', '')}"
+        item.add_marker(pytest.mark.xdist_group(group))
+        if getattr(integration, "variant", False) and not getattr(parameters.get("setting"), "for_variants", False):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -35,6 +35,8 @@ class Integration:
         worker_ranks: Whether the torch workers of every rank read (1), or those of rank 0 only (0).
         workers: Whether the trainer takes torch data workers.
         model_parallel: Processes that hold parts of one model.
+        variant: Whether another integration of the same trainer is asked everything: then the rest is for
+            ``make test-all``.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Integration:
     every_rank_reads: bool = True
     workers: bool = True
     model_parallel: int = 1
+    variant: bool = False
 
     def bound(self, *, batch_size: int, data_ranks: int, workers: int) -> int:
         """Samples that are trained under the old mix after a decision."""
@@ -59,8 +62,10 @@ NEMO = ("nemo.collections.llm",)
 INTEGRATIONS = [
     Integration(name="plain loop", program="plain"),
     Integration(name="HF Trainer", program="huggingface", prefix="train/", ahead=1, every_rank_reads=False),
-    Integration(name="HF Trainer, mixin", program="huggingface", options=("--mode", "mixin"), prefix="train/"),
-    Integration(name="Accelerate", program="accelerate"),
+    Integration(
+        name="HF Trainer, mixin", program="huggingface", options=("--mode", "mixin"), prefix="train/", variant=True
+    ),
+    Integration(name="Accelerate", program="accelerate", variant=True),
     Integration(name="Lightning", program="lightning", needs=("lightning.pytorch",)),
     Integration(
         name="Lightning, no length",
@@ -68,6 +73,7 @@ INTEGRATIONS = [
         needs=("lightning.pytorch",),
         options=("--no-length",),
         ahead=1,
+        variant=True,
     ),
     Integration(name="Megatron-core", program="megatron", needs=MEGATRON),
     Integration(
@@ -76,6 +82,7 @@ INTEGRATIONS = [
         needs=MEGATRON,
         options=("--tensor", "2"),
         model_parallel=2,
+        variant=True,
     ),
     Integration(
         name="Megatron-core, pipeline-parallel",
@@ -83,30 +90,44 @@ INTEGRATIONS = [
         needs=MEGATRON,
         options=("--pipeline", "2"),
         model_parallel=2,
+        variant=True,
     ),
     Integration(name="NeMo", program="nemo", needs=NEMO),
-    Integration(name="NeMo, tensor-parallel", program="nemo", needs=NEMO, options=("--tensor", "2"), model_parallel=2),
     Integration(
-        name="NeMo, pipeline-parallel", program="nemo", needs=NEMO, options=("--pipeline", "2"), model_parallel=2
+        name="NeMo, tensor-parallel",
+        program="nemo",
+        needs=NEMO,
+        options=("--tensor", "2"),
+        model_parallel=2,
+        variant=True,
+    ),
+    Integration(
+        name="NeMo, pipeline-parallel",
+        program="nemo",
+        needs=NEMO,
+        options=("--pipeline", "2"),
+        model_parallel=2,
+        variant=True,
     ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Processes, torch workers of each, micro-batches of an optimizer step."""
+    """Processes, torch workers of each, micro-batches of an optimizer step; whether `make test` asks variants too."""
 
     processes: int
     workers: int
     accumulation: int
     steps: int = field(default=12)
+    for_variants: bool = False
 
     def __str__(self) -> str:
         return f"{self.processes} processes, {self.workers} workers, accumulation {self.accumulation}"
 
 
 FAST = [
-    Setting(processes=2, workers=0, accumulation=4, steps=5),
+    Setting(processes=2, workers=0, accumulation=4, steps=5, for_variants=True),
     Setting(processes=1, workers=2, accumulation=1),
 ]
 SLOW = [

@@ -93,6 +93,14 @@ def test_global_batches_do_not_depend_on_world_size(build, world_size):
     assert len(whole) - len(merged) < world_size
 
 
+def test_ranks_may_be_told_after_the_sampler_was_built(build):
+    told = build()
+    told.set_ranks(1, 3)
+    assert sample_ids(told, 20) == sample_ids(build(rank=1, world_size=3), 20)
+    with pytest.raises(ConfigurationError, match="181 is larger than the 180 rows"):
+        told.set_ranks(0, 181)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_batches_do_not_depend_on_torch_workers(build, num_workers, world_size):

@@ -165,6 +165,15 @@ def test_a_state_that_cannot_be_read_is_refused(trained):
         trained.data.load_state_dict({"consumed_samples": 8})
 
 
+def test_other_questions_than_before_the_checkpoint_are_said(trained, caplog):
+    callback = DataMixingCallback(trained.sampler, build_environment())
+    callback.setup(SimpleNamespace(datamodule=trained.data), None, "fit")
+    callback.load_state_dict(callback.state_dict())
+    assert "cannot be compared" not in caplog.text
+    callback.load_state_dict({"environment": "of other questions"})
+    assert "cannot be compared" in caplog.text
+
+
 def test_a_global_batch_must_fit(trained, shards):
     with pytest.raises(ConfigurationError, match="4 rows is no multiple of 3 rows on each of 1"):
         build_data(build_sampler(shards), micro_batch_size=3).setup("fit")
