@@ -8,40 +8,36 @@ from __future__ import annotations
 import os
 import zlib
 
-import torch
-from cpu_shim import cuda_on_cpu
-from parts import (
-    ROW_TOKENS,
-    VOCABULARY,
-    Recorder,
-    build_environment,
-    build_sampler,
-    leave,
-    parser,
-    tensorboard_metrics,
-    write_result,
-)
-
-from dmagent_loader.transforms import ShiftedTokens
-
-shifted = ShiftedTokens(length=ROW_TOKENS)
-
-
-def row(sample):
-    return {**shifted(sample), "key": zlib.crc32(sample["__key__"].encode())}
-
 
 def main() -> None:
-    # Not above: distributed checkpointing starts helper processes, which import this file.
+    # Not above: distributed checkpointing starts a helper process, which imports this file.
     import lightning.pytorch as pl
     import nemo.lightning as nl
+    import torch
     from lightning.pytorch.loggers import TensorBoardLogger
     from megatron.core import parallel_state
     from megatron.core.optimizer import OptimizerConfig
     from nemo.collections import llm
     from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel, gpt_data_step, local_layer_spec
+    from parts import (
+        ROW_TOKENS,
+        VOCABULARY,
+        Recorder,
+        build_environment,
+        build_sampler,
+        leave,
+        parser,
+        tensorboard_metrics,
+        write_result,
+    )
 
     from dmagent_loader.integrations.nemo import AgentWeightedDataModule, DataMixingCallback
+    from dmagent_loader.transforms import ShiftedTokens
+
+    shifted = ShiftedTokens(length=ROW_TOKENS)
+
+    def row(sample):
+        return {**shifted(sample), "key": zlib.crc32(sample["__key__"].encode())}
 
     options = parser()
     options.add_argument("--tensor", type=int, default=1, help="tensor-parallel processes")
@@ -158,5 +154,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from cpu_shim import cuda_on_cpu
+
     with cuda_on_cpu():
         main()
