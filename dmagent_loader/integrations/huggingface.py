@@ -59,7 +59,6 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     """
 
     def __init__(self, sampler: AgentWeightedSampler, environment: Environment | None = None) -> None:
-        self.sampler, self.environment = sampler, environment
         self._mixing = Mixing(sampler, environment)
         self._begin_consumed, self._begin_step, self._samples_per_step = 0, 0, 1
         self._reporters: list[TrainerCallback] = []
@@ -122,6 +121,20 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             "args": {},
             "attributes": {**self._mixing.state_dict(), "samples_per_step": self._samples_per_step},
         }
+
+    @property
+    def sampler(self) -> AgentWeightedSampler:
+        """The Trainer's `train_dataset`."""
+        return self._mixing.sampler
+
+    @property
+    def environment(self) -> Environment | None:
+        """Question sets; None: no decisions."""
+        return self._mixing.environment
+
+    @environment.setter
+    def environment(self, environment: Environment | None) -> None:
+        self._mixing.environment = environment
 
     @property
     def consumed(self) -> int:
