@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import sys
 import uuid
 import zlib
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from launching import environment, python
 
 from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.ledger import Ledger
@@ -85,22 +84,13 @@ class Launcher:
     ) -> Run:
         out = self.folder / f"run-{self.number}"
         self.number += 1
-        launch = [sys.executable]
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-            launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        command = [*launch, str(self.program), "--shards", str(self.folder / "shards.json"), "--out", str(out)]
-        command += ["--batch-size", str(batch_size), *options]
+        command = [*python(processes), str(self.program), "--shards", str(self.folder / "shards.json")]
+        command += ["--out", str(out), "--batch-size", str(batch_size), *options]
         mark = {"CONFORMANCE_RUN": uuid.uuid4().hex}
-        environment = {**os.environ, **mark, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment["TOKENIZERS_PARALLELISM"] = "false"
         # Into a file: a process that a killed one leaves behind would hold a pipe open.
         with (self.folder / f"{out.name}.log").open("w+") as log:
             try:
-                done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=TIMEOUT_SECONDS)
+                done = subprocess.run(command, env=environment(**mark), stdout=log, stderr=log, timeout=TIMEOUT_SECONDS)
             finally:
                 _end_processes(mark)
             log.seek(0)

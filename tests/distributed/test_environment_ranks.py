@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import environment, python
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -74,12 +73,9 @@ def launch(folder: Path, world_size: int) -> tuple[list[dict], str]:
     folder.mkdir()
     program = folder / "worker.py"
     program.write_text(WORKER)
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"] if world_size > 1 else []
-    )
     done = subprocess.run(
-        [sys.executable, *torchrun, program, folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        [*python(world_size), program, folder],
+        env=environment(PYTHONPATH=str(REPOSITORY)),
         capture_output=True,
         text=True,
         timeout=120,

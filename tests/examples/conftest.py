@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launching import environment, python
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dmagent_loader.cli import main
@@ -51,19 +49,12 @@ def train(work: Path) -> Callable[..., Path]:
     """Runs a training script on those shards; returns its output folder, ``out``."""
 
     def train(script: str, *options: str, processes: int = 1) -> Path:
-        launch = [sys.executable]
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-            launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        command = [*launch, str(EXAMPLES / script), "--shards", str(work / "shards"), "--output", str(work / "out")]
+        command = [*python(processes), str(EXAMPLES / script), "--shards", str(work / "shards")]
+        command += ["--output", str(work / "out")]
         command += ["--tokenizer", str(work / "tokenizer.json"), "--hidden-size", "16", "--layers", "1", "--cpu"]
         command += ["--environment", f"general={work / 'general.jsonl'}", f"math={work / 'math.jsonl'}"]
         command += ["--batch-size", "4", "--samples-per-reweight", "16", "--save-steps", "4", *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr[-3000:]
         return work / "out"
 

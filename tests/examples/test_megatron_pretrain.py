@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("megatron.core")
 
+from launching import environment, python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(work: Path, *options: str) -> dict[str, list[tuple[int, float]]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += [str(Path(__file__).with_name("on_cpu.py")), str(ROOT / "examples" / "megatron_pretrain.py")]
+    command = [*python(2), str(Path(__file__).with_name("on_cpu.py")), str(ROOT / "examples" / "megatron_pretrain.py")]
     command += ["--shards", str(work / "shards"), "--tokenizer", str(work / "tokenizer.json")]
     command += ["--environment", f"general={work / 'general.jsonl'}", f"math={work / 'math.jsonl'}"]
     command += ["--output", str(work / "out"), "--sequence-length", "16", "--hidden-size", "16", "--layers", "2"]
     command += ["--micro-batch-size", "4", "--samples-per-reweight", "16", "--save-every", "4", *options]
     paths = [str(ROOT / "tests" / "conformance"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     log = work / "log"
     with log.open("w") as written:  # into a file: the helpers of distributed checkpointing would hold a pipe open
-        done = subprocess.run(command, env=environment, stdout=written, stderr=written, timeout=280)
+        done = subprocess.run(
+            command,
+            env=environment(PYTHONPATH=os.pathsep.join(filter(None, paths))),
+            stdout=written,
+            stderr=written,
+            timeout=280,
+        )
     assert done.returncode == 0, log.read_text()[-4000:]
     events = EventAccumulator(str(work / "out" / "logs")).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

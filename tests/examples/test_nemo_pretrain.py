@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conformance.launch import TIMEOUT_SECONDS
+from launching import environment, python
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parents[1] / "examples" / "nemo_pretrain.py"
@@ -27,22 +26,17 @@ def run(work: Path, output: str, *options: str, processes: int = 1) -> list[tupl
     """(step, logged feedback on math) of all decisions of the run so far."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(work / "tokenizer.json"), eos_token="<eos>")
     tokenizer.save_pretrained(work / "tokenizer")
-    launch = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
-    command = [*launch, str(HERE / "on_cpu.py"), str(EXAMPLE), "--cpu", "--shards", str(work / "shards")]
+    command = [*python(processes), str(HERE / "on_cpu.py"), str(EXAMPLE), "--cpu", "--shards", str(work / "shards")]
     command += ["--tokenizer", str(work / "tokenizer"), "--hidden-size", "16", "--layers", "1", "--seq-length", "16"]
     command += ["--environment", f"general={work / 'general.jsonl'}", f"math={work / 'math.jsonl'}"]
     command += ["--micro-batch-size", "2", "--global-batch-size", "4", "--samples-per-reweight", "16"]
     command += ["--save-steps", "4", "--output", str(work / output), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "conformance"), environment.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(HERE.parent / "conformance"), os.environ.get("PYTHONPATH", "")])
     log = work / f"{output}.log"
     with log.open("w") as written:  # into a file: the helpers of distributed checkpointing would hold a pipe open
-        done = subprocess.run(command, env=environment, stdout=written, stderr=written, timeout=TIMEOUT_SECONDS)
+        done = subprocess.run(
+            command, env=environment(PYTHONPATH=paths), stdout=written, stderr=written, timeout=TIMEOUT_SECONDS
+        )
     assert done.returncode == 0, log.read_text()[-4000:]
     return decisions(work / output)
 

@@ -49,7 +49,7 @@ def main() -> None:
     options.add_argument("--skip-train", action="store_true")
     options = options.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29755"}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)
     world = int(os.environ["WORLD_SIZE"])
     checkpoints = options.out / "checkpoints"
