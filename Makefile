@@ -14,7 +14,11 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all test-nemo lint bench clean
+# In the order of benchmarks/report.py.
+BENCHMARKS := $(filter $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)), \
+	throughput dynamics decision_cost staleness resume scale environment)
+
+.PHONY: demo test test-all test-nemo lint bench bench-quick clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,8 +54,14 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 
 bench: $(STAMP)
-	$(VENV)/bin/python benchmarks/decision_cost.py
-	$(VENV)/bin/python benchmarks/staleness.py
+	for name in $(BENCHMARKS); do $(VENV)/bin/python benchmarks/$$name.py || exit 1; done
+	$(VENV)/bin/python benchmarks/report.py
+
+# One short repeat of everything, into build/: it shows that the programs run, not how fast anything is.
+bench-quick: $(STAMP)
+	for name in $(BENCHMARKS); do \
+		$(VENV)/bin/python benchmarks/$$name.py --quick --output build/bench-quick/$$name.json || exit 1; done
+	$(VENV)/bin/python benchmarks/report.py --results build/bench-quick --docs build/bench-quick
 
 clean:
 	rm -rf $(VENV) $(NEMO_VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache
