@@ -20,6 +20,8 @@ All arithmetic that decides is in integers: weights are multiples of 2**-30.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 
 from dmagent_loader.hashing import UIntArray, random_bits
@@ -32,6 +34,7 @@ DISCREPANCY = 1.25
 """Bound in samples, on how far a domain may be off its share, up to which the order is made irregular."""
 
 _HASH_BITS = 30
+_UNUSED_BITS = np.uint64(64 - _HASH_BITS)
 _DIRECT_LIMIT = 1 << 32
 _ROOT = 0
 
@@ -70,14 +73,14 @@ class DomainOrder:
         open_ = np.arange(len(samples))
         node, received = np.full(samples.shape, _ROOT, dtype=np.int64), samples
         while len(open_):
-            before, minor = self._given_to_minor(node, received)
-            received = np.where(minor, before, received - before)
-            node = np.where(minor, self._minor_child[node], self._major_child[node])
-            done = node < 0
-            domain[open_[done]] = self._leaves[~node[done]]
-            rank[open_[done]] = received[done]
-            going = ~done
-            open_, node, received = open_[going], node[going], received[going]
+            to_minor, minor = self._split(node, received)
+            received = np.where(minor, to_minor, received - to_minor)
+            node = self._children[2 * node + minor]
+            if (done := node < 0).any():
+                left = open_[done]
+                domain[left], rank[left] = self._leaves[~node[done]], received[done]
+                going = ~done
+                open_, node, received = open_[going], node[going], received[going]
         return domain, rank
 
     def counts(self, num_samples: int) -> IntArray:
@@ -86,16 +89,14 @@ class DomainOrder:
         if len(self._leaves) == 1:
             counts[self._leaves[0]] = num_samples
             return counts
-        received = np.zeros(len(self._total), dtype=np.int64)
-        received[_ROOT] = num_samples
-        for start, stop in self._levels:
-            nodes = np.arange(start, stop)
-            given, _ = self._given_to_minor(nodes, received[start:stop])
-            for child, amount in ((self._minor_child, given), (self._major_child, received[start:stop] - given)):
-                ids = child[start:stop]
-                leaf = ids < 0
-                counts[self._leaves[~ids[leaf]]] = amount[leaf]
-                received[ids[~leaf]] = amount[~leaf]
+        node, received = np.array([_ROOT]), np.array([num_samples])
+        while len(node):
+            to_minor = self._given(node, received)
+            received = np.column_stack([received - to_minor, to_minor]).ravel()
+            node = self._children.reshape(-1, 2)[node].ravel()
+            leaf = node < 0
+            counts[self._leaves[~node[leaf]]] = received[leaf]
+            node, received = node[~leaf], received[~leaf]
         return counts
 
     def counts_and_owed(self, num_samples: int) -> tuple[IntArray, IntArray]:
@@ -109,85 +110,91 @@ class DomainOrder:
         owed = (whole * self.quanta + extra - counts) * RESOLUTION + rest + self._carry
         return counts, np.asarray(owed, dtype=np.int64)
 
-    def _given_to_minor(self, node: IntArray, received: IntArray) -> tuple[IntArray, np.ndarray]:
-        """L(m) of each node, and whether sample m itself goes to the lighter child."""
+    def _divide(self, node: IntArray, received: IntArray, shift: IntArray) -> tuple[IntArray, IntArray]:
+        """Quotient and rest of (received * p + shift) / q of each node; q fits in 30 bits."""
         total, minor = self._total[node], self._minor[node]
         if len(received) and int(received.max()) >= _DIRECT_LIMIT:
-            cycles, within = np.divmod(received, total)
-            k, rest = np.divmod(within * minor + self._shift[node], total)
-            k = k + cycles * minor
-        else:
-            k, rest = np.divmod(received * minor + self._shift[node], total)
-        before = np.clip(k + (self._threshold(node, k) <= rest), 0, received)
-        rest = rest + minor
-        wrapped = rest >= total
-        k = k + wrapped
-        rest = np.where(wrapped, rest - total, rest)
-        after = np.clip(k + (self._threshold(node, k) <= rest), 0, received + 1)
+            cycles = received // total
+            start = (received - cycles * total) * minor + shift
+            k = start // total
+            return k + cycles * minor, start - k * total
+        start = received * minor + shift
+        k = start // total
+        return k, start - k * total
+
+    def _given(self, node: IntArray, received: IntArray) -> IntArray:
+        """L(m) of each node: how many of its first m samples went to its lighter child."""
+        k, rest = self._divide(node, received, self._shift[node])
+        given: IntArray = np.minimum(np.maximum(k + (self._threshold(node, k) <= rest), 0), received)
+        return given
+
+    def _split(self, node: IntArray, received: IntArray) -> tuple[IntArray, np.ndarray]:
+        """L(m) of each node, and whether sample m itself goes to the lighter child: L(m + 1) > L(m)."""
+        total, minor = self._total[node], self._minor[node]
+        k, rest = self._divide(node, received, self._shift[node] + minor)
+        # Thresholds keep p / 2 away from both ends, so only one of them can be passed in a step: that of k, or that of
+        # k - 1 if the step has just gone into the next cycle.
+        late = 2 * rest < minor
+        place = rest + total * late
+        threshold = self._threshold(node, k - late)
+        passed = threshold <= place
+        after = k + (passed & ~late)
+        before = after - (passed & (threshold > place - minor))
+        before = np.minimum(np.maximum(before, 0), received)
+        after = np.minimum(np.maximum(after, 0), received + 1)
         return before, after > before
 
     def _threshold(self, node: IntArray, k: IntArray) -> IntArray:
-        bits = random_bits(self._key[node], k) >> np.uint64(64 - _HASH_BITS)
-        drawn = (bits.astype(np.int64) * self._width[node]) >> _HASH_BITS
-        return np.asarray(self._lowest[node] + drawn, dtype=np.int64)
+        bits = random_bits(self._key[node], k) >> _UNUSED_BITS
+        return self._lowest[node] + ((bits.view(np.int64) * self._width[node]) >> _HASH_BITS)
 
     def _grow(self, key: int) -> None:
-        """Grows the tree level by level. A node is an interval of the leaves, which are sorted by falling weight."""
+        """Grows the tree level by level. A node is an interval of the leaves, which are sorted by falling weight.
+
+        In plain numbers: the arrays of most levels would be so short that numpy takes ten times as long.
+        """
         num_leaves = len(self._leaves)
-        weight = np.concatenate([[0], np.cumsum(self.quanta[self._leaves])])
-        owed = np.concatenate([[0], np.cumsum(self._carry[self._leaves])])
-        low = np.array([0] if num_leaves > 1 else [], dtype=np.int64)
-        high = np.array([num_leaves] if num_leaves > 1 else [], dtype=np.int64)
-        # Error bounds of a node: what rounding to the nearest sample costs, and what full irregularity would add.
-        rounding, irregular = np.zeros(len(low)), np.zeros(len(low))
-        leaf_rounding, leaf_irregular = np.zeros(num_leaves), np.ones(num_leaves)
-        columns: dict[str, list[IntArray]] = {
-            name: [] for name in ("total", "minor", "shift", "minor_child", "major_child", "low", "high")
-        }
-        self._levels: list[tuple[int, int]] = []
-        first = 0
-        while len(low):
+        weight = [0, *np.cumsum(self.quanta[self._leaves]).tolist()]
+        owed = [0, *np.cumsum(self._carry[self._leaves]).tolist()]
+        total: list[int] = []
+        lighter: list[int] = []
+        shift: list[int] = []
+        children: list[int] = []
+        # Error bounds: what rounding to the nearest sample costs, and what full irregularity would add.
+        freedom = [1.0] * num_leaves
+        waiting = [(0, num_leaves, 0.0, 0.0)] if num_leaves > 1 else []
+        intervals: list[tuple[int, int]] = []
+        for low, high, rounding, irregular in waiting:  # grows while it is gone through
             middle = (weight[low] + weight[high]) / 2
-            split = np.searchsorted(weight, middle)
-            split = split - (np.abs(weight[split - 1] - middle) <= np.abs(weight[split] - middle))
-            split = np.clip(split, low + 1, high - 1)
-            left, total = weight[split] - weight[low], weight[high] - weight[low]
-            left_is_minor = 2 * left <= total
-            minor = np.where(left_is_minor, left, total - left)
-            owed_left, owed_total = owed[split] - owed[low], owed[high] - owed[low]
-            owed_minor = np.where(left_is_minor, owed_left, owed_total - owed_left)
+            split = bisect_left(weight, middle, low, high)
+            split -= abs(weight[split - 1] - middle) <= abs(weight[split] - middle)
+            split = min(max(split, low + 1), high - 1)
+            whole, left = weight[high] - weight[low], weight[split] - weight[low]
+            owed_whole, owed_left = owed[high] - owed[low], owed[split] - owed[low]
+            left_is_minor = 2 * left <= whole
+            minor, owed_minor = (left, owed_left) if left_is_minor else (whole - left, owed_whole - owed_left)
+            ids = []
+            for first, last, share in ((low, split, left / whole), (split, high, 1 - left / whole)):
+                child_rounding = 0.5 + share * rounding
+                child_irregular = (1 - minor / whole) / 2 + share * irregular
+                if last - first == 1:
+                    freedom[first] = min(max((DISCREPANCY - child_rounding) / child_irregular, 0.0), 1.0)
+                    ids.append(~first)
+                else:
+                    ids.append(len(waiting))
+                    waiting.append((first, last, child_rounding, child_irregular))
+            total.append(whole)
+            lighter.append(minor)
+            shift.append(round(owed_minor / RESOLUTION * whole - minor * (owed_whole / RESOLUTION)))
+            children += ids[::-1] if left_is_minor else ids
+            intervals.append((low, high))
 
-            starts, stops = np.column_stack([low, split]).ravel(), np.column_stack([split, high]).ravel()
-            share = np.column_stack([left, total - left]).ravel() / np.repeat(total, 2)
-            child_rounding = 0.5 + share * np.repeat(rounding, 2)
-            child_irregular = np.repeat((1 - minor / total) / 2, 2) + share * np.repeat(irregular, 2)
-            is_leaf = stops - starts == 1
-            leaf_rounding[starts[is_leaf]] = child_rounding[is_leaf]
-            leaf_irregular[starts[is_leaf]] = child_irregular[is_leaf]
-            ids = ~starts
-            ids[~is_leaf] = first + len(low) + np.arange(int((~is_leaf).sum()))
-            child = ids.reshape(-1, 2)
-
-            columns["total"].append(total)
-            columns["minor"].append(minor)
-            columns["shift"].append(np.rint(owed_minor / RESOLUTION * total - minor * (owed_total / RESOLUTION)))
-            columns["minor_child"].append(np.where(left_is_minor, child[:, 0], child[:, 1]))
-            columns["major_child"].append(np.where(left_is_minor, child[:, 1], child[:, 0]))
-            columns["low"].append(low)
-            columns["high"].append(high)
-            self._levels.append((first, first + len(low)))
-            first += len(low)
-            low, high = starts[~is_leaf], stops[~is_leaf]
-            rounding, irregular = child_rounding[~is_leaf], child_irregular[~is_leaf]
-
-        joined = {name: np.concatenate([*parts, []]).astype(np.int64) for name, parts in columns.items()}
-        self._total, self._minor, self._shift = joined["total"], joined["minor"], joined["shift"]
-        self._minor_child, self._major_child = joined["minor_child"], joined["major_child"]
-        self._key: UIntArray = random_bits(key, np.arange(first, dtype=np.int64))
-        freedom = np.append(np.clip((DISCREPANCY - leaf_rounding) / leaf_irregular, 0.0, 1.0), 1.0)
-        node_freedom = np.array(
-            [freedom[a:b].min() for a, b in zip(joined["low"], joined["high"], strict=True)], dtype=np.float64
-        )
+        self._total, self._minor = np.array(total, dtype=np.int64), np.array(lighter, dtype=np.int64)
+        self._shift = np.array(shift, dtype=np.int64)
+        self._children: IntArray = np.array(children, dtype=np.int64)
+        """Heavier and lighter child of each node; a leaf is written as its complement."""
+        self._key: UIntArray = random_bits(key, np.arange(len(total), dtype=np.int64))
         slack = self._total - self._minor
+        node_freedom = np.array([min(freedom[low:high]) for low, high in intervals], dtype=np.float64)
         self._width = np.floor(slack * node_freedom).astype(np.int64)
         self._lowest = (self._minor + 1) // 2 + (slack - self._width) // 2

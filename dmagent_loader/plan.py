@@ -21,7 +21,7 @@ from dmagent_loader.errors import ConfigurationError, EmptyShardError, Exhausted
 from dmagent_loader.hashing import stream_key
 from dmagent_loader.ledger import Ledger, LedgerEntry
 from dmagent_loader.order import RESOLUTION, DomainOrder
-from dmagent_loader.shuffle import DEFAULT_WINDOW, RowOrder
+from dmagent_loader.shuffle import DEFAULT_WINDOW, RowOrders
 from dmagent_loader.simplex import FloatArray, IntArray
 
 ExhaustionRule = Literal["repeat", "stop", "redistribute", "error"]
@@ -98,11 +98,15 @@ class Located:
 
 @dataclass(frozen=True)
 class _Segment:
-    """A stretch with one effective mix; `stop` is known once it is `settled`, and None if the mix never runs out."""
+    """A stretch with one effective mix.
+
+    It surely lasts up to the index `safe`. Its `stop` is known once it is `settled`; None: the mix never runs out.
+    """
 
     start: int
     order: DomainOrder | None
     base: IntArray
+    safe: int = 0
     used_up: tuple[int, ...] = ()
     failed: tuple[int, ...] = ()
     stop: int | None = None
@@ -134,8 +138,10 @@ class Plan:
     ) -> None:
         self.space, self.seed, self.window = space, seed, window
         self.rules = exhaustion_rules(space, exhausted)
-        self._rows = [RowOrder(seed, name, rows, window) for name, rows in zip(space.names, shard_rows, strict=True)]
-        self.num_rows: IntArray = np.array([order.num_rows for order in self._rows], dtype=np.int64)
+        if len(shard_rows) != len(space):
+            raise ValueError(f"rows of {len(shard_rows)} domains for a space of {len(space)}")
+        self._rows = RowOrders(seed, space.names, shard_rows, window)
+        self.num_rows: IntArray = self._rows.num_rows
         empty = [name for name, rows in zip(space.names, self.num_rows, strict=True) if rows == 0]
         if empty:
             raise EmptyShardError(f"domains {empty} have no rows: give them shards, or leave them out")
@@ -175,13 +181,16 @@ class Plan:
         names = tuple(int(i) for i in np.flatnonzero(used_up))
         failed = tuple(i for i in names if self.rules[i] == "error" and mix[i] > 0)
         if weights is None or failed:
-            return _Segment(start, None, base, names, failed)
-        return _Segment(start, DomainOrder(weights, stream_key(self.seed, "order", start), owed), base, names)
+            return _Segment(start, None, base, start, names, failed)
+        order = DomainOrder(weights, stream_key(self.seed, "order", start), owed)
+        return _Segment(start, order, base, start + self._safe_length(order, base), names)
 
     def _extend(self, index: int | None) -> None:
         """Adds segments until one holds the sample `index`; None: until no domain runs out any more."""
         while (last := self._segments[-1]).order is not None:
             if not last.settled:
+                if index is not None and index < last.safe:
+                    return
                 length = self._until_used_up(last.order, last.base)
                 last = replace(last, stop=None if length is None else last.start + length, settled=True)
                 self._segments[-1] = last
@@ -212,6 +221,15 @@ class Plan:
         total = float(weights.sum())
         return None if total <= 0 else weights / total
 
+    def _safe_length(self, order: DomainOrder, base: IntArray) -> int:
+        """Samples before which no limited domain can have given its last row: cheap, and off by a few."""
+        waiting = self._limited & (order.quanta > 0)
+        if not waiting.any():
+            return int(_NEVER)
+        share = order.quanta[waiting] / RESOLUTION
+        soonest = float((((self.num_rows - base)[waiting] - _OFF_BY) / share).min())
+        return max(0, int(min(soonest, _NEVER)))
+
     def _until_used_up(self, order: DomainOrder, base: IntArray) -> int | None:
         """Samples until the first limited domain with weight has given its last row; None: never."""
         waiting = self._limited & (order.quanta > 0)
@@ -219,10 +237,10 @@ class Plan:
             return None
         left = (self.num_rows - base)[waiting]
         share = order.quanta[waiting] / RESOLUTION
-        if float(((left + _OFF_BY) / share).min()) > _NEVER:
+        latest = float(((left + _OFF_BY) / share).min())
+        if latest > _NEVER:
             return None
-        low = max(0, int(((left - _OFF_BY) / share).min()))
-        high = int(np.ceil(((left + _OFF_BY) / share).min()))
+        low, high = self._safe_length(order, base), int(np.ceil(latest))
 
         def reached(length: int) -> bool:
             return bool((order.counts(length)[waiting] >= left).any())
@@ -276,7 +294,6 @@ class Plan:
         """
         indices = np.asarray(indices, dtype=np.int64)
         domain, draw = np.empty_like(indices), np.empty_like(indices)
-        shard, row = np.empty_like(indices), np.empty_like(indices)
         if len(indices):
             self._extend(int(indices.max()))
         segment_of = np.searchsorted(self._starts, indices, side="right") - 1
@@ -287,10 +304,7 @@ class Plan:
             assert segment.order is not None
             domain[chosen], draw[chosen] = segment.order.locate(indices[chosen] - segment.start)
             draw[chosen] += segment.base[domain[chosen]]
-        by_domain = np.argsort(domain, kind="stable")
-        bounds = np.flatnonzero(np.diff(domain[by_domain])) + 1
-        for chosen in np.split(by_domain, bounds) if len(indices) else []:
-            shard[chosen], row[chosen] = self._rows[int(domain[chosen[0]])].rows(draw[chosen])
+        shard, row = self._rows.locate(domain, draw)
         return Located(domain, draw, shard, row)
 
     def _refuse(self, segment: _Segment) -> None:

@@ -1,89 +1,109 @@
-"""In which order the rows of one domain come: without replacement, shuffled with locality, by position.
+"""In which order the rows of each domain come: without replacement, shuffled with locality, by position.
 
 One pass over a domain (an epoch) visits its shards in a random order, joins their rows into one sequence, cuts that
 into windows and shuffles inside each window. So reading stays within a few shards at a time, every row comes once in
 each epoch, and the row of any draw follows from (seed, domain, draw) alone.
+
+The shuffle inside a window is computed for each position by itself (a Feistel network, `scatter`). A rank that reads
+every ten-thousandth sample so pays for its own samples only, and a thousand domains are looked up in one call.
+
+Shapes: D domains, S shards of all domains, n draws.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.hashing import permutation, stream_key
+from dmagent_loader.hashing import UIntArray, permutation, random_bits, scatter, stream_key
 from dmagent_loader.simplex import IntArray
 
 DEFAULT_WINDOW = 8192
 """Rows per shuffle window."""
 
-_CACHED_WINDOWS = 2
-_CACHED_EPOCHS = 2
+_NO_EPOCH = -1
 
 
-class RowOrder:
-    """The order of rows of one domain.
+class RowOrders:
+    """The order of the rows of every domain.
 
     Args:
         seed: Of the run.
-        domain: Name of the domain; the order does not change when other domains come or go.
-        shard_rows: (S,) rows of each shard.
+        domains: (D,) names; the order of a domain does not change when others come or go.
+        shard_rows: For each domain, the rows of each of its shards.
         window: Rows per shuffle window; 1 keeps the rows of a shard in their order.
+
+    Raises:
+        ConfigurationError: A window below 1.
     """
 
-    def __init__(self, seed: int, domain: str, shard_rows: IntArray, window: int = DEFAULT_WINDOW) -> None:
+    def __init__(
+        self, seed: int, domains: Sequence[str], shard_rows: Sequence[IntArray], window: int = DEFAULT_WINDOW
+    ) -> None:
         if window < 1:
             raise ConfigurationError(f"shuffle window is {window}; it must be at least 1 row")
-        self._seed, self._domain, self._window = seed, domain, window
-        self._shard_rows = np.asarray(shard_rows, dtype=np.int64)
-        self.num_rows = int(self._shard_rows.sum())
-        self._epochs: OrderedDict[int, tuple[IntArray, IntArray]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], npt.NDArray[np.int32]] = OrderedDict()
+        self._seed, self._domains, self._window = seed, tuple(domains), window
+        self._keys: UIntArray = np.array([stream_key(seed, "rows", name) for name in domains], dtype=np.uint64)
+        self._rows: IntArray = np.concatenate([np.empty(0, dtype=np.int64), *shard_rows]).astype(np.int64)
+        num_shards = np.array([len(rows) for rows in shard_rows], dtype=np.int64)
+        self._first_shard: IntArray = np.concatenate([[0], np.cumsum(num_shards)])
+        self.num_rows: IntArray = np.array([rows.sum() for rows in shard_rows], dtype=np.int64)
+        """(D,) rows of each domain."""
+        self._first_row: IntArray = np.cumsum(self.num_rows) - self.num_rows
+        # The shards of all domains in the order of the epoch that each domain is in, and after how many rows of all
+        # domains each one ends. One shard has but one order, which holds in any epoch.
+        self._order: IntArray = np.arange(len(self._rows)) - np.repeat(self._first_shard[:-1], num_shards)
+        self._ends: IntArray = np.cumsum(self._rows)
+        self._epoch: IntArray = np.full(len(self._domains), _NO_EPOCH, dtype=np.int64)
+        self._varies = num_shards > 1
 
-    def rows(self, draws: IntArray) -> tuple[IntArray, IntArray]:
+    def locate(self, domain: IntArray, draw: IntArray) -> tuple[IntArray, IntArray]:
         """Shard and row in the shard of each draw.
 
         Args:
-            draws: (n,) int64; draw k is the k-th sample ever taken from this domain. Epoch = k // rows.
+            domain: (n,) int64.
+            draw: (n,) int64; draw k is the k-th sample ever taken from its domain. Epoch = k // rows of the domain.
 
         Returns:
-            Shard numbers (n,) and row numbers (n,).
+            Shard numbers within the domain (n,) and row numbers (n,).
         """
-        epoch, position = np.divmod(np.asarray(draws, dtype=np.int64), self.num_rows)
+        num_rows = self.num_rows[domain]
+        epoch = draw // num_rows
+        position = draw - epoch * num_rows
         window = position // self._window
-        shard, row = np.empty_like(position), np.empty_like(position)
-        groups = np.column_stack([epoch, window])
-        if len(groups) and (groups == groups[0]).all():
-            unique, inverse = groups[:1], np.zeros(len(groups), dtype=np.int64)
-        else:
-            unique, inverse = np.unique(groups, axis=0, return_inverse=True)
-        for number, (e, w) in enumerate(unique):
-            chosen = np.flatnonzero(inverse.ravel() == number)
-            start = int(w) * self._window
-            sequential = start + self._window_order(int(e), int(w))[position[chosen] - start]
-            shards, ends = self._epoch_order(int(e))
-            place = np.searchsorted(ends, sequential, side="right")
-            shard[chosen] = shards[place]
-            row[chosen] = sequential - (ends[place] - self._shard_rows[shards[place]])
-        return shard, row
+        start = window * self._window
+        key = random_bits(random_bits(self._keys[domain], epoch), window)
+        sequential = start + scatter(key, position - start, np.minimum(num_rows - start, self._window))
+        waiting = self._varies[domain] & (self._epoch[domain] != epoch)
+        if not waiting.any():
+            return self._in_epoch(domain, sequential)
+        shard, row = np.empty_like(draw), np.empty_like(draw)
+        ready = np.flatnonzero(~waiting)
+        while True:
+            shard[ready], row[ready] = self._in_epoch(domain[ready], sequential[ready])
+            left = np.flatnonzero(waiting)
+            if not len(left):
+                return shard, row
+            # Every domain that waits goes on to the earliest epoch that is asked of it.
+            by_epoch = left[np.lexsort((epoch[left], domain[left]))]
+            for first in by_epoch[np.flatnonzero(np.diff(domain[by_epoch], prepend=-1))]:
+                self._begin_epoch(int(domain[first]), int(epoch[first]))
+            ready = left[self._epoch[domain[left]] == epoch[left]]
+            waiting[ready] = False
 
-    def _epoch_order(self, epoch: int) -> tuple[IntArray, IntArray]:
-        """The shards in the order of one epoch, and the cumulative rows after each."""
-        if epoch not in self._epochs:
-            shards = permutation(stream_key(self._seed, "shards", self._domain, epoch), len(self._shard_rows))
-            self._epochs[epoch] = (shards, np.cumsum(self._shard_rows[shards]))
-            while len(self._epochs) > _CACHED_EPOCHS:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+    def _in_epoch(self, domain: IntArray, sequential: IntArray) -> tuple[IntArray, IntArray]:
+        """Shards and rows of positions in the epoch that each domain is in."""
+        sequential = sequential + self._first_row[domain]
+        place = np.searchsorted(self._ends, sequential, side="right")
+        shard = self._order[place]
+        start = self._ends[place] - self._rows[self._first_shard[domain] + shard]
+        return shard, sequential - start
 
-    def _window_order(self, epoch: int, window: int) -> npt.NDArray[np.int32]:
-        key = (epoch, window)
-        if key not in self._windows:
-            length = min(self._window, self.num_rows - window * self._window)
-            order = permutation(stream_key(self._seed, "rows", self._domain, epoch, window), length)
-            self._windows[key] = order.astype(np.int32)
-            while len(self._windows) > _CACHED_WINDOWS:
-                self._windows.popitem(last=False)
-        return self._windows[key]
+    def _begin_epoch(self, domain: int, epoch: int) -> None:
+        own = slice(int(self._first_shard[domain]), int(self._first_shard[domain + 1]))
+        order = permutation(stream_key(self._seed, "shards", self._domains[domain], epoch), own.stop - own.start)
+        self._order[own] = order
+        self._ends[own] = self._first_row[domain] + np.cumsum(self._rows[own][order])
+        self._epoch[domain] = epoch
