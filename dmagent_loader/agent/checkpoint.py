@@ -5,12 +5,10 @@ Loading never unpickles. What was saved is what is loaded: the weights' sha256 l
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import torch
 from dmagent_loader.agent.config import AgentConfig
 from dmagent_loader.agent.model import MixingAgent
 from dmagent_loader.errors import CheckpointError, ConfigurationError, require_extra
+from dmagent_loader.files import write_atomically
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -155,9 +154,9 @@ def save(agent: MixingAgent, directory: str | os.PathLike[str], *, card: str | N
     config = {**agent.config.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    write_whole(target / WEIGHTS_FILE, data)
-    write_whole(target / CARD_FILE, (card if card is not None else _default_card(agent, target)).encode())
-    write_whole(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_atomically(target / WEIGHTS_FILE, data)
+    write_atomically(target / CARD_FILE, (card if card is not None else _default_card(agent, target)).encode())
+    write_atomically(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _name(name_or_path: str | os.PathLike[str], directory: Path) -> str:
@@ -250,30 +249,6 @@ def refuse_non_finite(weights: Mapping[str, torch.Tensor], owner: str, reason: s
     bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(f"{owner} has weights that are not finite in {', '.join(bad[:4])}: {reason}")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Puts a file in its place whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a checkpoint should be as readable as any other file of the user.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -27,11 +27,11 @@ from dmagent_loader.agent.checkpoint import (
     read_config,
     read_weights,
     refuse_non_finite,
-    write_whole,
 )
 from dmagent_loader.agent.config import AgentConfig
 from dmagent_loader.agent.layers import DecoderBlock, initialize, rotary_tables
 from dmagent_loader.errors import CheckpointError, ConfigurationError
+from dmagent_loader.files import write_atomically
 
 SCHEMA_VERSION = 1
 """Version of the JSON form; raised when an older reader would misunderstand a newer file."""
@@ -213,8 +213,8 @@ def save_critics(critics: Sequence[MixingCritic], directory: str | os.PathLike[s
     }
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    write_whole(target / WEIGHTS_FILE, data)
-    write_whole(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_atomically(target / WEIGHTS_FILE, data)
+    write_atomically(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def load_critics(directory: str | os.PathLike[str]) -> tuple[MixingCritic, ...]:

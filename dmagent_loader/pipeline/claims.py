@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from safetensors.torch import save
 
 from dmagent_loader.errors import StateError
+from dmagent_loader.files import write_atomically
 
 
 def claim(directory: Path, settings: Mapping[str, Any], what: str) -> None:
@@ -38,27 +37,9 @@ def claim(directory: Path, settings: Mapping[str, Any], what: str) -> None:
                 "use the old settings, or another directory"
             )
         return
-    write_bytes(path, text.encode())
+    write_atomically(path, text.encode())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, durable: bool = True) -> None:
-    """Writes a safetensors file, whole or not at all; `durable` as in `write_bytes`."""
-    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}), durable=durable)
-
-
-def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Writes a file beside its place, flushes it to disk and renames it.
-
-    Args:
-        path: The file.
-        data: Its content.
-        durable: Wait until it is on the disk. Without, it survives a kill of the process, but not a loss of power.
-    """
-    # A name by lot: two that work on one unit, on two machines maybe, must not write into each other's file.
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    partial.replace(path)
+    """Writes a safetensors file, whole or not at all; `durable` as in `write_atomically`."""
+    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}), durable=durable)

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.numpy import save as serialize
 
 from dmagent_loader.errors import StateError
+from dmagent_loader.files import write_atomically
 from dmagent_loader.history import FeedbackStatistics
-from dmagent_loader.pipeline.claims import write_bytes
 from dmagent_loader.pipeline.trajectories import Trajectories, TrajectoryConfig
 from dmagent_loader.simplex import FloatArray
 
@@ -73,7 +73,7 @@ class FeedbackRecord:
             "settings": json.dumps(self.settings, sort_keys=True),
             "trajectory_settings": json.dumps(asdict(self.trajectories.config), sort_keys=True),
         }
-        write_bytes(path, serialize(arrays, metadata=meta))
+        write_atomically(path, serialize(arrays, metadata=meta))
 
     @classmethod
     def load(cls, path: Path) -> FeedbackRecord:

@@ -23,9 +23,10 @@ from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.agent.checkpoint import bundled_roots
 from dmagent_loader.agent.critic import save_critics
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError, StateError
+from dmagent_loader.files import write_atomically
 from dmagent_loader.pipeline import card
 from dmagent_loader.pipeline.bases import BaseConfig, start_states, train_bases
-from dmagent_loader.pipeline.claims import claim, write_bytes
+from dmagent_loader.pipeline.claims import claim
 from dmagent_loader.pipeline.corpus import Corpus, CorpusConfig, build_corpus
 from dmagent_loader.pipeline.cql import CQLConfig, train_cql
 from dmagent_loader.pipeline.feedback import FeedbackConfig, collect_feedback
@@ -301,7 +302,7 @@ class Pipeline:
         with tqdm(total=self.config.sft.updates, desc="sft", disable=not self.progress) as bar:
             result = train_sft(record, self.config.sft, agent_config, on_update=lambda: bar.update())
         result.agent.save_pretrained(directory, card=card.sft_card(record, result, self.notes))
-        write_bytes(self.output / "sft.md", card.sft_report(record, result).encode())
+        write_atomically(self.output / "sft.md", card.sft_report(record, result).encode())
         return result.agent
 
     def cql(self) -> MixingAgent:
@@ -318,7 +319,7 @@ class Pipeline:
         result = train_cql(record, warm, self.config.cql, progress=self.progress)
         save_critics(result.critics, directory / "critic")
         result.agent.save_pretrained(directory, card=card.cql_card(record, self.config.cql, result, self.notes))
-        write_bytes(self.output / "cql.md", card.cql_report(result).encode())
+        write_atomically(self.output / "cql.md", card.cql_report(result).encode())
         return result.agent
 
     def _is_done(self, directory: Path, config: SFTConfig | CQLConfig) -> bool:

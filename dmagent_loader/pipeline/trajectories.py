@@ -21,7 +21,7 @@ from safetensors.numpy import save as serialize
 
 from dmagent_loader.domains import CANONICAL_TOPICS, NUM_CANONICAL
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.pipeline.claims import write_bytes
+from dmagent_loader.files import write_atomically
 from dmagent_loader.simplex import FloatArray, IntArray, js_divergence
 
 SCHEMA = "trajectories/2"
@@ -176,7 +176,7 @@ class Trajectories:
             "target_distribution": self.target_distribution,
         }
         meta = {"schema": SCHEMA, "settings": json.dumps(asdict(self.config))}
-        write_bytes(path, serialize(arrays, metadata=meta))
+        write_atomically(path, serialize(arrays, metadata=meta))
 
     @classmethod
     def load(cls, path: Path) -> Trajectories:

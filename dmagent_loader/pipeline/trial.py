@@ -25,8 +25,9 @@ from torch import Tensor
 
 from dmagent_loader.domains import FIELDS, NUM_CANONICAL
 from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.files import write_atomically
 from dmagent_loader.pipeline.bases import BaseConfig, train_bases
-from dmagent_loader.pipeline.claims import claim, save_tensors, write_bytes
+from dmagent_loader.pipeline.claims import claim, save_tensors
 from dmagent_loader.pipeline.corpus import NUM_TOPICS, Corpus
 from dmagent_loader.pipeline.held_out import HeldOutRows
 from dmagent_loader.pipeline.proxies import ProxyConfig, ProxyTrainer, StackedProxies
@@ -231,7 +232,7 @@ def _batches(policies: Mapping[str, Policy], config: TrialConfig, directory: Pat
     for steering in (False, True):
         new = [n for n, p in policies.items() if n not in known and isinstance(p, StaticPolicy) != steering]
         batches += [new[i : i + config.runs_at_once] for i in range(0, len(new), config.runs_at_once)]
-    write_bytes(path, (json.dumps(batches, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(batches, indent=1) + "\n").encode())
     return {number: tuple(batch) for number, batch in enumerate(batches) if set(batch) & set(policies)}
 
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.numpy import save as serialize
 
 from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.files import write_atomically
 from dmagent_loader.history import FeedbackStatistics
-from dmagent_loader.pipeline.claims import write_bytes
 from dmagent_loader.pipeline.rollout import used_target_tokens
 from dmagent_loader.simplex import FloatArray, IntArray, effective_domains
 
@@ -166,7 +166,7 @@ class TrialRecord:
             "seconds": repr(self.seconds),
         }
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        write_bytes(path, serialize(contiguous, metadata=meta))
+        write_atomically(path, serialize(contiguous, metadata=meta))
 
     @classmethod
     def load(cls, path: Path) -> TrialRecord:

@@ -15,7 +15,6 @@ import os
 import struct
 import threading
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -26,6 +25,7 @@ import numpy as np
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from dmagent_loader.files import write_atomically
 from dmagent_loader.shards.index import ShardDamage, ShardIndex, build_index
 from dmagent_loader.shards.reader import ShardVersion, open_source
 from dmagent_loader.shards.urls import display_url, is_local, local_path
@@ -90,7 +90,8 @@ class IndexCache:
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, save_tensors(columns, metadata))
+            # Not flushed: an entry that a power failure spoils fails its checksum and is built again.
+            write_atomically(path, save_tensors(columns, metadata), durable=False)
         except OSError as error:
             if str(self._folder) not in _warned:
                 _warned.add(str(self._folder))
@@ -154,21 +155,6 @@ def build_and_cache(
         index = build_index(url, open_source(url), version.size, advance=advance, stop=stop)
         cache.save(url, version, index)
         return index
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file under another name, flushes it to the disk, then renames it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _parse(url: str, data: bytes, version: ShardVersion) -> ShardIndex | None:

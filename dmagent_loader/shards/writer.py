@@ -25,7 +25,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dmagent_loader.errors import ConfigurationError, DomainError, EmptyShardError
-from dmagent_loader.shards.cache import write_atomically
+from dmagent_loader.files import write_atomically
 from dmagent_loader.shards.documents import DocumentReader, find_files
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, load_manifest, manifest_text
 from dmagent_loader.shards.packing import Packer, TextTokenizer, TokenArray

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmagent_loader.errors import StateError
-from dmagent_loader.pipeline.claims import claim, save_tensors, write_bytes
+from dmagent_loader.pipeline.claims import claim, save_tensors
 
 SETTINGS = {"corpus": "abc", "questions": {"limits": (64, 24)}}
 
@@ -38,31 +37,6 @@ def test_another_computation_is_refused_and_told_what_differs(tmp_path: Path, ot
     claim(tmp_path, SETTINGS, "feedback")
     with pytest.raises(StateError, match=f"holds feedback of {named} continuing would mix"):
         claim(tmp_path, other, "feedback")
-
-
-def test_a_reader_sees_one_whole_file_whoever_writes_it(tmp_path: Path) -> None:
-    """Catches writing in place, and partial files that two writers share."""
-    path = tmp_path / "group"
-    contents = [bytes([i]) * 300_000 for i in range(3)]
-    write_bytes(path, contents[0])
-    failures: list[BaseException] = []
-
-    def write(data: bytes) -> None:
-        try:
-            for _ in range(20):
-                write_bytes(path, data)
-        except BaseException as error:
-            failures.append(error)
-
-    writers = [threading.Thread(target=write, args=(data,)) for data in contents]
-    for writer in writers:
-        writer.start()
-    reads = 0
-    while any(writer.is_alive() for writer in writers) or reads == 0:
-        assert path.read_bytes() in contents
-        reads += 1
-    assert not failures
-    assert [file.name for file in tmp_path.iterdir()] == ["group"]
 
 
 def test_tensors_that_are_views_are_written_by_their_values(tmp_path: Path) -> None:

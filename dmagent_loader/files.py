@@ -1,0 +1,77 @@
+"""Files that are there whole or not at all, whatever kills the process that writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes, *, durable: bool = True) -> None:
+    """Writes a file under another name, flushes it to the disk, then renames it.
+
+    A killed process leaves at most one file under that other name, which the next attempt overwrites: kills do not fill
+    a disk. Several processes may write the same file at once: one of them comes last, whole.
+
+    Args:
+        path: The file.
+        data: Its content.
+        durable: Wait until it is on the disk. Without, it survives a kill of the process, but not a loss of power.
+    """
+    target = Path(path)
+    with _temporary(target) as (descriptor, temporary):
+        with os.fdopen(os.dup(descriptor), "wb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, target)
+    if not durable:
+        return
+    with contextlib.suppress(OSError):  # a folder that cannot be opened: the name may then be lost with the power
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[tuple[int, Path]]:
+    """An empty file beside the target that is ours alone; removed if an error comes before the rename.
+
+    Its name is the same at every attempt, on one machine: locks may not reach others. A lock, which the system takes
+    from the dead, says whether it is in use; then, and where there are no locks, we take a name by lot.
+    """
+    shared = target.with_name(f".{target.name}.{platform.node()}.partial")
+    descriptor = _locked(shared)
+    path = shared
+    if descriptor is None:
+        path = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        os.ftruncate(descriptor, 0)
+        yield descriptor, path
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor of the file that nobody else has; None: someone has it, or the file system has no locks."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)  # in use, or renamed by its writer between our two calls
+    return None

@@ -1,0 +1,96 @@
+"""A file is there whole or not at all, whoever writes it and whatever kills the writer."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dmagent_loader.files import write_atomically
+
+
+def test_a_reader_sees_one_whole_file_whoever_writes_it(tmp_path: Path) -> None:
+    """Catches writing in place, and partial files that two writers share."""
+    path = tmp_path / "group"
+    contents = [bytes([i]) * 300_000 for i in range(3)]
+    write_atomically(path, contents[0])
+    failures: list[BaseException] = []
+
+    def write(data: bytes) -> None:
+        try:
+            for _ in range(20):
+                write_atomically(path, data)
+        except BaseException as error:
+            failures.append(error)
+
+    writers = [threading.Thread(target=write, args=(data,)) for data in contents]
+    for writer in writers:
+        writer.start()
+    reads = 0
+    while any(writer.is_alive() for writer in writers) or reads == 0:
+        assert path.read_bytes() in contents
+        reads += 1
+    assert not failures
+    assert [file.name for file in tmp_path.iterdir()] == ["group"]
+
+
+KILLED_IN_A_WRITE = """
+import os, signal, sys
+from dmagent_loader.files import write_atomically
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+write_atomically(sys.argv[1], b"new" * 1000)
+"""
+
+
+def test_a_killed_writer_leaves_the_old_file_and_its_leftovers_do_not_pile_up(tmp_path: Path) -> None:
+    """Catches temporary files with a new name at each attempt, which nobody ever removes."""
+    path = tmp_path / "state.json"
+    write_atomically(path, b"old")
+    for _ in range(3):
+        killed = subprocess.run([sys.executable, "-c", KILLED_IN_A_WRITE, path], check=False)
+        assert killed.returncode == -9
+        assert path.read_bytes() == b"old"
+        assert len(list(tmp_path.iterdir())) == 2
+    write_atomically(path, b"newer")
+    assert path.read_bytes() == b"newer"
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_a_temporary_file_that_another_process_still_writes_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "text")  # type: ignore[arg-type]
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"], "a failed attempt left its temporary file"
+
+    busy = tmp_path / f".state.json.{os.uname().nodename}.partial"
+    with busy.open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b"of another")
+        other.flush()
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert busy.read_bytes() == b"of another"
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("dmagent_loader.files.fcntl.flock", no_locks)
+    write_atomically(tmp_path / "a", b"1")
+    write_atomically(tmp_path / "a", b"2", durable=False)
+    assert (tmp_path / "a").read_bytes() == b"2"
+
+
+def test_the_file_is_as_readable_as_any_other_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomically(tmp_path / "whole", b"")
+    modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("plain", "whole")}
+    assert len(modes) == 1
