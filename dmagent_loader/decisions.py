@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
-from dmagent_loader import distributed
 from dmagent_loader.errors import ConfigurationError, FeedbackError, StateError
 from dmagent_loader.history import History, validate_feedback
 from dmagent_loader.ledger import LedgerEntry
@@ -34,6 +34,7 @@ class Decision:
         staleness: Samples that will be trained under the old mix after the decision.
         seconds: Time that the policy took.
         notes: What the guard changed, or why the last good mix was kept.
+        failures: Steps of the run so far at which the policy gave no usable mix.
     """
 
     proposed: Mapping[str, float]
@@ -42,6 +43,7 @@ class Decision:
     staleness: int
     seconds: float
     notes: tuple[str, ...] = ()
+    failures: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,27 @@ class Measurement:
 
     consumed: int
     feedback: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What rank 0 tells the others about one reweighting step.
+
+    Attributes:
+        policy: The policy's name.
+        measurement: The feedback on which it rests.
+        mix: D weights, after the guard.
+        accepted: Whether they are the policy's own.
+        notes: What the guard changed, or why the last good mix was kept.
+        seconds: Time that the policy took.
+    """
+
+    policy: str
+    measurement: Measurement
+    mix: tuple[float, ...]
+    accepted: bool
+    notes: tuple[str, ...]
+    seconds: float
 
 
 @dataclass(kw_only=True)
@@ -71,38 +94,58 @@ class DecisionMaker:
     start_state: FloatArray
     history_mix: HistoryMix = "achieved"
     measurements: list[Measurement] = field(default_factory=list)
+    failures: int = 0
+    """Steps of the run at which the policy gave no usable mix."""
 
-    def history(self) -> History:
-        """All steps so far: row 0 is the start state with the first feedback."""
-        fields = tuple(self.measurements[0].feedback)
+    @property
+    def policy_name(self) -> str | None:
+        """Who decides; None: nobody."""
+        return None if self.policy is None else self.policy.name
+
+    def history(self, newest: Measurement | None = None) -> History:
+        """All steps so far: row 0 is the start state with the first feedback.
+
+        Args:
+            newest: Feedback that is not among `measurements` yet.
+        """
+        measurements = self.measurements if newest is None else [*self.measurements, newest]
+        fields = tuple(measurements[0].feedback)
         mixes = [self.start_state]
-        for before, after in zip(self.measurements, self.measurements[1:], strict=False):
+        for before, after in pairwise(measurements):
             trained = after.consumed - before.consumed
             if self.history_mix == "requested":
                 mixes.append(self.plan.ledger.in_force(max(0, after.consumed - 1)).weights())
             else:
                 mixes.append((self.plan.counts(after.consumed) - self.plan.counts(before.consumed)) / trained)
-        feedback = np.array([[float(m.feedback[f]) for f in fields] for m in self.measurements])
+        feedback = np.array([[float(m.feedback[f]) for f in fields] for m in measurements])
         return History(domains=self.plan.space.names, fields=fields, mixes=np.array(mixes), feedback=feedback)
 
-    def record(self, feedback: Mapping[str, float], consumed: int) -> None:
-        """Adds the feedback of one reweighting step: rank 0's, on all ranks.
+    def decide(self, feedback: Mapping[str, float], consumed: int, previous: FloatArray) -> Answer:
+        """Checks the feedback of one reweighting step and asks the policy: only rank 0 does.
+
+        Nothing is changed by it; `accept` does that, on all ranks.
+
+        Args:
+            feedback: Field -> number.
+            consumed: Samples that training has consumed.
+            previous: (D,) the mix in force.
 
         Raises:
             FeedbackError: Not finite, no field at all, or other fields than before.
             ConfigurationError: No sample was trained on since the last step.
         """
-        told: Measurement | Exception | None = None
-        if distributed.get_rank() == 0:
-            try:
-                told = self._measurement(feedback, consumed)
-            except (FeedbackError, ConfigurationError) as error:
-                told = error
-        told = distributed.broadcast_object(told)
-        if isinstance(told, Exception):
-            raise told
-        assert told is not None
-        self.measurements.append(told)
+        assert self.policy is not None
+        measurement = self._measurement(feedback, consumed)
+        outcome = propose_guarded(self.policy, self.history(measurement), previous, self.guard)
+        notes = outcome.notes if outcome.error is None else (outcome.error,)
+        return Answer(
+            self.policy.name, measurement, tuple(outcome.mix.tolist()), outcome.accepted, notes, outcome.seconds
+        )
+
+    def accept(self, answer: Answer) -> None:
+        """On all ranks: the step is done, whatever came of it."""
+        self.measurements.append(answer.measurement)
+        self.failures += not answer.accepted
 
     def _measurement(self, feedback: Mapping[str, float], consumed: int) -> Measurement:
         if not feedback:
@@ -113,28 +156,9 @@ class DecisionMaker:
             raise ConfigurationError(
                 f"feedback after {consumed} consumed samples follows feedback after "
                 f"{self.measurements[-1].consumed}: train between two reweighting steps, and pass the number of "
-                f"samples "
-                "consumed by all ranks since the start"
+                "samples consumed by all ranks since the start"
             )
         return Measurement(consumed, dict(zip(fields, (float(v) for v in values), strict=True)))
-
-    def decide(self, previous: FloatArray) -> tuple[FloatArray, bool, tuple[str, ...], float]:
-        """The next mix, the same on all ranks.
-
-        Args:
-            previous: (D,) the mix in force.
-
-        Returns:
-            The mix (D,), whether it is the policy's own, notes, and the seconds that the policy took.
-        """
-        assert self.policy is not None
-        result: tuple[list[float], bool, tuple[str, ...], float] | None = None
-        if distributed.get_rank() == 0:
-            outcome = propose_guarded(self.policy, self.history(), previous, self.guard)
-            notes = outcome.notes if outcome.error is None else (outcome.error,)
-            result = (outcome.mix.tolist(), outcome.accepted, notes, outcome.seconds)
-        mix, accepted, notes, seconds = distributed.broadcast_object(result)  # type: ignore[misc]
-        return np.array(mix), accepted, notes, seconds
 
     def to_json(self) -> list[dict[str, Any]]:
         """The recorded feedback as JSON values."""

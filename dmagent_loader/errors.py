@@ -11,6 +11,7 @@
     │   ├── ShardLayoutError                 a tar whose members cannot be read as samples by position
     │   └── DecodeError                      a member that cannot be, or must not be, decoded
     ├── StateError (ValueError)              a saved state that does not belong to this run
+    ├── RankError (RuntimeError)             other ranks that failed, are gone, or are in another run
     ├── ExhaustedError                       a domain ran out and its rule is ``error``
     ├── EnvironmentDataError (ValueError)    question files that cannot be used
     ├── FeedbackError (ValueError)           feedback that is not finite or has the wrong fields
@@ -69,6 +70,10 @@ class DecodeError(ShardError):
 
 class StateError(DMAgentError, ValueError):
     """A saved state that does not belong to this run, or cannot be understood."""
+
+
+class RankError(DMAgentError, RuntimeError):
+    """Other ranks failed, do not answer, or have other data, settings or mixes than this one."""
 
 
 class ExhaustedError(DMAgentError):

@@ -5,6 +5,7 @@ Together with the seed it determines every sample of a run; see `dmagent_loader.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class Ledger:
     def __init__(self, domains: tuple[str, ...]) -> None:
         self.domains = domains
         self._entries: list[LedgerEntry] = []
+        self._digests: list[bytes] = []
 
     def append(self, entry: LedgerEntry) -> None:
         """Adds an entry. One that starts where the last one starts replaces it: no sample was drawn under that one.
@@ -77,6 +79,10 @@ class Ledger:
             )
         if self._entries and entry.start == last:
             self._entries.pop()
+            self._digests.pop()
+        before = self._digests[-1] if self._digests else b""
+        told = repr((entry.start, entry.decided_by, entry.decided_at)).encode()
+        self._digests.append(hashlib.blake2b(before + entry.weights().tobytes() + told, digest_size=8).digest())
         self._entries.append(entry)
 
     def in_force(self, index: int) -> LedgerEntry:
@@ -88,6 +94,10 @@ class Ledger:
     def last(self) -> LedgerEntry:
         """The newest entry."""
         return self._entries[-1]
+
+    def summary(self) -> str:
+        """A line that differs between ledgers with other mixes, for ranks that compare theirs."""
+        return f"{len(self)} mixes, the newest from sample {self.last.start} on, digest {self._digests[-1].hex()}"
 
     def __iter__(self) -> Iterator[LedgerEntry]:
         return iter(self._entries)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmagent_loader import distributed
-from dmagent_loader.errors import ShardError
 from dmagent_loader.shards import ShardCollection
+
+_STEP = "opening the shards"
 
 
 def open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], **settings: Any) -> ShardCollection:
@@ -18,27 +20,33 @@ def open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], **settings: Any
         **settings: Of `ShardCollection.open`.
 
     Raises:
-        ShardError: Rank 0 could not open them, or the ranks see different data. Every rank raises, so that none waits.
+        ShardError: This rank could not open them.
+        RankError: Another rank could not, or the ranks see different data. Every rank raises, so that none waits.
     """
-    collection, fault = None, None
-    if distributed.get_rank() == 0:
-        try:
+    collection: ShardCollection | None = None
+    with distributed.together(_STEP):
+        if distributed.get_rank() == 0:
             collection = ShardCollection.open(shards, **settings)
-        except Exception as error:
-            if distributed.get_world_size() == 1:
-                raise
-            fault = error
-    told = distributed.broadcast_object(None if fault is None else f"{type(fault).__name__}: {fault}")
-    if fault is not None:
-        raise fault
-    if told is not None:
-        raise ShardError(f"rank 0 could not open the shards: {told}")
-    if collection is None:
-        collection = ShardCollection.open(shards, **settings)
-    fingerprints = distributed.all_gather_object(collection.fingerprint)
-    if len(set(fingerprints)) > 1:
-        raise ShardError(
-            f"the ranks see different shards: {len(set(fingerprints))} different fingerprints over {len(fingerprints)} "
-            "ranks; every rank needs the same files with the same content"
-        )
+    with distributed.together(_STEP) as facts:
+        if collection is None:
+            collection = ShardCollection.open(shards, **settings)
+        if distributed.is_active():
+            facts |= _contents(collection)
     return collection
+
+
+def _contents(collection: ShardCollection) -> dict[str, Any]:
+    """What must be the same on all ranks: first the domains, so that a difference is named by them."""
+    shards: dict[str, list[Any]] = {domain: [] for domain in collection.domains}
+    for summary in collection.summaries():
+        shards[summary.domain].append(summary)
+    facts: dict[str, Any] = {"the domains": list(collection.domains)}
+    for domain, listed in shards.items():
+        rows = sum(summary.rows for summary in listed)
+        facts[f"the shards of {domain!r}"] = f"{len(listed)} shards with {rows} rows"
+    return {**facts, "the contents of the shards": collection.fingerprint}
+
+
+def digest(*parts: Any) -> str:
+    """A short text that differs where the parts differ."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -15,6 +15,7 @@ from dmagent_loader.layout import StreamKind
 from dmagent_loader.mailbox import Mailbox
 
 _BLOCK_TIMEOUT_SECONDS = 30.0
+_STEP = "agreeing from which sample on a new mix holds"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ class Progress:
             unit = world_size * loader.batch_size
             bound = self.consumed + -(-self._prefetched(loader, world_size) // unit) * unit
             free, ahead = max(free, bound), max(0, self.mailbox.frontier() - bound)
-        ahead = distributed.all_reduce_max(ahead)
+        ahead = distributed.all_reduce_max(ahead, _STEP)
         if ahead:
             raise ConfigurationError(
                 f"data workers are {ahead} samples further than {self.consumed} consumed samples and a prefetch_factor "
@@ -159,7 +160,7 @@ class Progress:
                 "what was consumed (sampler.reweight_due(consumed)), and pass the DataLoader's prefetch_factor to the "
                 "sampler"
             )
-        return distributed.all_reduce_max(free)
+        return distributed.all_reduce_max(free, _STEP)
 
     def _prefetched(self, loader: LoaderSettings, world_size: int) -> int:
         """Samples over all ranks that workers may have fetched beyond those consumed."""

@@ -13,14 +13,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dmagent_loader import distributed
+from dmagent_loader import agreement, distributed
 from dmagent_loader.agent import MixingAgent
-from dmagent_loader.decisions import Decision, DecisionMaker, HistoryMix
+from dmagent_loader.decisions import Answer, Decision, DecisionMaker, HistoryMix
 from dmagent_loader.domains import SOURCE, DomainSpace
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.history import Standardization
@@ -38,6 +39,8 @@ from dmagent_loader.state import read_state, write_state
 from dmagent_loader.stream import ReadaheadConfig, Sample, SampleStream, check_not_delivered
 
 logger = logging.getLogger(__name__)
+
+_BUILDING = "building the sampler"
 
 
 class AgentWeightedSampler(IterableDataset[Sample]):
@@ -85,6 +88,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         ConfigurationError: Settings that cannot work; `DomainError` and `MixError` are kinds of it.
         ShardError: Shards that are missing, empty or damaged.
         CheckpointError: An agent that cannot be loaded.
+        RankError: Another rank failed, or has other shards or settings.
 
     Example:
         >>> import tempfile
@@ -128,59 +132,64 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         progress: bool = True,
     ) -> None:
         super().__init__()
-        for name, number in (
-            ("samples_per_reweight", samples_per_reweight),
-            ("batch_size", batch_size),
-            ("prefetch_factor", prefetch_factor),
-        ):
-            if number is not None and number < 1:
-                raise ConfigurationError(f"{name} is {number}; it must be at least 1")
-        if agent is not None and policy is not None:
-            raise ConfigurationError("both agent and policy were given, but only one can decide: leave one out")
-        found = shards if isinstance(shards, Mapping) else load_manifest(shards)
-        self.space = DomainSpace.from_names(found, fields=fields, compositions=compositions)
+        with distributed.together(_BUILDING):
+            for name, number in (
+                ("samples_per_reweight", samples_per_reweight),
+                ("batch_size", batch_size),
+                ("prefetch_factor", prefetch_factor),
+            ):
+                if number is not None and number < 1:
+                    raise ConfigurationError(f"{name} is {number}; it must be at least 1")
+            if agent is not None and policy is not None:
+                raise ConfigurationError("both agent and policy were given, but only one can decide: leave one out")
+            found = shards if isinstance(shards, Mapping) else load_manifest(shards)
+            self.space = DomainSpace.from_names(found, fields=fields, compositions=compositions)
         self.collection = open_on_all_ranks(
             found, on_damage=on_damage, cache_dir=cache_dir, progress=progress and distributed.get_rank() == 0
         )
-        self.samples_per_reweight, self.shadow = samples_per_reweight, shadow
-        self.decoder, self.transform = make_decoder(decode), transform
-        self.readahead = readahead or ReadaheadConfig()
-        self._rank, self._world_size = rank, world_size
-        self.loader = LoaderSettings(
-            batch_size=batch_size or 1, worker_block=batch_size, prefetch_factor=prefetch_factor
-        )
+        with distributed.together(_BUILDING) as facts:
+            self.samples_per_reweight, self.shadow = samples_per_reweight, shadow
+            self.decoder, self.transform = make_decoder(decode), transform
+            self.readahead = readahead or ReadaheadConfig()
+            self._rank, self._world_size = rank, world_size
+            self.loader = LoaderSettings(
+                batch_size=batch_size or 1, worker_block=batch_size, prefetch_factor=prefetch_factor
+            )
 
-        rows = [self.collection.shard_rows(d) for d in range(len(self.space))]
-        self._plan_settings: dict[str, Any] = {
-            "seed": _integer("seed", seed),
-            "exhausted": exhausted,
-            "window": shuffle_window,
-        }
-        self.plan = Plan(self.space, rows, **self._plan_settings)
-        self._check_world_size()
-        natural = self.plan.num_rows / self.plan.num_rows.sum()
-        first = natural if initial_mix is None else self.space.mix(initial_mix, shares=natural)
-        self.plan.append(LedgerEntry(start=0, mix=tuple(first.tolist()), decided_by=INITIAL, decided_at=0))
+            rows = [self.collection.shard_rows(d) for d in range(len(self.space))]
+            self._plan_settings: dict[str, Any] = {
+                "seed": _integer("seed", seed),
+                "exhausted": exhausted,
+                "window": shuffle_window,
+            }
+            self.plan = Plan(self.space, rows, **self._plan_settings)
+            self._check_world_size()
+            natural = self.plan.num_rows / self.plan.num_rows.sum()
+            first = natural if initial_mix is None else self.space.mix(initial_mix, shares=natural)
+            self.plan.append(LedgerEntry(start=0, mix=tuple(first.tolist()), decided_by=INITIAL, decided_at=0))
 
-        if agent is not None:
-            loaded = agent if isinstance(agent, MixingAgent) else MixingAgent.from_pretrained(agent)
-            policy = AgentPolicy(loaded, self.space, natural, roles=roles, standardization=standardization)
-        elif roles is not None or standardization is not None:
-            logger.warning("roles and standardization are for the agent; without agent= they have no effect")
-        self._decisions = DecisionMaker(
-            policy=policy,
-            guard=Guard(guard or GuardConfig(), self.space.names),
-            plan=self.plan,
-            start_state=self._start_state(natural, start_state),
-            history_mix=history_mix,
-        )
-        self.version = 0
-        self.mailbox = Mailbox(len(self.space))
-        self.progress = Progress(self.mailbox)
-        self._received = 0
-        self._length: int | None = None
-        self.before_iteration: Callable[[], None] | None = None
-        """Called when a loader announces a pass over the data, before it makes its iterator; for integrations."""
+            if agent is not None:
+                loaded = agent if isinstance(agent, MixingAgent) else MixingAgent.from_pretrained(agent)
+                policy = AgentPolicy(loaded, self.space, natural, roles=roles, standardization=standardization)
+            elif roles is not None or standardization is not None:
+                logger.warning("roles and standardization are for the agent; without agent= they have no effect")
+            self._decisions = DecisionMaker(
+                policy=policy,
+                guard=Guard(guard or GuardConfig(), self.space.names),
+                plan=self.plan,
+                start_state=self._start_state(natural, start_state),
+                history_mix=history_mix,
+            )
+            self.version = 0
+            self.mailbox = Mailbox(len(self.space))
+            self.progress = Progress(self.mailbox)
+            self._received = 0
+            self._length: int | None = None
+            self.before_iteration: Callable[[], None] | None = None
+            """Called when a loader announces a pass over the data, before it makes its iterator; for integrations."""
+            if distributed.is_active():
+                facts |= {"initial_mix": agreement.digest(first.tolist()), **agreement.settings(self)}
+        agreement.check_ranks(self, _BUILDING)
 
     # The stream
 
@@ -321,7 +330,8 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         return {name: int(count) for name, count in zip(self.space.names, counts, strict=True)}
 
     def set_mix(self, weights: Mapping[str, float], *, renormalize: bool = False) -> LedgerEntry:
-        """Changes the mix by hand, from the first sample on that nobody has fetched. All ranks call it together.
+        """Changes the mix by hand, from the first sample on that nobody has fetched. All ranks call it together, and
+        rank 0's weights hold for all.
 
         Args:
             weights: Domain -> weight (those left out get 0), or field -> weight, split over its domains by rows.
@@ -330,10 +340,14 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         Raises:
             DomainError: An unknown domain.
             MixError: The weights are not a distribution.
+            RankError: Another rank failed, has another ledger or other settings, or does not answer.
         """
-        mix = self.space.mix(weights, renormalize=renormalize, shares=self.plan.num_rows.astype(np.float64))
-        mix = distributed.broadcast_object(mix)
-        return self._append(mix, decided_by=MANUAL, decided_at=self.progress.handed_out)
+        step = "changing the mix by hand"
+        with agreement.together(self, step) as facts:
+            facts["the mixes so far"] = self.ledger.summary()
+            mix = self.space.mix(weights, renormalize=renormalize, shares=self.plan.num_rows.astype(np.float64))
+        mix, decided_at = distributed.broadcast_object((mix, self.progress.handed_out), step)
+        return self._append(mix, decided_by=MANUAL, decided_at=decided_at)
 
     def reweight_due(self, consumed: int) -> bool:
         """Whether a decision is due after so many samples consumed by all ranks; the first is due before any."""
@@ -352,30 +366,26 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         Raises:
             FeedbackError: Not finite, or other fields than before.
             ConfigurationError: No policy, or `consumed` cannot be.
+            RankError: Another rank failed, has another ledger or other settings, or does not answer.
         """
-        policy = self.decisions.policy
-        if policy is None:
-            raise ConfigurationError(
-                "reweight() needs a policy, but this sampler has none: pass agent= or policy=, or change the mix by "
-                "set_mix()"
-            )
-        consumed = _integer("consumed", consumed)
-        given = self.progress.given
-        if not self.loader.declared and not self.mailbox.num_workers and consumed > given:
-            raise ConfigurationError(
-                f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
-                "since the run began, once"
-            )
+        step = "deciding on the next mix"
+        answer: Answer | None = None
+        with agreement.together(self, step) as facts:
+            consumed = self._check_consumed(consumed)
+            facts |= {"consumed": consumed, "the mixes so far": self.ledger.summary()}
+            if distributed.get_rank() == 0:
+                answer = self._decisions.decide(feedback, consumed, self.ledger.last.weights())
+        answer = distributed.broadcast_object(answer, step)
+        assert answer is not None
         self.progress.consume(consumed)
-        self._decisions.record(feedback, consumed)
-        previous = self.ledger.last.weights()
-        mix, accepted, notes, seconds = self._decisions.decide(previous)
+        self._decisions.accept(answer)
+        mix, accepted, notes = np.array(answer.mix), answer.accepted, answer.notes
         if not self.shadow:
             entry = self._append(
                 mix,
-                decided_by=policy.name,
+                decided_by=answer.policy,
                 decided_at=consumed,
-                feedback=self._decisions.measurements[-1].feedback,
+                feedback=answer.measurement.feedback,
                 accepted=accepted,
                 note="; ".join(notes),
             )
@@ -386,13 +396,28 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             in_force=accepted and not self.shadow,
             entry=entry,
             staleness=entry.start - consumed if not self.shadow else 0,
-            seconds=seconds,
+            seconds=answer.seconds,
             notes=notes,
+            failures=self._decisions.failures,
         )
         logger.info(
             "mix after %d samples%s: %s", consumed, " (shadow)" if self.shadow else "", self.space.field_mass(mix)
         )
         return decision
+
+    def _check_consumed(self, consumed: int) -> int:
+        if self.decisions.policy is None:
+            raise ConfigurationError(
+                "reweight() needs a policy, but this sampler has none: pass agent= or policy=, or change the mix by "
+                "set_mix()"
+            )
+        consumed, given = _integer("consumed", consumed), self.progress.given
+        if not self.loader.declared and not self.mailbox.num_workers and consumed > given:
+            raise ConfigurationError(
+                f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
+                "since the run began, once"
+            )
+        return consumed
 
     # State
 
@@ -421,14 +446,18 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
         Raises:
             StateError: The state is of another schema, seed or shard set, or damaged. Nothing is changed then.
+            RankError: Another rank could not load its state, has another one, or does not answer.
         """
         _refuse_in_worker()
-        restored = read_state(self, state, self._plan_settings)
+        with agreement.together(self, "loading a state") as facts:
+            restored = read_state(self, state, self._plan_settings)
+            facts |= agreement.contents(restored)
         self.plan = restored.plan
         self.progress.restore(restored.consumed)
         self._decisions.plan = restored.plan
         self._decisions.start_state = restored.start_state
         self._decisions.measurements = restored.measurements
+        self._decisions.failures = restored.policy_failures
         self.version += 1
 
     @property
@@ -441,6 +470,11 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         if self._decisions is None:
             raise ConfigurationError("this copy of a sampler was made for a data worker: only the original decides")
         return self._decisions
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the domains and the contents of their shards."""
+        return self.collection.fingerprint
 
     @property
     def start_state(self) -> dict[str, float]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dmagent_loader.decisions import Measurement, measurements_from_json
 from dmagent_loader.errors import MixError, StateError
+from dmagent_loader.files import write_atomically
 from dmagent_loader.ledger import Ledger
 from dmagent_loader.plan import Plan
 from dmagent_loader.simplex import FloatArray, validate_mix
@@ -36,6 +40,7 @@ _KEYS = {
     "start_state",
     "ledger",
     "measurements",
+    "policy_failures",
 }
 
 
@@ -47,6 +52,7 @@ class RestoredState:
     consumed: int
     start_state: FloatArray
     measurements: list[Measurement]
+    policy_failures: int
 
 
 def write_state(sampler: AgentWeightedSampler, consumed: int) -> dict[str, Any]:
@@ -60,16 +66,17 @@ def write_state(sampler: AgentWeightedSampler, consumed: int) -> dict[str, Any]:
         "schema": SCHEMA,
         "seed": plan.seed,
         "domains": list(plan.space.names),
-        "fingerprint": sampler.collection.fingerprint,
+        "fingerprint": sampler.fingerprint,
         "exhausted": list(plan.rules),
         "shuffle_window": plan.window,
         "consumed": int(consumed),
         "counts": {name: int(count) for name, count in zip(plan.space.names, counts, strict=True)},
         "samples_per_reweight": sampler.samples_per_reweight,
-        "policy": _policy_name(sampler),
+        "policy": sampler.decisions.policy_name,
         "start_state": sampler.decisions.start_state.tolist(),
         "ledger": plan.ledger.to_json(),
         "measurements": sampler.decisions.to_json(),
+        "policy_failures": sampler.decisions.failures,
     }
 
 
@@ -104,10 +111,10 @@ def read_state(
                 f"the state is of a run with {key} {_short(state[key])}, this run has {_short(value)}: with another "
                 f"{key} the order of samples would be another; build the sampler as it was"
             )
-    if state["fingerprint"] != sampler.collection.fingerprint:
+    if state["fingerprint"] != sampler.fingerprint:
         raise StateError(
             f"the state is of another shard set: fingerprint {_short(state['fingerprint'])}, here "
-            f"{_short(sampler.collection.fingerprint)}; names, order, row counts and contents of the shards must be "
+            f"{_short(sampler.fingerprint)}; names, order, row counts and contents of the shards must be "
             "the same (their folder may differ)"
         )
     restored = Plan(plan.space, [sampler.collection.shard_rows(d) for d in range(len(plan.space))], **plan_settings)
@@ -118,7 +125,10 @@ def read_state(
     end = restored.ends_by(consumed) if whole else None
     if not whole or (end is not None and consumed > end):
         raise StateError(f"the state's consumed is {consumed!r}, which is not an index of this run")
-    for key, value in (("samples_per_reweight", sampler.samples_per_reweight), ("policy", _policy_name(sampler))):
+    for key, value in (
+        ("samples_per_reweight", sampler.samples_per_reweight),
+        ("policy", sampler.decisions.policy_name),
+    ):
         if state[key] != value:
             logger.warning(
                 "the state was saved with %s %r, this run has %r: decisions will differ", key, state[key], value
@@ -134,13 +144,46 @@ def read_state(
         start_state = validate_mix(np.asarray(state["start_state"], dtype=np.float64), plan.space.names)
     except (MixError, TypeError, ValueError) as error:
         raise StateError(f"the state's start_state is not a mix: {error}") from error
-    measurements = measurements_from_json(state["measurements"])
-    return RestoredState(plan=restored, consumed=consumed, start_state=start_state, measurements=measurements)
+    failures = state["policy_failures"]
+    if not isinstance(failures, int) or failures < 0:
+        raise StateError(f"the state's policy_failures is {failures!r}, not a count: it is damaged")
+    return RestoredState(
+        plan=restored,
+        consumed=consumed,
+        start_state=start_state,
+        measurements=measurements_from_json(state["measurements"]),
+        policy_failures=failures,
+    )
 
 
-def _policy_name(sampler: AgentWeightedSampler) -> str | None:
-    policy = sampler.decisions.policy
-    return None if policy is None else policy.name
+def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Writes a state, or anything made of JSON values that holds one, to a file: whole or not at all.
+
+    For loops of your own. A process that is killed while it writes leaves the file as it was.
+
+    Args:
+        path: The file; its folder must exist.
+        state: What `state_dict()` of a sampler or of `Mixing` returned, alone or among other JSON values.
+    """
+    write_atomically(path, json.dumps(state, allow_nan=False).encode())
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_state` wrote.
+
+    Raises:
+        StateError: There is no such file, or it was not written by `save_state`.
+    """
+    try:
+        state = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise StateError(
+            f"the state {os.fspath(path)} cannot be read ({error}): it is missing, or was not written by save_state, "
+            "which writes it whole or not at all; go on from an older one"
+        ) from error
+    if not isinstance(state, dict):
+        raise StateError(f"the state {os.fspath(path)} holds a {type(state).__name__}, not what save_state writes")
+    return state
 
 
 def _short(value: Any) -> str:

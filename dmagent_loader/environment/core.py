@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dmagent_loader.distributed import all_reduce_sum, get_rank, get_world_size
+from dmagent_loader.distributed import all_reduce_sum, get_rank, get_world_size, is_active, together
 from dmagent_loader.environment.batches import ScoredWindow, plan_batches, window
 from dmagent_loader.environment.encoding import PairEncoder, Tokenizer, request, tokenizer_max_length
 from dmagent_loader.environment.questions import (
@@ -37,6 +37,7 @@ from dmagent_loader.simplex import FloatArray, IntArray
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 2048
+_STEP = "evaluating the model"
 """Where neither the settings, nor the model, nor the tokenizer names a length; the harness' default too."""
 
 
@@ -207,7 +208,8 @@ class Environment:
             Field -> mean over pairs of the mean log-probability per scored token, the same on every rank.
 
         Raises:
-            FeedbackError: Log-probabilities that are not finite, or a failure on another rank.
+            FeedbackError: Log-probabilities that are not finite.
+            RankError: The evaluation failed on another rank, or another rank has other questions.
             ConfigurationError: The model does not fit the tokenizer, or returns no logits.
         """
         feedback = {}
@@ -237,17 +239,17 @@ class Environment:
 
         Raises:
             ConfigurationError: The model does not fit the tokenizer, or returns no logits.
-            FeedbackError: The evaluation failed on another rank.
+            RankError: The evaluation failed on another rank, or another rank has other questions.
         """
         if (rank is None) != (world_size is None):
             raise ConfigurationError(f"rank is {rank} and world_size is {world_size}: give both or neither")
         started = time.perf_counter()
         model = unwrap(model)
-        windows = self._windows_for(model)
-        sums = np.zeros(len(windows))
-        times = np.zeros(len(windows))
-        failure: Exception | None = None
-        try:
+        with together(_STEP) as facts:
+            if is_active():
+                facts["the environment's questions"] = self.fingerprint
+            windows = self._windows_for(model)
+            sums, times = np.zeros(len(windows)), np.zeros(len(windows))
             self._score(
                 model,
                 windows,
@@ -256,18 +258,9 @@ class Environment:
                 sums=sums,
                 times=times,
             )
-        except Exception as error:
-            # The others wait in the sum below; they must hear of it instead of waiting for ever.
-            failure = error
-        reduced = all_reduce_sum(np.concatenate([sums, times, [failure is not None]]))
-        if failure is not None:
-            raise failure
-        if reduced[-1]:
-            raise FeedbackError(
-                f"the evaluation failed on {int(reduced[-1])} other ranks, so there is no feedback: see their messages"
-            )
+        reduced = all_reduce_sum(np.concatenate([sums, times]), _STEP)
         # Ranks that hold parts of one model score the same pairs; dividing by how often a pair was scored undoes that.
-        scored, counted = reduced[: len(windows)], reduced[len(windows) : -1]
+        scored, counted = reduced[: len(windows)], reduced[len(windows) :]
         if not counted.all():
             raise FeedbackError(
                 f"no rank gave log-probabilities for {int((counted == 0).sum())} of {len(counted)} questions: every "

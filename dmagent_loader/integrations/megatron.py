@@ -292,7 +292,7 @@ class MegatronMixing:
         Returns:
             The metrics, where a decision was due.
         """
-        given = self.data_iterator.begin + distributed.all_reduce_max(self.data_iterator.given)
+        given = self.data_iterator.begin + distributed.all_reduce_max(self.data_iterator.given, "counting samples")
         self._mixing.consumed = given if consumed is None else consumed
         return self._maybe_reweight(model, iteration)
 

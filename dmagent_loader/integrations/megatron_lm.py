@@ -138,7 +138,7 @@ class PretrainHooks:
             part.write_text(text + "\n", encoding="utf-8")
             part.replace(self._base)
             logger.info("the base model's feedback is in %s", self._base)
-        distributed.barrier()
+        distributed.barrier("writing the base model's feedback")
 
     def _read_base(self) -> dict[str, float] | None:
         assert self.mixing is not None

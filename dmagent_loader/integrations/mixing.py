@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dmagent_loader import distributed
 from dmagent_loader.decisions import Decision
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import StateError
@@ -27,6 +28,7 @@ class Report:
     Attributes:
         short: For a console: ``env/<field>``, ``mix/<field>``, ``dmagent/staleness_samples``.
         full: Those, ``mix/<domain>`` (the new mix), ``achieved/<domain>`` (shares trained on since the last decision),
+            ``dmagent/policy_failures`` (steps of the run at which the last good mix was kept),
             ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
             ``dmagent/evaluation_share`` (of the time since training began).
         decision: What was decided.
@@ -91,6 +93,7 @@ class Mixing:
             counts = self.sampler.achieved(since, self.consumed)
             full |= {f"achieved/{domain}": count / (self.consumed - since) for domain, count in counts.items()}
         full |= {
+            "dmagent/policy_failures": float(decision.failures),
             "dmagent/consumed_samples": float(self.consumed),
             "dmagent/decision_seconds": decision.seconds,
             "dmagent/evaluation_seconds": seconds,
@@ -120,11 +123,12 @@ class Mixing:
         Raises:
             StateError: The state cannot be read, or belongs to other shards or another seed.
         """
-        try:
-            restored, questions = state["sampler"], state["environment"]
-            consumed = int(restored["consumed"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"the checkpoint's state of DataMixingCallback cannot be read: {error!r}") from error
+        with distributed.together("reading the checkpoint's state"):
+            try:
+                restored, questions = state["sampler"], state["environment"]
+                consumed = int(restored["consumed"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise StateError(f"the checkpoint's state of DataMixingCallback cannot be read: {error!r}") from error
         self.sampler.load_state_dict(restored)
         self.consumed = consumed
         self.compare_environment(questions)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError
 from dmagent_loader.history import History
 from dmagent_loader.policies.base import Policy
+from dmagent_loader.policies.limited import LimitedCaller
 from dmagent_loader.simplex import FloatArray, total_variation
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,14 @@ class GuardConfig:
         floor: Least weight of every domain, or of those named.
         ceiling: Largest weight of every domain, or of those named.
         max_change: Largest total variation distance between two successive mixes, in (0, 1]; None: any.
-        timeout_seconds: How long a policy may think; None: as long as it likes. With a limit it runs in a thread.
+        timeout_seconds: How long a policy may think; None: as long as it likes. With a limit it runs in a thread. Keep
+            it below the timeout of the process group, in which the other ranks wait.
     """
 
     floor: Bound = 0.0
     ceiling: Bound = 1.0
     max_change: float | None = None
-    timeout_seconds: float | None = None
+    timeout_seconds: float | None = 300.0
 
     def __post_init__(self) -> None:
         if self.max_change is not None and not 0 < self.max_change <= 1:
@@ -112,7 +113,7 @@ class Guard:
                 f"over {len(self.domains)} domains the floors sum to {math.fsum(self._low):.6g} and the ceilings to "
                 f"{math.fsum(self._high):.6g}: no mix fits, the first must be at most 1 and the second at least 1"
             )
-        self._late: threading.Thread | None = None
+        self._caller = LimitedCaller()
 
     def check(self, proposed: object, previous: FloatArray) -> tuple[FloatArray, tuple[str, ...]]:
         """A proposal within the limits.
@@ -147,36 +148,14 @@ class Guard:
     def call(self, policy: Policy, history: History) -> object:
         """What the policy returns, within the time limit.
 
-        A thread cannot be stopped. A late one goes on in the background, its answer is dropped, and until it ends no
-        other call is made: two at once could spoil the policy's own state.
-
         Raises:
             PolicyError: The policy is late, or still busy with an earlier step.
-            Exception: Whatever the policy raises.
+            BaseException: Whatever the policy raises.
         """
         limit = self.config.timeout_seconds
         if limit is None:
             return policy.propose(history)
-        if self._late is not None and self._late.is_alive():
-            raise PolicyError("it is still busy with an earlier step, whose answer came too late")
-        answer: queue.SimpleQueue[tuple[object, BaseException | None]] = queue.SimpleQueue()
-
-        def work() -> None:
-            try:
-                answer.put((policy.propose(history), None))
-            except BaseException as error:  # passed on to the waiting caller
-                answer.put((None, error))
-
-        thread = threading.Thread(target=work, name=f"policy-{policy.name}", daemon=True)
-        thread.start()
-        try:
-            value, error = answer.get(timeout=limit)
-        except queue.Empty:
-            self._late = thread
-            raise PolicyError(f"it gave no answer within {limit:g} s") from None
-        if error is not None:
-            raise error
-        return value
+        return self._caller.call(lambda: policy.propose(history), limit)
 
     def _resolve(self, bound: Bound, label: str, default: float) -> FloatArray:
         if isinstance(bound, Mapping):
@@ -270,7 +249,7 @@ def propose_guarded(policy: Policy, history: History, previous: FloatArray, guar
     try:
         proposed = guard.call(policy, _read_only(history))
         mix, notes = guard.check(proposed, previous)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a policy must not end the training either
         seconds = time.perf_counter() - started
         fault = str(error) if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
         text = f"policy {policy.name!r} failed at step {len(history)}: {fault}; the previous mix stays in force"

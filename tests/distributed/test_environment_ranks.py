@@ -122,7 +122,9 @@ def test_ranks_that_hold_parts_of_one_model_count_once(single, double):
 def test_failure_on_one_rank_is_an_error_on_all_instead_of_a_hang(double):
     (first, second), _ = double
 
-    assert first["error"].startswith("FeedbackError: the evaluation failed on 1 other ranks")
+    assert first["error"] == (
+        "RankError: evaluating the model failed on 1 of 2 ranks; rank 1: MemoryError: no room on this rank"
+    )
     assert second["error"] == "MemoryError: no room on this rank"
     assert first["training"] is second["training"] is True
 

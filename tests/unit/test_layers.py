@@ -16,10 +16,10 @@ PACKAGE = Path(dmagent_loader.__file__).parent
 ROOT = PACKAGE.parent
 
 # Each part may import from the parts named beside it, and from itself.
-BASE = {"errors", "_version"}
+BASE = {"errors", "files", "_version"}
 CORE = BASE | {"simplex", "domains", "history", "hashing", "order", "shuffle", "ledger", "plan", "layout"}
 DATA = CORE | {"distributed", "shards", "agent", "policies"}
-SAMPLER = {"progress", "stream", "state", "decisions", "opening", "sampler"}
+SAMPLER = {"agreement", "progress", "stream", "state", "decisions", "opening", "sampler"}
 RUN = DATA | SAMPLER | {"mailbox", "environment", "transforms"}
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
