@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 
 # In the order of benchmarks/report.py.
 BENCHMARKS := $(filter $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)), \
-	throughput dynamics decision_cost staleness resume scale environment)
+	throughput dynamics resume scale environment)
 
 .PHONY: demo test test-all test-nemo lint bench bench-quick clean
 

@@ -33,21 +33,54 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("dmagent-loader", "torch", "numpy", "webdataset", "transformers", "lm-eval", "datasets")
 SCHEMA_VERSION = 1
 _STARTED = time.time()
+_part_minutes: dict[str, float] = {}
 
 
-def parser(doc: str, name: str, repeats: int = 5) -> argparse.ArgumentParser:
+def parser(doc: str, name: str, repeats: int = 5, parts: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Options that every program has: ``--output``, ``--repeats`` and ``--quick``.
 
     Args:
         doc: The program's docstring.
         name: Of the program; its results go to ``benchmarks/results/NAME.json`` unless told otherwise.
         repeats: Default of ``--repeats``. What is published has at least 5.
+        parts: Names of the parts of a program that can be measured one after the other (``--parts``), for
+            :func:`measured_parts`.
     """
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="results, as JSON")
     options.add_argument("--repeats", type=int, default=repeats, help="of each measurement (default: %(default)s)")
     options.add_argument("--quick", action="store_true", help="one short repeat, to see that the program runs")
+    if parts:
+        options.add_argument("--parts", nargs="+", choices=parts, help="measure these, keep the rest of --output")
     return options
+
+
+def measured_parts(args: argparse.Namespace, parts: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Measures a program's parts: all, or those that ``--parts`` names, beside the results that ``--output`` holds.
+
+    Args:
+        args: Of :func:`parser`, which was given the names of the parts.
+        parts: Name -> measurement, in order.
+
+    Returns:
+        Name -> what the measurement returned, or what an earlier call has saved of it.
+    """
+    kept: dict[str, Any] = {}
+    if args.parts and set(args.parts) != set(parts):
+        earlier = load(args.output) if args.output.exists() else {"quick": args.quick, "results": {}}
+        if earlier["quick"] != args.quick:
+            raise SystemExit(f"{args.output} is of a run with another --quick: its parts cannot be joined")
+        kept = earlier["results"]
+        _part_minutes.update(earlier.get("part_minutes", {}))
+    results = {}
+    for name, measure in parts.items():
+        if not args.parts or name in args.parts:
+            started = time.time()
+            results[name] = measure()
+            _part_minutes[name] = round((time.time() - started) / 60, 2)
+        elif name in kept:
+            results[name] = kept[name]
+    return results
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -194,7 +227,8 @@ def save(args: argparse.Namespace, results: Mapping[str, Any], packages: Mapping
         "schema_version": SCHEMA_VERSION,
         "command": _command(),
         "quick": bool(args.quick),
-        "minutes": round((time.time() - _STARTED) / 60, 1),
+        "minutes": round(sum(_part_minutes.values()) or (time.time() - _STARTED) / 60, 1),
+        "part_minutes": _part_minutes,
         "machine": machine_,
         "results": results,
     }
@@ -214,10 +248,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line; of absolute paths only the last part, they belong to one machine."""
-    words = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-    options = [Path(word).name if word.startswith("/") else word for word in words]
-    return " ".join(["python", *options])
+    """The command line that measures all parts; of absolute paths only the last part, they belong to one machine."""
+    words, in_parts = ["python", f"benchmarks/{Path(sys.argv[0]).name}"], False
+    for word in sys.argv[1:]:
+        in_parts = word == "--parts" or (in_parts and not word.startswith("-"))
+        if not in_parts:
+            words.append(Path(word).name if word.startswith("/") else word)
+    return " ".join(words)
 
 
 def _cell(value: object) -> str:

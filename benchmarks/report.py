@@ -16,7 +16,7 @@ from typing import Any
 
 import measuring
 
-PROGRAMS = ("throughput", "dynamics", "decision_cost", "staleness", "resume", "scale", "environment")
+PROGRAMS = ("throughput", "dynamics", "resume", "scale", "environment")
 """In the order of their sections. Names of modules of this folder."""
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -18,7 +18,7 @@ from dmagent_loader.history import History, validate_feedback
 from dmagent_loader.ledger import LedgerEntry
 from dmagent_loader.plan import Plan
 from dmagent_loader.policies import Guard, Policy, propose_guarded
-from dmagent_loader.simplex import FloatArray
+from dmagent_loader.simplex import FloatArray, IntArray
 
 HistoryMix = Literal["achieved", "requested"]
 
@@ -96,6 +96,13 @@ class DecisionMaker:
     measurements: list[Measurement] = field(default_factory=list)
     failures: int = 0
     """Steps of the run at which the policy gave no usable mix."""
+    _counts: list[IntArray] = field(default_factory=list)
+    """(D,) samples that each domain had given by the measurements: the past does not change, so it is asked once."""
+
+    def restore(self, plan: Plan, start_state: FloatArray, measurements: list[Measurement], failures: int) -> None:
+        """Goes on from a saved state."""
+        self.plan, self.start_state, self.measurements, self.failures = plan, start_state, measurements, failures
+        self._counts = []
 
     @property
     def policy_name(self) -> str | None:
@@ -110,14 +117,16 @@ class DecisionMaker:
         """
         measurements = self.measurements if newest is None else [*self.measurements, newest]
         fields = tuple(measurements[0].feedback)
-        mixes = [self.start_state]
-        for before, after in pairwise(measurements):
-            trained = after.consumed - before.consumed
-            if self.history_mix == "requested":
-                mixes.append(self.plan.ledger.in_force(max(0, after.consumed - 1)).weights())
-            else:
-                mixes.append((self.plan.counts(after.consumed) - self.plan.counts(before.consumed)) / trained)
+        if self.history_mix == "requested":
+            ledger = self.plan.ledger
+            mixes = [ledger.in_force(max(0, after.consumed - 1)).weights() for after in measurements[1:]]
+        else:
+            self._counts += [self.plan.counts(m.consumed) for m in self.measurements[len(self._counts) :]]
+            counts = self._counts if newest is None else [*self._counts, self.plan.counts(newest.consumed)]
+            trained = [after.consumed - before.consumed for before, after in pairwise(measurements)]
+            mixes = [(b - a) / n for (a, b), n in zip(pairwise(counts), trained, strict=True)]
         feedback = np.array([[float(m.feedback[f]) for f in fields] for m in measurements])
+        mixes = [self.start_state, *mixes]
         return History(domains=self.plan.space.names, fields=fields, mixes=np.array(mixes), feedback=feedback)
 
     def decide(self, feedback: Mapping[str, float], consumed: int, previous: FloatArray) -> Answer:

@@ -454,10 +454,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             facts |= agreement.contents(restored)
         self.plan = restored.plan
         self.progress.restore(restored.consumed)
-        self._decisions.plan = restored.plan
-        self._decisions.start_state = restored.start_state
-        self._decisions.measurements = restored.measurements
-        self._decisions.failures = restored.policy_failures
+        self._decisions.restore(restored.plan, restored.start_state, restored.measurements, restored.policy_failures)
         self.version += 1
 
     @property

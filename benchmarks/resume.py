@@ -1,0 +1,359 @@
+"""How long a run takes to go on: seconds from a saved state to the first sample, after 1e3 ... 1e9 consumed samples.
+
+    python benchmarks/resume.py [--streaming-python PYTHON]
+
+Ours in a new process and inside one, with 52 and with 1,000 domains; and, from the same shards, loaders that skip what
+they have consumed (webdataset, datasets, accelerate) or keep a state of their own (datasets, mosaicml-streaming, which
+needs an environment of its own). Peers run as far as their time allows; beyond, the straight line through their last
+points is followed, and the tables say so.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import resume_peers
+from measuring import Aim, aims_table, measured_parts, median, number, parser, save, seconds, table
+
+from dmagent_loader import AgentWeightedSampler
+from dmagent_loader.decisions import Measurement
+from dmagent_loader.ledger import LedgerEntry
+from dmagent_loader.testing import write_toy_shards
+
+INTERVAL = 64_000
+DOMAINS = (52, 1000)
+ROWS = {52: 2000, 1000: 100}
+"""Rows of each domain; they repeat."""
+
+CONSUMED = tuple(10**power for power in range(3, 10))
+MOST_DECISIONS = 80
+"""The paper's number of decisions; a decision every 64,000 samples until then."""
+
+LONG_LEDGERS = (80, 1000, 10_000)
+"""Decisions of runs of 1e9 samples."""
+
+PEER_CONSUMED = (1000, 10_000, 100_000)
+STREAMING_CONSUMED = (1000, 10_000, 100_000, 1_000_000, 10_000_000)
+PARTS = ("ours", "long_ledgers", "peers", "streaming")
+_PEER_SECONDS = 20.0
+_HERE = Path(__file__).parent
+
+
+class Ours:
+    """Real shards of so many domains, and states of runs over them.
+
+    Args:
+        folder: For shards, states and the index cache.
+        domains: Number of domains.
+        quick: Few rows.
+    """
+
+    def __init__(self, folder: Path, domains: int, quick: bool) -> None:
+        self.domains = domains
+        rows = 20 if quick else ROWS[domains]
+        self._folder = folder / f"domains-{domains}-{rows}"
+        self._cache = folder / "cache"
+        self._listing = self._folder / "shards.json"
+        if not self._listing.exists():
+            counts = {f"source/d{number:04d}": rows for number in range(domains)}
+            shards = write_toy_shards(self._folder / "shards", counts, rows_per_shard=max(20, rows // 2))
+            self._listing.write_text(json.dumps(shards))
+        self.shards: dict[str, list[str]] = json.loads(self._listing.read_text())
+        self.sampler()  # indexes
+
+    def sampler(self) -> AgentWeightedSampler:
+        """A new sampler over the shards."""
+        return AgentWeightedSampler(
+            self.shards,
+            samples_per_reweight=INTERVAL,
+            exhausted="repeat",
+            rank=0,
+            world_size=1,
+            cache_dir=self._cache,
+            progress=False,
+        )
+
+    def state(self, consumed: int, decisions: int) -> Path:
+        """The state of a run with so many decisions behind it, evenly spaced, at most one every 64,000 samples."""
+        sampler, generator = self.sampler(), np.random.default_rng(0)
+        apart = max(INTERVAL, consumed // decisions)
+        for start in range(0, min(decisions * apart, consumed), apart):
+            mix = generator.dirichlet(np.ones(self.domains))
+            feedback = {"general": -3.0 - generator.random(), "math": -4.0 - generator.random()}
+            sampler.decisions.measurements.append(Measurement(start, feedback))
+            sampler.plan.append(
+                LedgerEntry(
+                    start=start, mix=tuple(mix.tolist()), decided_by="bench", decided_at=start, feedback=feedback
+                )
+            )
+        path = self._folder / f"state-{consumed}-{decisions}.json"
+        path.write_text(json.dumps(sampler.state_dict(consumed)))
+        return path
+
+    def measure(self, consumed: int, decisions: int, repeats: int) -> dict[str, Any]:
+        """Resuming inside a process and in a new one, `repeats` times each."""
+        path = self.state(consumed, decisions)
+        running = self.sampler()
+
+        def resume() -> None:
+            running.load_state_dict(json.loads(path.read_text()))
+            found = next(iter(running))["__index__"]
+            assert found == consumed, f"resumed at sample {found} instead of {consumed}"
+
+        inside, fresh = [], []
+        for _ in range(repeats):
+            inside.append(seconds(resume))
+            command = [sys.executable, str(_HERE / "resume_child.py"), str(self._listing), str(path), str(self._cache)]
+            fresh.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        found = {
+            "domains": self.domains,
+            "consumed": consumed,
+            "decisions": len(running.ledger),
+            "state_bytes": path.stat().st_size,
+            "inside": inside,
+            "fresh": fresh,
+        }
+        path.unlink()
+        say(f"{self.domains} domains, {consumed:.0e} consumed, {found['decisions']} decisions: {median(inside):.3f} s")
+        return found
+
+
+def peers(ours: Ours, repeats: int, quick: bool) -> dict[str, list[dict[str, Any]]]:
+    """Each peer as far as it comes in reasonable time."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, resume in resume_peers.IN_THIS_ENVIRONMENT.items():
+        found[name] = []
+        for consumed in PEER_CONSUMED[: 1 if quick else None]:
+            times = [resume(ours.shards, consumed) for _ in range(repeats)]
+            found[name].append({"consumed": consumed, "seconds": times})
+            say(f"{name}, {consumed:.0e}: {median(times):.2f} s")
+            if median(times) > _PEER_SECONDS:
+                break
+    return found
+
+
+def streaming(python: str | None, folder: Path, repeats: int, quick: bool) -> list[dict[str, Any]] | None:
+    """mosaicml-streaming in its own environment; None without one."""
+    if python is None:
+        say("mosaicml-streaming left out: pass the Python of an environment that has it as --streaming-python")
+        return None
+    found = []
+    for consumed in STREAMING_CONSUMED[: 1 if quick else None]:
+        settings = {
+            "folder": str(folder / "mds"),
+            "domains": 52,
+            "rows": 20 if quick else ROWS[52],
+            "consumed": consumed,
+        }
+        path = folder / "streaming.json"
+        path.write_text(json.dumps(settings))
+        command = [python, str(_HERE / "resume_peers.py"), "streaming", str(path)]
+        times = []
+        for _ in range(repeats):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+            times.append(json.loads(done.stdout.splitlines()[-1])["seconds"])
+        found.append({"consumed": consumed, "seconds": times})
+        say(f"mosaicml-streaming, {consumed:.0e}: {median(times):.2f} s")
+        if median(times) > _PEER_SECONDS:
+            break
+    return found
+
+
+def straight_line(points: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """Seconds per sample along a peer's two last points, and how straight its points lie; None: they do not grow.
+
+    Straight is how much of the last increase per sample the one before it had; 1 is a straight line.
+    """
+    if len(points) < 3:
+        return None
+    (n0, t0), (n1, t1), (n2, t2) = [(p["consumed"], median(p["seconds"])) for p in points[-3:]]
+    slope = (t2 - t1) / (n2 - n1)
+    return (slope, (t1 - t0) / (n1 - n0) / slope) if slope * n2 > t2 / 2 else None
+
+
+def aims(results: dict[str, Any]) -> list[Aim]:
+    """Below a second for 1,000 domains, whatever was consumed."""
+    ours = [row for row in results["ours"] if row["domains"] == DOMAINS[-1]]
+    slowest = max(ours, key=lambda row: median(row["inside"]))
+    full = [row for row in ours if row["decisions"] == ours[-1]["decisions"]]
+    flat = median(full[-1]["inside"]) / median(full[0]["inside"])
+    longest = [row for row in results["long_ledgers"] if row["domains"] == DOMAINS[-1]][-1]
+    long = median(longest["inside"])
+    most = median(slowest["inside"])
+    return [
+        Aim("resuming with 1,000 domains takes < 1 s, after 1e3 ... 1e9 samples", f"{number(most)} s", most < 1),
+        Aim(
+            f"it is flat: after {full[-1]['consumed']:.0e} samples as after {full[0]['consumed']:.0e}, both with "
+            f"{full[0]['decisions']} decisions (at most 1.25 times)",
+            f"{number(flat)} times",
+            flat <= 1.25,
+        ),
+        Aim(
+            f"resuming with 1,000 domains takes < 1 s after {longest['decisions']:,} decisions, too",
+            f"{number(long)} s",
+            long < 1,
+        ),
+    ]
+
+
+def section(results: dict[str, Any]) -> str:
+    """Markdown of all tables."""
+    parts = [
+        "## Resuming",
+        "Seconds from a saved state to the first sample, inside a process, the shards open. A decision every 64,000 "
+        f"samples up to {MOST_DECISIONS} (the paper's number), later spread evenly. The peers read the same 52 domains "
+        "with a mix that cannot change; what is marked ~ follows the straight line through a peer's last two points.",
+        "![seconds to resume](images/bench_resume.png)",
+        _against_peers(results),
+        "Our steps, seconds. *Open* builds the sampler with the shards' indexes in their cache; *load* reads the JSON "
+        "state, checks it against the shards, and replays the ledger.",
+        _steps(results["ours"]),
+        f"After {CONSUMED[-1]:.0e} samples, by the number of decisions in the ledger:",
+        _steps(results["long_ledgers"]),
+    ]
+    return "\n\n".join([*parts, aims_table(aims(results))])
+
+
+def _against_peers(results: dict[str, Any]) -> str:
+    ours = {
+        f"ours, {domains:,} domains": {r["consumed"]: r["inside"] for r in results["ours"] if r["domains"] == domains}
+        for domains in DOMAINS
+    }
+    measured = _peer_points(results)
+    rows = []
+    for consumed in CONSUMED:
+        cells: list[str] = [_duration(median(times[consumed])) if consumed in times else "-" for times in ours.values()]
+        for points in measured.values():
+            times = next((p["seconds"] for p in points if p["consumed"] == consumed), None)
+            line = straight_line(points)
+            if times is not None:
+                cells.append(_duration(median(times)))
+            elif line is not None and consumed > points[-1]["consumed"]:
+                cells.append("~" + _duration(_followed(points, line[0], consumed)))
+            else:
+                cells.append("-")
+        rows.append((f"{consumed:.0e}", *cells))
+    text = table(("consumed", *ours, *measured), rows)
+    straight = [
+        f"{name}: {1e6 * line[0]:.3g} µs a sample, the increase before that {line[1]:.2f} times as steep"
+        for name, points in measured.items()
+        if (line := straight_line(points)) is not None
+    ]
+    return text + ("\n\nThe straight lines: " + "; ".join(straight) + "." if straight else "")
+
+
+def _peer_points(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    measured = dict(results["peers"])
+    if results.get("streaming"):
+        measured["mosaicml-streaming, load_state_dict()"] = results["streaming"]
+    return measured
+
+
+def _followed(points: list[dict[str, Any]], slope: float, consumed: int) -> float:
+    return median(points[-1]["seconds"]) + slope * (consumed - points[-1]["consumed"])
+
+
+def _steps(rows: list[dict[str, Any]]) -> str:
+    cells = []
+    for row in rows:
+        steps = {name: median(run[name] for run in row["fresh"]) for name in ("import", "open", "load", "first")}
+        size = f"{row['state_bytes'] / 1e3:,.1f}"
+        cells.append(
+            (
+                f"{row['domains']:,}",
+                f"{row['consumed']:.0e}",
+                f"{row['decisions']:,}",
+                size,
+                median(row["inside"]),
+                *steps.values(),
+            )
+        )
+    header = ("domains", "consumed", "decisions", "state, kB", "inside a process", "new one: import", "open", "load")
+    return table((*header, "first sample"), cells)
+
+
+def _duration(value: float) -> str:
+    """Seconds, from two minutes on in minutes, hours or days."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if value >= 2 * length:
+            return f"{number(value / length)} {unit}"
+    return f"{number(value)} s"
+
+
+def charts(results: dict[str, Any], folder: Path) -> None:
+    """``bench_resume.png``: seconds against samples consumed; dotted where a line is only followed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    for domains in DOMAINS:
+        rows = [row for row in results["ours"] if row["domains"] == domains]
+        axis.plot(
+            [row["consumed"] for row in rows],
+            [median(row["inside"]) for row in rows],
+            "o-",
+            label=f"ours, {domains:,} domains",
+        )
+    for name, points in _peer_points(results).items():
+        (drawn,) = axis.plot(
+            [p["consumed"] for p in points], [median(p["seconds"]) for p in points], "s--", markersize=4, label=name
+        )
+        line = straight_line(points)
+        if line is not None:
+            ends = [points[-1]["consumed"], CONSUMED[-1]]
+            axis.plot(ends, [_followed(points, line[0], end) for end in ends], ":", color=drawn.get_color())
+    axis.set(xscale="log", yscale="log", xlabel="samples consumed", ylabel="seconds to the next sample")
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "bench_resume.png", dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    options = parser(__doc__, "resume", parts=PARTS)
+    options.add_argument("--data", type=Path, help="folder for shards that are made once (default: a temporary one)")
+    options.add_argument("--streaming-python", help="Python of an environment with mosaicml-streaming")
+    args = options.parse_args()
+    repeats, quick = (1 if args.quick else args.repeats), args.quick
+    with tempfile.TemporaryDirectory() as scratch:
+        data = args.data or Path(scratch)
+        ours = {domains: Ours(data, domains, quick) for domains in DOMAINS}
+        results = measured_parts(
+            args,
+            {
+                "ours": lambda: [
+                    run.measure(consumed, MOST_DECISIONS, repeats)
+                    for run in ours.values()
+                    for consumed in (CONSUMED[::3] if quick else CONSUMED)
+                ],
+                "long_ledgers": lambda: [
+                    run.measure(CONSUMED[-1], decisions, repeats)
+                    for run in ours.values()
+                    for decisions in LONG_LEDGERS[: 1 if quick else None]
+                ],
+                "peers": lambda: peers(ours[DOMAINS[0]], repeats, quick),
+                "streaming": lambda: streaming(args.streaming_python, data, repeats, quick),
+            },
+        )
+    save(args, results)
+    if len(results) == len(PARTS):
+        print(section(results))
+
+
+def say(line: str) -> None:
+    """Progress, for whoever waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""How the loader grows: 10,000 ranks, 1,000 domains, 1,000,000 shards, simulated in one process.
+
+    python benchmarks/scale.py
+
+The plan needs no other process, so that a rank of any number of ranks can be measured by itself. Measured are: planning
+1,024 samples of one rank as each size grows tenfold; the same against drawing domains independently with numpy, and
+against a blend as Megatron-core makes it; memory; how fast shards are indexed (against Python's tarfile, and against
+reading the same bytes) and opened again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import scale_plan
+import scale_shards
+from measuring import Aim, aims_table, measured_parts, median, median_ratio, number, parser, save, table
+
+MANY_SHARDS = 1_000_000
+PARTS = ("growth", "peers", "plan_memory", "index", "collections")
+_R = TypeVar("_R")
+
+
+def in_fresh_process(work: Callable[..., _R], *args: Any) -> _R:
+    """Calls a function in a new process, whose peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
+
+
+def collections(data: Path, repeats: int, quick: bool) -> list[dict[str, Any]]:
+    """Opening many tiny shards: the first time, when they are indexed, and again; in fresh processes."""
+    counts = (100, 400) if quick else scale_shards.COUNTS
+    rows, row_bytes = 4, 200
+    folder = data / f"tiny-{max(counts)}"
+    scale_shards.write_shards(folder, max(counts), rows, row_bytes)
+    found = []
+    for count in counts:
+        cache = data / "index-cache"
+        shutil.rmtree(cache, ignore_errors=True)
+        first = in_fresh_process(scale_shards.collection, str(folder), count, str(cache))
+        again = [in_fresh_process(scale_shards.collection, str(folder), count, str(cache)) for _ in range(repeats)]
+        shutil.rmtree(cache, ignore_errors=True)
+        found.append({"shards": count, "first": first, "again": again})
+        say(f"{count} shards: indexed in {first['open_seconds']:.1f} s")
+    return found
+
+
+def growth_per_shard(rows: list[dict[str, Any]], name: str) -> float:
+    """What one more shard adds to a figure of `scale_shards.collection`, between the two largest collections."""
+    (few, less), (many, more) = [(row["shards"], median(a[name] for a in row["again"])) for row in rows[-2:]]
+    return (more - less) / (many - few)
+
+
+def extrapolated(rows: list[dict[str, Any]], name: str) -> float:
+    """A figure of `scale_shards.collection` for 1,000,000 shards, along the line of the two largest collections."""
+    largest = rows[-1]
+    grown = growth_per_shard(rows, name) * (MANY_SHARDS - largest["shards"])
+    return median(a[name] for a in largest["again"]) + grown
+
+
+def aims(results: dict[str, Any]) -> list[Aim]:
+    """Planning below 1 ms per 1,024 samples, memory below 200 MB."""
+    largest = results["growth"]["ranks"][-1]
+    planned = median(largest["own_ms"])
+    plan_mb = median(run["peak_mb"] for run in results["plan_memory"])
+    both_mb = plan_mb + extrapolated(results["collections"], "peak_mb")
+    sizes = f"{largest['ranks']:,} ranks, {largest['domains']:,} domains, {largest['shards']:,} shards"
+    return [
+        Aim(f"planning 1,024 samples of one rank takes < 1 ms ({sizes})", f"{number(planned)} ms", planned < 1),
+        Aim(
+            "plan and collection of 1,000,000 shards need < 200 MB in a process (the collection extrapolated; the plan "
+            f"alone: {number(plan_mb)} MB, measured)",
+            f"{number(both_mb)} MB",
+            both_mb < 200,
+        ),
+    ]
+
+
+def section(results: dict[str, Any]) -> str:
+    """Markdown of all tables."""
+    parts = [
+        "## Scale",
+        "1,000 domains, 1,000,000 shards of 500 to 1,500 rows, 10,000 ranks, 80 decisions, and from there one size at "
+        "a time. *Own* is 1,024 samples of one rank, which lie 10,000 apart. *In a row* is 1,024 samples of all ranks. "
+        "Milliseconds, long after the start (sample 1,000,000,000).",
+        "![planning as each size grows](images/bench_scale.png)",
+    ]
+    header = ("", "own", "in a row", "the first own", "a new mix", "building the plan")
+    rows = []
+    for name, points in results["growth"].items():
+        for p in points:
+            cells = (median(p["own_ms"]), median(p["whole_ms"]), p["first_ms"], p["append_ms"], p["build_ms"])
+            rows.append((f"{p[name]:,} {name}", *cells))
+    parts += [table(header, rows), _peers(results["peers"]), _memory(results), _index(results["index"])]
+    return "\n\n".join([*parts, aims_table(aims(results))])
+
+
+def _peers(peers: list[dict[str, Any]]) -> str:
+    rows = []
+    for row in peers:
+        cells: list[object] = [f"{row['domains']:,}", median(row["plan"])]
+        for name in ("draws", "blend"):
+            cells += [median(row[name]), median_ratio(row["plan"], row[name])] if name in row else [None, None]
+        rows.append(cells)
+    header = ("domains", "plan", "numpy draws", "plan / draws", "Megatron-core blend", "plan / blend")
+    return (
+        "1,024 samples in a row, ms. Independent draws by numpy keep no mix, name no row and cannot be resumed. The "
+        "blend (`build_blending_indices`, C++) is fixed for all samples before the run begins and names no row "
+        "either.\n\n" + table(header, rows)
+    )
+
+
+def _memory(results: dict[str, Any]) -> str:
+    rows: list[tuple[object, ...]] = []
+    for row in results["collections"]:
+        first, again = row["first"], row["again"]
+        cells = [median(a[name] for a in again) for name in ("open_seconds", "fingerprint_seconds", "peak_mb")]
+        rows.append((f"{row['shards']:,}", first["open_seconds"], *cells))
+    tail = [extrapolated(results["collections"], n) for n in ("open_seconds", "fingerprint_seconds", "peak_mb")]
+    rows.append((f"{MANY_SHARDS:,} (extrapolated)", None, *tail))
+    header = ("tiny shards", "indexed and opened, s", "opened again, s", "fingerprint, s", "memory, MB")
+    plan = median(run["peak_mb"] for run in results["plan_memory"])
+    sizes = results["plan_memory"][0]
+    return (
+        "Opening real shards of 4 rows of 200 bytes, in 1,000 domains, each time in a new process; after the first "
+        "time the indexes are in their cache. Memory: the peak of the collection and of reading 1,024 rows, above the "
+        "imports. The last line follows the growth between the two lines above it.\n\n"
+        + table(header, rows)
+        + f"\n\nThe plan alone, with {sizes['shards']:,} shards, {sizes['domains']:,} domains and "
+        f"{sizes['decisions']} decisions, after 64 x 1,024 samples of one of {sizes['ranks']:,} ranks: "
+        f"{number(plan)} MB (measured)."
+    )
+
+
+def _index(kinds: list[dict[str, Any]]) -> str:
+    rows = []
+    for kind in kinds:
+        times = {name: median(values) for name, values in kind["seconds"].items()}
+        for cache in ("cold", "warm"):
+            one, eight = times[f"{cache} index 1"], times[f"{cache} index 8"]
+            best = min(one, eight)
+            rows.append(
+                (
+                    f"{kind['kind']}, {cache}",
+                    f"{kind['mb'] / one:,.0f}",
+                    f"{kind['mb'] / eight:,.0f}",
+                    kind["shards"] / best,
+                    kind["rows"] / best,
+                    times[f"{cache} tarfile"] / best,
+                    times[f"{cache} read"] / best,
+                )
+            )
+    header = ("rows", "MB/s, 1 thread", "MB/s, 8 threads", "shards/s", "rows/s", "x tarfile", "of reading")
+    return (
+        "Indexing (every byte is read and checked), from the disk and from the page cache. *x tarfile*: how many times "
+        "as fast as listing the members with Python's tarfile, which leaves the payloads out. *Of reading*: share of "
+        "the speed at which one thread reads the same bytes and does nothing.\n\n" + table(header, rows)
+    )
+
+
+def charts(results: dict[str, Any], folder: Path) -> None:
+    """``bench_scale.png``: planning against each size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(results["growth"]), figsize=(12, 3.2), sharey=True)
+    for axis, (name, points) in zip(axes, results["growth"].items(), strict=True):
+        sizes = [p[name] for p in points]
+        axis.plot(sizes, [median(p["own_ms"]) for p in points], "o-", label="own share")
+        axis.plot(sizes, [median(p["whole_ms"]) for p in points], "s--", label="in a row")
+        axis.axhline(1, color="grey", linewidth=1, linestyle=":")
+        axis.set(xscale="log", yscale="log", xlabel=name)
+    axes[0].set_ylabel("ms per 1,024 samples")
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(folder / "bench_scale.png", dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    options = parser(__doc__, "scale", parts=PARTS)
+    options.add_argument("--data", type=Path, help="folder for shards that are made once (default: a temporary one)")
+    args = options.parse_args()
+    repeats, quick = (1 if args.quick else args.repeats), args.quick
+    with tempfile.TemporaryDirectory() as scratch:
+        data = args.data or Path(scratch)
+        results = measured_parts(
+            args,
+            {
+                "growth": lambda: scale_plan.growth(repeats, quick, say),
+                "peers": lambda: scale_plan.against_peers(repeats, quick, say),
+                "plan_memory": lambda: [in_fresh_process(scale_plan.memory, quick) for _ in range(repeats)],
+                "index": lambda: scale_shards.index_rates(data, repeats, quick, say),
+                "collections": lambda: collections(data, repeats, quick),
+            },
+        )
+    save(args, results)
+    if len(results) == len(PARTS):
+        print(section(results))
+
+
+def say(line: str) -> None:
+    """Progress, for whoever waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
