@@ -17,7 +17,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ import numpy as np
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.files import write_atomically
-from dmagent_loader.shards.index import ShardDamage, ShardIndex, build_index
-from dmagent_loader.shards.reader import ShardVersion, open_source
+from dmagent_loader.shards.damage import ShardDamage, compared
+from dmagent_loader.shards.index import ShardIndex, build_index
+from dmagent_loader.shards.manifest import recorded
+from dmagent_loader.shards.reader import ShardVersion, open_source, shard_version
 from dmagent_loader.shards.urls import display_url, is_local, local_path
 
 CACHE_VARIABLE = "DMAGENT_CACHE_DIR"
-_FORMAT = "1"
+_FORMAT = "2"
 _COLUMNS = ("offset", "size", "extension", "row_first", "row_crc", "keys", "key_end")
 _LOCK_POLL_SECONDS = 0.05
 
@@ -58,7 +61,7 @@ class IndexCache:
     def entry(self, url: str) -> Path:
         """The file that holds the index of a shard."""
         identity = os.path.realpath(local_path(url)) if is_local(url) else url
-        return self._folder / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()}.safetensors"
+        return self._folder / "index" / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()}.safetensors"
 
     def load(self, url: str, version: ShardVersion) -> ShardIndex | None:
         """The index of this version of the shard, or None if there is none that can be used."""
@@ -68,12 +71,13 @@ class IndexCache:
         except OSError:
             return None
         try:
-            return _parse(url, data, version)
+            index = parse_entry(url, data, version)
         except Exception as error:  # whatever is wrong with a cache entry, the remedy is to build it again
             _logger.warning(
                 "the cached index %s of %s is not usable (%s): building it again", path, display_url(url), error
             )
             return None
+        return None if index is None else judged(url, index)
 
     def save(self, url: str, version: ShardVersion, index: ShardIndex) -> None:
         """Writes an index; complete or not at all."""
@@ -81,13 +85,14 @@ class IndexCache:
         columns = {name: np.ascontiguousarray(getattr(index, name)) for name in _COLUMNS}
         metadata = {
             "format": _FORMAT,
-            "shard": display_url(url),
+            "shard": ascii(display_url(url)),
             "version": json.dumps([version.size, version.tag]),
             "extensions": json.dumps(index.extensions),
             "checksum": index.checksum,
+            "sha256": index.sha256 or "",
             "damage": json.dumps([asdict(damage) for damage in index.damage]),
-            "crc32": str(_columns_crc(columns)),
         }
+        metadata["crc32"] = str(_crc(columns, metadata))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Not flushed: an entry that a power failure spoils fails its checksum and is built again.
@@ -146,36 +151,67 @@ def build_and_cache(
         cache: Where indexes are kept.
         advance: Called with the number of bytes done since the last call.
         stop: When set, the work ends with `dmagent_loader.shards.tar.ScanStopped`.
+
+    Raises:
+        DamagedShardError: The shard changes while it is indexed.
+        ShardLayoutError: It cannot be read as samples by position.
     """
     with cache.lock(url, stop):
         index = cache.load(url, version)
         if index is not None:
             advance(version.size)
             return index
-        index = build_index(url, open_source(url), version.size, advance=advance, stop=stop)
+        vouched = recorded(url) is not None
+        index = build_index(url, open_source(url), version.size, advance=advance, stop=stop, with_sha256=vouched)
+        now = shard_version(url)
+        if now != version:
+            raise DamagedShardError(
+                f"shard {display_url(url)} changed while it was indexed ({version.size} bytes before, {now.size} "
+                "after, or another time or etag): open the shards when nobody writes them any more"
+            )
         cache.save(url, version, index)
+        return judged(url, index)
+
+
+def judged(url: str, index: ShardIndex) -> ShardIndex:
+    """An index with the damage that only the manifest above its shard shows; it is not cached with the index.
+
+    So a manifest that is corrected, or removed, counts at the next start.
+    """
+    record = recorded(url)
+    if record is None:
         return index
+    return replace(index, damage=compared(url, index, record))
 
 
-def _parse(url: str, data: bytes, version: ShardVersion) -> ShardIndex | None:
+def parse_entry(url: str, data: bytes, version: ShardVersion) -> ShardIndex | None:
+    """The index in a cache entry; None if it is of another version of the shard, or of another format.
+
+    Raises:
+        Exception: Of any kind, if the entry is damaged.
+    """
     (length,) = struct.unpack_from("<Q", data)
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
     if metadata["format"] != _FORMAT or json.loads(metadata["version"]) != [version.size, version.tag]:
         return None
     columns: dict[str, Any] = load_tensors(data)
-    if str(_columns_crc(columns)) != metadata["crc32"]:
+    if str(_crc(columns, metadata)) != metadata["crc32"]:
         raise ValueError("its checksum is wrong")
-    return ShardIndex(
+    index = ShardIndex(
         file_size=version.size,
         extensions=tuple(json.loads(metadata["extensions"])),
         checksum=metadata["checksum"],
+        sha256=metadata["sha256"] or None,
         damage=tuple(ShardDamage(**{**damage, "shard": url}) for damage in json.loads(metadata["damage"])),
         **{name: columns[name] for name in _COLUMNS},
     )
+    index.check()
+    return index
 
 
-def _columns_crc(columns: dict[str, Any]) -> int:
-    crc = 0
+def _crc(columns: dict[str, Any], metadata: dict[str, str]) -> int:
+    """crc32 over everything in an entry."""
+    crc = zlib.crc32(json.dumps({name: text for name, text in sorted(metadata.items()) if name != "crc32"}).encode())
     for name in _COLUMNS:
         crc = zlib.crc32(columns[name].tobytes(), crc)
     return crc

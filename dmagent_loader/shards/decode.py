@@ -6,7 +6,7 @@
 | json, jsn | what `json.loads` gives |
 | jsonl | list, one value per line |
 | npy | array; writable, shares the row's memory |
-| npz, safetensors | dict of arrays |
+| npz, safetensors | dict of arrays (npz: stored or deflated, as numpy writes them) |
 | cls, cls2, index, inx, id | int |
 | anything else | bytes, as stored |
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ from dmagent_loader.errors import ConfigurationError, DecodeError
 
 MAX_UNPACKED_BYTES = 1 << 30
 MAX_NPY_HEADERS = 1024
+MAX_RESOLVED = 4096
+MAX_DIGITS = 100
 
 Buffer = bytes | bytearray | memoryview
 
@@ -78,6 +81,8 @@ class Decoder:
         for extension, data in sample.members.items():
             decode = self._resolved.get(extension)
             if decode is None:
+                if len(self._resolved) >= MAX_RESOLVED:
+                    self._resolved.clear()
                 decode = self._resolved[extension] = self._resolve(extension)
             try:
                 values[extension] = decode(data)
@@ -94,7 +99,10 @@ class Decoder:
                 own = self._overrides[name]
                 return lambda data: own(bytes(data))
         if last == "gz":
-            inner = self._resolve(extension.rpartition(".")[0])
+            packed = extension.rpartition(".")[0]
+            if packed.endswith(".gz") or packed == "gz":
+                return _refuse("it is compressed more than once, as bombs are; unpack it when the shard is written")
+            inner = self._resolve(packed)
             return lambda data: inner(memoryview(_gunzip(data)))
         if last in _UNSAFE:
             return _refuse(
@@ -170,10 +178,14 @@ def decode_npy(data: Buffer) -> np.ndarray[Any, Any]:
             f"the npy header declares shape {shape} of {dtype} ({size} bytes), but {len(view) - len(header)} bytes "
             "follow it"
         )
-    array = np.frombuffer(data, dtype, count, len(header))
-    return array if len(shape) == 1 else array.reshape(shape, order=order)
+    try:
+        array = np.frombuffer(data, dtype, count, len(header))
+        return array if len(shape) == 1 else array.reshape(shape, order=order)
+    except ValueError as error:
+        raise DecodeError(f"the npy header declares shape {shape} of {dtype}, which is no array: {error}") from error
 
 
+_MOST = 1 << 62
 _npy_headers: dict[bytes, tuple[np.dtype[Any], tuple[int, ...], Any, int, int]] = {}
 
 
@@ -190,9 +202,9 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], An
             "the array holds Python objects, and reading them can execute code: store numbers or text instead, or "
             "pass a decoder of your own"
         )
-    if any(extent < 0 for extent in shape):
-        raise DecodeError(f"the npy header declares the shape {shape}")
     count = math.prod(shape)
+    if any(extent < 0 for extent in shape) or max(shape, default=0) > _MOST or count * dtype.itemsize > _MOST:
+        raise DecodeError("the npy header declares a shape that is negative or larger than any file")
     return dtype, shape, "F" if fortran else "C", count, count * dtype.itemsize
 
 
@@ -209,15 +221,28 @@ def _json_lines(data: memoryview) -> list[Any]:
 
 
 def _integer(data: memoryview) -> int:
+    if len(data) > MAX_DIGITS:
+        raise DecodeError(f"{len(data)} characters are no integer that a model trains on (at most {MAX_DIGITS})")
     return int(bytes(data))
 
 
 def _npz(data: memoryview) -> dict[str, Any]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        declared = sum(entry.file_size for entry in archive.zip.infolist())
+    """Not `numpy.load`: it takes the memory that a header declares, and other methods than deflate unpack at once."""
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        declared = sum(entry.file_size for entry in entries)
         if declared > MAX_UNPACKED_BYTES:
             raise DecodeError(f"unpacks to {declared} bytes, more than {MAX_UNPACKED_BYTES}")
-        return dict(archive)
+        for entry in entries:
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DecodeError(f"{entry.filename!r} is compressed by a method that numpy does not write")
+            name = entry.filename.removesuffix(".npy")
+            if name in arrays or name == entry.filename:
+                raise DecodeError(f"{entry.filename!r} comes twice, or is no .npy file")
+            with archive.open(entry) as file:
+                arrays[name] = decode_npy(bytearray(file.read(entry.file_size + 1)))
+    return arrays
 
 
 def _safetensors(data: memoryview) -> dict[str, Any]:

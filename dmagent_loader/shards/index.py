@@ -10,53 +10,28 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader.errors import ShardLayoutError
+from dmagent_loader.shards.damage import ShardDamage, account, broken_rows
 from dmagent_loader.shards.header import BLOCK
+from dmagent_loader.shards.members import MemberTable, shown
 from dmagent_loader.shards.reader import Source
-from dmagent_loader.shards.tar import CUTS, TRAILING, Gap, MemberTable, scan
+from dmagent_loader.shards.tar import scan
 from dmagent_loader.shards.urls import display_url
+
+__all__ = ["MAX_ROW_BYTES", "ShardDamage", "ShardIndex", "build_index"]
 
 IntArray = NDArray[np.integer[Any]]
 
+MAX_ROW_BYTES = 1 << 31
+"""A row is read in one piece; one that is larger would take the memory of the process."""
 
-@dataclass(frozen=True, kw_only=True)
-class ShardDamage:
-    """One damaged place of a shard, and what it costs.
-
-    Attributes:
-        shard: URL of the shard.
-        kind: For example ``"header zeroed"`` (`dmagent_loader.shards.tar`).
-        offset: First byte that could not be used.
-        bytes_lost: Bytes of the file that could not be used.
-        rows_before: Rows that are readable before it.
-        rows_kept: Rows that are readable in the whole shard.
-        rows_lost: Estimate from the bytes lost and the mean size of a row.
-        at_least: The file was cut, so more rows may be lost than the estimate says.
-    """
-
-    shard: str
-    kind: str
-    offset: int
-    bytes_lost: int
-    rows_before: int
-    rows_kept: int
-    rows_lost: int
-    at_least: bool
-
-    def __str__(self) -> str:
-        lost = f"{'at least' if self.at_least else 'about'} {self.rows_lost} rows lost"
-        if self.at_least and not self.rows_lost:
-            lost = "an unknown number of rows lost"
-        return (
-            f"shard {display_url(self.shard)} is damaged at byte {self.offset}: {self.kind} ({self.bytes_lost} bytes "
-            f"unusable, {lost}; {self.rows_before} rows readable before it, {self.rows_kept} in all)"
-        )
+_MAX_BETWEEN_MEMBERS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +49,7 @@ class ShardIndex:
         key_end: (R+1,) where the key before each row ends: 0 first.
         checksum: Hex sha256 over keys, extensions and row checksums: the content, not where or when it was written.
         damage: What could not be read.
+        sha256: Of the whole file, in hex; None: it was not computed.
     """
 
     file_size: int
@@ -87,6 +63,7 @@ class ShardIndex:
     key_end: IntArray
     checksum: str
     damage: tuple[ShardDamage, ...] = ()
+    sha256: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -103,6 +80,32 @@ class ShardIndex:
         """Sum of the sizes of all members."""
         return int(self.size.sum(dtype=np.int64))
 
+    def check(self) -> None:
+        """Makes sure that no row reaches outside the file or the columns, whoever wrote the index.
+
+        Raises:
+            ValueError: The columns contradict each other.
+        """
+        first, ends = self.row_first, self.key_end
+        columns = (self.offset, self.size, self.extension, self.row_crc, self.keys, first, ends)
+        if any(column.ndim != 1 or column.dtype.kind not in "iu" for column in columns):
+            raise ValueError("its columns are not of integers")
+        rows, members = self.num_rows, self.num_members
+        if (len(first), len(ends), len(self.size), len(self.extension)) != (rows + 1, rows + 1, members, members):
+            raise ValueError("its columns have different lengths")
+        rising = (first[1:] > first[:-1]).all() and (ends[1:] >= ends[:-1]).all()
+        if (first[0], first[-1], ends[0], ends[-1]) != (0, members, 0, len(self.keys)) or not rising:
+            raise ValueError("its rows are not in order")
+        if not all(isinstance(name, str) for name in (*self.extensions, self.checksum)):
+            raise ValueError("its names are no text")
+        if members:
+            end = self.offset + self.size.astype(np.int64)
+            inside = self.offset.min() >= 0 and self.size.max() <= self.file_size and end.max() <= self.file_size
+            if not inside or not (self.offset[1:] >= end[:-1]).all():
+                raise ValueError("its members overlap or reach outside the shard")
+            if self.extension.min() < 0 or self.extension.max() >= len(self.extensions):
+                raise ValueError("it names extensions that it does not list")
+
     def key(self, row: int) -> str:
         """The key of a row."""
         start, end = self.key_end.item(row), self.key_end.item(row + 1)
@@ -116,6 +119,7 @@ def build_index(
     *,
     advance: Callable[[int], object] | None = None,
     stop: threading.Event | None = None,
+    with_sha256: bool = False,
 ) -> ShardIndex:
     """Reads a shard once and indexes every row that is whole; damage is noted, not raised.
 
@@ -125,12 +129,16 @@ def build_index(
         size: Its length in bytes.
         advance: Called with the number of bytes passed since the last call.
         stop: When set, the work ends with `dmagent_loader.shards.tar.ScanStopped`.
+        with_sha256: Compute the checksum of the whole file, too.
 
     Raises:
-        ShardLayoutError: The shard cannot be read as samples by position: compressed, links, a key that comes back.
+        ShardLayoutError: The shard cannot be read as samples by position: compressed, links, a key that comes back,
+            rows that are too large or spread over the file.
     """
-    table = scan(url, source, size, advance=advance, stop=stop)
-    return _from_table(url, table, size)
+    digest = hashlib.sha256() if with_sha256 else None
+    table = scan(url, source, size, advance=advance, stop=stop, digest=digest)
+    index = _from_table(url, table, size)
+    return index if digest is None else replace(index, sha256=digest.hexdigest())
 
 
 def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
@@ -145,8 +153,9 @@ def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
     _refuse_returning_keys(url, table, key_end)
     keep = np.ones(num_rows, bool)
     if table.gaps:
-        keep[_broken_rows(table.gaps, first, extension)] = False
-    damage = _account(url, table.gaps, keep, first, size)
+        keep[broken_rows(table.gaps, first, extension, offset)] = False
+    _refuse_large_rows(url, table, first, offset, size, keep)
+    damage = account(url, table.gaps, keep, first, size)
     if not keep.all():
         rows = np.flatnonzero(keep)
         members = np.repeat(keep, np.diff(first))
@@ -187,53 +196,35 @@ def _refuse_returning_keys(url: str, table: MemberTable, key_end: NDArray[np.int
         if key == table.keys[key_end[again] : key_end[again + 1]]:
             raise ShardLayoutError(
                 f"shard {display_url(url)}: rows {first} and {again} both have the key "
-                f"{key.decode('utf-8', 'replace')!r}, with other rows between them, so the members of one sample "
+                f"{shown(bytes(key))!r}, with other rows between them, so the members of one sample "
                 "would be delivered as two: sort the files by name when writing the shard (tar --sort=name)"
             )
 
 
-def _broken_rows(gaps: list[Gap], first: NDArray[np.int64], extension: NDArray[np.uint16]) -> list[int]:
-    """The rows beside a gap that seem to have lost a member: no row away from gaps has the same extensions."""
-    num_rows = len(first) - 1
-    lossy = [gap for gap in gaps if gap.kind != TRAILING]
-    beside = {row for gap in lossy for row in (gap.rows_before - 1, gap.rows_before) if 0 <= row < num_rows}
-
-    def signature(row: int) -> bytes:
-        return np.sort(extension[first[row] : first[row + 1]]).tobytes()
-
-    whole = {signature(row) for row in range(num_rows) if row not in beside} if beside else set()
-    return [row for row in sorted(beside) if whole and signature(row) not in whole]
-
-
-def _account(
+def _refuse_large_rows(
     url: str,
-    gaps: list[Gap],
-    keep: NDArray[np.bool_],
+    table: MemberTable,
     first: NDArray[np.int64],
+    offset: NDArray[np.int64],
     size: NDArray[np.int64],
-) -> tuple[ShardDamage, ...]:
-    kept = int(keep.sum())
-    members_before = np.append(0, np.cumsum(BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK))
-    stored = members_before[first[1:]] - members_before[first[:-1]]
-    mean_stored = float(stored[keep].mean()) if kept else 0.0
-    account = []
-    for gap in gaps:
-        beside = [row for row in (gap.rows_before - 1, gap.rows_before) if 0 <= row < len(keep) and not keep[row]]
-        bytes_lost = gap.end - gap.start + sum(int(stored[row]) for row in beside)
-        at_least = gap.kind in CUTS
-        rows_lost = 0
-        if gap.kind != TRAILING and bytes_lost:
-            rows_lost = max(1, len(beside), round(bytes_lost / mean_stored) if mean_stored else 1)
-        account.append(
-            ShardDamage(
-                shard=url,
-                kind=gap.kind,
-                offset=gap.start,
-                bytes_lost=bytes_lost,
-                rows_before=int(keep[: gap.rows_before].sum()),
-                rows_kept=kept,
-                rows_lost=rows_lost,
-                at_least=at_least,
+    keep: NDArray[np.bool_],
+) -> None:
+    if not len(keep):
+        return
+    stored = np.append(0, np.cumsum(BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK))
+    last = first[1:] - 1
+    span = offset[last] + size[last] - offset[first[:-1]]
+    between = span - (stored[first[1:]] - stored[first[:-1]])
+    payload = np.append(0, np.cumsum(size))
+    payload = payload[first[1:]] - payload[first[:-1]]
+    large = keep & (span > MAX_ROW_BYTES)
+    spread = keep & (between > np.maximum(payload, _MAX_BETWEEN_MEMBERS))
+    for rows, fault in ((large, f"more than {MAX_ROW_BYTES}"), (spread, "most of them of files between its members")):
+        if rows.any():
+            row = int(np.argmax(rows))
+            start = table.key_end[row - 1] if row else 0
+            raise ShardLayoutError(
+                f"shard {display_url(url)}: row {row} (key {shown(bytes(table.keys[start : table.key_end[row]]))!r}) "
+                f"takes {span[row]} bytes, {fault}, and a row is read in one piece: split it, or leave other files "
+                "out when the shard is written"
             )
-        )
-    return tuple(account)

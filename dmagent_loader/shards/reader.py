@@ -1,4 +1,4 @@
-"""Bytes of shards by position: local files by ``preadv``, everything else by fsspec byte ranges.
+"""Bytes of shards by position: local files by ``preadv``, everything else by `dmagent_loader.shards.remote`.
 
 `preadv` was chosen over `mmap`: a mapping saves about 0.5 us per row, but a file that shrinks under a mapping kills the
 process with SIGBUS, whereas a short read is an error that names the shard.
@@ -7,23 +7,19 @@ process with SIGBUS, whereas a short read is an error that names the shard.
 from __future__ import annotations
 
 import os
+import stat
 import threading
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Protocol
 
-import fsspec
-
-from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError
+from dmagent_loader.errors import ShardError, ShardNotFoundError
+from dmagent_loader.shards.remote import RemoteSource, ends_early, remote_info
 from dmagent_loader.shards.urls import display_url, is_local, local_path
+from dmagent_loader.untrusted import kind_of
 
 MAX_OPEN_FILES = 64
 """Default bound on open shards per process and collection: well under the usual limit of 1,024 descriptors."""
-
-REMOTE_ATTEMPTS = 4
-REMOTE_BACKOFF_SECONDS = 0.25
 
 _VERSION_KEYS = (
     "ETag",
@@ -83,44 +79,24 @@ class LocalSource:
             raise ShardError(f"shard {display_url(url)} cannot be opened: {error}") from error
 
     def read(self, offset: int, length: int) -> bytearray:
-        buffer = bytearray(length)
-        done = os.preadv(self._fd, (buffer,), offset)
-        while done < length:
-            more = os.preadv(self._fd, (memoryview(buffer)[done:],), offset + done)
-            if more == 0:
-                raise _too_short(self._url, offset, length, done)
-            done += more
+        try:
+            buffer = bytearray(length)
+            done = os.preadv(self._fd, (buffer,), offset)
+            while done < length:
+                more = os.preadv(self._fd, (memoryview(buffer)[done:],), offset + done)
+                if more == 0:
+                    raise ends_early(
+                        self._url, f"{length} bytes were expected at byte {offset}, but it ends after {done} of them"
+                    )
+                done += more
+        except (OSError, MemoryError) as error:
+            reason = str(error) or f"not enough memory for {length} bytes"
+            raise ShardError(f"shard {display_url(self._url)} cannot be read at byte {offset}: {reason}") from error
         return buffer
 
     def __del__(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
-
-
-class RemoteSource:
-    """A file behind an fsspec URL; one range request per read, repeated when the connection fails."""
-
-    __slots__ = ("_filesystem", "_path", "_url")
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._filesystem, self._path = _filesystem(url)
-
-    def read(self, offset: int, length: int) -> bytearray:
-        if length == 0:
-            return bytearray()
-        data = _with_retries(
-            self._url, lambda: self._filesystem.cat_file(self._path, start=offset, end=offset + length)
-        )
-        if len(data) > length:
-            raise ShardError(
-                f"{display_url(self._url)}: asked for {length} bytes at {offset} and got {len(data)}: the server "
-                "ignores byte ranges, so rows cannot be read by position; use a server with Range support or a local "
-                "copy"
-            )
-        if len(data) < length:
-            raise _too_short(self._url, offset, length, len(data))
-        return bytearray(data)
 
 
 def open_source(url: str) -> Source:
@@ -144,14 +120,15 @@ def shard_version(url: str) -> ShardVersion:
             status = os.stat(local_path(url))
         except FileNotFoundError as error:
             raise ShardNotFoundError(f"shard {display_url(url)} does not exist") from error
+        except (OSError, ValueError) as error:
+            raise ShardError(f"shard {display_url(url)} cannot be reached: {error}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise ShardError(
+                f"shard {display_url(url)} is {kind_of(status.st_mode)}, which cannot be read by position: list "
+                "regular files"
+            )
         return ShardVersion(size=status.st_size, tag=str(status.st_mtime_ns))
-    filesystem, path = _filesystem(url)
-
-    def fresh_info() -> Any:
-        filesystem.invalidate_cache()
-        return filesystem.info(path)
-
-    info = _with_retries(url, fresh_info)
+    info = remote_info(url)
     if info.get("size") is None:
         raise ShardError(
             f"the server does not say how large {display_url(url)} is, so it cannot be read by position: "
@@ -205,48 +182,3 @@ class OpenShards:
     def __setstate__(self, state: int) -> None:
         self._max_open_files = state
         self._start()
-
-
-_KEPT_FILESYSTEMS: set[Any] = set()
-"""Every filesystem that was ever used, kept alive.
-
-A forked child would otherwise finalise its copies, and closing their connections there can take them out of the event
-queue that it shares with its parent, which then waits for ever.
-"""
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ShardError(
-            f"{display_url(url)}: no access to {urlsplit(url).scheme!r} URLs ({error}); install the fsspec package "
-            "for it"
-        ) from error
-    _KEPT_FILESYSTEMS.add(filesystem)
-    return filesystem, path
-
-
-def _with_retries(url: str, action: Any) -> Any:
-    for attempt in range(1, REMOTE_ATTEMPTS + 1):
-        try:
-            return action()
-        except FileNotFoundError as error:
-            raise ShardNotFoundError(f"shard {display_url(url)} does not exist") from error
-        except PermissionError as error:
-            raise ShardError(f"shard {display_url(url)} may not be read: {error}") from error
-        except Exception as error:  # each protocol has its own exceptions, few of them OSErrors
-            if attempt == REMOTE_ATTEMPTS:
-                raise ShardError(
-                    f"shard {display_url(url)} could not be read in {REMOTE_ATTEMPTS} attempts; the last one failed "
-                    f"with {type(error).__name__}: {display_url(str(error))}"
-                ) from error
-            time.sleep(REMOTE_BACKOFF_SECONDS * 2 ** (attempt - 1))
-    raise AssertionError("unreachable")
-
-
-def _too_short(url: str, offset: int, length: int, got: int) -> DamagedShardError:
-    return DamagedShardError(
-        f"shard {display_url(url)} changed since it was indexed: {length} bytes were expected at byte {offset}, but it "
-        f"ends after {got} of them; open the shards again to index the new version, or restore the file"
-    )

@@ -7,12 +7,12 @@ search goes on for the next header whose checksum is right.
 
 from __future__ import annotations
 
+import re
 import tarfile
 import threading
 import zlib
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 from dmagent_loader.errors import ShardLayoutError
 from dmagent_loader.shards.header import (
@@ -22,29 +22,30 @@ from dmagent_loader.shards.header import (
     REFUSED_TYPES,
     QuickHeaders,
     concerns_layout,
+    may_be_header,
     padded,
     parse_header,
     pax_records,
     split_name,
 )
+from dmagent_loader.shards.members import (
+    BAD_HEADER,
+    CUT_HEADER,
+    CUT_PAYLOAD,
+    NO_END,
+    TRAILING,
+    ZEROED_HEADER,
+    ZEROED_TAIL,
+    Gap,
+    MemberTable,
+    shown,
+)
 from dmagent_loader.shards.reader import Source
 from dmagent_loader.shards.urls import display_url
 
-BAD_HEADER = "header overwritten"
-ZEROED_HEADER = "header zeroed"
-NO_END = "cut at a record boundary"
-CUT_HEADER = "cut inside a header"
-CUT_PAYLOAD = "cut inside a member"
-TRAILING = "bytes after the end of the archive"
-ZEROED_TAIL = "zeros up to the end of the file"
-CUTS = (NO_END, CUT_HEADER, CUT_PAYLOAD, ZEROED_TAIL)
-"""Kinds of damage after which nobody can say how much the file once held."""
-
 _CHUNK_BYTES = 4 << 20
 _MAX_EXTENDED_HEADER = 1 << 20
-# Writers end with two zero blocks and pad to 10,240 bytes. More zeros than that are rows that never reached the disk;
-# GNU tar with a blocking factor above 20 is reported too, because nothing tells the two apart.
-_MAX_END_PADDING = 2 * BLOCK + tarfile.RECORDSIZE
+_NONZERO = re.compile(rb"[^\0]")
 _ZERO_BLOCK = bytes(BLOCK)
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -55,79 +56,16 @@ _COMPRESSED = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """A stretch of a shard without a readable member.
+class Digest(Protocol):
+    """What `hashlib.sha256()` returns."""
 
-    Attributes:
-        kind: One of the kinds named in this file.
-        start, end: Byte span.
-        rows_before: Rows that begin before it.
-    """
-
-    kind: str
-    start: int
-    end: int
-    rows_before: int
+    def update(self, data: memoryview, /) -> None:
+        """Takes in more bytes."""
+        ...
 
 
 class ScanStopped(Exception):
     """The scan was told to stop (Ctrl-C)."""
-
-
-class MemberTable:
-    """All members of a shard that belong to a sample, column by column (M members, R rows).
-
-    Attributes:
-        offset, size: (M,) payload positions in bytes.
-        extension: (M,) positions in `extensions`.
-        row_first: (R,) first member of each row.
-        row_crc: (R,) crc32 over the payloads of a row, in order.
-        keys: The keys of all rows, joined; `key_end`: (R,) where each ends; `key_hash`: (R,) their hashes.
-        gaps: The damage, in order.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.offset, self.size, self.extension = array("q"), array("q"), array("H")
-        self.extensions: list[bytes] = []
-        self.row_first, self.row_crc, self.key_end, self.key_hash = array("q"), array("I"), array("q"), array("q")
-        self.keys = bytearray()
-        self.gaps: list[Gap] = []
-        self._url = url
-        self._numbers: dict[bytes, int] = {}
-        self._key: bytes | None = None
-        self._seen: list[int] = []
-
-    def add(self, key: bytes, extension: bytes, offset: int, size: int) -> int:
-        """Notes a member; returns the crc32 of its row so far.
-
-        Raises:
-            ShardLayoutError: The row has that extension already.
-        """
-        number = self._numbers.get(extension)
-        if number is None:
-            number = self._numbers[extension] = len(self.extensions)
-            self.extensions.append(extension)
-        if key != self._key:
-            self._key = key
-            self._seen = [number]
-            self.row_first.append(len(self.offset))
-            self.row_crc.append(0)
-            self.keys += key
-            self.key_end.append(len(self.keys))
-            self.key_hash.append(hash(key))
-        elif number in self._seen:
-            raise ShardLayoutError(
-                f"shard {self._url}: row {len(self.row_first) - 1} (key {_text(key)!r}) has the extension "
-                f"{_text(extension)!r} twice (again at byte {offset - BLOCK}), so one of the two members would be "
-                "lost: give every sample a key of its own"
-            )
-        else:
-            self._seen.append(number)
-        self.offset.append(offset)
-        self.size.append(size)
-        self.extension.append(number)
-        return self.row_crc[-1]
 
 
 def scan(
@@ -137,6 +75,7 @@ def scan(
     *,
     advance: Callable[[int], object] | None = None,
     stop: threading.Event | None = None,
+    digest: Digest | None = None,
 ) -> MemberTable:
     """Finds all members of a tar file.
 
@@ -146,13 +85,15 @@ def scan(
         size: Its length in bytes.
         advance: Called with the number of bytes passed since the last call.
         stop: When set, the scan ends with `ScanStopped`.
+        digest: Updated with all bytes of the file, in order.
 
     Raises:
         ShardLayoutError: Compressed, links or devices, or one extension twice in a sample.
     """
-    scanner = _Scanner(display_url(url), source, size, advance, stop)
+    scanner = _Scanner(display_url(url), source, size, advance, stop, digest)
     scanner.refuse_compressed()
     scanner.run()
+    scanner.hash_up_to(size)
     if advance is not None:
         advance(size - scanner.reported)
     return scanner.table
@@ -166,7 +107,11 @@ class _Scanner:
         size: int,
         advance: Callable[[int], object] | None,
         stop: threading.Event | None,
+        digest: Digest | None,
     ) -> None:
+        self.digest = digest
+        self.hashed = 0
+        self.announced = -1
         self.url = url
         self.source = source
         self.file_size = size
@@ -190,6 +135,30 @@ class _Scanner:
         self.buffer = self.source.read(offset, min(_CHUNK_BYTES, self.file_size - offset))
         self.view = memoryview(self.buffer)
         self.base = offset
+        if self.digest is not None:
+            self.hash_up_to(offset)
+            self.digest.update(self.view[self.hashed - offset :])
+            self.hashed = max(self.hashed, offset + len(self.buffer))
+
+    def hash_up_to(self, end: int) -> None:
+        """Takes bytes that were passed over into the digest."""
+        while self.digest is not None and self.hashed < end:
+            part = self.source.read(self.hashed, min(_CHUNK_BYTES, end - self.hashed))
+            self.digest.update(memoryview(part))
+            self.hashed += len(part)
+
+    def reach(self, position: int) -> int:
+        """Brings a byte into the buffer, unless it is there; returns its place in the buffer."""
+        if not self.base <= position < self.base + len(self.buffer):
+            self.load(position)
+        return position - self.base
+
+    def bytes_at(self, position: int, length: int) -> bytes:
+        """Bytes from the buffer, or from the file if they are not all there."""
+        relative = position - self.base
+        if 0 <= relative <= len(self.buffer) - length:
+            return bytes(self.view[relative : relative + length])
+        return bytes(self.source.read(position, length))
 
     def run(self) -> None:
         position = 0
@@ -208,6 +177,7 @@ class _Scanner:
                 _, name, size = quick
             elif quick is not None and quick[0] == tarfile.XHDTYPE and self.is_harmless(relative + BLOCK, quick[2]):
                 position += BLOCK + padded(quick[2])
+                self.announced = position
                 continue
             else:
                 special = self.special_header(self.buffer[relative : relative + BLOCK], position)
@@ -252,6 +222,7 @@ class _Scanner:
                 self.gap(CUT_HEADER, position, self.file_size)
                 return None
             if self.extend(header, position):
+                self.announced = after
                 return None, after
             header = None
         if header is None:
@@ -262,7 +233,7 @@ class _Scanner:
         self.next_name = self.next_size = None
         if header.type in REFUSED_TYPES:
             raise ShardLayoutError(
-                f"shard {self.url}: member {_text(name)!r} at byte {position} is {REFUSED_TYPES[header.type]}, which "
+                f"shard {self.url}: member {shown(name)!r} at byte {position} is {REFUSED_TYPES[header.type]}, which "
                 "has no bytes of its own to read: write the shard from the files themselves (tar --dereference "
                 "--hard-dereference)"
             )
@@ -276,7 +247,7 @@ class _Scanner:
         """Takes over the name and size that an extended header gives to the next member; False if it is malformed."""
         if header.size > _MAX_EXTENDED_HEADER:
             return False
-        data = bytes(self.source.read(position + BLOCK, header.size))
+        data = self.bytes_at(position + BLOCK, header.size)
         if header.type == tarfile.GNUTYPE_LONGNAME:
             self.next_name = data.partition(b"\0")[0]
         if header.type not in PAX_TYPES:
@@ -319,13 +290,13 @@ class _Scanner:
         """Judges a zero block: the end of the archive (None), or damage (then where to go on)."""
         end = position
         while end < self.file_size:
-            self.load(end)
-            rest = self.buffer.lstrip(b"\0")
-            end += len(self.buffer) - len(rest)
-            if rest:
+            rest = _NONZERO.search(self.buffer, self.reach(end))
+            end = self.base + (len(self.buffer) if rest is None else rest.start())
+            if rest is not None:
                 break
         if end >= self.file_size:
-            if self.file_size - position >= _MAX_END_PADDING:
+            # A header that announces the next member is not followed by the end.
+            if position == self.announced or not _may_be_padding(self.file_size - position, self.file_size):
                 self.gap(ZEROED_TAIL, position, self.file_size)
             return None
         end -= end % BLOCK
@@ -343,25 +314,39 @@ class _Scanner:
         search = position + 1
         last_byte = search
         while search < self.file_size:
-            self.load(search)
-            used = len(self.buffer.rstrip(b"\0"))
-            last_byte = search + used if used else last_byte
-            found = self.buffer.find(magic)
+            first = self.reach(search)
+            found = self.buffer.find(magic, first)
             while found >= 0:
-                start = search + found - 257
-                if position < start <= self.file_size - BLOCK and parse_header(self.source.read(start, BLOCK)):
+                start = self.base + found - 257
+                if position < start <= self.file_size - BLOCK and self.is_header(start):
                     self.gap(kind, position, start)
                     return start
                 found = self.buffer.find(magic, found + 1)
-            search += max(1, len(self.buffer) - len(magic) + 1)
+            used = len(self.buffer.rstrip(b"\0"))
+            last_byte = self.base + used if used > first else last_byte
+            search = max(search + 1, self.base + len(self.buffer) - len(magic) + 1)
         end = min(self.file_size, position + padded(last_byte - position))
         self.gap(kind_if_last or kind, position, end)
         return None
+
+    def is_header(self, start: int) -> bool:
+        """Whether a header begins at `start`."""
+        relative = start - self.base
+        if 0 <= relative <= len(self.buffer) - BLOCK and not may_be_header(self.buffer, relative):
+            return False
+        return parse_header(self.bytes_at(start, BLOCK)) is not None
 
     def gap(self, kind: str, start: int, end: int) -> None:
         start = min(start, end)
         self.table.gaps.append(Gap(kind=kind, start=start, end=end, rows_before=len(self.table.row_first)))
 
 
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "replace")
+def _may_be_padding(zeros: int, file_size: int) -> bool:
+    """Whether a file may end with so many zeros although it is whole.
+
+    Writers end with two zero blocks and pad to a multiple of 1 to 20 blocks (``tar -b``; 20 is usual). More zeros are
+    rows that never reached the disk; tar with a blocking factor above 20 is reported too: nothing tells the two apart.
+    """
+    blocks, odd = divmod(file_size, BLOCK)
+    factor = 1 if odd else max(factor for factor in range(1, 21) if blocks % factor == 0)
+    return zeros < (2 + factor) * BLOCK

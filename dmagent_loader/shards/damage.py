@@ -1,0 +1,174 @@
+"""Damaged places of a shard, and what each of them costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmagent_loader.shards.header import BLOCK
+from dmagent_loader.shards.members import CUTS, TRAILING, Gap
+from dmagent_loader.shards.urls import display_url
+
+if TYPE_CHECKING:
+    from dmagent_loader.shards.index import ShardIndex
+    from dmagent_loader.shards.manifest import ShardRecord
+
+FEWER_ROWS = "fewer rows than were written"
+CHANGED = "not the file that was written"
+"""Kinds of damage that only a manifest shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardDamage:
+    """One damaged place of a shard, and what it costs.
+
+    Attributes:
+        shard: URL of the shard.
+        kind: For example ``"header zeroed"`` (`dmagent_loader.shards.tar`).
+        offset: First byte that could not be used.
+        bytes_lost: Bytes of the file that could not be used.
+        rows_before: Rows that are readable before it.
+        rows_kept: Rows that are readable in the whole shard.
+        rows_lost: Estimate from the bytes lost and the mean size of a row.
+        at_least: The file was cut, so more rows may be lost than the estimate says.
+        is_exact: The manifest above the shard says how many rows were written, so `rows_lost` is no estimate.
+    """
+
+    shard: str
+    kind: str
+    offset: int
+    bytes_lost: int
+    rows_before: int
+    rows_kept: int
+    rows_lost: int
+    at_least: bool
+    is_exact: bool = False
+
+    def __str__(self) -> str:
+        if self.kind == CHANGED:
+            return (
+                f"shard {display_url(self.shard)} is not the file that was written: its size, rows or sha256 are not "
+                f"those of the manifest.json above it ({self.rows_kept} rows readable); if it was replaced on "
+                "purpose, correct the manifest or remove it"
+            )
+        lost = f"{'at least' if self.at_least else 'about'} {self.rows_lost} rows lost"
+        if self.is_exact:
+            lost = f"{self.rows_lost} rows lost, by the manifest above it"
+        if self.at_least and not self.rows_lost:
+            lost = "an unknown number of rows lost"
+        return (
+            f"shard {display_url(self.shard)} is damaged at byte {self.offset}: {self.kind} ({self.bytes_lost} bytes "
+            f"unusable, {lost}; {self.rows_before} rows readable before it, {self.rows_kept} in all)"
+        )
+
+
+def compared(url: str, index: ShardIndex, record: ShardRecord) -> tuple[ShardDamage, ...]:
+    """The damage of a shard, in the light of what the manifest says was written.
+
+    The manifest turns estimates into counts, and shows what a tar alone cannot: zeros at the end that look like
+    padding, and changed bytes in a payload.
+
+    Args:
+        url: The shard.
+        index: Its index, as built.
+        record: The manifest's entry.
+    """
+    kept = index.num_rows
+    lost = record.rows - kept
+    end = int(index.offset[-1] + index.size[-1]) if index.num_members else 0
+    found = ShardDamage(
+        shard=url,
+        kind=FEWER_ROWS if lost > 0 else CHANGED,
+        offset=end if lost > 0 else 0,
+        bytes_lost=max(0, index.file_size - end) if lost > 0 else 0,
+        rows_before=kept,
+        rows_kept=kept,
+        rows_lost=max(lost, 0),
+        at_least=False,
+        is_exact=True,
+    )
+    is_same = index.file_size == record.bytes and index.sha256 in (None, record.sha256)
+    if not index.damage:
+        return () if not lost and is_same else (found,)
+    if lost < 0:
+        return (*index.damage, found)
+    counted = []
+    for number, damage in enumerate(index.damage, start=1):
+        rows = lost if number == len(index.damage) else min(lost, damage.rows_lost)
+        lost -= rows
+        counted.append(replace(damage, rows_lost=rows, at_least=False, is_exact=True))
+    return tuple(counted)
+
+
+def broken_rows(
+    gaps: list[Gap], first: NDArray[np.int64], extension: NDArray[np.uint16], offset: NDArray[np.int64]
+) -> list[int]:
+    """The rows beside a gap that seem to have lost a member.
+
+    Those with a gap inside, and those whose extensions no row away from gaps has, or only with others besides.
+    """
+    num_rows = len(first) - 1
+    lossy = [gap for gap in gaps if gap.kind != TRAILING]
+    beside = {row for gap in lossy for row in (gap.rows_before - 1, gap.rows_before) if 0 <= row < num_rows}
+    if not beside:
+        return []
+
+    def signature(row: int) -> frozenset[int]:
+        return frozenset(extension[first[row] : first[row + 1]].tolist())
+
+    broken = {
+        gap.rows_before - 1 for gap in lossy if gap.rows_before and offset[first[gap.rows_before] - 1] > gap.start
+    }
+    whole = {signature(row) for row in range(num_rows) if row not in beside}
+    known = whole or {signature(row) for row in beside}
+    for row in beside:
+        extensions = signature(row)
+        if (whole and extensions not in whole) or any(extensions < other for other in known):
+            broken.add(row)
+    return sorted(broken)
+
+
+def account(
+    url: str,
+    gaps: list[Gap],
+    keep: NDArray[np.bool_],
+    first: NDArray[np.int64],
+    size: NDArray[np.int64],
+) -> tuple[ShardDamage, ...]:
+    """What each gap costs.
+
+    Args:
+        url: The shard.
+        gaps: Its damaged places.
+        keep: (R,) which rows are whole.
+        first: (R+1,) first member of each row, then M.
+        size: (M,) sizes of the members.
+    """
+    kept = int(keep.sum())
+    members_before = np.append(0, np.cumsum(BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK))
+    stored = members_before[first[1:]] - members_before[first[:-1]]
+    mean_stored = float(stored[keep].mean()) if kept else 0.0
+    account = []
+    for gap in gaps:
+        beside = [row for row in (gap.rows_before - 1, gap.rows_before) if 0 <= row < len(keep) and not keep[row]]
+        bytes_lost = gap.end - gap.start + sum(int(stored[row]) for row in beside)
+        at_least = gap.kind in CUTS
+        rows_lost = 0
+        if gap.kind != TRAILING and bytes_lost:
+            rows_lost = max(1, len(beside), round(bytes_lost / mean_stored) if mean_stored else 1)
+        account.append(
+            ShardDamage(
+                shard=url,
+                kind=gap.kind,
+                offset=gap.start,
+                bytes_lost=bytes_lost,
+                rows_before=int(keep[: gap.rows_before].sum()),
+                rows_kept=kept,
+                rows_lost=rows_lost,
+                at_least=at_least,
+            )
+        )
+    return tuple(account)
