@@ -19,6 +19,7 @@ from dmagent_loader.ledger import LedgerEntry
 from dmagent_loader.plan import Plan
 from dmagent_loader.policies import Guard, Policy, propose_guarded
 from dmagent_loader.simplex import FloatArray, IntArray
+from dmagent_loader.untrusted import is_count, is_finite_number, shown
 
 HistoryMix = Literal["achieved", "requested"]
 
@@ -174,15 +175,37 @@ class DecisionMaker:
         return [{"consumed": m.consumed, "feedback": dict(m.feedback)} for m in self.measurements]
 
 
-def measurements_from_json(saved: Any) -> list[Measurement]:
+def measurements_from_json(saved: Any, consumed: int) -> list[Measurement]:
     """Recorded feedback as `DecisionMaker.to_json` wrote it.
 
+    Args:
+        saved: The JSON value.
+        consumed: Samples that had been consumed when the state was saved.
+
     Raises:
-        StateError: It cannot be read.
+        StateError: It cannot be read, or is of no run.
     """
     if not isinstance(saved, list):
         raise StateError(f"the saved feedback is a {type(saved).__name__}, not a list: the state is damaged")
-    try:
-        return [Measurement(int(m["consumed"]), {str(k): float(v) for k, v in m["feedback"].items()}) for m in saved]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StateError(f"the saved feedback cannot be read: {error!r}") from error
+    measurements: list[Measurement] = []
+    for number, entry in enumerate(saved):
+        try:
+            at, feedback = entry["consumed"], entry["feedback"]
+            values = {str(field): float(value) for field, value in feedback.items() if is_finite_number(value)}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(
+                f"entry {number} of the saved feedback cannot be read ({error!r}): the state is damaged"
+            ) from error
+        before = measurements[-1] if measurements else Measurement(-1, values)
+        if not is_count(at) or not before.consumed < at <= consumed:
+            raise StateError(
+                f"entry {number} of the saved feedback is of sample {shown(at)}, after one of sample "
+                f"{before.consumed} and in a run of {consumed}: the state is damaged or was edited; load an older one"
+            )
+        if not values or len(values) < len(feedback) or set(values) != set(before.feedback):
+            raise StateError(
+                f"entry {number} of the saved feedback is {shown(feedback)}, not a finite number for each field: "
+                "the state is damaged or was edited; load an older one"
+            )
+        measurements.append(Measurement(at, values))
+    return measurements

@@ -14,6 +14,7 @@ import numpy as np
 
 from dmagent_loader.errors import StateError
 from dmagent_loader.simplex import FloatArray, validate_mix
+from dmagent_loader.untrusted import is_count, is_finite_number, shown
 
 INITIAL = "initial"
 MANUAL = "manual"
@@ -124,20 +125,35 @@ class Ledger:
         ledger = cls(domains)
         for number, saved in enumerate(entries):
             try:
-                weights = [float(x) for x in saved["mix"]]
-                validate_mix(weights, domains)
-                entry = LedgerEntry(
-                    start=int(saved["start"]),
-                    mix=tuple(weights),
-                    decided_by=str(saved["decided_by"]),
-                    decided_at=int(saved["decided_at"]),
-                    feedback=None
-                    if saved.get("feedback") is None
-                    else {str(k): float(v) for k, v in saved["feedback"].items()},
-                    accepted=bool(saved.get("accepted", True)),
-                    note=str(saved.get("note", "")),
-                )
+                entry = _entry(saved, domains)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise StateError(f"entry {number} of the saved ledger cannot be read: {error!r}") from error
+                raise StateError(
+                    f"entry {number} of the saved ledger cannot be read ({type(error).__name__}: {error}): the state "
+                    "is damaged or was edited; load an older one"
+                ) from error
             ledger.append(entry)
         return ledger
+
+
+def _entry(saved: Mapping[str, Any], domains: tuple[str, ...]) -> LedgerEntry:
+    weights, feedback = saved["mix"], saved.get("feedback")
+    if not isinstance(weights, (list, tuple)) or not all(map(is_finite_number, weights)):
+        raise ValueError(f"its mix is {shown(weights)}, not a list of finite numbers")
+    validate_mix(weights, domains)
+    for name in ("start", "decided_at"):
+        if not is_count(saved[name]):
+            raise ValueError(f"its {name} is {shown(saved[name])}, not an index of samples")
+    for name, kind in (("decided_by", str), ("accepted", bool), ("note", str)):
+        if not isinstance(saved.get(name, kind()), kind):
+            raise ValueError(f"its {name} is {shown(saved[name])}, not a {kind.__name__}")
+    if feedback is not None and not all(map(is_finite_number, feedback.values())):
+        raise ValueError(f"its feedback is {shown(feedback)}, not finite numbers by field")
+    return LedgerEntry(
+        start=saved["start"],
+        mix=tuple(map(float, weights)),
+        decided_by=saved["decided_by"],
+        decided_at=saved["decided_at"],
+        feedback=None if feedback is None else {str(field): float(value) for field, value in feedback.items()},
+        accepted=saved.get("accepted", True),
+        note=saved.get("note", ""),
+    )

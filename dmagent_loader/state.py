@@ -7,10 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from dmagent_loader.decisions import Measurement, measurements_from_json
 from dmagent_loader.errors import MixError, StateError
@@ -18,6 +15,7 @@ from dmagent_loader.files import write_atomically
 from dmagent_loader.ledger import Ledger
 from dmagent_loader.plan import Plan
 from dmagent_loader.simplex import FloatArray, validate_mix
+from dmagent_loader.untrusted import is_count, is_finite_number, read_regular, shown
 
 if TYPE_CHECKING:
     from dmagent_loader.sampler import AgentWeightedSampler
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCHEMA = 2
+MAX_STATE_BYTES = 1 << 32
 
 _KEYS = {
     "schema",
@@ -92,12 +91,15 @@ def read_state(
         raise StateError("this is not the state of a sampler: it has no 'schema'; pass what state_dict() returned")
     if state["schema"] != SCHEMA:
         raise StateError(
-            f"the state has schema {state['schema']!r}, this version of dmagent_loader reads schema {SCHEMA}: "
+            f"the state has schema {shown(state['schema'])}, this version of dmagent_loader reads schema {SCHEMA}: "
             "install the version that wrote it"
         )
     missing = sorted(_KEYS - set(state))
     if missing:
-        raise StateError(f"the state lacks {missing}: it is damaged or was edited")
+        raise StateError(f"the state lacks {missing}: it is damaged or was edited; load an older one")
+    unknown = sorted(shown(key) for key in set(state) - _KEYS)
+    if unknown:
+        logger.warning("the state has %s, which this version does not know and leaves aside", ", ".join(unknown[:10]))
     plan = sampler.plan
     present = {
         "seed": plan.seed,
@@ -108,50 +110,56 @@ def read_state(
     for key, value in present.items():
         if state[key] != value:
             raise StateError(
-                f"the state is of a run with {key} {_short(state[key])}, this run has {_short(value)}: with another "
+                f"the state is of a run with {key} {shown(state[key])}, this run has {shown(value)}: with another "
                 f"{key} the order of samples would be another; build the sampler as it was"
             )
     if state["fingerprint"] != sampler.fingerprint:
         raise StateError(
-            f"the state is of another shard set: fingerprint {_short(state['fingerprint'])}, here "
-            f"{_short(sampler.fingerprint)}; names, order, row counts and contents of the shards must be "
+            f"the state is of another shard set: fingerprint {shown(state['fingerprint'])}, here "
+            f"{shown(sampler.fingerprint)}; names, order, row counts and contents of the shards must be "
             "the same (their folder may differ)"
         )
     restored = Plan(plan.space, [sampler.collection.shard_rows(d) for d in range(len(plan.space))], **plan_settings)
     for entry in Ledger.from_json(plan.space.names, state["ledger"]):
         restored.append(entry)
     consumed, counts = state["consumed"], state["counts"]
-    whole = isinstance(consumed, int) and consumed >= 0
+    whole = is_count(consumed)
     end = restored.ends_by(consumed) if whole else None
     if not whole or (end is not None and consumed > end):
-        raise StateError(f"the state's consumed is {consumed!r}, which is not an index of this run")
+        raise StateError(
+            f"the state's consumed is {shown(consumed)}, which is not an index of this run: the state is damaged or "
+            "was edited; load an older one"
+        )
     for key, value in (
         ("samples_per_reweight", sampler.samples_per_reweight),
         ("policy", sampler.decisions.policy_name),
     ):
         if state[key] != value:
             logger.warning(
-                "the state was saved with %s %r, this run has %r: decisions will differ", key, state[key], value
+                "the state was saved with %s %s, this run has %r: decisions will differ", key, shown(state[key]), value
             )
     expected = {n: int(c) for n, c in zip(plan.space.names, restored.counts(consumed), strict=True)}
     if counts != expected:
         raise StateError(
             f"the state's counts at sample {consumed} do not follow from its ledger (differences: "
-            f"{_short([n for n in expected if not isinstance(counts, Mapping) or counts.get(n) != expected[n]])}): "
+            f"{shown([n for n in expected if not isinstance(counts, Mapping) or counts.get(n) != expected[n]])}): "
             "it is damaged, or was written by a version with another order"
         )
+    weights = state["start_state"]
+    if not isinstance(weights, list) or not all(map(is_finite_number, weights)):
+        raise StateError(f"the state's start_state is {shown(weights)}, not a list of numbers: the state is damaged")
     try:
-        start_state = validate_mix(np.asarray(state["start_state"], dtype=np.float64), plan.space.names)
-    except (MixError, TypeError, ValueError) as error:
+        start_state = validate_mix(weights, plan.space.names)
+    except MixError as error:
         raise StateError(f"the state's start_state is not a mix: {error}") from error
     failures = state["policy_failures"]
-    if not isinstance(failures, int) or failures < 0:
-        raise StateError(f"the state's policy_failures is {failures!r}, not a count: it is damaged")
+    if not is_count(failures):
+        raise StateError(f"the state's policy_failures is {shown(failures)}, not a count: it is damaged")
     return RestoredState(
         plan=restored,
         consumed=consumed,
         start_state=start_state,
-        measurements=measurements_from_json(state["measurements"]),
+        measurements=measurements_from_json(state["measurements"], consumed),
         policy_failures=failures,
     )
 
@@ -175,7 +183,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         StateError: There is no such file, or it was not written by `save_state`.
     """
     try:
-        state = json.loads(Path(path).read_bytes())
+        state = json.loads(read_regular(path, MAX_STATE_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise StateError(
             f"the state {os.fspath(path)} cannot be read ({error}): it is missing, or was not written by save_state, "
@@ -184,8 +192,3 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise StateError(f"the state {os.fspath(path)} holds a {type(state).__name__}, not what save_state writes")
     return state
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"

@@ -5,6 +5,7 @@ Loading never unpickles. What was saved is what is loaded: the weights' sha256 l
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from dmagent_loader.agent.config import AgentConfig
 from dmagent_loader.agent.model import MixingAgent
 from dmagent_loader.errors import CheckpointError, ConfigurationError, require_extra
 from dmagent_loader.files import write_atomically
+from dmagent_loader.untrusted import read_regular
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -113,15 +115,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_FILE
     try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes: no config is larger than {MAX_HEADER_BYTES}"
-            )
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_regular(path, MAX_HEADER_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} is no agent checkpoint: it has no {CONFIG_FILE}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}; fetch the checkpoint again"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}; fetch the checkpoint again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a JSON {type(values).__name__}, not an object")
     return values
@@ -179,18 +181,18 @@ def read_weights(path: Path, sha256: str, expected: Mapping[str, torch.Tensor]) 
     """
     needed = sum(4 * tensor.numel() for tensor in expected.values())
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > needed + MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path} has {size} bytes, but the config describes weights of {needed}: the two files are of "
-                    "different models"
-                )
-            data = file.read()
+        data = read_regular(path, needed + MAX_HEADER_BYTES)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} is no complete checkpoint: it has no {path.name}") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if error.errno == errno.EFBIG:
+            raise CheckpointError(
+                f"{path} is too large: {error.strerror}, because the config describes weights of {needed}: the two "
+                "files are of different models"
+            ) from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}; fetch the checkpoint again"
+        ) from error
     _check_layout(path, data, expected)
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise CheckpointError(
@@ -199,8 +201,8 @@ def read_weights(path: Path, sha256: str, expected: Mapping[str, torch.Tensor]) 
         )
     try:
         weights: dict[str, torch.Tensor] = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is no valid safetensors file: {error}") from error
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is no valid safetensors file: {error}; fetch the checkpoint again") from error
     refuse_non_finite(weights, str(path), "the model diverged in training or the file was damaged")
     return weights
 
@@ -214,14 +216,14 @@ def _check_layout(path: Path, data: bytes, expected: Mapping[str, torch.Tensor])
             "safetensors file"
         )
     try:
-        header = json.loads(data[8 : 8 + header_size])
+        header = json.loads(data[8 : 8 + header_size], object_pairs_hook=_without_repeats)
         header.pop("__metadata__", None)
         tensors = {
             name: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1]) for name, entry in header.items()
         }
         end = max((int(stop) for _, _, stop in tensors.values()), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"the header of {path} is damaged: {error!r}") from error
+    except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the header of {path} is damaged: {error!r}; fetch the checkpoint again") from error
     if end > len(data) - 8 - header_size:
         raise CheckpointError(
             f"{path} is truncated: its tensors need {end} bytes, {len(data) - 8 - header_size} are there: "
@@ -230,18 +232,27 @@ def _check_layout(path: Path, data: bytes, expected: Mapping[str, torch.Tensor])
     missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unexpected:
         raise CheckpointError(
-            f"{path} lacks tensors {missing[:4]} and has unexpected {unexpected[:4]}: another model's weights"
+            f"{path} lacks tensors {missing[:4]} and has unexpected {[name[:100] for name in unexpected[:4]]}: another "
+            "model's weights"
         )
     for name, (dtype, shape, _) in tensors.items():
         if shape != tuple(expected[name].shape):
             raise CheckpointError(
-                f"tensor {name!r} in {path} has shape {list(shape)}, but the config describes "
+                f"tensor {name!r} in {path} has shape {str(list(shape))[:100]}, but the config describes "
                 f"{list(expected[name].shape)}: weights and config are of different models"
             )
         if dtype != "F32":
             raise CheckpointError(
-                f"tensor {name!r} in {path} is {dtype}; agent weights are stored as F32: save it again"
+                f"tensor {name!r} in {path} is {str(dtype)[:20]}; agent weights are stored as F32: save it again"
             )
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that comes twice, readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice")
+    return found
 
 
 def refuse_non_finite(weights: Mapping[str, torch.Tensor], owner: str, reason: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,16 @@ from typing import Any
 from dmagent_loader.domains import DomainSpace
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.history import STANDARDIZATIONS, FeedbackStatistics, Standardization
+from dmagent_loader.untrusted import is_finite_number, shown
 
 SCHEMA_VERSION = 1
 """Version of the JSON form; raised when an older reader would misunderstand a newer file."""
 
 MAX_LAYERS = 128
 """No agent is deeper; the limit keeps a hostile config.json from building a model for hours."""
+
+MAX_WIDTH = 1 << 26
+"""Nor is any wider; beyond this the number of weights no longer fits the integers of tensor libraries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +64,14 @@ class AgentConfig:
         for name in ("d_model", "num_layers", "num_heads", "d_ff", "max_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(f"{name} is {value!r}; it must be a whole number of at least 1")
+                raise ConfigurationError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
+            most = MAX_LAYERS if name == "num_layers" else MAX_WIDTH
+            if value > most:
+                raise ConfigurationError(f"{name} is {shown(value)}; at most {most} is supported")
         for name in ("rope_theta", "norm_eps", "prior_weight"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-                raise ConfigurationError(f"{name} is {value!r}; it must be a positive finite number")
-        if self.num_layers > MAX_LAYERS:
-            raise ConfigurationError(f"num_layers is {self.num_layers}; at most {MAX_LAYERS} are supported")
+            if not is_finite_number(value) or value <= 0:
+                raise ConfigurationError(f"{name} is {shown(value)}; it must be a positive finite number")
         if self.d_model % self.num_heads or self.head_dim % 2:
             raise ConfigurationError(
                 f"d_model {self.d_model} over {self.num_heads} heads gives no even head width, which the rotary "
@@ -76,10 +80,10 @@ class AgentConfig:
         for name in ("domains", "feedback_roles"):
             names = getattr(self, name)
             if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
-                raise ConfigurationError(f"{name} must be distinct non-empty names, got {names}")
+                raise ConfigurationError(f"{name} must be distinct non-empty names, got {shown(names)}")
         if self.standardization not in STANDARDIZATIONS:
             raise ConfigurationError(
-                f"unknown standardization {self.standardization!r}; choose one of {', '.join(STANDARDIZATIONS)}"
+                f"unknown standardization {shown(self.standardization)}; choose one of {', '.join(STANDARDIZATIONS)}"
             )
         if self.statistics is not None and len(self.statistics.mean) != self.num_fields:
             raise ConfigurationError(
@@ -124,25 +128,37 @@ class AgentConfig:
             newer = isinstance(version, int) and version > SCHEMA_VERSION
             remedy = "install a newer dmagent-loader" if newer else "save the agent again with this version"
             raise ConfigurationError(
-                f"the agent's config has schema version {version!r}, but this version reads {SCHEMA_VERSION}: {remedy}"
+                f"the agent's config has schema version {shown(version)}, but this version reads {SCHEMA_VERSION}: "
+                f"{remedy}"
             )
         known = {f.name for f in dataclasses.fields(cls)}
         missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
         if missing or unknown:
             raise ConfigurationError(
-                f"the agent's config lacks {missing} and has unknown {unknown}: it was edited or is of another model"
+                f"the agent's config lacks {missing} and has unknown {shown(unknown)}: it was edited or is of another "
+                "model"
             )
         try:
             for name in ("domains", "feedback_roles"):
-                values[name] = tuple(values[name])
+                values[name] = tuple(_list(name, values[name]))
             if (statistics := values["statistics"]) is not None:
+                count = statistics["count"]
+                if not isinstance(count, int) or isinstance(count, bool) or not 0 < count < 1 << 63:
+                    raise ConfigurationError(f"the statistics' count is {shown(count)}; it must be a whole number")
+                mean, std = (_list(name, statistics[name]) for name in ("mean", "std"))
+                if not all(map(is_finite_number, [*mean, *std])):
+                    raise ConfigurationError(f"the statistics are no finite numbers: {shown([mean, std])}")
                 values["statistics"] = FeedbackStatistics(
-                    mean=tuple(map(float, statistics["mean"])),
-                    std=tuple(map(float, statistics["std"])),
-                    count=int(statistics["count"]),
+                    mean=tuple(map(float, mean)), std=tuple(map(float, std)), count=count
                 )
             return cls(**values)
         except (TypeError, KeyError, ValueError) as error:
             if isinstance(error, ConfigurationError):
                 raise
-            raise ConfigurationError(f"the agent's config has a value of the wrong kind: {error!r}") from error
+            raise ConfigurationError(f"the agent's config has a value of the wrong kind: {shown(error)}") from error
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigurationError(f"{name} is {shown(value)}; it must be a list")
+    return list(value)

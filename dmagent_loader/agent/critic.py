@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,11 @@ from dmagent_loader.agent.checkpoint import (
     read_weights,
     refuse_non_finite,
 )
-from dmagent_loader.agent.config import AgentConfig
+from dmagent_loader.agent.config import MAX_WIDTH, AgentConfig
 from dmagent_loader.agent.layers import DecoderBlock, initialize, rotary_tables
 from dmagent_loader.errors import CheckpointError, ConfigurationError
 from dmagent_loader.files import write_atomically
+from dmagent_loader.untrusted import is_finite_number, shown
 
 SCHEMA_VERSION = 1
 """Version of the JSON form; raised when an older reader would misunderstand a newer file."""
@@ -73,13 +73,15 @@ class CriticConfig:
         for name in ("num_domains", "num_fields", "d_model", "num_heads", "d_ff"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(f"{name} is {value!r}; it must be a whole number of at least 1")
+                raise ConfigurationError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
+            if value > MAX_WIDTH:
+                raise ConfigurationError(f"{name} is {shown(value)}; at most {MAX_WIDTH} is supported")
         for name in ("rope_theta", "norm_eps", "span"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-                raise ConfigurationError(f"{name} is {value!r}; it must be a positive finite number")
-        if not isinstance(self.low, (int, float)) or not math.isfinite(self.low):
-            raise ConfigurationError(f"low is {self.low!r}; it must be a finite number")
+            if not is_finite_number(value) or value <= 0:
+                raise ConfigurationError(f"{name} is {shown(value)}; it must be a positive finite number")
+        if not is_finite_number(self.low):
+            raise ConfigurationError(f"low is {shown(self.low)}; it must be a finite number")
         if self.d_model % (2 * self.num_heads):
             raise ConfigurationError(
                 f"d_model {self.d_model} over {self.num_heads} heads gives no even head width, which the rotary "
@@ -229,12 +231,12 @@ def load_critics(directory: str | os.PathLike[str]) -> tuple[MixingCritic, ...]:
     version, count, sha256 = (values.pop(name, None) for name in ("schema_version", "num_critics", "weights_sha256"))
     if version != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} has schema version {version!r}, but this version reads {SCHEMA_VERSION}: "
+            f"{folder / CONFIG_FILE} has schema version {shown(version)}, but this version reads {SCHEMA_VERSION}: "
             "it is no critic, or of another dmagent-loader"
         )
     if not isinstance(count, int) or not 1 <= count <= MAX_CRITICS or not isinstance(sha256, str):
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} says num_critics {count!r} and weights_sha256 {sha256!r}: "
+            f"{folder / CONFIG_FILE} says num_critics {shown(count)} and weights_sha256 {shown(sha256)}: "
             "it was not written by save_critics"
         )
     try:

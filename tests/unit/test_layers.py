@@ -16,7 +16,7 @@ PACKAGE = Path(dmagent_loader.__file__).parent
 ROOT = PACKAGE.parent
 
 # Each part may import from the parts named beside it, and from itself.
-BASE = {"errors", "files", "_version"}
+BASE = {"errors", "files", "untrusted", "_version"}
 CORE = BASE | {"simplex", "domains", "history", "hashing", "order", "shuffle", "ledger", "plan", "layout"}
 DATA = CORE | {"distributed", "shards", "agent", "policies"}
 SAMPLER = {"agreement", "progress", "stream", "state", "decisions", "opening", "sampler"}

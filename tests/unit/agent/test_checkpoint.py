@@ -239,7 +239,7 @@ def test_another_dtype_is_refused(saved: Path, agent: MixingAgent, dtype: torch.
         ("[1]", "holds a JSON list"),
         ("[" * 100_000, "cannot be read as JSON"),
         ("{}", "no weights_sha256"),
-        (" " * 2_000_000, "no config is larger"),
+        (" " * 2_000_000, "2000000 bytes, more than the 1048576 expected"),
     ],
 )
 def test_a_config_that_is_none_is_refused(saved: Path, text: str, message: str) -> None:

@@ -63,7 +63,7 @@ def test_settings_that_cannot_work_are_named(values: dict[str, Any], message: st
         ({"schema_version": 0}, "save the agent again"),
         ({"schema_version": None}, "schema version None"),
         ({"dropout": 0.1}, r"unknown \['dropout'\]"),
-        ({"domains": 3}, "wrong kind"),
+        ({"domains": 3}, "domains is 3; it must be a list"),
         ({"statistics": {"mean": [1, 2]}}, "wrong kind"),
         ({"statistics": {"mean": [1, 2], "std": [1, 0], "count": 3}}, "positive std"),
         ({"statistics": [1, 2]}, "wrong kind"),
