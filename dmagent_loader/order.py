@@ -146,7 +146,8 @@ class DomainOrder:
 
     def _threshold(self, node: IntArray, k: IntArray) -> IntArray:
         bits = random_bits(self._key[node], k) >> _UNUSED_BITS
-        return self._lowest[node] + ((bits.view(np.int64) * self._width[node]) >> _HASH_BITS)
+        drawn: IntArray = (bits.view(np.int64) * self._width[node]) >> _HASH_BITS
+        return self._lowest[node] + drawn
 
     def _grow(self, key: int) -> None:
         """Grows the tree level by level. A node is an interval of the leaves, which are sorted by falling weight.
