@@ -91,13 +91,17 @@ class StreamLayout:
         Args:
             taken: Samples that this iterator has delivered.
         """
-        if taken == 0:
-            return self.base
-        reached = int(self._positions(np.array([taken - 1]))[0]) + 1
+        return int(self.frontiers(np.array([taken]))[0])
+
+    def frontiers(self, taken: IntArray) -> IntArray:
+        """`frontier` after each number of delivered samples: (n,) int64."""
+        reached = self._positions(np.maximum(taken - 1, 0)) + 1
         if self.sliced:
             unit = self.world_size * self.batch_size
-            return self.base + -(-reached // unit) * unit
-        return self.base + (reached if self.kind == "whole" else reached * self.world_size)
+            reached = -(-reached // unit) * unit
+        elif self.kind == "sharded":
+            reached = reached * self.world_size
+        return np.asarray(self.base + np.where(taken == 0, 0, reached), dtype=np.int64)
 
     def _positions(self, own: IntArray) -> IntArray:
         """Stream positions of the iterator's own samples."""

@@ -52,9 +52,9 @@ class Mailbox:
         self._view()
 
     def _view(self) -> None:
-        """numpy views of the shared tensors: reading one number through torch costs ten times as much."""
-        self._header = self._tensors["header"].numpy()
-        self._frontiers = self._tensors["frontiers"].numpy()
+        """Views of the shared tensors: reading one number through torch costs ten times as much."""
+        self._header = memoryview(self._tensors["header"].numpy())  # type: ignore[arg-type]
+        self._frontiers = memoryview(self._tensors["frontiers"].numpy())  # type: ignore[arg-type]
         self._indices = self._tensors["indices"].numpy()
         self._mixes = self._tensors["mixes"].numpy()
 
@@ -68,7 +68,7 @@ class Mailbox:
     @property
     def published(self) -> int:
         """Number of mixes published so far."""
-        return int(self._header[_PUBLISHED])
+        return self._header[_PUBLISHED]
 
     def publish(self, entry: LedgerEntry) -> None:
         """Makes a new mix visible to the workers."""
@@ -97,7 +97,7 @@ class Mailbox:
     def base(self) -> int:
         """Global index at which the next pass over the data begins: what was consumed, as far as the main process
         knows."""
-        return int(self._header[_BASE])
+        return self._header[_BASE]
 
     @base.setter
     def base(self, index: int) -> None:
@@ -106,7 +106,7 @@ class Mailbox:
     @property
     def generation(self) -> int:
         """Number of states that were loaded: workers of an earlier generation hold another ledger."""
-        return int(self._header[_GENERATION])
+        return self._header[_GENERATION]
 
     @generation.setter
     def generation(self, number: int) -> None:
@@ -116,7 +116,7 @@ class Mailbox:
         """The main process reads by itself, or a new pass begins: workers have to announce themselves again."""
         self._header[_NUM_WORKERS] = 0
         self._header[_BLOCK] = 0
-        self._frontiers[:] = 0
+        self._tensors["frontiers"].zero_()
 
     def start_worker(self, worker: int, num_workers: int, base: int) -> int:
         """A worker says that it begins a pass over the data.
@@ -129,7 +129,7 @@ class Mailbox:
         """
         if num_workers > MAX_WORKERS:
             raise ConfigurationError(f"{num_workers} data workers on one rank; at most {MAX_WORKERS} are supported")
-        before = int(self._frontiers[worker])
+        before = self._frontiers[worker]
         self._header[_NUM_WORKERS] = num_workers
         self._frontiers[worker] = base
         return before
@@ -145,13 +145,13 @@ class Mailbox:
     @property
     def num_workers(self) -> int:
         """Workers that have begun; 0 while the main process reads by itself."""
-        return int(self._header[_NUM_WORKERS])
+        return self._header[_NUM_WORKERS]
 
     @property
     def block(self) -> int:
         """Consecutive stream positions that a worker takes at a time; 0 until the first worker has found out."""
-        return int(self._header[_BLOCK])
+        return self._header[_BLOCK]
 
     def frontier(self) -> int:
         """The first global index that no worker of this rank has delivered."""
-        return int(self._frontiers[: max(1, self.num_workers)].max())
+        return max(self._frontiers[: max(1, self.num_workers)])

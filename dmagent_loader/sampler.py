@@ -183,7 +183,8 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             self.version = 0
             self.mailbox = Mailbox(len(self.space))
             self.progress = Progress(self.mailbox)
-            self._received = 0
+            self.received = 0
+            """Published mixes that this copy has taken over."""
             self._length: int | None = None
             self.before_iteration: Callable[[], None] | None = None
             """Called when a loader announces a pass over the data, before it makes its iterator; for integrations."""
@@ -482,11 +483,11 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
     def receive(self, frontier: int) -> None:
         """In a torch worker: takes over what the main process has published since the last sample."""
-        while self._received < self.mailbox.published:
-            entry = self.mailbox.read(self._received).as_entry()
+        while self.received < self.mailbox.published:
+            entry = self.mailbox.read(self.received).as_entry()
             check_not_delivered(entry.start, frontier)
             self.plan.append(entry)
-            self._received += 1
+            self.received += 1
             self.version += 1
 
     def _append(
@@ -510,7 +511,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         )
         self.plan.append(entry)
         self.mailbox.publish(entry)
-        self._received = self.mailbox.published
+        self.received = self.mailbox.published
         self.version += 1
         return entry
 

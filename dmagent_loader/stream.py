@@ -7,11 +7,12 @@ the rows that were already read for it: the rows of a domain come in the same or
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 Sample = dict[str, Any]
 
 _READ_CHUNK = 16
+_FIRST_BLOCK, _LARGEST_BLOCK = 128, 4096
+"""Positions planned at a time without reading threads: few after a new mix, which may be followed by another, then
+twice as many each time, because the cost of planning hardly grows with their number."""
 _REMOTE_THREADS = 2
 _Key = tuple[int, int]
 
@@ -43,7 +47,7 @@ class ReadaheadConfig:
         num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is
             remote, else 0, because handing a cached row from thread to thread costs more than reading it. Give 2 or
             more for files on a slow network mount.
-        num_rows: Positions planned, and rows requested, at a time; one such block is read while another is given.
+        num_rows: Rows requested from the threads at a time; one such block is read while another is given.
     """
 
     num_threads: int | None = None
@@ -60,19 +64,22 @@ class ReadaheadConfig:
 class Readahead:
     """Rows that are being read in the background, by domain and draw."""
 
-    def __init__(self, collection: ShardCollection, config: ReadaheadConfig) -> None:
-        self._collection, self._config = collection, config
+    def __init__(self, collection: ShardCollection, num_threads: int, num_rows: int) -> None:
+        self._collection, self.num_rows = collection, num_rows
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dmagent-read")
+        self._pending: dict[_Key, tuple[Future[list[RawSample]], int]] = {}
+
+    @classmethod
+    def of(cls, collection: ShardCollection, config: ReadaheadConfig) -> Readahead | None:
+        """The reading threads that a configuration asks for, if any."""
         threads = config.num_threads
         if threads is None:
             threads = 0 if collection.is_local else _REMOTE_THREADS
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dmagent-read") if threads else None
-        self._pending: dict[_Key, tuple[Future[list[RawSample]], int]] = {}
+        return cls(collection, threads, config.num_rows) if threads else None
 
     def request(self, located: Located) -> None:
         """Starts reading rows that have not been requested yet."""
-        if self._pool is None:
-            return
-        if len(self._pending) > 4 * self._config.num_rows:
+        if len(self._pending) > 4 * self.num_rows:
             self._pending.clear()
         wanted = [
             number
@@ -96,8 +103,7 @@ class Readahead:
 
     def close(self) -> None:
         """Stops the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, rows: list[tuple[int, int, int]]) -> list[RawSample]:
         return [self._collection.read(*row) for row in rows]
@@ -108,19 +114,21 @@ class _Block:
     """Consecutive positions of an iterator, with where their rows are."""
 
     first: int
-    indices: IntArray
     located: Located
     rows: list[tuple[int, int, int, int, int]]
     """(global index, domain, draw, shard, row) of each position: plain integers, because numpy's cost more to read."""
+    frontiers: list[int]
+    """The first global index that cannot have been delivered before each position, and after the last."""
 
     @classmethod
-    def of(cls, first: int, indices: IntArray, located: Located) -> _Block:
+    def of(cls, first: int, indices: IntArray, located: Located, frontiers: IntArray) -> _Block:
         columns = (indices, located.domain, located.draw, located.shard, located.row)
-        return cls(first, indices, located, list(zip(*(column.tolist() for column in columns), strict=True)))
+        rows = list(zip(*(column.tolist() for column in columns), strict=True))
+        return cls(first, located, rows, frontiers.tolist())
 
 
 _NOTHING = np.empty(0, dtype=np.int64)
-_NOTHING_PLANNED = _Block(0, _NOTHING, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING), [])
+_NOTHING_PLANNED = _Block(0, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING), [], [])
 
 
 class SampleStream(Iterator[Sample]):
@@ -140,54 +148,64 @@ class SampleStream(Iterator[Sample]):
             before = sampler.mailbox.start_worker(self._worker, self._num_workers, base)
             if before > base:
                 logger.warning(
-                    "data workers begin again at sample %d, although samples up to %d were given before: report "
-                    "what was "
-                    "consumed (sampler.reweight_due(consumed)) if those were trained on",
+                    "data workers begin again at sample %d, although samples up to %d were given before: report what "
+                    "was consumed (sampler.reweight_due(consumed)) if those were trained on",
                     base,
                     before,
                 )
+        self._names = sampler.space.names
         self._layout: StreamLayout | None = None
-        self._readahead = Readahead(sampler.collection, sampler.readahead)
+        self._readahead = Readahead.of(sampler.collection, sampler.readahead)
+        self._read = sampler.collection.read
         self._decode: Callable[[RawSample], Sample] = sampler.decoder
         self._version = -1
-        self.taken = 0
         self._done = False
         self._block = _NOTHING_PLANNED
+        self._place = 0
         self._next: _Block | None = None
+        self._num_planned = _FIRST_BLOCK
+
+    @property
+    def taken(self) -> int:
+        """Samples that this iterator has delivered."""
+        return self._block.first + self._place
 
     @property
     def frontier(self) -> int:
         """The first global index that this iterator, and those in step with it, cannot have delivered."""
+        if self._block.frontiers:
+            return self._block.frontiers[self._place]
         return self._base if self._layout is None else self._layout.frontier(self.taken)
 
     def __next__(self) -> Sample:
+        sampler = self._sampler
         if self._done:
             raise StopIteration
         if self._layout is None:
             self._layout = self._begin()
-        if self._worker is not None:
-            self._sampler.receive(self.frontier)
-        if self._version != self._sampler.version:
+        if self._worker is not None and sampler.received < sampler.mailbox.published:
+            sampler.receive(self.frontier)
+        if self._version != sampler.version:
             self._replan()
-        if self.taken - self._block.first >= len(self._block.indices) and not self._advance_block():
-            self._readahead.close()
-            self._done = True
-            raise StopIteration
-        place = self.taken - self._block.first
+        place = self._place
+        if place >= len(self._block.rows):
+            if not self._advance_block():
+                self._done = True
+                self._close()
+                raise StopIteration
+            place = 0
         index, domain, draw, shard, row = self._block.rows[place]
-        raw = self._readahead.take(domain, draw, shard, row)
-        sample = self._decode(raw)
-        tags = {
-            "__key__": raw.key,
-            "__domain__": self._sampler.space.names[domain],
-            "__index__": index,
-        }
-        sample = {**tags, **sample}
-        if self._sampler.transform is not None:
-            sample = {**tags, **self._sampler.transform(sample)}
-        self.taken += 1
+        if self._readahead is None:
+            raw = self._read(domain, shard, row)
+        else:
+            raw = self._readahead.take(domain, draw, shard, row)
+        sample = {"__key__": raw.key, "__domain__": self._names[domain], "__index__": index, **self._decode(raw)}
+        if sampler.transform is not None:
+            tags = {"__key__": raw.key, "__domain__": self._names[domain], "__index__": index}
+            sample = {**tags, **sampler.transform(sample)}
+        self._place = place + 1
         if self._worker is not None:
-            self._sampler.mailbox.advance(self._worker, self.frontier)
+            sampler.mailbox.advance(self._worker, self._block.frontiers[place + 1])
         return sample
 
     def _begin(self) -> StreamLayout:
@@ -221,7 +239,8 @@ class SampleStream(Iterator[Sample]):
     def _replan(self) -> None:
         """Drops what was planned under an older ledger."""
         self._version = self._sampler.version
-        self._block, self._next = _NOTHING_PLANNED, None
+        self._block = replace(_NOTHING_PLANNED, first=self.taken)
+        self._place, self._next, self._num_planned = 0, None, _FIRST_BLOCK
 
     def _advance_block(self) -> bool:
         """Goes on to the next block, and has the rows of the one after it read in the background.
@@ -232,12 +251,13 @@ class SampleStream(Iterator[Sample]):
         block = self._next if self._next is not None else self._plan(self.taken)
         if block is None:
             return False
-        self._block = block
+        self._block, self._place, self._next = block, 0, None
+        if self._readahead is None:
+            self._num_planned = min(2 * self._num_planned, _LARGEST_BLOCK)
+            return True
         self._readahead.request(block.located)
-        try:
-            self._next = self._plan(block.first + len(block.indices))
-        except ExhaustedError:
-            self._next = None
+        with contextlib.suppress(ExhaustedError):
+            self._next = self._plan(block.first + len(block.rows))
         if self._next is not None:
             self._readahead.request(self._next.located)
         return True
@@ -249,22 +269,30 @@ class SampleStream(Iterator[Sample]):
             ExhaustedError: A domain with rule ``error`` is used up before `first`.
         """
         assert self._layout is not None
-        indices = self._layout.indices(first, self._sampler.readahead.num_rows)
-        end = self._sampler.plan.ends_by(int(indices.max()) + self._layout.unit)
+        plan = self._sampler.plan
+        count = self._num_planned if self._readahead is None else self._readahead.num_rows
+        indices = self._layout.indices(first, count)
+        end = plan.ends_by(int(indices.max()) + self._layout.unit)
         if end is not None:
             indices = indices[: max(0, self._layout.num_samples(end) - first)]
             if not len(indices):
                 return None
         try:
-            return _Block.of(first, indices, self._sampler.plan.locate(indices))
+            located = plan.locate(indices)
         except ExhaustedError:
             # The end lies inside the block: deliver one by one what comes before it.
-            return _Block.of(first, indices[:1], self._sampler.plan.locate(indices[:1]))
+            indices = indices[:1]
+            located = plan.locate(indices)
+        frontiers = self._layout.frontiers(np.arange(first, first + len(indices) + 1))
+        return _Block.of(first, indices, located, frontiers)
 
-    def __del__(self) -> None:
+    def _close(self) -> None:
         readahead = getattr(self, "_readahead", None)
         if readahead is not None:
             readahead.close()
+
+    def __del__(self) -> None:
+        self._close()
 
 
 def _loader_batch_size() -> int | None:

@@ -7,12 +7,11 @@ import json
 import logging
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,9 @@ from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptySh
 from dmagent_loader.shards.cache import IndexCache, build_and_cache, default_cache_dir
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index import ShardDamage, ShardIndex
-from dmagent_loader.shards.reader import MAX_OPEN_FILES, OpenShards, ShardVersion, shard_version
+from dmagent_loader.shards.reader import MAX_OPEN_FILES, ShardVersion, Source, open_source, shard_version
+from dmagent_loader.shards.recent import Recent
+from dmagent_loader.shards.table import ChangedRow, RowTable
 from dmagent_loader.shards.urls import base_name, display_url, expand_shards, is_local
 
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -78,8 +79,12 @@ class ShardCollection:
         self.domains: tuple[str, ...] = tuple(urls)
         self._shards = [[(url, indexes[url]) for url in urls[domain]] for domain in self.domains]
         self._rows = [np.array([index.num_rows for _, index in shards], np.int64) for shards in self._shards]
+        self._urls = [url for shards in self._shards for url, _ in shards]
+        self._tables = [RowTable(index) for shards in self._shards for _, index in shards]
+        counts = iter(range(len(self._urls)))
+        self._numbers = [[next(counts) for _ in shards] for shards in self._shards]
         self._verify = verify
-        self._open = OpenShards(max_open_files)
+        self._open = Recent(self._open_one, max_open_files)
 
     @classmethod
     def open(
@@ -164,36 +169,18 @@ class ShardCollection:
             IndexError: There is no such row.
             DamagedShardError: The shard changed since it was indexed.
         """
-        url, index = self._shards[domain][shard]
-        if not 0 <= row < len(index.row_crc):
-            raise IndexError(f"row {row} of shard {display_url(url)}, which has {index.num_rows} rows")
-        first = index.row_first.item(row)
-        last = index.row_first.item(row + 1) - 1
-        start = index.offset.item(first)
-        size = index.size.item(first)
-        length = size if last == first else index.offset.item(last) + index.size.item(last) - start
-        view = memoryview(self._open.get(url).read(start, length))
-        extensions, numbers = index.extensions, index.extension
-        if last == first:
-            members = {extensions[numbers.item(first)]: view}
-            crc = zlib.crc32(view) if self._verify else None
-        else:
-            members = {}
-            crc = 0 if self._verify else None
-            for member in range(first, last + 1):
-                begin = index.offset.item(member) - start
-                part = view[begin : begin + index.size.item(member)]
-                members[extensions[numbers.item(member)]] = part
-                if crc is not None:
-                    crc = zlib.crc32(part, crc)
-        key = index.key(row)
-        if crc is not None and crc != index.row_crc.item(row):
+        number = self._numbers[domain][shard]
+        table = self._tables[number]
+        if not 0 <= row < table.num_rows:
+            raise IndexError(f"row {row} of shard {display_url(self._urls[number])}, which has {table.num_rows} rows")
+        try:
+            return table.read(self._open.get(number), row, self._verify)
+        except ChangedRow as change:
             raise DamagedShardError(
-                f"row {row} (key {key!r}) of shard {display_url(url)} changed since it was indexed (crc32 {crc:08x}, "
-                f"was {index.row_crc.item(row):08x}): the file was overwritten or its disk is failing; restore it, or "
-                "open the shards again to index the new version"
-            )
-        return RawSample(key, members)
+                f"row {row} (key {table.key(row)!r}) of shard {display_url(self._urls[number])} changed since it was "
+                f"indexed ({change}): the file was overwritten or its disk is failing; restore it, or open the shards "
+                "again to index the new version"
+            ) from None
 
     def summaries(self) -> tuple[ShardSummary, ...]:
         """What is known of every shard, in order of domains and shards."""
@@ -232,7 +219,19 @@ class ShardCollection:
 
     def close(self) -> None:
         """Closes the open files; reading opens them again."""
-        self._open.close()
+        self._open.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, which another process cannot use."""
+        return {**self.__dict__, "_tables": None, "_open": self._open.limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tables = [RowTable(index) for shards in self._shards for _, index in shards]
+        self._open = Recent(self._open_one, state["_open"])
+
+    def _open_one(self, number: int) -> Source:
+        return open_source(self._urls[number])
 
     def _judge_damage(self, on_damage: OnDamage) -> None:
         damage = self.damage

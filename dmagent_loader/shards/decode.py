@@ -162,34 +162,48 @@ def decode_npy(data: Buffer) -> np.ndarray[Any, Any]:
         DecodeError: Not a npy file, objects inside, or a size that is not that of the data.
     """
     view = memoryview(data)
-    major = view[6] if len(view) >= 10 else 0
-    prefix = 10 if major == 1 else 12
-    length = int.from_bytes(view[8:prefix], "little")
-    header = bytes(view[: prefix + length])
-    parsed = _npy_headers.get(header)
+    parsed = _npy_headers.get(bytes(view[:_USUAL_NPY_HEADER]))
     if parsed is None:
-        parsed = _parse_npy_header(header)
-        if len(_npy_headers) >= MAX_NPY_HEADERS:
-            _npy_headers.clear()
-        _npy_headers[header] = parsed
-    dtype, shape, order, count, size = parsed
-    if len(view) != len(header) + size:
+        parsed = _read_npy_header(view)
+    dtype, shape, order, count, first, size = parsed
+    if len(view) != first + size:
         raise DecodeError(
-            f"the npy header declares shape {shape} of {dtype} ({size} bytes), but {len(view) - len(header)} bytes "
-            "follow it"
+            f"the npy header declares shape {shape} of {dtype} ({size} bytes), but {len(view) - first} bytes follow it"
         )
     try:
-        array = np.frombuffer(data, dtype, count, len(header))
+        array = np.frombuffer(view, dtype, count, first)
         return array if len(shape) == 1 else array.reshape(shape, order=order)
     except ValueError as error:
         raise DecodeError(f"the npy header declares shape {shape} of {dtype}, which is no array: {error}") from error
 
 
+_NpyHeader = tuple[np.dtype[Any], tuple[int, ...], Any, int, int, int]
+"""dtype, shape, order, elements, bytes before them, bytes of them"""
+
+_USUAL_NPY_HEADER = 128
+"""Bytes of the header of nearly every file: numpy fills it up to a multiple of 64."""
+
+_npy_headers: dict[bytes, _NpyHeader] = {}
+"""By the first `_USUAL_NPY_HEADER` bytes; only headers that are just so long."""
+
+
+def _read_npy_header(view: memoryview) -> _NpyHeader:
+    major = view[6] if len(view) >= 10 else 0
+    prefix = 10 if major == 1 else 12
+    length = int.from_bytes(view[8:prefix], "little")
+    header = bytes(view[: prefix + length])
+    parsed = _parse_npy_header(header)
+    if len(header) == _USUAL_NPY_HEADER:
+        if len(_npy_headers) >= MAX_NPY_HEADERS:
+            _npy_headers.clear()
+        _npy_headers[header] = parsed
+    return parsed
+
+
 _MOST = 1 << 62
-_npy_headers: dict[bytes, tuple[np.dtype[Any], tuple[int, ...], Any, int, int]] = {}
 
 
-def _parse_npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], Any, int, int]:
+def _parse_npy_header(header: bytes) -> _NpyHeader:
     stream = io.BytesIO(header)
     try:
         version = npy_format.read_magic(stream)
@@ -205,7 +219,7 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], An
     count = math.prod(shape)
     if any(extent < 0 for extent in shape) or max(shape, default=0) > _MOST or count * dtype.itemsize > _MOST:
         raise DecodeError("the npy header declares a shape that is negative or larger than any file")
-    return dtype, shape, "F" if fortran else "C", count, count * dtype.itemsize
+    return dtype, shape, "F" if fortran else "C", count, len(header), count * dtype.itemsize
 
 
 def _text(data: memoryview) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -136,49 +134,3 @@ def shard_version(url: str) -> ShardVersion:
         )
     tag = ";".join(f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None)
     return ShardVersion(size=int(info["size"]), tag=tag)
-
-
-class OpenShards:
-    """A bounded set of open shards, the least recently used one closed first.
-
-    Safe to use from many threads. After a fork the child starts with an empty set and a new lock. Pickles empty.
-
-    Args:
-        max_open_files: Most shards that are open at once (a shard that a thread is reading counts on top).
-    """
-
-    def __init__(self, max_open_files: int = MAX_OPEN_FILES) -> None:
-        self._max_open_files = max_open_files
-        self._start()
-
-    def _start(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._sources: OrderedDict[str, Source] = OrderedDict()
-
-    def get(self, url: str) -> Source:
-        """The open shard; opens it if need be."""
-        if os.getpid() != self._pid:
-            self._start()
-        with self._lock:
-            source = self._sources.get(url)
-            if source is not None:
-                self._sources.move_to_end(url)
-                return source
-        source = open_source(url)
-        with self._lock:
-            self._sources[url] = source
-            while len(self._sources) > self._max_open_files:
-                self._sources.popitem(last=False)
-        return source
-
-    def close(self) -> None:
-        """Closes all; a later `get` opens again."""
-        self._start()
-
-    def __getstate__(self) -> int:
-        return self._max_open_files
-
-    def __setstate__(self, state: int) -> None:
-        self._max_open_files = state
-        self._start()
