@@ -91,20 +91,29 @@ def load(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -
         MissingExtraError: A Hub id without ``huggingface_hub`` installed.
     """
     directory = resolve(name_or_path, revision=revision)
-    values = read_config(directory)
-    sha256 = values.pop("weights_sha256", None)
-    if not isinstance(sha256, str):
-        raise CheckpointError(f"{directory / CONFIG_FILE} has no weights_sha256: it was not written by save_pretrained")
-    try:
-        config = AgentConfig.from_dict(values)
-    except ConfigurationError as error:
-        raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
+    config, sha256 = read_agent_config(directory)
     # Parameters on the meta device take neither memory nor random numbers; `assign` then puts the loaded ones in place.
     with torch.device("meta"):
         agent = MixingAgent(config, name=_name(name_or_path, directory))
     weights = read_weights(directory / WEIGHTS_FILE, sha256, agent.state_dict())
     agent.load_state_dict(weights, assign=True)
     return agent.eval()
+
+
+def read_agent_config(directory: Path) -> tuple[AgentConfig, str]:
+    """The config of an agent, and the sha256 of its weights.
+
+    Raises:
+        CheckpointError: They are missing, or cannot be.
+    """
+    values = read_config(directory)
+    sha256 = values.pop("weights_sha256", None)
+    if not isinstance(sha256, str):
+        raise CheckpointError(f"{directory / CONFIG_FILE} has no weights_sha256: it was not written by save_pretrained")
+    try:
+        return AgentConfig.from_dict(values), sha256
+    except ConfigurationError as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -124,9 +124,12 @@ class DecoderBlock(nn.Module):
 
 
 def initialize(module: nn.Module, std: float = 0.02) -> None:
-    """Draws every linear layer from N(0, std) with the global torch generator, as LLaMA does."""
+    """Draws every linear layer from N(0, std) with the global torch generator, as LLaMA does.
+
+    Layers on the meta device have no values to draw; torch would take a second for a deep model all the same.
+    """
     for part in module.modules():
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.Linear) and not part.weight.is_meta:
             nn.init.normal_(part.weight, std=std)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)

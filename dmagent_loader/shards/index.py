@@ -90,6 +90,8 @@ class ShardIndex:
         columns = (self.offset, self.size, self.extension, self.row_crc, self.keys, first, ends)
         if any(column.ndim != 1 or column.dtype.kind not in "iu" for column in columns):
             raise ValueError("its columns are not of integers")
+        if (self.offset.dtype, self.row_crc.dtype, self.keys.dtype) != (np.int64, np.uint32, np.uint8):
+            raise ValueError("its columns are of other integers")
         rows, members = self.num_rows, self.num_members
         if (len(first), len(ends), len(self.size), len(self.extension)) != (rows + 1, rows + 1, members, members):
             raise ValueError("its columns have different lengths")
@@ -100,8 +102,8 @@ class ShardIndex:
             raise ValueError("its names are no text")
         if members:
             end = self.offset + self.size.astype(np.int64)
-            inside = self.offset.min() >= 0 and self.size.max() <= self.file_size and end.max() <= self.file_size
-            if not inside or not (self.offset[1:] >= end[:-1]).all():
+            inside = self.offset.min() >= 0 and self.size.min() >= 0 and self.size.max() <= self.file_size
+            if not inside or end.max() > self.file_size or not (self.offset[1:] >= end[:-1]).all():
                 raise ValueError("its members overlap or reach outside the shard")
             if self.extension.min() < 0 or self.extension.max() >= len(self.extensions):
                 raise ValueError("it names extensions that it does not list")
