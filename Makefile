@@ -63,5 +63,14 @@ bench-quick: $(STAMP)
 		$(VENV)/bin/python benchmarks/$$name.py --quick --output build/bench-quick/$$name.json || exit 1; done
 	$(VENV)/bin/python benchmarks/report.py --results build/bench-quick --docs build/bench-quick
 
+# Coverage-guided; needs atheris (tests/fuzz/README.md). Fails at the first input that breaks a property.
+FUZZ ?= tar members npy checkpoint state manifest cache
+RUNS ?= 100000
+fuzz: $(STAMP)
+	for name in $(FUZZ); do \
+		PYTHONPATH=. $(VENV)/bin/python tests/fuzz/run.py $$name -runs=$(RUNS) -timeout=20 -rss_limit_mb=3000 \
+			-max_len=9000 -artifact_prefix=build/fuzz/ build/fuzz/$$name || exit 1; \
+	done
+
 clean:
 	rm -rf $(VENV) $(NEMO_VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache
