@@ -56,7 +56,7 @@ class RandomState(Callback):
     """Lightning does not save the random state; dropout asks for it, of each rank."""
 
     def state_dict(self):
-        return {"states": all_gather_object(torch.get_rng_state())}
+        return {"states": all_gather_object(torch.get_rng_state(), "saving the random states")}
 
     def load_state_dict(self, state_dict):
         self.restored = state_dict["states"]
