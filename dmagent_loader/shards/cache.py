@@ -15,7 +15,6 @@ import os
 import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.numpy import save as save_tensors
 
 from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.files import write_atomically
+from dmagent_loader.shards.checksum import crc32
 from dmagent_loader.shards.damage import ShardDamage, compared
 from dmagent_loader.shards.index import ShardIndex, build_index
 from dmagent_loader.shards.manifest import recorded
@@ -79,8 +79,20 @@ class IndexCache:
             return None
         return None if index is None else judged(url, index)
 
-    def save(self, url: str, version: ShardVersion, index: ShardIndex) -> None:
-        """Writes an index; complete or not at all."""
+    def find(self, url: str, checksum: str) -> ShardIndex | None:
+        """The index of a shard that was indexed before, by its content; None if there is none that can be used."""
+        try:
+            index = parse_entry(url, self.entry(url).read_bytes(), None)
+        except Exception:  # whatever is wrong with a cache entry, the remedy is to build it again
+            return None
+        return index if index is not None and index.checksum == checksum else None
+
+    def save(self, url: str, version: ShardVersion, index: ShardIndex) -> bool:
+        """Writes an index; complete or not at all.
+
+        Returns:
+            Whether it could be written.
+        """
         path = self.entry(url)
         columns = {name: np.ascontiguousarray(getattr(index, name)) for name in _COLUMNS}
         metadata = {
@@ -97,6 +109,7 @@ class IndexCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Not flushed: an entry that a power failure spoils fails its checksum and is built again.
             write_atomically(path, save_tensors(columns, metadata), durable=False)
+            return True
         except OSError as error:
             if str(self._folder) not in _warned:
                 _warned.add(str(self._folder))
@@ -108,6 +121,7 @@ class IndexCache:
                     error,
                     CACHE_VARIABLE,
                 )
+            return False
 
     @contextlib.contextmanager
     def lock(self, url: str, stop: threading.Event) -> Iterator[None]:
@@ -142,7 +156,7 @@ def build_and_cache(
     *,
     advance: Callable[[int], object],
     stop: threading.Event,
-) -> ShardIndex:
+) -> tuple[ShardIndex, bool]:
     """Indexes a shard and caches the index, unless another process has done so meanwhile.
 
     Args:
@@ -152,6 +166,9 @@ def build_and_cache(
         advance: Called with the number of bytes done since the last call.
         stop: When set, the work ends with `dmagent_loader.shards.tar.ScanStopped`.
 
+    Returns:
+        The index, and whether it is in the cache.
+
     Raises:
         DamagedShardError: The shard changes while it is indexed.
         ShardLayoutError: It cannot be read as samples by position.
@@ -160,7 +177,7 @@ def build_and_cache(
         index = cache.load(url, version)
         if index is not None:
             advance(version.size)
-            return index
+            return index, True
         vouched = recorded(url) is not None
         index = build_index(url, open_source(url), version.size, advance=advance, stop=stop, with_sha256=vouched)
         now = shard_version(url)
@@ -169,8 +186,8 @@ def build_and_cache(
                 f"shard {display_url(url)} changed while it was indexed ({version.size} bytes before, {now.size} "
                 "after, or another time or etag): open the shards when nobody writes them any more"
             )
-        cache.save(url, version, index)
-        return judged(url, index)
+        saved = cache.save(url, version, index)
+        return judged(url, index), saved
 
 
 def judged(url: str, index: ShardIndex) -> ShardIndex:
@@ -184,21 +201,27 @@ def judged(url: str, index: ShardIndex) -> ShardIndex:
     return replace(index, damage=compared(url, index, record))
 
 
-def parse_entry(url: str, data: bytes, version: ShardVersion) -> ShardIndex | None:
+def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardIndex | None:
     """The index in a cache entry; None if it is of another version of the shard, or of another format.
+
+    Args:
+        url: The shard.
+        data: The whole entry.
+        version: The one that is asked for; None: any.
 
     Raises:
         Exception: Of any kind, if the entry is damaged.
     """
     (length,) = struct.unpack_from("<Q", data)
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    if metadata["format"] != _FORMAT or json.loads(metadata["version"]) != [version.size, version.tag]:
+    size, tag = json.loads(metadata["version"])
+    if metadata["format"] != _FORMAT or (version is not None and (size, tag) != (version.size, version.tag)):
         return None
     columns: dict[str, Any] = load_tensors(data)
     if str(_crc(columns, metadata)) != metadata["crc32"]:
         raise ValueError("its checksum is wrong")
     index = ShardIndex(
-        file_size=version.size,
+        file_size=int(size),
         extensions=tuple(json.loads(metadata["extensions"])),
         checksum=metadata["checksum"],
         sha256=metadata["sha256"] or None,
@@ -211,7 +234,7 @@ def parse_entry(url: str, data: bytes, version: ShardVersion) -> ShardIndex | No
 
 def _crc(columns: dict[str, Any], metadata: dict[str, str]) -> int:
     """crc32 over everything in an entry."""
-    crc = zlib.crc32(json.dumps({name: text for name, text in sorted(metadata.items()) if name != "crc32"}).encode())
+    crc = crc32(json.dumps({name: text for name, text in sorted(metadata.items()) if name != "crc32"}).encode())
     for name in _COLUMNS:
-        crc = zlib.crc32(columns[name].tobytes(), crc)
+        crc = crc32(columns[name].tobytes(), crc)
     return crc

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError
-from dmagent_loader.shards.cache import IndexCache, build_and_cache, default_cache_dir
+from dmagent_loader.shards.cache import IndexCache, default_cache_dir
+from dmagent_loader.shards.catalogue import Catalogue
 from dmagent_loader.shards.decode import RawSample
-from dmagent_loader.shards.index import ShardDamage, ShardIndex
-from dmagent_loader.shards.reader import MAX_OPEN_FILES, ShardVersion, Source, open_source, shard_version
+from dmagent_loader.shards.index import ShardDamage
+from dmagent_loader.shards.reader import MAX_OPEN_FILES, Source, open_source
 from dmagent_loader.shards.recent import Recent
 from dmagent_loader.shards.table import ChangedRow, RowTable
-from dmagent_loader.shards.urls import base_name, display_url, expand_shards, is_local
+from dmagent_loader.shards.urls import base_name, display_url, expand_shards
 
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 OnDamage = Literal["raise", "skip"]
 
-# Threads, not processes: reading and the checksums of large rows run outside the interpreter lock, two processes were
-# no faster on two cores, and spawned ones would run a script without a main guard again. Small rows keep one core busy.
-_INDEX_THREADS = 8
 _LISTED_DAMAGES = 20
+_MOST_TABLE_BYTES = 512 << 20
+"""Of indexes in memory, in each process; about 30 bytes for each row of the shards read lately."""
 
 _logger = logging.getLogger(__name__)
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +68,17 @@ class ShardCollection:
         >>> collection.read(0, 2, 17).members["txt"]  # doctest: +SKIP
     """
 
-    def __init__(
-        self, urls: Mapping[str, Sequence[str]], indexes: Mapping[str, ShardIndex], *, verify: bool, max_open_files: int
-    ) -> None:
-        self.domains: tuple[str, ...] = tuple(urls)
-        self._shards = [[(url, indexes[url]) for url in urls[domain]] for domain in self.domains]
-        self._rows = [np.array([index.num_rows for _, index in shards], np.int64) for shards in self._shards]
-        self._urls = [url for shards in self._shards for url, _ in shards]
-        self._tables = [RowTable(index) for shards in self._shards for _, index in shards]
-        counts = iter(range(len(self._urls)))
-        self._numbers = [[next(counts) for _ in shards] for shards in self._shards]
-        self._verify = verify
-        self._open = Recent(self._open_one, max_open_files)
+    def __init__(self, catalogue: Catalogue, *, verify: bool, max_open_files: int) -> None:
+        self._catalogue, self._verify, self._max_open_files = catalogue, verify, max_open_files
+        self._rows = [catalogue.rows[slice(*span)] for span in catalogue.spans]
+        self._spans = catalogue.spans
+        self._start()
+
+    def _start(self) -> None:
+        # Of the catalogue alone: with a way back to this object, its files would stay open until the garbage collector
+        # comes by.
+        self._open = Recent(partial(_open_one, self._catalogue), self._max_open_files)
+        self._tables = Recent(partial(_load_table, self._catalogue), _MOST_TABLE_BYTES, lambda table: table.num_bytes)
 
     @classmethod
     def open(
@@ -121,18 +115,21 @@ class ShardCollection:
             raise ConfigurationError("no domains: pass a mapping from domain name to shards")
         urls = {domain: expand_shards(domain, patterns) for domain, patterns in shards.items()}
         cache = IndexCache(Path(cache_dir) if cache_dir is not None else default_cache_dir())
-        indexes = _load_or_build(
-            list(dict.fromkeys(url for listed in urls.values() for url in listed)), cache, progress
-        )
-        collection = cls(urls, indexes, verify=verify, max_open_files=max_open_files)
+        catalogue = Catalogue(urls, cache, progress)
+        collection = cls(catalogue, verify=verify, max_open_files=max_open_files)
         collection._judge_damage(on_damage)
         collection._judge_emptiness()
         return collection
 
     @property
+    def domains(self) -> tuple[str, ...]:
+        """Names, in the order of their numbers."""
+        return self._catalogue.domains
+
+    @property
     def is_local(self) -> bool:
         """Whether all shards are files, so that no row has to cross a network protocol."""
-        return all(is_local(url) for shards in self._shards for url, _ in shards)
+        return self._catalogue.is_local
 
     @property
     def num_rows(self) -> NDArray[np.int64]:
@@ -146,16 +143,12 @@ class ShardCollection:
     @property
     def damage(self) -> tuple[ShardDamage, ...]:
         """All damage that was found, in order of domains and shards."""
-        return tuple(damage for shards in self._shards for _, index in shards for damage in index.damage)
+        return tuple(damage for _, found in sorted(self._catalogue.damage.items()) for damage in found)
 
     @property
     def fingerprint(self) -> str:
         """Hex sha256 over domain names and, per shard, file name, rows and content; folders and hosts do not matter."""
-        listing = [
-            [domain, [[base_name(url), index.num_rows, index.checksum] for url, index in shards]]
-            for domain, shards in zip(self.domains, self._shards, strict=True)
-        ]
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        return self._catalogue.fingerprint
 
     def read(self, domain: int, shard: int, row: int) -> RawSample:
         """Reads one row, in one piece.
@@ -169,47 +162,55 @@ class ShardCollection:
             IndexError: There is no such row.
             DamagedShardError: The shard changed since it was indexed.
         """
-        number = self._numbers[domain][shard]
-        table = self._tables[number]
+        first, end = self._spans[domain]
+        number = first + shard
+        if not first <= number < end:
+            raise IndexError(f"shard {shard} of domain {self.domains[domain]!r}, which has {end - first} shards")
+        table = self._tables.get(number)
         if not 0 <= row < table.num_rows:
-            raise IndexError(f"row {row} of shard {display_url(self._urls[number])}, which has {table.num_rows} rows")
+            raise IndexError(f"row {row} of shard {self._display(number)}, which has {table.num_rows} rows")
         try:
             return table.read(self._open.get(number), row, self._verify)
         except ChangedRow as change:
             raise DamagedShardError(
-                f"row {row} (key {table.key(row)!r}) of shard {display_url(self._urls[number])} changed since it was "
-                f"indexed ({change}): the file was overwritten or its disk is failing; restore it, or open the shards "
-                "again to index the new version"
+                f"row {row} (key {table.key(row)!r}) of shard {self._display(number)} changed since it was indexed "
+                f"({change}): the file was overwritten or its disk is failing; restore it, or open the shards again to "
+                "index the new version"
             ) from None
 
     def summaries(self) -> tuple[ShardSummary, ...]:
         """What is known of every shard, in order of domains and shards."""
-        return tuple(
-            ShardSummary(
-                domain=domain,
-                shard=url,
-                rows=index.num_rows,
-                members=index.num_members,
-                payload_bytes=index.payload_bytes,
-                file_bytes=index.file_size,
-                extensions=index.extensions,
-                damage=index.damage,
-            )
-            for domain, shards in zip(self.domains, self._shards, strict=True)
-            for url, index in shards
-        )
+        found = []
+        for domain, span in zip(self.domains, self._spans, strict=True):
+            for number in range(*span):
+                index = self._catalogue.index(number)
+                found.append(
+                    ShardSummary(
+                        domain=domain,
+                        shard=self._catalogue.url(number),
+                        rows=index.num_rows,
+                        members=index.num_members,
+                        payload_bytes=index.payload_bytes,
+                        file_bytes=index.file_size,
+                        extensions=index.extensions,
+                        damage=self._catalogue.damage.get(number, ()),
+                    )
+                )
+        return tuple(found)
 
     def describe(self) -> str:
         """A table of all shards, for people."""
         lines = [("domain / shard", "rows", "members", "bytes", "extensions", "damage")]
-        for domain, shards, rows in zip(self.domains, self._shards, self._rows, strict=True):
-            total = sum(index.payload_bytes for _, index in shards)
-            members = sum(index.num_members for _, index in shards)
-            lines.append((domain, f"{rows.sum():,}", f"{members:,}", f"{total:,}", "", ""))
-            for url, index in shards:
-                damage = "; ".join(f"{item.kind} at byte {item.offset}" for item in index.damage) or "-"
-                counts = (f"{index.num_rows:,}", f"{index.num_members:,}", f"{index.payload_bytes:,}")
-                lines.append((f"  {base_name(url)}", *counts, " ".join(index.extensions), damage))
+        summaries = self.summaries()
+        for domain, (first, end) in zip(self.domains, self._spans, strict=True):
+            shards = summaries[first:end]
+            rows, members = sum(shard.rows for shard in shards), sum(shard.members for shard in shards)
+            payload = sum(shard.payload_bytes for shard in shards)
+            lines.append((domain, f"{rows:,}", f"{members:,}", f"{payload:,}", "", ""))
+            for shard in shards:
+                damage = "; ".join(f"{item.kind} at byte {item.offset}" for item in shard.damage) or "-"
+                counts = (f"{shard.rows:,}", f"{shard.members:,}", f"{shard.payload_bytes:,}")
+                lines.append((f"  {base_name(shard.shard)}", *counts, " ".join(shard.extensions), damage))
         widths = [max(len(line[column]) for line in lines) for column in range(6)]
         aligned = ("<", ">", ">", ">", "<", "<")
         return "\n".join(
@@ -222,16 +223,15 @@ class ShardCollection:
         self._open.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, which another process cannot use."""
-        return {**self.__dict__, "_tables": None, "_open": self._open.limit}
+        """Without open files and tables, which another process cannot use."""
+        return {**self.__dict__, "_open": None, "_tables": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tables = [RowTable(index) for shards in self._shards for _, index in shards]
-        self._open = Recent(self._open_one, state["_open"])
+        self._start()
 
-    def _open_one(self, number: int) -> Source:
-        return open_source(self._urls[number])
+    def _display(self, number: int) -> str:
+        return display_url(self._catalogue.url(number))
 
     def _judge_damage(self, on_damage: OnDamage) -> None:
         damage = self.damage
@@ -251,17 +251,19 @@ class ShardCollection:
 
     def _damage_effect(self, domain: int) -> str:
         """What damage does to the size of a domain; shards that were cut are judged by the whole shards beside them."""
-        shards = self._shards[domain]
-        if all(not index.damage for _, index in shards):
+        own = range(*self._spans[domain])
+        damaged = {number: found for number, found in self._catalogue.damage.items() if number in own}
+        if not damaged:
             return ""
         kept = int(self._rows[domain].sum())
-        whole = [index.num_rows for _, index in shards if not index.damage]
+        whole = [int(self._catalogue.rows[number]) for number in own if number not in damaged]
         lost, certain = 0, True
-        for _, index in shards:
-            estimate = sum(item.rows_lost for item in index.damage)
-            if any(item.at_least for item in index.damage):
+        for number, found in damaged.items():
+            estimate = sum(item.rows_lost for item in found)
+            if any(item.at_least for item in found):
                 certain = certain and bool(whole)
-                estimate = max(estimate, round(float(np.median(whole))) - index.num_rows) if whole else estimate
+                missing = round(float(np.median(whole))) - int(self._catalogue.rows[number]) if whole else 0
+                estimate = max(estimate, missing)
             lost += estimate
         return (
             f"domain {self.domains[domain]!r}: {kept} rows are left, {'about' if certain else 'at least'} {lost} are "
@@ -269,11 +271,12 @@ class ShardCollection:
         )
 
     def _judge_emptiness(self) -> None:
-        for domain, shards, rows in zip(self.domains, self._shards, self._rows, strict=True):
-            empty = [display_url(url) for url, index in shards if not index.num_rows]
-            if len(empty) == len(shards):
+        for number, (domain, rows) in enumerate(zip(self.domains, self._rows, strict=True)):
+            first = self._spans[number][0]
+            empty = [self._display(first + int(shard)) for shard in np.flatnonzero(rows == 0)]
+            if len(empty) == len(rows):
                 raise EmptyShardError(
-                    f"domain {domain!r} has no rows: none of its {len(shards)} shard(s) holds a sample (first: "
+                    f"domain {domain!r} has no rows: none of its {len(rows)} shard(s) holds a sample (first: "
                     f"{empty[0]}); a sample is a file with an extension, such as 0001.txt; give the domain other "
                     "shards or take it out"
                 )
@@ -282,41 +285,15 @@ class ShardCollection:
                     "domain %r: %d of %d shards hold no sample (%s); the other shards have %d rows",
                     domain,
                     len(empty),
-                    len(shards),
+                    len(rows),
                     ", ".join(empty[:5]),
                     rows.sum(),
                 )
 
 
-def _load_or_build(urls: list[str], cache: IndexCache, progress: bool) -> dict[str, ShardIndex]:
-    stop = threading.Event()
-
-    def look_up(url: str) -> tuple[ShardVersion, ShardIndex | None]:
-        version = shard_version(url)
-        return version, cache.load(url, version)
-
-    known = _in_threads(look_up, urls, stop)
-    missing = [url for url in urls if known[url][1] is None]
-    indexes = {url: index for url, (_, index) in known.items() if index is not None}
-    if missing:
-        total = sum(known[url][0].size for url in missing)
-        description = f"indexing {len(missing)} shard{'s' if len(missing) > 1 else ''}"
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc=description, mininterval=0.5, disable=not progress
-        ) as bar:
-            indexes |= _in_threads(
-                lambda url: build_and_cache(url, known[url][0], cache, advance=bar.update, stop=stop), missing, stop
-            )
-    return indexes
+def _open_one(catalogue: Catalogue, number: int) -> Source:
+    return open_source(catalogue.url(number))
 
 
-def _in_threads(work: Callable[[str], _R], urls: list[str], stop: threading.Event) -> dict[str, _R]:
-    """Runs `work` on every URL; on an error or Ctrl-C what runs is told to stop and what waits is dropped."""
-    with ThreadPoolExecutor(max_workers=_INDEX_THREADS, thread_name_prefix="dmagent-index") as pool:
-        futures = {pool.submit(work, url): url for url in urls}
-        try:
-            return {futures[future]: future.result() for future in as_completed(futures)}
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _load_table(catalogue: Catalogue, number: int) -> RowTable:
+    return RowTable(catalogue.index(number))

@@ -100,6 +100,8 @@ class ShardIndex:
             raise ValueError("its rows are not in order")
         if not all(isinstance(name, str) for name in (*self.extensions, self.checksum)):
             raise ValueError("its names are no text")
+        if len(bytes.fromhex(self.checksum)) != hashlib.sha256().digest_size:
+            raise ValueError("its checksum of the rows is none")
         if members:
             end = self.offset + self.size.astype(np.int64)
             inside = self.offset.min() >= 0 and self.size.min() >= 0 and self.size.max() <= self.file_size

@@ -7,6 +7,7 @@ process with SIGBUS, whereas a short read is an error that names the shard.
 from __future__ import annotations
 
 import os
+import resource
 import stat
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,8 +17,8 @@ from dmagent_loader.shards.remote import RemoteSource, ends_early, remote_info
 from dmagent_loader.shards.urls import display_url, is_local, local_path
 from dmagent_loader.untrusted import kind_of
 
-MAX_OPEN_FILES = 64
-"""Default bound on open shards per process and collection: well under the usual limit of 1,024 descriptors."""
+MAX_OPEN_FILES = min(1024, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+"""Default bound on open shards per process and collection: a quarter of the descriptors that the process may have."""
 
 _VERSION_KEYS = (
     "ETag",

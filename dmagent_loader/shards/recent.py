@@ -27,11 +27,12 @@ class Recent(Generic[K, V]):
 
     Args:
         open_one: Opens the thing of a key.
-        limit: Most that are kept; those in use by a thread count on top.
+        limit: Most that are kept, by weight; those in use by a thread count on top, and one is always kept.
+        weigh: The weight of a thing; None: 1.
     """
 
-    def __init__(self, open_one: Callable[[K], V], limit: int) -> None:
-        self._open_one, self.limit = open_one, max(1, limit)
+    def __init__(self, open_one: Callable[[K], V], limit: int, weigh: Callable[[V], int] | None = None) -> None:
+        self._open_one, self._limit, self._weigh = open_one, limit, weigh or (lambda _: 1)
         self.clear()
         _everywhere.add(self)
 
@@ -46,19 +47,25 @@ class Recent(Generic[K, V]):
     def clear(self) -> None:
         """Lets all go; a later `get` opens again."""
         self._kept: dict[K, _Kept[V]] = {}
+        self._weight = 0
         self._lock = threading.Lock()
 
     def _add(self, key: K) -> V:
         value = self._open_one(key)
+        weight = self._weigh(value)
         with self._lock:
             # In the order of opening; what was used since it was last looked at goes to the end once more.
-            while len(self._kept) >= self.limit:
+            while self._kept and self._weight + weight > self._limit:
                 oldest = next(iter(self._kept))
                 kept = self._kept.pop(oldest)
                 if kept.used:
                     kept.used = False
                     self._kept[oldest] = kept
-            self._kept[key] = _Kept(value)
+                else:
+                    self._weight -= self._weigh(kept.value)
+            if key not in self._kept:  # another thread may have been faster
+                self._kept[key] = _Kept(value)
+                self._weight += weight
         return value
 
 

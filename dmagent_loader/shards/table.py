@@ -13,6 +13,10 @@ _new_tuple = tuple.__new__
 """A named tuple's own constructor is a Python function and takes four times as long."""
 
 
+_FIXED_BYTES = 2048
+"""What a table takes besides its columns."""
+
+
 class ChangedRow(Exception):
     """The bytes of a row are not those that were indexed; the message has both checksums."""
 
@@ -36,24 +40,26 @@ class RowTable:
         "_offset",
         "_one_member",
         "_size",
+        "num_bytes",
         "num_rows",
     )
 
     def __init__(self, index: ShardIndex) -> None:
         self.num_rows = index.num_rows
+        columns = (
+            index.row_first,
+            index.offset,
+            index.size,
+            index.extension,
+            index.row_crc,
+            index.key_end,
+            index.keys,
+        )
+        self.num_bytes = sum(column.nbytes for column in columns) + _FIXED_BYTES
         self._extensions = index.extensions
         self._one_member = index.num_members == index.num_rows
         self._first, self._offset, self._size, self._extension, self._crc, self._key_end, self._keys = (
-            np.ascontiguousarray(column).data
-            for column in (
-                index.row_first,
-                index.offset,
-                index.size,
-                index.extension,
-                index.row_crc,
-                index.key_end,
-                index.keys,
-            )
+            np.ascontiguousarray(column).data for column in columns
         )
 
     def key(self, row: int) -> str:

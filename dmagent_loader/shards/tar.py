@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 import tarfile
 import threading
-import zlib
 from collections.abc import Callable
 from typing import Protocol
 
 from dmagent_loader.errors import ShardLayoutError
+from dmagent_loader.shards.checksum import crc32
 from dmagent_loader.shards.header import (
     BLOCK,
     EXTENDED_TYPES,
@@ -196,7 +196,7 @@ class _Scanner:
             if parts is not None:
                 crc = table.add(parts[0], parts[1], start, size)
                 if end <= self.base + len(self.buffer):
-                    crc = zlib.crc32(self.view[start - self.base : end - self.base], crc)
+                    crc = crc32(self.view[start - self.base : end - self.base], crc)
                 else:
                     crc = self.long_crc(start, end, crc)
                 table.row_crc[-1] = crc
@@ -272,7 +272,7 @@ class _Scanner:
         while start < end:
             self.load(start)
             part = self.view[: end - start]
-            crc = zlib.crc32(part, crc)
+            crc = crc32(part, crc)
             start += len(part)
         return crc
 

@@ -19,7 +19,7 @@ import pytest
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.collection import _in_threads
+from dmagent_loader.shards.catalogue import _in_threads
 
 WriteTar = Callable[..., Path]
 
@@ -192,7 +192,7 @@ def test_one_shard_may_serve_two_domains(twenty: Path) -> None:
 
 def test_a_thousand_domains_open_and_read(write_tar: WriteTar) -> None:
     shards = {f"source/{n}": write_tar(f"t{n}.tar", [("a.txt", str(n).encode())]) for n in range(1000)}
-    collection = ShardCollection.open(shards, progress=False)
+    collection = ShardCollection.open(shards, progress=False, max_open_files=64)
     before = len(os.listdir("/proc/self/fd"))
     assert [int(bytes(collection.read(n, 0, 0).members["txt"])) for n in range(1000)] == list(range(1000))
     assert len(os.listdir("/proc/self/fd")) - before <= 64
@@ -229,7 +229,7 @@ def test_ctrl_c_in_one_thread_stops_the_others() -> None:
         done.append(url)
 
     with pytest.raises(KeyboardInterrupt):
-        _in_threads(work, [str(n) for n in range(100)], stop)
+        list(_in_threads(work, [str(n) for n in range(100)], stop))
     assert len(done) < 10
 
 
@@ -238,3 +238,37 @@ def test_importing_the_package_loads_no_torch() -> None:
         "import sys, dmagent_loader.shards; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_indexes_that_do_not_fit_into_memory_are_read_again(
+    hundred: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmagent_loader.shards.collection._MOST_TABLE_BYTES", 10_000)
+    collection = ShardCollection.open(hundred, progress=False)
+    read_and_check(collection, 0, 2000)
+    assert len(collection._tables._kept) < 6
+    copy = pickle.loads(pickle.dumps(collection))
+    read_and_check(copy, 1)
+
+
+def test_an_index_that_is_gone_is_built_again_but_not_of_other_rows(
+    write_tar: WriteTar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that is cleaned while training goes on costs time; a shard that was replaced meanwhile is an error."""
+    path = write_tar("a.tar", [("1.txt", b"one"), ("2.txt", b"two")])
+    cache = tmp_path / "own-cache"
+    collection = ShardCollection.open({"source/a": str(path)}, progress=False, cache_dir=cache)
+    shutil.rmtree(cache)
+    assert bytes(collection.read(0, 0, 1).members["txt"]) == b"two"
+    collection = ShardCollection.open({"source/a": str(path)}, progress=False, cache_dir=cache)
+    shutil.rmtree(cache)
+    write_tar("a.tar", [("1.txt", b"one"), ("2.txt", b"TWO")])
+    with pytest.raises(DamagedShardError, match=r"a\.tar was replaced since it was opened"):
+        collection.read(0, 0, 0)
+
+
+def test_an_index_that_cannot_be_cached_stays_in_memory(write_tar: WriteTar, tmp_path: Path) -> None:
+    path = write_tar("a.tar", [("1.txt", b"one")])
+    (tmp_path / "file").write_text("")
+    collection = ShardCollection.open({"source/a": str(path)}, progress=False, cache_dir=tmp_path / "file" / "cache")
+    assert bytes(pickle.loads(pickle.dumps(collection)).read(0, 0, 0).members["txt"]) == b"one"
