@@ -41,11 +41,11 @@ def random_bits(key: int | UIntArray, counter: IntArray) -> UIntArray:
     Returns:
         (n,) uint64.
     """
-    with np.errstate(over="ignore"):
-        z = counter.astype(np.uint64) * _GAMMA + (np.uint64(key) if isinstance(key, int) else key)
-        z = (z ^ (z >> _SHIFT_30)) * _MULTIPLIER_1
-        z = (z ^ (z >> _SHIFT_27)) * _MULTIPLIER_2
-        return np.asarray(z ^ (z >> _SHIFT_31), dtype=np.uint64)
+    # Arrays of integers wrap around without a warning; only numpy's scalars would give one.
+    z = counter.astype(np.uint64) * _GAMMA + (np.uint64(key) if isinstance(key, int) else key)
+    z = (z ^ (z >> _SHIFT_30)) * _MULTIPLIER_1
+    z = (z ^ (z >> _SHIFT_27)) * _MULTIPLIER_2
+    return np.asarray(z ^ (z >> _SHIFT_31), dtype=np.uint64)
 
 
 def scatter(key: UIntArray, position: IntArray, length: IntArray) -> IntArray:
@@ -78,12 +78,11 @@ def _feistel(
 ) -> UIntArray:
     """One pass of the network of `scatter`: each half is changed by a random function of the other, in turn."""
     high, low = value >> low_bits, value & low_mask
-    with np.errstate(over="ignore"):
-        for _ in range(_ROUNDS):
-            key = key + _GAMMA
-            high = high ^ (_mixed((low ^ key) * _MULTIPLIER_1) & high_mask)
-            key = key + _GAMMA
-            low = low ^ (_mixed((high ^ key) * _MULTIPLIER_1) & low_mask)
+    for _ in range(_ROUNDS):
+        key = key + _GAMMA
+        high = high ^ (_mixed((low ^ key) * _MULTIPLIER_1) & high_mask)
+        key = key + _GAMMA
+        low = low ^ (_mixed((high ^ key) * _MULTIPLIER_1) & low_mask)
     return (high << low_bits) | low
 
 
