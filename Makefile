@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := $(filter $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)), \
 	throughput dynamics resume scale environment)
 
-.PHONY: demo test test-all test-nemo lint bench bench-quick clean
+.PHONY: demo test test-all test-nemo lint bench bench-quick fuzz clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
