@@ -1,4 +1,8 @@
-"""From decoded rows to what a causal language model trains on; pass one as ``transform=`` of the sampler."""
+"""From decoded rows to what a causal language model trains on.
+
+Pass one as ``transform=`` of the sampler; or, for packed rows, `collate_packed` as ``collate_fn=`` of the loader, which
+takes half the time because it converts a batch at once.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +28,43 @@ def packed_tokens(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
     Raises:
         DecodeError: The row holds no packed tokens.
     """
+    tokens = torch.from_numpy(_packed(sample).astype(np.int64))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def collate_packed(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of packed rows: ``input_ids`` and ``labels``, both (B, T) int64; the model shifts the labels.
+
+    The tags stay: ``__key__`` and ``__domain__`` as lists, ``__index__`` (B,) int64.
+
+    Raises:
+        DecodeError: A row holds no packed tokens, or rows are of different lengths.
+    """
+    rows = [_packed(sample) for sample in samples]
+    if len({row.shape for row in rows}) > 1:
+        named = ", ".join(
+            f"{sample['__key__']!r} of {sample['__domain__']!r}: {len(row)}"
+            for sample, row in zip(samples, rows, strict=True)
+        )
+        raise DecodeError(f"the rows of a batch have different lengths ({named}): pack all domains alike")
+    tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+    return {
+        "__key__": [sample["__key__"] for sample in samples],
+        "__domain__": [sample["__domain__"] for sample in samples],
+        "__index__": torch.tensor([sample["__index__"] for sample in samples]),
+        "input_ids": tokens,
+        "labels": tokens.clone(),
+    }
+
+
+def _packed(sample: dict[str, Any]) -> np.ndarray[Any, Any]:
     if PACKED_MEMBER not in sample:
         raise DecodeError(
             f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} has no member {PACKED_MEMBER!r}, only "
             f"{[name for name in sample if not name.startswith('__')]}: write the shards with --tokenizer, or use "
             f"TokenizeText"
         )
-    tokens = torch.from_numpy(np.asarray(sample[PACKED_MEMBER]).astype(np.int64))
-    return {"input_ids": tokens, "labels": tokens}
+    return np.asarray(sample[PACKED_MEMBER])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ class ShardIndex:
         columns = (self.offset, self.size, self.extension, self.row_crc, self.keys, first, ends)
         if any(column.ndim != 1 or column.dtype.kind not in "iu" for column in columns):
             raise ValueError("its columns are not of integers")
-        if (self.offset.dtype, self.row_crc.dtype, self.keys.dtype) != (np.int64, np.uint32, np.uint8):
+        if [column.dtype.name for column in (self.offset, self.row_crc, self.keys)] != ["int64", "uint32", "uint8"]:
             raise ValueError("its columns are of other integers")
         rows, members = self.num_rows, self.num_members
         if (len(first), len(ends), len(self.size), len(self.extension)) != (rows + 1, rows + 1, members, members):

@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
+from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.errors import DecodeError
-from dmagent_loader.transforms import ShiftedTokens, TokenizeText, packed_tokens
+from dmagent_loader.testing import write_toy_shards
+from dmagent_loader.transforms import PACKED_MEMBER, ShiftedTokens, TokenizeText, collate_packed, packed_tokens
 
 
 def test_packed_rows_become_inputs_and_labels():
@@ -44,3 +48,23 @@ def test_rows_of_another_length_are_refused(length):
     row = {"__key__": "k7", "__domain__": "source/a", "input_ids.npy": np.zeros(length, dtype=np.uint16)}
     with pytest.raises(DecodeError, match=rf"'k7' of 'source/a' has {length} tokens.*--sequence-length 4 \(or 3"):
         ShiftedTokens(length=3)(row)
+
+
+def test_a_batch_collated_at_once_is_that_of_the_transform(tmp_path):
+    shards = write_toy_shards(tmp_path, {"source/a": 12, "target/x": 12}, tokens=16)
+    settings = {"samples_per_reweight": 8, "progress": False, "cache_dir": tmp_path / "cache"}
+    slow = DataLoader(AgentWeightedSampler(shards, transform=packed_tokens, **settings), batch_size=6)
+    fast = DataLoader(AgentWeightedSampler(shards, **settings), batch_size=6, collate_fn=collate_packed)
+    for one, other, _ in zip(slow, fast, range(3), strict=False):
+        assert one["__key__"] == other["__key__"]
+        assert one["__domain__"] == other["__domain__"]
+        for name in ("input_ids", "labels", "__index__"):
+            assert torch.equal(one[name], other[name])
+    other["labels"][:] = -100
+    assert (other["input_ids"] >= 0).all(), "labels that are masked in place must leave the tokens alone"
+
+
+def test_rows_of_different_lengths_make_no_batch():
+    rows = [{"__key__": str(n), "__domain__": "source/a", "__index__": n, PACKED_MEMBER: np.arange(n)} for n in (3, 4)]
+    with pytest.raises(DecodeError, match="different lengths \\('3' of 'source/a': 3"):
+        collate_packed(rows)
