@@ -29,7 +29,7 @@ from dmagent_loader.shards import ShardCollection, remote
 
 TEXTS = [f"row {number} " * 40 for number in range(30)]
 STALL_SECONDS = 30.0
-TIMEOUT_SECONDS = 0.5
+TIMEOUT_SECONDS = 0.3
 
 
 def tar_bytes(texts: list[str]) -> bytes:

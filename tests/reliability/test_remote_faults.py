@@ -27,8 +27,6 @@ from reliability.remote_faults import (
     tar_bytes,
 )
 
-SLOW = ("503 with Retry-After as a date",)
-
 
 @pytest.fixture(autouse=True)
 def _impatient() -> Iterator[None]:
@@ -51,7 +49,8 @@ def test_a_fault_that_stays_is_an_error_that_names_the_shard_and_not_the_token(f
     assert "shard-000.tar" in outcome.error
     assert "secret" not in outcome.error
     assert outcome.warnings == remote.REMOTE_ATTEMPTS - 1
-    assert outcome.seconds < 3 * remote.REMOTE_ATTEMPTS * TIMEOUT_SECONDS
+    assert outcome.seconds < 3 * remote.REMOTE_ATTEMPTS * TIMEOUT_SECONDS  # aiohttp's own limit is five minutes
+    assert ("no answer within" in outcome.error) == fault.startswith("stall")
 
 
 @pytest.mark.parametrize("stage", ["open", "read"])
@@ -60,14 +59,6 @@ def test_a_fault_that_does_not_pass_is_an_error_at_once(fault: str, stage: str, 
     outcome = run_fault(fault, stage, -1, tmp_path)
     assert "shard-000.tar" in outcome.error
     assert outcome.warnings == 0
-
-
-@pytest.mark.parametrize("fault", ["stall", "stall in the body"])
-def test_a_server_that_stalls_is_left_after_the_limit_and_the_error_says_which(fault: str, tmp_path: Path) -> None:
-    """Without a limit of our own this takes aiohttp's five minutes, six times."""
-    outcome = run_fault(fault, "read", -1, tmp_path)
-    assert "no answer within" in outcome.error
-    assert remote.TIMEOUT_VARIABLE in outcome.error
 
 
 def test_retry_after_is_heeded(tmp_path: Path) -> None:
