@@ -216,6 +216,8 @@ def _parse_npy_header(header: bytes) -> _NpyHeader:
             "the array holds Python objects, and reading them can execute code: store numbers or text instead, or "
             "pass a decoder of your own"
         )
+    if dtype.subdtype is not None:
+        raise DecodeError(f"the npy header declares elements that are arrays themselves ({dtype}): numpy writes none")
     count = math.prod(shape)
     if any(extent < 0 for extent in shape) or max(shape, default=0) > _MOST or count * dtype.itemsize > _MOST:
         raise DecodeError("the npy header declares a shape that is negative or larger than any file")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["dmagent_loader", "json", "numpy.lib", "safetensors", "tarfile", "zipfile"]):
+with atheris.instrument_imports(include=["dmagent_loader", "numpy.lib", "safetensors", "tarfile", "zipfile"]):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from fuzz.harnesses import HARNESSES, SEEDS
 
