@@ -1,0 +1,46 @@
+"""Ours: the public API as in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from dmagent_loader import AgentWeightedSampler
+from dmagent_loader.transforms import packed_tokens
+from loaders import Task
+
+VERSION = "dmagent-loader"
+
+
+def sampler(task: Task, **options: Any) -> AgentWeightedSampler:
+    """The sampler of a static mix: nothing is ever decided."""
+    return AgentWeightedSampler(
+        task.data.manifest,
+        samples_per_reweight=10**9,
+        initial_mix=task.mix,
+        seed=task.seed,
+        exhausted="repeat",
+        cache_dir=task.folder,
+        progress=False,
+        **options,
+    )
+
+
+def items(task: Task) -> Iterator[Any]:
+    return iter(sampler(task))
+
+
+def value(item: Any) -> Any:
+    return item["input_ids.npy"] if "input_ids.npy" in item else item["txt"]
+
+
+def batches(task: Task) -> Iterator[Any]:
+    transform = packed_tokens if task.packed else None
+    dataset = sampler(task, transform=transform, batch_size=task.batch_size)
+    return iter(DataLoader(dataset, batch_size=task.batch_size, num_workers=task.workers))
+
+
+def values(batch: Any) -> Any:
+    return batch["input_ids"] if "input_ids" in batch else batch["txt"]

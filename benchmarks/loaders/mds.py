@@ -1,0 +1,58 @@
+"""mosaicml-streaming: MDS copies of the rows, one Stream with a proportion for each domain.
+
+With its shuffle, because without it an epoch goes through one domain after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import streaming
+import torch
+from prepared import ROW_TOKENS, Prepared
+
+from loaders import Task
+
+VERSION = "mosaicml-streaming"
+EPOCH_ROWS = 1 << 20
+
+
+class TokenRows(streaming.StreamingDataset):
+    """Rows of tokens as tensors, in the way of the library's own examples: in ``__getitem__``."""
+
+    def __getitem__(self, at: Any) -> Any:
+        return torch.from_numpy(super().__getitem__(at)["row"].astype(np.int64))
+
+
+def convert(data: Prepared, folder: Path) -> None:
+    column = f"ndarray:uint16:{ROW_TOKENS}" if data.kind == "packed" else "str"
+    for name in data.domains:
+        with streaming.MDSWriter(out=str(folder / name), columns={"row": column}, size_limit="16mb") as writer:
+            for row in data.rows(name):
+                writer.write({"row": row})
+
+
+def mixed(task: Task, cls: type = streaming.StreamingDataset) -> Any:
+    streaming.base.util.clean_stale_shared_memory()
+    streams = [streaming.Stream(local=str(task.folder / n), proportion=share) for n, share in task.mix.items()]
+    return cls(streams=streams, epoch_size=EPOCH_ROWS, batch_size=task.batch_size, shuffle=True, shuffle_seed=task.seed)
+
+
+def items(task: Task) -> Iterator[Any]:
+    return iter(mixed(task))
+
+
+def value(item: Any) -> Any:
+    return item["row"]
+
+
+def batches(task: Task) -> Iterator[Any]:
+    dataset = mixed(task, TokenRows if task.packed else streaming.StreamingDataset)
+    return iter(streaming.StreamingDataLoader(dataset, batch_size=task.batch_size, num_workers=task.workers))
+
+
+def values(batch: Any) -> Any:
+    return batch["row"] if isinstance(batch, dict) else batch

@@ -1,0 +1,286 @@
+"""Rows per second that each loader delivers from the same text in the same mix, against the peers and the limit.
+
+    python benchmarks/throughput.py --data ../shared/data
+
+Makes the data first (benchmarks/data.py). Each measurement is a process of its own, in the environment of its loader;
+each round measures all of them in another random order. Before the rounds every loader is checked: the rows that it
+delivers must be rows of the shards, recognised by content, in the mix that was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import data
+import measuring
+from loaders import LOADERS
+from prepared import ROW_TOKENS, Prepared
+
+OURS = "dmagent"
+ROWS, BATCHES = "items", "batches"
+WORKERS = (0, 1, 2)
+WEBDATASET_AIM = {"packed": 10.0, "text": 5.0}
+TAR_AIM = 3.0
+LIMIT_AIM = 0.6
+TITLES = {"packed": f"Packed rows of {ROW_TOKENS:,} tokens", "text": "Rows of text"}
+
+Configuration = tuple[str, str, int]
+"""(loader, level, workers)."""
+
+
+def configurations(names: list[str], kind: str, quick: bool) -> Iterator[Configuration]:
+    """Everything that is measured."""
+    for name in names:
+        entry = LOADERS[name]
+        if kind in entry.kinds:
+            if ROWS in entry.levels and not (quick and BATCHES in entry.levels):
+                yield name, ROWS, 0
+            if BATCHES in entry.levels:
+                yield from ((name, BATCHES, workers) for workers in ((1,) if quick else WORKERS))
+
+
+def label(each: Configuration) -> str:
+    """Key of a configuration in the results."""
+    return "/".join(map(str, each))
+
+
+def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Checks and measures every loader that is asked for and installed, on one kind of rows."""
+    environments = data.pythons(args)
+    names = [name for name in args.loaders if LOADERS[name].environment in environments]
+    prepared = Prepared(args.bench_data / kind)
+
+    def child(command: str, each: Configuration, rows: int) -> dict[str, Any]:
+        name, level, workers = each
+        words = [command, name, "--data", str(prepared.folder), "--level", level, "--workers", str(workers)]
+        words += ["--seconds", str(args.seconds), "--rows", str(rows)]
+        return data.run(environments[LOADERS[name].environment], words, args.prefix.split())
+
+    wanted = list(configurations(names, kind, args.quick))
+    results: dict[str, Any] = {
+        "about": about(prepared),
+        "seconds": args.seconds,
+        "missing": [LOADERS[name].title for name in args.loaders if name not in names],
+        "checks": {},
+        "first": {label(each): [] for each in wanted},
+        "versions": {},
+    }
+
+    def rate(each: Configuration) -> float:
+        measured = child("check+measure" if args.quick else "measure", each, rows=1_000)
+        results["first"][label(each)].append(measured["first"])
+        return float(measured["rows_per_second"])
+
+    for each in [] if args.quick else wanted:
+        checked = child("check", each, rows=8_000)
+        results["versions"] |= checked.pop("versions")
+        results["checks"][label(each)] = checked
+        say(f"checked {kind}/{label(each)}: {checked}")
+    works = {label(each): (lambda each=each: rate(each)) for each in wanted}
+    results["rates"] = measuring.interleaved(works, args.repeats, say=lambda line: say(f"{kind} {line}"))
+    if any(aim.met is False for aim in aims_of(kind, results)):
+        results["profile"] = child("profile", (OURS, BATCHES, 0), rows=0)["profile"]
+    return results
+
+
+def about(prepared: Prepared) -> dict[str, Any]:
+    """The size of the data."""
+    paths = [Path(tar) for name in prepared.domains for tar in prepared.tars(name)]
+    return {
+        "domains": len(prepared.domains),
+        "shards": len(paths),
+        "gigabytes": sum(path.stat().st_size for path in paths) / 1e9,
+        "rows": sum(prepared.num_rows(name) for name in prepared.domains),
+        "row_bytes": prepared.mean_row_bytes,
+    }
+
+
+def rates_of(results: dict[str, Any], name: str) -> dict[tuple[str, int], list[float]]:
+    """(level, workers) -> rows per second of each round."""
+    split = {tuple(key.split("/")): values for key, values in results["rates"].items()}
+    return {(level, int(workers)): values for (its, level, workers), values in split.items() if its == name}
+
+
+def best(results: dict[str, Any], names: list[str], level: str) -> tuple[str, list[float]] | None:
+    """The fastest of some loaders at a level, each with the workers that suit it, and its rates."""
+    candidates = [
+        (measuring.median(values), name, values)
+        for name in names
+        for (its_level, _), values in rates_of(results, name).items()
+        if its_level == level
+    ]
+    return max(candidates)[1:] if candidates else None
+
+
+def aims(results: dict[str, Any]) -> list[measuring.Aim]:
+    return [aim for kind, measured in results.items() for aim in aims_of(kind, measured)]
+
+
+def aims_of(kind: str, results: dict[str, Any]) -> list[measuring.Aim]:
+    """The aims for one kind of rows; each must hold for single rows and for batches."""
+    readers = {reads: [n for n, e in LOADERS.items() if e.reads == reads and n != OURS] for reads in ("tar", "own")}
+    factor, rows = WEBDATASET_AIM[kind], TITLES[kind].lower()
+    found = [
+        _aim(results, ["wds"], factor, f"{rows}: >= {factor:g}x webdataset RandomMix"),
+        _aim(results, readers["tar"], TAR_AIM, f"{rows}: >= {TAR_AIM:g}x the best other reader of the same tar files"),
+        _aim(results, readers["own"], 1.0, f"{rows}: ahead of the best reader of a format of its own"),
+    ]
+    if kind == "packed":
+        found.append(_limit_aim(results, f"{rows}, two cores: >= {LIMIT_AIM:.0%} of reading the same rows by preadv"))
+    return found
+
+
+def _aim(results: dict[str, Any], peers: list[str], factor: float, what: str) -> measuring.Aim:
+    ratios, words = [], []
+    for level, title in ((ROWS, "rows"), (BATCHES, "batches")):
+        ours, peer = best(results, [OURS], level), best(results, peers, level)
+        if ours and peer:
+            ratios.append(measuring.median_ratio(ours[1], peer[1]))
+            words.append(f"{title} {ratios[-1]:.2f}x ({LOADERS[peer[0]].title})")
+    return measuring.Aim(what, ", ".join(words) or "-", min(ratios) >= factor if ratios else None)
+
+
+def _limit_aim(results: dict[str, Any], what: str) -> measuring.Aim:
+    limit = best(results, ["limit_rows"], ROWS)
+    shares, words = [], []
+    for level, title in ((ROWS, "rows"), (BATCHES, "batches")):
+        ours = best(results, [OURS], level)
+        if ours and limit:
+            shares.append(measuring.median_ratio(ours[1], limit[1]))
+            words.append(f"{title} {shares[-1]:.0%}")
+    return measuring.Aim(what, ", ".join(words) or "-", max(shares) >= LIMIT_AIM if shares else None)
+
+
+def section(results: dict[str, Any]) -> str:
+    parts = ["## Delivered samples", _method(next(iter(results.values()))["seconds"])]
+    for kind, measured in results.items():
+        size = measured["about"]
+        parts += [
+            f"### {TITLES[kind]}",
+            f"{size['domains']} domains, {size['shards']} shards, {size['rows']:,} rows, {size['gigabytes']:.2f} GB; "
+            f"{size['row_bytes']:,.0f} bytes a row on average in this mix.",
+            _table(kind, measured),
+            f"![Rows per second of each loader, {kind}](images/bench_throughput_{kind}.png)",
+        ]
+        if measured["missing"]:
+            parts.append(f"Not installed, so not measured: {', '.join(measured['missing'])}.")
+        if "profile" in measured:
+            parts.append("Where our time goes (batches without workers, cProfile, own time of each function):")
+            parts.append(measured["profile"])
+    return "\n\n".join([*parts, FAIRNESS.strip(), measuring.aims_table(aims(results))])
+
+
+def _method(seconds: float) -> str:
+    return f"""\
+All loaders deliver the same rows in the same unequal, static mix; files are in the page cache. Before, each was
+checked: what it delivers are rows of the shards, recognised by their whole content, in the mix that was asked for. A
+measurement is a process of its own, warmed up and then timed for {seconds:g} seconds; every round goes through all of
+them in another random order.
+
+- *rows/s*: single decoded rows out of the loader's iterator, without workers.
+- *batches, N workers*: rows per second in batches of 32 from the loader's own DataLoader, tokens as one int64 tensor,
+  texts as a list.
+- *ours / it*: ours over this loader, batches with the workers that suit each; the median of the ratios of the rounds.
+- *spread*: largest minus smallest over the median, the worst of the row. *first*: seconds from opening the data to the
+  first batch, without workers."""
+
+
+def _table(kind: str, results: dict[str, Any]) -> str:
+    header = ["loader", "rows/s", *(f"batches, {w} workers" for w in WORKERS)]
+    header += ["M tokens/s" if kind == "packed" else "MB/s", "ours / it, rows", "batches", "spread", "first"]
+    unit = ROW_TOKENS if kind == "packed" else results["about"]["row_bytes"]
+    rows = []
+    for name, entry in LOADERS.items():
+        rates = rates_of(results, name)
+        if not rates:
+            continue
+        medians = {key: measuring.median(values) for key, values in rates.items()}
+        ratios = []
+        for level in (ROWS, BATCHES):
+            ours, its = best(results, [OURS], level), best(results, [name], level)
+            ratios.append(f"{measuring.median_ratio(ours[1], its[1]):.2f}" if ours and its else None)
+        first = results["first"].get(label((name, BATCHES, 0)))
+        rows.append(
+            [
+                f"**{entry.title}**" if name == OURS else entry.title,
+                *(medians.get(key) for key in ((ROWS, 0), *((BATCHES, workers) for workers in WORKERS))),
+                max(medians.values()) * unit / 1e6,
+                *ratios,
+                f"{max(measuring.spread(values) for values in rates.values()):.0%}",
+                measuring.median(first) if first else None,
+            ]
+        )
+    return measuring.table(header, rows)
+
+
+FAIRNESS = """\
+What to know when reading this:
+
+- In favour of the peers: ours shuffles, verifies a checksum for each row, and keeps the mix exactly at every prefix;
+  the tar readers, litdata and the Arrow copies run without a shuffle. That litdata stops at the end of its first domain
+  and is begun again is not counted. Formats of their own, and energon's index files, were written before.
+- In favour of ours: no peer's shuffle buffer or cache was tuned, and one machine with local files is measured; reading
+  from remote storage is another matter.
+- Megatron-core and ours give labels with each row, the others only tokens. Megatron-core also gives a loss mask and
+  positions, and computes the order of the whole run first.
+"""
+
+
+def charts(results: dict[str, Any], folder: Path) -> None:
+    """A bar for each loader and level."""
+    from matplotlib.figure import Figure
+
+    shades = {(ROWS, 0): "#111111", (BATCHES, 0): "#0b3c6f", (BATCHES, 1): "#4f86bd", (BATCHES, 2): "#a9c9e6"}
+    titles = {(ROWS, 0): "rows", **{(BATCHES, w): f"batches, {w} workers" for w in WORKERS}}
+    for kind, measured in results.items():
+        names = [name for name in LOADERS if rates_of(measured, name)]
+        figure = Figure(figsize=(9, 0.75 * len(names) + 1.2), layout="constrained")
+        axes = figure.subplots()
+        for place, (key, shade) in enumerate(shades.items()):
+            at, lengths, errors = [], [], [[], []]
+            for row, name in enumerate(names):
+                values = rates_of(measured, name).get(key)
+                if values:
+                    middle = measuring.median(values)
+                    at.append(row + 0.2 * (place - 1.5))
+                    lengths.append(middle)
+                    errors[0].append(middle - min(values))
+                    errors[1].append(max(values) - middle)
+            axes.barh(at, lengths, 0.18, xerr=errors, color=shade, label=titles[key], ecolor="#888888")
+        axes.set_yticks(range(len(names)), [LOADERS[name].title for name in names])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel("rows per second (log scale); lines: smallest and largest repeat")
+        axes.set_title(TITLES[kind], loc="left", fontweight="bold")
+        axes.grid(axis="x", color="#dddddd")
+        axes.set_axisbelow(True)
+        axes.legend(loc="lower right", fontsize=8)
+        figure.savefig(folder / f"bench_throughput_{kind}.png", dpi=110)
+
+
+def say(line: str) -> None:
+    """Progress, for whoever waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = measuring.parser(__doc__, "throughput", parts=data.KINDS)
+    data.options(parser)
+    parser.add_argument("--loaders", nargs="+", choices=LOADERS, default=list(LOADERS))
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement (default: %(default)s)")
+    args = parser.parse_args()
+    if args.quick:
+        args.repeats, args.seconds = 1, 0.2
+    data.make(args)
+    parts = {kind: (lambda kind=kind: measure(kind, args)) for kind in data.KINDS}
+    results = measuring.measured_parts(args, parts)
+    print(section(results))
+    measuring.save(args, results, {name: v for part in results.values() for name, v in part["versions"].items()})
+
+
+if __name__ == "__main__":
+    main()
