@@ -201,13 +201,20 @@ def _read_npy_header(view: memoryview) -> _NpyHeader:
 
 
 _MOST = 1 << 62
+_NPY_READERS = {
+    (1, 0): npy_format.read_array_header_1_0,
+    (2, 0): npy_format.read_array_header_2_0,
+    (3, 0): npy_format.read_array_header_2_0,
+}
 
 
 def _parse_npy_header(header: bytes) -> _NpyHeader:
     stream = io.BytesIO(header)
     try:
         version = npy_format.read_magic(stream)
-        reader = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+        if version not in _NPY_READERS or (version == (3, 0) and not header[12:].isascii()):
+            raise ValueError(f"version {version}, or names in it that are not ASCII")
+        reader = _NPY_READERS[version]
         shape, fortran, dtype = reader(stream)
     except Exception as error:
         raise DecodeError(f"not a npy file: {error}") from error

@@ -106,7 +106,11 @@ def pax_records(data: bytes) -> dict[bytes, bytes]:
         space = data.index(b" ", position)
         length = int(data[position:space])
         record = data[space + 1 : position + length]
-        if length <= space - position + 1 or not record.endswith(b"\n") or b"=" not in record:
+        if (
+            not space - position + 1 < length <= len(data) - position
+            or not record.endswith(b"\n")
+            or b"=" not in record
+        ):
             raise ValueError("malformed pax record")
         key, _, value = record[:-1].partition(b"=")
         records[key] = value

@@ -65,10 +65,15 @@ class MemberTable:
         """Notes a member; returns the crc32 of its row so far.
 
         Raises:
-            ShardLayoutError: The row has that extension already, or there are too many different ones.
+            ShardLayoutError: The row has that extension already, it is reserved, or there are too many different ones.
         """
         number = self._numbers.get(extension)
         if number is None:
+            if extension.startswith(b"__") and extension.endswith(b"__"):
+                raise ShardLayoutError(
+                    f"shard {self._url}: key {shown(key)!r} has a member {shown(extension)!r}, a name that is kept for "
+                    "what is said about a sample, such as __index__: rename it when the shard is written"
+                )
             if len(self.extensions) == _MAX_EXTENSIONS:
                 raise ShardLayoutError(
                     f"shard {self._url}: more than {_MAX_EXTENSIONS} different extensions, the last one "

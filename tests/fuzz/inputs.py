@@ -1,9 +1,12 @@
-"""From the bytes of a fuzzer to inputs that get past checksums and syntax: edits of something valid."""
+"""From the bytes of a fuzzer to inputs that get past checksums and syntax; and what all harnesses share."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 NASTY: tuple[Any, ...] = (
@@ -117,3 +120,25 @@ def _places(root: list[Any], most: int = 500) -> list[tuple[Any, Any]]:
             if isinstance(node[key], (dict, list)):
                 waiting.append(node[key])
     return places
+
+
+def edit_seeds() -> list[bytes]:
+    """Inputs for `edited`, after a first byte that chooses a mode."""
+    return [bytes([mode, *range(start, start + 24)]) for mode in range(4) for start in (0, 40, 90, 200)]
+
+
+def json_seeds(document: Any) -> list[bytes]:
+    """Edits of JSON values, and the values themselves."""
+    return [*edit_seeds(), b"\0" + json.dumps(document).encode()]
+
+
+def expect(error: Exception, text: str = "") -> None:
+    """A documented error is short, and says what it should."""
+    assert len(str(error)) < 5000
+    assert text in str(error)
+
+
+@functools.cache
+def folder() -> Path:
+    """Where this process keeps what a harness reads, in memory if possible."""
+    return Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None, prefix="dmagent-fuzz-"))

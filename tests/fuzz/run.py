@@ -11,22 +11,23 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["dmagent_loader", "numpy.lib", "safetensors", "tarfile", "zipfile"]):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from fuzz.harnesses import HARNESSES, SEEDS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from fuzz.harnesses import NAMES, harness
 
 
 def main() -> None:
     """Runs until libFuzzer's limits, or the first input that breaks the property."""
-    if len(sys.argv) < 2 or sys.argv[1] not in HARNESSES:
-        sys.exit(f"usage: run.py {'|'.join(HARNESSES)} [libFuzzer options] [FOLDER]")
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        sys.exit(f"usage: run.py {'|'.join(NAMES)} [libFuzzer options] [FOLDER]")
     name, options = sys.argv[1], sys.argv[2:]
+    with atheris.instrument_imports(include=["dmagent_loader", "numpy.lib", "safetensors", "tarfile", "zipfile"]):
+        check, seeds = harness(name)
     folders = [Path(option) for option in options if not option.startswith("-")]
     if folders:
         folders[0].mkdir(parents=True, exist_ok=True)
-        for number, seed in enumerate(SEEDS[name]()):
+        for number, seed in enumerate(seeds):
             (folders[0] / f"seed-{number:03d}").write_bytes(seed)
-    atheris.Setup([sys.argv[0], *options], HARNESSES[name])
+    atheris.Setup([sys.argv[0], *options], check)
     atheris.Fuzz()
 
 
