@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from dmagent_loader import AgentWeightedSampler, DomainSpace
 from dmagent_loader.testing import write_toy_shards
 
-PARTS = ("throughput", "proposals", "decisions", "staleness", "trainer")
+PARTS = ("throughput", "proposals", "decisions", "staleness", "stock_trainer", "own_loader")
 INTERVAL, BATCH_SIZE = 500, 50
 SAMPLES = 40_500
 """Of one measurement; the first 500 are not timed."""
@@ -200,11 +200,12 @@ def section(results: dict[str, Any]) -> str:
             ],
         ),
     ]
-    if results["trainer"]:
+    trained = [*(results["stock_trainer"] or []), *(results["own_loader"] or [])]
+    if trained:
         parts += [
             "In the Trainer, on the demo's data and model, a decision every "
             f"{dynamics_trainer.SAMPLES // dynamics_trainer.DECISIONS} samples:",
-            _trainer(results["trainer"]),
+            _trainer(trained),
         ]
     return "\n\n".join([*parts, aims_table(aims(results))])
 
@@ -300,7 +301,8 @@ def main() -> None:
                     decisions(data, MANY_DOMAINS, repeats, quick),
                 ],
                 "staleness": lambda: staleness(data),
-                "trainer": lambda: dynamics_trainer.training_runs(args.demo, quick, say),
+                "stock_trainer": lambda: dynamics_trainer.training_runs(args.demo, False, quick, say),
+                "own_loader": lambda: dynamics_trainer.training_runs(args.demo, True, quick, say),
             },
         )
     save(args, results)

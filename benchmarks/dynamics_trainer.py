@@ -57,13 +57,13 @@ def training_run(demo: Path, own_loader: bool, processes: int, workers: int, acc
     }
 
 
-def training_runs(demo: Path, quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]] | None:
-    """All ways of loading; None without the demo's data."""
+def training_runs(demo: Path, own_loader: bool, quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]] | None:
+    """All ways of loading with the stock Trainer, or with the mixin's own loader; None without the demo's data."""
     if not (demo / "shards" / "manifest.json").exists():
         say(f"staleness under the Trainer left out: {demo} holds no shards; run `make demo` first, or pass --demo")
         return None
     found = []
-    for own_loader, processes, workers, accumulation in itertools.product((False, True), (1, 2), (0, 2), (1, 4)):
+    for processes, workers, accumulation in itertools.product((1, 2), (0, 2), (1, 4)):
         if not quick or (processes, accumulation) == (1, 1):
             found.append(training_run(demo, own_loader, processes, workers, accumulation))
             row = found[-1]

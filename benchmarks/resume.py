@@ -17,111 +17,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import resume_peers
-from measuring import Aim, aims_table, measured_parts, median, number, parser, save, seconds, table
+from measuring import Aim, aims_table, measured_parts, median, number, parser, save, table
+from resume_ours import CONSUMED, MOST_DECISIONS, ROWS, TOO_LONG, Ours
 
-from dmagent_loader import AgentWeightedSampler
-from dmagent_loader.decisions import Measurement
-from dmagent_loader.ledger import LedgerEntry
-from dmagent_loader.testing import write_toy_shards
-
-INTERVAL = 64_000
 DOMAINS = (52, 1000)
-ROWS = {52: 2000, 1000: 100}
-"""Rows of each domain; they repeat."""
-
-CONSUMED = tuple(10**power for power in range(3, 10))
-MOST_DECISIONS = 80
-"""The paper's number of decisions; a decision every 64,000 samples until then."""
-
-LONG_LEDGERS = (80, 1000, 10_000)
-"""Decisions of runs of 1e9 samples."""
-
 PEER_CONSUMED = (1000, 10_000, 100_000)
 STREAMING_CONSUMED = (1000, 10_000, 100_000, 1_000_000, 10_000_000)
-PARTS = ("ours", "long_ledgers", "peers", "streaming")
-_PEER_SECONDS = 20.0
+PARTS = ("few_domains", "many_domains", "long_ledgers", "peers", "streaming")
 _HERE = Path(__file__).parent
-
-
-class Ours:
-    """Real shards of so many domains, and states of runs over them.
-
-    Args:
-        folder: For shards, states and the index cache.
-        domains: Number of domains.
-        quick: Few rows.
-    """
-
-    def __init__(self, folder: Path, domains: int, quick: bool) -> None:
-        self.domains = domains
-        rows = 20 if quick else ROWS[domains]
-        self._folder = folder / f"domains-{domains}-{rows}"
-        self._cache = folder / "cache"
-        self._listing = self._folder / "shards.json"
-        if not self._listing.exists():
-            counts = {f"source/d{number:04d}": rows for number in range(domains)}
-            shards = write_toy_shards(self._folder / "shards", counts, rows_per_shard=max(20, rows // 2))
-            self._listing.write_text(json.dumps(shards))
-        self.shards: dict[str, list[str]] = json.loads(self._listing.read_text())
-        self.sampler()  # indexes
-
-    def sampler(self) -> AgentWeightedSampler:
-        """A new sampler over the shards."""
-        return AgentWeightedSampler(
-            self.shards,
-            samples_per_reweight=INTERVAL,
-            exhausted="repeat",
-            rank=0,
-            world_size=1,
-            cache_dir=self._cache,
-            progress=False,
-        )
-
-    def state(self, consumed: int, decisions: int) -> Path:
-        """The state of a run with so many decisions behind it, evenly spaced, at most one every 64,000 samples."""
-        sampler, generator = self.sampler(), np.random.default_rng(0)
-        apart = max(INTERVAL, consumed // decisions)
-        for start in range(0, min(decisions * apart, consumed), apart):
-            mix = generator.dirichlet(np.ones(self.domains))
-            feedback = {"general": -3.0 - generator.random(), "math": -4.0 - generator.random()}
-            sampler.decisions.measurements.append(Measurement(start, feedback))
-            sampler.plan.append(
-                LedgerEntry(
-                    start=start, mix=tuple(mix.tolist()), decided_by="bench", decided_at=start, feedback=feedback
-                )
-            )
-        path = self._folder / f"state-{consumed}-{decisions}.json"
-        path.write_text(json.dumps(sampler.state_dict(consumed)))
-        return path
-
-    def measure(self, consumed: int, decisions: int, repeats: int) -> dict[str, Any]:
-        """Resuming inside a process and in a new one, `repeats` times each."""
-        path = self.state(consumed, decisions)
-        running = self.sampler()
-
-        def resume() -> None:
-            running.load_state_dict(json.loads(path.read_text()))
-            found = next(iter(running))["__index__"]
-            assert found == consumed, f"resumed at sample {found} instead of {consumed}"
-
-        inside, fresh = [], []
-        for _ in range(repeats):
-            inside.append(seconds(resume))
-            command = [sys.executable, str(_HERE / "resume_child.py"), str(self._listing), str(path), str(self._cache)]
-            fresh.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        found = {
-            "domains": self.domains,
-            "consumed": consumed,
-            "decisions": len(running.ledger),
-            "state_bytes": path.stat().st_size,
-            "inside": inside,
-            "fresh": fresh,
-        }
-        path.unlink()
-        say(f"{self.domains} domains, {consumed:.0e} consumed, {found['decisions']} decisions: {median(inside):.3f} s")
-        return found
 
 
 def peers(ours: Ours, repeats: int, quick: bool) -> dict[str, list[dict[str, Any]]]:
@@ -133,7 +37,7 @@ def peers(ours: Ours, repeats: int, quick: bool) -> dict[str, list[dict[str, Any
             times = [resume(ours.shards, consumed) for _ in range(repeats)]
             found[name].append({"consumed": consumed, "seconds": times})
             say(f"{name}, {consumed:.0e}: {median(times):.2f} s")
-            if median(times) > _PEER_SECONDS:
+            if median(times) > TOO_LONG:
                 break
     return found
 
@@ -162,7 +66,7 @@ def streaming(python: str | None, folder: Path, repeats: int, quick: bool) -> li
             times.append(json.loads(done.stdout.splitlines()[-1])["seconds"])
         found.append({"consumed": consumed, "seconds": times})
         say(f"mosaicml-streaming, {consumed:.0e}: {median(times):.2f} s")
-        if median(times) > _PEER_SECONDS:
+        if median(times) > TOO_LONG:
             break
     return found
 
@@ -181,7 +85,7 @@ def straight_line(points: list[dict[str, Any]]) -> tuple[float, float] | None:
 
 def aims(results: dict[str, Any]) -> list[Aim]:
     """Below a second for 1,000 domains, whatever was consumed."""
-    ours = [row for row in results["ours"] if row["domains"] == DOMAINS[-1]]
+    ours = results["many_domains"]
     slowest = max(ours, key=lambda row: median(row["inside"]))
     full = [row for row in ours if row["decisions"] == ours[-1]["decisions"]]
     flat = median(full[-1]["inside"]) / median(full[0]["inside"])
@@ -215,7 +119,7 @@ def section(results: dict[str, Any]) -> str:
         _against_peers(results),
         "Our steps, seconds. *Open* builds the sampler with the shards' indexes in their cache; *load* reads the JSON "
         "state, checks it against the shards, and replays the ledger.",
-        _steps(results["ours"]),
+        _steps([*results["few_domains"], *results["many_domains"]]),
         f"After {CONSUMED[-1]:.0e} samples, by the number of decisions in the ledger:",
         _steps(results["long_ledgers"]),
     ]
@@ -224,7 +128,11 @@ def section(results: dict[str, Any]) -> str:
 
 def _against_peers(results: dict[str, Any]) -> str:
     ours = {
-        f"ours, {domains:,} domains": {r["consumed"]: r["inside"] for r in results["ours"] if r["domains"] == domains}
+        f"ours, {domains:,} domains": {
+            r["consumed"]: r["inside"]
+            for r in [*results["few_domains"], *results["many_domains"]]
+            if r["domains"] == domains
+        }
         for domains in DOMAINS
     }
     measured = _peer_points(results)
@@ -248,6 +156,10 @@ def _against_peers(results: dict[str, Any]) -> str:
         if (line := straight_line(points)) is not None
     ]
     return text + ("\n\nThe straight lines: " + "; ".join(straight) + "." if straight else "")
+
+
+def _our_points(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    return {f"ours, {rows[0]['domains']:,} domains": rows for rows in (results["few_domains"], results["many_domains"])}
 
 
 def _peer_points(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -296,14 +208,8 @@ def charts(results: dict[str, Any], folder: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4.2))
-    for domains in DOMAINS:
-        rows = [row for row in results["ours"] if row["domains"] == domains]
-        axis.plot(
-            [row["consumed"] for row in rows],
-            [median(row["inside"]) for row in rows],
-            "o-",
-            label=f"ours, {domains:,} domains",
-        )
+    for name, rows in _our_points(results).items():
+        axis.plot([row["consumed"] for row in rows], [median(row["inside"]) for row in rows], "o-", label=name)
     for name, points in _peer_points(results).items():
         (drawn,) = axis.plot(
             [p["consumed"] for p in points], [median(p["seconds"]) for p in points], "s--", markersize=4, label=name
@@ -327,20 +233,13 @@ def main() -> None:
     repeats, quick = (1 if args.quick else args.repeats), args.quick
     with tempfile.TemporaryDirectory() as scratch:
         data = args.data or Path(scratch)
-        ours = {domains: Ours(data, domains, quick) for domains in DOMAINS}
+        ours = {domains: Ours(data, domains, quick, say) for domains in DOMAINS}
         results = measured_parts(
             args,
             {
-                "ours": lambda: [
-                    run.measure(consumed, MOST_DECISIONS, repeats)
-                    for run in ours.values()
-                    for consumed in (CONSUMED[::3] if quick else CONSUMED)
-                ],
-                "long_ledgers": lambda: [
-                    run.measure(CONSUMED[-1], decisions, repeats)
-                    for run in ours.values()
-                    for decisions in LONG_LEDGERS[: 1 if quick else None]
-                ],
+                "few_domains": lambda: ours[DOMAINS[0]].whole_run(repeats, quick),
+                "many_domains": lambda: ours[DOMAINS[1]].whole_run(repeats, quick),
+                "long_ledgers": lambda: [row for run in ours.values() for row in run.long_ledgers(repeats, quick)],
                 "peers": lambda: peers(ours[DOMAINS[0]], repeats, quick),
                 "streaming": lambda: streaming(args.streaming_python, data, repeats, quick),
             },
