@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from dmagent_loader import AgentWeightedSampler
-from dmagent_loader.transforms import packed_tokens
+from dmagent_loader.transforms import collate_packed
 from loaders import Task
 
 VERSION = "dmagent-loader"
@@ -37,9 +37,8 @@ def value(item: Any) -> Any:
 
 
 def batches(task: Task) -> Iterator[Any]:
-    transform = packed_tokens if task.packed else None
-    dataset = sampler(task, transform=transform, batch_size=task.batch_size)
-    return iter(DataLoader(dataset, batch_size=task.batch_size, num_workers=task.workers))
+    collate = collate_packed if task.packed else None
+    return iter(DataLoader(sampler(task), batch_size=task.batch_size, num_workers=task.workers, collate_fn=collate))
 
 
 def values(batch: Any) -> Any:
