@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def test_states_that_cannot_be_are_refused_by_what_is_wrong(
     assert words in refused(sampler, state)
 
 
-@pytest.mark.parametrize("key", sorted(json.loads('["seed", "ledger", "counts", "measurements", "consumed"]')))
+@pytest.mark.parametrize("key", ["seed", "ledger", "counts", "measurements", "consumed"])
 def test_states_that_lack_something_are_refused(sampler: AgentWeightedSampler, state: State, key: str) -> None:
     del state[key]
     assert key in refused(sampler, state)
@@ -183,10 +184,27 @@ def test_unknown_keys_are_left_aside_with_a_warning(
     assert sampler.state_dict(consumed=25) == state
 
 
-def test_a_state_of_a_hundred_thousand_decisions_is_read_in_linear_time(
-    sampler: AgentWeightedSampler, state: State
-) -> None:
-    """The last entry is wrong, so that all are read; those of a quadratic reader take hours."""
+class _Counting(list[Any]):
+    """Counts what is looked at when it is gone through."""
+
+    seen = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        type(self).seen += len(self)
+        return super().__iter__()
+
+
+@pytest.mark.xfail(strict=True, reason="Plan.append makes its list of starts anew: a million entries take days")
+def test_a_plan_of_many_decisions_is_rebuilt_in_linear_time(sampler: AgentWeightedSampler) -> None:
+    plan = sampler.plan
+    plan._segments = _Counting(plan._segments)
+    for start in range(1, 500):
+        plan.append(replace(plan.ledger.last, start=start))
+    assert _Counting.seen < 10 * 500
+
+
+def test_a_ledger_of_many_decisions_is_read_in_linear_time(sampler: AgentWeightedSampler, state: State) -> None:
+    """The last entry is wrong, so that all are read."""
     entry = state["ledger"][0]
     state["ledger"] = [{**entry, "start": start, "decided_at": start} for start in range(20_000)]
     state["ledger"].append({**entry, "start": HUGE})
