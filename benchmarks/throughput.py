@@ -250,7 +250,8 @@ def charts(results: dict[str, Any], folder: Path) -> None:
                     lengths.append(middle)
                     errors[0].append(middle - min(values))
                     errors[1].append(max(values) - middle)
-            axes.barh(at, lengths, 0.18, xerr=errors, color=shade, label=titles[key], ecolor="#888888")
+            if at:
+                axes.barh(at, lengths, 0.18, xerr=errors, color=shade, label=titles[key], ecolor="#888888")
         axes.set_yticks(range(len(names)), [LOADERS[name].title for name in names])
         axes.invert_yaxis()
         axes.set_xscale("log")
@@ -258,7 +259,8 @@ def charts(results: dict[str, Any], folder: Path) -> None:
         axes.set_title(TITLES[kind], loc="left", fontweight="bold")
         axes.grid(axis="x", color="#dddddd")
         axes.set_axisbelow(True)
-        axes.legend(loc="lower right", fontsize=8)
+        axes.set_xlim(left=100)
+        figure.legend(loc="outside lower center", ncols=len(shades), fontsize=9)
         figure.savefig(folder / f"bench_throughput_{kind}.png", dpi=110)
 
 
