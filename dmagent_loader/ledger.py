@@ -6,9 +6,8 @@ Together with the seed it determines every sample of a run; see `dmagent_loader.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -89,7 +88,8 @@ class Ledger:
 
     def in_force(self, index: int) -> LedgerEntry:
         """The entry that holds at a global sample index."""
-        return self._entries[bisect_right(self._entries, index, key=lambda entry: entry.start) - 1]
+        starts = [entry.start for entry in self._entries]
+        return self._entries[int(np.searchsorted(starts, index, side="right")) - 1]
 
     @property
     def last(self) -> LedgerEntry:
@@ -111,7 +111,19 @@ class Ledger:
 
     def to_json(self) -> list[dict[str, Any]]:
         """The entries as JSON values."""
-        return [{**asdict(entry), "mix": list(entry.mix)} for entry in self._entries]
+        # Not dataclasses.asdict, which copies every weight by itself: seconds for a long run over many domains.
+        return [
+            {
+                "start": entry.start,
+                "mix": list(entry.mix),
+                "decided_by": entry.decided_by,
+                "decided_at": entry.decided_at,
+                "feedback": None if entry.feedback is None else dict(entry.feedback),
+                "accepted": entry.accepted,
+                "note": entry.note,
+            }
+            for entry in self._entries
+        ]
 
     @classmethod
     def from_json(cls, domains: tuple[str, ...], entries: Any) -> Ledger:

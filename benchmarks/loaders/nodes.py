@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch.utils.data import default_collate
 from torchdata.nodes import (
     Batcher,
     IterableWrapper,
@@ -35,7 +36,10 @@ def items(task: Task) -> Iterator[Any]:
 
 
 def batches(task: Task) -> Iterator[Any]:
-    collate = wds.collate_tokens if task.packed else wds.collate_texts
+    def collate(samples: list[Any]) -> Any:
+        return default_collate([to_row(sample) for sample in samples])
+
+    to_row = wds.tokens if task.packed else wds.texts
     batcher = Batcher(mixed(task), task.batch_size)
     return iter(Loader(ParallelMapper(batcher, collate, num_workers=task.workers, method="thread")))
 

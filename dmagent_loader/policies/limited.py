@@ -44,9 +44,14 @@ class LimitedCaller:
         if not in_time:
             self._late = call
             raise PolicyError(f"it gave no answer within {seconds:g} s")
-        if call.error is not None:
-            raise call.error
-        return call.value
+        value, error = call.value, call.error
+        del call
+        if error is None:
+            return value
+        try:
+            raise error
+        finally:
+            del error  # else it would be held by its own traceback, and with it all that the function has allocated
 
     def _start(self) -> None:
         self._late = None

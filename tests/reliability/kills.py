@@ -29,8 +29,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from killable import ROWS, Kill, Moments, Run, read_counts, read_phase, train_plain, train_trainer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from reliability.killable import ROWS, Kill, Moments, Run, read_counts, read_phase, train_plain, train_trainer
 
 from dmagent_loader.state import load_state
 from dmagent_loader.testing import write_toy_shards

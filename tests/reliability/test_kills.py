@@ -23,7 +23,7 @@ def run(tmp_path: Path, *command: str, seconds: float = 280.0) -> tuple[int, str
     with (tmp_path / "log").open("w+") as log:
         done = subprocess.run(
             [sys.executable, *command],
-            env=environment(PYTHONPATH=f"{FOLDER.parents[1]}:{FOLDER}"),
+            env=environment(PYTHONPATH=f"{FOLDER.parents[1]}:{FOLDER.parent}"),
             stdout=log,
             stderr=log,
             timeout=seconds,
@@ -63,7 +63,7 @@ def test_killed_often_the_stream_is_the_undisturbed_one(tmp_path, kind):
 SABOTAGED = """
 import random, sys
 from pathlib import Path
-import kills, killable
+from reliability import killable, kills
 kills.import_for_all(trainer=False)
 from dmagent_loader.integrations.mixing import Mixing
 
