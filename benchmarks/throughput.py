@@ -182,8 +182,8 @@ measurement is a process of its own, warmed up and then timed for {seconds:g} se
 them in another random order.
 
 - *rows/s*: single decoded rows out of the loader's iterator, without workers.
-- *batches, N workers*: rows per second in batches of 32 from the loader's own DataLoader, tokens as one int64 tensor,
-  texts as a list.
+- *batches, N workers*: rows per second in batches of 32 from the loader's own DataLoader, texts as a list, tokens as
+  one int64 tensor. All collate alike: rows are stacked as they are stored and widened at once.
 - *ours / it*: ours over this loader, batches with the workers that suit each; the median of the ratios of the rounds.
 - *spread*: largest minus smallest over the median, the worst of the row. *first*: seconds from opening the data to the
   first batch, without workers."""
@@ -225,8 +225,9 @@ What to know when reading this:
   and is begun again is not counted. Formats of their own, and energon's index files, were written before.
 - In favour of ours: no peer's shuffle buffer or cache was tuned, and one machine with local files is measured; reading
   from remote storage is another matter.
-- Megatron-core and ours give labels with each row, the others only tokens. Megatron-core also gives a loss mask and
-  positions, and computes the order of the whole run first.
+- Ours gives labels, keys, domains and indices with each batch, Megatron-core labels, a loss mask and positions, which
+  it does not collate in one step; the others only tokens. Megatron-core and the Arrow copies compute the order of the
+  whole run first.
 """
 
 
@@ -250,7 +251,8 @@ def charts(results: dict[str, Any], folder: Path) -> None:
                     lengths.append(middle)
                     errors[0].append(middle - min(values))
                     errors[1].append(max(values) - middle)
-            axes.barh(at, lengths, 0.18, xerr=errors, color=shade, label=titles[key], ecolor="#888888")
+            if at:
+                axes.barh(at, lengths, 0.18, xerr=errors, color=shade, label=titles[key], ecolor="#888888")
         axes.set_yticks(range(len(names)), [LOADERS[name].title for name in names])
         axes.invert_yaxis()
         axes.set_xscale("log")
@@ -258,7 +260,8 @@ def charts(results: dict[str, Any], folder: Path) -> None:
         axes.set_title(TITLES[kind], loc="left", fontweight="bold")
         axes.grid(axis="x", color="#dddddd")
         axes.set_axisbelow(True)
-        axes.legend(loc="lower right", fontsize=8)
+        axes.set_xlim(left=100)
+        figure.legend(loc="outside lower center", ncols=len(shades), fontsize=9)
         figure.savefig(folder / f"bench_throughput_{kind}.png", dpi=110)
 
 

@@ -6,6 +6,7 @@ Together with the seed it determines every sample of a run; see `dmagent_loader.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -88,8 +89,7 @@ class Ledger:
 
     def in_force(self, index: int) -> LedgerEntry:
         """The entry that holds at a global sample index."""
-        starts = [entry.start for entry in self._entries]
-        return self._entries[int(np.searchsorted(starts, index, side="right")) - 1]
+        return self._entries[bisect_right(self._entries, index, key=lambda entry: entry.start) - 1]
 
     @property
     def last(self) -> LedgerEntry:

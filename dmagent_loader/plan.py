@@ -161,6 +161,7 @@ class Plan:
         self.ledger.append(entry)
         while self._segments and self._segments[-1].start >= entry.start:
             self._segments.pop()
+            self._starts.pop()
         base = np.zeros(len(self.space), dtype=np.int64)
         owed = np.zeros(len(self.space), dtype=np.int64)
         if self._segments:
@@ -171,7 +172,7 @@ class Plan:
             base += last.base
             self._segments[-1] = replace(last, stop=entry.start, settled=True)
         self._segments.append(self._segment(entry.start, base, owed))
-        self._starts = [segment.start for segment in self._segments]
+        self._starts.append(entry.start)
 
     def _segment(self, start: int, base: IntArray, owed: IntArray) -> _Segment:
         """The segment that begins at `start`, under the newest mix."""
@@ -294,9 +295,11 @@ class Plan:
         """
         indices = np.asarray(indices, dtype=np.int64)
         domain, draw = np.empty_like(indices), np.empty_like(indices)
-        if len(indices):
-            self._extend(int(indices.max()))
-        segment_of = np.searchsorted(self._starts, indices, side="right") - 1
+        if not len(indices):
+            return Located(indices, indices, indices, indices)
+        self._extend(int(indices.max()))
+        first, last = (bisect_right(self._starts, int(end)) - 1 for end in (indices.min(), indices.max()))
+        segment_of = first + np.searchsorted(self._starts[first + 1 : last + 1], indices, side="right")
         for number in np.unique(segment_of):
             segment = self._segments[int(number)]
             self._refuse(segment)

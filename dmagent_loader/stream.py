@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from dmagent_loader.errors import ConfigurationError, ExhaustedError, StateError
+from dmagent_loader.errors import ConfigurationError, DecodeError, ExhaustedError, StateError
 from dmagent_loader.layout import StreamLayout
 from dmagent_loader.plan import Located
 from dmagent_loader.shards import RawSample, ShardCollection
@@ -199,7 +199,12 @@ class SampleStream(Iterator[Sample]):
             raw = self._read(domain, shard, row)
         else:
             raw = self._readahead.take(domain, draw, shard, row)
-        sample = {"__key__": raw.key, "__domain__": self._names[domain], "__index__": index, **self._decode(raw)}
+        try:
+            values = self._decode(raw)
+        except DecodeError as error:
+            where = f"domain {self._names[domain]!r}, row {row} of shard {sampler.collection.display(domain, shard)}"
+            raise DecodeError(f"{where}: {error}") from error
+        sample = {"__key__": raw.key, "__domain__": self._names[domain], "__index__": index, **values}
         if sampler.transform is not None:
             tags = {"__key__": raw.key, "__domain__": self._names[domain], "__index__": index}
             sample = {**tags, **sampler.transform(sample)}

@@ -12,10 +12,19 @@ Modules run in the environment of their loader, so they import nothing of ours b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from prepared import Prepared
+
+
+def stacked(rows: Sequence[Any]) -> torch.Tensor:
+    """Rows of tokens as one batch, (B, T) int64, widened at once: the fastest collation, and the same for all."""
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
 
 MAIN, BENCH, STREAMING = "main", "bench", "streaming"
 

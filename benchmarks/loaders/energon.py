@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import megatron.energon as energon
-import numpy as np
-import torch
 from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 from prepared import Prepared
 
-from loaders import Task
+from loaders import Task, stacked
 
 VERSION = "megatron-energon"
 
@@ -44,8 +42,7 @@ class Row(energon.Sample):
 
 @energon.stateless
 def cook_tokens(sample: dict[str, Any]) -> Row:
-    tokens = torch.from_numpy(sample["input_ids.npy"].astype(np.int64))
-    return Row(**energon.basic_sample_keys(sample), row=tokens)
+    return Row(**energon.basic_sample_keys(sample), row=sample["input_ids.npy"])
 
 
 @energon.stateless
@@ -56,9 +53,17 @@ def cook_text(sample: dict[str, Any]) -> Row:
 class TokenTask(energon.DefaultTaskEncoder):
     cookers = (energon.Cooker(cook_tokens),)
 
+    @energon.stateless
+    def batch(self, samples: list[Row]) -> Any:
+        return stacked([sample.row for sample in samples])
+
 
 class TextTask(energon.DefaultTaskEncoder):
     cookers = (energon.Cooker(cook_text),)
+
+    @energon.stateless
+    def batch(self, samples: list[Row]) -> Any:
+        return [sample.row for sample in samples]
 
 
 def loader(task: Task, batch_size: int | None) -> Any:
@@ -85,4 +90,5 @@ def batches(task: Task) -> Iterator[Any]:
     return iter(loader(task, task.batch_size))
 
 
-values = value
+def values(batch: Any) -> Any:
+    return batch

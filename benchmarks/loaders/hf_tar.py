@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from loaders import Task
+from loaders import Task, stacked
 
 VERSION = "datasets"
 
@@ -36,7 +35,7 @@ def interleaved(task: Task) -> Any:
 
 
 def collate(rows: list[dict[str, Any]]) -> Any:
-    return torch.from_numpy(np.array([row["input_ids.npy"] for row in rows], np.int64))
+    return stacked([row["input_ids.npy"] for row in rows])
 
 
 def items(task: Task) -> Iterator[Any]:

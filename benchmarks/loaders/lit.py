@@ -16,7 +16,7 @@ from litdata.streaming.item_loader import TokensLoader
 from litdata.streaming.writer import BinaryWriter
 from prepared import ROW_TOKENS, Prepared
 
-from loaders import Task
+from loaders import Task, stacked
 
 VERSION = "litdata"
 CHUNK_BYTES = 16 << 20
@@ -55,7 +55,7 @@ def value(item: Any) -> Any:
 
 
 def collate(rows: list[Any]) -> Any:
-    return torch.stack(rows).long() if isinstance(rows[0], torch.Tensor) else rows
+    return stacked(rows) if isinstance(rows[0], torch.Tensor) else rows
 
 
 def batches(task: Task) -> Iterator[Any]:

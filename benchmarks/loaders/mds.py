@@ -9,22 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import streaming
-import torch
 from prepared import ROW_TOKENS, Prepared
 
-from loaders import Task
+from loaders import Task, stacked
 
 VERSION = "mosaicml-streaming"
 EPOCH_ROWS = 1 << 20
 
 
-class TokenRows(streaming.StreamingDataset):
-    """Rows of tokens as tensors, in the way of the library's own examples: in ``__getitem__``."""
-
-    def __getitem__(self, at: Any) -> Any:
-        return torch.from_numpy(super().__getitem__(at)["row"].astype(np.int64))
+def collate_tokens(samples: list[dict[str, Any]]) -> Any:
+    return stacked([sample["row"] for sample in samples])
 
 
 def convert(data: Prepared, folder: Path) -> None:
@@ -35,10 +30,12 @@ def convert(data: Prepared, folder: Path) -> None:
                 writer.write({"row": row})
 
 
-def mixed(task: Task, cls: type = streaming.StreamingDataset) -> Any:
+def mixed(task: Task) -> Any:
     streaming.base.util.clean_stale_shared_memory()
     streams = [streaming.Stream(local=str(task.folder / n), proportion=share) for n, share in task.mix.items()]
-    return cls(streams=streams, epoch_size=EPOCH_ROWS, batch_size=task.batch_size, shuffle=True, shuffle_seed=task.seed)
+    return streaming.StreamingDataset(
+        streams=streams, epoch_size=EPOCH_ROWS, batch_size=task.batch_size, shuffle=True, shuffle_seed=task.seed
+    )
 
 
 def items(task: Task) -> Iterator[Any]:
@@ -50,8 +47,13 @@ def value(item: Any) -> Any:
 
 
 def batches(task: Task) -> Iterator[Any]:
-    dataset = mixed(task, TokenRows if task.packed else streaming.StreamingDataset)
-    return iter(streaming.StreamingDataLoader(dataset, batch_size=task.batch_size, num_workers=task.workers))
+    loader = streaming.StreamingDataLoader(
+        mixed(task),
+        batch_size=task.batch_size,
+        num_workers=task.workers,
+        collate_fn=collate_tokens if task.packed else None,
+    )
+    return iter(loader)
 
 
 def values(batch: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import default_collate
 from torchdata.nodes import (
     Batcher,
     IterableWrapper,
@@ -36,10 +35,7 @@ def items(task: Task) -> Iterator[Any]:
 
 
 def batches(task: Task) -> Iterator[Any]:
-    def collate(samples: list[Any]) -> Any:
-        return default_collate([to_row(sample) for sample in samples])
-
-    to_row = wds.tokens if task.packed else wds.texts
+    collate = wds.collate_tokens if task.packed else wds.collate_texts
     batcher = Batcher(mixed(task), task.batch_size)
     return iter(Loader(ParallelMapper(batcher, collate, num_workers=task.workers, method="thread")))
 

@@ -8,21 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
 import webdataset
 
-from loaders import Task
+from loaders import Task, stacked
 
 VERSION = "webdataset"
 
 
-def tokens(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.from_numpy(sample["input_ids.npy"].astype(np.int64))}
+def collate_tokens(samples: list[dict[str, Any]]) -> Any:
+    return stacked([sample["input_ids.npy"] for sample in samples])
 
 
-def texts(sample: dict[str, Any]) -> dict[str, str]:
-    return {"txt": sample["txt"]}
+def collate_texts(samples: list[dict[str, Any]]) -> Any:
+    return [sample["txt"] for sample in samples]
 
 
 def sources(task: Task) -> list[webdataset.WebDataset]:
@@ -41,10 +39,10 @@ def value(item: Any) -> Any:
 
 
 def batches(task: Task) -> Iterator[Any]:
-    parts = [source.map(tokens if task.packed else texts) for source in sources(task)]
-    mixed = webdataset.RandomMix(parts, probs=list(task.mix.values()))
-    return iter(webdataset.WebLoader(mixed, batch_size=task.batch_size, num_workers=task.workers))
+    mixed = webdataset.RandomMix(sources(task), probs=list(task.mix.values()))
+    collate = collate_tokens if task.packed else collate_texts
+    return iter(webdataset.WebLoader(mixed, batch_size=task.batch_size, num_workers=task.workers, collate_fn=collate))
 
 
 def values(batch: Any) -> Any:
-    return batch["input_ids"] if "input_ids" in batch else batch["txt"]
+    return batch

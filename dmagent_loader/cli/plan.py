@@ -17,6 +17,8 @@ from dmagent_loader.plan import EXHAUSTION_RULES, Plan
 from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.shards import ShardCollection, load_manifest
 from dmagent_loader.simplex import FloatArray
+from dmagent_loader.state import MAX_STATE_BYTES
+from dmagent_loader.untrusted import read_regular
 
 _BATCH = 4096
 
@@ -146,15 +148,17 @@ def read_saved_state(path: Path) -> Mapping[str, Any]:
     """
     path = path / "trainer_state.json" if path.is_dir() else path
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        saved = json.loads(read_regular(path, MAX_STATE_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise StateError(f"{path} cannot be read as JSON: {error}") from error
     if isinstance(saved, Mapping) and "stateful_callbacks" in saved:
-        held = saved["stateful_callbacks"].get("DataMixingCallback")
-        held = held[-1] if isinstance(held, list) and held else held
-        if not isinstance(held, Mapping):
-            raise StateError(f"{path} was saved without DataMixingCallback: it says nothing about the order of samples")
-        saved = held["attributes"]["sampler"]
+        try:
+            held = saved["stateful_callbacks"]["DataMixingCallback"]
+            saved = (held[-1] if isinstance(held, list) else held)["attributes"]["sampler"]
+        except (LookupError, TypeError) as error:
+            raise StateError(
+                f"{path} was saved without DataMixingCallback: it says nothing about the order of samples"
+            ) from error
     if not isinstance(saved, Mapping) or "ledger" not in saved:
         raise StateError(f"{path} holds no sampler state: pass what state_dict() returned, or a Trainer's checkpoint")
     return saved

@@ -321,7 +321,7 @@ class MegatronMixing:
             )
         try:
             restored = json.loads(state["json"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise StateError(f"the checkpoint's state of MegatronMixing cannot be read: {error!r}") from error
         self._mixing.load_state_dict(restored)
         self.data_iterator.begin = self._mixing.consumed

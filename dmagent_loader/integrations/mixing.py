@@ -127,7 +127,7 @@ class Mixing:
             try:
                 restored, questions = state["sampler"], state["environment"]
                 consumed = int(restored["consumed"])
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise StateError(f"the checkpoint's state of DataMixingCallback cannot be read: {error!r}") from error
         self.sampler.load_state_dict(restored)
         self.consumed = consumed

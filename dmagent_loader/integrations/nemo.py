@@ -172,7 +172,7 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
         """
         try:
             consumed, sampler = int(state_dict["consumed_samples"]), json.loads(state_dict["sampler"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise StateError(f"the checkpoint's state of AgentWeightedDataModule cannot be read: {error!r}") from error
         self.sampler.load_state_dict(sampler)
         self.data_sampler.init_consumed_samples = self.data_sampler.prev_consumed_samples = consumed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from dmagent_loader.shards.index import ShardDamage
 from dmagent_loader.shards.reader import MAX_OPEN_FILES, Source, open_source
 from dmagent_loader.shards.recent import Recent
 from dmagent_loader.shards.table import ChangedRow, RowTable
-from dmagent_loader.shards.urls import base_name, display_url, expand_shards
+from dmagent_loader.shards.urls import base_name, display_url, expand_shards, is_local
 
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 OnDamage = Literal["raise", "skip"]
@@ -172,11 +173,19 @@ class ShardCollection:
         try:
             return table.read(self._open.get(number), row, self._verify)
         except ChangedRow as change:
+            if not is_local(self._catalogue.url(number)):
+                # The bytes may have changed on their way: a second look tells.
+                with contextlib.suppress(ChangedRow):
+                    return table.read(self._open.get(number), row, self._verify)
             raise DamagedShardError(
                 f"row {row} (key {table.key(row)!r}) of shard {self._display(number)} changed since it was indexed "
                 f"({change}): the file was overwritten or its disk is failing; restore it, or open the shards again to "
                 "index the new version"
             ) from None
+
+    def display(self, domain: int, shard: int) -> str:
+        """The URL of a shard, for messages."""
+        return self._display(self._spans[domain][0] + shard)
 
     def summaries(self) -> tuple[ShardSummary, ...]:
         """What is known of every shard, in order of domains and shards."""

@@ -430,7 +430,6 @@ def test_members_that_could_run_code_stop_the_run_by_name_and_do_not_run(
     assert not Path("/tmp/dmagent-evil").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="SampleStream hands on a decoder's error without the domain and the shard")
 def test_a_member_that_cannot_be_decoded_is_named_with_its_shard(put: Callable[[bytes], Path]) -> None:
     path = put(member(b"a.json", b"{"))
     sampler = AgentWeightedSampler({"source/a": str(path)}, samples_per_reweight=10, progress=False)

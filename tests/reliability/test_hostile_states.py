@@ -194,7 +194,6 @@ class _Counting(list[Any]):
         return super().__iter__()
 
 
-@pytest.mark.xfail(strict=True, reason="Plan.append makes its list of starts anew: a million entries take days")
 def test_a_plan_of_many_decisions_is_rebuilt_in_linear_time(sampler: AgentWeightedSampler) -> None:
     plan = sampler.plan
     plan._segments = _Counting(plan._segments)

@@ -81,7 +81,6 @@ def test_bytes_that_change_on_the_way_are_found(tmp_path: Path) -> None:
     assert "changed since it was indexed" in outcome.error
 
 
-@pytest.mark.xfail(strict=True, reason="ShardCollection.read does not read a changed row of a remote shard again")
 def test_a_row_that_changed_on_the_way_is_read_again(tmp_path: Path) -> None:
     outcome = run_fault("flipped bit", "read", 1, tmp_path)
     assert outcome.rows_right == len(TEXTS)
