@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Run(dict):
         torch.manual_seed(0)
         model = Model()
         super().__init__(AgentWeightedSampler=AgentWeightedSampler, Environment=Environment, Mixing=Mixing)
-        self.update(DataLoader=DataLoader, packed_tokens=packed_tokens, torch=torch)
+        self.update(DataLoader=DataLoader, packed_tokens=packed_tokens, torch=torch, os=os)
         self.update(model=model, optimizer=torch.optim.AdamW(model.parameters()), step=0, world_size=1, resume=False)
         self.update(saved=None, writer=self, train_step=self.train_step, loss_of=self.loss_of)
         self.update(tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(work / "tokenizer.json")))

@@ -87,6 +87,9 @@ class Restores:
         starts = [entry["start"] - at for entry in differing if entry]
         until = max(0, min(len(samples), len(expected), *starts))
         assert samples[:until] == expected[:until]
+        decided = [[e for e in ledger if e["decided_at"] > at][:1] for ledger in (left.ledger, whole.ledger)]
+        if all(decided) and decided[0][0]["decided_at"] == decided[1][0]["decided_at"]:
+            assert decided[0][0]["mix"] == decided[1][0]["mix"], "the policy saw another history"
         past = [entry for entry in json.loads(whole.states[at])["ledger"] if entry["start"] < at]
         assert left.ledger[: len(past)] == past
         assert samples == replay(self.shards, self.cache, left.ledger, at, len(samples))
