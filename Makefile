@@ -72,7 +72,7 @@ $(STREAMING_STAMP):
 	rm -rf $(STREAMING_VENV)
 	$(PYTHON) -m venv $(STREAMING_VENV)
 	$(STREAMING_PIP) install --quiet -c constraints-streaming.txt torch numpy transformers tqdm catalogue requests \
-		xxhash zstd Brotli python-snappy
+		xxhash zstd Brotli python-snappy pillow
 	$(STREAMING_PIP) install --quiet -c constraints-streaming.txt --no-deps mosaicml-streaming
 	cp -r benchmarks/stand_ins/* $$($(STREAMING_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 	touch $@

@@ -15,11 +15,13 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,11 @@ SHARDS_PER_DOMAIN = (2, 4)
 
 SHARD_BYTES = 16 << 20
 VOCABULARY = 16_384
-TOKENIZER_BYTES = 16 << 20
+TOKENIZER_ONE_IN = 16
+"""Documents on which the tokenizer is trained."""
+
 END_OF_TEXT = "<|endoftext|>"
-VERSION = 1
+VERSION = 2
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -112,10 +116,10 @@ def _dealt(field: str, pool: list[str]) -> dict[str, list[str]]:
     return {f"{field}/{topic}": pool[i :: len(CANONICAL_TOPICS)] for i, topic in enumerate(CANONICAL_TOPICS)}
 
 
-def write_corpus(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """JSON lines for each domain, and a tokenizer trained on them; domain -> file."""
+def write_corpus(args: argparse.Namespace, folder: Path, *, tokenizer: bool) -> dict[str, list[str]]:
+    """JSON lines for each domain, and on demand a tokenizer trained on them; domain -> file."""
     files: dict[str, list[str]] = {}
-    beginning: list[str] = []
+    sample: list[str] = []
     for name, texts in documents(args.data).items():
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,17 +132,17 @@ def write_corpus(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]
                 file.write(json.dumps({"text": text}) + "\n")
                 written += len(text)
         files[name] = [str(path)]
-        beginning += texts[: max(1, len(texts) // 8)]
-    tokenizer = ByteLevelBPETokenizer()
-    size, part = 0, []
-    for text in beginning:
-        size += len(text)
-        part.append(text)
-        if size > TOKENIZER_BYTES:
-            break
-    tokenizer.train_from_iterator(part, VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
+        sample += texts[::TOKENIZER_ONE_IN]
+    if tokenizer:
+        train_tokenizer(sample, folder / "tokenizer.json")
     return files
+
+
+def train_tokenizer(texts: list[str], path: Path) -> None:
+    """A byte-level BPE tokenizer."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False)
+    tokenizer.save(str(path))
 
 
 def repeated(base: Path, record: DomainRecord, output: Path, name: str, times: int, kind: str) -> DomainRecord:
@@ -202,32 +206,39 @@ def weights(rows: np.ndarray) -> list[float]:
 
 
 def make_shards(args: argparse.Namespace) -> None:
-    """Both kinds of shards, if they are not there yet with the same settings."""
+    """Both kinds of shards, each if it is not there yet with the same settings."""
     settings = [VERSION, str(args.data and args.data.name), args.gigabytes, args.megabytes, ROW_TOKENS, VOCABULARY]
     stamp = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     folder: Path = args.bench_data
-    if all((folder / k / "meta.json").exists() and Prepared(folder / k).stamp == stamp for k in KINDS):
+    wanted = [k for k in KINDS if not ((folder / k / "meta.json").exists() and Prepared(folder / k).stamp == stamp)]
+    if not wanted:
         return
-    for kind in KINDS:
-        shutil.rmtree(folder / kind, ignore_errors=True)
-    with_corpus = folder / "making"
-    shutil.rmtree(with_corpus, ignore_errors=True)
-    print("collecting documents", flush=True)
-    files = write_corpus(args, with_corpus / "corpus")
-    for kind in KINDS:
-        print(f"writing shards of {kind} rows", flush=True)
-        packing = {"tokenizer": str(with_corpus / "corpus" / "tokenizer.json"), "sequence_length": ROW_TOKENS}
-        config = ShardingConfig(**(packing if kind == "packed" else {}))
-        base = with_corpus / kind
-        once = shard_files(files, base, config, progress=False)
-        times = max(1, round(args.gigabytes * 1e9 / sum(record.bytes for record in once.values())))
-        shards = folder / kind / "shards"
-        records = {name: repeated(base, record, shards, name, times, kind) for name, record in once.items()}
-        (shards / MANIFEST_NAME).write_text(manifest_text(records, {}))
-        entries = survey(folder / kind, kind, records)
-        meta = {"stamp": stamp, "times": times, "domains": entries}
-        (folder / kind / "meta.json").write_text(json.dumps(meta, indent=1))
-    shutil.rmtree(with_corpus)
+    with tempfile.TemporaryDirectory(dir=made(folder)) as scratch:
+        print("collecting documents", flush=True)
+        files = write_corpus(args, Path(scratch) / "corpus", tokenizer="packed" in wanted)
+        for kind in wanted:
+            print(f"writing shards of {kind} rows", flush=True)
+            make_kind(args, files, Path(scratch), kind, stamp)
+
+
+def make_kind(args: argparse.Namespace, files: dict[str, list[str]], scratch: Path, kind: str, stamp: str) -> None:
+    """The shards of one kind; their ``meta.json`` comes last and says that they are whole."""
+    shutil.rmtree(args.bench_data / kind, ignore_errors=True)
+    packing = {"tokenizer": str(scratch / "corpus" / "tokenizer.json"), "sequence_length": ROW_TOKENS}
+    config = ShardingConfig(**(packing if kind == "packed" else {}))
+    once = shard_files(files, scratch / kind, config, progress=False)
+    times = math.ceil(args.gigabytes * 1e9 / sum(record.bytes for record in once.values()))
+    shards = made(args.bench_data / kind / "shards")
+    records = {name: repeated(scratch / kind, record, shards, name, times, kind) for name, record in once.items()}
+    (shards / MANIFEST_NAME).write_text(manifest_text(records, {}))
+    meta = {"stamp": stamp, "times": times, "domains": survey(args.bench_data / kind, kind, records)}
+    (args.bench_data / kind / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def made(folder: Path) -> Path:
+    """The folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def convert(args: argparse.Namespace, prefix: list[str]) -> None:
