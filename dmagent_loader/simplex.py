@@ -167,8 +167,10 @@ def em_projection(composition: FloatArray, target: FloatArray, start: FloatArray
     for _ in range(iterations):
         mixed = mix @ composition
         ratio = np.divide(reachable, mixed, out=np.zeros_like(mixed), where=mixed > 0)
-        mix = mix * (composition @ ratio)
+        previous, mix = mix, mix * (composition @ ratio)
         mix = mix / mix.sum()
+        if np.array_equal(mix, previous):
+            break  # to the last bit: the steps that are left would change nothing
     return np.asarray(mix, dtype=np.float64)
 
 

@@ -66,26 +66,34 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, tail: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, tail: int | None = None) -> Tensor:
         """Attends.
 
         Args:
             x: (B, T, d).
             rotary: See `rotary_tables`.
-            mask: (B or 1, 1, T, T) bool, True where row attends to column.
+            mask: (B or 1, 1, T, T) bool, True where row attends to column. None: each token attends to itself and to
+                all earlier ones, which costs half as much where no mask has to be read.
             tail: Give only the last `tail` tokens; None: all.
 
         Returns:
             (B, tail or T, d).
         """
-        start = 0 if tail is None else x.shape[1] - tail
+        length = x.shape[1]
+        start = 0 if tail is None else length - tail
+        if mask is None and 0 < start < length - 1:
+            mask = causal_mask(length, None, x.device)
         query, key, value = (
             projection(part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, part in ((self.q_proj, x[:, start:]), (self.k_proj, x), (self.v_proj, x))
         )
         cos, sin = rotary
         query, key = _rotate(query, (cos[:, :, start:], sin[:, :, start:])), _rotate(key, rotary)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, :, start:])
+        allowed = None if mask is None else mask[:, :, start:]
+        # The last token alone attends to everything; "is_causal" would count it as the first.
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=mask is None and start == 0
+        )
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -115,7 +123,7 @@ class DecoderBlock(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.feed_forward = SwiGLU(d_model, d_ff)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, tail: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, tail: int | None = None) -> Tensor:
         """(B, T, d) to (B, tail or T, d); `rotary`, `mask` and `tail` as in `SelfAttention`."""
         start = 0 if tail is None else x.shape[1] - tail
         x = x[:, start:] + self.attention(self.attention_norm(x), rotary, mask, tail)

@@ -82,7 +82,7 @@ class MixingAgent(nn.Module):
             inputs = torch.where(mask[..., None], inputs, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
         x = self.embed(inputs)
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
-        allowed = causal_mask(length, mask, inputs.device)
+        allowed = None if mask is None else causal_mask(length, mask, inputs.device)
         for number, block in enumerate(self.blocks, start=1):
             x = block(x, rotary, allowed, tail if number == len(self.blocks) else None)
         out: Tensor = self.head(self.norm(x))

@@ -101,6 +101,22 @@ def test_many_iterations_find_a_mixture_that_the_bayes_split_misses() -> None:
     np.testing.assert_allclose(em_projection(composition, target, start, 3000), truth, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["a topic each", "several of one topic", "mixed"])
+def test_the_projection_is_that_of_all_steps_to_the_last_bit(kind: str) -> None:
+    """It ends early where nothing changes any more. Catches a tolerance, under which slow steps would be left out."""
+    rng = np.random.default_rng(0)
+    composition = {"a topic each": np.eye(26), "several of one topic": np.repeat(np.eye(26), 3, axis=0)}.get(
+        kind, rng.dirichlet(np.full(26, 0.2), 12)
+    )
+    target = rng.multinomial(2**20, rng.dirichlet(np.ones(26))) / 2**20  # sums to 1 exactly
+    mix = np.full(len(composition), 1 / len(composition))
+    for _ in range(50):
+        mix = mix * (composition @ (target / (mix @ composition)))
+        mix = mix / mix.sum()
+
+    np.testing.assert_array_equal(em_projection(composition, target, np.ones(len(composition))), mix)
+
+
 def test_uncovered_mass_is_left_out_and_no_cover_at_all_is_an_error() -> None:
     composition = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     start = np.array([0.5, 0.5])
