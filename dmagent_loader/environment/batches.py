@@ -1,6 +1,8 @@
-"""Which rank scores which pairs, and in which calls of the model.
+"""Which rank scores which pairs, in which calls of the model, and what a call is given.
 
-Everything here is a pure function of the token counts, so every rank computes the plan of all ranks and none is sent.
+The plan is a pure function of the token counts, so every rank computes that of all ranks and none is sent.
+
+Shapes: B pairs in a call, T tokens of the longest, S scored tokens of the call.
 """
 
 from __future__ import annotations
@@ -11,6 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmagent_loader.environment.encoding import EncodedQuestion, Tokens
+
+DEFAULT_BATCH_TOKENS = 8192
+BATCH_TOKENS = {"cpu": 1024}
+"""By type of device: with more than its caches hold, a CPU gets slower (benchmarks/environment.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,38 @@ def window(encoded: EncodedQuestion, max_length: int, *, whole_pair: bool) -> Sc
     return ScoredWindow(
         tokens=tokens, num_scored=predictable if whole_pair else min(encoded.num_answer_tokens, predictable)
     )
+
+
+class Batch:
+    """Windows side by side, padded on the right.
+
+    Attributes:
+        input_ids: (B, T).
+        following: (B, T), the token after each.
+        mask: (B, T), 0 on padding.
+        rows: (S,), the row of each scored position.
+        columns: (S,), its column, counted from the right (-1 is the last): a model may return only its last positions,
+            or put virtual tokens before the first.
+        targets: (S,), the token that is scored there.
+        num_kept: How many of the last columns hold all scored positions.
+    """
+
+    def __init__(self, windows: Sequence[ScoredWindow]) -> None:
+        width = max(window.num_inputs for window in windows)
+        self.input_ids = np.zeros((len(windows), width), dtype=np.int64)
+        self.following = np.zeros_like(self.input_ids)
+        self.mask = np.zeros_like(self.input_ids)
+        for row, window in enumerate(windows):
+            self.input_ids[row, : window.num_inputs] = window.tokens[:-1]
+            self.following[row, : window.num_inputs] = window.tokens[1:]
+            self.mask[row, : window.num_inputs] = 1
+        self.rows = np.repeat(np.arange(len(windows)), [window.num_scored for window in windows])
+        self.columns = np.concatenate([np.arange(w.num_inputs - w.num_scored, w.num_inputs) for w in windows]) - width
+        self.targets = self.following[self.rows, self.columns]
+        self.num_kept = -int(self.columns.min())
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
 
 def plan_batches(

@@ -14,7 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from dmagent_loader.distributed import all_reduce_sum, get_rank, get_world_size, is_active, together
-from dmagent_loader.environment.batches import ScoredWindow, plan_batches, window
+from dmagent_loader.environment.batches import (
+    BATCH_TOKENS,
+    DEFAULT_BATCH_TOKENS,
+    ScoredWindow,
+    plan_batches,
+    window,
+)
 from dmagent_loader.environment.encoding import PairEncoder, Tokenizer, request, tokenizer_max_length
 from dmagent_loader.environment.questions import (
     Paths,
@@ -55,7 +61,8 @@ class EnvironmentSettings:
             the model's configuration, else the tokenizer's, else 2048.
         max_questions: The most questions of a field, evenly spaced in its files. None: all.
         batch_size: The most pairs in a call of the model.
-        batch_tokens: The most tokens in a call of the model, padding included. Neither changes the feedback.
+        batch_tokens: The most tokens in a call of the model, padding included. None: 8192, or 1024 on a CPU, whose
+            caches hold no more. Neither changes the feedback.
         prefix_token_id: Stands in for an empty question. None: the tokenizer's BOS token, else its EOS token.
         progress: Whether rank 0 shows a progress bar.
 
@@ -69,7 +76,7 @@ class EnvironmentSettings:
     max_length: int | None = None
     max_questions: int | None = None
     batch_size: int = 64
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     prefix_token_id: int | None = None
     progress: bool = True
 
@@ -288,12 +295,13 @@ class Environment:
         times: FloatArray,
     ) -> None:
         """Scores this rank's share of the pairs into `sums` and `times`, both (N,)."""
+        scorer = Scorer(model)
         batches, num_calls = plan_batches(
             [entry.num_inputs for entry in windows],
             rank=rank,
             world_size=world_size,
             batch_size=self.settings.batch_size,
-            batch_tokens=self.settings.batch_tokens,
+            batch_tokens=self.settings.batch_tokens or BATCH_TOKENS.get(scorer.device.type, DEFAULT_BATCH_TOKENS),
         )
         shown = self.settings.progress and get_rank() == 0
         results = []
@@ -301,7 +309,7 @@ class Environment:
             scoring_state(model),
             tqdm(total=sum(map(len, batches)), desc="environment", unit="q", leave=False, disable=not shown) as bar,
         ):
-            scorer = Scorer(model)
+            scorer.take_over_output_layer(windows)
             for batch in batches:
                 # Left on the device: fetching each batch's result would make the GPU wait for Python.
                 results.append(scorer.log_probs([windows[pair] for pair in batch]))

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmagent_loader.environment.batches import ScoredWindow
+from dmagent_loader.environment.batches import Batch, ScoredWindow
+from dmagent_loader.environment.output_layer import hooked, output_layer, scored_hidden
 from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.simplex import IntArray
 
 Model: TypeAlias = Callable[..., Any]
 """Called as ``model(input_ids, attention_mask=...)``; returns logits, or an object that has them as ``.logits``.
@@ -26,8 +28,11 @@ it instead: for the log-probability of each following token, (B, T), or None on 
 a model whose logits lie on several ranks never has to gather them.
 """
 
-SLICE_ELEMENTS = 1 << 22
-"""How many logits are turned into float32 at a time (16 MiB)."""
+SLICE_POSITIONS = 128
+"""Positions whose logits are taken at a time, in float32: 26 MB with a vocabulary of 50k.
+
+From 32 MB on, glibc asks the kernel for every buffer anew, and its clearing takes as long as the work.
+"""
 
 LENGTH_ATTRIBUTES = ("n_positions", "max_position_embeddings", "n_ctx")
 
@@ -100,27 +105,62 @@ class Scorer:
     """Calls a model and picks the log-probabilities of the scored tokens.
 
     Args:
-        model: Unwrapped, and inside `scoring_state`.
+        model: Unwrapped; called inside `scoring_state`.
     """
 
     def __init__(self, model: Model) -> None:
+        self.device = _device_of(model)
         self._model = model
-        self._device = _device_of(model)
         self._token_log_probs = getattr(model, "token_log_probs", None)
+        self._output_layer: nn.Linear | None = None
         forward = model.forward if isinstance(model, nn.Module) else model
         try:
             self._keeps_logits = "logits_to_keep" in inspect.signature(forward).parameters
         except (TypeError, ValueError):
             self._keeps_logits = False
 
-    def log_probs(self, batch: Sequence[ScoredWindow]) -> Tensor | None:
+    def take_over_output_layer(self, windows: Sequence[ScoredWindow]) -> bool:
+        """From now on applies the model's output layer itself, to the scored positions alone and a few at a time.
+
+        With a vocabulary of 50k this layer and the softmax cost more than all others of a small model, and the logits
+        of one call can take more memory than the model. A hook, there only while the model is called, gets the hidden
+        states that the layer is about to be given. Done only if a trial call with a few tokens shows that the model
+        names its output layer (``get_output_embeddings``), uses it once, and does nothing with the logits afterwards.
+
+        Args:
+            windows: The pairs of this evaluation.
+
+        Returns:
+            Whether it does.
+        """
+        layer = None if self._token_log_probs is not None else output_layer(self._model)
+        if layer is None:
+            return False
+        # Rows of unlike length and scored part: exchanged rows or columns, or a shift by the padding, would show.
+        trial = [windows[0].tokens[:8], windows[-1].tokens[:5]]
+        batch = Batch([ScoredWindow(tokens=tokens, num_scored=(len(tokens) + 1) // 2) for tokens in trial])
+        seen: list[Tensor] = []
+
+        def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            hidden = scored_hidden(module, inputs, batch)
+            if hidden is not None:
+                seen.append(module.forward(hidden))
+
+        with hooked(layer, look):
+            logits = self._logits(batch)
+        expected = logits[batch.rows, batch.columns]
+        if len(seen) == 1 and _alike(seen[0], expected):
+            self._output_layer = layer
+        return self._output_layer is not None
+
+    def log_probs(self, windows: Sequence[ScoredWindow]) -> Tensor | None:
         """Log-probabilities of the scored tokens of one batch, in nats.
 
         Pairs are padded on the right and masked. Positions that are not scored cost no softmax, and no output layer
-        where the model can leave it out (``logits_to_keep``).
+        where this was taken over; else none where the model can leave it out (``logits_to_keep``).
 
         Args:
-            batch: B windows.
+            windows: B pairs.
 
         Returns:
             (S,) on the model's device: the scored tokens of the first window, then of the second, and so on. None: the
@@ -129,70 +169,81 @@ class Scorer:
         Raises:
             ConfigurationError: The model does not return logits of the right shape.
         """
-        width = max(window.num_inputs for window in batch)
-        input_ids = np.zeros((len(batch), width), dtype=np.int64)
-        mask = np.zeros((len(batch), width), dtype=np.int64)
-        rows, columns, targets = [], [], []
-        for row, window in enumerate(batch):
-            input_ids[row, : window.num_inputs] = window.tokens[:-1]
-            mask[row, : window.num_inputs] = 1
-            rows.append(np.full(window.num_scored, row))
-            columns.append(np.arange(window.num_inputs - window.num_scored, window.num_inputs))
-            targets.append(window.tokens[-window.num_scored :])
+        batch = Batch(windows)
         if self._token_log_probs is not None:
-            following = np.zeros_like(input_ids)
-            for row, window in enumerate(batch):
-                following[row, : window.num_inputs] = window.tokens[1:]
-            found = self._token_log_probs(self._tensor(input_ids), self._tensor(following))
+            found = self._token_log_probs(self._tensor(batch.input_ids), self._tensor(batch.following))
             if found is None:
                 return None
-            chosen: Tensor = found[np.concatenate(rows), np.concatenate(columns)]
+            chosen: Tensor = found[batch.rows, batch.columns]
             return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-        kept = width - min(int(column[0]) for column in columns)
-        arguments: dict[str, Any] = {"attention_mask": self._tensor(mask)}
+        if self._output_layer is None:
+            logits = self._logits(batch)
+            return _log_probs(lambda part: logits[batch.rows[part], batch.columns[part]], batch.targets)
+        scored: list[Tensor] = []
+
+        def score(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = scored_hidden(module, inputs, batch)
+            assert hidden is not None, "the output layer is given something else than in the trial"
+            scored.append(_log_probs(lambda part: module.forward(hidden[part]), batch.targets))
+            # The model goes on with one position of each row, as in generation.
+            return inputs[0][:, -1:], *inputs[1:]
+
+        with hooked(self._output_layer, score):
+            self._call(batch)
+        return scored[0]
+
+    def _call(self, batch: Batch) -> Any:
+        arguments: dict[str, Any] = {"attention_mask": self._tensor(batch.mask)}
         if self._keeps_logits:
-            arguments["logits_to_keep"] = kept
-        output = self._model(self._tensor(input_ids), **arguments)
+            arguments["logits_to_keep"] = batch.num_kept
+        return self._model(self._tensor(batch.input_ids), **arguments)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """The model's logits, (B, at least `batch.num_kept`, V)."""
+        output = self._call(batch)
         logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor) or logits.dim() != 3 or len(logits) != len(batch) or logits.shape[1] < kept:
+        if (
+            not isinstance(logits, Tensor)
+            or logits.dim() != 3
+            or len(logits) != len(batch)
+            or logits.shape[1] < batch.num_kept
+        ):
             shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
             raise ConfigurationError(
-                f"the model returned {shown} for input of shape ({len(batch)}, {width}): it must return logits of "
+                f"the model returned {shown} for input of shape {batch.input_ids.shape}: it must return logits of "
                 "shape (batch, length, vocabulary), or an object with such a tensor as .logits"
             )
-        # Counted from the right: a model may return only the last positions, or put virtual tokens before the first.
-        columns_from_right = np.concatenate(columns) - width + logits.shape[1]
-        return _picked_log_probs(
-            logits,
-            torch.from_numpy(np.concatenate(rows)).to(logits.device),
-            torch.from_numpy(columns_from_right).to(logits.device),
-            torch.from_numpy(np.concatenate(targets)).to(logits.device),
-        )
+        return logits
 
-    def _tensor(self, values: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+    def _tensor(self, values: IntArray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
 
-def _picked_log_probs(logits: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of `targets` at (`rows`, `columns`), in float32 or better, a slice of positions at a time.
+def _log_probs(logits: Callable[[slice], Tensor], targets: IntArray) -> Tensor:
+    """Log-probabilities in float32 or better, a slice of positions at a time.
 
     Args:
-        logits: (B, T, V), any float type.
-        rows: (S,).
-        columns: (S,).
+        logits: The logits (n, V) of any n of S positions, any float type.
         targets: (S,).
 
     Returns:
         (S,).
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    size = max(1, SLICE_ELEMENTS // logits.shape[-1])
     picked = []
-    for start in range(0, len(targets), size):
-        part = slice(start, start + size)
-        scores = logits[rows[part], columns[part]].to(dtype)
-        picked.append(-nn.functional.cross_entropy(scores, targets[part], reduction="none"))
+    for start in range(0, len(targets), SLICE_POSITIONS):
+        part = slice(start, start + SLICE_POSITIONS)
+        scores = logits(part)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        wanted = torch.from_numpy(targets[part]).to(scores.device)
+        picked.append(-nn.functional.cross_entropy(scores, wanted, reduction="none"))
     return torch.cat(picked)
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether logits are equal up to rounding."""
+    largest = float(expected.abs().max())
+    tolerance = largest * max(1e-4, 4 * torch.finfo(expected.dtype).eps)
+    return found.shape == expected.shape and torch.allclose(found.to(expected.dtype), expected, rtol=0, atol=tolerance)
 
 
 def _configs(model: Model) -> list[Any]:

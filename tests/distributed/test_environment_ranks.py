@@ -16,7 +16,9 @@ import json, os, sys
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from dmagent_loader.environment import Environment
+from dmagent_loader.environment.scoring import Scorer, scoring_state
 
 
 class Bytes(nn.Module):
@@ -25,6 +27,9 @@ class Bytes(nn.Module):
         torch.manual_seed(0)
         self.embedding, self.dropout, self.head = nn.Embedding(256, 8), nn.Dropout(0.5), nn.Linear(8, 256)
         self.fails, self.calls = False, 0
+
+    def get_output_embeddings(self):
+        return self.head
 
     def forward(self, input_ids, attention_mask):
         self.calls += 1
@@ -57,6 +62,13 @@ try:
     report["error"] = None
 except Exception as error:
     report["error"] = f"{type(error).__name__}: {error}"
+# Weights that lie on several ranks are gathered in the model's own forward, and only then.
+sharded = Bytes()
+if distributed:
+    fully_shard(sharded)
+with scoring_state(sharded):
+    report["taken over"] = Scorer(sharded).take_over_output_layer(environment._windows_for(sharded))
+report["sharded"] = environment.evaluate(sharded)
 report["training"] = all(module.training for module in parallel.modules())
 with open(f"{sys.argv[1]}/rank{rank}.json", "w") as file:
     json.dump(report, file)
@@ -119,6 +131,13 @@ def test_ranks_that_hold_parts_of_one_model_count_once(single, double):
     assert [rank["replicas"] for rank in double[0]] == [pytest.approx(single["feedback"], abs=1e-5)] * 2
 
 
+def test_a_sharded_model_gives_the_numbers_of_a_whole_one(single, double):
+    """Catches an output layer that is applied while its weights are not there, or in unequal numbers of collectives."""
+    for rank in double[0]:
+        assert rank["taken over"] is True
+        assert rank["sharded"] == pytest.approx(single["feedback"], abs=1e-5)
+
+
 def test_failure_on_one_rank_is_an_error_on_all_instead_of_a_hang(double):
     (first, second), _ = double
 
@@ -131,5 +150,5 @@ def test_failure_on_one_rank_is_an_error_on_all_instead_of_a_hang(double):
 
 def test_only_rank_0_shows_a_progress_bar(double):
     _, stderr = double
-    # Each bar starts with an empty one; four evaluations of rank 0 show a bar.
-    assert stderr.count("environment:   0%") == 4
+    # Each bar starts with an empty one; five evaluations of rank 0 show a bar.
+    assert stderr.count("environment:   0%") == 5

@@ -90,6 +90,13 @@ def test_batches_keep_to_the_token_budget(model, pairs):
     assert sum(rows for rows, _ in model.calls) == len(pairs)
 
 
+def test_calls_on_a_cpu_are_small_unless_told_otherwise(model, pairs):
+    """More tokens than its caches hold make a CPU slower, not faster."""
+    quiet({"x": pairs * 2}).evaluate(model)
+
+    assert max(rows * width for rows, width in model.calls) <= 1024
+
+
 def test_order_of_the_questions_does_not_change_the_feedback(model, pairs):
     forwards, backwards = quiet({"x": pairs}), quiet({"x": pairs[::-1]})
 

@@ -1,0 +1,243 @@
+"""The output layer is applied to the scored positions alone where that changes nothing, and left alone elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from dmagent_loader.environment import Environment
+from dmagent_loader.environment.output_layer import output_layer
+from dmagent_loader.environment.scoring import SLICE_POSITIONS, Scorer, scoring_state
+
+VOCABULARY = 257  # no other size in these models, so that logits are known by it
+
+
+class Causal(nn.Module):
+    """Names its output layer as models of transformers do."""
+
+    def __init__(self, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.head = nn.Linear(16, VOCABULARY) if head is None else head
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask):
+        steps = torch.arange(1, input_ids.shape[1] + 1)[:, None]
+        return self.logits(self.embedding(input_ids).cumsum(dim=1) / steps)
+
+    def logits(self, hidden):
+        return self.head(hidden)
+
+
+def environment(pairs, **settings):
+    return Environment.from_pairs({"x": pairs}, lambda text: list(text.encode()), progress=False, **settings)
+
+
+def takes_over(model, pairs) -> bool:
+    windows = environment(pairs)._windows_for(model)
+    with scoring_state(model):
+        return Scorer(model).take_over_output_layer(windows)
+
+
+def sums(model, pairs, **settings):
+    return environment(pairs, **settings).log_likelihoods(model)["x"].sums
+
+
+def expected_sums(model, pairs):
+    """Pair by pair from the logits of all positions, without anything of the package but the tokens."""
+    values = []
+    for encoded in environment(pairs)._encoded:
+        tokens = torch.from_numpy(encoded.tokens)[None]
+        with torch.no_grad():
+            output = model(input_ids=tokens[:, :-1], attention_mask=torch.ones_like(tokens[:, :-1]))
+        log_probs = getattr(output, "logits", output).double().log_softmax(-1)
+        picked = log_probs.gather(-1, tokens[:, 1:, None])[0, :, 0]
+        values.append(float(picked[-encoded.num_answer_tokens :].sum()))
+    return np.array(values)
+
+
+class Logits(TorchFunctionMode):
+    """Notes how many positions' logits every operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-1:] == (VOCABULARY,):
+            self.most = max(self.most, result.numel() // VOCABULARY)
+        return result
+
+
+def test_it_is_applied_to_the_scored_positions_alone_and_gives_the_same(pairs):
+    """Catches exchanged rows and columns, positions counted from the left of a padded batch, a shift by one."""
+    model = Causal()
+
+    assert takes_over(model, pairs)
+    np.testing.assert_allclose(sums(model, pairs), expected_sums(model, pairs), rtol=0, atol=1e-4)
+
+
+def test_logits_of_a_whole_call_are_never_in_memory(pairs):
+    """That is what keeps an evaluation beside a training run from running out of memory."""
+    settings = {"batch_size": 64, "batch_tokens": 100_000}
+    with Logits() as ours:
+        sums(Causal(), pairs, **settings)
+    with Logits() as plain:
+        sums(Scaled(), pairs, **settings)
+
+    assert ours.most <= SLICE_POSITIONS < plain.most
+
+
+class Capped(Causal):
+    def logits(self, hidden):
+        return 5 * torch.tanh(self.head(hidden) / 5)
+
+
+class Scaled(Causal):
+    def logits(self, hidden):
+        return self.head(hidden) / 8
+
+
+class RowsExchanged(Causal):
+    def logits(self, hidden):
+        return self.head(hidden.flip(0)).flip(0)
+
+
+class Flattened(Causal):
+    def logits(self, hidden):
+        return self.head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
+
+class UsedTwice(Causal):
+    def logits(self, hidden):
+        return self.head(hidden) + 0 * self.head(hidden / 2)
+
+
+class AnotherIsUsed(Causal):
+    def get_output_embeddings(self):
+        return nn.Linear(16, VOCABULARY)
+
+
+class NamesNothing(Causal):
+    def get_output_embeddings(self):
+        return None
+
+
+class CannotName(Causal):
+    def get_output_embeddings(self):
+        raise NotImplementedError
+
+
+class Adapted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+def offloaded(layer: nn.Linear) -> nn.Linear:
+    """With a forward of the object's own, as accelerate gives to layers whose weights lie elsewhere."""
+    inner = layer.forward
+    layer.forward = lambda x: 2 * inner(x)
+    return layer
+
+
+MORE = {
+    "capped": Capped,
+    "scaled": Scaled,
+    "rows exchanged": RowsExchanged,
+    "flattened": Flattened,
+    "used twice": UsedTwice,
+    "another is used": AnotherIsUsed,
+    "names nothing": NamesNothing,
+    "cannot name": CannotName,
+    "adapted": lambda: Causal(Adapted(16, VOCABULARY)),
+    "offloaded": lambda: Causal(offloaded(nn.Linear(16, VOCABULARY))),
+}
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_a_model_that_does_more_is_left_alone(pairs, more):
+    """Catches a wrong guess about an unknown model, which would be wrong feedback without any message."""
+    model = MORE[more]()
+
+    assert not takes_over(model, pairs)
+    np.testing.assert_allclose(sums(model, pairs), expected_sums(model, pairs), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_on_the_layer(pairs, fails):
+    """A hook that stayed would cut the hidden states of the next training step."""
+    model = Causal()
+    called = []
+    model.head.register_forward_pre_hook(lambda module, inputs: called.append(1))
+    before = dict(model.head._forward_pre_hooks)
+    if fails:
+        model.logits = lambda hidden: model.head(hidden) if len(called) < 2 else 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            sums(model, pairs)
+    else:
+        sums(model, pairs)
+
+    assert dict(model.head._forward_pre_hooks) == before
+    assert called, "hooks of others are still called"
+
+
+@pytest.mark.slow
+def test_compiled_models_are_left_alone(pairs):
+    """Compiled code keeps the hooks that it was compiled with. Slow: torch.compile imports for seconds."""
+    in_place, inside, method = Causal(), Causal(), Causal()
+    in_place.compile(backend="eager")
+    method.forward = torch.compile(method.forward, backend="eager")
+
+    class Outer(Causal):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.compile(inside, backend="eager")
+
+        def get_output_embeddings(self):
+            return inside.head
+
+        def forward(self, input_ids, attention_mask):
+            return self.inner(input_ids, attention_mask)
+
+    for model in (in_place, method, Outer()):
+        assert output_layer(model) is None
+        np.testing.assert_allclose(sums(model, pairs), expected_sums(Causal(), pairs), rtol=0, atol=1e-4)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+MODELS = {
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", {**SIZES, "max_position_embeddings": 256}),
+    "GPT-2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 256}),
+    "Gemma 2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**SIZES, "final_logit_softcapping": 2.0},
+    ),
+    "Cohere": ("CohereForCausalLM", "CohereConfig", {**SIZES, "logit_scale": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.5)])
+def test_models_of_transformers_give_what_their_logits_say(pairs, name, dtype, tolerance):
+    """Gemma 2 caps its logits and Cohere scales them: those are left alone, in half precision too."""
+    transformers = pytest.importorskip("transformers")
+    model_class, config_class, settings = MODELS[name]
+    config = getattr(transformers, config_class)(
+        vocab_size=VOCABULARY, initializer_range=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=1, **settings
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config).to(dtype).eval()
+
+    assert takes_over(model, pairs) is (name in ("Llama", "GPT-2"))
+    np.testing.assert_allclose(sums(model, pairs), expected_sums(model, pairs), rtol=tolerance / 50, atol=tolerance)
