@@ -1,6 +1,8 @@
 """datasets: Arrow copies of the rows, map-style, mixed by interleave_datasets.
 
-Map-style, because that was several times faster than the same files as streams. It computes the whole order first.
+In the fastest way that was found: map-style, which is several times faster than the same files as streams, and batches
+taken out of its Arrow tables, 32 rows at a time, which is faster than its own formats for torch and numpy. It computes
+the whole order first.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import torch
 from prepared import Prepared
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from loaders import Task
 
@@ -31,24 +35,34 @@ def convert(data: Prepared, folder: Path) -> None:
         (folder / "writing.arrow").unlink()
 
 
-def interleaved(task: Task, kind_of_arrays: str | None) -> Any:
+def interleaved(task: Task, form: str | None) -> Any:
     parts = [datasets.load_from_disk(str(task.folder / name)) for name in task.mix]
     mixed = datasets.interleave_datasets(
         parts, probabilities=list(task.mix.values()), seed=task.seed, stopping_strategy="all_exhausted"
     )
-    return mixed.with_format(kind_of_arrays) if task.packed else mixed
+    return mixed.with_format(form)
 
 
 def items(task: Task) -> Iterator[Any]:
-    return iter(interleaved(task, "numpy"))
-
-
-def batches(task: Task) -> Iterator[Any]:
-    return iter(DataLoader(interleaved(task, "torch"), batch_size=task.batch_size, num_workers=task.workers))
+    return iter(interleaved(task, "numpy" if task.packed else None))
 
 
 def value(item: Any) -> Any:
     return item["row"]
 
 
-values = value
+def collate(table: Any) -> Any:
+    rows = table["row"].combine_chunks()
+    if rows.type == "string":
+        return rows.to_pylist()
+    return torch.from_numpy(rows.flatten().to_numpy().reshape(len(rows), -1).astype(np.int64))
+
+
+def batches(task: Task) -> Iterator[Any]:
+    rows = interleaved(task, "arrow")
+    numbers = BatchSampler(SequentialSampler(rows), task.batch_size, drop_last=False)
+    return iter(DataLoader(rows, batch_size=None, sampler=numbers, num_workers=task.workers, collate_fn=collate))
+
+
+def values(batch: Any) -> Any:
+    return batch
