@@ -163,7 +163,7 @@ def _take(rows: Iterator[Any], look: int, seconds: float) -> tuple[int, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("convert", "check", "measure", "check+measure", "profile"))
+    parser.add_argument("command", choices=("convert", "check", "measure", "profile", "convert+check+measure"))
     parser.add_argument("loader", choices=LOADERS)
     parser.add_argument("--data", type=Path, required=True, help="bench_data/packed or bench_data/text")
     parser.add_argument("--level", choices=("items", "batches"), default="items")

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("dmagent-loader", "torch", "numpy", "webdataset", "transformers", "lm-eval", "datasets")
+PACKAGES = ("dmagent-loader", "torch", "numpy", "webdataset", "transformers", "lm-eval", "datasets", "isal")
 SCHEMA_VERSION = 1
 _STARTED = time.time()
 _part_minutes: dict[str, float] = {}
