@@ -7,7 +7,6 @@ atheris, or the tests.
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable
 
 NAMES = {
@@ -24,6 +23,5 @@ NAMES = {
 
 def harness(name: str) -> tuple[Callable[[bytes], None], list[bytes]]:
     """A harness, and inputs to begin with."""
-    logging.getLogger("dmagent_loader").setLevel(logging.CRITICAL)
     module = importlib.import_module(NAMES[name])
     return module.HARNESSES[name], module.SEEDS[name]()

@@ -6,6 +6,7 @@ them; the harness's seeds are added to it.
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         sys.exit(f"usage: run.py {'|'.join(NAMES)} [libFuzzer options] [FOLDER]")
     name, options = sys.argv[1], sys.argv[2:]
+    logging.getLogger("dmagent_loader").setLevel(logging.CRITICAL)
     with atheris.instrument_imports(include=["dmagent_loader", "numpy.lib", "safetensors", "tarfile", "zipfile"]):
         check, seeds = harness(name)
     folders = [Path(option) for option in options if not option.startswith("-")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import resource
 import time
@@ -13,6 +14,12 @@ from fuzz.harnesses import NAMES, harness
 
 REGRESSIONS = sorted((Path(__file__).parent / "regressions").glob("*/*"))
 SECONDS_PER_INPUT = 5
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Warnings about thousands of damaged inputs, captured, would take more time and memory than the inputs."""
+    caplog.set_level(logging.CRITICAL, "dmagent_loader")
 
 
 @pytest.mark.parametrize("path", REGRESSIONS, ids=lambda path: f"{path.parent.name}-{path.name}")

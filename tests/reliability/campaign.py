@@ -213,7 +213,6 @@ def _read_with_webdataset(path: Path, shard: Shard) -> tuple[str, int]:
 
 def run_campaign(count: int, seed: int) -> list[Trial]:
     """So many damages, dealt evenly to kinds, layouts and moments."""
-    logging.getLogger("dmagent_loader").setLevel(logging.ERROR)
     rng = random.Random(seed)
     combinations = [(kind, layout, moment) for kind in KINDS for layout in LAYOUTS for moment in MOMENTS]
     rng.shuffle(combinations)
@@ -286,6 +285,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    logging.getLogger("dmagent_loader").setLevel(logging.ERROR)
     trials = run_campaign(args.count, args.seed)
     print(tables(trials))
     silent = [trial for trial in trials if trial.outcome in (LOST, CHANGED)]

@@ -45,6 +45,7 @@ def run_rank(rank: int, folder: Path, number: int, cases: dict[str, Callable[[Ra
     timeout = timedelta(seconds=min(TIMEOUT_SECONDS.get(name, 60.0) for name in cases))
     store = f"file://{folder}/store-{number}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timeout)
+    dist.barrier()  # or a rank that dies at once would end the others while they are still connecting
     here = Rank(rank, folder)
     with (folder / f"rank-{rank}.jsonl").open("a") as file:
         for name, case in cases.items():
