@@ -79,7 +79,8 @@ def soak(folder: Path, *, samples: int, domains: int, rows: int, per_reweight: i
         consumed, given = found["sampler"]["consumed"], np.array(found["given"])
     place = {name: number for number, name in enumerate(sampler.space.names)}
     points: list[dict[str, Any]] = []
-    saved["processes"].append(points)
+    if consumed < samples:
+        saved["processes"].append(points)
     started, every = time.monotonic(), samples // POINTS
     measured = consumed
 
@@ -100,7 +101,8 @@ def soak(folder: Path, *, samples: int, domains: int, rows: int, per_reweight: i
         if consumed - measured >= every:
             measure()
             measured = consumed
-    measure()
+    if consumed > measured:
+        measure()
     if not np.array_equal(given, list(sampler.achieved(0, consumed).values())):
         raise SystemExit("the samples that came are not those of the plan")
     save_state(state, {"sampler": sampler.state_dict(consumed=consumed), "given": given.tolist()})
@@ -138,39 +140,32 @@ USAGE = ("files", "threads")
 
 
 def chart(saved: dict[str, Any]) -> bytes:
-    """Memory above, open files and threads below, over the samples."""
+    """Memory, open files and threads over the samples."""
     import io
 
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.4), layout="constrained", facecolor="white")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.4, 1])
-    for number, points in enumerate(saved["processes"]):
-        drawn = [point["samples"] / 1e6 for point in points]
-        label = dict.fromkeys(("memory", "files", "threads"))
-        if number == 0:
-            label = {"memory": "resident memory", "files": "open files", "threads": "threads"}
-        else:
-            for panel in (above, below):
+    figure = Figure(figsize=(9, 6), layout="constrained", facecolor="white")
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=[1.6, 1, 0.7])
+    shown = (("rss", MEGABYTE, "resident memory, MB"), ("files", 1, "open files"), ("threads", 1, "threads"))
+    for panel, (what, unit, label), color in zip(panels, shown, ("#0b3c6f", "#b3541e", "#00785a"), strict=True):
+        for number, points in enumerate(saved["processes"]):
+            drawn = [point["samples"] / 1e6 for point in points]
+            panel.plot(drawn, [point[what] / unit for point in points], color=color, linewidth=1.6)
+            if number:
                 panel.axvline(drawn[0], color="#cccccc", linewidth=0.8, zorder=0)
-        above.plot(drawn, [p["rss"] / MEGABYTE for p in points], color="#0b3c6f", linewidth=1.6, label=label["memory"])
-        below.plot(drawn, [p["files"] for p in points], color="#b3541e", linewidth=1.6, label=label["files"])
-        below.plot(drawn, [p["threads"] for p in points], color="#00785a", linewidth=1.6, label=label["threads"])
+        panel.set_ylabel(label)
+        panel.set_ylim(0, 1.15 * max(point[what] / unit for points in saved["processes"] for point in points))
+        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
     found = saved["summary"]
-    above.set_title(
+    panels[0].set_title(
         f"{found['samples'] / 1e6:g} million samples, {found['domains']:,} domains, {found['decisions']} decisions; "
         "a grey line is a new process",
         loc="left",
         fontsize=11,
     )
-    above.set_ylabel("MB")
-    below.set_ylabel("number")
-    below.set_xlabel("million samples")
-    for panel in (above, below):
-        panel.set_ylim(bottom=0)
-        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, loc="lower right")
+    panels[-1].set_xlabel("million samples")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
