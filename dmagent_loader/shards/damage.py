@@ -137,8 +137,9 @@ def account(
     keep: NDArray[np.bool_],
     first: NDArray[np.int64],
     size: NDArray[np.int64],
+    file_size: int,
 ) -> tuple[ShardDamage, ...]:
-    """What each gap costs.
+    """What each gap costs; a row that is given up counts at the first gap beside it.
 
     Args:
         url: The shard.
@@ -146,15 +147,18 @@ def account(
         keep: (R,) which rows are whole.
         first: (R+1,) first member of each row, then M.
         size: (M,) sizes of the members.
+        file_size: Bytes of the shard, which may end without the padding of its last member.
     """
     kept = int(keep.sum())
     members_before = np.append(0, np.cumsum(BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK))
     stored = members_before[first[1:]] - members_before[first[:-1]]
     mean_stored = float(stored[keep].mean()) if kept else 0.0
     account = []
+    given_up = set(np.flatnonzero(~keep).tolist())
     for gap in gaps:
-        beside = [row for row in (gap.rows_before - 1, gap.rows_before) if 0 <= row < len(keep) and not keep[row]]
-        bytes_lost = gap.end - gap.start + sum(int(stored[row]) for row in beside)
+        beside = given_up & {gap.rows_before - 1, gap.rows_before}
+        given_up -= beside
+        bytes_lost = min(file_size, gap.end - gap.start + sum(int(stored[row]) for row in beside))
         at_least = gap.kind in CUTS
         rows_lost = 0
         if gap.kind != TRAILING and bytes_lost:

@@ -159,7 +159,7 @@ def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
     if table.gaps:
         keep[broken_rows(table.gaps, first, extension, offset)] = False
     _refuse_large_rows(url, table, first, offset, size, keep)
-    damage = account(url, table.gaps, keep, first, size)
+    damage = account(url, table.gaps, keep, first, size, file_size)
     if not keep.all():
         rows = np.flatnonzero(keep)
         members = np.repeat(keep, np.diff(first))
