@@ -26,6 +26,7 @@ from dmagent_loader.domains import SOURCE, DomainSpace
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.history import Standardization
 from dmagent_loader.layout import StreamLayout
+from dmagent_loader.lazy import Sample
 from dmagent_loader.ledger import INITIAL, MANUAL, Ledger, LedgerEntry
 from dmagent_loader.mailbox import Mailbox
 from dmagent_loader.opening import open_on_all_ranks
@@ -36,7 +37,7 @@ from dmagent_loader.shards import load_manifest, make_decoder
 from dmagent_loader.shuffle import DEFAULT_WINDOW
 from dmagent_loader.simplex import FloatArray
 from dmagent_loader.state import read_state, write_state
-from dmagent_loader.stream import ReadaheadConfig, Sample, SampleStream, check_not_delivered
+from dmagent_loader.stream import ReadaheadConfig, SampleStream, check_not_delivered
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,9 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         exhausted: What happens when a domain has given all its rows: see `dmagent_loader.plan.exhaustion_rules`.
         rank: Of this data-parallel process; None: from `torch.distributed`.
         world_size: Number of data-parallel processes; None: from `torch.distributed`.
-        decode: ``"default"`` (allow-listed decoders), ``None`` (raw bytes), extension -> decoder, or a function of
-            a row.
+        decode: ``"default"`` (allow-listed decoders), ``"lazy"`` (the same, but a row of a local shard is read when a
+            value of it is asked for, and a batch at once by `dmagent_loader.transforms.collate_packed`), ``None`` (raw
+            bytes), extension -> decoder, or a function of a row.
         transform: Function from sample to sample, for example tokenisation. Tags that it drops are put back.
         fields: Field of each domain whose name does not begin with it.
         compositions: P(topic | domain) over the 26 canonical topics, by domain.
@@ -115,7 +117,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         rank: int | None = None,
         world_size: int | None = None,
         decode: Any = "default",
-        transform: Callable[[Sample], Sample] | None = None,
+        transform: Callable[[Any], Sample] | None = None,
         fields: Mapping[str, str] | None = None,
         compositions: Mapping[str, Mapping[str, float]] | None = None,
         roles: Mapping[str, str] | None = None,
@@ -149,7 +151,8 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         )
         with distributed.together(_BUILDING) as facts:
             self.samples_per_reweight, self.shadow = samples_per_reweight, shadow
-            self.decoder, self.transform = make_decoder(decode), transform
+            self.lazy = isinstance(decode, str) and decode == "lazy"
+            self.decoder, self.transform = make_decoder("default" if self.lazy else decode), transform
             self.readahead = readahead or ReadaheadConfig()
             self._rank, self._world_size = rank, world_size
             self.loader = LoaderSettings(
@@ -194,7 +197,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
     # The stream
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Any]:
         """Goes on after the last sample that was given (with torch workers: after those reported as consumed)."""
         stream = SampleStream(self, self.progress.begin_pass(in_worker=get_worker_info() is not None))
         self.progress.stream = stream

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from dmagent_loader.errors import ConfigurationError, DecodeError, ExhaustedError, StateError
+from dmagent_loader.errors import ConfigurationError, ExhaustedError, StateError
 from dmagent_loader.layout import StreamLayout
+from dmagent_loader.lazy import LazyRow, Place, RowReader
 from dmagent_loader.plan import Located
 from dmagent_loader.shards import RawSample, ShardCollection
 from dmagent_loader.simplex import IntArray
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from dmagent_loader.sampler import AgentWeightedSampler
 
 logger = logging.getLogger(__name__)
-
-Sample = dict[str, Any]
 
 _READ_CHUNK = 16
 _FIRST_BLOCK, _LARGEST_BLOCK = 128, 4096
@@ -115,8 +114,8 @@ class _Block:
 
     first: int
     located: Located
-    rows: list[tuple[int, int, int, int, int]]
-    """(global index, domain, draw, shard, row) of each position: plain integers, because numpy's cost more to read."""
+    rows: list[Place]
+    """Of each position: plain integers, because numpy's cost more to read."""
     frontiers: list[int]
     """The first global index that cannot have been delivered before each position, and after the last."""
 
@@ -131,7 +130,7 @@ _NOTHING = np.empty(0, dtype=np.int64)
 _NOTHING_PLANNED = _Block(0, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING), [], [])
 
 
-class SampleStream(Iterator[Sample]):
+class SampleStream(Iterator[Mapping[str, Any]]):
     """One iterator over a sampler: in the main process, or in one torch worker.
 
     Args:
@@ -153,11 +152,9 @@ class SampleStream(Iterator[Sample]):
                     base,
                     before,
                 )
-        self._names = sampler.space.names
         self._layout: StreamLayout | None = None
         self._readahead = Readahead.of(sampler.collection, sampler.readahead)
-        self._read = sampler.collection.read
-        self._decode: Callable[[RawSample], Sample] = sampler.decoder
+        self._reader = RowReader(sampler.collection, sampler.decoder)
         self._version = -1
         self._done = False
         self._block = _NOTHING_PLANNED
@@ -177,7 +174,7 @@ class SampleStream(Iterator[Sample]):
             return self._block.frontiers[self._place]
         return self._base if self._layout is None else self._layout.frontier(self.taken)
 
-    def __next__(self) -> Sample:
+    def __next__(self) -> Mapping[str, Any]:
         sampler = self._sampler
         if self._done:
             raise StopIteration
@@ -194,19 +191,17 @@ class SampleStream(Iterator[Sample]):
                 self._close()
                 raise StopIteration
             place = 0
-        index, domain, draw, shard, row = self._block.rows[place]
-        if self._readahead is None:
-            raw = self._read(domain, shard, row)
+        located = self._block.rows[place]
+        sample: Mapping[str, Any]
+        if self._readahead is not None:
+            _, domain, draw, shard, row = located
+            sample = self._reader.sample(located, self._readahead.take(domain, draw, shard, row))
+        elif sampler.lazy:
+            sample = LazyRow(self._reader, located)
         else:
-            raw = self._readahead.take(domain, draw, shard, row)
-        try:
-            values = self._decode(raw)
-        except DecodeError as error:
-            where = f"domain {self._names[domain]!r}, row {row} of shard {sampler.collection.display(domain, shard)}"
-            raise DecodeError(f"{where}: {error}") from error
-        sample = {"__key__": raw.key, "__domain__": self._names[domain], "__index__": index, **values}
+            sample = self._reader.sample(located)
         if sampler.transform is not None:
-            tags = {"__key__": raw.key, "__domain__": self._names[domain], "__index__": index}
+            tags = {name: sample[name] for name in ("__key__", "__domain__", "__index__")}
             sample = {**tags, **sampler.transform(sample)}
         self._place = place + 1
         if self._worker is not None:

@@ -38,7 +38,10 @@ def value(item: Any) -> Any:
 
 def batches(task: Task) -> Iterator[Any]:
     collate = collate_packed if task.packed else None
-    return iter(DataLoader(sampler(task), batch_size=task.batch_size, num_workers=task.workers, collate_fn=collate))
+    lazy = {"decode": "lazy"} if task.packed else {}
+    return iter(
+        DataLoader(sampler(task, **lazy), batch_size=task.batch_size, num_workers=task.workers, collate_fn=collate)
+    )
 
 
 def values(batch: Any) -> Any:

@@ -1,7 +1,7 @@
 """WebDataset tar shards, read by position: index, reader, decoders, writer."""
 
 from dmagent_loader.shards.collection import ShardCollection, ShardSummary
-from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, make_decoder
+from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, decode_npy_rows, make_decoder
 from dmagent_loader.shards.index import ShardDamage
 from dmagent_loader.shards.manifest import load_manifest
 from dmagent_loader.shards.writer import ShardingConfig, shard_files
@@ -14,6 +14,7 @@ __all__ = [
     "ShardSummary",
     "ShardingConfig",
     "decode_npy",
+    "decode_npy_rows",
     "load_manifest",
     "make_decoder",
     "shard_files",

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar
 
@@ -92,7 +93,7 @@ class Catalogue:
         """The URLs of a domain."""
         return (self.url(number) for number in range(*self.spans[domain]))
 
-    @property
+    @cached_property
     def is_local(self) -> bool:
         """Whether all shards are files, so that no row has to cross a network protocol."""
         return all(is_local(self.url(number)) for number in range(len(self)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError
 from dmagent_loader.shards.cache import IndexCache, default_cache_dir
 from dmagent_loader.shards.catalogue import Catalogue
+from dmagent_loader.shards.checksum import crc32
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index import ShardDamage
 from dmagent_loader.shards.reader import MAX_OPEN_FILES, Source, open_source
@@ -182,6 +183,43 @@ class ShardCollection:
                 f"({change}): the file was overwritten or its disk is failing; restore it, or open the shards again to "
                 "index the new version"
             ) from None
+
+    def read_equal(
+        self, rows: Sequence[tuple[int, int, int]], extension: str
+    ) -> tuple[list[str], NDArray[np.uint8]] | None:
+        """Reads rows of equal size into one array, in less time than one by one.
+
+        Args:
+            rows: (domain, shard, row) of each, all of which exist.
+            extension: Of the only member of each row.
+
+        Returns:
+            Keys, and the bytes of the members, (n, size). None: a row has other members or another size than the first,
+            or shards are remote.
+
+        Raises:
+            DamagedShardError: A shard changed since it was indexed.
+        """
+        if not self.is_local or not rows:
+            return None
+        spans, table_of, source_of, verify = self._spans, self._tables.get, self._open.get, self._verify
+        domain, shard, row = rows[0]
+        size = table_of(spans[domain][0] + shard).size[row]
+        data = np.empty((len(rows), size), np.uint8)
+        memory = memoryview(data.reshape(-1))  # type: ignore[arg-type]
+        keys, end = [], 0
+        for domain, shard, row in rows:
+            number = spans[domain][0] + shard
+            table = table_of(number)
+            if table.only != extension or table.size[row] != size:
+                return None
+            begin, end = end, end + size
+            view = memory[begin:end]
+            source_of(number).read_into(view, table.offset[row])
+            if verify and crc32(view) != table.crc[row]:
+                view[:] = self.read(domain, shard, row).members[extension]
+            keys.append(table.key(row))
+        return keys, data
 
     def display(self, domain: int, shard: int) -> str:
         """The URL of a shard, for messages."""

@@ -148,8 +148,8 @@ def make_decoder(decode: str | Mapping[str, MemberDecoder] | SampleDecoder | Non
     elif callable(decode):
         return decode
     raise ConfigurationError(
-        f"decode={decode!r} is no decoder: pass 'default', None (bytes), a dict from extension to function, or a "
-        "function of a RawSample"
+        f"decode={decode!r} is no decoder: pass 'default', 'lazy', None (bytes), a dict from extension to function, or "
+        "a function of a RawSample"
     )
 
 
@@ -175,6 +175,26 @@ def decode_npy(data: Buffer) -> np.ndarray[Any, Any]:
         return array if len(shape) == 1 else array.reshape(shape, order=order)
     except ValueError as error:
         raise DecodeError(f"the npy header declares shape {shape} of {dtype}, which is no array: {error}") from error
+
+
+def decode_npy_rows(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+    """The arrays of many npy files of one dimension at once, without a copy.
+
+    Args:
+        data: (n, size) uint8, a file in each row; at least one.
+
+    Returns:
+        (n, T); None: their headers differ, or are not of so many elements of one dimension.
+
+    Raises:
+        DecodeError: The first is malformed.
+    """
+    first = decode_npy(data[0])
+    begin = data.shape[1] - first.nbytes
+    if first.ndim != 1 or not first.size or (data[1:, :begin] != data[0, :begin]).any():
+        return None
+    rows: np.ndarray[Any, Any] = data[:, begin:].view(first.dtype)
+    return rows
 
 
 _NpyHeader = tuple[np.dtype[Any], tuple[int, ...], Any, int, int, int]

@@ -60,6 +60,14 @@ class Source(Protocol):
         """
         ...
 
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """The same, into memory that is there.
+
+        Raises:
+            DamagedShardError: The shard ends before that.
+        """
+        ...
+
 
 class LocalSource:
     """A local file. The descriptor is closed when the last reference goes, so that a thread that is reading keeps
@@ -92,6 +100,14 @@ class LocalSource:
             reason = str(error) or f"not enough memory for {length} bytes"
             raise ShardError(f"shard {display_url(self._url)} cannot be read at byte {offset}: {reason}") from error
         return buffer
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        try:
+            if os.preadv(self._fd, (view,), offset) == len(view):
+                return
+        except OSError:
+            pass  # `read` tries again, and says what is wrong
+        view[:] = self.read(offset, len(view))
 
     def __del__(self) -> None:
         if self._fd >= 0:

@@ -66,6 +66,10 @@ class RemoteSource:
         limit = timeout_seconds() + length / SLOWEST_BYTES_PER_SECOND
         return with_retries(self._url, limit, lambda: self._fetch(offset, length, limit))
 
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """The same, into memory that is there."""
+        view[:] = self.read(offset, len(view))
+
     def _fetch(self, offset: int, length: int, limit: float) -> bytearray:
         if hasattr(self._filesystem, "encode_url") and hasattr(self._filesystem, "set_session"):
             data: bytes | bytearray = fsspec.asyn.sync(

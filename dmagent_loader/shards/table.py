@@ -28,20 +28,28 @@ class RowTable:
 
     Args:
         index: Of the shard.
+
+    Attributes:
+        num_rows: R.
+        num_bytes: Memory that it takes.
+        only: Extension of the member that every row has and nothing else; None: rows have others.
+        offset, size: Of the members: (M,), and so of the rows where each has but one.
+        crc: (R,) of the rows.
     """
 
     __slots__ = (
-        "_crc",
         "_extension",
         "_extensions",
         "_first",
         "_key_end",
         "_keys",
-        "_offset",
         "_one_member",
-        "_size",
+        "crc",
         "num_bytes",
         "num_rows",
+        "offset",
+        "only",
+        "size",
     )
 
     def __init__(self, index: ShardIndex) -> None:
@@ -58,14 +66,16 @@ class RowTable:
         self.num_bytes = sum(column.nbytes for column in columns) + _FIXED_BYTES
         self._extensions = index.extensions
         self._one_member = index.num_members == index.num_rows
-        self._first, self._offset, self._size, self._extension, self._crc, self._key_end, self._keys = (
-            np.ascontiguousarray(column).data for column in columns
+        self.only = index.extensions[0] if self._one_member and len(index.extensions) == 1 else None
+        self._first, self.offset, self.size, self._extension, self.crc, self._key_end = (
+            np.ascontiguousarray(column).data for column in columns[:-1]
         )
+        self._keys = index.keys.tobytes()
 
     def key(self, row: int) -> str:
         """The key of a row."""
         key_end = self._key_end
-        return str(self._keys[key_end[row] : key_end[row + 1]], "utf-8", "surrogateescape")
+        return self._keys[key_end[row] : key_end[row + 1]].decode("utf-8", "surrogateescape")
 
     def read(self, source: Source, row: int, verify: bool) -> RawSample:
         """One row, in one piece.
@@ -81,21 +91,19 @@ class RowTable:
         """
         members: dict[str, memoryview] = {}
         if self._one_member:
-            data = source.read(self._offset[row], self._size[row])
+            data = source.read(self.offset[row], self.size[row])
             members[self._extensions[self._extension[row]]] = memoryview(data)
-            found = crc32(data) if verify else self._crc[row]
+            found = crc32(data) if verify else self.crc[row]
         else:
             first, last = self._first[row], self._first[row + 1] - 1
-            start = self._offset[first]
-            view = memoryview(source.read(start, self._offset[last] + self._size[last] - start))
+            start = self.offset[first]
+            view = memoryview(source.read(start, self.offset[last] + self.size[last] - start))
             found = 0
             for member in range(first, last + 1):
-                begin = self._offset[member] - start
-                part = view[begin : begin + self._size[member]]
+                begin = self.offset[member] - start
+                part = view[begin : begin + self.size[member]]
                 members[self._extensions[self._extension[member]]] = part
-                found = crc32(part, found) if verify else self._crc[row]
-        if found != self._crc[row]:
-            raise ChangedRow(f"crc32 {found:08x}, was {self._crc[row]:08x}")
-        key_end = self._key_end
-        key = str(self._keys[key_end[row] : key_end[row + 1]], "utf-8", "surrogateescape")
-        return _new_tuple(RawSample, (key, members))
+                found = crc32(part, found) if verify else self.crc[row]
+        if found != self.crc[row]:
+            raise ChangedRow(f"crc32 {found:08x}, was {self.crc[row]:08x}")
+        return _new_tuple(RawSample, (self.key(row), members))

@@ -20,7 +20,7 @@ BASE = {"errors", "files", "untrusted", "_version"}
 CORE = BASE | {"simplex", "domains", "history", "hashing", "order", "shuffle", "ledger", "plan", "layout"}
 DATA = CORE | {"distributed", "shards", "agent", "policies"}
 SAMPLER = {"agreement", "progress", "stream", "state", "decisions", "opening", "sampler"}
-RUN = DATA | SAMPLER | {"mailbox", "environment", "transforms"}
+RUN = DATA | SAMPLER | {"lazy", "mailbox", "environment", "transforms"}
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
     "distributed": CORE,
@@ -30,7 +30,8 @@ ALLOWED = {
     "mailbox": CORE,
     **dict.fromkeys(SAMPLER, RUN - {"environment", "transforms"}),
     "environment": CORE | {"distributed"},
-    "transforms": CORE,
+    "lazy": CORE | {"shards"},
+    "transforms": CORE | {"lazy"},
     "testing": RUN,
     "integrations": RUN,
     "pipeline": RUN,
