@@ -104,7 +104,9 @@ class ShardIndex:
             raise ValueError("its checksum of the rows is none")
         if members:
             end = self.offset + self.size.astype(np.int64)
-            inside = self.offset.min() >= 0 and self.size.min() >= 0 and self.size.max() <= self.file_size
+            # The largest first: a sum of two that are too large may wrap around to one that is not.
+            largest = max(int(self.offset.max()), int(self.size.max()))
+            inside = self.offset.min() >= 0 and self.size.min() >= 0 and largest <= self.file_size
             if not inside or end.max() > self.file_size or not (self.offset[1:] >= end[:-1]).all():
                 raise ValueError("its members overlap or reach outside the shard")
             if self.extension.min() < 0 or self.extension.max() >= len(self.extensions):
