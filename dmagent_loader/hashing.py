@@ -93,4 +93,8 @@ def _mixed(z: UIntArray) -> UIntArray:
 
 def permutation(key: int, length: int) -> IntArray:
     """A permutation of ``range(length)``: the order of `length` draws of a stream."""
-    return np.argsort(random_bits(key, np.arange(length, dtype=np.int64)), kind="stable").astype(np.int64)
+    positions = np.arange(length, dtype=np.int64)
+    # Each position in the low bits of its draw: so there are no equal ones, and sorting is faster than argsort.
+    low_bits = np.uint64((1 << length.bit_length()) - 1)
+    drawn = (random_bits(key, positions) & ~low_bits) | positions.view(np.uint64)
+    return (np.sort(drawn) & low_bits).astype(np.int64)

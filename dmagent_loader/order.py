@@ -39,20 +39,25 @@ _DIRECT_LIMIT = 1 << 32
 _ROOT = 0
 
 
+def in_quanta(mix: FloatArray) -> IntArray:
+    """A mix in units of 1 / RESOLUTION: (D,) int64, sums to RESOLUTION."""
+    return largest_remainder(mix, RESOLUTION)
+
+
 class DomainOrder:
     """The order of domains under one mix.
 
     Args:
-        mix: (D,), sums to 1. Domains with weight 0 never appear.
+        quanta: (D,) the mix in units of 1 / RESOLUTION (`in_quanta`). Domains with weight 0 never appear.
         key: Of the random stream that makes the order irregular.
         carry: (D,) int64, in units of samples / RESOLUTION: what each domain is still owed; None: nothing. A domain of
             weight 0 keeps its claim for later, but gets nothing now.
     """
 
-    def __init__(self, mix: FloatArray, key: int, carry: IntArray | None = None) -> None:
-        self.quanta = largest_remainder(mix, RESOLUTION)
+    def __init__(self, quanta: IntArray, key: int, carry: IntArray | None = None) -> None:
+        self.quanta: IntArray = quanta.astype(np.int64)
         """(D,) int64: the mix in force in units of 1 / RESOLUTION; sums to RESOLUTION."""
-        self._carry = np.zeros(len(mix), dtype=np.int64) if carry is None else carry
+        self._carry = np.zeros(len(quanta), dtype=np.int64) if carry is None else carry
         active = np.flatnonzero(self.quanta > 0)
         self._leaves = active[np.argsort(-self.quanta[active], kind="stable")].astype(np.int64)
         self._grow(key)

@@ -20,7 +20,7 @@ from dmagent_loader.domains import SOURCE, DomainSpace
 from dmagent_loader.errors import ConfigurationError, EmptyShardError, ExhaustedError
 from dmagent_loader.hashing import stream_key
 from dmagent_loader.ledger import Ledger, LedgerEntry
-from dmagent_loader.order import RESOLUTION, DomainOrder
+from dmagent_loader.order import RESOLUTION, DomainOrder, in_quanta
 from dmagent_loader.shuffle import DEFAULT_WINDOW, RowOrders
 from dmagent_loader.simplex import FloatArray, IntArray
 
@@ -32,6 +32,9 @@ _WINDOW = 1 << 14
 """Samples that are looked at one by one to find where a domain runs out; a wider window is halved instead."""
 
 _NEVER = float(1 << 60)
+
+_KEPT_ORDERS = 16
+"""Segments whose order stays in memory, about 100 bytes for each domain: a run may have had thousands of mixes."""
 
 EXHAUSTION_RULES: tuple[ExhaustionRule, ...] = get_args(ExhaustionRule)
 
@@ -104,8 +107,11 @@ class _Segment:
     """
 
     start: int
-    order: DomainOrder | None
+    quanta: IntArray | None
+    """(D,) int32: the mix in force (`dmagent_loader.order.in_quanta`); None: the plan ends here."""
     base: IntArray
+    """(D,) samples that each domain gave before."""
+    carry: IntArray | None = None
     safe: int = 0
     used_up: tuple[int, ...] = ()
     failed: tuple[int, ...] = ()
@@ -148,6 +154,7 @@ class Plan:
         self._limited = np.array([rule != "repeat" for rule in self.rules])
         self._segments: list[_Segment] = []
         self._starts: list[int] = []
+        self._orders: dict[int, DomainOrder] = {}
         self.ledger = Ledger(space.names)
 
     def append(self, entry: LedgerEntry) -> None:
@@ -161,14 +168,14 @@ class Plan:
         self.ledger.append(entry)
         while self._segments and self._segments[-1].start >= entry.start:
             self._segments.pop()
-            self._starts.pop()
+            self._orders.pop(self._starts.pop(), None)
         base = np.zeros(len(self.space), dtype=np.int64)
         owed = np.zeros(len(self.space), dtype=np.int64)
         if self._segments:
             last = self._segments[-1]
-            if last.order is None:
+            if last.quanta is None:
                 return
-            base, owed = last.order.counts_and_owed(entry.start - last.start)
+            base, owed = self._order(last).counts_and_owed(entry.start - last.start)
             base += last.base
             self._segments[-1] = replace(last, stop=entry.start, settled=True)
         self._segments.append(self._segment(entry.start, base, owed))
@@ -182,23 +189,34 @@ class Plan:
         names = tuple(int(i) for i in np.flatnonzero(used_up))
         failed = tuple(i for i in names if self.rules[i] == "error" and mix[i] > 0)
         if weights is None or failed:
-            return _Segment(start, None, base, start, names, failed)
-        order = DomainOrder(weights, stream_key(self.seed, "order", start), owed)
-        return _Segment(start, order, base, start + self._safe_length(order, base), names)
+            return _Segment(start, None, base, safe=start, used_up=names, failed=failed)
+        quanta = in_quanta(weights)
+        safe = start + self._safe_length(quanta, base)
+        return _Segment(start, quanta.astype(np.int32), base, owed, safe, names)
+
+    def _order(self, segment: _Segment) -> DomainOrder:
+        """The order of domains in a segment, made anew if it was not asked for lately."""
+        order = self._orders.get(segment.start)
+        if order is None:
+            assert segment.quanta is not None
+            order = DomainOrder(segment.quanta, stream_key(self.seed, "order", segment.start), segment.carry)
+            if len(self._orders) >= _KEPT_ORDERS:
+                del self._orders[next(iter(self._orders))]
+            self._orders[segment.start] = order
+        return order
 
     def _extend(self, index: int | None) -> None:
         """Adds segments until one holds the sample `index`; None: until no domain runs out any more."""
-        while (last := self._segments[-1]).order is not None:
+        while (last := self._segments[-1]).quanta is not None:
             if not last.settled:
                 if index is not None and index < last.safe:
                     return
-                length = self._until_used_up(last.order, last.base)
+                length = self._until_used_up(self._order(last), last.base)
                 last = replace(last, stop=None if length is None else last.start + length, settled=True)
                 self._segments[-1] = last
             if last.stop is None or (index is not None and index < last.stop):
                 return
-            assert last.order is not None
-            given, owed = last.order.counts_and_owed(last.stop - last.start)
+            given, owed = self._order(last).counts_and_owed(last.stop - last.start)
             self._segments.append(self._segment(last.stop, last.base + given, owed))
             self._starts.append(last.stop)
 
@@ -222,12 +240,12 @@ class Plan:
         total = float(weights.sum())
         return None if total <= 0 else weights / total
 
-    def _safe_length(self, order: DomainOrder, base: IntArray) -> int:
+    def _safe_length(self, quanta: IntArray, base: IntArray) -> int:
         """Samples before which no limited domain can have given its last row: cheap, and off by a few."""
-        waiting = self._limited & (order.quanta > 0)
+        waiting = self._limited & (quanta > 0)
         if not waiting.any():
             return int(_NEVER)
-        share = order.quanta[waiting] / RESOLUTION
+        share = quanta[waiting] / RESOLUTION
         soonest = float((((self.num_rows - base)[waiting] - _OFF_BY) / share).min())
         return max(0, int(min(soonest, _NEVER)))
 
@@ -241,7 +259,7 @@ class Plan:
         latest = float(((left + _OFF_BY) / share).min())
         if latest > _NEVER:
             return None
-        low, high = self._safe_length(order, base), int(np.ceil(latest))
+        low, high = self._safe_length(order.quanta, base), int(np.ceil(latest))
 
         def reached(length: int) -> bool:
             return bool((order.counts(length)[waiting] >= left).any())
@@ -282,7 +300,7 @@ class Plan:
 
     def _ended(self) -> int | None:
         last = self._segments[-1]
-        return last.start if last.order is None and not last.failed else None
+        return last.start if last.quanta is None and not last.failed else None
 
     def locate(self, indices: IntArray) -> Located:
         """Domain, draw, shard and row of samples.
@@ -304,8 +322,7 @@ class Plan:
             segment = self._segments[int(number)]
             self._refuse(segment)
             chosen = segment_of == number
-            assert segment.order is not None
-            domain[chosen], draw[chosen] = segment.order.locate(indices[chosen] - segment.start)
+            domain[chosen], draw[chosen] = self._order(segment).locate(indices[chosen] - segment.start)
             draw[chosen] += segment.base[domain[chosen]]
         shard, row = self._rows.locate(domain, draw)
         return Located(domain, draw, shard, row)
@@ -317,23 +334,23 @@ class Plan:
                 f"domains {names} were used up at sample {segment.start} and their rule is 'error': add shards, lower "
                 "their weight, or choose exhausted='repeat', 'stop' or 'redistribute'"
             )
-        if segment.order is None:
+        if segment.quanta is None:
             names = [self.space.names[i] for i in segment.used_up]
             raise ExhaustedError(f"the plan ends at sample {segment.start}: {names} are used up")
 
     def counts(self, index: int) -> IntArray:
         """Samples that each domain has given before a global index: (D,) int64, sums to the index."""
         segment = self._at(index)
-        if segment.order is None:
+        if segment.quanta is None:
             return segment.base.copy()
-        return segment.base + segment.order.counts(index - segment.start)
+        return segment.base + self._order(segment).counts(index - segment.start)
 
     def mix_at(self, index: int) -> FloatArray:
         """The effective mix at a global index, after used-up domains gave their weight away: (D,)."""
         segment = self._at(index)
-        if segment.order is None:
+        if segment.quanta is None:
             return np.zeros(len(self.space))
-        return np.asarray(segment.order.quanta / RESOLUTION, dtype=np.float64)
+        return np.asarray(segment.quanta / RESOLUTION, dtype=np.float64)
 
     def used_up_at(self, index: int) -> tuple[str, ...]:
         """Names of the domains that have run out before a global index."""

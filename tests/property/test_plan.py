@@ -11,7 +11,7 @@ from dmagent_loader.domains import DomainSpace
 from dmagent_loader.errors import EmptyShardError, ExhaustedError
 from dmagent_loader.hashing import random_bits, scatter
 from dmagent_loader.ledger import LedgerEntry
-from dmagent_loader.order import RESOLUTION, DomainOrder
+from dmagent_loader.order import RESOLUTION, DomainOrder, in_quanta
 from dmagent_loader.plan import Plan
 from dmagent_loader.shuffle import RowOrders
 
@@ -52,7 +52,7 @@ def mixes(draw, largest: int = 60):
 @settings(max_examples=60, deadline=None)
 def test_every_prefix_keeps_the_mix(mix, key):
     """Catches independent draws (off by sqrt(n)) and per-block rounding, which starves rare domains."""
-    order = DomainOrder(mix, key)
+    order = DomainOrder(in_quanta(mix), key)
     num = 3000
     domains, ranks = order.locate(np.arange(num))
     one_hot = np.zeros((num, len(mix)), dtype=np.int64)
@@ -71,7 +71,7 @@ def test_every_prefix_keeps_the_mix(mix, key):
 @settings(max_examples=60, deadline=None)
 def test_any_sample_is_found_without_those_before_it(mix, start):
     """The order after ten billion samples agrees with its own counts, as it does at the beginning."""
-    order = DomainOrder(mix, 5)
+    order = DomainOrder(in_quanta(mix), 5)
     domains, ranks = order.locate(np.arange(start, start + 64))
     before = order.counts(start)
     seen = np.zeros_like(before)
@@ -261,7 +261,7 @@ def test_a_later_mix_moves_the_end_and_leaves_the_past_alone():
 def test_an_even_mix_reaches_every_rank():
     """A fixed alternation would give each of two ranks one domain only."""
     for mix in ([0.5, 0.5], [0.75, 0.25], [0.25] * 4):
-        domains, _ = DomainOrder(np.array(mix), 3).locate(np.arange(20_000))
+        domains, _ = DomainOrder(in_quanta(np.array(mix)), 3).locate(np.arange(20_000))
         for world in (2, 4):
             shares = (
                 np.array([np.bincount(domains[r::world], minlength=len(mix)) for r in range(world)]) / 20_000 * world

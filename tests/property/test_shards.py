@@ -22,7 +22,9 @@ from dmagent_loader.shards.reader import open_source
 FORMATS = (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 PART = st.text(st.characters(exclude_characters="./\0", exclude_categories=["Cs"]), min_size=1, max_size=70)
 KEY = st.lists(PART, min_size=1, max_size=3).map("/".join).filter(lambda key: not key.startswith("__"))
-EXTENSION = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20)
+EXTENSION = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+    lambda name: not (name.startswith("__") and name.endswith("__"))  # refused: kept for __index__ and the like
+)
 PAYLOAD = st.binary(max_size=2000)
 ROWS = st.lists(
     st.tuples(KEY, st.lists(st.tuples(EXTENSION, PAYLOAD), min_size=1, max_size=3, unique_by=lambda m: m[0].lower())),
