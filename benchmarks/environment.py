@@ -2,6 +2,8 @@
 
     python benchmarks/environment.py --data ../shared/data
 
+Without DATA the question sets of the demo are asked, which come from the Python installation.
+
 The same log-likelihoods are asked of `Environment` and of lm-evaluation-harness (`HFLM.loglikelihood`), each at several
 batch sizes, in rounds of random order, on one thread; the fastest setting of each is compared, and the numbers must be
 equal. Models have random weights: their time does not depend on what they know.
@@ -24,6 +26,8 @@ import transformers
 from measuring import Aim, aims_table, interleaved, median, parser, save, seconds, table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dmagent_loader.demo.config import DemoConfig
+from dmagent_loader.demo.python_corpus import build_python_corpus
 from dmagent_loader.environment import Environment
 
 FIELDS = {
@@ -58,10 +62,18 @@ def llama() -> transformers.PreTrainedModel:
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {"GPT-2, 50k tokens": gpt2, "LLaMA, 32k tokens": llama}
 
 
-def pairs(path: Path, number: int) -> list[tuple[str, str]]:
+def pairs(folder: Path | None, number: int) -> dict[str, list[tuple[str, str]]]:
+    """Field -> questions and answers."""
+    if folder is None:
+        corpus = build_python_corpus(DemoConfig(questions=number))
+        return {name: [(q.question, q.answer) for q in asked] for name, asked in corpus.questions.items()}
+    return {field: _stored(folder / file)[:number] for field, file in FIELDS.items()}
+
+
+def _stored(path: Path) -> list[tuple[str, str]]:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    return [(row["question"], row["answer"]) for row in rows[:number]]
+    return [(row["question"], row["answer"]) for row in rows]
 
 
 def tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
@@ -146,15 +158,13 @@ def section(results: dict[str, Any]) -> str:
 def main() -> None:
     options = parser(__doc__, "environment")
     folder = os.environ.get("DMAGENT_DATA")
-    options.add_argument(
-        "--data", type=Path, default=folder, required=folder is None, help="folder with env/*.jsonl.gz"
-    )
+    options.add_argument("--data", type=Path, default=folder, help="with env/*.jsonl.gz (default: $DMAGENT_DATA)")
     options.add_argument("--questions", type=int, default=60, help="of each field (default: %(default)s)")
     args: argparse.Namespace = options.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     number = 6 if args.quick else args.questions
-    asked = {field: pairs(Path(args.data) / file, number) for field, file in FIELDS.items()}
+    asked = pairs(args.data, number)
     words = tokenizer([text for field in asked.values() for pair in field for text in pair])
     results = {}
     for name, build in MODELS.items():

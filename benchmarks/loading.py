@@ -125,10 +125,8 @@ def warm(task: Task, loader: str) -> None:
 
 def make(module: Any, level: str) -> Callable[[Task], Iterator[Any]]:
     """The module's function for a level."""
-    functions: dict[str, Callable[[Task], Iterator[Any]]] = {"items": module.items}
-    if hasattr(module, "batches"):
-        functions["batches"] = module.batches
-    return functions[level]
+    function: Callable[[Task], Iterator[Any]] = getattr(module, level)
+    return function
 
 
 def profile(module: Any, args: argparse.Namespace) -> dict[str, Any]:

@@ -225,8 +225,12 @@ What to know when reading this:
   and is begun again is not counted. Formats of their own, and energon's index files, were written before.
 - In favour of ours: no peer's shuffle buffer or cache was tuned, and one machine with local files is measured; reading
   from remote storage is another matter.
-- Ours gives labels, keys, domains and indices with each batch, Megatron-core labels, a loss mask and positions, which
-  it does not collate in one step; the others only tokens. Megatron-core and the Arrow copies compute the order of the
+- Ours reads packed rows a batch at a time (`decode="lazy"` with `collate_packed`, see docs/plain-loop.md); *rows/s*
+  is without that. Texts are read row by row.
+- With workers, what torch takes to hand a batch from process to process bounds every loader: the limit *by torch* is
+  the same ready batch again and again.
+- Ours gives keys, domains and indices with each batch, Megatron-core labels, a loss mask and positions, which it does
+  not collate in one step; the others only tokens. Megatron-core and the Arrow copies compute the order of the
   whole run first.
 """
 

@@ -33,12 +33,17 @@ def packed_tokens(sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def collate_packed(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def collate_packed(samples: Sequence[Mapping[str, Any]], *, labels: bool = True) -> dict[str, Any]:
     """A batch of packed rows: ``input_ids`` and ``labels``, both (B, T) int64; the model shifts the labels.
 
     Rows of a sampler with ``decode="lazy"`` are read here, all of them into one array.
 
     The tags stay: ``__key__`` and ``__domain__`` as lists, ``__index__`` (B,) int64.
+
+    Args:
+        samples: B rows.
+        labels: False leaves them out, for a training step that takes the tokens themselves as labels: data workers then
+            hand over half as much (``collate_fn=functools.partial(collate_packed, labels=False)``).
 
     Raises:
         DecodeError: A row holds no packed tokens, or rows are of different lengths.
@@ -50,11 +55,11 @@ def collate_packed(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tags = {name: [sample[name] for sample in samples] for name in ("__key__", "__domain__", "__index__")}
         stacked = _stacked(samples)
     # One piece of memory for both: half the work to allocate it, and to hand it from a worker to the trainer.
-    wide = np.empty((2, *stacked.shape), np.int64)
+    wide = np.empty((1 + labels, *stacked.shape), np.int64)
     wide[:] = stacked
-    tokens = torch.from_numpy(wide)
+    names = ("input_ids", "labels")[: len(wide)]
     index = torch.from_numpy(np.array(tags["__index__"], np.int64))
-    return {**tags, "__index__": index, "input_ids": tokens[0], "labels": tokens[1]}
+    return {**tags, "__index__": index, **dict(zip(names, torch.from_numpy(wide), strict=True))}
 
 
 def _stacked(samples: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, Any]:

@@ -89,5 +89,6 @@ LOADERS: dict[str, Entry] = {
     "lit": Entry(title="litdata CombinedStreamingDataset", environment=BENCH, reads="own"),
     "megatron_core": Entry(title="Megatron-core BlendedDataset", environment=MAIN, reads="own", kinds=("packed",)),
     "limit_rows": Entry(title="limit: the same rows by preadv", environment=MAIN, reads="limit", levels=("items",)),
+    "limit_torch": Entry(title="limit: the same batch by torch", environment=MAIN, reads="limit", levels=("batches",)),
     "limit_files": Entry(title="limit: whole files in sequence", environment=MAIN, reads="limit", levels=("items",)),
 }

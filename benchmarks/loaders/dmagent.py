@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ def value(item: Any) -> Any:
 
 
 def batches(task: Task) -> Iterator[Any]:
-    collate = collate_packed if task.packed else None
+    collate = functools.partial(collate_packed, labels=False) if task.packed else None
     lazy = {"decode": "lazy"} if task.packed else {}
     return iter(
         DataLoader(sampler(task, **lazy), batch_size=task.batch_size, num_workers=task.workers, collate_fn=collate)

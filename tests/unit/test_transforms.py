@@ -64,6 +64,13 @@ def test_a_batch_collated_at_once_is_that_of_the_transform(tmp_path):
     assert (other["input_ids"] >= 0).all(), "labels that are masked in place must leave the tokens alone"
 
 
+def test_labels_can_be_left_out():
+    rows = [{"__key__": str(n), "__domain__": "source/a", "__index__": n, PACKED_MEMBER: np.arange(3)} for n in (3, 4)]
+    whole, tokens = collate_packed(rows), collate_packed(rows, labels=False)
+    assert whole.keys() - tokens.keys() == {"labels"}
+    assert torch.equal(whole["input_ids"], tokens["input_ids"])
+
+
 def test_rows_of_different_lengths_make_no_batch():
     rows = [{"__key__": str(n), "__domain__": "source/a", "__index__": n, PACKED_MEMBER: np.arange(n)} for n in (3, 4)]
     with pytest.raises(DecodeError, match="different lengths \\('3' of 'source/a': 3"):
