@@ -9,7 +9,6 @@ trained under the old mix, in bare loaders and in the Trainer (which runs the de
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -110,7 +109,7 @@ def throughput(folder: Path, repeats: int, quick: bool) -> dict[str, Any]:
     runs = Throughput(folder, quick)
     runs.run("static", 0)  # the page cache is warm from here on
     works = {f"{kind} {w}": lambda k=kind, n=w: runs.run(k, n) for w in WORKERS for kind in KINDS}
-    timed = interleaved(works, repeats, say=say)
+    timed = interleaved(works, repeats, loud="throughput")
     samples = (2 * INTERVAL if quick else SAMPLES) - INTERVAL
     return {"samples": samples, "changes": runs.changes, "seconds": timed}
 
@@ -301,18 +300,13 @@ def main() -> None:
                     decisions(data, MANY_DOMAINS, repeats, quick),
                 ],
                 "staleness": lambda: staleness(data),
-                "stock_trainer": lambda: dynamics_trainer.training_runs(args.demo, False, quick, say),
-                "own_loader": lambda: dynamics_trainer.training_runs(args.demo, True, quick, say),
+                "stock_trainer": lambda: dynamics_trainer.training_runs(args.demo, False, quick),
+                "own_loader": lambda: dynamics_trainer.training_runs(args.demo, True, quick),
             },
         )
     save(args, results)
     if len(results) == len(PARTS):
         print(section(results))
-
-
-def say(line: str) -> None:
-    """Progress, for whoever waits."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from measuring import say
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "huggingface_trainer.py"
 SAMPLES, BATCH_SIZE, QUESTIONS = 640, 8, 60
@@ -57,7 +58,7 @@ def training_run(demo: Path, own_loader: bool, processes: int, workers: int, acc
     }
 
 
-def training_runs(demo: Path, own_loader: bool, quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]] | None:
+def training_runs(demo: Path, own_loader: bool, quick: bool) -> list[dict[str, Any]] | None:
     """All ways of loading with the stock Trainer, or with the mixin's own loader; None without the demo's data."""
     if not (demo / "shards" / "manifest.json").exists():
         say(f"staleness under the Trainer left out: {demo} holds no shards; run `make demo` first, or pass --demo")

@@ -83,6 +83,11 @@ def measured_parts(args: argparse.Namespace, parts: Mapping[str, Callable[[], An
     return results
 
 
+def say(line: str) -> None:
+    """Progress, for whoever waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def seconds(work: Callable[[], object]) -> float:
     """Wall-clock duration of one call."""
     started = time.perf_counter()
@@ -91,7 +96,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def interleaved(
-    works: Mapping[str, Callable[[], float]], repeats: int, *, seed: int = 0, say: Callable[[str], None] | None = None
+    works: Mapping[str, Callable[[], float]], repeats: int, *, seed: int = 0, loud: str | None = None
 ) -> dict[str, list[float]]:
     """Calls every work ``repeats`` times, each round in another random order.
 
@@ -101,7 +106,7 @@ def interleaved(
         works: Name -> work that returns its own measurement.
         repeats: Rounds.
         seed: Of the order.
-        say: Receives one line for each measurement.
+        loud: Say each measurement, after this word.
 
     Returns:
         Name -> one measurement for each round.
@@ -113,8 +118,8 @@ def interleaved(
         order.shuffle(names)
         for name in names:
             values[name].append(works[name]())
-            if say is not None:
-                say(f"{turn + 1}/{repeats} {name}: {number(values[name][-1])}")
+            if loud is not None:
+                say(f"{loud} {turn + 1}/{repeats} {name}: {number(values[name][-1])}")
     return values
 
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import resume_peers
-from measuring import Aim, aims_table, measured_parts, median, number, parser, save, table
+from measuring import Aim, aims_table, measured_parts, median, number, parser, save, say, table
 from resume_ours import CONSUMED, MOST_DECISIONS, ROWS, TOO_LONG, Ours
 
 DOMAINS = (52, 1000)
@@ -233,7 +232,7 @@ def main() -> None:
     repeats, quick = (1 if args.quick else args.repeats), args.quick
     with tempfile.TemporaryDirectory() as scratch:
         data = args.data or Path(scratch)
-        ours = {domains: Ours(data, domains, quick, say) for domains in DOMAINS}
+        ours = {domains: Ours(data, domains, quick) for domains in DOMAINS}
         results = measured_parts(
             args,
             {
@@ -247,11 +246,6 @@ def main() -> None:
     save(args, results)
     if len(results) == len(PARTS):
         print(section(results))
-
-
-def say(line: str) -> None:
-    """Progress, for whoever waits."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

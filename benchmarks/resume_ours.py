@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import median, seconds
+from measuring import median, say, seconds
 
 from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.decisions import Measurement
@@ -41,11 +40,9 @@ class Ours:
         folder: For shards, states and the index cache.
         domains: Number of domains.
         quick: Few rows.
-        say: Receives a line for each measurement.
     """
 
-    def __init__(self, folder: Path, domains: int, quick: bool, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, folder: Path, domains: int, quick: bool) -> None:
         self.domains = domains
         rows = 20 if quick else ROWS[domains]
         self._folder = folder / f"domains-{domains}-{rows}"
@@ -123,7 +120,5 @@ class Ours:
             "fresh": fresh,
         }
         path.unlink()
-        self._say(
-            f"{self.domains} domains, {consumed:.0e} consumed, {found['decisions']} decisions: {median(inside):.3f} s"
-        )
+        say(f"{self.domains} domains, {consumed:.0e} consumed, {found['decisions']} decisions: {median(inside):.3f} s")
         return found

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import interleaved, median, seconds
+from measuring import interleaved, median, say, seconds
 
 from dmagent_loader import DomainSpace
 from dmagent_loader.ledger import LedgerEntry
 from dmagent_loader.plan import Plan
 
 SAMPLES = 1024
+BLOCK = 4096
+"""Samples that a loader in full run plans in one call (`dmagent_loader.stream`)."""
+
 START = 10**9
 """Global index at which the measured samples begin: a run that has been going on for long."""
 
@@ -62,8 +65,8 @@ def point(domains: int, shards: int, ranks: int, decisions: int, repeats: int) -
     """Everything that one combination of sizes costs.
 
     Returns:
-        Milliseconds: `first_ms` for the first 1,024 samples of the last rank, `own_ms` for each 1,024 after those,
-        `whole_ms` for 1,024 samples in a row, as a rank would have to plan that could not leave out the others' share.
+        Milliseconds for 1,024 samples of the last rank: `first_ms` at the start, `call_ms` in one call after that,
+        `own_ms` as a loader in full run plans, which asks for 4,096 at a time.
     """
     made = time.perf_counter()
     plan = build(domains, shards)
@@ -71,15 +74,14 @@ def point(domains: int, shards: int, ranks: int, decisions: int, repeats: int) -
     appended = add_decisions(plan, decisions)
     positions = ranks - 1 + ranks * np.arange(SAMPLES, dtype=np.int64)
     first = seconds(lambda: plan.locate(START + positions))
-    own = [
-        1000 * seconds(lambda b=START + turn * SAMPLES * ranks: plan.locate(b + positions))
-        for turn in range(1, repeats + 1)
-    ]
-    plan.locate(2 * START + np.arange(SAMPLES))
-    whole = [
-        1000 * seconds(lambda b=2 * START + turn * SAMPLES: plan.locate(b + np.arange(SAMPLES)))
-        for turn in range(1, repeats + 1)
-    ]
+    own: dict[int, list[float]] = {}
+    begin = START + SAMPLES * ranks
+    for count in (SAMPLES, BLOCK):
+        positions = ranks - 1 + ranks * np.arange(count, dtype=np.int64)
+        own[count] = []
+        for _ in range(repeats):
+            own[count].append(1000 * SAMPLES / count * seconds(lambda b=begin, p=positions: plan.locate(b + p)))
+            begin += count * ranks
     return {
         "domains": domains,
         "shards": shards,
@@ -88,12 +90,12 @@ def point(domains: int, shards: int, ranks: int, decisions: int, repeats: int) -
         "build_ms": 1000 * made,
         "append_ms": 1000 * median(appended),
         "first_ms": 1000 * first,
-        "own_ms": own,
-        "whole_ms": whole,
+        "call_ms": own[SAMPLES],
+        "own_ms": own[BLOCK],
     }
 
 
-def growth(repeats: int, quick: bool, say: Any) -> dict[str, list[dict[str, Any]]]:
+def growth(repeats: int, quick: bool) -> dict[str, list[dict[str, Any]]]:
     """`point` along each size, the others as in `BASE`."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, values in VARIED.items():
@@ -102,11 +104,11 @@ def growth(repeats: int, quick: bool, say: Any) -> dict[str, list[dict[str, Any]
             sizes = {**BASE, **({"shards": 10_000} if quick else {}), name: value}
             found[name].append(point(**sizes, repeats=repeats))
             row = found[name][-1]
-            say(f"{name} {value}: own {median(row['own_ms']):.2f} ms, whole {median(row['whole_ms']):.2f} ms")
+            say(f"{name} {value}: own {median(row['own_ms']):.2f} ms, in one call {median(row['call_ms']):.2f} ms")
     return found
 
 
-def against_peers(repeats: int, quick: bool, say: Any) -> list[dict[str, Any]]:
+def against_peers(repeats: int, quick: bool) -> list[dict[str, Any]]:
     """Planning 1,024 samples, against drawing their domains independently, and against a blend as Megatron makes it.
 
     numpy's draws keep no mix, tell no row, and are lost when a run resumes. Megatron's `build_blending_indices` fixes

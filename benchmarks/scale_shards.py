@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import interleaved, median, seconds
+from measuring import interleaved, median, say, seconds
 from scale_plan import resident_mb
 
 from dmagent_loader.shards import ShardCollection
@@ -96,7 +96,7 @@ def read_only(paths: list[Path]) -> int:
     return total
 
 
-def index_rates(data: Path, repeats: int, quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def index_rates(data: Path, repeats: int, quick: bool) -> list[dict[str, Any]]:
     """Seconds to index shards of several kinds, from the disk and from the page cache, with one thread and with 8."""
     found = []
     for kind, (shards, rows, row_bytes) in ROW_KINDS.items():

@@ -10,7 +10,6 @@ delivers must be rows of the shards, recognised by content, in the mix that was 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,9 +78,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         checked = child("check", each, rows=8_000)
         results["versions"] |= checked.pop("versions")
         results["checks"][label(each)] = checked
-        say(f"checked {kind}/{label(each)}: {checked}")
+        measuring.say(f"checked {kind}/{label(each)}: {checked}")
     works = {label(each): (lambda each=each: rate(each)) for each in wanted}
-    results["rates"] = measuring.interleaved(works, args.repeats, say=lambda line: say(f"{kind} {line}"))
+    results["rates"] = measuring.interleaved(works, args.repeats, loud=kind)
     if not args.quick and any(aim.met is False for aim in aims_of(kind, results)):
         results["profile"] = child("profile", (OURS, BATCHES, 0), rows=0)["profile"]
     return results
@@ -267,11 +266,6 @@ def charts(results: dict[str, Any], folder: Path) -> None:
         axes.set_xlim(left=100)
         figure.legend(loc="outside lower center", ncols=len(shades), fontsize=9)
         figure.savefig(folder / f"bench_throughput_{kind}.png", dpi=110)
-
-
-def say(line: str) -> None:
-    """Progress, for whoever waits."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
