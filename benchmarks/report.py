@@ -25,7 +25,8 @@ HEAD = """\
 # Benchmarks
 
 Written by `make bench` from what the programs in `benchmarks/` measured; the raw repeats lie in `benchmarks/results/`.
-Every figure is the median of at least five repeats. Ratios are between measurements of the same run and machine.
+Rates and ratios are medians of at least five repeats, ratios between measurements of the same run and machine. First
+calls, what is built once, and the runs of the Trainer were measured once.
 """
 
 
