@@ -130,7 +130,7 @@ class MixingAgent(nn.Module):
         feedback = standardize(history.feedback, self._statistics(), mode, prior_weight=self.config.prior_weight)
         return np.concatenate([history.mixes, feedback], axis=1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def propose(self, history: History, *, standardization: Standardization | None = None) -> FloatArray:
         """The mix of the next step.
 
