@@ -21,7 +21,7 @@ from measuring import Aim, aims_table, measured_parts, median, number, parser, s
 from resume_ours import CONSUMED, MOST_DECISIONS, ROWS, TOO_LONG, Ours
 
 DOMAINS = (52, 1000)
-PEER_CONSUMED = (1000, 10_000, 100_000)
+PEER_CONSUMED = (1000, 3000, 10_000)
 STREAMING_CONSUMED = (1000, 10_000, 100_000, 1_000_000, 10_000_000)
 PARTS = ("few_domains", "many_domains", "long_ledgers", "peers", "streaming")
 _HERE = Path(__file__).parent

@@ -93,7 +93,9 @@ def section(results: dict[str, Any]) -> str:
         "## Scale",
         "1,000 domains, 1,000,000 shards of 500 to 1,500 rows, 10,000 ranks, 80 decisions, and from there one size at "
         "a time. Milliseconds for 1,024 samples of one rank, which lie 10,000 apart, long after the start (sample "
-        "1,000,000,000): as a loader in full run plans them, 4,096 in a call; 1,024 in a call; and the first call.",
+        "1,000,000,000): as a loader in full run plans them, 4,096 in a call; 1,024 in a call; and the first call. "
+        "(With 10,000 shards 4,096 samples of one rank span four passes over all data, and each begins with an order "
+        "of the shards of every domain.)",
         "![planning as each size grows](images/bench_scale.png)",
     ]
     header = ("", "in full run", "in one call", "first call", "a new mix", "building the plan")
