@@ -30,6 +30,7 @@ from dmagent_loader.shards import ShardCollection, remote
 TEXTS = [f"row {number} " * 40 for number in range(30)]
 STALL_SECONDS = 30.0
 TIMEOUT_SECONDS = 0.3
+"""Of a request to a server that stalls. Other faults have `STALL_SECONDS`: a busy machine must not add one."""
 
 
 def tar_bytes(texts: list[str]) -> bytes:
@@ -249,6 +250,8 @@ def run_fault(fault: str, stage: str, times: int, cache: Path) -> Outcome:
             return sum(str(sample.members["txt"], "utf-8") == TEXTS[row] for row, sample in enumerate(samples))
 
         collection = opened() if stage == "read" else None
+        if "stall" not in fault:
+            os.environ[remote.TIMEOUT_VARIABLE] = str(STALL_SECONDS)
         server.begin(fault, times if times >= 0 else 1 << 30)
         begin = time.perf_counter()
         try:
@@ -258,6 +261,7 @@ def run_fault(fault: str, stage: str, times: int, cache: Path) -> Outcome:
         seconds, requests = time.perf_counter() - begin, server.requests
     logger.removeHandler(counter)
     logger.propagate = True
+    os.environ[remote.TIMEOUT_VARIABLE] = str(TIMEOUT_SECONDS)
     return Outcome(
         fault=fault,
         stage=stage,

@@ -46,10 +46,11 @@ def test_a_peer_that_skips_is_followed_along_its_line_and_one_that_does_not_is_l
     def points(*times):
         return [{"consumed": 10**power, "seconds": [t] * 5} for power, t in zip((3, 4, 5), times, strict=True)]
 
-    slope, straight = resume.straight_line(points(0.2, 1.1, 10.1))
+    slope, straight = resume.straight_line("a peer", points(0.2, 1.1, 10.1))
     assert (slope, straight) == (pytest.approx(1e-4), pytest.approx(1.0))
-    assert resume.straight_line(points(0.30, 0.31, 0.33)) is None
-    assert resume.straight_line(points(0.2, 1.1, 10.1)[:2]) is None
+    assert resume.straight_line("a peer", points(0.30, 0.31, 0.33)) is None
+    assert resume.straight_line("a peer", points(0.2, 1.1, 10.1)[:2]) is None
+    assert resume.straight_line(resume.BOUNDED, points(0.2, 1.1, 10.1)) is None
 
 
 def test_a_million_shards_follow_the_growth_between_the_two_largest_collections(program):
