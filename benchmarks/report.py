@@ -4,6 +4,7 @@
 
 Reads ``benchmarks/results/NAME.json`` of every program in :data:`PROGRAMS`, asks the program for its section, its aims
 and its charts, and puts them together. No figure is typed by hand. Results that are missing are left out and named.
+What disturbed the machine during the run is said in ``benchmarks/results/remarks.md``, by whoever ran it.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ calls, what is built once, and the runs of the Trainer were measured once.
 """
 
 
-def page(records: dict[str, dict[str, Any]]) -> str:
+def page(records: dict[str, dict[str, Any]], remarks: str = "") -> str:
     """The whole page.
 
     Args:
         records: Name of the program -> its record, as :func:`measuring.save` wrote it.
+        remarks: On the circumstances of the run.
     """
     programs = {name: importlib.import_module(name) for name in records}
     sections = {name: programs[name].section(record["results"]).strip() for name, record in records.items()}
@@ -48,7 +50,12 @@ def page(records: dict[str, dict[str, Any]]) -> str:
         parts.append(
             "**These are figures of `make bench-quick`: one short repeat. They only show that the programs run.**"
         )
-    parts += [_machine(records), "## Aims", measuring.table(("aim", "measured", "", "section"), rows, right=False)]
+    parts += [
+        _machine(records),
+        *([remarks] if remarks else []),
+        "## Aims",
+        measuring.table(("aim", "measured", "", "section"), rows, right=False),
+    ]
     for name, record in records.items():
         parts += [sections[name], f"`{record['command']}`, {record['minutes']:g} minutes."]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -93,7 +100,8 @@ def main() -> None:
         charts = getattr(importlib.import_module(name), "charts", None)
         if charts is not None:
             charts(record["results"], images)
-    (args.docs / "benchmarks.md").write_text(page(records))
+    remarks = args.results / "remarks.md"
+    (args.docs / "benchmarks.md").write_text(page(records, remarks.read_text() if remarks.exists() else ""))
     print(args.docs / "benchmarks.md")
 
 
