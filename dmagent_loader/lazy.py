@@ -116,7 +116,10 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> tuple[Sa
     if found is None:
         return None
     keys, data = found
-    values = decode_npy_rows(data)
+    try:
+        values = decode_npy_rows(data)
+    except DecodeError:
+        return None  # read by itself, the row is named in the error
     if values is None:
         return None
     names = reader.names

@@ -111,6 +111,12 @@ def test_rows_of_different_lengths_and_of_other_members_are_refused_by_name(tmp_
         collate_packed(take(build(text, tmp_path, decode="lazy"), 4))
 
 
+def test_a_row_that_is_no_array_is_named(tmp_path):
+    broken = write_rows(tmp_path, [{"input_ids.npy": b"no array at all"} for _ in range(4)])
+    with pytest.raises(DecodeError, match=r"domain 'source/own', row \d of shard .*own\.tar.*not a npy file"):
+        collate_packed(take(build(broken, tmp_path, decode="lazy"), 4))
+
+
 def test_matrices_are_no_packed_rows(tmp_path):
     rows = write_rows(tmp_path, [{"input_ids.npy": np.arange(6).reshape(2, 3)} for _ in range(4)])
     assert collate_packed(take(build(rows, tmp_path, decode="lazy"), 2))["input_ids"].shape == (2, 2, 3)
