@@ -341,7 +341,7 @@ class Plan:
     def counts(self, index: int) -> IntArray:
         """Samples that each domain has given before a global index: (D,) int64, sums to the index."""
         segment = self._at(index)
-        if segment.quanta is None:
+        if segment.quanta is None or index == segment.start:
             return segment.base.copy()
         return segment.base + self._order(segment).counts(index - segment.start)
 
