@@ -203,21 +203,22 @@ class ShardCollection:
         if not self.is_local or not rows:
             return None
         spans, table_of, source_of, verify = self._spans, self._tables.get, self._open.get, self._verify
-        domain, shard, row = rows[0]
-        size = table_of(spans[domain][0] + shard).size[row]
+        numbers = [spans[domain][0] + shard for domain, shard, _ in rows]
+        tables = [table_of(number) for number in numbers]
+        size = tables[0].size[rows[0][2]]
+        # All of them before any memory is taken: the first row may be large and the others of another kind.
+        for table, (_, _, row) in zip(tables, rows, strict=True):
+            if table.only != extension or table.size[row] != size:
+                return None
         data = np.empty((len(rows), size), np.uint8)
         memory = memoryview(data.reshape(-1))  # type: ignore[arg-type]
         keys, end = [], 0
-        for domain, shard, row in rows:
-            number = spans[domain][0] + shard
-            table = table_of(number)
-            if table.only != extension or table.size[row] != size:
-                return None
-            begin, end = end, end + size
+        for number, table, place in zip(numbers, tables, rows, strict=True):
+            begin, end, row = end, end + size, place[2]
             view = memory[begin:end]
             source_of(number).read_into(view, table.offset[row])
             if verify and crc32(view) != table.crc[row]:
-                view[:] = self.read(domain, shard, row).members[extension]
+                view[:] = self.read(*place).members[extension]
             keys.append(table.key(row))
         return keys, data
 

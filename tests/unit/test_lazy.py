@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,18 @@ def test_a_row_that_is_no_array_is_named(tmp_path):
     broken = write_rows(tmp_path, [{"input_ids.npy": b"no array at all"} for _ in range(4)])
     with pytest.raises(DecodeError, match=r"domain 'source/own', row \d of shard .*own\.tar.*not a npy file"):
         collate_packed(take(build(broken, tmp_path, decode="lazy"), 4))
+
+
+def test_no_memory_is_taken_for_a_batch_whose_rows_differ(tmp_path):
+    large = 4 << 20
+    rows = write_rows(tmp_path, [{"input_ids.npy": bytes(large)}, *({"input_ids.npy": b"small"} for _ in range(31))])
+    collection = build(rows, tmp_path).collection
+    collection.read(0, 0, 1)  # its index is in memory from here on
+    tracemalloc.start()
+    assert collection.read_equal([(0, 0, row) for row in range(32)], PACKED_MEMBER) is None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < large
 
 
 def test_matrices_are_no_packed_rows(tmp_path):
