@@ -19,7 +19,9 @@ import numpy as np
 from measuring import interleaved, median, say, seconds
 from scale_plan import resident_mb
 
+from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.shards import ShardCollection
+from dmagent_loader.shards.cache import IndexCache
 from dmagent_loader.shards.index import build_index
 from dmagent_loader.shards.reader import open_source
 
@@ -34,6 +36,10 @@ ROW_KINDS = {
 
 COUNTS = (1000, 10_000, 30_000)
 DOMAINS, READS = 1000, 1024
+DECISIONS, INTERVAL = 80, 64_000
+LINKS_OF_A_FILE = 30_000
+"""File systems allow some 65,000."""
+
 _READ_BYTES = 4 << 20
 
 
@@ -147,6 +153,59 @@ def collection(data: str, shards: int, cache: str) -> dict[str, float]:
         opened[0].read(domain, shard, 0)
     return {
         "shards": len(paths),
+        "open_seconds": open_seconds,
+        "fingerprint_seconds": fingerprint,
+        "peak_mb": resident_mb("VmHWM") - before,
+        "resident_mb": resident_mb("VmRSS") - before,
+    }
+
+
+def link_shards(paths: list[Path], folder: Path, cache: Path, shards: int) -> dict[str, str]:
+    """Makes many shards out of few, and their cached indexes, as links to them; what they hold does not matter here.
+
+    Returns:
+        Domain -> folder of its shards.
+    """
+    names = {f"source/{number}": folder / f"{number:04d}" for number in range(min(DOMAINS, shards))}
+    done = folder / "complete"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        few = paths[: -(-shards // LINKS_OF_A_FILE)]
+        ShardCollection.open({"source/0": few}, cache_dir=cache, progress=False)
+        indexes = IndexCache(cache)
+        homes = list(names.values())
+        for home in homes:
+            home.mkdir(parents=True)
+        for number in range(shards):
+            link, path = homes[number % len(homes)] / f"{number:07d}.tar", few[number // LINKS_OF_A_FILE]
+            os.link(path, link)
+            entry = indexes.entry(str(link))
+            entry.unlink(missing_ok=True)
+            os.link(indexes.entry(str(path)), entry)
+        done.touch()
+    return {name: str(home) for name, home in names.items()}
+
+
+def sampler(folders: dict[str, str], cache: str) -> dict[str, float]:
+    """What a process needs to build a sampler over linked shards, to change its mix 80 times, and to read 1,024 rows.
+
+    Runs in a process of its own: what it measures is the peak since that process began.
+    """
+    before = resident_mb("VmRSS")
+    opened: list[AgentWeightedSampler] = []
+    settings = {"samples_per_reweight": INTERVAL, "exhausted": "repeat", "cache_dir": cache, "progress": False}
+    open_seconds = seconds(lambda: opened.append(AgentWeightedSampler(folders, **settings)))
+    fingerprint = seconds(lambda: opened[0].fingerprint)
+    generator = np.random.default_rng(0)
+    for number in range(DECISIONS):
+        opened[0].seek(number * INTERVAL)
+        mix = generator.dirichlet(np.ones(len(folders))).tolist()
+        opened[0].set_mix(dict(zip(folders, mix, strict=True)))
+    for _, _ in zip(range(READS), opened[0], strict=False):
+        pass
+    return {
+        "shards": sum(len(opened[0].collection.shard_rows(domain)) for domain in range(len(folders))),
+        "decisions": DECISIONS,
         "open_seconds": open_seconds,
         "fingerprint_seconds": fingerprint,
         "peak_mb": resident_mb("VmHWM") - before,

@@ -37,13 +37,10 @@ def open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], **settings: Any
 
 def _contents(collection: ShardCollection) -> dict[str, Any]:
     """What must be the same on all ranks: first the domains, so that a difference is named by them."""
-    shards: dict[str, list[Any]] = {domain: [] for domain in collection.domains}
-    for summary in collection.summaries():
-        shards[summary.domain].append(summary)
     facts: dict[str, Any] = {"the domains": list(collection.domains)}
-    for domain, listed in shards.items():
-        rows = sum(summary.rows for summary in listed)
-        facts[f"the shards of {domain!r}"] = f"{len(listed)} shards with {rows} rows"
+    for number, domain in enumerate(collection.domains):
+        rows = collection.shard_rows(number)
+        facts[f"the shards of {domain!r}"] = f"{len(rows)} shards with {rows.sum()} rows"
     return {**facts, "the contents of the shards": collection.fingerprint}
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.shards.cache import IndexCache, build_and_cache
 from dmagent_loader.shards.damage import ShardDamage
 from dmagent_loader.shards.index import ShardIndex
-from dmagent_loader.shards.reader import ShardVersion, shard_version
+from dmagent_loader.shards.reader import shard_version
 from dmagent_loader.shards.urls import base_name, display_url, is_local
 
 # Threads, not processes: reading and the checksums of large rows run outside the interpreter lock, two processes were
@@ -55,7 +56,7 @@ class Catalogue:
     """All shards of all domains, numbered through in the order of domains and lists.
 
     Args:
-        urls: Domain -> URLs of its shards.
+        urls: Each domain with the URLs of its shards; the list of one is dropped before the next is asked for.
         cache: Where indexes are kept.
         progress: Show a progress bar while shards are indexed.
 
@@ -64,16 +65,20 @@ class Catalogue:
         ShardLayoutError: A shard that cannot be read by position.
     """
 
-    def __init__(self, urls: Mapping[str, Sequence[str]], cache: IndexCache, progress: bool) -> None:
-        self.domains: tuple[str, ...] = tuple(urls)
+    def __init__(self, urls: Iterable[tuple[str, Sequence[str]]], cache: IndexCache, progress: bool) -> None:
         self._cache = cache
-        ends = np.cumsum([0, *(len(listed) for listed in urls.values())]).tolist()
-        self.spans: list[tuple[int, int]] = list(pairwise(ends))
+        self._names = bytearray()
+        domains, name_end, span_end = [], array("q", [0]), [0]
+        for domain, listed in urls:
+            domains.append(domain)
+            for url in listed:
+                self._names += url.encode("utf-8", "surrogateescape")
+                name_end.append(len(self._names))
+            span_end.append(len(name_end) - 1)
+        self.domains: tuple[str, ...] = tuple(domains)
+        self.spans: list[tuple[int, int]] = list(pairwise(span_end))
         """(D,) the number of the first shard of each domain, and that after its last."""
-        names = [url.encode("utf-8", "surrogateescape") for listed in urls.values() for url in listed]
-        self._names = b"".join(names)
-        self._name_end: NDArray[np.int64] = np.cumsum([0, *(len(name) for name in names)])
-        del names
+        self._name_end: NDArray[np.int64] = np.array(name_end, np.int64)
         self.rows: NDArray[np.int64] = np.zeros(len(self), np.int64)
         """(S,) rows of each shard."""
         self._checksums = bytearray(len(self) * hashlib.sha256().digest_size)
@@ -144,35 +149,38 @@ class Catalogue:
 
     def _find_or_build(self, progress: bool) -> None:
         stop = threading.Event()
-        missing: dict[int, ShardVersion] = {}
+        missing = array("q")  # of shards; what is known of each would take ten times as much
+        missing_bytes = 0
 
-        def look_up(number: int) -> ShardVersion | _Facts:
+        def look_up(number: int) -> int | _Facts:
+            """Facts of the shard, or its bytes if it has to be indexed."""
             url = self.url(number)
             version = shard_version(url)
             index = self._cache.load(url, version)
-            return version if index is None else _Facts.of(index, cached=True)
+            return version.size if index is None else _Facts.of(index, cached=True)
 
         for number, found in _in_threads(look_up, range(len(self)), stop):
             if isinstance(found, _Facts):
                 self._note(number, found)
             else:
-                missing[number] = found
+                missing.append(number)
+                missing_bytes += found
         if not missing:
             return
 
         def build(number: int) -> _Facts:
-            version = missing[number]
-            return _Facts.of(*build_and_cache(self.url(number), version, self._cache, advance=bar.update, stop=stop))
+            url = self.url(number)
+            return _Facts.of(*build_and_cache(url, shard_version(url), self._cache, advance=bar.update, stop=stop))
 
         with tqdm(
-            total=sum(version.size for version in missing.values()),
+            total=missing_bytes,
             unit="B",
             unit_scale=True,
             desc=f"indexing {len(missing)} shard{'s' if len(missing) > 1 else ''}",
             mininterval=0.5,
             disable=not progress,
         ) as bar:
-            for number, facts in _in_threads(build, list(missing), stop):
+            for number, facts in _in_threads(build, missing, stop):
                 self._note(number, facts)
 
 

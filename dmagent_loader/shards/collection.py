@@ -115,7 +115,7 @@ class ShardCollection:
             raise ConfigurationError(f"on_damage={on_damage!r}: it is 'raise' or 'skip'")
         if not shards:
             raise ConfigurationError("no domains: pass a mapping from domain name to shards")
-        urls = {domain: expand_shards(domain, patterns) for domain, patterns in shards.items()}
+        urls = ((domain, expand_shards(domain, patterns)) for domain, patterns in shards.items())
         cache = IndexCache(Path(cache_dir) if cache_dir is not None else default_cache_dir())
         catalogue = Catalogue(urls, cache, progress)
         collection = cls(catalogue, verify=verify, max_open_files=max_open_files)

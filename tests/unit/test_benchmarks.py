@@ -53,12 +53,15 @@ def test_a_peer_that_skips_is_followed_along_its_line_and_one_that_does_not_is_l
     assert resume.straight_line(resume.BOUNDED, points(0.2, 1.1, 10.1)) is None
 
 
-def test_a_million_shards_follow_the_growth_between_the_two_largest_collections(program):
-    scale = program("scale")
-    rows = [
-        {"shards": shards, "again": [{"peak_mb": mb}] * 5} for shards, mb in ((1000, 50), (10_000, 60), (30_000, 80))
-    ]
-    assert scale.extrapolated(rows, "peak_mb") == pytest.approx(80 + 970_000 / 1000)
+def test_linked_shards_are_opened_from_the_cache_of_those_that_they_link_to(program, tmp_path):
+    shards, cache = program("scale_shards"), tmp_path / "cache"
+    paths = shards.write_shards(tmp_path / "few", 1, 4, 200)
+    folders = shards.link_shards(paths, tmp_path / "links", cache, 5)
+    entries = {path: path.stat().st_ino for path in cache.rglob("*.safetensors")}
+    assert len(entries) == 6
+    assert len(set(entries.values())) == 1
+    assert shards.sampler(folders, str(cache))["shards"] == 5
+    assert {path: path.stat().st_ino for path in cache.rglob("*.safetensors")} == entries, "an index was made anew"
 
 
 def test_what_changes_cost_is_the_difference_to_one_mix_of_the_same_round(program):
