@@ -37,8 +37,13 @@ def value(item: Any) -> Any:
     return item["input_ids.npy"] if "input_ids.npy" in item else item["txt"]
 
 
+def collate_texts(samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Lists, tags included."""
+    return {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
 def batches(task: Task) -> Iterator[Any]:
-    collate = functools.partial(collate_packed, labels=False) if task.packed else None
+    collate = functools.partial(collate_packed, labels=False) if task.packed else collate_texts
     lazy = {"decode": "lazy"} if task.packed else {}
     return iter(
         DataLoader(sampler(task, **lazy), batch_size=task.batch_size, num_workers=task.workers, collate_fn=collate)
