@@ -60,6 +60,7 @@ class DomainOrder:
         self._carry = np.zeros(len(quanta), dtype=np.int64) if carry is None else carry
         active = np.flatnonzero(self.quanta > 0)
         self._leaves = active[np.argsort(-self.quanta[active], kind="stable")].astype(np.int64)
+        self._counted: tuple[int, IntArray] | None = None
         self._grow(key)
 
     def locate(self, samples: IntArray) -> tuple[IntArray, IntArray]:
@@ -90,6 +91,12 @@ class DomainOrder:
 
     def counts(self, num_samples: int) -> IntArray:
         """How many of the first `num_samples` samples fall on each domain: (D,) int64, sums to `num_samples`."""
+        # A decision asks twice: what was trained on, and where the next mix begins.
+        if self._counted is None or self._counted[0] != num_samples:
+            self._counted = (num_samples, self._count(num_samples))
+        return self._counted[1].copy()
+
+    def _count(self, num_samples: int) -> IntArray:
         counts = np.zeros(len(self.quanta), dtype=np.int64)
         if len(self._leaves) == 1:
             counts[self._leaves[0]] = num_samples

@@ -37,6 +37,8 @@ class AgentPolicy:
         ConfigurationError: Other roles than the agent's, or an unknown standardization.
     """
 
+    always_answers = True
+
     def __init__(
         self,
         agent: MixingAgent,

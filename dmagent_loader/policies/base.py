@@ -12,6 +12,10 @@ from dmagent_loader.simplex import FloatArray
 class Policy(Protocol):
     """Anything with a name that proposes mixes.
 
+    A class that says ``always_answers = True``, as those of this package do, ends soon whatever it is given: it is
+    called directly. Any other one, also one that inherits from it, is called in a thread that is left behind when its
+    time is over (`GuardConfig.timeout_seconds`).
+
     Attributes:
         name: Written beside each decision in the ledger and in logs.
     """

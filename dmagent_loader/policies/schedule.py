@@ -27,6 +27,8 @@ class LinearSchedule:
         MixError: `start` or `end` is no distribution.
     """
 
+    always_answers = True
+
     def __init__(self, start: Weights, end: Weights, steps: int, *, name: str = "linear") -> None:
         if steps < 1:
             raise ConfigurationError(f"a schedule over {steps} steps is none: steps must be at least 1")

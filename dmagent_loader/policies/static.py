@@ -26,6 +26,8 @@ class StaticPolicy:
         'static'
     """
 
+    always_answers = True
+
     def __init__(self, weights: Weights, *, name: str = "static") -> None:
         self.name = name
         self._weights = checked(weights)

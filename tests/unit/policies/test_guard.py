@@ -15,7 +15,7 @@ import torch
 
 from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError
 from dmagent_loader.history import History
-from dmagent_loader.policies import Guard, GuardConfig, StaticPolicy, propose_guarded
+from dmagent_loader.policies import AgentPolicy, Guard, GuardConfig, LinearSchedule, StaticPolicy, propose_guarded
 from dmagent_loader.simplex import FloatArray, total_variation
 
 MakeHistory = Callable[..., History]
@@ -224,6 +224,30 @@ def test_a_policy_within_its_time_runs_in_a_thread_and_is_accepted(make_history:
     outcome = propose_guarded(Calls(propose), make_history(DOMAINS), EVEN, guard(timeout_seconds=30.0))
     assert outcome.accepted
     assert seen[0] is not threading.current_thread()
+
+
+def test_a_policy_that_always_answers_is_called_directly(make_history: MakeHistory) -> None:
+    """To wake another core for the agent, with nothing of it in its caches, can take longer than the agent. But a class
+    that inherits from one that always answers may do something else."""
+    seen = []
+
+    class Inherits(StaticPolicy):
+        def propose(self, history: History) -> FloatArray:
+            seen.append(threading.current_thread())
+            return super().propose(history)
+
+    class Answers(Inherits):
+        always_answers = True
+
+    for policy in (Answers, Inherits):
+        outcome = propose_guarded(
+            policy([1.0, 0.0, 0.0, 0.0]), make_history(DOMAINS), EVEN, guard(timeout_seconds=30.0)
+        )
+        assert outcome.accepted
+    assert seen[0] is threading.current_thread()
+    assert seen[1] is not threading.current_thread()
+    assert AgentPolicy.always_answers
+    assert LinearSchedule.always_answers
 
 
 def test_a_late_policy_is_left_behind_and_not_called_again_until_it_has_ended(
