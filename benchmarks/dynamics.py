@@ -17,7 +17,7 @@ from typing import Any
 import dynamics_trainer
 import numpy as np
 import torch
-from dynamics_decisions import AGENT, FIELDS, MANY_DOMAINS, decision_sampler, decisions, distributed_decisions
+from dynamics_decisions import AGENT, FIELDS, MANY_DOMAINS, decision_sampler, decisions, distributed_decisions, profile
 from dynamics_decisions import proposals as agent_proposals
 from measuring import Aim, aims_table, interleaved, measured_parts, median, median_ratio, number, parser, save, table
 from torch.utils.data import DataLoader
@@ -25,13 +25,16 @@ from torch.utils.data import DataLoader
 from dmagent_loader import AgentWeightedSampler, DomainSpace
 from dmagent_loader.testing import write_toy_shards
 
-PARTS = ("throughput", "proposals", "decisions", "staleness", "stock_trainer", "own_loader")
+PARTS = ("throughput", "paced", "proposals", "decisions", "profile", "staleness", "stock_trainer", "own_loader")
 INTERVAL, BATCH_SIZE = 500, 50
 SAMPLES = 40_500
 """Of one measurement; the first 500 are not timed."""
 
 ROWS, TOKENS = 1152, 2048
 """Rows of each of 52 domains, and tokens of each: 300 MB of shards."""
+
+STEP_SECONDS = 0.0125
+"""Of a training step that waits for an accelerator: 500 samples take 0.125 s."""
 
 KINDS = ("static", "set_mix", "agent")
 WORKERS = (0, 2)
@@ -74,8 +77,8 @@ class Throughput:
         self._feedback = [dict(zip(FIELDS, f, strict=True)) for f in generator.normal(-3, 0.3, (changes, 2)).tolist()]
         self.changes = changes - 1
 
-    def run(self, kind: str, workers: int) -> float:
-        """Seconds of the samples after the first 500."""
+    def run(self, kind: str, workers: int, step_seconds: float = 0.0) -> float:
+        """Seconds of the samples after the first 500, each batch of which is trained on for a while."""
         sampler = AgentWeightedSampler(
             self._shards,
             agent=AGENT if kind == "agent" else None,
@@ -90,6 +93,8 @@ class Throughput:
         batches, consumed, change, started = iter(loader), 0, 0, 0.0
         while consumed < self._samples:
             consumed += len(next(batches))
+            if step_seconds:
+                time.sleep(step_seconds)
             if consumed == INTERVAL:
                 started = time.perf_counter()
             due = sampler.reweight_due(consumed)  # also tells the sampler what was consumed, as every trainer does
@@ -104,12 +109,12 @@ class Throughput:
         return took
 
 
-def throughput(folder: Path, repeats: int, quick: bool) -> dict[str, Any]:
+def throughput(folder: Path, repeats: int, quick: bool, step_seconds: float = 0.0) -> dict[str, Any]:
     """Seconds of every run, the kinds in turn, so that what disturbs the machine disturbs all of them."""
     runs = Throughput(folder, quick)
     runs.run("static", 0)  # the page cache is warm from here on
-    works = {f"{kind} {w}": lambda k=kind, n=w: runs.run(k, n) for w in WORKERS for kind in KINDS}
-    timed = interleaved(works, repeats, loud="throughput")
+    works = {f"{kind} {w}": lambda k=kind, n=w: runs.run(k, n, step_seconds) for w in WORKERS for kind in KINDS}
+    timed = interleaved(works, repeats, loud=f"steps of {step_seconds:g} s")
     samples = (2 * INTERVAL if quick else SAMPLES) - INTERVAL
     return {"samples": samples, "changes": runs.changes, "seconds": timed}
 
@@ -140,9 +145,9 @@ def lost(results: dict[str, Any], kind: str, workers: int) -> float:
     return 1 - 1 / median_ratio(timed[f"{kind} {workers}"], timed[f"static {workers}"])
 
 
-def cost_ms(results: dict[str, Any], kind: str, workers: int) -> float:
-    """Milliseconds that one change costs, planning and reading anew included."""
-    timed, changes = results["throughput"]["seconds"], results["throughput"]["changes"]
+def cost_ms(results: dict[str, Any], kind: str, workers: int, part: str = "paced") -> float:
+    """Milliseconds that one change costs: while training waits for an accelerator, or (`throughput`) at full speed."""
+    timed, changes = results[part]["seconds"], results[part]["changes"]
     pairs = zip(timed[f"{kind} {workers}"], timed[f"static {workers}"], strict=True)
     return 1000 * median((changed - static) / changes for changed, static in pairs)
 
@@ -175,7 +180,9 @@ def section(results: dict[str, Any]) -> str:
         "## Changing the mix while training",
         f"Packed rows of {TOKENS:,} tokens (uint16) in 52 domains, batches of {BATCH_SIZE}, the page cache warm; a new "
         f"mix every {INTERVAL} samples. *Lost* is what that costs a loader that runs as fast as it can, with nothing "
-        "being trained; *a change* is the time behind it, from which follows the share of a real run.",
+        "being trained, and *a change* the time behind it. *While training*: the same where each batch is followed by "
+        f"{1000 * STEP_SECONDS:g} ms in which the loop sleeps, as it waits for an accelerator; data workers then plan "
+        "and read anew beside it. From that follows the share of a run.",
         _throughput(results),
         "![what a change costs](images/bench_dynamics.png)",
         "The agent's proposal alone, one core, against one forward pass of a plain two-layer torch Transformer of its "
@@ -190,6 +197,9 @@ def section(results: dict[str, Any]) -> str:
         "A whole decision (`sampler.reweight`), ms: history, proposal, translation to the run's domains, guard, "
         "ledger, and with two processes the agreement over gloo.",
         _decisions(results["decisions"]),
+        "Where the time of decisions 41 to 80 goes, and of 64 samples after each, the new plan among it (52 domains, "
+        "one process, cProfile, own time of each function):",
+        results["profile"],
         "Staleness: samples of all ranks that are still trained under the old mix. In a bare `DataLoader`:",
         table(
             ("torch workers", "prefetch_factor", "batch size", "samples late"),
@@ -217,14 +227,15 @@ def _throughput(results: dict[str, Any]) -> str:
             rate = samples / median(timed[f"{kind} {workers}"])
             cells: list[object] = [f"{name}, {workers} workers", rate, rate * TOKENS / 1e6]
             if kind == "static":
-                cells += [None] * (2 + len(SECONDS_BETWEEN))
+                cells += [None] * (3 + len(SECONDS_BETWEEN))
             else:
                 cost = cost_ms(results, kind, workers)
-                cells += [f"{lost(results, kind, workers):.1%}", cost]
+                cells += [f"{lost(results, kind, workers):.1%}", cost_ms(results, kind, workers, "throughput"), cost]
                 cells += [f"{cost / 1000 / between:.3%}" for between in SECONDS_BETWEEN]
             rows.append(cells)
     shares = [f"lost, {INTERVAL} samples in {between:g} s" for between in SECONDS_BETWEEN]
-    return table(("", "samples/s", "million tokens/s", "lost at full speed", "a change, ms", *shares), rows)
+    header = ("", "samples/s", "million tokens/s", "lost at full speed", "a change, ms", "while training, ms", *shares)
+    return table(header, rows)
 
 
 def _decisions(rows: list[dict[str, Any]]) -> str:
@@ -293,12 +304,14 @@ def main() -> None:
             args,
             {
                 "throughput": lambda: throughput(data, repeats, quick),
+                "paced": lambda: throughput(data, repeats, quick, STEP_SECONDS),
                 "proposals": lambda: agent_proposals(1 if quick else 50, quick),
                 "decisions": lambda: [
                     decisions(data, 52, repeats, quick),
                     distributed_decisions(data, repeats, quick),
                     decisions(data, MANY_DOMAINS, repeats, quick),
                 ],
+                "profile": lambda: profile(data, 2 if quick else 40),
                 "staleness": lambda: staleness(data),
                 "stock_trainer": lambda: dynamics_trainer.training_runs(args.demo, False, quick),
                 "own_loader": lambda: dynamics_trainer.training_runs(args.demo, True, quick),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import interleaved, seconds
+from measuring import interleaved, profiled, seconds
 
 from dmagent_loader import AgentWeightedSampler, DomainSpace, MixingAgent
 from dmagent_loader.domains import CANONICAL_TOPICS
@@ -84,11 +84,11 @@ def decision_sampler(folder: Path, domains: int, **settings: Any) -> AgentWeight
     )
 
 
-def decide(sampler: AgentWeightedSampler, steps: int) -> list[dict[str, float]]:
-    """Milliseconds of each decision of a run: all of `sampler.reweight`, and the policy's part of it."""
+def decide(sampler: AgentWeightedSampler, steps: int, first: int = 0) -> list[dict[str, float]]:
+    """Milliseconds of each decision of a run from its `first` on: all of `sampler.reweight`, and the policy's part."""
     generator = np.random.default_rng(0)
     stream, found = iter(sampler), []
-    for step in range(steps):
+    for step in range(first, first + steps):
         feedback = dict(zip(FIELDS, generator.normal(-3, 0.3, 2).tolist(), strict=True))
         decision = []
         took = seconds(lambda f=feedback, s=step, d=decision: d.append(sampler.reweight(f, consumed=s * _BETWEEN)))
@@ -97,6 +97,14 @@ def decide(sampler: AgentWeightedSampler, steps: int) -> list[dict[str, float]]:
         for _ in range(_BETWEEN // sampler.world_size):
             next(stream)
     return found
+
+
+def profile(folder: Path, changes: int) -> str:
+    """Where the time goes of decisions, each followed by `_BETWEEN` samples, after `STEPS[-2]` of them."""
+    torch.set_num_threads(1)
+    sampler = decision_sampler(folder, 52)
+    decide(sampler, STEPS[-2])
+    return profiled(lambda: decide(sampler, changes, first=STEPS[-2]))
 
 
 def decisions(folder: Path, domains: int, repeats: int, quick: bool) -> dict[str, Any]:

@@ -6,13 +6,11 @@ benchmarks/data.py and benchmarks/throughput.py start it; it prints one line of 
 from __future__ import annotations
 
 import argparse
-import cProfile
 import importlib
 import itertools
 import json
 import multiprocessing
 import os
-import pstats
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,6 @@ ITEMS_PER_LOOK = 64
 
 WARM_UP_SECONDS = 0.5
 MOST_PASSES = 1000
-PROFILED = 15
 
 
 def open_task(args: argparse.Namespace, *, verifying: bool) -> Task:
@@ -138,19 +135,7 @@ def profile(module: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The functions in which the rows after the warm-up spend their time, as a Markdown table."""
     rows = iter(make(module, args.level)(open_task(args, verifying=False)))
     _take(rows, 1, min(WARM_UP_SECONDS, args.seconds))
-    profiler = cProfile.Profile()
-    profiler.enable()
-    _take(rows, 1, args.seconds)
-    profiler.disable()
-    stats = pstats.Stats(profiler)
-    total = stats.total_tt  # type: ignore[attr-defined]
-    lines = []
-    for (file, line, function), (_, calls, own, _, _) in stats.stats.items():  # type: ignore[attr-defined]
-        place = function if file == "~" else f"{Path(file).parent.name}/{Path(file).name}:{line} {function}"
-        lines.append((own, (f"`{place}`", calls, f"{own / total:.1%}")))
-    lines.sort(reverse=True)
-    table = measuring.table(("function", "calls", "share"), [line for _, line in lines[:PROFILED]])
-    return {"profile": table}
+    return {"profile": measuring.profiled(lambda: _take(rows, 1, args.seconds))}
 
 
 def _take(rows: Iterator[Any], look: int, seconds: float) -> tuple[int, float]:

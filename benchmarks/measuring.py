@@ -15,11 +15,13 @@ A benchmark program ``benchmarks/NAME.py``
 from __future__ import annotations
 
 import argparse
+import cProfile
 import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
+import pstats
 import random
 import re
 import statistics
@@ -31,6 +33,9 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("dmagent-loader", "torch", "numpy", "webdataset", "transformers", "lm-eval", "datasets", "isal")
+PROFILED = 15
+"""Functions in a profile."""
+
 SCHEMA_VERSION = 1
 _STARTED = time.time()
 _part_minutes: dict[str, float] = {}
@@ -180,6 +185,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, right: boo
 
     rules = ["-" * (w - 1) + ":" if right and i else "-" * w for i, w in enumerate(widths)]
     return "\n".join([line(header), line(rules), *(line(row) for row in cells)])
+
+
+def profiled(work: Callable[[], object]) -> str:
+    """Markdown table of the functions in which one call spends its time (cProfile: own time of each)."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    work()
+    profiler.disable()
+    stats = pstats.Stats(profiler)
+    total = stats.total_tt  # type: ignore[attr-defined]
+    lines = []
+    for (file, line, function), (_, calls, own, _, _) in stats.stats.items():  # type: ignore[attr-defined]
+        place = function if file == "~" else f"{Path(file).parent.name}/{Path(file).name}:{line} {function}"
+        lines.append((own, (f"`{place}`", calls, f"{own / total:.1%}")))
+    lines.sort(reverse=True)
+    return table(("function", "calls", "share"), [line for _, line in lines[:PROFILED]])
 
 
 def number(value: float) -> str:

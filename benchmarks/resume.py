@@ -124,6 +124,8 @@ def section(results: dict[str, Any]) -> str:
         _steps([*results["few_domains"], *results["many_domains"]]),
         f"After {CONSUMED[-1]:.0e} samples, by the number of decisions in the ledger:",
         _steps(results["long_ledgers"]),
+        "Where the time of the last line goes (inside a process, cProfile, own time of each function):",
+        results["long_ledgers"][-1]["profile"],
     ]
     return "\n\n".join([*parts, aims_table(aims(results))])
 

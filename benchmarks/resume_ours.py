@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import median, say, seconds
+from measuring import median, profiled, say, seconds
 
 from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.decisions import Measurement
@@ -89,14 +89,14 @@ class Ours:
         return [self.measure(consumed, MOST_DECISIONS, repeats) for consumed in (CONSUMED[::3] if quick else CONSUMED)]
 
     def long_ledgers(self, repeats: int, quick: bool) -> list[dict[str, Any]]:
-        """Resuming after ever more decisions, until ten times as many would take too long."""
+        """Resuming after ever more decisions, until ten times as many would take too long; with a profile of each."""
         found: list[dict[str, Any]] = []
         for decisions in LONG_LEDGERS[: 1 if quick else None]:
             if not found or median(found[-1]["inside"]) < TOO_LONG / 10:
-                found.append(self.measure(CONSUMED[-1], decisions, repeats))
+                found.append(self.measure(CONSUMED[-1], decisions, repeats, profile=True))
         return found
 
-    def measure(self, consumed: int, decisions: int, repeats: int) -> dict[str, Any]:
+    def measure(self, consumed: int, decisions: int, repeats: int, *, profile: bool = False) -> dict[str, Any]:
         """Resuming inside a process and in a new one, `repeats` times each."""
         path = self.state(consumed, decisions)
         running = self.sampler()
@@ -118,6 +118,7 @@ class Ours:
             "state_bytes": path.stat().st_size,
             "inside": inside,
             "fresh": fresh,
+            **({"profile": profiled(resume)} if profile else {}),
         }
         path.unlink()
         say(f"{self.domains} domains, {consumed:.0e} consumed, {found['decisions']} decisions: {median(inside):.3f} s")

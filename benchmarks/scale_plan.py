@@ -27,7 +27,7 @@ START = 10**9
 """Global index at which the measured samples begin: a run that has been going on for long."""
 
 WARM_UP = 8
-"""Calls before those that are timed: by then nearly every domain has had a sample."""
+"""Blocks before those that are timed: by then nearly every domain has had a sample, and so an order of its shards."""
 
 BASE = {"domains": 1000, "shards": 1_000_000, "ranks": 10_000, "decisions": 80}
 """The point from which one size at a time is varied."""
@@ -79,9 +79,9 @@ def point(domains: int, shards: int, ranks: int, decisions: int, repeats: int) -
     first = seconds(lambda: plan.locate(START + positions))
     own: dict[int, list[float]] = {}
     begin = START + SAMPLES * ranks
-    for _ in range(WARM_UP):  # the first sample of a domain in an epoch orders its shards
-        plan.locate(begin + positions)
-        begin += SAMPLES * ranks
+    for _ in range(WARM_UP):
+        plan.locate(begin + ranks - 1 + ranks * np.arange(BLOCK, dtype=np.int64))
+        begin += BLOCK * ranks
     for count in (SAMPLES, BLOCK):
         positions = ranks - 1 + ranks * np.arange(count, dtype=np.int64)
         own[count] = []

@@ -4,7 +4,8 @@
 
 Makes the data first (benchmarks/data.py). Each measurement is a process of its own, in the environment of its loader;
 each round measures all of them in another random order. Before the rounds every loader is checked: the rows that it
-delivers must be rows of the shards, recognised by content, in the mix that was asked for.
+delivers must be rows of the shards, recognised by content, in the mix that was asked for. A peer that fails the check
+is left out, and the page says why; if ours fails it, nothing is measured.
 """
 
 from __future__ import annotations
@@ -65,21 +66,29 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         "seconds": args.seconds,
         "missing": [LOADERS[name].title for name in args.loaders if name not in names],
         "checks": {},
-        "first": {label(each): [] for each in wanted},
+        "refused": {},
+        "first": {},
         "versions": {},
     }
 
     def rate(each: Configuration) -> float:
         measured = child("convert+check+measure" if args.quick else "measure", each, rows=1_000)
-        results["first"][label(each)].append(measured["first"])
+        results["first"].setdefault(label(each), []).append(measured["first"])
         return float(measured["rows_per_second"])
 
     for each in [] if args.quick else wanted:
-        checked = child("check", each, rows=8_000)
+        try:
+            checked = child("check", each, rows=8_000)
+        except SystemExit as error:
+            if each[0] == OURS:
+                raise
+            results["refused"][label(each)] = str(error).strip().splitlines()[-1]
+            measuring.say(f"left out {kind}/{label(each)}: {error}")
+            continue
         results["versions"] |= checked.pop("versions")
         results["checks"][label(each)] = checked
         measuring.say(f"checked {kind}/{label(each)}: {checked}")
-    works = {label(each): (lambda each=each: rate(each)) for each in wanted}
+    works = {label(each): (lambda each=each: rate(each)) for each in wanted if label(each) not in results["refused"]}
     results["rates"] = measuring.interleaved(works, args.repeats, loud=kind)
     if not args.quick and any(aim.met is False for aim in aims_of(kind, results)):
         results["profile"] = child("profile", (OURS, BATCHES, 0), rows=0)["profile"]
@@ -167,6 +176,9 @@ def section(results: dict[str, Any]) -> str:
         ]
         if measured["missing"]:
             parts.append(f"Not installed, so not measured: {', '.join(measured['missing'])}.")
+        if refused := measured.get("refused"):
+            reasons = "; ".join(f"`{name}` ({reason})" for name, reason in refused.items())
+            parts.append(f"Failed the check, so not measured: {reasons}.")
         if "profile" in measured:
             parts.append("Where our time goes (batches without workers, cProfile, own time of each function):")
             parts.append(measured["profile"])

@@ -69,5 +69,5 @@ def test_what_changes_cost_is_the_difference_to_one_mix_of_the_same_round(progra
     dynamics = program("dynamics")
     timed = {"static 0": [1.0, 2.0, 4.0], "agent 0": [1.6, 2.4, 4.5]}
     results = {"throughput": {"changes": 50, "seconds": timed}}
-    assert dynamics.cost_ms(results, "agent", 0) == pytest.approx(10.0)
+    assert dynamics.cost_ms(results, "agent", 0, "throughput") == pytest.approx(10.0)
     assert dynamics.lost(results, "agent", 0) == pytest.approx(1 - 1 / 1.2)
