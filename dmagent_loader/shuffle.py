@@ -52,10 +52,10 @@ class RowOrders:
         self.num_rows: IntArray = np.array([rows.sum() for rows in shard_rows], dtype=np.int64)
         """(D,) rows of each domain."""
         self._first_row: IntArray = np.cumsum(self.num_rows) - self.num_rows
-        # The shards of all domains in the order of the epoch that each domain is in, and after how many rows of all
-        # domains each one ends. One shard has but one order, which holds in any epoch.
+        # The shards of all domains in the order of the epoch that each domain is in, and how many rows of all domains
+        # come before each. One shard has but one order, which holds in any epoch.
         self._order: IntArray = np.arange(len(self._rows)) - np.repeat(self._first_shard[:-1], num_shards)
-        self._ends: IntArray = np.cumsum(self._rows)
+        self._starts: IntArray = np.cumsum(self._rows) - self._rows
         self._epoch: IntArray = np.full(len(self._domains), _NO_EPOCH, dtype=np.int64)
         self._varies = num_shards > 1
 
@@ -98,15 +98,17 @@ class RowOrders:
         sequential = sequential + self._first_row[domain]
         # Sorted, because each search then stays near the one before it, in the cache: 3 times as fast in 10**6 shards.
         rising = np.argsort(sequential)
-        place = np.empty_like(rising)
-        place[rising] = np.searchsorted(self._ends, sequential[rising], side="right")
-        shard = self._order[place]
-        start = self._ends[place] - self._rows[self._first_shard[domain] + shard]
-        return shard, sequential - start
+        sequential = sequential[rising]
+        place = np.searchsorted(self._starts, sequential, side="right") - 1
+        shard, row = np.empty_like(domain), np.empty_like(domain)
+        shard[rising] = self._order[place]
+        row[rising] = sequential - self._starts[place]
+        return shard, row
 
     def _begin_epoch(self, domain: int, epoch: int) -> None:
         own = slice(int(self._first_shard[domain]), int(self._first_shard[domain + 1]))
         order = permutation(stream_key(self._seed, "shards", self._domains[domain], epoch), own.stop - own.start)
+        rows = self._rows[own][order]
         self._order[own] = order
-        self._ends[own] = self._first_row[domain] + np.cumsum(self._rows[own][order])
+        self._starts[own] = self._first_row[domain] + np.cumsum(rows) - rows
         self._epoch[domain] = epoch
