@@ -26,7 +26,7 @@ MANY_SHARDS = 1_000_000
 ROWS, ROW_BYTES = 4, 200
 """Of a tiny shard."""
 
-PARTS = ("growth", "peers", "plan_memory", "index", "collections", "whole")
+PARTS = ("growth", "profile", "peers", "plan_memory", "index", "collections", "whole")
 _R = TypeVar("_R")
 
 
@@ -102,7 +102,11 @@ def section(results: dict[str, Any]) -> str:
         for p in points:
             cells = (median(p["own_ms"]), median(p["call_ms"]), p["first_ms"], p["append_ms"], p["build_ms"])
             rows.append((f"{p[name]:,} {name}", *cells))
-    parts += [table(header, rows), _peers(results["peers"]), _memory(results), _index(results["index"])]
+    profile = (
+        "Where the time of planning in full run goes, at these sizes (cProfile, own time of each function):\n\n"
+        + results["profile"]
+    )
+    parts += [table(header, rows), profile, _peers(results["peers"]), _memory(results), _index(results["index"])]
     return "\n\n".join([*parts, aims_table(aims(results))])
 
 
@@ -203,6 +207,7 @@ def main() -> None:
             args,
             {
                 "growth": lambda: scale_plan.growth(repeats, quick),
+                "profile": lambda: scale_plan.profile(quick),
                 "peers": lambda: scale_plan.against_peers(repeats, quick),
                 "plan_memory": lambda: [in_fresh_process(scale_plan.memory, quick) for _ in range(repeats)],
                 "index": lambda: scale_shards.index_rates(data, repeats, quick),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import interleaved, median, say, seconds
+from measuring import interleaved, median, profiled, say, seconds
 
 from dmagent_loader import DomainSpace
 from dmagent_loader.ledger import LedgerEntry
@@ -99,6 +99,17 @@ def point(domains: int, shards: int, ranks: int, decisions: int, repeats: int) -
         "call_ms": own[SAMPLES],
         "own_ms": own[BLOCK],
     }
+
+
+def profile(quick: bool) -> str:
+    """Where the time goes of planning 8 blocks at `BASE`."""
+    sizes = {**BASE, **({"shards": 10_000} if quick else {})}
+    plan = build(sizes["domains"], sizes["shards"])
+    add_decisions(plan, sizes["decisions"])
+    blocks = [START + sizes["ranks"] * np.arange(turn * BLOCK, (turn + 1) * BLOCK) for turn in range(2 * WARM_UP)]
+    for block in blocks[:WARM_UP]:
+        plan.locate(block)
+    return profiled(lambda: [plan.locate(block) for block in blocks[WARM_UP:]])
 
 
 def growth(repeats: int, quick: bool) -> dict[str, list[dict[str, Any]]]:
