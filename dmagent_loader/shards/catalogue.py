@@ -193,6 +193,6 @@ def _in_threads(work: Callable[[_T], _R], tasks: Sequence[_T], stop: threading.E
                 for future in as_completed(futures):
                     yield futures[future], future.result()
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # first, or threads that stop would take more tasks
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
             raise

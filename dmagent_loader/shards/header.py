@@ -115,6 +115,8 @@ def pax_records(data: bytes) -> dict[bytes, bytes]:
         key, _, value = record[:-1].partition(b"=")
         records[key] = value
         position += length
+    if data and not records:
+        raise ValueError("a pax header of zeros")
     return records
 
 

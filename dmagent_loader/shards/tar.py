@@ -204,8 +204,11 @@ class _Scanner:
 
     def is_harmless(self, relative: int, size: int) -> bool:
         """Whether a pax header whose records are in the buffer changes nothing that matters here."""
-        end = relative + padded(size)
-        return end <= len(self.buffer) and not concerns_layout(self.buffer[relative : relative + size])
+        if relative + padded(size) > len(self.buffer):
+            return False
+        records = self.buffer[relative : relative + size]
+        # At a glance: what is no record of a pax header there is judged by `extend`.
+        return records[:1].isdigit() and records.endswith(b"\n") and not concerns_layout(records)
 
     def special_header(self, block: bytearray, position: int) -> tuple[tuple[bytes, int] | None, int] | None:
         """Everything that is not plain: (the member if it is one, position of its header or of the next header).

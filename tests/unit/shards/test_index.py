@@ -212,6 +212,21 @@ def test_long_and_unicode_names_are_read_as_tarfile_reads_them(write_tar: Callab
         assert data[start : start + int(index.size[number])] == name.encode()
 
 
+@pytest.mark.parametrize("payload", [b'{"a": 1}', b"\0\0", b"19 mtime=1790000000"])
+def test_a_payload_behind_the_header_of_another_member_is_not_taken_for_pax_records(
+    write_tar: Callable[..., Path], payload: bytes
+) -> None:
+    """A block that was written to a wrong place; the row would be gone without a word."""
+    path = write_tar("small.tar", [(f"{i}.txt", payload) for i in range(6)])
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.type, header.size = tarfile.XHDTYPE, 26
+    at = 2 * 2 * 512
+    path.write_bytes(overwrite(at, header.tobuf(tarfile.USTAR_FORMAT))(bytearray(path.read_bytes())))
+    index = index_of(path)
+    assert [(damage.kind, damage.offset, damage.rows_before) for damage in index.damage] == [(BAD_HEADER, at, 2)]
+    assert keys(index) == ["0", "1", "3", "4", "5"]
+
+
 def test_global_pax_headers_folders_and_files_without_extension_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "mixed.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "path=size=ü"}) as tar:
