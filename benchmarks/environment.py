@@ -67,8 +67,8 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {"GPT-2, 50k tok
 def pairs(folder: Path | None, number: int) -> dict[str, list[tuple[str, str]]]:
     """Field -> questions and answers."""
     if folder is None:
-        corpus = build_python_corpus(DemoConfig(questions=number))
-        return {name: [(q.question, q.answer) for q in asked] for name, asked in corpus.questions.items()}
+        corpus = build_python_corpus(DemoConfig(questions=max(number, DemoConfig.questions)))
+        return {name: [(q.question, q.answer) for q in asked[:number]] for name, asked in corpus.questions.items()}
     return {field: _stored(folder / file)[:number] for field, file in FIELDS.items()}
 
 
