@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import logging
 import os
 import random
 import sys
+import tarfile
 import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -106,15 +108,25 @@ def run_trial(kind: str, layout: str, moment: str, rng: random.Random, folder: P
     )
 
 
+def _members(data: bytes) -> list[tuple[str, int]] | None:
+    """Names and places of the members of a tar, by Python's tarfile; None: it refuses the tar."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            return [(info.name, info.offset_data) for info in tar]
+    except (tarfile.TarError, ValueError, EOFError):
+        return None
+
+
 def told_by_nothing(shard: Shard, damaged: Damaged) -> bool:
     """Whether a tar alone cannot show the damage.
 
-    Payloads, and names that are too long for a header, have no checksum in a tar; and zeros at the end may be padding
-    of up to 20 blocks besides the two blocks of the end marker.
+    Payloads, and names that are too long for a header, have no checksum in a tar, so that the header of such a member
+    may become that of another one; and zeros at the end may be padding of up to 20 blocks besides the two blocks of the
+    end marker.
     """
     if damaged.data is None:
         return False
-    if not damaged.touches_headers(shard):
+    if not damaged.touches_headers(shard) or _members(damaged.data) == _members(shard.data):
         return True
     kept = len(damaged.data) - damaged.zeros_at_the_end()
     same = len(damaged.data) == len(shard.data) and damaged.data[:kept] == shard.data[:kept]
