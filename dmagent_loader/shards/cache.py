@@ -27,8 +27,8 @@ from safetensors.numpy import save as save_tensors
 from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.files import write_atomically
 from dmagent_loader.shards.checksum import crc32
-from dmagent_loader.shards.damage import ShardDamage, compared
-from dmagent_loader.shards.index import ShardIndex, build_index
+from dmagent_loader.shards.damage import ShardDamage, compared, is_as_written, last_row_lacks_members
+from dmagent_loader.shards.index import ShardIndex, build_index, without_last_row
 from dmagent_loader.shards.manifest import recorded
 from dmagent_loader.shards.reader import ShardVersion, open_source, shard_version
 from dmagent_loader.shards.urls import display_url, is_local, local_path
@@ -85,6 +85,8 @@ class IndexCache:
             index = parse_entry(url, self.entry(url).read_bytes(), None)
         except Exception:  # whatever is wrong with a cache entry, the remedy is to build it again
             return None
+        if index is not None and index.checksum != checksum:
+            index = judged(url, index)
         return index if index is not None and index.checksum == checksum else None
 
     def save(self, url: str, version: ShardVersion, index: ShardIndex) -> bool:
@@ -191,13 +193,16 @@ def build_and_cache(
 
 
 def judged(url: str, index: ShardIndex) -> ShardIndex:
-    """An index with the damage that only the manifest above its shard shows; it is not cached with the index.
+    """An index with what only the manifest above its shard shows; it is not cached with the index.
 
-    So a manifest that is corrected, or removed, counts at the next start.
+    So a manifest that is corrected, or removed, counts at the next start. A shard that is not the file that was written
+    may end too soon, between two members of a row: then that row is left out.
     """
     record = recorded(url)
     if record is None:
         return index
+    if not is_as_written(index, record) and index.num_rows and last_row_lacks_members(index.row_first, index.extension):
+        index = without_last_row(index)
     return replace(index, damage=compared(url, index, record))
 
 

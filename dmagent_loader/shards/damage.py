@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,12 @@ class ShardDamage:
         )
 
 
+def is_as_written(index: ShardIndex, record: ShardRecord) -> bool:
+    """Whether size, rows and, where it was computed, sha256 of a shard are those of the manifest."""
+    same_file = index.file_size == record.bytes and index.sha256 in (None, record.sha256)
+    return same_file and index.num_rows == record.rows
+
+
 def compared(url: str, index: ShardIndex, record: ShardRecord) -> tuple[ShardDamage, ...]:
     """The damage of a shard, in the light of what the manifest says was written.
 
@@ -90,16 +97,18 @@ def compared(url: str, index: ShardIndex, record: ShardRecord) -> tuple[ShardDam
         at_least=False,
         is_exact=True,
     )
-    is_same = index.file_size == record.bytes and index.sha256 in (None, record.sha256)
     if not index.damage:
-        return () if not lost and is_same else (found,)
+        return () if is_as_written(index, record) else (found,)
     if lost < 0:
         return (*index.damage, found)
     counted = []
     for number, damage in enumerate(index.damage, start=1):
         rows = lost if number == len(index.damage) else min(lost, damage.rows_lost)
         lost -= rows
-        counted.append(replace(damage, rows_lost=rows, at_least=False, is_exact=True))
+        rows_before = min(damage.rows_before, kept)
+        counted.append(
+            replace(damage, rows_before=rows_before, rows_kept=kept, rows_lost=rows, at_least=False, is_exact=True)
+        )
     return tuple(counted)
 
 
@@ -108,27 +117,38 @@ def broken_rows(
 ) -> list[int]:
     """The rows beside a gap that seem to have lost a member.
 
-    Those with a gap inside, and those whose extensions no row away from gaps has, or only with others besides.
+    Those with a gap inside, and those whose extensions no row away from gaps has, or only with others besides. Where
+    an end marker comes before the end of the file, only the row before it is in doubt, and only for members it lacks.
     """
     num_rows = len(first) - 1
     lossy = [gap for gap in gaps if gap.kind != TRAILING]
     beside = {row for gap in lossy for row in (gap.rows_before - 1, gap.rows_before) if 0 <= row < num_rows}
-    if not beside:
+    ended = {gap.rows_before - 1 for gap in gaps if gap.kind == TRAILING and gap.rows_before}
+    if not beside and not ended:
         return []
-
-    def signature(row: int) -> frozenset[int]:
-        return frozenset(extension[first[row] : first[row + 1]].tolist())
-
     broken = {
         gap.rows_before - 1 for gap in lossy if gap.rows_before and offset[first[gap.rows_before] - 1] > gap.start
     }
-    whole = {signature(row) for row in range(num_rows) if row not in beside}
-    known = whole or {signature(row) for row in beside}
-    for row in beside:
-        extensions = signature(row)
-        if (whole and extensions not in whole) or any(extensions < other for other in known):
+    signatures = _signatures(first, extension)
+    whole = {signature for row, signature in enumerate(signatures) if row not in beside}
+    known = whole or set(signatures)
+    for row in beside | ended:
+        is_unknown = row in beside and whole and signatures[row] not in whole
+        if is_unknown or any(signatures[row] < other for other in known):
             broken.add(row)
     return sorted(broken)
+
+
+def last_row_lacks_members(first: NDArray[np.integer[Any]], extension: NDArray[np.integer[Any]]) -> bool:
+    """Whether another row has all the extensions of the last one, and others besides."""
+    signatures = _signatures(first, extension)
+    return any(signatures[-1] < other for other in set(signatures))
+
+
+def _signatures(first: NDArray[np.integer[Any]], extension: NDArray[np.integer[Any]]) -> list[frozenset[int]]:
+    """(R,) the extensions of each row."""
+    extensions = extension.tolist()
+    return [frozenset(extensions[start:end]) for start, end in pairwise(first.tolist())]
 
 
 def account(
@@ -160,9 +180,9 @@ def account(
         given_up -= beside
         bytes_lost = min(file_size, gap.end - gap.start + sum(int(stored[row]) for row in beside))
         at_least = gap.kind in CUTS
-        rows_lost = 0
+        rows_lost = len(beside)
         if gap.kind != TRAILING and bytes_lost:
-            rows_lost = max(1, len(beside), round(bytes_lost / mean_stored) if mean_stored else 1)
+            rows_lost = max(1, rows_lost, round(bytes_lost / mean_stored) if mean_stored else 1)
         account.append(
             ShardDamage(
                 shard=url,

@@ -147,6 +147,26 @@ def build_index(
     return index if digest is None else replace(index, sha256=digest.hexdigest())
 
 
+def without_last_row(index: ShardIndex) -> ShardIndex:
+    """The index of the same shard, less its last row."""
+    rows = index.num_rows - 1
+    members = int(index.row_first[rows])
+    keys, key_end = index.keys[: index.key_end[rows]], index.key_end[: rows + 1]
+    first, extension, crc = index.row_first[: rows + 1], index.extension[:members], index.row_crc[:rows]
+    names = [name.encode("utf-8", "surrogateescape") for name in index.extensions]
+    return replace(
+        index,
+        checksum=_checksum(names, keys, key_end, first, extension, crc),
+        offset=index.offset[:members],
+        size=index.size[:members],
+        extension=extension,
+        row_first=first,
+        row_crc=crc,
+        keys=keys,
+        key_end=key_end,
+    )
+
+
 def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
     num_rows = len(table.row_first)
     offset = np.frombuffer(table.offset, np.int64)
@@ -169,13 +189,10 @@ def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
         key_end = np.append(0, np.cumsum(np.diff(key_end)[rows]))
         first = np.append(0, np.cumsum(np.diff(first)[rows]))
         offset, size, extension, crc = offset[members], size[members], extension[members], crc[rows]
-    digest = hashlib.sha256(repr(table.extensions).encode())
-    for column in (keys, key_end, first, extension, crc):
-        digest.update(column.tobytes())
     return ShardIndex(
         file_size=file_size,
         extensions=tuple(name.decode("utf-8", "surrogateescape") for name in table.extensions),
-        checksum=digest.hexdigest(),
+        checksum=_checksum(table.extensions, keys, key_end, first, extension, crc),
         offset=offset,
         size=_narrow(size),
         extension=_narrow(extension),
@@ -185,6 +202,27 @@ def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
         key_end=_narrow(key_end),
         damage=damage,
     )
+
+
+def _checksum(
+    extensions: list[bytes],
+    keys: NDArray[np.uint8],
+    key_end: IntArray,
+    first: IntArray,
+    extension: IntArray,
+    crc: IntArray,
+) -> str:
+    """`ShardIndex.checksum`: the same for columns of any width."""
+    digest = hashlib.sha256(repr(extensions).encode())
+    for column, kind in (
+        (keys, np.uint8),
+        (key_end, np.int64),
+        (first, np.int64),
+        (extension, np.uint16),
+        (crc, np.uint32),
+    ):
+        digest.update(column.astype(kind, copy=False).tobytes())
+    return digest.hexdigest()
 
 
 def _narrow(values: IntArray) -> IntArray:

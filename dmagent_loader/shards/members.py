@@ -15,7 +15,9 @@ CUT_HEADER = "cut inside a header"
 CUT_PAYLOAD = "cut inside a member"
 TRAILING = "bytes after the end of the archive"
 ZEROED_TAIL = "zeros up to the end of the file"
-CUTS = (NO_END, CUT_HEADER, CUT_PAYLOAD, ZEROED_TAIL)
+NO_BLOCKS = f"its size is no multiple of {BLOCK} bytes"
+"""A tar is written in blocks: bytes are missing, or were inserted, in the last member or behind it."""
+CUTS = (NO_END, CUT_HEADER, CUT_PAYLOAD, ZEROED_TAIL, NO_BLOCKS)
 """Kinds of damage after which nobody can say how much the file once held."""
 
 _MAX_EXTENSIONS = 1 << 16

@@ -32,6 +32,7 @@ from dmagent_loader.shards.members import (
     BAD_HEADER,
     CUT_HEADER,
     CUT_PAYLOAD,
+    NO_BLOCKS,
     NO_END,
     TRAILING,
     ZEROED_HEADER,
@@ -44,6 +45,7 @@ from dmagent_loader.shards.reader import Source
 from dmagent_loader.shards.urls import display_url
 
 _CHUNK_BYTES = 4 << 20
+_NAME_BYTES = 100
 _MAX_EXTENDED_HEADER = 1 << 20
 _NONZERO = re.compile(rb"[^\0]")
 _ZERO_BLOCK = bytes(BLOCK)
@@ -112,6 +114,7 @@ class _Scanner:
         self.digest = digest
         self.hashed = 0
         self.announced = -1
+        self.extended = b""
         self.url = url
         self.source = source
         self.file_size = size
@@ -173,11 +176,16 @@ class _Scanner:
                 self.load(position)
                 relative = 0
             quick = parse(self.view, relative)
-            if quick is not None and quick[0] == tarfile.REGTYPE and self.next_name is None and self.next_size is None:
+            is_plain = quick is not None and quick[0] == tarfile.REGTYPE and len(quick[1]) != _NAME_BYTES
+            if quick is not None and is_plain and self.next_name is None and self.next_size is None:
                 _, name, size = quick
-            elif quick is not None and quick[0] == tarfile.XHDTYPE and self.is_harmless(relative + BLOCK, quick[2]):
-                position += BLOCK + padded(quick[2])
-                self.announced = position
+            elif (
+                quick is not None
+                and quick[0] == tarfile.XHDTYPE
+                and self.is_harmless(relative + BLOCK, quick[2])
+                and self.announce(tarfile.XHDTYPE, position, position + BLOCK + padded(quick[2]))
+            ):
+                position = self.announced
                 continue
             else:
                 special = self.special_header(self.buffer[relative : relative + BLOCK], position)
@@ -224,13 +232,13 @@ class _Scanner:
             if after > self.file_size:
                 self.gap(CUT_HEADER, position, self.file_size)
                 return None
-            if self.extend(header, position):
-                self.announced = after
+            if self.announce(header.type, position, after) and self.extend(header, position):
                 return None, after
             header = None
         if header is None:
             resumed = self.resynchronise(BAD_HEADER, position)
             return None if resumed is None else (None, resumed)
+        is_short = self.next_name is None
         name = self.next_name if self.next_name is not None else header.name.encode("utf-8", "surrogateescape")
         size = self.next_size if self.next_size is not None else header.size
         self.next_name = self.next_size = None
@@ -244,7 +252,20 @@ class _Scanner:
             return None, position + BLOCK
         if not header.isreg():
             return None, position + BLOCK + padded(size)
+        if is_short and name == block[:_NAME_BYTES] and split_name(name) is None:
+            # No sample's; but cut off at the end of its field, as where an extended header with all of it was lost.
+            resumed = self.resynchronise(BAD_HEADER, position)
+            return None if resumed is None else (None, resumed)
         return (name, size), position
+
+    def announce(self, kind: bytes, position: int, after: int) -> bool:
+        """Notes an extended header; False if the same kind stands before the same member, so another one was lost."""
+        before = self.extended if position == self.announced else b""
+        if kind in before and kind != tarfile.XGLTYPE:
+            return False
+        self.extended = before + kind
+        self.announced = after
+        return True
 
     def extend(self, header: tarfile.TarInfo, position: int) -> bool:
         """Takes over the name and size that an extended header gives to the next member; False if it is malformed."""
@@ -301,6 +322,8 @@ class _Scanner:
             # A header that announces the next member is not followed by the end.
             if position == self.announced or not _may_be_padding(self.file_size - position, self.file_size):
                 self.gap(ZEROED_TAIL, position, self.file_size)
+            elif self.file_size % BLOCK:
+                self.gap(NO_BLOCKS, self.file_size, self.file_size)
             return None
         end -= end % BLOCK
         if end - position >= 2 * BLOCK and end % tarfile.RECORDSIZE == 0:

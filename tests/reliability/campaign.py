@@ -38,6 +38,26 @@ CHANGED = "bytes changed silently"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Skipping:
+    """What comes of a damaged shard if damage is to be skipped.
+
+    Attributes:
+        rows_lost: Of the shard.
+        rows_reported: As lost, by the account.
+        unreported_rows: Rows that were not as written, although no damage was reported.
+        partial_rows: Rows that lacked members.
+        partial_rows_beside_whole_ones: Those of them that could have been known by another row that was delivered,
+            which has all of their extensions and more.
+    """
+
+    rows_lost: int
+    rows_reported: int
+    unreported_rows: int = 0
+    partial_rows: int = 0
+    partial_rows_beside_whole_ones: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One damage and what became of it.
 
@@ -47,10 +67,7 @@ class Trial:
         stage: ``"open"`` or ``"read"``: where it was noticed.
         is_known_limit: Nothing in the file tells it from a whole one (`told_by_nothing`).
         is_named: The error names the shard.
-        partial_rows: Rows that lacked members, asked to skip damage.
-        unreported_rows: Rows that were not as written, asked to skip damage, although no damage was reported.
-        rows_lost: Of the shard, asked to skip damage.
-        rows_reported: As lost, by the account.
+        skipping: What it made of it, asked to skip damage.
         webdataset: What webdataset made of it.
         webdataset_rows_lost: Without an error.
     """
@@ -62,10 +79,7 @@ class Trial:
     stage: str
     is_known_limit: bool
     is_named: bool
-    partial_rows: int
-    unreported_rows: int
-    rows_lost: int
-    rows_reported: int
+    skipping: Skipping
     webdataset: str
     webdataset_rows_lost: int
 
@@ -88,7 +102,7 @@ def run_trial(kind: str, layout: str, moment: str, rng: random.Random, folder: P
         _open(path, folder, "raise")
     _damage(path, damaged)
     outcome, stage, message = _read_strictly(path, folder, shard)
-    rows_lost, rows_reported, partial_rows, unreported_rows = _read_leniently(path, folder, shard)
+    skipping = _read_leniently(path, folder, shard)
     theirs, their_loss = _read_with_webdataset(path, shard)
     return Trial(
         kind=kind,
@@ -98,10 +112,7 @@ def run_trial(kind: str, layout: str, moment: str, rng: random.Random, folder: P
         stage=stage,
         is_known_limit=moment == "before" and told_by_nothing(shard, damaged),
         is_named=path.name in message,
-        partial_rows=partial_rows,
-        unreported_rows=unreported_rows,
-        rows_lost=rows_lost,
-        rows_reported=rows_reported,
+        skipping=skipping,
         webdataset=theirs,
         webdataset_rows_lost=their_loss,
     )
@@ -199,28 +210,24 @@ def _judge(rows: list[Row], shard: Shard) -> str:
     return LOST if len(rows) < len(shard.rows) else CHANGED
 
 
-def _read_leniently(path: Path, folder: Path, shard: Shard) -> tuple[int, int, int, int]:
-    """Under ``skip``: rows lost, rows reported as lost, rows without all members, rows changed without a report.
-
-    A shard that cannot be used at all is refused under ``skip``, too; then everything is lost, and said to be.
-    """
+def _read_leniently(path: Path, folder: Path, shard: Shard) -> Skipping:
+    """A shard that cannot be used at all is refused under ``skip``, too; then everything is lost, and said to be."""
     total = len(shard.rows)
     try:
         collection = _open(path, folder, "skip")
+        rows = _rows(collection)
     except ShardError:
-        return total, total, 0, 0
-    rows = []
-    try:
-        for number in range(int(collection.num_rows[0])):
-            sample = collection.read(0, 0, number)
-            rows.append((sample.key, {name: bytes(data) for name, data in sample.members.items()}))
-    except ShardError:
-        return total, total, 0, 0
+        return Skipping(rows_lost=total, rows_reported=total)
     written = dict(shard.rows)
-    partial = sum(set(members) < set(written.get(key, {})) for key, members in rows)
-    changed = sum(written.get(key) != members for key, members in rows)
-    lost = total - len(rows)
-    return lost, sum(damage.rows_lost for damage in collection.damage), partial, 0 if collection.damage else changed
+    partial = [set(members) for key, members in rows if set(members) < set(written.get(key, {}))]
+    delivered = {frozenset(members) for _, members in rows}
+    return Skipping(
+        rows_lost=total - len(rows),
+        rows_reported=sum(damage.rows_lost for damage in collection.damage),
+        unreported_rows=0 if collection.damage else sum(written.get(key) != members for key, members in rows),
+        partial_rows=len(partial),
+        partial_rows_beside_whole_ones=sum(any(members < other for other in delivered) for members in partial),
+    )
 
 
 def _read_with_webdataset(path: Path, shard: Shard) -> tuple[str, int]:
@@ -258,6 +265,11 @@ def unnoticed(trials: list[Trial]) -> list[Trial]:
     return [trial for trial in trials if trial.outcome in (LOST, CHANGED) and not trial.is_known_limit]
 
 
+def needlessly_partial(trial: Trial) -> bool:
+    """Whether a row was delivered without all its members, although it could have been known by the other rows."""
+    return trial.skipping.partial_rows_beside_whole_ones > 0 and not trial.is_known_limit
+
+
 def tables(trials: list[Trial]) -> str:
     """Two tables in Markdown: by kind of damage, and by moment."""
     lines = [
@@ -273,15 +285,17 @@ def tables(trials: list[Trial]) -> str:
     lines += ["", "| moment | " + lines[0].removeprefix("| damage | "), lines[1]]
     lines += [_line(moment, [trial for trial in trials if trial.moment == moment]) for moment in MOMENTS]
     with_manifest = [trial for trial in trials if trial.moment == "with manifest" and trial.outcome == DETECTED]
-    exact = sum(trial.rows_lost == trial.rows_reported for trial in with_manifest)
+    exact = sum(trial.skipping.rows_lost == trial.skipping.rows_reported for trial in with_manifest)
+    unreported = sum(trial.skipping.unreported_rows for trial in trials if not trial.is_known_limit)
     named = sum(trial.is_named for trial in trials if trial.outcome == DETECTED)
     lines += [
         "",
         f"The error names the shard: {named} of {sum(trial.outcome == DETECTED for trial in trials)}. With `skip`: the "
         f"account of lost rows is exact with a manifest: {exact} of {len(with_manifest)}; rows delivered without all "
-        f"their members: {sum(trial.partial_rows for trial in trials)}; changed rows where no damage was reported and "
-        f"a tar could tell: {sum(trial.unreported_rows for trial in trials if not trial.is_known_limit)}. Rows that "
-        f"webdataset lost without an error: {sum(trial.webdataset_rows_lost for trial in trials)}.",
+        f"their members: {sum(trial.skipping.partial_rows for trial in trials)}, of which another row or a manifest "
+        f"could tell {sum(map(needlessly_partial, trials))}; changed rows where no damage was reported and a tar could "
+        f"tell: {unreported}. Rows that webdataset lost without an error: "
+        f"{sum(trial.webdataset_rows_lost for trial in trials)}.",
     ]
     return "\n".join(lines)
 

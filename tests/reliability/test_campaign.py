@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from reliability.campaign import CHANGED, DETECTED, LOST, Trial, run_campaign, unnoticed
+from reliability.campaign import CHANGED, DETECTED, LOST, Trial, needlessly_partial, run_campaign, unnoticed
 
 
 def check(trials: list[Trial]) -> None:
     assert unnoticed(trials) == []
     detected = [trial for trial in trials if trial.outcome == DETECTED]
     assert all(trial.is_named for trial in detected)
-    assert [trial for trial in trials if trial.partial_rows] == []
-    assert [trial for trial in trials if trial.unreported_rows and not trial.is_known_limit] == []
+    assert [trial for trial in trials if needlessly_partial(trial)] == []
+    assert [trial for trial in trials if trial.skipping.unreported_rows and not trial.is_known_limit] == []
     with_manifest = [trial for trial in trials if trial.moment == "with manifest"]
     assert {trial.outcome for trial in with_manifest} == {DETECTED}
-    assert [trial for trial in with_manifest if trial.rows_lost != trial.rows_reported] == []
+    assert [trial for trial in with_manifest if trial.skipping.rows_lost != trial.skipping.rows_reported] == []
     assert [trial for trial in trials if trial.moment == "after" and trial.outcome in (LOST, CHANGED)] == []
     # The damages are real: a reader of streams loses rows to many of them without an error.
     assert sum(trial.webdataset in (LOST, CHANGED) for trial in trials) > len(trials) / 4

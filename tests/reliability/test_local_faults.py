@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import io
+import itertools
+import json
 import logging
 import os
 import shutil
 import socket
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,6 +278,34 @@ def test_zeros_at_the_end_that_look_like_padding_are_found_by_the_manifest(tmp_p
     (out / "manifest.json").unlink()
     alone = opened(shard, cache=tmp_path / "cache")
     assert alone.num_rows.tolist() == [11]
+
+
+def test_a_row_that_lacks_its_last_member_is_not_delivered_where_the_manifest_shows_the_damage(tmp_path: Path) -> None:
+    """Zeros that look like the end begin between two members of the last row; every way to its index leaves it out."""
+    shard = tmp_path / "out" / "source" / "a" / "a-000000.tar"
+    shard.parent.mkdir(parents=True)
+    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for n, extension in itertools.product(range(12), ("cls", "txt")):
+            info = tarfile.TarInfo(f"{n:02d}.{extension}")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    data = shard.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    record = {"path": "source/a/a-000000.tar", "rows": 12, "bytes": len(data), "sha256": sha256}
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(json.dumps({"schema": 1, "domains": {"source/a": {"shards": [record]}}}))
+    shard.write_bytes(data[: 23 * 1024] + bytes(len(data) - 23 * 1024))
+    with pytest.raises(DamagedShardError, match=r"fewer rows than were written.*1 rows lost, by the manifest"):
+        opened(shard, cache=tmp_path / "cache")
+    cached, again = (opened(shard, cache=tmp_path / "cache", on_damage="skip") for _ in range(2))
+    shutil.rmtree(tmp_path / "cache")
+    for collection in (cached, again, opened(shard, cache=tmp_path / "other", on_damage="skip")):
+        assert collection.num_rows.tolist() == [11]
+        assert sum(damage.rows_lost for damage in collection.damage) == 1
+        assert list(collection.read(0, 0, 10).members) == ["cls", "txt"]
+        assert collection.fingerprint == cached.fingerprint
+    manifest.unlink()
+    assert opened(shard, cache=tmp_path / "other").num_rows.tolist() == [12]
 
 
 def test_a_bit_that_fell_before_the_first_index_is_found_by_the_manifest(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from dmagent_loader.shards.tar import (
     BAD_HEADER,
     CUT_HEADER,
     CUT_PAYLOAD,
+    NO_BLOCKS,
     NO_END,
     TRAILING,
     ZEROED_HEADER,
@@ -141,6 +142,16 @@ def test_old_rows_behind_a_full_end_marker_are_not_brought_back(twenty: Path, wr
     assert index.damage[0].offset == len(short) == 10240
 
 
+def test_a_row_without_all_its_members_before_an_end_marker_within_the_file_is_left_out(pairs: Path) -> None:
+    """Zeros up to a multiple of 10,240 bytes look like the end of the archive; here they took the tenth row's json."""
+    data = bytearray(pairs.read_bytes())
+    data[19 * 1024 : 20 * 1024] = bytes(1024)
+    pairs.write_bytes(data)
+    index = index_of(pairs)
+    assert keys(index) == [f"{i:03d}" for i in range(9)]
+    assert [(damage.kind, damage.offset, damage.rows_lost) for damage in index.damage] == [(TRAILING, 20 * 1024, 1)]
+
+
 def test_a_tar_inside_a_member_is_only_a_payload(twenty: Path, write_tar: Callable[..., Path]) -> None:
     outer = write_tar("outer.tar", [("a.bin", twenty.read_bytes()), ("b.bin", b"x")])
     index = index_of(outer)
@@ -152,6 +163,15 @@ def test_an_archive_of_two_zero_blocks_is_whole(twenty: Path) -> None:
     data = twenty.read_bytes()
     twenty.write_bytes(data[: 20 * ROW] + bytes(1024))
     assert index_of(twenty).damage == ()
+
+
+def test_bytes_missing_in_the_last_member_are_noticed_by_the_size_of_the_file(twenty: Path) -> None:
+    """The zeros behind it move up and fill its place; only the file is no multiple of 512 bytes any more."""
+    data = twenty.read_bytes()[: 20 * ROW + 1024]
+    twenty.write_bytes(data[: 19 * ROW + 700] + data[19 * ROW + 707 :])
+    (found,) = index_of(twenty).damage
+    assert (found.kind, found.offset, found.at_least) == (NO_BLOCKS, len(data) - 7, True)
+    assert "an unknown number of rows lost" in str(found)
 
 
 def test_raise_names_shard_offset_rows_and_remedy(twenty: Path) -> None:
@@ -225,6 +245,39 @@ def test_a_payload_behind_the_header_of_another_member_is_not_taken_for_pax_reco
     index = index_of(path)
     assert [(damage.kind, damage.offset, damage.rows_before) for damage in index.damage] == [(BAD_HEADER, at, 2)]
     assert keys(index) == ["0", "1", "3", "4", "5"]
+
+
+LONG = [(f"{'folder/' * 15}{n:03d}.txt", bytes([65 + n]) * 300) for n in range(8)]
+"""Each with an extended header (a block), its payload (a block) and a header (a block): 2,048 bytes a row."""
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_an_extended_header_in_place_of_a_members_header_loses_no_row_in_silence(
+    write_tar: Callable[..., Path], format: int
+) -> None:
+    """A misplaced write of one page: two extended headers of a kind before one member."""
+    path = write_tar("long.tar", LONG, format)
+    data = bytearray(path.read_bytes())
+    data[3 * 2048 + 1024 : 3 * 2048 + 1536] = data[:512]
+    path.write_bytes(data)
+    index = index_of(path)
+    assert [key[-3:] for key in keys(index)] == [f"{n:03d}" for n in range(8) if n != 3]
+    assert [(damage.kind, damage.rows_lost) for damage in index.damage] == [(BAD_HEADER, 1)]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_a_members_header_in_place_of_an_extended_one_loses_no_row_in_silence(
+    write_tar: Callable[..., Path], format: int
+) -> None:
+    """What is left of the names ends where their field ends, without an extension, as no sample's does."""
+    path = write_tar("long.tar", LONG, format)
+    data = bytearray(path.read_bytes())
+    data[3 * 2048 : 3 * 2048 + 512] = data[1024:1536]
+    path.write_bytes(data)
+    index = index_of(path)
+    assert [key[-3:] for key in keys(index)] == [f"{n:03d}" for n in range(8) if n != 3]
+    assert {damage.kind for damage in index.damage} == {BAD_HEADER}
+    assert sum(damage.rows_lost for damage in index.damage) >= 1
 
 
 def test_global_pax_headers_folders_and_files_without_extension_are_passed_over(tmp_path: Path) -> None:
