@@ -93,7 +93,7 @@ bench-quick: $(BENCH_ENVIRONMENTS)
 	$(VENV)/bin/python benchmarks/report.py --results $(QUICK) --docs $(QUICK)
 
 # Coverage-guided; needs atheris (tests/fuzz/README.md). Fails at the first input that breaks a property.
-FUZZ ?= tar members npy checkpoint state manifest cache
+FUZZ ?= tar members npy checkpoint state manifest cache overview
 RUNS ?= 100000
 fuzz: $(STAMP)
 	for name in $(FUZZ); do \

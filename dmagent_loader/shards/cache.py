@@ -1,7 +1,8 @@
 """Indexes on disk, so that a shard is read through only once.
 
-One safetensors file per shard (nothing in it can execute), named by the hash of the URL and valid for one size and
+One file per shard (`dmagent_loader.shards.sealed`), named by the hash of the URL and valid for one size and
 modification time or etag. A replaced shard overwrites its entry; an entry that is damaged in any way is built again.
+Beside them lie overviews of many shards (`dmagent_loader.shards.overview`).
 """
 
 from __future__ import annotations
@@ -12,29 +13,25 @@ import hashlib
 import json
 import logging
 import os
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.files import write_atomically
-from dmagent_loader.shards.checksum import crc32
 from dmagent_loader.shards.damage import ShardDamage, compared, is_as_written, last_row_lacks_members
 from dmagent_loader.shards.index import ShardIndex, build_index, without_last_row
 from dmagent_loader.shards.manifest import recorded
+from dmagent_loader.shards.overview import KnownShard, Overview
 from dmagent_loader.shards.reader import ShardVersion, open_source, shard_version
+from dmagent_loader.shards.sealed import columns_in, metadata_in, seal
 from dmagent_loader.shards.urls import display_url, is_local, local_path
 
 CACHE_VARIABLE = "DMAGENT_CACHE_DIR"
-_FORMAT = "2"
+_FORMAT = "3"
+"""Raised whenever the same shard would be indexed otherwise."""
 _COLUMNS = ("offset", "size", "extension", "row_first", "row_crc", "keys", "key_end")
 _LOCK_POLL_SECONDS = 0.05
 
@@ -95,8 +92,6 @@ class IndexCache:
         Returns:
             Whether it could be written.
         """
-        path = self.entry(url)
-        columns = {name: np.ascontiguousarray(getattr(index, name)) for name in _COLUMNS}
         metadata = {
             "format": _FORMAT,
             "shard": ascii(display_url(url)),
@@ -106,19 +101,43 @@ class IndexCache:
             "sha256": index.sha256 or "",
             "damage": json.dumps([asdict(damage) for damage in index.damage]),
         }
-        metadata["crc32"] = str(_crc(columns, metadata))
+        return self._write(self.entry(url), seal({name: getattr(index, name) for name in _COLUMNS}, metadata))
+
+    def load_overview(self, urls: Iterable[str], num_shards: int) -> Overview:
+        """What is known of a list of shards; an empty overview if there is none that can be used."""
+        path = self._overview(urls)
+        try:
+            return Overview.from_bytes(path.read_bytes(), num_shards, _FORMAT)
+        except OSError:
+            return Overview(num_shards)
+        except Exception as error:  # whatever is wrong with it, the remedy is to look at the indexes themselves
+            _logger.warning("the overview %s of cached indexes is not usable (%s): making it again", path, error)
+            return Overview(num_shards)
+
+    def save_overview(self, urls: Iterable[str], overview: Overview) -> None:
+        """Writes what is known of a list of shards."""
+        self._write(self._overview(urls), overview.to_bytes(_FORMAT))
+
+    def _overview(self, urls: Iterable[str]) -> Path:
+        digest = hashlib.sha256()
+        for url in urls:
+            path = local_path(url) if is_local(url) else url
+            digest.update(os.fsencode(os.path.abspath(path) if is_local(url) else url) + b"\0")
+        return self._folder / "overview" / f"{digest.hexdigest()}.safetensors"
+
+    def _write(self, path: Path, data: bytes) -> bool:
+        """Whether the file could be written; it is complete or not there at all."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Not flushed: an entry that a power failure spoils fails its checksum and is built again.
-            write_atomically(path, save_tensors(columns, metadata), durable=False)
+            # Not flushed: a file that a power failure spoils fails its checksum and is made again.
+            write_atomically(path, data, durable=False)
             return True
         except OSError as error:
             if str(self._folder) not in _warned:
                 _warned.add(str(self._folder))
                 _logger.warning(
                     "the index cache %s cannot be written (%s): shards are indexed again at every start; set %s or "
-                    "cache_dir "
-                    "to a folder that can be written",
+                    "cache_dir to a folder that can be written",
                     self._folder,
                     error,
                     CACHE_VARIABLE,
@@ -201,9 +220,16 @@ def judged(url: str, index: ShardIndex) -> ShardIndex:
     record = recorded(url)
     if record is None:
         return index
-    if not is_as_written(index, record) and index.num_rows and last_row_lacks_members(index.row_first, index.extension):
+    as_written = is_as_written(record, size=index.file_size, rows=index.num_rows, sha256=index.sha256)
+    if not as_written and index.num_rows and last_row_lacks_members(index.row_first, index.extension):
         index = without_last_row(index)
     return replace(index, damage=compared(url, index, record))
+
+
+def is_vouched_for(url: str, shard: KnownShard) -> bool:
+    """Whether the manifest above a shard, if there is one, has nothing against it."""
+    record = recorded(url)
+    return record is None or is_as_written(record, size=shard.version.size, rows=shard.rows, sha256=shard.sha256)
 
 
 def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardIndex | None:
@@ -217,14 +243,11 @@ def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardInd
     Raises:
         Exception: Of any kind, if the entry is damaged.
     """
-    (length,) = struct.unpack_from("<Q", data)
-    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    metadata = metadata_in(data)
     size, tag = json.loads(metadata["version"])
     if metadata["format"] != _FORMAT or (version is not None and (size, tag) != (version.size, version.tag)):
         return None
-    columns: dict[str, Any] = load_tensors(data)
-    if str(_crc(columns, metadata)) != metadata["crc32"]:
-        raise ValueError("its checksum is wrong")
+    columns = columns_in(data, metadata)
     index = ShardIndex(
         file_size=int(size),
         extensions=tuple(json.loads(metadata["extensions"])),
@@ -235,11 +258,3 @@ def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardInd
     )
     index.check()
     return index
-
-
-def _crc(columns: dict[str, Any], metadata: dict[str, str]) -> int:
-    """crc32 over everything in an entry."""
-    crc = crc32(json.dumps({name: text for name, text in sorted(metadata.items()) if name != "crc32"}).encode())
-    for name in _COLUMNS:
-        crc = crc32(columns[name].tobytes(), crc)
-    return crc

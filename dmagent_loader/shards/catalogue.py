@@ -10,11 +10,13 @@ import hashlib
 import json
 import threading
 from array import array
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -22,17 +24,20 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from dmagent_loader.errors import DamagedShardError
-from dmagent_loader.shards.cache import IndexCache, build_and_cache
+from dmagent_loader.shards.cache import IndexCache, build_and_cache, is_vouched_for
 from dmagent_loader.shards.damage import ShardDamage
 from dmagent_loader.shards.index import ShardIndex
-from dmagent_loader.shards.reader import shard_version
+from dmagent_loader.shards.overview import SHARDS_OF_OVERVIEW, KnownShard, Overview
+from dmagent_loader.shards.reader import ShardVersion, shard_version
 from dmagent_loader.shards.urls import base_name, display_url, is_local
 
 # Threads, not processes: reading and the checksums of large rows run outside the interpreter lock, two processes were
 # no faster on two cores, and spawned ones would run a script without a main guard again. Small rows keep one core busy.
 _INDEX_THREADS = 8
 _AT_A_TIME = 4096
-"""Shards looked up together: a thread pool keeps a kilobyte for each task."""
+"""Tasks that wait together: a thread pool keeps a kilobyte for each."""
+_LOOKED_UP_TOGETHER = 16
+"""Shards of one task: looking one up takes no longer than handing it to a thread."""
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -42,14 +47,25 @@ _R = TypeVar("_R")
 class _Facts:
     """What is remembered of a shard; `index` only if it is not in the cache."""
 
-    rows: int
-    checksum: bytes
-    damage: tuple[ShardDamage, ...]
-    index: ShardIndex | None
+    known: KnownShard
+    damage: tuple[ShardDamage, ...] = ()
+    index: ShardIndex | None = None
 
     @classmethod
-    def of(cls, index: ShardIndex, cached: bool) -> _Facts:
-        return cls(index.num_rows, bytes.fromhex(index.checksum), index.damage, None if cached else index)
+    def of(cls, version: ShardVersion, index: ShardIndex, *, cached: bool) -> _Facts:
+        known = KnownShard(
+            version=version, rows=index.num_rows, checksum=bytes.fromhex(index.checksum), sha256=index.sha256
+        )
+        return cls(known, index.damage, None if cached else index)
+
+
+@dataclass(frozen=True, slots=True)
+class _LookUp:
+    """Shards that one thread looks up; they lie within one group (`Catalogue._groups`)."""
+
+    group: int
+    shards: range
+    overview: Overview
 
 
 class Catalogue:
@@ -139,9 +155,19 @@ class Catalogue:
         size = hashlib.sha256().digest_size
         return bytes(self._checksums[number * size : (number + 1) * size])
 
+    @cached_property
+    def _groups(self) -> list[range]:
+        """The shards of each overview."""
+        return [
+            range(start, min(start + SHARDS_OF_OVERVIEW, end))
+            for first, end in self.spans
+            for start in range(first, end, SHARDS_OF_OVERVIEW)
+        ]
+
     def _note(self, number: int, facts: _Facts) -> None:
-        self.rows[number] = facts.rows
-        self._checksums[number * len(facts.checksum) : (number + 1) * len(facts.checksum)] = facts.checksum
+        self.rows[number] = facts.known.rows
+        size = len(facts.known.checksum)
+        self._checksums[number * size : (number + 1) * size] = facts.known.checksum
         if facts.damage:
             self.damage[number] = facts.damage
         if facts.index is not None:
@@ -151,27 +177,70 @@ class Catalogue:
         stop = threading.Event()
         missing = array("q")  # of shards; what is known of each would take ten times as much
         missing_bytes = 0
+        missing_of_group: Counter[int] = Counter()
+        waiting: Counter[int] = Counter()
+        for task, found in _in_threads(self._look_up, self._look_ups(waiting), stop):
+            for number, facts in zip(task.shards, found, strict=True):
+                if isinstance(facts, _Facts):
+                    self._note(number, facts)
+                else:
+                    missing.append(number)
+                    missing_of_group[task.group] += 1
+                    missing_bytes += facts
+            waiting[task.group] -= 1
+            if not waiting[task.group]:
+                self._save_overview(task.group, task.overview)
+        if missing:
+            self._build(missing, missing_bytes, missing_of_group, progress, stop)
 
-        def look_up(number: int) -> int | _Facts:
-            """Facts of the shard, or its bytes if it has to be indexed."""
+    def _look_ups(self, waiting: Counter[int]) -> Iterator[_LookUp]:
+        """All shards, dealt to threads; `waiting` counts the tasks of each group."""
+        for group, shards in enumerate(self._groups):
+            overview = self._load_overview(group)
+            parts = [
+                shards[first : first + _LOOKED_UP_TOGETHER] for first in range(0, len(shards), _LOOKED_UP_TOGETHER)
+            ]
+            waiting[group] = len(parts)
+            yield from (_LookUp(group, part, overview) for part in parts)
+
+    def _look_up(self, task: _LookUp) -> list[_Facts | int]:
+        """Facts of each shard, or its bytes if it has to be indexed."""
+        found: list[_Facts | int] = []
+        start = self._groups[task.group].start
+        for number in task.shards:
             url = self.url(number)
             version = shard_version(url)
+            known = task.overview.find(number - start, version)
+            if known is not None and is_vouched_for(url, known):
+                found.append(_Facts(known))
+                continue
             index = self._cache.load(url, version)
-            return version.size if index is None else _Facts.of(index, cached=True)
+            if index is None:
+                found.append(version.size)
+                continue
+            facts = _Facts.of(version, index, cached=True)
+            if not facts.damage:
+                task.overview.note(number - start, facts.known)
+            found.append(facts)
+        return found
 
-        for number, found in _in_threads(look_up, range(len(self)), stop):
-            if isinstance(found, _Facts):
-                self._note(number, found)
-            else:
-                missing.append(number)
-                missing_bytes += found
-        if not missing:
-            return
+    def _build(
+        self,
+        missing: Sequence[int],
+        missing_bytes: int,
+        missing_of_group: Counter[int],
+        progress: bool,
+        stop: threading.Event,
+    ) -> None:
+        """Indexes shards, those of one group after those of another."""
 
         def build(number: int) -> _Facts:
             url = self.url(number)
-            return _Facts.of(*build_and_cache(url, shard_version(url), self._cache, advance=bar.update, stop=stop))
+            version = shard_version(url)
+            index, cached = build_and_cache(url, version, self._cache, advance=bar.update, stop=stop)
+            return _Facts.of(version, index, cached=cached)
 
+        overviews: dict[int, Overview] = {}
         with tqdm(
             total=missing_bytes,
             unit="B",
@@ -182,14 +251,32 @@ class Catalogue:
         ) as bar:
             for number, facts in _in_threads(build, missing, stop):
                 self._note(number, facts)
+                group = bisect_right(self._groups, number, key=lambda shards: shards.start) - 1
+                overview = overviews.get(group)
+                if overview is None:
+                    overview = overviews[group] = self._load_overview(group)
+                if not facts.damage and facts.index is None:
+                    overview.note(number - self._groups[group].start, facts.known)
+                missing_of_group[group] -= 1
+                if not missing_of_group[group]:
+                    self._save_overview(group, overviews.pop(group))
+
+    def _load_overview(self, group: int) -> Overview:
+        shards = self._groups[group]
+        return self._cache.load_overview(map(self.url, shards), len(shards))
+
+    def _save_overview(self, group: int, overview: Overview) -> None:
+        if overview.is_changed:
+            self._cache.save_overview(map(self.url, self._groups[group]), overview)
 
 
-def _in_threads(work: Callable[[_T], _R], tasks: Sequence[_T], stop: threading.Event) -> Iterator[tuple[_T, _R]]:
+def _in_threads(work: Callable[[_T], _R], tasks: Iterable[_T], stop: threading.Event) -> Iterator[tuple[_T, _R]]:
     """Every task with its result; on an error or Ctrl-C what runs is told to stop and what waits is dropped."""
+    tasks = iter(tasks)
     with ThreadPoolExecutor(max_workers=_INDEX_THREADS, thread_name_prefix="dmagent-index") as pool:
         try:
-            for first in range(0, len(tasks), _AT_A_TIME):
-                futures = {pool.submit(work, task): task for task in tasks[first : first + _AT_A_TIME]}
+            while batch := list(islice(tasks, _AT_A_TIME)):
+                futures = {pool.submit(work, task): task for task in batch}
                 for future in as_completed(futures):
                     yield futures[future], future.result()
         except BaseException:

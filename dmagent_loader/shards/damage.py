@@ -66,10 +66,9 @@ class ShardDamage:
         )
 
 
-def is_as_written(index: ShardIndex, record: ShardRecord) -> bool:
-    """Whether size, rows and, where it was computed, sha256 of a shard are those of the manifest."""
-    same_file = index.file_size == record.bytes and index.sha256 in (None, record.sha256)
-    return same_file and index.num_rows == record.rows
+def is_as_written(record: ShardRecord, *, size: int, rows: int, sha256: str | None) -> bool:
+    """Whether size in bytes, rows and, where it was computed, sha256 of a shard are those of the manifest."""
+    return (size, rows) == (record.bytes, record.rows) and sha256 in (None, record.sha256)
 
 
 def compared(url: str, index: ShardIndex, record: ShardRecord) -> tuple[ShardDamage, ...]:
@@ -98,7 +97,8 @@ def compared(url: str, index: ShardIndex, record: ShardRecord) -> tuple[ShardDam
         is_exact=True,
     )
     if not index.damage:
-        return () if is_as_written(index, record) else (found,)
+        as_written = is_as_written(record, size=index.file_size, rows=kept, sha256=index.sha256)
+        return () if as_written else (found,)
     if lost < 0:
         return (*index.damage, found)
     counted = []

@@ -152,11 +152,11 @@ def recorded(url: str) -> ShardRecord | None:
     read it in this process: no request goes out that nobody asked for.
     """
     if is_local(url):
-        shard = Path(os.path.abspath(local_path(url)))
-        if len(shard.parents) <= _DEPTH:
+        shard = os.path.abspath(local_path(url))
+        if shard.count(os.sep) <= _DEPTH:
             return None
-        records = _local_records(shard.parents[_DEPTH] / MANIFEST_NAME)
-        return records.get(str(shard)) if records is not None else None
+        records = _local_records(os.path.join(shard.rsplit(os.sep, _DEPTH + 1)[0], MANIFEST_NAME))
+        return records.get(shard) if records is not None else None
     for records in _remote.values():
         record = records.get(url)
         if record is not None:
@@ -184,10 +184,10 @@ _DEPTH = 2
 _PATTERN = re.compile(r"[{}*?\[\]\\\0]|::|^\s*(pipe:|\|)")
 _remote: dict[str, _Records] = {}
 _reading = threading.Lock()
-_local: dict[Path, tuple[tuple[int, int], _Records]] = {}
+_local: dict[str, tuple[tuple[int, int], _Records]] = {}
 
 
-def _local_records(path: Path) -> _Records | None:
+def _local_records(path: str) -> _Records | None:
     try:
         status = os.stat(path)
     except OSError:
@@ -198,11 +198,11 @@ def _local_records(path: Path) -> _Records | None:
         if known is not None and known[0] == version:
             return known[1]
         try:
-            manifest = parse_manifest(str(path), _read(str(path)))
+            manifest = parse_manifest(path, _read(path))
         except (ShardError, OSError) as error:
             _logger.warning("%s is not used to check the shards below it: %s", path, error)
             manifest = {}
-        records = _Records(str(path), manifest)
+        records = _Records(path, manifest)
         _local[path] = (version, records)
         return records
 

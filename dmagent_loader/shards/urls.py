@@ -43,8 +43,9 @@ def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | o
     if not urls:
         raise ShardNotFoundError(f"domain {domain!r} lists no shards: give it a path, a URL or a pattern")
     first_use: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for url in urls:
-        identity = os.path.realpath(local_path(url)) if is_local(url) else url
+        identity = _real_path(local_path(url), folders) if is_local(url) else url
         if identity in first_use:
             raise ConfigurationError(
                 f"domain {domain!r} lists shard {display_url(url)} twice (also as "
@@ -80,6 +81,15 @@ def display_url(text: str) -> str:
         return urlunsplit((parts.scheme, host, parts.path, "", "")) + ("?..." if parts.query else "")
 
     return re.sub(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+", clean, text)
+
+
+def _real_path(path: str, folders: dict[str, str]) -> str:
+    """`os.path.realpath` of a file; `folders` remembers those of folders, which take most of the time."""
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    real = os.path.join(folders[folder], name)
+    return os.path.realpath(real) if os.path.islink(real) else real
 
 
 def _expand_one(domain: str, pattern: str) -> list[str]:

@@ -15,6 +15,7 @@ NAMES = {
     "npy": "fuzz.shards",
     "manifest": "fuzz.shards",
     "cache": "fuzz.shards",
+    "overview": "fuzz.shards",
     "checkpoint": "fuzz.runs",
     "state": "fuzz.runs",
 }

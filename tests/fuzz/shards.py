@@ -19,12 +19,14 @@ from fuzz.inputs import Choices, edit_seeds, edited, expect, folder, json_seeds
 
 from dmagent_loader.errors import DamagedShardError, DecodeError, ShardError, ShardLayoutError
 from dmagent_loader.shards import Decoder, RawSample, decode, load_manifest
-from dmagent_loader.shards.cache import IndexCache, _crc, parse_entry
+from dmagent_loader.shards.cache import IndexCache, parse_entry
 from dmagent_loader.shards.decode import decode_npy
 from dmagent_loader.shards.header import BLOCK
 from dmagent_loader.shards.index import ShardIndex, build_index
 from dmagent_loader.shards.manifest import DomainRecord, ShardRecord, manifest_text, recorded
+from dmagent_loader.shards.overview import KnownShard, Overview
 from dmagent_loader.shards.reader import ShardVersion
+from dmagent_loader.shards.sealed import seal_of
 from dmagent_loader.shards.table import ChangedRow, RowTable
 
 EXTENSIONS = ["txt", "json", "jsonl", "npy", "npz", "safetensors", "cls", "id", "pkl", "bin", "a.gz.gz"]
@@ -116,17 +118,7 @@ def check_manifest(data: bytes) -> None:
 def check_cache(data: bytes) -> None:
     """Reads a cache entry that was edited, its checksum put right, or any bytes as one."""
     entry, tar = _cache_entry()
-    choices = Choices(data)
-    mode = choices.byte() % 3
-    if mode == 0:
-        entry = choices.rest()
-    elif mode == 1:
-        changed = bytearray(entry)
-        for _ in range(1 + choices.byte() % 4):
-            changed[choices.below(len(changed))] = choices.byte()
-        entry = bytes(changed)
-    else:
-        entry = _edited_entry(entry, choices)
+    entry = _changed_file(entry, Choices(data))
     try:
         index = parse_entry("fuzz.tar", entry, ShardVersion(size=len(tar), tag="1"))
     except AssertionError:
@@ -135,6 +127,36 @@ def check_cache(data: bytes) -> None:
         return
     if index is not None:
         _read_all(index, MemorySource(tar), is_own=False)
+
+
+def check_overview(data: bytes) -> None:
+    """Reads an overview of cached indexes that was edited, its checksum put right, or any bytes as one."""
+    file = _changed_file(_overview(), Choices(data))
+    try:
+        overview = Overview.from_bytes(file, len(_OVERVIEW_TAGS), "1")
+    except Exception:  # any error means: look at the indexes themselves
+        return
+    again = Overview.from_bytes(overview.to_bytes("1"), len(_OVERVIEW_TAGS), "1")
+    for place, tag in enumerate(_OVERVIEW_TAGS):
+        version = ShardVersion(size=10240, tag=tag)
+        known = overview.find(place, version)
+        assert again.find(place, version) == known
+        if known is not None:
+            assert known.rows >= 0
+            assert len(known.checksum) == 32
+            assert known.sha256 is None or len(known.sha256) == 64
+
+
+def _changed_file(file: bytes, choices: Choices) -> bytes:
+    mode = choices.byte() % 3
+    if mode == 0:
+        return choices.rest()
+    if mode == 1:
+        changed = bytearray(file)
+        for _ in range(1 + choices.byte() % 4):
+            changed[choices.below(len(changed))] = choices.byte()
+        return bytes(changed)
+    return _edited_entry(file, choices)
 
 
 def _read_all(index: ShardIndex, source: MemorySource, *, is_own: bool) -> None:
@@ -171,7 +193,7 @@ def _edited_entry(entry: bytes, choices: Choices) -> bytes:
         metadata = {
             str(name): value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()
         }
-        metadata["crc32"] = str(_crc(columns, metadata))
+        metadata["crc32"] = str(seal_of(columns, metadata))
     else:
         metadata = None
     try:
@@ -203,6 +225,19 @@ def _cache_entry() -> tuple[bytes, bytes]:
     cache = IndexCache(folder() / "entry")
     cache.save("fuzz.tar", version, build_index("fuzz.tar", MemorySource(tar), len(tar)))
     return cache.entry("fuzz.tar").read_bytes(), tar
+
+
+_OVERVIEW_TAGS = ("1", "2", "an etag")
+
+
+@functools.cache
+def _overview() -> bytes:
+    overview = Overview(len(_OVERVIEW_TAGS))
+    for place, tag in enumerate(_OVERVIEW_TAGS[:2]):
+        version = ShardVersion(size=10240, tag=tag)
+        sha256 = "ab" * 32 if place else None
+        overview.note(place, KnownShard(version=version, rows=place, checksum=bytes(range(32)), sha256=sha256))
+    return overview.to_bytes("1")
 
 
 def make_tar(members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> bytes:
@@ -275,6 +310,7 @@ HARNESSES: dict[str, Callable[[bytes], None]] = {
     "npy": check_npy,
     "manifest": check_manifest,
     "cache": check_cache,
+    "overview": check_overview,
 }
 
 SEEDS: dict[str, Callable[[], list[bytes]]] = {
@@ -283,4 +319,5 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "npy": _npy_seeds,
     "manifest": lambda: json_seeds(_manifest()[1]),
     "cache": lambda: [*edit_seeds(), b"\0" + _cache_entry()[0]],
+    "overview": lambda: [*edit_seeds(), b"\0" + _overview()],
 }
