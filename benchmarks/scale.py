@@ -53,22 +53,26 @@ def collections(data: Path, repeats: int, quick: bool) -> list[dict[str, Any]]:
     return found
 
 
-def whole(data: Path, quick: bool) -> dict[str, float]:
-    """A sampler over `MANY_SHARDS` links to a few shards, in a fresh process."""
+def whole(data: Path, repeats: int, quick: bool) -> dict[str, Any]:
+    """A sampler over `MANY_SHARDS` links to few shards, in fresh processes: once from their own indexes, then again."""
     shards = 2_000 if quick else MANY_SHARDS
     paths = scale_shards.write_shards(data / "few", -(-shards // scale_shards.LINKS_OF_A_FILE), ROWS, ROW_BYTES)
     cache = data / "links-cache"
     folders = scale_shards.link_shards(paths, data / f"links-{shards}", cache, shards)
-    measured = in_fresh_process(scale_shards.sampler, folders, str(cache))
-    say(f"{shards} shards: opened in {measured['open_seconds']:.1f} s, {measured['peak_mb']:.1f} MB")
-    return measured
+    shutil.rmtree(cache / "overview", ignore_errors=True)
+    first = in_fresh_process(scale_shards.sampler, folders, str(cache))
+    again = [in_fresh_process(scale_shards.sampler, folders, str(cache)) for _ in range(repeats)]
+    for measured in (first, *again):
+        say(f"{shards} shards: opened in {measured['open_seconds']:.1f} s, {measured['peak_mb']:.1f} MB")
+    return {"first": first, "again": again}
 
 
 def aims(results: dict[str, Any]) -> list[Aim]:
     """Planning below 1 ms per 1,024 samples, memory below 200 MB."""
     largest = results["growth"]["ranks"][-1]
     planned = median(largest["own_ms"])
-    whole_mb = results["whole"]["peak_mb"]
+    whole = results["whole"]
+    whole_mb = max(run["peak_mb"] for run in (whole["first"], *whole["again"]))
     called = median(largest["call_ms"])
     sizes = f"{largest['ranks']:,} ranks, {largest['domains']:,} domains, {largest['shards']:,} shards"
     return [
@@ -78,7 +82,7 @@ def aims(results: dict[str, Any]) -> list[Aim]:
             planned < 1,
         ),
         Aim(
-            f"a sampler over {results['whole']['shards']:,} shards needs < 200 MB in a process",
+            f"a sampler over {whole['first']['shards']:,} shards needs < 200 MB in a process",
             f"{number(whole_mb)} MB",
             whole_mb < 200,
         ),
@@ -131,17 +135,18 @@ def _memory(results: dict[str, Any]) -> str:
         first, again = row["first"], row["again"]
         cells = [median(a[name] for a in again) for name in ("open_seconds", "fingerprint_seconds", "peak_mb")]
         rows.append((f"{row['shards']:,}", first["open_seconds"], *cells))
-    whole = results["whole"]
-    tail = [whole[name] for name in ("open_seconds", "fingerprint_seconds", "peak_mb")]
-    rows.append((f"{whole['shards']:,}, a sampler", None, *tail))
+    first, again = results["whole"]["first"], results["whole"]["again"]
+    tail = [median(a[name] for a in again) for name in ("open_seconds", "fingerprint_seconds", "peak_mb")]
+    rows.append((f"{first['shards']:,}, a sampler", None, *tail))
     header = ("tiny shards", "indexed and opened, s", "opened again, s", "fingerprint, s", "memory, MB")
     plan = median(run["peak_mb"] for run in results["plan_memory"])
     sizes = results["plan_memory"][0]
     return (
         "Opening real shards of 4 rows of 200 bytes, in 1,000 domains, each time in a new process; after the first "
         "time the indexes are in their cache. Memory: the peak of the collection and of reading 1,024 rows, above the "
-        "imports. The last line was measured once, on links to a few such shards: a whole sampler, with "
-        f"{whole['decisions']} changes of the mix.\n\n"
+        "imports. The last line is of links to a few such shards: a whole sampler, with "
+        f"{first['decisions']} changes of the mix. Where every shard's own index has to be read, because the overviews "
+        f"are missing, it took {number(first['open_seconds'])} s and {number(first['peak_mb'])} MB, measured once.\n\n"
         + table(header, rows)
         + f"\n\nThe plan alone, with {sizes['shards']:,} shards, {sizes['domains']:,} domains and "
         f"{sizes['decisions']} decisions, after 64 x 1,024 samples of one of {sizes['ranks']:,} ranks: "
@@ -212,7 +217,7 @@ def main() -> None:
                 "plan_memory": lambda: [in_fresh_process(scale_plan.memory, quick) for _ in range(repeats)],
                 "index": lambda: scale_shards.index_rates(data, repeats, quick),
                 "collections": lambda: collections(data, repeats, quick),
-                "whole": lambda: whole(data, quick),
+                "whole": lambda: whole(data, repeats, quick),
             },
         )
     save(args, results)
