@@ -45,7 +45,7 @@ class History:
         if feedback.shape != (len(mixes), len(self.fields)):
             raise ConfigurationError(
                 f"feedback has shape {feedback.shape}; expected ({len(mixes)}, {len(self.fields)}): one row for "
-                f"each mix"
+                "each mix"
             )
         object.__setattr__(self, "mixes", mixes)
         object.__setattr__(self, "feedback", feedback)
@@ -84,7 +84,7 @@ def validate_feedback(feedback: Mapping[str, float], fields: Sequence[str]) -> F
         bad = {f: float(v) for f, v in zip(fields, values, strict=True) if not np.isfinite(v)}
         raise FeedbackError(
             f"the feedback is not finite: {bad}; the model has probably diverged: check its loss, the mix was left "
-            f"unchanged"
+            "unchanged"
         )
     return values
 

@@ -70,7 +70,7 @@ def validate_mix(
     if not renormalize and abs(total - 1.0) > SUM_TOLERANCE:
         raise MixError(
             f"the mix sums to {total:.6g} over {len(names)} domains, not to 1: correct the weights, or pass "
-            f"renormalize=True"
+            "renormalize=True"
         )
     return mix / total
 

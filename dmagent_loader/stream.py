@@ -56,7 +56,7 @@ class ReadaheadConfig:
         if (self.num_threads is not None and self.num_threads < 0) or self.num_rows < 1:
             raise ConfigurationError(
                 f"readahead of {self.num_rows} rows in {self.num_threads} threads: rows must be at least 1, threads "
-                f"at least 0"
+                "at least 0"
             )
 
 
@@ -218,16 +218,13 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         if self._num_workers > 1 and declared is None and asked is None:
             raise ConfigurationError(
                 f"{self._num_workers} torch workers share this sampler, but the loader's batch size is unknown, so "
-                f"that "
-                "the order of samples would depend on the workers: pass batch_size= to AgentWeightedSampler, the "
-                "same as "
-                "the DataLoader's (1 if the loader has none)"
+                "that the order of samples would depend on the workers: pass batch_size= to AgentWeightedSampler, "
+                "the same as the DataLoader's (1 if the loader has none)"
             )
         if declared is not None and asked is not None and declared != asked and not self._sampler.loader.declared:
             raise ConfigurationError(
                 f"the sampler was told batch_size={declared}, but the loader asks for {asked} samples at a time: "
-                f"the order "
-                "of samples would depend on the workers; pass the same to both, or none to the sampler"
+                "the order of samples would depend on the workers; pass the same to both, or none to the sampler"
             )
         block = declared or asked or 1
         if self._worker is not None:

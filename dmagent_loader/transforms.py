@@ -78,7 +78,7 @@ def _packed(sample: Mapping[str, Any]) -> np.ndarray[Any, Any]:
         raise DecodeError(
             f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} has no member {PACKED_MEMBER!r}, only "
             f"{[name for name in sample if not name.startswith('__')]}: write the shards with --tokenizer, or use "
-            f"TokenizeText"
+            "TokenizeText"
         )
     return np.asarray(sample[PACKED_MEMBER])
 
