@@ -154,7 +154,9 @@ def told_by_nothing(shard: Shard, damaged: Damaged) -> bool:
         return True
     kept = len(damaged.data) - damaged.zeros_at_the_end()
     same = len(damaged.data) == len(shard.data) and damaged.data[:kept] == shard.data[:kept]
-    return same and damaged.zeros_at_the_end() < 22 * BLOCK + BLOCK
+    # Zeros in the payload before are a payload that changed; those of the end begin where a header would.
+    first_header = min((start for start, _ in shard.headers if start >= kept), default=shard.end)
+    return same and len(shard.data) - first_header < 22 * BLOCK + BLOCK
 
 
 def _write_manifest(root: Path, shard: Shard) -> None:
