@@ -69,12 +69,16 @@ class IndexCache:
             return None
         try:
             index = parse_entry(url, data, version)
+            if index is None:
+                return None
+            index = judged(url, index)
+            # The remedy for damage is to restore the shard, which may give it back the times of the damaged one.
+            return index if not index.damage or metadata_in(data)["changed"] == version.changed else None
         except Exception as error:  # whatever is wrong with a cache entry, the remedy is to build it again
             _logger.warning(
                 "the cached index %s of %s is not usable (%s): building it again", path, display_url(url), error
             )
             return None
-        return None if index is None else judged(url, index)
 
     def find(self, url: str, checksum: str) -> ShardIndex | None:
         """The index of a shard that was indexed before, by its content; None if there is none that can be used."""
@@ -96,6 +100,7 @@ class IndexCache:
             "format": _FORMAT,
             "shard": ascii(display_url(url)),
             "version": json.dumps([version.size, version.tag]),
+            "changed": version.changed,
             "extensions": json.dumps(index.extensions),
             "checksum": index.checksum,
             "sha256": index.sha256 or "",

@@ -180,8 +180,8 @@ class ShardCollection:
                     return table.read(self._open.get(number), row, self._verify)
             raise DamagedShardError(
                 f"row {row} (key {table.key(row)!r}) of shard {self._display(number)} changed since it was indexed "
-                f"({change}): the file was overwritten or its disk is failing; restore it, or open the shards again to "
-                "index the new version"
+                f"({change}): the file was overwritten or its disk is failing; restore it, or, if it was replaced on "
+                "purpose, give it a new modification time (touch) and open the shards again"
             ) from None
 
     def read_equal(

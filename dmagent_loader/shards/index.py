@@ -32,6 +32,8 @@ MAX_ROW_BYTES = 1 << 31
 """A row is read in one piece; one that is larger would take the memory of the process."""
 
 _MAX_BETWEEN_MEMBERS = 1 << 20
+_EXTENDED_HEADERS = 4 * BLOCK
+"""What the extended headers of one member may take: names and times, in the ways of GNU and pax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +264,8 @@ def _refuse_large_rows(
     payload = np.append(0, np.cumsum(size))
     payload = payload[first[1:]] - payload[first[:-1]]
     large = keep & (span > MAX_ROW_BYTES)
-    spread = keep & (between > np.maximum(payload, _MAX_BETWEEN_MEMBERS))
+    allowed = np.maximum(payload, _MAX_BETWEEN_MEMBERS) + _EXTENDED_HEADERS * np.diff(first)
+    spread = keep & (between > allowed)
     for rows, fault in ((large, f"more than {MAX_ROW_BYTES}"), (spread, "most of them of files between its members")):
         if rows.any():
             row = int(np.argmax(rows))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from dmagent_loader.errors import ShardError, ShardNotFoundError
@@ -43,10 +43,14 @@ class ShardVersion:
     Attributes:
         size: Bytes.
         tag: Modification time in ns of a local file; etag, checksum or times of a remote one.
+        changed: Time in ns at which a local file was last changed in any way. A copy can be given the modification
+            time of what it replaces, but not this one; rights and links change it, too, so it is not asked of a shard
+            that is whole.
     """
 
     size: int
     tag: str
+    changed: str = field(default="", compare=False)
 
 
 class Source(Protocol):
@@ -79,7 +83,8 @@ class LocalSource:
         self._fd = -1
         self._url = url
         try:
-            self._fd = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC)
+            # A pipe that has taken the place of the shard would be waited for.
+            self._fd = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise ShardNotFoundError(f"shard {display_url(url)} does not exist (any more)") from error
         except OSError as error:
@@ -142,7 +147,7 @@ def shard_version(url: str) -> ShardVersion:
                 f"shard {display_url(url)} is {kind_of(status.st_mode)}, which cannot be read by position: list "
                 "regular files"
             )
-        return ShardVersion(size=status.st_size, tag=str(status.st_mtime_ns))
+        return ShardVersion(size=status.st_size, tag=str(status.st_mtime_ns), changed=str(status.st_ctime_ns))
     info = remote_info(url)
     if info.get("size") is None:
         raise ShardError(

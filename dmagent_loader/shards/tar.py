@@ -95,6 +95,7 @@ def scan(
     scanner = _Scanner(display_url(url), source, size, advance, stop, digest)
     scanner.refuse_compressed()
     scanner.run()
+    scanner.note_cut_names()
     scanner.hash_up_to(size)
     if advance is not None:
         advance(size - scanner.reported)
@@ -115,6 +116,8 @@ class _Scanner:
         self.hashed = 0
         self.announced = -1
         self.extended = b""
+        self.long_names: set[bytes] = set()
+        self.suspects: list[tuple[bytes, Gap]] = []
         self.url = url
         self.source = source
         self.file_size = size
@@ -240,6 +243,8 @@ class _Scanner:
             return None if resumed is None else (None, resumed)
         is_short = self.next_name is None
         name = self.next_name if self.next_name is not None else header.name.encode("utf-8", "surrogateescape")
+        if len(name) > _NAME_BYTES:
+            self.long_names.add(name[:_NAME_BYTES])
         size = self.next_size if self.next_size is not None else header.size
         self.next_name = self.next_size = None
         if header.type in REFUSED_TYPES:
@@ -253,17 +258,15 @@ class _Scanner:
         if not header.isreg():
             return None, position + BLOCK + padded(size)
         if is_short and name == block[:_NAME_BYTES] and split_name(name) is None:
-            # No sample's; but cut off at the end of its field, as where an extended header with all of it was lost.
-            resumed = self.resynchronise(BAD_HEADER, position)
-            return None if resumed is None else (None, resumed)
+            self.suspects.append((name, self.gap_at(BAD_HEADER, position, position + BLOCK + padded(size))))
         return (name, size), position
 
     def announce(self, kind: bytes, position: int, after: int) -> bool:
         """Notes an extended header; False if the same kind stands before the same member, so another one was lost."""
         before = self.extended if position == self.announced else b""
-        if kind in before and kind != tarfile.XGLTYPE:
+        if kind in before:
             return False
-        self.extended = before + kind
+        self.extended = before + kind if kind != tarfile.XGLTYPE else before
         self.announced = after
         return True
 
@@ -363,8 +366,18 @@ class _Scanner:
         return parse_header(self.bytes_at(start, BLOCK)) is not None
 
     def gap(self, kind: str, start: int, end: int) -> None:
-        start = min(start, end)
-        self.table.gaps.append(Gap(kind=kind, start=start, end=end, rows_before=len(self.table.row_first)))
+        self.table.gaps.append(self.gap_at(kind, start, end))
+
+    def gap_at(self, kind: str, start: int, end: int) -> Gap:
+        return Gap(kind=kind, start=min(start, end), end=end, rows_before=len(self.table.row_first))
+
+    def note_cut_names(self) -> None:
+        """Notes the members that no sample has, and whose names are how a longer one in this file begins.
+
+        Such a name ends at the end of its field because the extended header with all of it was lost.
+        """
+        gaps = [gap for name, gap in self.suspects if name in self.long_names]
+        self.table.gaps = sorted([*self.table.gaps, *gaps], key=lambda gap: gap.start)
 
 
 def _may_be_padding(zeros: int, file_size: int) -> bool:

@@ -308,6 +308,36 @@ def test_a_row_that_lacks_its_last_member_is_not_delivered_where_the_manifest_sh
     assert opened(shard, cache=tmp_path / "other").num_rows.tolist() == [12]
 
 
+@pytest.mark.parametrize("with_manifest", [False, True])
+def test_a_damaged_shard_that_is_restored_with_its_times_is_whole_again(tmp_path: Path, with_manifest: bool) -> None:
+    """As `cp -p` and `rsync -t` restore it: only the time of the change of the file itself tells the two apart."""
+    out = _domains(tmp_path, [f"text {n}" for n in range(10)])
+    shard = Path(load_manifest(out)["source/b"][0])
+    if not with_manifest:
+        (out / "manifest.json").unlink()
+    shards = {"source/b": str(shard)}
+    status, data = shard.stat(), shard.read_bytes()
+    place = 600 + 1024 * 4 if with_manifest else 1024 * 4 + 20  # in a payload, in a header
+    shard.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(DamagedShardError, match=r"b-000000\.tar"):
+            ShardCollection.open(shards, cache_dir=tmp_path / "cache", progress=False)
+    shard.write_bytes(data)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    restored = ShardCollection.open(shards, cache_dir=tmp_path / "cache", progress=False)
+    assert restored.num_rows.tolist() == [10]
+    assert bytes(restored.read(0, 0, 4).members["txt"]) == b"b text 4"
+
+
+def test_a_pipe_in_place_of_an_open_shard_is_not_waited_for(shard: Path, tmp_path: Path) -> None:
+    collection = opened(shard, cache=tmp_path / "cache")
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(ShardError, match=r"shard-000\.tar cannot be read"):
+        collection.read(0, 0, 0)
+
+
 def test_a_bit_that_fell_before_the_first_index_is_found_by_the_manifest(tmp_path: Path) -> None:
     out = _domains(tmp_path, [f"text {n}" for n in range(10)])
     shard = Path(load_manifest(out)["source/b"][0])

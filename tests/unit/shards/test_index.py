@@ -280,6 +280,31 @@ def test_a_members_header_in_place_of_an_extended_one_loses_no_row_in_silence(
     assert sum(damage.rows_lost for damage in index.damage) >= 1
 
 
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_file_of_no_sample_whose_name_fills_its_field_is_no_damage(
+    write_tar: Callable[..., Path], format: int
+) -> None:
+    """Catches a check for names that were cut off at 100 bytes that takes every such name for one."""
+    name = "a" * 50 + "/" + "README".rjust(49, "b")
+    assert len(name) == 100
+    others = [] if format == tarfile.USTAR_FORMAT else [("c" * 120 + ".txt", b"long")]
+    index = index_of(write_tar("readme.tar", [("000.txt", b"x"), (name, b"about"), *others, ("001.txt", b"y")], format))
+    assert (index.num_rows, index.damage) == (2 + len(others), ())
+
+
+def test_many_small_members_with_pax_headers_are_one_row(tmp_path: Path) -> None:
+    """Extended headers take most of the file; they are no files between the members of the row."""
+    path = tmp_path / "small.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for member in range(1200):
+            info = tarfile.TarInfo(f"row.{member:04d}")
+            info.size = 1
+            info.pax_headers = {"mtime": "1700000000.25"}
+            tar.addfile(info, io.BytesIO(b"x"))
+    index = index_of(path)
+    assert (index.num_rows, index.num_members, index.damage) == (1, 1200, ())
+
+
 def test_global_pax_headers_folders_and_files_without_extension_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "mixed.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "path=size=ü"}) as tar:
