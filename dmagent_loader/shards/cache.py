@@ -21,8 +21,8 @@ from pathlib import Path
 
 from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.files import write_atomically
-from dmagent_loader.shards.damage import ShardDamage, compared, is_as_written, last_row_lacks_members
-from dmagent_loader.shards.index import ShardIndex, build_index, without_last_row
+from dmagent_loader.shards.damage import ShardDamage, compared, is_as_written, rows_that_lack_members
+from dmagent_loader.shards.index import ShardIndex, build_index, without_rows
 from dmagent_loader.shards.manifest import recorded
 from dmagent_loader.shards.overview import KnownShard, Overview
 from dmagent_loader.shards.reader import ShardVersion, open_source, shard_version
@@ -69,8 +69,8 @@ class IndexCache:
             return None
         try:
             index = parse_entry(url, data, version)
-            if index is None:
-                return None
+            if index is None or (index.sha256 is None and recorded(url) is not None):
+                return None  # the second: the manifest came after the index
             index = judged(url, index)
             # The remedy for damage is to restore the shard, which may give it back the times of the damaged one.
             return index if not index.damage or metadata_in(data)["changed"] == version.changed else None
@@ -220,21 +220,24 @@ def judged(url: str, index: ShardIndex) -> ShardIndex:
     """An index with what only the manifest above its shard shows; it is not cached with the index.
 
     So a manifest that is corrected, or removed, counts at the next start. A shard that is not the file that was written
-    may end too soon, between two members of a row: then that row is left out.
+    lack members that a tar does not show to be missing: rows that lack one are left out.
     """
     record = recorded(url)
     if record is None:
         return index
     as_written = is_as_written(record, size=index.file_size, rows=index.num_rows, sha256=index.sha256)
-    if not as_written and index.num_rows and last_row_lacks_members(index.row_first, index.extension):
-        index = without_last_row(index)
+    if not as_written:
+        index = without_rows(index, rows_that_lack_members(index.row_first, index.extension))
     return replace(index, damage=compared(url, index, record))
 
 
 def is_vouched_for(url: str, shard: KnownShard) -> bool:
-    """Whether the manifest above a shard, if there is one, has nothing against it."""
+    """Whether the manifest above a shard, if there is one, has been asked and has nothing against it."""
     record = recorded(url)
-    return record is None or is_as_written(record, size=shard.version.size, rows=shard.rows, sha256=shard.sha256)
+    if record is None:
+        return True
+    as_written = is_as_written(record, size=shard.version.size, rows=shard.rows, sha256=shard.sha256)
+    return as_written and shard.sha256 is not None
 
 
 def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardIndex | None:

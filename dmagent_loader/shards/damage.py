@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 FEWER_ROWS = "fewer rows than were written"
 CHANGED = "not the file that was written"
 """Kinds of damage that only a manifest shows."""
+
+_LACKING_BY_GAP = 2
+"""Rows that one damaged place may have taken members from: the one before, and the one after."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +120,11 @@ def compared(url: str, index: ShardIndex, record: ShardRecord) -> tuple[ShardDam
 def broken_rows(
     gaps: list[Gap], first: NDArray[np.int64], extension: NDArray[np.uint16], offset: NDArray[np.int64]
 ) -> list[int]:
-    """The rows beside a gap that seem to have lost a member.
+    """The rows that seem to have lost a member to damage.
 
-    Those with a gap inside, and those whose extensions no row away from gaps has, or only with others besides. Where
-    an end marker comes before the end of the file, only the row before it is in doubt, and only for members it lacks.
+    Those with a gap inside; those beside a gap whose extensions no row away from gaps has, or only with others besides;
+    and `rows_that_lack_members`, if they are no more than the gaps explain. Where an end marker comes before the end of
+    the file, only the row before it is in doubt, and only for members it lacks.
     """
     num_rows = len(first) - 1
     lossy = [gap for gap in gaps if gap.kind != TRAILING]
@@ -131,18 +137,37 @@ def broken_rows(
     }
     signatures = _signatures(first, extension)
     whole = {signature for row, signature in enumerate(signatures) if row not in beside}
-    known = whole or set(signatures)
-    for row in beside | ended:
-        is_unknown = row in beside and whole and signatures[row] not in whole
-        if is_unknown or any(signatures[row] < other for other in known):
-            broken.add(row)
+    lacking = _lacking(signatures, whole or set(signatures))
+    broken |= {row for row in beside if whole and signatures[row] not in whole}
+    broken |= lacking & (beside | ended)
+    if len(lacking) <= _LACKING_BY_GAP * len(lossy):
+        broken |= lacking
     return sorted(broken)
 
 
-def last_row_lacks_members(first: NDArray[np.integer[Any]], extension: NDArray[np.integer[Any]]) -> bool:
-    """Whether another row has all the extensions of the last one, and others besides."""
+def rows_that_lack_members(first: NDArray[np.integer[Any]], extension: NDArray[np.integer[Any]]) -> list[int]:
+    """The rows of a shard that is known to be damaged, but not where, that seem to have lost a member.
+
+    The last one, if another row has all of its extensions and others besides; and any such row, if they are so few.
+    """
     signatures = _signatures(first, extension)
-    return any(signatures[-1] < other for other in set(signatures))
+    lacking = _lacking(signatures, set(signatures))
+    return sorted(lacking if len(lacking) <= _LACKING_BY_GAP else lacking & {len(signatures) - 1})
+
+
+def _lacking(signatures: list[frozenset[int]], known: set[frozenset[int]]) -> set[int]:
+    """Rows to which a known row has all of their extensions, and others besides."""
+    having: dict[int, list[frozenset[int]]] = defaultdict(list)
+    for signature in known:
+        for extension in signature:
+            having[extension].append(signature)
+
+    @functools.cache
+    def lacks(signature: frozenset[int]) -> bool:
+        # Only among those with its rarest extension: rows may all have others, and then there are very many.
+        return any(signature < other for other in min((having[extension] for extension in signature), key=len))
+
+    return {row for row, signature in enumerate(signatures) if lacks(signature)}
 
 
 def _signatures(first: NDArray[np.integer[Any]], extension: NDArray[np.integer[Any]]) -> list[frozenset[int]]:
@@ -179,7 +204,7 @@ def account(
         beside = given_up & {gap.rows_before - 1, gap.rows_before}
         given_up -= beside
         bytes_lost = min(file_size, gap.end - gap.start + sum(int(stored[row]) for row in beside))
-        at_least = gap.kind in CUTS
+        at_least = gap.kind in CUTS or gap.may_hide_rows
         rows_lost = len(beside)
         if gap.kind != TRAILING and bytes_lost:
             rows_lost = max(1, rows_lost, round(bytes_lost / mean_stored) if mean_stored else 1)

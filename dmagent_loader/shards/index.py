@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,7 +49,8 @@ class ShardIndex:
         row_crc: (R,) crc32 over the payloads of a row, in order.
         keys: (bytes,) the keys of all rows, joined, utf-8.
         key_end: (R+1,) where the key before each row ends: 0 first.
-        checksum: Hex sha256 over keys, extensions and row checksums: the content, not where or when it was written.
+        checksum: Hex sha256 over keys, extensions, sizes and row checksums: the content, not where or when it was
+            written.
         damage: What could not be read.
         sha256: Of the whole file, in hex; None: it was not computed.
     """
@@ -149,24 +150,42 @@ def build_index(
     return index if digest is None else replace(index, sha256=digest.hexdigest())
 
 
-def without_last_row(index: ShardIndex) -> ShardIndex:
-    """The index of the same shard, less its last row."""
-    rows = index.num_rows - 1
-    members = int(index.row_first[rows])
-    keys, key_end = index.keys[: index.key_end[rows]], index.key_end[: rows + 1]
-    first, extension, crc = index.row_first[: rows + 1], index.extension[:members], index.row_crc[:rows]
-    names = [name.encode("utf-8", "surrogateescape") for name in index.extensions]
-    return replace(
-        index,
-        checksum=_checksum(names, keys, key_end, first, extension, crc),
-        offset=index.offset[:members],
-        size=index.size[:members],
-        extension=extension,
-        row_first=first,
-        row_crc=crc,
-        keys=keys,
-        key_end=key_end,
+def without_rows(index: ShardIndex, rows: Sequence[int]) -> ShardIndex:
+    """The index of the same shard, less some of its rows."""
+    if not rows:
+        return index
+    keep = np.ones(index.num_rows, bool)
+    keep[list(rows)] = False
+    row_sizes, key_sizes = np.diff(index.row_first), np.diff(index.key_end)
+    members = np.repeat(keep, row_sizes)
+    return _sealed(
+        replace(
+            index,
+            offset=index.offset[members],
+            size=index.size[members],
+            extension=index.extension[members],
+            row_first=_narrow(np.append(0, np.cumsum(row_sizes[keep], dtype=np.int64))),
+            row_crc=index.row_crc[keep],
+            keys=index.keys[np.repeat(keep, key_sizes)],
+            key_end=_narrow(np.append(0, np.cumsum(key_sizes[keep], dtype=np.int64))),
+        )
     )
+
+
+def _sealed(index: ShardIndex) -> ShardIndex:
+    """The index with the checksum of its content."""
+    names = [name.encode("utf-8", "surrogateescape") for name in index.extensions]
+    digest = hashlib.sha256(repr(names).encode())
+    for column, kind in (
+        (index.keys, np.uint8),
+        (index.key_end, np.int64),
+        (index.row_first, np.int64),
+        (index.extension, np.uint16),
+        (index.size, np.int64),
+        (index.row_crc, np.uint32),
+    ):
+        digest.update(column.astype(kind, copy=False).tobytes())
+    return replace(index, checksum=digest.hexdigest())
 
 
 def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
@@ -176,55 +195,25 @@ def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
     extension = np.frombuffer(table.extension, np.uint16)
     first = np.append(np.frombuffer(table.row_first, np.int64), len(offset))
     key_end = np.append(0, np.frombuffer(table.key_end, np.int64))
-    keys = np.frombuffer(bytes(table.keys), np.uint8)
-    crc = np.frombuffer(table.row_crc, np.uint32)
     _refuse_returning_keys(url, table, key_end)
     keep = np.ones(num_rows, bool)
     if table.gaps:
         keep[broken_rows(table.gaps, first, extension, offset)] = False
     _refuse_large_rows(url, table, first, offset, size, keep)
-    damage = account(url, table.gaps, keep, first, size, file_size)
-    if not keep.all():
-        rows = np.flatnonzero(keep)
-        members = np.repeat(keep, np.diff(first))
-        keys = keys[np.repeat(keep, np.diff(key_end))]
-        key_end = np.append(0, np.cumsum(np.diff(key_end)[rows]))
-        first = np.append(0, np.cumsum(np.diff(first)[rows]))
-        offset, size, extension, crc = offset[members], size[members], extension[members], crc[rows]
-    return ShardIndex(
+    index = ShardIndex(
         file_size=file_size,
         extensions=tuple(name.decode("utf-8", "surrogateescape") for name in table.extensions),
-        checksum=_checksum(table.extensions, keys, key_end, first, extension, crc),
+        checksum="",
         offset=offset,
         size=_narrow(size),
         extension=_narrow(extension),
         row_first=_narrow(first),
-        row_crc=crc,
-        keys=keys,
+        row_crc=np.frombuffer(table.row_crc, np.uint32),
+        keys=np.frombuffer(bytes(table.keys), np.uint8),
         key_end=_narrow(key_end),
-        damage=damage,
+        damage=account(url, table.gaps, keep, first, size, file_size),
     )
-
-
-def _checksum(
-    extensions: list[bytes],
-    keys: NDArray[np.uint8],
-    key_end: IntArray,
-    first: IntArray,
-    extension: IntArray,
-    crc: IntArray,
-) -> str:
-    """`ShardIndex.checksum`: the same for columns of any width."""
-    digest = hashlib.sha256(repr(extensions).encode())
-    for column, kind in (
-        (keys, np.uint8),
-        (key_end, np.int64),
-        (first, np.int64),
-        (extension, np.uint16),
-        (crc, np.uint32),
-    ):
-        digest.update(column.astype(kind, copy=False).tobytes())
-    return digest.hexdigest()
+    return _sealed(index) if keep.all() else without_rows(index, np.flatnonzero(~keep).tolist())
 
 
 def _narrow(values: IntArray) -> IntArray:

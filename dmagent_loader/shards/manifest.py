@@ -168,6 +168,7 @@ class _Records:
     """Shards by URL; each entry is checked only when it is asked for."""
 
     def __init__(self, url: str, manifest: Mapping[str, list[dict[str, Any]]]) -> None:
+        self._url, self._warned = url, False
         self._entries = {_beside(url, str(shard["path"])): shard for shards in manifest.values() for shard in shards}
 
     def get(self, url: str) -> ShardRecord | None:
@@ -176,6 +177,14 @@ class _Records:
             return None
         path, rows, size, sha256 = (entry.get(name) for name in ("path", "rows", "bytes", "sha256"))
         if not (type(rows) is int and type(size) is int and isinstance(path, str) and isinstance(sha256, str)):
+            if not self._warned:
+                _logger.warning(
+                    "%s does not say how many rows and bytes %s has, and its sha256, in the way of `dmagent shard`: "
+                    "this shard, and others like it, are not compared with it",
+                    display_url(self._url),
+                    display_url(url),
+                )
+            self._warned = True
             return None
         return ShardRecord(path=path, rows=rows, bytes=size, sha256=sha256)
 

@@ -32,12 +32,14 @@ class Gap:
         kind: One of the kinds named in this file.
         start, end: Byte span.
         rows_before: Rows that begin before it.
+        may_hide_rows: Members can be read in it, but nobody knows whether they belong to the shard.
     """
 
     kind: str
     start: int
     end: int
     rows_before: int
+    may_hide_rows: bool = False
 
 
 class MemberTable:

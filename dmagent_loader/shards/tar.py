@@ -11,6 +11,7 @@ import re
 import tarfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from dmagent_loader.errors import ShardLayoutError
@@ -116,8 +117,8 @@ class _Scanner:
         self.hashed = 0
         self.announced = -1
         self.extended = b""
-        self.long_names: set[bytes] = set()
-        self.suspects: list[tuple[bytes, Gap]] = []
+        self.has_long_names = False
+        self.suspects: list[Gap] = []
         self.url = url
         self.source = source
         self.file_size = size
@@ -243,8 +244,7 @@ class _Scanner:
             return None if resumed is None else (None, resumed)
         is_short = self.next_name is None
         name = self.next_name if self.next_name is not None else header.name.encode("utf-8", "surrogateescape")
-        if len(name) > _NAME_BYTES:
-            self.long_names.add(name[:_NAME_BYTES])
+        self.has_long_names |= len(name) > _NAME_BYTES
         size = self.next_size if self.next_size is not None else header.size
         self.next_name = self.next_size = None
         if header.type in REFUSED_TYPES:
@@ -258,7 +258,7 @@ class _Scanner:
         if not header.isreg():
             return None, position + BLOCK + padded(size)
         if is_short and name == block[:_NAME_BYTES] and split_name(name) is None:
-            self.suspects.append((name, self.gap_at(BAD_HEADER, position, position + BLOCK + padded(size))))
+            self.suspects.append(self.gap_at(BAD_HEADER, position, position + BLOCK + padded(size)))
         return (name, size), position
 
     def announce(self, kind: bytes, position: int, after: int) -> bool:
@@ -331,7 +331,8 @@ class _Scanner:
         end -= end % BLOCK
         if end - position >= 2 * BLOCK and end % tarfile.RECORDSIZE == 0:
             # A full end marker, padded as writers pad it. What follows may be the rest of an older, longer file.
-            self.gap(TRAILING, end, self.file_size)
+            hides_rows = self.next_header(end - 1)[0] is not None
+            self.table.gaps.append(replace(self.gap_at(TRAILING, end, self.file_size), may_hide_rows=hides_rows))
             return None
         ended = end - position >= 2 * BLOCK and bool(self.table.offset)
         return self.resynchronise(ZEROED_HEADER, position, kind_if_last=TRAILING if ended else ZEROED_HEADER)
@@ -339,6 +340,12 @@ class _Scanner:
     def resynchronise(self, kind: str, position: int, kind_if_last: str | None = None) -> int | None:
         """The next valid header behind `position`, or None; notes the gap, less the zeros at the end of the file."""
         self.next_name = self.next_size = None
+        start, end = self.next_header(position)
+        self.gap(kind if start is not None else kind_if_last or kind, position, end)
+        return start
+
+    def next_header(self, position: int) -> tuple[int | None, int]:
+        """Where the next valid header behind `position` begins, twice; or None, and where the last zeros begin."""
         magic = b"ustar"
         search = position + 1
         last_byte = search
@@ -348,15 +355,12 @@ class _Scanner:
             while found >= 0:
                 start = self.base + found - 257
                 if position < start <= self.file_size - BLOCK and self.is_header(start):
-                    self.gap(kind, position, start)
-                    return start
+                    return start, start
                 found = self.buffer.find(magic, found + 1)
             used = len(self.buffer.rstrip(b"\0"))
             last_byte = self.base + used if used > first else last_byte
             search = max(search + 1, self.base + len(self.buffer) - len(magic) + 1)
-        end = min(self.file_size, position + padded(last_byte - position))
-        self.gap(kind_if_last or kind, position, end)
-        return None
+        return None, min(self.file_size, position + padded(last_byte - position))
 
     def is_header(self, start: int) -> bool:
         """Whether a header begins at `start`."""
@@ -372,12 +376,12 @@ class _Scanner:
         return Gap(kind=kind, start=min(start, end), end=end, rows_before=len(self.table.row_first))
 
     def note_cut_names(self) -> None:
-        """Notes the members that no sample has, and whose names are how a longer one in this file begins.
+        """Notes the members whose names fill their field and are no sample's, in a file with names that are longer.
 
-        Such a name ends at the end of its field because the extended header with all of it was lost.
+        Such a name was cut off: the extended header with all of it was lost.
         """
-        gaps = [gap for name, gap in self.suspects if name in self.long_names]
-        self.table.gaps = sorted([*self.table.gaps, *gaps], key=lambda gap: gap.start)
+        if self.has_long_names:
+            self.table.gaps = sorted([*self.table.gaps, *self.suspects], key=lambda gap: gap.start)
 
 
 def _may_be_padding(zeros: int, file_size: int) -> bool:

@@ -280,8 +280,8 @@ def test_zeros_at_the_end_that_look_like_padding_are_found_by_the_manifest(tmp_p
     assert alone.num_rows.tolist() == [11]
 
 
-def test_a_row_that_lacks_its_last_member_is_not_delivered_where_the_manifest_shows_the_damage(tmp_path: Path) -> None:
-    """Zeros that look like the end begin between two members of the last row; every way to its index leaves it out."""
+def _pairs_with_manifest(tmp_path: Path) -> tuple[Path, bytes]:
+    """Twelve rows of two members, 2,048 bytes each, below a manifest."""
     shard = tmp_path / "out" / "source" / "a" / "a-000000.tar"
     shard.parent.mkdir(parents=True)
     with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -290,10 +290,19 @@ def test_a_row_that_lacks_its_last_member_is_not_delivered_where_the_manifest_sh
             info.size = 1
             tar.addfile(info, io.BytesIO(b"x"))
     data = shard.read_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    record = {"path": "source/a/a-000000.tar", "rows": 12, "bytes": len(data), "sha256": sha256}
-    manifest = tmp_path / "out" / "manifest.json"
-    manifest.write_text(json.dumps({"schema": 1, "domains": {"source/a": {"shards": [record]}}}))
+    _write_manifest(tmp_path, rows=12, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return shard, data
+
+
+def _write_manifest(tmp_path: Path, **record: object) -> None:
+    shards = [{"path": "source/a/a-000000.tar", **record}]
+    manifest = {"schema": 1, "domains": {"source/a": {"shards": shards}}}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_row_that_lacks_its_last_member_is_not_delivered_where_the_manifest_shows_the_damage(tmp_path: Path) -> None:
+    """Zeros that look like the end begin between two members of the last row; every way to its index leaves it out."""
+    shard, data = _pairs_with_manifest(tmp_path)
     shard.write_bytes(data[: 23 * 1024] + bytes(len(data) - 23 * 1024))
     with pytest.raises(DamagedShardError, match=r"fewer rows than were written.*1 rows lost, by the manifest"):
         opened(shard, cache=tmp_path / "cache")
@@ -304,8 +313,40 @@ def test_a_row_that_lacks_its_last_member_is_not_delivered_where_the_manifest_sh
         assert sum(damage.rows_lost for damage in collection.damage) == 1
         assert list(collection.read(0, 0, 10).members) == ["cls", "txt"]
         assert collection.fingerprint == cached.fingerprint
-    manifest.unlink()
+    (tmp_path / "out" / "manifest.json").unlink()
     assert opened(shard, cache=tmp_path / "other").num_rows.tolist() == [12]
+
+
+def test_a_row_whose_member_is_missing_as_if_it_had_never_been_there_is_left_out_by_the_manifest(
+    tmp_path: Path,
+) -> None:
+    shard, data = _pairs_with_manifest(tmp_path)
+    shard.write_bytes(data[: 9 * 1024] + data[10 * 1024 :] + bytes(1024))
+    left = opened(shard, cache=tmp_path / "cache", on_damage="skip")
+    assert [left.read(0, 0, row).key for row in range(11)] == [f"{n:02d}" for n in range(12) if n != 4]
+    assert sum(damage.rows_lost for damage in left.damage) == 1
+
+
+def test_a_manifest_that_comes_after_the_index_is_asked_about_the_bytes(tmp_path: Path) -> None:
+    """Copied after the shards, or first opened through a link: the index was made without the file's sha256."""
+    shard, data = _pairs_with_manifest(tmp_path)
+    manifest = (tmp_path / "out" / "manifest.json").read_text()
+    shard.write_bytes(data[:512] + b"y" + data[513:])
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert opened(shard, cache=tmp_path / "cache").num_rows.tolist() == [12]
+    (tmp_path / "out" / "manifest.json").write_text(manifest)
+    with pytest.raises(DamagedShardError, match="is not the file that was written"):
+        opened(shard, cache=tmp_path / "cache")
+
+
+def test_a_manifest_that_does_not_say_enough_of_a_shard_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard, data = _pairs_with_manifest(tmp_path)
+    _write_manifest(tmp_path, rows="12", bytes=len(data), sha256="0" * 64)
+    with caplog.at_level(logging.WARNING):
+        assert opened(shard, cache=tmp_path / "cache").num_rows.tolist() == [12]
+    assert "manifest.json does not say how many rows" in caplog.text
 
 
 @pytest.mark.parametrize("with_manifest", [False, True])
