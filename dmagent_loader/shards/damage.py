@@ -140,7 +140,7 @@ def broken_rows(
     lacking = _lacking(signatures, whole or set(signatures))
     broken |= {row for row in beside if whole and signatures[row] not in whole}
     broken |= lacking & (beside | ended)
-    if len(lacking) <= _LACKING_BY_GAP * len(lossy):
+    if len(lacking) <= _LACKING_BY_GAP * len(gaps):
         broken |= lacking
     return sorted(broken)
 
