@@ -17,7 +17,7 @@ from dmagent_loader.errors import ConfigurationError, FeedbackError, StateError
 from dmagent_loader.history import History, validate_feedback
 from dmagent_loader.ledger import LedgerEntry
 from dmagent_loader.plan import Plan
-from dmagent_loader.policies import Guard, Policy, propose_guarded
+from dmagent_loader.policies import Guard, Policy, name_of, propose_guarded
 from dmagent_loader.simplex import FloatArray, IntArray
 from dmagent_loader.untrusted import is_count, is_finite_number, shown
 
@@ -108,7 +108,7 @@ class DecisionMaker:
     @property
     def policy_name(self) -> str | None:
         """Who decides; None: nobody."""
-        return None if self.policy is None else self.policy.name
+        return None if self.policy is None else name_of(self.policy)
 
     def history(self, newest: Measurement | None = None) -> History:
         """All steps so far: row 0 is the start state with the first feedback.
@@ -149,7 +149,7 @@ class DecisionMaker:
         outcome = propose_guarded(self.policy, self.history(measurement), previous, self.guard)
         notes = outcome.notes if outcome.error is None else (outcome.error,)
         return Answer(
-            self.policy.name, measurement, tuple(outcome.mix.tolist()), outcome.accepted, notes, outcome.seconds
+            name_of(self.policy), measurement, tuple(outcome.mix.tolist()), outcome.accepted, notes, outcome.seconds
         )
 
     def accept(self, answer: Answer) -> None:

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from dmagent_loader.errors import DomainError, MixError
-from dmagent_loader.simplex import FloatArray, em_projection, kl_divergence, validate_mix
+from dmagent_loader.simplex import FloatArray, em_projection, kl_divergence, numbers, validate_mix
 
 SOURCE = "source"
 TARGET = "target"
@@ -102,6 +102,14 @@ class Domain:
         return topics
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class DomainSpace:
     """An ordered list of domains.
@@ -121,6 +129,8 @@ class DomainSpace:
             raise DomainError("a domain space needs at least one domain")
         seen: set[str] = set()
         for domain in self.domains:
+            if not isinstance(domain.name, str) or not _is_text(domain.name):
+                raise DomainError(f"domain {domain.name!r} is no name: use text that can be written as UTF-8")
             if not domain.name or not domain.field:
                 raise DomainError(f"{domain} needs both a name and a field")
             if domain.name in seen:
@@ -221,15 +231,15 @@ class DomainSpace:
         """
         if shares is not None and isinstance(weights, Mapping):
             split: dict[str, float] = {}
-            for name, weight in weights.items():
+            for name, weight in zip(weights, numbers(list(weights.values())).tolist(), strict=True):
                 if name in self.fields and name not in self.names:
                     positions = list(self.members(name))
                     parts = shares[positions] / shares[positions].sum()
                     for position, part in zip(positions, parts, strict=True):
                         domain = self.names[position]
-                        split[domain] = split.get(domain, 0.0) + float(weight) * float(part)
+                        split[domain] = split.get(domain, 0.0) + weight * float(part)
                 else:
-                    split[name] = split.get(name, 0.0) + float(weight)
+                    split[name] = split.get(name, 0.0) + weight
             weights = split
         return validate_mix(weights, self.names, renormalize=renormalize)
 

@@ -23,6 +23,7 @@ from dmagent_loader.ledger import Ledger, LedgerEntry
 from dmagent_loader.order import RESOLUTION, DomainOrder, in_quanta
 from dmagent_loader.shuffle import DEFAULT_WINDOW, RowOrders
 from dmagent_loader.simplex import FloatArray, IntArray
+from dmagent_loader.untrusted import shown
 
 ExhaustionRule = Literal["repeat", "stop", "redistribute", "error"]
 _OFF_BY = 4
@@ -63,8 +64,12 @@ def exhaustion_rules(
     given: dict[str, str] = {}
     if isinstance(exhausted, str):
         given = dict.fromkeys(space.fields, exhausted)
-    elif exhausted is not None:
+    elif isinstance(exhausted, Mapping):
         given = dict(exhausted)
+    elif exhausted is not None:
+        raise ConfigurationError(
+            f"exhausted is {shown(exhausted)}; give one rule for all, or a mapping from field or domain to rule"
+        )
     unknown = sorted(set(given) - set(space.fields) - set(space.names))
     if unknown:
         raise ConfigurationError(

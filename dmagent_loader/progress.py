@@ -69,7 +69,8 @@ class Progress:
         self.training_counts = False
         """Whether training says after each batch what it consumed: a new pass then begins there, and what the last one
         had fetched ahead comes again."""
-        self._generation = 0
+        self.generation = 0
+        """Number of states that were loaded."""
         self._worker_start: int | None = None
 
     @property
@@ -102,8 +103,8 @@ class Progress:
     def restore(self, consumed: int) -> None:
         """Another state was loaded: workers that run already hold another ledger."""
         self.seek(consumed)
-        self._generation += 1
-        self.mailbox.generation = self._generation
+        self.generation += 1
+        self.mailbox.generation = self.generation
 
     def begin_pass(self, in_worker: bool) -> int:
         """Where a new pass begins: in the main process after what was handed out, in a worker after what was consumed.
@@ -122,15 +123,15 @@ class Progress:
         return self.position
 
     def check_generation(self) -> None:
-        """In a torch worker, at its first sample.
+        """In a torch worker, at each sample.
 
         Raises:
             StateError: A state was loaded after the workers had started.
         """
-        if self.mailbox.generation != self._generation:
+        if self.mailbox.generation != self.generation:
             raise StateError(
-                "a state was loaded after this loader's persistent workers had started, so that they hold another "
-                "ledger: build the DataLoader anew after load_state_dict()"
+                "a state was loaded after this loader's workers had started, so that they hold another ledger: iterate "
+                "after load_state_dict(), and build the DataLoader anew if its workers are persistent"
             )
 
     def first_free(self, loader: LoaderSettings, world_size: int, last_start: int) -> int:

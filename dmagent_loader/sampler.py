@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 import logging
-import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -38,6 +37,7 @@ from dmagent_loader.shuffle import DEFAULT_WINDOW
 from dmagent_loader.simplex import FloatArray
 from dmagent_loader.state import read_state, write_state
 from dmagent_loader.stream import ReadaheadConfig, SampleStream, check_not_delivered
+from dmagent_loader.untrusted import shown, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -135,15 +135,20 @@ class AgentWeightedSampler(IterableDataset[Sample]):
     ) -> None:
         super().__init__()
         with distributed.together(_BUILDING):
-            for name, number in (
-                ("samples_per_reweight", samples_per_reweight),
-                ("batch_size", batch_size),
-                ("prefetch_factor", prefetch_factor),
-            ):
-                if number is not None and number < 1:
-                    raise ConfigurationError(f"{name} is {number}; it must be at least 1")
-            if agent is not None and policy is not None:
-                raise ConfigurationError("both agent and policy were given, but only one can decide: leave one out")
+            samples_per_reweight = whole_number("samples_per_reweight", samples_per_reweight, least=1)
+            prefetch_factor = whole_number("prefetch_factor", prefetch_factor, least=1)
+            shuffle_window = whole_number("shuffle_window", shuffle_window, least=1)
+            if batch_size is not None:
+                batch_size = whole_number("batch_size", batch_size, least=1)
+            if rank is not None:
+                rank = whole_number("rank", rank, least=0)
+            if world_size is not None:
+                world_size = whole_number("world_size", world_size, least=1)
+            if not isinstance(shards, (Mapping, str, os.PathLike)):
+                raise ConfigurationError(
+                    f"shards is {shown(shards)}; it must map domain names to shards, or be the path of a manifest.json"
+                )
+            _check_settings(agent, policy, shadow=shadow, history_mix=history_mix, transform=transform, guard=guard)
             found = shards if isinstance(shards, Mapping) else load_manifest(shards)
             self.space = DomainSpace.from_names(found, fields=fields, compositions=compositions)
         self.collection = open_on_all_ranks(
@@ -161,7 +166,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
             rows = [self.collection.shard_rows(d) for d in range(len(self.space))]
             self._plan_settings: dict[str, Any] = {
-                "seed": _integer("seed", seed),
+                "seed": whole_number("seed", seed),
                 "exhausted": exhausted,
                 "window": shuffle_window,
             }
@@ -213,8 +218,11 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
         Args:
             consumed: Samples consumed over all ranks since the run began.
+
+        Raises:
+            ConfigurationError: It is no whole number of 0 or more.
         """
-        self.progress.seek(_integer("consumed", consumed))
+        self.progress.seek(whole_number("consumed", consumed, least=0))
 
     def __len__(self) -> int:
         """Samples that one iterator over the whole run gives, if data run out under the present ledger.
@@ -354,8 +362,12 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         return self._append(mix, decided_by=MANUAL, decided_at=decided_at)
 
     def reweight_due(self, consumed: int) -> bool:
-        """Whether a decision is due after so many samples consumed by all ranks; the first is due before any."""
-        self.progress.consume(_integer("consumed", consumed))
+        """Whether a decision is due after so many samples consumed by all ranks; the first is due before any.
+
+        Raises:
+            ConfigurationError: `consumed` is no whole number of 0 or more.
+        """
+        self.progress.consume(whole_number("consumed", consumed, least=0))
         done = self.decisions.measurements
         interval = self.samples_per_reweight
         return consumed >= (done[-1].consumed // interval + 1) * interval if done else True
@@ -415,7 +427,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                 "reweight() needs a policy, but this sampler has none: pass agent= or policy=, or change the mix by "
                 "set_mix()"
             )
-        consumed, given = _integer("consumed", consumed), self.progress.given
+        consumed, given = whole_number("consumed", consumed, least=0), self.progress.given
         if not self.loader.declared and not self.mailbox.num_workers and consumed > given:
             raise ConfigurationError(
                 f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
@@ -443,7 +455,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                     "consumed=, the number of samples trained on by all ranks"
                 )
             consumed = self.progress.handed_out
-        return write_state(self, _integer("consumed", consumed))
+        return write_state(self, whole_number("consumed", consumed, least=0))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on after the samples that a saved state says were consumed; ranks and workers may be others than then.
@@ -559,13 +571,25 @@ def _refuse_in_worker() -> None:
         )
 
 
-def _integer(name: str, value: int) -> int:
-    """A whole number as a plain int: numpy's integers hash and serialise in other ways.
+def _check_settings(agent: object, policy: object, **settings: object) -> None:
+    """Settings whose mistakes would show only at the first decision or sample, or never.
 
     Raises:
-        ConfigurationError: It is none.
+        ConfigurationError: One of them is not what it should be.
     """
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise ConfigurationError(f"{name} is {value!r}; it must be a whole number") from error
+    if agent is not None and policy is not None:
+        raise ConfigurationError("both agent and policy were given, but only one can decide: leave one out")
+    if agent is not None and not isinstance(agent, (str, os.PathLike, MixingAgent)):
+        raise ConfigurationError(f"agent is {shown(agent)}; it must be a name, a path, a Hub id or a MixingAgent")
+    if policy is not None and not callable(getattr(policy, "propose", None)):
+        raise ConfigurationError(f"policy is {shown(policy)}, which has no method propose(history)")
+    if not isinstance(settings["shadow"], bool):
+        raise ConfigurationError(f"shadow is {shown(settings['shadow'])}; it must be True or False")
+    if settings["history_mix"] not in get_args(HistoryMix):
+        raise ConfigurationError(
+            f"history_mix is {shown(settings['history_mix'])}; choose one of {list(get_args(HistoryMix))}"
+        )
+    if settings["transform"] is not None and not callable(settings["transform"]):
+        raise ConfigurationError(f"transform is {shown(settings['transform'])}; it must be a function of a sample")
+    if settings["guard"] is not None and not isinstance(settings["guard"], GuardConfig):
+        raise ConfigurationError(f"guard is {shown(settings['guard'])}; it must be a policies.GuardConfig")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dmagent_loader.errors import DomainError, MixError
+from dmagent_loader.untrusted import shown
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -47,9 +48,9 @@ def validate_mix(
         unknown = [name for name in weights if name not in set(names)]
         if unknown:
             raise DomainError(f"the mix names unknown domains {_shorten(unknown)}; the domains are {_shorten(names)}")
-        mix = np.array([float(weights.get(name, 0.0)) for name in names], dtype=np.float64)
+        mix = numbers([weights.get(name, 0.0) for name in names])
     else:
-        mix = np.array(weights, dtype=np.float64)
+        mix = numbers(weights)
         if mix.shape != (len(names),):
             raise MixError(
                 f"the mix has shape {mix.shape}, but there are {len(names)} domains: give one weight for each"
@@ -73,6 +74,20 @@ def validate_mix(
             "renormalize=True"
         )
     return mix / total
+
+
+def numbers(weights: object) -> FloatArray:
+    """Weights as floats.
+
+    Raises:
+        MixError: They are no numbers, or too large.
+    """
+    if isinstance(weights, (str, bytes)):
+        raise MixError(f"the mix is {shown(weights)}: give a weight for each domain")
+    try:
+        return np.array(weights, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MixError(f"the mix is {shown(weights)}, which are no numbers ({error})") from error
 
 
 def largest_remainder(mix: FloatArray, total: int) -> IntArray:

@@ -155,7 +155,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._layout: StreamLayout | None = None
         self._readahead = Readahead.of(sampler.collection, sampler.readahead)
         self._reader = RowReader(sampler.collection, sampler.decoder)
-        self._version = -1
+        self._version, self._generation = -1, sampler.progress.generation
         self._done = False
         self._block = _NOTHING_PLANNED
         self._place = 0
@@ -180,8 +180,11 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             raise StopIteration
         if self._layout is None:
             self._layout = self._begin()
-        if self._worker is not None and sampler.received < sampler.mailbox.published:
-            sampler.receive(self.frontier)
+        if self._worker is not None:
+            # At each sample: torch does not report what a persistent worker raises when it begins a new pass.
+            sampler.progress.check_generation()
+            if sampler.received < sampler.mailbox.published:
+                sampler.receive(self.frontier)
         if self._version != sampler.version:
             self._replan()
         place = self._place
@@ -210,9 +213,6 @@ class SampleStream(Iterator[Mapping[str, Any]]):
 
     def _begin(self) -> StreamLayout:
         """Fixes the layout at the first sample: only then is it known which loader asks."""
-        if self._worker is not None:
-            # Not earlier: torch does not report what a persistent worker raises when it begins a new pass.
-            self._sampler.progress.check_generation()
         declared = self._sampler.loader.worker_block
         asked = None if self._worker is None else _loader_batch_size()
         if self._num_workers > 1 and declared is None and asked is None:
@@ -234,7 +234,16 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         )
 
     def _replan(self) -> None:
-        """Drops what was planned under an older ledger."""
+        """Drops what was planned under an older ledger.
+
+        Raises:
+            StateError: It is the ledger of another run, loaded since this iterator was made.
+        """
+        if self._sampler.progress.generation != self._generation:
+            raise StateError(
+                "a state was loaded while this iterator was in use, and it does not go on where the state does: make "
+                "a new one after load_state_dict(), by iter() over the sampler or its DataLoader"
+            )
         self._version = self._sampler.version
         self._block = replace(_NOTHING_PLANNED, first=self.taken)
         self._place, self._next, self._num_planned = 0, None, _FIRST_BLOCK

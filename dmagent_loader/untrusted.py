@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import math
+import operator
 import os
 import reprlib
 import stat
 from typing import Any
+
+from dmagent_loader.errors import ConfigurationError
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel = 3
@@ -66,6 +69,30 @@ def is_finite_number(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Whether a JSON value is a whole number from 0 up to what an index of samples can be."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
+    """A setting that is a whole number, as a plain int: numpy's integers hash and serialise in other ways.
+
+    Args:
+        name: Of the setting, for messages.
+        value: What was given.
+        least: Its smallest value; None: any, of any size.
+
+    Raises:
+        ConfigurationError: It is no whole number, too small, or larger than an index of samples can be.
+    """
+    if isinstance(value, bool):
+        raise ConfigurationError(f"{name} is {value}; it must be a whole number")
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise ConfigurationError(f"{name} is {shown(value)}; it must be a whole number") from error
+    if least is not None and number < least:
+        raise ConfigurationError(f"{name} is {number}; it must be at least {least}")
+    if least is not None and not is_count(number - least):
+        raise ConfigurationError(f"{name} is {shown(number)}; that is larger than any index of samples")
+    return number
 
 
 def shown(value: Any) -> str:

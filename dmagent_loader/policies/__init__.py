@@ -1,7 +1,7 @@
 """What turns the history of a run into its next mix, and the guard between a policy and the data."""
 
 from dmagent_loader.policies.agent import AgentPolicy
-from dmagent_loader.policies.base import Policy
+from dmagent_loader.policies.base import Policy, name_of
 from dmagent_loader.policies.guard import Guard, GuardConfig, Outcome, propose_guarded
 from dmagent_loader.policies.schedule import LinearSchedule
 from dmagent_loader.policies.static import StaticPolicy
@@ -14,5 +14,6 @@ __all__ = [
     "Outcome",
     "Policy",
     "StaticPolicy",
+    "name_of",
     "propose_guarded",
 ]

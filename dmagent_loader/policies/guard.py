@@ -16,7 +16,7 @@ import numpy as np
 
 from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError
 from dmagent_loader.history import History
-from dmagent_loader.policies.base import Policy
+from dmagent_loader.policies.base import Policy, name_of
 from dmagent_loader.policies.limited import LimitedCaller
 from dmagent_loader.simplex import FloatArray, total_variation
 
@@ -252,11 +252,11 @@ def propose_guarded(policy: Policy, history: History, previous: FloatArray, guar
     except (Exception, SystemExit) as error:  # a policy must not end the training either
         seconds = time.perf_counter() - started
         fault = str(error) if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
-        text = f"policy {policy.name!r} failed at step {len(history)}: {fault}; the previous mix stays in force"
+        text = f"policy {name_of(policy)!r} failed at step {len(history)}: {fault}; the previous mix stays in force"
         logger.error(text, exc_info=not isinstance(error, PolicyError))
         return Outcome(mix=previous.copy(), accepted=False, notes=(), seconds=seconds, error=text)
     for note in notes:
-        logger.info("policy %r, step %d: %s", policy.name, len(history), note)
+        logger.info("policy %r, step %d: %s", name_of(policy), len(history), note)
     return Outcome(mix=mix, accepted=True, notes=notes, seconds=time.perf_counter() - started)
 
 

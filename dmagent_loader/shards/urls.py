@@ -12,9 +12,13 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import braceexpand
 
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
+from dmagent_loader.untrusted import shown
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
 _GLOB = re.compile(r"[*?\[]")
+_RANGE = re.compile(r"\{([+-]?\d{1,18})\.\.([+-]?\d{1,18})(?:\.\.([+-]?\d{1,18}))?\}")
+MAX_SHARDS = 10_000_000
+"""Of one pattern: ten times as many as the loader was measured with."""
 
 
 def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
@@ -29,17 +33,23 @@ def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | o
         shards: A path, URL or pattern, or several of them.
 
     Raises:
-        ConfigurationError: A shell pipe, or a shard that is listed twice.
+        ConfigurationError: A shell pipe, a shard that is listed twice, what is no path or URL, or far too many shards.
         ShardNotFoundError: A pattern that matches no file.
 
     Example:
         >>> expand_shards("source/web", "s3://corpus/web-{00..02}.tar")
         ['s3://corpus/web-00.tar', 's3://corpus/web-01.tar', 's3://corpus/web-02.tar']
     """
-    patterns = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
+    patterns = [shards] if isinstance(shards, (str, os.PathLike)) or not isinstance(shards, Iterable) else list(shards)
     urls: list[str] = []
     for pattern in patterns:
-        urls.extend(_expand_one(domain, os.fspath(pattern)))
+        path = os.fspath(pattern) if isinstance(pattern, os.PathLike) else pattern
+        if not isinstance(path, str):
+            raise ConfigurationError(
+                f"domain {domain!r} lists {shown(pattern)} as its shards: give it a path, a URL or a pattern, or a "
+                "list of these"
+            )
+        urls.extend(_expand_one(domain, path))
     if not urls:
         raise ShardNotFoundError(f"domain {domain!r} lists no shards: give it a path, a URL or a pattern")
     first_use: dict[str, str] = {}
@@ -76,7 +86,10 @@ def display_url(text: str) -> str:
     """A URL for messages: passwords and query strings (signatures, tokens) are left out."""
 
     def clean(match: re.Match[str]) -> str:
-        parts = urlsplit(match[0])
+        try:
+            parts = urlsplit(match[0])
+        except ValueError:  # it may hold a password wherever it cannot be taken apart
+            return f"{match[0].split('://')[0]}://..."
         host = parts.netloc.rsplit("@", 1)[-1]
         return urlunsplit((parts.scheme, host, parts.path, "", "")) + ("?..." if parts.query else "")
 
@@ -101,6 +114,7 @@ def _expand_one(domain: str, pattern: str) -> list[str]:
     if is_local(pattern) and os.path.isfile(local_path(pattern)):
         return [pattern]
     urls: list[str] = []
+    _refuse_too_many(domain, pattern)
     for part in pattern.split("::"):
         try:
             expanded = list(braceexpand.braceexpand(part))
@@ -109,6 +123,16 @@ def _expand_one(domain: str, pattern: str) -> list[str]:
         for url in expanded:
             urls.extend(_local_matches(domain, pattern, url) if is_local(url) else [_remote(domain, url)])
     return urls
+
+
+def _refuse_too_many(domain: str, pattern: str) -> None:
+    count = 1
+    for first, last, step in _RANGE.findall(pattern):
+        count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
+        if count > MAX_SHARDS:
+            raise ConfigurationError(
+                f"domain {domain!r}: the ranges in {pattern!r} name more than {MAX_SHARDS:,} shards: check their ends"
+            )
 
 
 def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
@@ -133,6 +157,10 @@ def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
 
 
 def _remote(domain: str, url: str) -> str:
+    try:
+        urlsplit(url)
+    except ValueError as error:
+        raise ConfigurationError(f"domain {domain!r} lists {display_url(url)!r}, which is no URL: {error}") from error
     if _GLOB.search(url.partition("?")[0]):
         raise ConfigurationError(
             f"domain {domain!r}: {display_url(url)!r} has a wildcard, which only local paths may have: use brace "

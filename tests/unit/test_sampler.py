@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import pickle
+import re
 import tarfile
 import time
 
@@ -234,6 +235,73 @@ def test_persistent_workers_refuse_to_go_on_with_an_older_ledger(build):
     sampler.load_state_dict(sampler.state_dict(consumed=4))
     with pytest.raises(StateError, match="build the DataLoader anew"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_iterator_in_use_does_not_go_on_after_a_state_was_loaded(build, num_workers):
+    """It would deliver what comes after its own place, and the state would never count it."""
+    sampler = build(exhausted="repeat")
+    stream = iter(DataLoader(sampler, batch_size=4, num_workers=num_workers))
+    for _ in range(3):
+        next(stream)
+    sampler.load_state_dict(sampler.state_dict(consumed=4))
+    with pytest.raises(StateError, match="after load_state_dict"):
+        list(itertools.islice(stream, 50))  # a worker has fetched some before
+    assert next(iter(sampler))["__index__"] == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"shuffle_window": 1.5}, "shuffle_window is 1.5"),
+        ({"shuffle_window": float("nan")}, "shuffle_window is nan"),
+        ({"samples_per_reweight": "80"}, "samples_per_reweight is '80'"),
+        ({"samples_per_reweight": True}, "samples_per_reweight is True"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"rank": 0, "world_size": 1.5}, "world_size is 1.5"),
+        ({"shadow": "no"}, "shadow is 'no'"),
+        ({"history_mix": "asked"}, "history_mix is 'asked'"),
+        ({"transform": 5}, "transform is 5"),
+        ({"policy": object()}, "no method propose"),
+        ({"agent": 5}, "agent is 5"),
+        ({"guard": {"floor": 0.1}}, "guard is"),
+        ({"exhausted": ["stop"]}, "exhausted is"),
+        ({"initial_mix": "half"}, "the mix is 'half'"),
+        ({"initial_mix": {"source": "a", "target": 1.0}}, "no numbers"),
+        ({"initial_mix": {"source": 10**400}}, "no numbers"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_type_is_refused_by_name(build, setting, message):
+    with pytest.raises((ConfigurationError, MixError), match=re.escape(message)):
+        build(**setting)
+
+
+@pytest.mark.parametrize("consumed", [-1, 1.5, 2**63, True])
+def test_an_impossible_number_of_consumed_samples_is_refused(build, consumed):
+    sampler = build(policy=StaticPolicy({"source": 0.5, "target": 0.5}))
+    for call in (
+        lambda: sampler.seek(consumed),
+        lambda: sampler.reweight_due(consumed),
+        lambda: sampler.state_dict(consumed),
+        lambda: sampler.reweight({"general": -4.0}, consumed=consumed),
+    ):
+        with pytest.raises((ConfigurationError, StateError), match="consumed"):
+            call()
+    assert len(sampler.ledger) == 1
+
+
+def test_a_policy_needs_no_name(build):
+    class Even:
+        def propose(self, history):
+            return np.full(len(history.domains), 1 / len(history.domains))
+
+    class Broken:
+        def propose(self, history):
+            raise RuntimeError("no idea")
+
+    assert build(policy=Even()).reweight({"general": -4.0}, consumed=0).entry.decided_by == "Even"
+    assert not build(policy=Broken()).reweight({"general": -4.0}, consumed=0).in_force
 
 
 def test_a_loader_that_prefetches_more_than_declared_is_refused_in_the_main_process(build):

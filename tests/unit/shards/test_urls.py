@@ -93,3 +93,12 @@ def test_messages_do_not_show_secrets() -> None:
     shown = display_url("could not read https://user:pass@host/a.tar?X-Amz-Signature=abc sorry")
     assert shown == "could not read https://host/a.tar?... sorry"
     assert "pass" not in shown
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [None, 5, [None], [b"/x/a.tar"], "http://[x/a.tar", "s3://x/{0..99999999999}.tar", "/x/{0..9999}{0..9999}.tar"],
+)
+def test_what_cannot_be_a_list_of_shards_is_refused_at_once(shards: object) -> None:
+    with pytest.raises(ConfigurationError, match="domain 'source/a'"):
+        expand_shards("source/a", shards)  # type: ignore[arg-type]
