@@ -35,6 +35,7 @@ class MixingAgent(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
+        self._warned_of_length = False
         self.embed = nn.Linear(config.input_dim, config.d_model, bias=False)
         self.blocks = nn.ModuleList(
             DecoderBlock(config.d_model, config.num_heads, config.d_ff, config.norm_eps)
@@ -118,7 +119,7 @@ class MixingAgent(nn.Module):
             raise ConfigurationError(
                 f"the history has feedback on {len(history.fields)} fields {list(history.fields)}, but agent "
                 f"{self.name!r} reads {self.config.num_fields}, one for each role {list(self.config.feedback_roles)}: "
-                "choose with policies.AgentPolicy(..., roles=...)"
+                "choose by AgentWeightedSampler(roles=...)"
             )
         if len(history) == 0:
             raise ConfigurationError(
@@ -149,7 +150,8 @@ class MixingAgent(nn.Module):
         """
         rows = self.encode(history, standardization=standardization)
         first = max(0, len(rows) - self.config.max_steps)
-        if first:
+        if first and not self._warned_of_length:
+            self._warned_of_length = True
             warnings.warn(
                 f"the history has {len(rows)} steps, but agent {self.name!r} was trained on at most "
                 f"{self.config.max_steps}: it sees the last {self.config.max_steps} only",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +83,23 @@ def replay(args: argparse.Namespace) -> int:
     state = read_saved_state(Path(args.state))
     sampler = AgentWeightedSampler(
         args.shards,
-        samples_per_reweight=1,
+        samples_per_reweight=max(1, int(state.get("samples_per_reweight", 1))),
         seed=int(state.get("seed", 0)),
         exhausted=dict(zip(state.get("domains", []), state.get("exhausted", []), strict=False)),
         shuffle_window=int(state.get("shuffle_window", 1)),
         cache_dir=args.cache_dir,
     )
-    sampler.load_state_dict(state)
+    with _without_warnings("dmagent_loader.state"):  # of decisions that will differ: none are taken
+        sampler.load_state_dict(state)
     if not 0 <= args.rank < args.world_size:
         raise ConfigurationError(f"rank {args.rank} does not lie in a world of {args.world_size}")
+    if args.start < 0:
+        raise ConfigurationError(f"--start is {args.start}; the first sample is number 0")
     stop = state["consumed"] if args.stop is None else args.stop
+    end = sampler.plan.ends_by(stop)
+    if end is not None and end < stop:
+        print(f"the run ends at sample {end}, where its data are used up", file=sys.stderr)
+        stop = end
     first = args.start + (args.rank - args.start) % args.world_size
     for begin in range(first, stop, _BATCH * args.world_size):
         indices = np.arange(begin, min(stop, begin + _BATCH * args.world_size), args.world_size)
@@ -99,6 +109,17 @@ def replay(args: argparse.Namespace) -> int:
             line = {"index": int(g), "domain": sampler.space.names[d], "shard": int(s), "row": int(r), "key": raw.key}
             print(json.dumps(line))
     return 0
+
+
+@contextlib.contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def simulate(args: argparse.Namespace) -> int:
@@ -173,6 +194,8 @@ def parse_mix(text: str, space: DomainSpace, rows: FloatArray) -> FloatArray:
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, separator, value = part.partition("=")
+        if name.strip() in weights:
+            raise ConfigurationError(f"mix {text!r} names {name.strip()!r} twice")
         try:
             weights[name.strip()] = float(value)
         except ValueError:

@@ -126,7 +126,13 @@ def _domains_of_folder(folder: str) -> dict[str, list[str]]:
     domains: dict[str, list[str]] = {}
     for path in sorted(Path(folder).iterdir()):
         if path.is_file() and not path.name.startswith("."):
-            domains.setdefault(domain_name(path), []).append(str(path))
+            name = domain_name(path)
+            if name in domains:
+                raise ConfigurationError(
+                    f"--input {folder!r}: {Path(domains[name][0]).name!r} and {path.name!r} would both be domain "
+                    f"{name!r}, which is what comes before the first dot: rename one, or name the domains by --domain"
+                )
+            domains[name] = [str(path)]
     if not domains:
         raise ConfigurationError(f"--input {folder!r} holds no files")
     return domains

@@ -16,6 +16,7 @@ from dmagent_loader import distributed
 from dmagent_loader.decisions import Decision
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import StateError
+from dmagent_loader.policies import AgentPolicy
 from dmagent_loader.sampler import AgentWeightedSampler
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,16 @@ class Mixing:
         self._started, self._evaluating_seconds = 0.0, 0.0
 
     def begin(self) -> None:
-        """Training begins or goes on: starts the clock, and warns about parts that have nothing to do."""
+        """Training begins or goes on: starts the clock, and warns about parts that have nothing to do.
+
+        Raises:
+            ConfigurationError: The environment has other fields than the agent reads.
+        """
         self._started, self._evaluating_seconds = time.perf_counter(), 0.0
-        has_policy = self.sampler.decisions.policy is not None
+        policy = self.sampler.decisions.policy
+        has_policy = policy is not None
+        if self.environment is not None and isinstance(policy, AgentPolicy):
+            policy.check_fields(self.environment.fields)
         if has_policy and self.environment is None:
             logger.warning("the sampler has a policy, but DataMixingCallback has no environment: it is never asked")
         if self.environment is not None and not has_policy:

@@ -13,6 +13,9 @@ from safetensors.torch import save
 from dmagent_loader.errors import StateError
 from dmagent_loader.files import write_atomically
 
+SETTINGS = "settings.json"
+"""Name of the file that says to which settings a folder belongs."""
+
 
 def claim(directory: Path, settings: Mapping[str, Any], what: str) -> None:
     """Makes a folder the place of one computation, or refuses one that belongs to another.
@@ -26,7 +29,7 @@ def claim(directory: Path, settings: Mapping[str, Any], what: str) -> None:
         StateError: The folder holds results of other settings or data.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "settings.json"
+    path = directory / SETTINGS
     text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))

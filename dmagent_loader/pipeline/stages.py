@@ -26,7 +26,7 @@ from dmagent_loader.errors import ConfigurationError, ShardNotFoundError, StateE
 from dmagent_loader.files import write_atomically
 from dmagent_loader.pipeline import card
 from dmagent_loader.pipeline.bases import BaseConfig, start_states, train_bases
-from dmagent_loader.pipeline.claims import claim
+from dmagent_loader.pipeline.claims import SETTINGS, claim
 from dmagent_loader.pipeline.corpus import Corpus, CorpusConfig, build_corpus
 from dmagent_loader.pipeline.cql import CQLConfig, train_cql
 from dmagent_loader.pipeline.feedback import FeedbackConfig, collect_feedback
@@ -297,6 +297,7 @@ class Pipeline:
         if self._is_done(directory, self.config.sft):
             return MixingAgent.from_pretrained(directory)
         record = self.record()
+        self._claim(directory, self.config.sft)
         # No longer history was recorded; the agent says so when it is given one.
         agent_config = AgentConfig(max_steps=record.trajectories.config.steps)
         with tqdm(total=self.config.sft.updates, desc="sft", disable=not self.progress) as bar:
@@ -316,6 +317,7 @@ class Pipeline:
             return MixingAgent.from_pretrained(directory)
         warm = self.sft()
         record = self.record()
+        self._claim(directory, self.config.cql)
         result = train_cql(record, warm, self.config.cql, progress=self.progress)
         save_critics(result.critics, directory / "critic")
         result.agent.save_pretrained(directory, card=card.cql_card(record, self.config.cql, result, self.notes))
@@ -323,13 +325,18 @@ class Pipeline:
         return result.agent
 
     def _is_done(self, directory: Path, config: SFTConfig | CQLConfig) -> bool:
-        """Whether the checkpoint is there; claims its place for these settings."""
+        """Whether the checkpoint is there, of these settings."""
+        if (directory / SETTINGS).exists():
+            self._claim(directory, config)
+        return (directory / "config.json").exists()
+
+    def _claim(self, directory: Path, config: SFTConfig | CQLConfig) -> None:
+        """Only when what the agent is trained from is there: a mistyped name must not claim the place."""
         settings: dict[str, Any] = {"training": asdict(config)}
         if isinstance(config, CQLConfig):
             settings["sft"] = asdict(self.config.sft)
         settings["recorded"] = str(self.recorded) if self.recorded else "collected"
         claim(directory, settings, "an agent")
-        return (directory / "config.json").exists()
 
     def _data(self) -> Path:
         if self.data is None:

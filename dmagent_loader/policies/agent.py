@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -104,6 +104,21 @@ class AgentPolicy:
         proposal = self._agent.propose(canonical, standardization=self._standardization)
         self._projection = self.map.to_user(proposal)
         return self._projection.mix
+
+    def check_fields(self, fields: Sequence[str]) -> None:
+        """Makes sure that feedback on these fields can be given to the agent, before anything is trained.
+
+        Raises:
+            ConfigurationError: They are not as many as the agent's roles, or lack one that `roles` names.
+        """
+        roles = self._agent.config.feedback_roles
+        if self._roles is None and len(fields) != len(roles):
+            raise ConfigurationError(
+                f"the environment has {len(fields)} field(s) {list(fields)}, but agent {self.name!r} reads "
+                f"{len(roles)}, one for each role {list(roles)}: name the field of each by "
+                "AgentWeightedSampler(roles=...), or give the environment these fields"
+            )
+        self._columns(tuple(fields))
 
     def _columns(self, fields: tuple[str, ...]) -> list[int]:
         if self._roles is None:

@@ -159,19 +159,22 @@ class IndexCache:
         except OSError:
             yield
             return
+        held = False
         try:
             while not stop.is_set():
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    held = True
                     break
                 except BlockingIOError:
                     time.sleep(_LOCK_POLL_SECONDS)
                 except OSError:
                     break  # a file system without locks: every process builds for itself
             yield
-            with contextlib.suppress(OSError):
-                path.unlink()
         finally:
+            if held:
+                with contextlib.suppress(OSError):
+                    path.unlink()
             os.close(descriptor)
 
 

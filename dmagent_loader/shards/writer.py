@@ -186,6 +186,8 @@ def shard_files(
 
     Raises:
         DomainError: A name that is not ``field/domain``, or a domain that is in the folder already.
+        ConfigurationError: The folder cannot be written to, or holds rows of another kind: text beside packed rows, or
+            packed rows of another length or tokenizer.
         ShardNotFoundError: A path that matches no file.
         ShardError: An input file that cannot be used.
         EmptyShardError: A domain without a single row.
@@ -202,6 +204,7 @@ def shard_files(
     tokenizer = TextTokenizer.load(config.tokenizer, config.eos_token) if config.tokenizer is not None else None
     with _exclusive(root):
         kept = _earlier_entries(root, list(domains))
+        _refuse_other_rows(root, kept, _settings(config, tokenizer))
         partial = root / _PARTIAL
         try:
             records = _write_domains(files, partial, config, tokenizer, progress)
@@ -318,9 +321,13 @@ def _npy(row: TokenArray) -> bytes:
 @contextlib.contextmanager
 def _exclusive(root: Path) -> Iterator[None]:
     """One writer per folder at a time; also removes what a killed one left."""
-    root.mkdir(parents=True, exist_ok=True)
     lock = root / ".lock"
-    with open(lock, "w") as file:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise ConfigurationError(f"shards cannot be written to {str(root)!r}: {error}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -345,3 +352,15 @@ def _earlier_entries(root: Path, domains: Sequence[str]) -> dict[str, Any]:
         )
     entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["domains"]
     return entries
+
+
+def _refuse_other_rows(root: Path, kept: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Rows of two kinds cannot be put into one batch, which would be noticed only while training."""
+    for domain, entry in kept.items():
+        earlier = entry.get("settings") or {}
+        for name in ("format", "sequence_length", "tokenizer", "eos_id"):
+            if name in earlier and earlier[name] != settings.get(name):
+                raise ConfigurationError(
+                    f"{str(root)!r} holds domain {domain!r} with {name} {earlier[name]!r}, but these rows would have "
+                    f"{settings.get(name)!r}: write all domains alike, or into another folder"
+                )

@@ -270,7 +270,7 @@ def test_an_iterator_in_use_does_not_go_on_after_a_state_was_loaded(build, num_w
         ({"initial_mix": {"source": "a", "target": 1.0}}, "no numbers"),
         ({"initial_mix": {"source": 10**400}}, "no numbers"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_a_setting_of_another_type_is_refused_by_name(build, setting, message):
     with pytest.raises((ConfigurationError, MixError), match=re.escape(message)):

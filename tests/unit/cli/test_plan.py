@@ -43,6 +43,35 @@ def test_replay_lists_exactly_what_a_run_was_given(manifest, tmp_path, capsys):
     assert [(line["index"], line["domain"], line["key"]) for line in lines] == [given[5], given[7]]
 
 
+def test_replay_ends_where_the_data_do_and_warns_of_nothing(manifest, tmp_path, capsys, caplog):
+    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, agent="dmagent-rl", progress=False)
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps(sampler.state_dict(consumed=3)))
+    assert main(["replay", str(state), "--shards", manifest, "--stop", "1000000"]) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == sampler.plan.end
+    assert f"the run ends at sample {sampler.plan.end}" in said.err
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    assert main(["replay", str(state), "--shards", manifest, "--start", "-3"]) == 2
+    assert "--start is -3" in capsys.readouterr().err
+
+
+def test_two_files_that_would_be_one_domain_are_refused(tmp_path, capsys):
+    for name in ("c4.en.jsonl", "c4.de.jsonl"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text('{"text": "a"}\n')
+    arguments = ["shard", "--input", str(tmp_path / "in"), "--field", "source", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "'c4.de.jsonl' and 'c4.en.jsonl' would both be domain 'c4'" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_refused_in_one_line(manifest, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("text")
+    arguments = ["shard", "--domain", f"source/a={tmp_path / 'in.txt'}", "--output", str(tmp_path / "in.txt")]
+    assert main(arguments) == 2
+    assert "shards cannot be written to" in capsys.readouterr().err
+
+
 def test_replay_reads_a_trainers_checkpoint(manifest, tmp_path, capsys):
     sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, progress=False)
     saved = {"stateful_callbacks": {"DataMixingCallback": {"attributes": {"sampler": sampler.state_dict(consumed=3)}}}}
@@ -93,6 +122,7 @@ def test_a_manifest_may_lie_behind_a_url(manifest, tmp_path):
         (["simulate", "--shards", "MANIFEST", "--mix", "source:1"], "'source:1' is not NAME=WEIGHT"),
         (["simulate", "--shards", "MANIFEST", "--mix", "source=0.5"], "sums to 0.5"),
         (["simulate", "--shards", "MANIFEST", "--mix", "sauce=1"], "sauce"),
+        (["simulate", "--shards", "MANIFEST", "--mix", "source=0.5,target=0.3,source=0.7"], "names 'source' twice"),
         (["simulate", "--shards", "nowhere", "--mix", "source=1"], "nowhere"),
         (["replay", "nowhere.json", "--shards", "MANIFEST"], "nowhere.json cannot be read"),
         (["replay", "MANIFEST", "--shards", "MANIFEST"], "holds no sampler state"),

@@ -84,6 +84,18 @@ def test_roles_choose_the_feedback_columns_by_name(agent: MixingAgent, make_hist
     assert total_variation(swapped, expected) > 1e-4
 
 
+def test_an_environment_with_other_fields_than_the_roles_is_refused_before_training(agent: MixingAgent) -> None:
+    """Every decision would fail, and the run would go to its end on the first mix."""
+    AgentPolicy(agent, TWO).check_fields(("general", "math"))
+    for fields in (("general",), ("general", "math", "law")):
+        with pytest.raises(ConfigurationError, match=rf"{len(fields)} field\(s\).*AgentWeightedSampler\(roles"):
+            AgentPolicy(agent, TWO).check_fields(fields)
+    by_name = AgentPolicy(agent, TWO, roles={"acquire": "math", "keep": "general"})
+    by_name.check_fields(("law", "math", "general"))
+    with pytest.raises(ConfigurationError, match="'math'"):
+        by_name.check_fields(("law", "general"))
+
+
 def test_natural_shares_split_what_the_agent_cannot_tell_apart(agent: MixingAgent, make_history: MakeHistory) -> None:
     space = DomainSpace.from_names(["source/web", "source/books", "target/math"])
     policy = AgentPolicy(agent, space, {"source/web": 30, "source/books": 10, "target/math": 5})

@@ -146,6 +146,23 @@ def test_domains_are_added_to_a_folder_and_never_overwritten(web: Path, tmp_path
     assert (tmp_path / "out/manifest.json").read_bytes() == before
 
 
+def test_rows_of_another_kind_are_not_put_beside_those_of_a_folder(
+    web: Path, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """They could not be put into one batch, which would be noticed in the middle of a run."""
+
+    def packed(length: int) -> ShardingConfig:
+        return ShardingConfig(tokenizer=str(tokenizer_file), sequence_length=length)
+
+    shard_files({"source/web": [web]}, tmp_path / "out", packed(4), progress=False)
+    before = (tmp_path / "out/manifest.json").read_bytes()
+    for config, message in ((packed(8), "sequence_length 4"), (ShardingConfig(), "format 'packed'")):
+        with pytest.raises(ConfigurationError, match=message):
+            shard_files({"target/web": [web]}, tmp_path / "out", config, progress=False)
+    shard_files({"target/web": [web]}, tmp_path / "out", packed(4), progress=False)
+    assert before != (tmp_path / "out/manifest.json").read_bytes()
+
+
 def files_under(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
