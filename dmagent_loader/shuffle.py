@@ -46,9 +46,7 @@ class RowOrders:
             raise ConfigurationError(f"shuffle window is {window}; it must be at least 1 row")
         self._seed, self._domains, self._window = seed, tuple(domains), window
         self._keys: UIntArray = np.array([stream_key(seed, "rows", name) for name in domains], dtype=np.uint64)
-        # As narrow as can be: the order of a million shards is looked up at random, so it should stay in the cache.
-        rows = np.concatenate([np.empty(0, dtype=np.int64), *shard_rows])
-        self._rows: IntArray = rows.astype(np.int64 if rows.max(initial=0) > np.iinfo(np.int32).max else np.int32)
+        self._rows: IntArray = np.concatenate([np.empty(0, dtype=np.int64), *shard_rows]).astype(np.int64)
         num_shards = np.array([len(rows) for rows in shard_rows], dtype=np.int64)
         self._first_shard: IntArray = np.concatenate([[0], np.cumsum(num_shards)])
         self.num_rows: IntArray = np.array([rows.sum() for rows in shard_rows], dtype=np.int64)
@@ -56,8 +54,8 @@ class RowOrders:
         self._first_row: IntArray = np.cumsum(self.num_rows) - self.num_rows
         # The shards of all domains in the order of the epoch that each domain is in, and how many rows of all domains
         # come before each. One shard has but one order, which holds in any epoch.
-        self._order: IntArray = np.concatenate([np.arange(shards, dtype=np.int32) for shards in num_shards])
-        self._starts: IntArray = np.cumsum(self._rows, dtype=np.int64) - self._rows
+        self._order: IntArray = np.arange(len(self._rows)) - np.repeat(self._first_shard[:-1], num_shards)
+        self._starts: IntArray = np.cumsum(self._rows) - self._rows
         self._epoch: IntArray = np.full(len(self._domains), _NO_EPOCH, dtype=np.int64)
         self._varies = num_shards > 1
 
@@ -112,5 +110,5 @@ class RowOrders:
         order = permutation(stream_key(self._seed, "shards", self._domains[domain], epoch), own.stop - own.start)
         rows = self._rows[own][order]
         self._order[own] = order
-        self._starts[own] = self._first_row[domain] + np.cumsum(rows, dtype=np.int64) - rows
+        self._starts[own] = self._first_row[domain] + np.cumsum(rows) - rows
         self._epoch[domain] = epoch
