@@ -15,6 +15,7 @@ import torch
 
 from dmagent_loader.errors import DecodeError
 from dmagent_loader.lazy import read_together
+from dmagent_loader.untrusted import whole_number
 
 PACKED_MEMBER = "input_ids.npy"
 """The member that ``dmagent shard --tokenizer`` writes."""
@@ -95,6 +96,9 @@ class ShiftedTokens:
     """
 
     length: int
+
+    def __post_init__(self) -> None:
+        whole_number("length", self.length, least=1)
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """``tokens``, ``labels`` and ``position_ids``, (T,) int64, and ``loss_mask``, (T,) float32.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from dmagent_loader.environment.scoring import (
 )
 from dmagent_loader.errors import ConfigurationError, EnvironmentDataError, FeedbackError
 from dmagent_loader.simplex import FloatArray, IntArray
+from dmagent_loader.untrusted import shown, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +87,24 @@ class EnvironmentSettings:
         if self.score not in ("answer", "pair"):
             raise ConfigurationError(f"unknown score {self.score!r}; choose 'answer' or 'pair'")
         for name in ("max_length", "max_questions", "batch_size", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigurationError(f"{name} is {value}: it must be 1 or more")
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least=1)
+        for name in ("cloze", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"{name} is {shown(getattr(self, name))}; it must be True or False")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> EnvironmentSettings:
+        """The settings with these values, and defaults for the others.
+
+        Raises:
+            ConfigurationError: A value that cannot work, or one for no setting.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise ConfigurationError(f"an environment has no settings {unknown}; it has {names}")
+        return cls(**settings)
 
 
 class LogLikelihoods(NamedTuple):
@@ -123,6 +141,11 @@ class Environment:
     def __init__(
         self, questions: Mapping[str, list[Question]], tokenizer: Tokenizer, settings: EnvironmentSettings
     ) -> None:
+        if isinstance(tokenizer, (str, bytes, os.PathLike)):
+            raise ConfigurationError(
+                f"tokenizer is {shown(tokenizer)}; pass the tokenizer itself, for example "
+                "AutoTokenizer.from_pretrained(...) of transformers"
+            )
         if not questions:
             raise EnvironmentDataError("there is no field: give question files for at least one")
         for field, listed in questions.items():
@@ -157,7 +180,7 @@ class Environment:
             EnvironmentDataError: A file that cannot be used; the message names file, line and column.
             ConfigurationError: A setting or a tokenizer that cannot work.
         """
-        given = EnvironmentSettings(**settings)
+        given = EnvironmentSettings.of(settings)
         return cls({f: read_questions(p, cloze=given.cloze) for f, p in files.items()}, tokenizer, given)
 
     @classmethod
@@ -166,7 +189,7 @@ class Environment:
     ) -> Environment:
         """Question sets from (question, answer) pairs in memory; otherwise as `from_files`."""
         questions = {field: questions_from_pairs(field, listed) for field, listed in pairs.items()}
-        return cls(questions, tokenizer, EnvironmentSettings(**settings))
+        return cls(questions, tokenizer, EnvironmentSettings.of(settings))
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -239,11 +239,19 @@ def test_model_without_logits_is_refused(output, shown):
         ({"max_questions": 0}, "max_questions is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_tokens": -1}, "batch_tokens is -1"),
+        ({"batch_size": "8"}, "batch_size is '8'"),
+        ({"cloze": "yes"}, "cloze is 'yes'"),
+        ({"clozed": True}, r"no settings \['clozed'\]"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ConfigurationError, match=message):
-        EnvironmentSettings(**settings)
+        EnvironmentSettings.of(settings)
+
+
+def test_the_name_of_a_tokenizer_is_not_taken_for_one():
+    with pytest.raises(ConfigurationError, match="pass the tokenizer itself"):
+        Environment.from_pairs({"x": [("a", "b")]}, "gpt2")
 
 
 def test_rank_without_world_size_is_refused(model):
