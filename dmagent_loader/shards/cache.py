@@ -223,7 +223,7 @@ def judged(url: str, index: ShardIndex) -> ShardIndex:
     """An index with what only the manifest above its shard shows; it is not cached with the index.
 
     So a manifest that is corrected, or removed, counts at the next start. A shard that is not the file that was written
-    lack members that a tar does not show to be missing: rows that lack one are left out.
+    may lack members that a tar does not show to be missing: rows that lack one are left out.
     """
     record = recorded(url)
     if record is None:

@@ -180,8 +180,13 @@ class _Scanner:
                 self.load(position)
                 relative = 0
             quick = parse(self.view, relative)
-            is_plain = quick is not None and quick[0] == tarfile.REGTYPE and len(quick[1]) != _NAME_BYTES
-            if quick is not None and is_plain and self.next_name is None and self.next_size is None:
+            if (
+                quick is not None
+                and quick[0] == tarfile.REGTYPE
+                and self.next_name is None
+                and self.next_size is None
+                and (len(quick[1]) != _NAME_BYTES or split_name(quick[1]) is not None)
+            ):
                 _, name, size = quick
             elif (
                 quick is not None
@@ -244,7 +249,7 @@ class _Scanner:
             return None if resumed is None else (None, resumed)
         is_short = self.next_name is None
         name = self.next_name if self.next_name is not None else header.name.encode("utf-8", "surrogateescape")
-        self.has_long_names |= len(name) > _NAME_BYTES
+        self.has_long_names |= not is_short and len(name) > _NAME_BYTES
         size = self.next_size if self.next_size is not None else header.size
         self.next_name = self.next_size = None
         if header.type in REFUSED_TYPES:
