@@ -21,7 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "plain-loop.md"
 BLOCKS = [
     block.replace("64_000", "16") for block in re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.M)
 ]
-SETUP, THREE_LINES = BLOCKS[0].split("\n\n")
+SETUP, THREE_LINES = BLOCKS[0].rsplit("\n\n", 1)
 _, MIXING, ACCELERATE, TORCHDATA = BLOCKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
