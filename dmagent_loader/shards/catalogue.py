@@ -34,8 +34,8 @@ from dmagent_loader.shards.urls import base_name, display_url, is_local
 # Threads, not processes: reading and the checksums of large rows run outside the interpreter lock, two processes were
 # no faster on two cores, and spawned ones would run a script without a main guard again. Small rows keep one core busy.
 _INDEX_THREADS = 8
-_AT_A_TIME = 4096
-"""Tasks that wait together: a thread pool keeps a kilobyte for each."""
+_AT_A_TIME = 512
+"""Tasks that wait together: a thread pool keeps a kilobyte for each, and the overviews that they look into stay."""
 _LOOKED_UP_TOGETHER = 16
 """Shards of one task: looking one up takes no longer than handing it to a thread."""
 
