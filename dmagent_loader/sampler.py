@@ -148,7 +148,14 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                 raise ConfigurationError(
                     f"shards is {shown(shards)}; it must map domain names to shards, or be the path of a manifest.json"
                 )
-            _check_settings(agent, policy, shadow=shadow, history_mix=history_mix, transform=transform, guard=guard)
+            _check_settings(
+                agent=agent,
+                policy=policy,
+                shadow=shadow,
+                history_mix=history_mix,
+                transform=transform,
+                guard=guard,
+            )
             found = shards if isinstance(shards, Mapping) else load_manifest(shards)
             self.space = DomainSpace.from_names(found, fields=fields, compositions=compositions)
         self.collection = open_on_all_ranks(
@@ -571,7 +578,15 @@ def _refuse_in_worker() -> None:
         )
 
 
-def _check_settings(agent: object, policy: object, **settings: object) -> None:
+def _check_settings(
+    *,
+    agent: object,
+    policy: object,
+    shadow: object,
+    history_mix: object,
+    transform: object,
+    guard: object,
+) -> None:
     """Settings whose mistakes would show only at the first decision or sample, or never.
 
     Raises:
@@ -583,13 +598,11 @@ def _check_settings(agent: object, policy: object, **settings: object) -> None:
         raise ConfigurationError(f"agent is {shown(agent)}; it must be a name, a path, a Hub id or a MixingAgent")
     if policy is not None and not callable(getattr(policy, "propose", None)):
         raise ConfigurationError(f"policy is {shown(policy)}, which has no method propose(history)")
-    if not isinstance(settings["shadow"], bool):
-        raise ConfigurationError(f"shadow is {shown(settings['shadow'])}; it must be True or False")
-    if settings["history_mix"] not in get_args(HistoryMix):
-        raise ConfigurationError(
-            f"history_mix is {shown(settings['history_mix'])}; choose one of {list(get_args(HistoryMix))}"
-        )
-    if settings["transform"] is not None and not callable(settings["transform"]):
-        raise ConfigurationError(f"transform is {shown(settings['transform'])}; it must be a function of a sample")
-    if settings["guard"] is not None and not isinstance(settings["guard"], GuardConfig):
-        raise ConfigurationError(f"guard is {shown(settings['guard'])}; it must be a policies.GuardConfig")
+    if not isinstance(shadow, bool):
+        raise ConfigurationError(f"shadow is {shown(shadow)}; it must be True or False")
+    if history_mix not in get_args(HistoryMix):
+        raise ConfigurationError(f"history_mix is {shown(history_mix)}; choose one of {list(get_args(HistoryMix))}")
+    if transform is not None and not callable(transform):
+        raise ConfigurationError(f"transform is {shown(transform)}; it must be a function of a sample")
+    if guard is not None and not isinstance(guard, GuardConfig):
+        raise ConfigurationError(f"guard is {shown(guard)}; it must be a policies.GuardConfig")

@@ -77,17 +77,20 @@ def validate_mix(
 
 
 def numbers(weights: object) -> FloatArray:
-    """Weights as floats.
+    """Weights as floats: (n,).
 
     Raises:
-        MixError: They are no numbers, or too large.
+        MixError: They are no numbers, too large, or no flat list.
     """
     if isinstance(weights, (str, bytes)):
         raise MixError(f"the mix is {shown(weights)}: give a weight for each domain")
     try:
-        return np.array(weights, dtype=np.float64)
+        found = np.array(weights, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise MixError(f"the mix is {shown(weights)}, which are no numbers ({error})") from error
+    if found.ndim != 1:
+        raise MixError(f"the mix has shape {found.shape}: give one weight for each domain")
+    return found
 
 
 def largest_remainder(mix: FloatArray, total: int) -> IntArray:

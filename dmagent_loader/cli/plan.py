@@ -83,10 +83,10 @@ def replay(args: argparse.Namespace) -> int:
     state = read_saved_state(Path(args.state))
     sampler = AgentWeightedSampler(
         args.shards,
-        samples_per_reweight=max(1, int(state.get("samples_per_reweight", 1))),
-        seed=int(state.get("seed", 0)),
+        samples_per_reweight=state.get("samples_per_reweight", 1),
+        seed=state.get("seed", 0),
         exhausted=dict(zip(state.get("domains", []), state.get("exhausted", []), strict=False)),
-        shuffle_window=int(state.get("shuffle_window", 1)),
+        shuffle_window=state.get("shuffle_window", 1),
         cache_dir=args.cache_dir,
     )
     with _without_warnings("dmagent_loader.state"):  # of decisions that will differ: none are taken

@@ -232,7 +232,7 @@ class Catalogue:
         progress: bool,
         stop: threading.Event,
     ) -> None:
-        """Indexes shards, those of one group after those of another."""
+        """Indexes shards, about in their order, so that few overviews are in memory at a time."""
 
         def build(number: int) -> _Facts:
             url = self.url(number)

@@ -350,7 +350,7 @@ class _Scanner:
         return start
 
     def next_header(self, position: int) -> tuple[int | None, int]:
-        """Where the next valid header behind `position` begins, twice; or None, and where the last zeros begin."""
+        """The next valid header behind `position`, or None; and where the stretch that cannot be read ends."""
         magic = b"ustar"
         search = position + 1
         last_byte = search
