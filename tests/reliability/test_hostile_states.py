@@ -16,7 +16,7 @@ import pytest
 from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.errors import StateError
 from dmagent_loader.policies import StaticPolicy
-from dmagent_loader.state import load_state
+from dmagent_loader.state import SCHEMA, load_state
 from dmagent_loader.testing import write_toy_shards
 
 pytestmark = pytest.mark.timeout(120)
@@ -82,7 +82,8 @@ def put(*path: Any, value: Any) -> Callable[[State], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (put("schema", value=3), "schema 3"),
+        (put("schema", value=SCHEMA - 1), f"schema {SCHEMA - 1}"),
+        (put("schema", value=SCHEMA + 1), f"schema {SCHEMA + 1}"),
         (put("schema", value=HUGE), "schema 1000"),
         (put("schema", value=None), "schema None"),
         (put("seed", value=HUGE), "seed"),
