@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import time
@@ -157,7 +158,7 @@ def put(*path: Any, value: Any) -> Callable[[State], None]:
         (put("policy_failures", value=-1), "policy_failures"),
         (put("policy_failures", value=HUGE), "policy_failures"),
     ],
-    ids=range(73),
+    ids=itertools.count(),
 )
 def test_states_that_cannot_be_are_refused_by_what_is_wrong(
     sampler: AgentWeightedSampler, state: State, change: Callable[[State], None], words: str
@@ -220,7 +221,7 @@ def test_measurements_of_a_long_run_are_read_in_linear_time(sampler: AgentWeight
 @pytest.mark.parametrize(
     "text",
     [b"", b"{", b"[1]", b"\xff", b"[" * 200_000, b"1" * 100_000, b'{"schema": 1' + b"0" * 5000 + b"}", b"NaN"],
-    ids=range(8),
+    ids=itertools.count(),
 )
 def test_state_files_that_cannot_be_are_refused_by_name(text: bytes, tmp_path: Path) -> None:
     path = tmp_path / "state.json"
