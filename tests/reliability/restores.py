@@ -113,9 +113,12 @@ def main() -> None:
             for at in restores.whole(*before).states:
                 restores.check(before, at, after)
             saved["done"][name] = dict(restores.counts)
-            totals = {what: sum(counts[what] for counts in saved["done"].values()) for what in ("restores", "samples")}
-            args.output.write_text(json.dumps({"totals": {**totals, "differences": 0}, **saved}, indent=1))
-    print(f"{len(saved['done'])} of {len(setups) ** 2} pairs of setups, {totals if saved['done'] else ''}")
+            saved["totals"] = {
+                **{what: sum(counts[what] for counts in saved["done"].values()) for what in ("restores", "samples")},
+                "differences": 0,
+            }
+            args.output.write_text(json.dumps(saved, indent=1))
+    print(f"{len(saved['done'])} of {len(setups) ** 2} pairs of setups, {saved.get('totals', '')}")
 
 
 if __name__ == "__main__":
