@@ -9,9 +9,9 @@ import pytest
 # Those that the conformance suite does not run; it has more of the default mode and of the mixin.
 MODES = [
     # mode, processes, workers, accumulation
-    ("default", 1, 2, 4),
+    pytest.param("default", 1, 2, 4, marks=pytest.mark.slow),
     ("default", 2, 2, 4),
-    ("nodispatch", 2, 0, 1),
+    pytest.param("nodispatch", 2, 0, 1, marks=pytest.mark.slow),
     ("nodispatch", 2, 2, 1),
     ("split", 2, 0, 1),
     ("mixin", 2, 2, 1),
