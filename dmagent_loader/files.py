@@ -6,9 +6,13 @@ import contextlib
 import fcntl
 import os
 import platform
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+_SUFFIX = ".partial"
+_LEFT_FOR_SECONDS = 3600.0
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes, *, durable: bool = True) -> None:
@@ -40,6 +44,24 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, durable: bool
             os.close(directory)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of `write_atomically` that nobody has touched for an hour and nobody holds."""
+    try:
+        found = [entry for entry in os.scandir(folder) if entry.name.startswith(".") and entry.name.endswith(_SUFFIX)]
+    except OSError:
+        return
+    for entry in found:
+        with contextlib.suppress(OSError):
+            if time.time() - entry.stat().st_mtime < _LEFT_FOR_SECONDS:
+                continue
+            descriptor = os.open(entry.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(entry.path)
+            finally:
+                os.close(descriptor)
+
+
 @contextlib.contextmanager
 def _temporary(target: Path) -> Iterator[tuple[int, Path]]:
     """An empty file beside the target that is ours alone; removed if an error comes before the rename.
@@ -47,11 +69,11 @@ def _temporary(target: Path) -> Iterator[tuple[int, Path]]:
     Its name is the same at every attempt, on one machine: locks may not reach others. A lock, which the system takes
     from the dead, says whether it is in use; then, and where there are no locks, we take a name by lot.
     """
-    shared = target.with_name(f".{target.name}.{platform.node()}.partial")
+    shared = target.with_name(f".{target.name}.{platform.node()}{_SUFFIX}")
     descriptor = _locked(shared)
     path = shared
     if descriptor is None:
-        path = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        path = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_SUFFIX}")
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(descriptor, 0)
@@ -66,7 +88,10 @@ def _temporary(target: Path) -> Iterator[tuple[int, Path]]:
 
 def _locked(path: Path) -> int | None:
     """A descriptor of the file that nobody else has; None: someone has it, or the file system has no locks."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        return None  # another user's
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):

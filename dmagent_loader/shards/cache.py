@@ -8,32 +8,36 @@ Beside them lie overviews of many shards (`dmagent_loader.shards.overview`).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from dmagent_loader.errors import DamagedShardError
-from dmagent_loader.files import write_atomically
+from dmagent_loader.files import remove_leftovers, write_atomically
 from dmagent_loader.shards.damage import ShardDamage, compared, is_as_written, rows_that_lack_members
+from dmagent_loader.shards.header import BLOCK
 from dmagent_loader.shards.index import ShardIndex, build_index, without_rows
 from dmagent_loader.shards.manifest import recorded
 from dmagent_loader.shards.overview import KnownShard, Overview
 from dmagent_loader.shards.reader import ShardVersion, open_source, shard_version
 from dmagent_loader.shards.sealed import columns_in, metadata_in, seal
+from dmagent_loader.shards.turns import taking_turns
 from dmagent_loader.shards.urls import display_url, is_local, local_path
 
 CACHE_VARIABLE = "DMAGENT_CACHE_DIR"
-_FORMAT = "3"
+_FORMAT = "4"
 """Raised whenever the same shard would be indexed otherwise."""
 _COLUMNS = ("offset", "size", "extension", "row_first", "row_crc", "keys", "key_end")
-_LOCK_POLL_SECONDS = 0.05
+_PATIENCE_SECONDS = 60.0
+_SLOWEST_BYTES_PER_SECOND = 10 << 20
+"""At which another process is given the time to index a shard."""
+_MOST_BYTES_AT_THE_END = 1 << 20
+"""Padding of a tar with the largest blocking factor in use."""
 
 _logger = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -53,7 +57,7 @@ class IndexCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder = folder.absolute()
 
     def entry(self, url: str) -> Path:
         """The file that holds the index of a shard."""
@@ -72,23 +76,25 @@ class IndexCache:
             if index is None or (index.sha256 is None and recorded(url) is not None):
                 return None  # the second: the manifest came after the index
             index = judged(url, index)
-            # The remedy for damage is to restore the shard, which may give it back the times of the damaged one.
-            return index if not index.damage or metadata_in(data)["changed"] == version.changed else None
+            is_same = metadata_in(data)["changed"] == version.changed and version.is_sure
+            if index.damage:
+                # The remedy is to restore the shard, which may give it back the times of the damaged one; of a remote
+                # shard, that would not be seen.
+                return index if is_same and version.changed else None
+            return index if is_same or _ends_as_indexed(url, index) else None
         except Exception as error:  # whatever is wrong with a cache entry, the remedy is to build it again
             _logger.warning(
                 "the cached index %s of %s is not usable (%s): building it again", path, display_url(url), error
             )
             return None
 
-    def find(self, url: str, checksum: str) -> ShardIndex | None:
-        """The index of a shard that was indexed before, by its content; None if there is none that can be used."""
+    def find(self, url: str, version: ShardVersion, checksum: str) -> ShardIndex | None:
+        """The index of this version of the shard, if it has this content; None if there is none that can be used."""
         try:
-            index = parse_entry(url, self.entry(url).read_bytes(), None)
+            index = parse_entry(url, self.entry(url).read_bytes(), version)
         except Exception:  # whatever is wrong with a cache entry, the remedy is to build it again
             return None
-        if index is not None and index.checksum != checksum:
-            index = judged(url, index)
-        return index if index is not None and index.checksum == checksum else None
+        return None if index is None else with_content(index, checksum)
 
     def save(self, url: str, version: ShardVersion, index: ShardIndex) -> bool:
         """Writes an index; complete or not at all.
@@ -123,11 +129,15 @@ class IndexCache:
         """Writes what is known of a list of shards."""
         self._write(self._overview(urls), overview.to_bytes(_FORMAT))
 
+    def forget_overview(self, urls: Iterable[str]) -> None:
+        """Removes what is known of a list of shards: one of them turned out to be another."""
+        with contextlib.suppress(OSError):
+            self._overview(urls).unlink()
+
     def _overview(self, urls: Iterable[str]) -> Path:
         digest = hashlib.sha256()
         for url in urls:
-            path = local_path(url) if is_local(url) else url
-            digest.update(os.fsencode(os.path.abspath(path) if is_local(url) else url) + b"\0")
+            digest.update(os.fsencode(url) + b"\0")
         return self._folder / "overview" / f"{digest.hexdigest()}.safetensors"
 
     def _write(self, path: Path, data: bytes) -> bool:
@@ -149,33 +159,10 @@ class IndexCache:
                 )
             return False
 
-    @contextlib.contextmanager
-    def lock(self, url: str, stop: threading.Event) -> Iterator[None]:
-        """Held while a shard is indexed, so that the ranks of one machine do not all read it through."""
-        path = self.entry(url).with_suffix(".lock")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError:
-            yield
-            return
-        held = False
-        try:
-            while not stop.is_set():
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    held = True
-                    break
-                except BlockingIOError:
-                    time.sleep(_LOCK_POLL_SECONDS)
-                except OSError:
-                    break  # a file system without locks: every process builds for itself
-            yield
-        finally:
-            if held:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-            os.close(descriptor)
+    def sweep(self) -> None:
+        """Removes what killed processes left half-written."""
+        for folder in ("index", "overview"):
+            remove_leftovers(self._folder / folder)
 
 
 def build_and_cache(
@@ -202,7 +189,8 @@ def build_and_cache(
         DamagedShardError: The shard changes while it is indexed.
         ShardLayoutError: It cannot be read as samples by position.
     """
-    with cache.lock(url, stop):
+    patience = _PATIENCE_SECONDS + version.size / _SLOWEST_BYTES_PER_SECOND
+    with taking_turns(cache.entry(url).with_suffix(".lock"), f"indexing {display_url(url)}", patience, stop):
         index = cache.load(url, version)
         if index is not None:
             advance(version.size)
@@ -234,6 +222,13 @@ def judged(url: str, index: ShardIndex) -> ShardIndex:
     return replace(index, damage=compared(url, index, record))
 
 
+def with_content(index: ShardIndex, checksum: str) -> ShardIndex | None:
+    """The index of some content: all rows, or less those that `judged` leaves out, whatever the manifest says now."""
+    if index.checksum != checksum:
+        index = without_rows(index, rows_that_lack_members(index.row_first, index.extension))
+    return index if index.checksum == checksum else None
+
+
 def is_vouched_for(url: str, shard: KnownShard) -> bool:
     """Whether the manifest above a shard, if there is one, has been asked and has nothing against it."""
     record = recorded(url)
@@ -243,20 +238,29 @@ def is_vouched_for(url: str, shard: KnownShard) -> bool:
     return as_written and shard.sha256 is not None
 
 
-def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardIndex | None:
+def _ends_as_indexed(url: str, index: ShardIndex) -> bool:
+    """Whether no row was appended where padding was, which changes nothing else that is compared."""
+    end = -(-int(index.offset[-1] + index.size[-1]) // BLOCK) * BLOCK if index.num_members else 0
+    length = index.file_size - end
+    if length > _MOST_BYTES_AT_THE_END:
+        return False
+    return length <= 0 or not any(open_source(url).read(end, length))
+
+
+def parse_entry(url: str, data: bytes, version: ShardVersion) -> ShardIndex | None:
     """The index in a cache entry; None if it is of another version of the shard, or of another format.
 
     Args:
         url: The shard.
         data: The whole entry.
-        version: The one that is asked for; None: any.
+        version: The one that is asked for.
 
     Raises:
         Exception: Of any kind, if the entry is damaged.
     """
     metadata = metadata_in(data)
     size, tag = json.loads(metadata["version"])
-    if metadata["format"] != _FORMAT or (version is not None and (size, tag) != (version.size, version.tag)):
+    if metadata["format"] != _FORMAT or (size, tag) != (version.size, version.tag):
         return None
     columns = columns_in(data, metadata)
     index = ShardIndex(

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -24,12 +25,12 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from dmagent_loader.errors import DamagedShardError
-from dmagent_loader.shards.cache import IndexCache, build_and_cache, is_vouched_for
+from dmagent_loader.shards.cache import IndexCache, build_and_cache, is_vouched_for, with_content
 from dmagent_loader.shards.damage import ShardDamage
 from dmagent_loader.shards.index import ShardIndex
 from dmagent_loader.shards.overview import SHARDS_OF_OVERVIEW, KnownShard, Overview
 from dmagent_loader.shards.reader import ShardVersion, shard_version
-from dmagent_loader.shards.urls import base_name, display_url, is_local
+from dmagent_loader.shards.urls import absolute, base_name, display_url, is_local
 
 # Threads, not processes: reading and the checksums of large rows run outside the interpreter lock, two processes were
 # no faster on two cores, and spawned ones would run a script without a main guard again. Small rows keep one core busy.
@@ -88,7 +89,7 @@ class Catalogue:
         for domain, listed in urls:
             domains.append(domain)
             for url in listed:
-                self._names += url.encode("utf-8", "surrogateescape")
+                self._names += absolute(url).encode("utf-8", "surrogateescape")
                 name_end.append(len(self._names))
             span_end.append(len(name_end) - 1)
         self.domains: tuple[str, ...] = tuple(domains)
@@ -140,16 +141,23 @@ class Catalogue:
         if kept is not None:
             return kept
         url, checksum = self.url(number), self._checksum(number).hex()
-        index = self._cache.find(url, checksum)
+        version = shard_version(url)
+        index = self._cache.find(url, version, checksum)
         if index is None:
             stop = threading.Event()
-            index, _ = build_and_cache(url, shard_version(url), self._cache, advance=lambda _: None, stop=stop)
-        if index.checksum != checksum:
+            built, cached = build_and_cache(url, version, self._cache, advance=lambda _: None, stop=stop)
+            index = self._cache.find(url, version, checksum) if cached else with_content(built, checksum)
+        if index is None:
+            self._cache.forget_overview(map(self.url, self._groups[self._group_of(number)]))
             raise DamagedShardError(
                 f"shard {display_url(url)} was replaced since it was opened: its rows are others; restore it, or open "
                 "the shards again to index the new version"
             )
         return index
+
+    def cached_index(self, number: int) -> Path:
+        """The file that holds the index of a shard."""
+        return self._cache.entry(self.url(number))
 
     def _checksum(self, number: int) -> bytes:
         size = hashlib.sha256().digest_size
@@ -163,6 +171,9 @@ class Catalogue:
             for first, end in self.spans
             for start in range(first, end, SHARDS_OF_OVERVIEW)
         ]
+
+    def _group_of(self, number: int) -> int:
+        return bisect_right(self._groups, number, key=lambda shards: shards.start) - 1
 
     def _note(self, number: int, facts: _Facts) -> None:
         self.rows[number] = facts.known.rows
@@ -251,7 +262,7 @@ class Catalogue:
         ) as bar:
             for number, facts in _in_threads(build, missing, stop):
                 self._note(number, facts)
-                group = bisect_right(self._groups, number, key=lambda shards: shards.start) - 1
+                group = self._group_of(number)
                 overview = overviews.get(group)
                 if overview is None:
                     overview = overviews[group] = self._load_overview(group)
@@ -260,6 +271,7 @@ class Catalogue:
                 missing_of_group[group] -= 1
                 if not missing_of_group[group]:
                     self._save_overview(group, overviews.pop(group))
+        self._cache.sweep()
 
     def _load_overview(self, group: int) -> Overview:
         shards = self._groups[group]

@@ -174,14 +174,16 @@ class ShardCollection:
         try:
             return table.read(self._open.get(number), row, self._verify)
         except ChangedRow as change:
+            remedy = "give it a new modification time (touch)"
             if not is_local(self._catalogue.url(number)):
+                remedy = f"remove its cached index {self._catalogue.cached_index(number)}"
                 # The bytes may have changed on their way: a second look tells.
                 with contextlib.suppress(ChangedRow):
                     return table.read(self._open.get(number), row, self._verify)
             raise DamagedShardError(
                 f"row {row} (key {table.key(row)!r}) of shard {self._display(number)} changed since it was indexed "
                 f"({change}): the file was overwritten or its disk is failing; restore it, or, if it was replaced on "
-                "purpose, give it a new modification time (touch) and open the shards again"
+                f"purpose, {remedy} and open the shards again"
             ) from None
 
     def read_equal(

@@ -152,16 +152,24 @@ def recorded(url: str) -> ShardRecord | None:
     read it in this process: no request goes out that nobody asked for.
     """
     if is_local(url):
-        shard = os.path.abspath(local_path(url))
+        shard = _absolute(local_path(url))
         if shard.count(os.sep) <= _DEPTH:
             return None
-        records = _local_records(os.path.join(shard.rsplit(os.sep, _DEPTH + 1)[0], MANIFEST_NAME))
+        records = _local_records(os.path.join(shard.rsplit(os.sep, _DEPTH + 1)[0] or os.sep, MANIFEST_NAME))
         return records.get(shard) if records is not None else None
     for records in _remote.values():
         record = records.get(url)
         if record is not None:
             return record
     return None
+
+
+def _absolute(path: str) -> str:
+    """The path from the root; what ``..`` is above depends on links."""
+    if os.pardir not in path.split(os.sep):
+        return os.path.abspath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 class _Records:
@@ -194,6 +202,14 @@ _PATTERN = re.compile(r"[{}*?\[\]\\\0]|::|^\s*(pipe:|\|)")
 _remote: dict[str, _Records] = {}
 _reading = threading.Lock()
 _local: dict[str, tuple[tuple[int, int], _Records]] = {}
+
+
+def _after_fork() -> None:
+    global _reading
+    _reading = threading.Lock()  # a thread that held it is not in the child
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _local_records(path: str) -> _Records | None:

@@ -22,6 +22,7 @@ SHARDS_OF_OVERVIEW = 1024
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _COLUMNS = ("size", "rows", "checksum", "sha256", "has_sha256")
+_TEXTS = ("tags", "changed")
 _UNKNOWN = -1
 
 
@@ -57,18 +58,22 @@ class Overview:
         self._sha256 = np.zeros((num_shards, _DIGEST_BYTES), np.uint8)
         self._has_sha256 = np.zeros(num_shards, np.uint8)
         self._tags = [""] * num_shards
+        self._changed = [""] * num_shards
 
     def find(self, place: int, version: ShardVersion) -> KnownShard | None:
-        """The shard at a place of the list; None: it is not known, or in another version."""
+        """The shard at a place of the list; None: it is not known, or may have been changed since."""
         rows = self._rows.item(place)
-        if rows == _UNKNOWN or self._size.item(place) != version.size or self._tags[place] != version.tag:
+        if rows == _UNKNOWN or self._size.item(place) != version.size or not version.is_sure:
+            return None
+        if self._tags[place] != version.tag or self._changed[place] != version.changed:
             return None
         sha256 = self._sha256[place].tobytes().hex() if self._has_sha256[place] else None
         return KnownShard(version=version, rows=rows, checksum=self._checksum[place].tobytes(), sha256=sha256)
 
     def note(self, place: int, shard: KnownShard) -> None:
         """Takes in the shard at a place of the list."""
-        self._size[place], self._tags[place] = shard.version.size, shard.version.tag
+        version = shard.version
+        self._size[place], self._tags[place], self._changed[place] = version.size, version.tag, version.changed
         self._rows[place] = shard.rows
         self._checksum[place] = np.frombuffer(shard.checksum, np.uint8)
         self._has_sha256[place] = shard.sha256 is not None
@@ -79,7 +84,8 @@ class Overview:
     def to_bytes(self, format: str) -> bytes:
         """The file of this overview."""
         columns = {name: getattr(self, f"_{name}") for name in _COLUMNS}
-        return seal(columns, {"format": format, "tags": json.dumps(self._tags)})
+        texts = {name: json.dumps(getattr(self, f"_{name}")) for name in _TEXTS}
+        return seal(columns, {"format": format, **texts})
 
     @classmethod
     def from_bytes(cls, data: bytes, num_shards: int, format: str) -> Overview:
@@ -93,9 +99,11 @@ class Overview:
         if metadata["format"] != format:
             return overview
         columns = columns_in(data, metadata)
-        tags = json.loads(metadata["tags"])
-        if not isinstance(tags, list) or len(tags) != num_shards or not all(isinstance(tag, str) for tag in tags):
-            raise ValueError(f"it is not about {num_shards} shards")
+        for name in _TEXTS:
+            texts = json.loads(metadata[name])
+            if not isinstance(texts, list) or len(texts) != num_shards or not all(isinstance(t, str) for t in texts):
+                raise ValueError(f"it is not about {num_shards} shards")
+            setattr(overview, f"_{name}", texts)
         for name in _COLUMNS:
             column, expected = columns[name], getattr(overview, f"_{name}")
             if (column.shape, column.dtype) != (expected.shape, expected.dtype):
@@ -104,5 +112,4 @@ class Overview:
             setattr(overview, f"_{name}", column.copy())
         if overview._rows.min(initial=0) < _UNKNOWN:
             raise ValueError("its rows are fewer than none")
-        overview._tags = tags
         return overview

@@ -20,20 +20,8 @@ from dmagent_loader.untrusted import kind_of
 MAX_OPEN_FILES = min(1024, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 """Default bound on open shards per process and collection: a quarter of the descriptors that the process may have."""
 
-_VERSION_KEYS = (
-    "ETag",
-    "etag",
-    "version_id",
-    "generation",
-    "md5Hash",
-    "Content-MD5",
-    "Last-Modified",
-    "LastModified",
-    "last_modified",
-    "mtime",
-    "modified",
-    "created",
-)
+_CONTENT_KEYS = ("ETag", "etag", "version_id", "generation", "md5Hash", "Content-MD5")
+_TIME_KEYS = ("Last-Modified", "LastModified", "last_modified", "mtime", "modified", "created")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +31,17 @@ class ShardVersion:
     Attributes:
         size: Bytes.
         tag: Modification time in ns of a local file; etag, checksum or times of a remote one.
-        changed: Time in ns at which a local file was last changed in any way. A copy can be given the modification
-            time of what it replaces, but not this one; rights and links change it, too, so it is not asked of a shard
-            that is whole.
+        changed: The file itself, and the time in ns at which it was last changed in any way; of a local shard. A copy
+            can be given the modification time of what it replaces, but not this. Rights and links change it, too, so
+            that a shard which differs in nothing else is looked at, but not read through again.
+        is_sure: Whether other content of this size would have another tag; not so with a server that tells times only,
+            in whole seconds, or nothing.
     """
 
     size: int
     tag: str
     changed: str = field(default="", compare=False)
+    is_sure: bool = field(default=True, compare=False)
 
 
 class Source(Protocol):
@@ -147,12 +138,14 @@ def shard_version(url: str) -> ShardVersion:
                 f"shard {display_url(url)} is {kind_of(status.st_mode)}, which cannot be read by position: list "
                 "regular files"
             )
-        return ShardVersion(size=status.st_size, tag=str(status.st_mtime_ns), changed=str(status.st_ctime_ns))
+        changed = f"{status.st_ino} {status.st_ctime_ns}"
+        return ShardVersion(size=status.st_size, tag=str(status.st_mtime_ns), changed=changed)
     info = remote_info(url)
     if info.get("size") is None:
         raise ShardError(
             f"the server does not say how large {display_url(url)} is, so it cannot be read by position: "
             "serve it with a Content-Length, or copy it to a local disk"
         )
-    tag = ";".join(f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None)
-    return ShardVersion(size=int(info["size"]), tag=tag)
+    told = [key for key in (*_CONTENT_KEYS, *_TIME_KEYS) if info.get(key) is not None]
+    tag = ";".join(f"{key}={info[key]}" for key in told)
+    return ShardVersion(size=int(info["size"]), tag=tag, is_sure=not set(told).isdisjoint(_CONTENT_KEYS))

@@ -77,6 +77,11 @@ def local_path(url: str) -> str:
     return unquote(urlsplit(url).path) if _SCHEME.match(url) else url
 
 
+def absolute(url: str) -> str:
+    """The same shard, also after the working folder was changed."""
+    return url if not is_local(url) or _SCHEME.match(url) or os.path.isabs(url) else os.path.join(os.getcwd(), url)
+
+
 def base_name(url: str) -> str:
     """The file name of a shard, without folders and without query."""
     return os.path.basename(local_path(url) if is_local(url) else urlsplit(url).path)
@@ -158,7 +163,7 @@ def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
 
 def _remote(domain: str, url: str) -> str:
     try:
-        urlsplit(url)
+        urlsplit(url).geturl().encode()
     except ValueError as error:
         raise ConfigurationError(f"domain {domain!r} lists {display_url(url)!r}, which is no URL: {error}") from error
     if _GLOB.search(url.partition("?")[0]):

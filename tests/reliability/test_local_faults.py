@@ -317,6 +317,15 @@ def test_a_row_that_lacks_its_last_member_is_not_delivered_where_the_manifest_sh
     assert opened(shard, cache=tmp_path / "other").num_rows.tolist() == [12]
 
 
+def test_rows_that_were_left_out_stay_so_when_the_manifest_goes_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    """Spawned workers, too, know nothing of a remote manifest that was read in the main process."""
+    shard, data = _pairs_with_manifest(tmp_path)
+    shard.write_bytes(data[: 23 * 1024] + bytes(len(data) - 23 * 1024))
+    collection = opened(shard, cache=tmp_path / "cache", on_damage="skip")
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert [collection.read(0, 0, row).key for row in range(11)] == [f"{n:02d}" for n in range(11)]
+
+
 def test_a_row_whose_member_is_missing_as_if_it_had_never_been_there_is_left_out_by_the_manifest(
     tmp_path: Path,
 ) -> None:
@@ -373,6 +382,8 @@ def test_a_damaged_shard_that_is_restored_with_its_times_is_whole_again(tmp_path
 
 def test_a_pipe_in_place_of_an_open_shard_is_not_waited_for(shard: Path, tmp_path: Path) -> None:
     collection = opened(shard, cache=tmp_path / "cache")
+    collection.read(0, 0, 0)
+    collection.close()
     shard.unlink()
     os.mkfifo(shard)
     with pytest.raises(ShardError, match=r"shard-000\.tar cannot be read"):

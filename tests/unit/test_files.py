@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dmagent_loader.files import write_atomically
+from dmagent_loader.files import remove_leftovers, write_atomically
 
 
 def test_a_reader_sees_one_whole_file_whoever_writes_it(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_reader_sees_one_whole_file_whoever_writes_it(tmp_path: Path) -> None:
 
 KILLED_IN_A_WRITE = """
 import os, signal, sys
-from dmagent_loader.files import write_atomically
+from dmagent_loader.files import remove_leftovers, write_atomically
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 write_atomically(sys.argv[1], b"new" * 1000)
 """
@@ -77,6 +77,34 @@ def test_a_temporary_file_that_another_process_still_writes_is_left_alone(tmp_pa
         write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
     assert busy.read_bytes() == b"of another"
+
+
+def test_what_another_user_left_half_written_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / f".state.json.{os.uname().nodename}.partial"
+    left.write_bytes(b"half")
+    really_open = os.open
+
+    def refused(path: str | Path, flags: int, mode: int = 0o777) -> int:
+        if str(path) == str(left):  # root, under whom tests may run, would be let in
+            raise PermissionError(13, "Permission denied")
+        return really_open(path, flags, mode)
+
+    monkeypatch.setattr("dmagent_loader.files.os.open", refused)
+    write_atomically(tmp_path / "state.json", b"whole")
+    assert (tmp_path / "state.json").read_bytes() == b"whole"
+
+
+def test_old_leftovers_are_removed_unless_someone_writes_them(tmp_path: Path) -> None:
+    old, new, busy, other = (tmp_path / name for name in (".a.1.partial", ".b.1.partial", ".c.1.partial", "d.partial"))
+    for path in (old, new, busy, other):
+        path.write_bytes(b"half")
+    for path in (old, busy, other):
+        os.utime(path, (0, 0))
+    with busy.open("rb+") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.1.partial", ".c.1.partial", "d.partial"]
+    remove_leftovers(tmp_path / "nowhere")
 
 
 def test_a_file_system_without_locks_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import logging
 import multiprocessing
 import os
+import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardNotFoundError
-from dmagent_loader.shards import ShardCollection, catalogue
+from dmagent_loader.shards import ShardCollection, cache, catalogue
 from dmagent_loader.shards.cache import IndexCache, build_and_cache
-from dmagent_loader.shards.reader import ShardVersion, shard_version
+from dmagent_loader.shards.index import build_index
+from dmagent_loader.shards.reader import ShardVersion, open_source, shard_version
 
 
 def open_one(path: Path, **settings: object) -> ShardCollection:
@@ -250,6 +254,150 @@ def test_what_the_manifest_says_counts_for_known_shards_too(write_tar: Callable[
         open_many([path])
     manifest.unlink()
     assert open_many([path]).num_rows.tolist() == [5]
+
+
+THE_SAME_TIME = 1_600_000_000_000_000_000
+
+
+@pytest.fixture
+def write_old(write_tar: Callable[..., Path]) -> Callable[..., Path]:
+    """Shards that all have one modification time, as archives and `rsync -t` give them."""
+
+    def write(name: str, texts: list[bytes], **settings: int) -> Path:
+        path = write_tar(name, [(f"{n}.txt", text) for n, text in enumerate(texts)], **settings)
+        os.utime(path, ns=(THE_SAME_TIME, THE_SAME_TIME))
+        return path
+
+    return write
+
+
+def texts(collection: ShardCollection) -> list[bytes]:
+    return [
+        bytes(collection.read(0, shard, row).members["txt"])
+        for shard, rows in enumerate(collection.shard_rows(0))
+        for row in range(int(rows))
+    ]
+
+
+@pytest.mark.parametrize("first", [[], [b"1"] * 5])
+def test_a_link_that_leads_to_another_file_is_not_taken_from_the_overview(
+    write_old: Callable[..., Path], tmp_path: Path, first: list[bytes]
+) -> None:
+    """`current` names another version of the data: same names, sizes and times."""
+    beside = write_old("beside.tar", [b"beside"])
+    write_old("v1/a.tar", first)
+    write_old("v2/a.tar", [b"2"] * 7)
+    current = tmp_path / "current"
+    current.symlink_to("v1")
+    assert texts(open_many([current / "a.tar", beside])) == [*first, b"beside"]
+    current.unlink()
+    current.symlink_to("v2")
+    for _ in range(2):
+        assert texts(open_many([current / "a.tar", beside])) == [*[b"2"] * 7, b"beside"]
+
+
+def test_what_is_above_two_dots_depends_on_links(write_old: Callable[..., Path], tmp_path: Path) -> None:
+    near = write_old("a.tar", [b"1"] * 5)
+    write_old("far/a.tar", [b"2"] * 7)
+    (tmp_path / "far" / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "folder")
+    assert texts(open_many([near])) == [b"1"] * 5
+    assert texts(open_many([tmp_path / "link" / ".." / "a.tar"])) == [b"2"] * 7
+
+
+def test_an_earlier_version_that_comes_back_with_its_time_is_read_where_its_rows_are(
+    write_old: Callable[..., Path],
+) -> None:
+    """The same rows lie elsewhere in the version that another list has indexed meanwhile."""
+    rows = [b"%d" % n * 600 for n in range(5)]
+    path, beside = write_old("a.tar", rows), write_old("beside.tar", [b"beside"])
+    before = path.read_bytes()
+    open_many([path, beside])
+    path.write_bytes(write_pax(rows))
+    assert texts(open_many([path])) == rows
+    path.write_bytes(before)
+    os.utime(path, ns=(THE_SAME_TIME, THE_SAME_TIME))
+    assert texts(open_many([path, beside], verify=False)) == [*rows, b"beside"]
+
+
+def write_pax(rows: list[bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for number, data in enumerate(rows):
+            info = tarfile.TarInfo(f"{number}.txt")
+            info.size, info.pax_headers = len(data), {"comment": "moves what follows"}
+            tar.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def test_a_damaged_file_that_comes_back_with_the_time_of_a_whole_one_is_found(
+    write_old: Callable[..., Path],
+) -> None:
+    path, beside = write_old("a.tar", [b"1"] * 5), write_old("beside.tar", [b"beside"])
+    whole = path.read_bytes()
+    open_many([path, beside])
+    path.write_bytes(whole[:2048] + bytes(512) + whole[2560:])
+    os.utime(path, ns=(THE_SAME_TIME + 1, THE_SAME_TIME + 1))
+    assert len(open_many([path], on_damage="skip").damage) == 1
+    os.utime(path, ns=(THE_SAME_TIME, THE_SAME_TIME))
+    for _ in range(2):
+        with pytest.raises(DamagedShardError, match="header zeroed"):
+            open_many([path, beside])
+
+
+def test_rows_that_take_the_place_of_padding_are_found_whatever_the_time(write_old: Callable[..., Path]) -> None:
+    """The size is that of before."""
+    path = write_old("a.tar", [b"1"] * 3)
+    size = path.stat().st_size
+    assert open_many([path]).num_rows.tolist() == [3]
+    assert write_old("a.tar", [b"1"] * 5).stat().st_size == size
+    assert open_many([path]).num_rows.tolist() == [5]
+
+
+def test_other_rights_do_not_make_a_shard_to_be_read_through_again(
+    many: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do they cost the overview more than once."""
+    first = open_many(many)
+    for path in many:
+        path.chmod(0o600)
+    monkeypatch.setattr("dmagent_loader.shards.cache.build_index", lambda *_, **__: pytest.fail("read through"))
+    assert open_many(many).fingerprint == first.fingerprint
+    monkeypatch.setattr(IndexCache, "load", lambda *_: pytest.fail("not in the overview"))
+    assert open_many(many).fingerprint == first.fingerprint
+
+
+def test_relative_paths_mean_the_same_after_the_working_folder_was_changed(
+    many: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    collection = open_many([path.relative_to(tmp_path) for path in many], cache_dir="own")
+    monkeypatch.chdir(many[0].parent)
+    assert texts(collection)[-1] == b"39"
+    assert not (many[0].parent / "own").exists()
+    assert len(list((tmp_path / "own" / "index").iterdir())) == len(many)
+
+
+PINNED = ("4", "27e142963ea4a56d54ae28566ea6172e0f709d48a3a432f204ab2abb2e3e57d3")
+
+
+def test_the_format_is_raised_when_shards_are_indexed_otherwise(write_tar: Callable[..., Path], tmp_path: Path) -> None:
+    """Ranks with older indexes in their caches would refuse the others, for the same shards.
+
+    Where this fails: raise `_FORMAT`, and write down both.
+    """
+    rows = [(f"{n}.{end}", b"%d" % n * 700) for n in range(9) for end in ("cls", "txt")]
+    digest = hashlib.sha256()
+    for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = write_tar("shard.tar", [*rows, ("long/" * 30 + "z.txt", b"x"), ("no extension", b"y")], format=format)
+        data = path.read_bytes()
+        damaged = [data[: 9 * 1024], data[:4608], data[:4096] + bytes(512) + data[4608:], data[:3072] + data[4608:]]
+        for number, content in enumerate((data, *damaged)):
+            path = tmp_path / f"{number}.tar"
+            path.write_bytes(content)
+            index = build_index("shard.tar", open_source(str(path)), len(content), with_sha256=True)
+            digest.update(repr((index.checksum, index.offset.tolist(), index.damage, index.sha256)).encode())
+    assert (cache._FORMAT, digest.hexdigest()) == PINNED
 
 
 def test_links_to_one_file_are_noticed_wherever_the_link_is(many: list[Path], tmp_path: Path) -> None:
