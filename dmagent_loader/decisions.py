@@ -49,10 +49,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Feedback of the environment after a number of consumed samples."""
+    """Feedback of the environment after a number of consumed samples.
+
+    The order of the fields matters: an agent's roles go by it.
+    """
 
     consumed: int
     feedback: Mapping[str, float]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the fields, in the environment's order."""
+        return tuple(self.feedback)
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class DecisionMaker:
             newest: Feedback that is not among `measurements` yet.
         """
         measurements = self.measurements if newest is None else [*self.measurements, newest]
-        fields = tuple(measurements[0].feedback)
+        fields = measurements[0].fields
         if self.history_mix == "requested":
             ledger = self.plan.ledger
             mixes = [ledger.in_force(max(0, after.consumed - 1)).weights() for after in measurements[1:]]
@@ -158,9 +166,11 @@ class DecisionMaker:
         self.failures += not answer.accepted
 
     def _measurement(self, feedback: Mapping[str, float], consumed: int) -> Measurement:
+        if not isinstance(feedback, Mapping):
+            raise FeedbackError(f"the feedback is {shown(feedback)}; it must map each field to a number")
         if not feedback:
             raise FeedbackError("the feedback is empty: the environment needs at least one field")
-        fields = tuple(self.measurements[0].feedback) if self.measurements else tuple(feedback)
+        fields = self.measurements[0].fields if self.measurements else tuple(feedback)
         values = validate_feedback(feedback, fields)
         if self.measurements and consumed <= self.measurements[-1].consumed:
             raise ConfigurationError(
@@ -170,21 +180,29 @@ class DecisionMaker:
             )
         return Measurement(consumed, dict(zip(fields, (float(v) for v in values), strict=True)))
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The environment's fields, in its order; none before the first feedback."""
+        return self.measurements[0].fields if self.measurements else ()
+
     def to_json(self) -> list[dict[str, Any]]:
         """The recorded feedback as JSON values."""
         return [{"consumed": m.consumed, "feedback": dict(m.feedback)} for m in self.measurements]
 
 
-def measurements_from_json(saved: Any, consumed: int) -> list[Measurement]:
+def measurements_from_json(saved: Any, fields: Any, consumed: int) -> list[Measurement]:
     """Recorded feedback as `DecisionMaker.to_json` wrote it.
 
     Args:
         saved: The JSON value.
+        fields: Their names in the environment's order, which objects of JSON need not keep: the Trainer sorts them.
         consumed: Samples that had been consumed when the state was saved.
 
     Raises:
         StateError: It cannot be read, or is of no run.
     """
+    if not isinstance(fields, list) or not all(isinstance(field, str) for field in fields):
+        raise StateError(f"the saved fields are {shown(fields)}, not a list of names: the state is damaged")
     if not isinstance(saved, list):
         raise StateError(f"the saved feedback is a {type(saved).__name__}, not a list: the state is damaged")
     measurements: list[Measurement] = []
@@ -196,16 +214,16 @@ def measurements_from_json(saved: Any, consumed: int) -> list[Measurement]:
             raise StateError(
                 f"entry {number} of the saved feedback cannot be read ({error!r}): the state is damaged"
             ) from error
-        before = measurements[-1] if measurements else Measurement(-1, values)
-        if not is_count(at) or not before.consumed < at <= consumed:
+        before = measurements[-1].consumed if measurements else -1
+        if not is_count(at) or not before < at <= consumed:
             raise StateError(
                 f"entry {number} of the saved feedback is of sample {shown(at)}, after one of sample "
-                f"{before.consumed} and in a run of {consumed}: the state is damaged or was edited; load an older one"
+                f"{before} and in a run of {consumed}: the state is damaged or was edited; load an older one"
             )
-        if not values or len(values) < len(feedback) or set(values) != set(before.feedback):
+        if not values or len(values) < len(feedback) or sorted(values) != sorted(fields):
             raise StateError(
                 f"entry {number} of the saved feedback is {shown(feedback)}, not a finite number for each field: "
                 "the state is damaged or was edited; load an older one"
             )
-        measurements.append(Measurement(at, values))
+        measurements.append(Measurement(at, {field: values[field] for field in fields}))
     return measurements

@@ -201,6 +201,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             self.received = 0
             """Published mixes that this copy has taken over."""
             self._length: int | None = None
+            self._is_warned = False
             self.before_iteration: Callable[[], None] | None = None
             """Called when a loader announces a pass over the data, before it makes its iterator; for integrations."""
             if distributed.is_active():
@@ -211,6 +212,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Any]:
         """Goes on after the last sample that was given (with torch workers: after those reported as consumed)."""
+        self._warn_if_nobody_decides()
         stream = SampleStream(self, self.progress.begin_pass(in_worker=get_worker_info() is not None))
         self.progress.stream = stream
         return stream
@@ -434,13 +436,17 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                 "reweight() needs a policy, but this sampler has none: pass agent= or policy=, or change the mix by "
                 "set_mix()"
             )
-        consumed, given = whole_number("consumed", consumed, least=0), self.progress.given
+        consumed = whole_number("consumed", consumed, least=0)
+        self._check_handed_out(consumed)
+        return consumed
+
+    def _check_handed_out(self, consumed: int) -> None:
+        given = self.progress.given
         if not self.loader.declared and not self.mailbox.num_workers and consumed > given:
             raise ConfigurationError(
                 f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
                 "since the run began, once"
             )
-        return consumed
 
     # State
 
@@ -451,6 +457,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             consumed: Samples that training has consumed over all ranks; None: all that this iterator has handed out.
 
         Raises:
+            ConfigurationError: `consumed` cannot be: more than this sampler, which is read, has handed out.
             StateError: `consumed` is None although torch workers read, so that only the trainer knows it; or a data
                 worker is asked, as torchdata's StatefulDataLoader does.
         """
@@ -462,7 +469,11 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                     "consumed=, the number of samples trained on by all ranks"
                 )
             consumed = self.progress.handed_out
-        return write_state(self, whole_number("consumed", consumed, least=0))
+        else:
+            consumed = whole_number("consumed", consumed, least=0)
+            if self.progress.stream is not None:
+                self._check_handed_out(consumed)
+        return write_state(self, consumed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on after the samples that a saved state says were consumed; ranks and workers may be others than then.
@@ -537,6 +548,21 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self.version += 1
         return entry
 
+    def _warn_if_nobody_decides(self) -> None:
+        """A forgotten callback or call would train on the initial mix to the end, in silence."""
+        decisions, worker = self._decisions, get_worker_info()
+        if decisions is None or decisions.policy is None or decisions.measurements or self.loader.declared:
+            return
+        if self._is_warned or (worker is not None and worker.id > 0):
+            return
+        self._is_warned = True
+        logger.warning(
+            "the sampler has policy %r, but samples are drawn before it was asked once: without "
+            "DataMixingCallback(sampler, environment) in the trainer's callbacks, or sampler.reweight(...) in your "
+            "loop (the first time before the data are read), the initial mix holds to the end",
+            decisions.policy_name,
+        )
+
     def _start_state(self, natural: FloatArray, given: Mapping[str, float] | None) -> FloatArray:
         if given is not None:
             return self.space.mix(given, shares=natural)
@@ -596,8 +622,8 @@ def _check_settings(
         raise ConfigurationError("both agent and policy were given, but only one can decide: leave one out")
     if agent is not None and not isinstance(agent, (str, os.PathLike, MixingAgent)):
         raise ConfigurationError(f"agent is {shown(agent)}; it must be a name, a path, a Hub id or a MixingAgent")
-    if policy is not None and not callable(getattr(policy, "propose", None)):
-        raise ConfigurationError(f"policy is {shown(policy)}, which has no method propose(history)")
+    if policy is not None and (isinstance(policy, type) or not callable(getattr(policy, "propose", None))):
+        raise ConfigurationError(f"policy is {shown(policy)}; it must be an object with a method propose(history)")
     if not isinstance(shadow, bool):
         raise ConfigurationError(f"shadow is {shown(shadow)}; it must be True or False")
     if history_mix not in get_args(HistoryMix):

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dmagent_loader.decisions import Measurement, measurements_from_json
 from dmagent_loader.errors import MixError, StateError
 from dmagent_loader.files import write_atomically
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 3
+SCHEMA = 4
 MAX_STATE_BYTES = 1 << 32
 
 _KEYS = {
@@ -38,6 +40,7 @@ _KEYS = {
     "policy",
     "start_state",
     "ledger",
+    "fields",
     "measurements",
     "policy_failures",
 }
@@ -74,6 +77,7 @@ def write_state(sampler: AgentWeightedSampler, consumed: int) -> dict[str, Any]:
         "policy": sampler.decisions.policy_name,
         "start_state": sampler.decisions.start_state.tolist(),
         "ledger": plan.ledger.to_json(),
+        "fields": list(sampler.decisions.fields),
         "measurements": sampler.decisions.to_json(),
         "policy_failures": sampler.decisions.failures,
     }
@@ -152,6 +156,8 @@ def read_state(
         start_state = validate_mix(weights, plan.space.names)
     except MixError as error:
         raise StateError(f"the state's start_state is not a mix: {error}") from error
+    if not np.allclose(start_state, sampler.decisions.start_state, rtol=0, atol=1e-9):
+        logger.warning("the state was saved with another start_state than this run's: the saved one holds")
     failures = state["policy_failures"]
     if not is_count(failures):
         raise StateError(f"the state's policy_failures is {shown(failures)}, not a count: it is damaged")
@@ -159,7 +165,7 @@ def read_state(
         plan=restored,
         consumed=consumed,
         start_state=start_state,
-        measurements=measurements_from_json(state["measurements"], consumed),
+        measurements=measurements_from_json(state["measurements"], state["fields"], consumed),
         policy_failures=failures,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import logging
 import pickle
 import re
 import tarfile
@@ -262,7 +263,8 @@ def test_an_iterator_in_use_does_not_go_on_after_a_state_was_loaded(build, num_w
         ({"shadow": "no"}, "shadow is 'no'"),
         ({"history_mix": "asked"}, "history_mix is 'asked'"),
         ({"transform": 5}, "transform is 5"),
-        ({"policy": object()}, "no method propose"),
+        ({"policy": object()}, "with a method propose"),
+        ({"policy": StaticPolicy}, "with a method propose"),
         ({"agent": 5}, "agent is 5"),
         ({"guard": {"floor": 0.1}}, "guard is"),
         ({"exhausted": ["stop"]}, "exhausted is"),
@@ -427,6 +429,64 @@ def test_decisions_are_due_before_the_first_sample_and_every_interval(build):
             list(itertools.islice(sampler, consumed - sampler.state_dict()["consumed"]))
             sampler.reweight({"general": -2.0, "math": -1.0}, consumed=consumed)
     assert due == [0, 32, 64, 96]
+
+
+def test_fields_keep_their_order_where_json_is_sorted(build):
+    """As the Trainer writes it: the agent reads the field to keep from the first column, by whatever name."""
+
+    def run(sampler, steps):
+        for consumed in steps:
+            sample_ids(sampler, consumed - sampler.state_dict()["consumed"])
+            sampler.reweight({"general": -2.0, "code": -5.0 + consumed / 100}, consumed=consumed)
+
+    straight, resumed = Scripted(*[[0.25] * 4] * 4), Scripted(*[[0.25] * 4] * 4)
+    run(build(policy=straight), (0, 32, 64))
+    first, second = build(policy=resumed), build(policy=resumed)
+    run(first, (0, 32))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), sort_keys=True)))
+    run(second, (64,))
+    assert resumed.seen[-1].fields == straight.seen[-1].fields == ("general", "code")
+    assert resumed.seen[-1].feedback.tolist() == straight.seen[-1].feedback.tolist()
+
+
+def test_a_policy_that_is_never_asked_is_warned_of(build, caplog):
+    """A forgotten callback, or loop without decisions, would train on the initial mix in silence."""
+    policy = StaticPolicy({"source/web": 0.5, "target/math": 0.5})
+    with caplog.at_level(logging.WARNING):
+        sampler = build(policy=policy)
+        sample_ids(sampler, 5)
+        sample_ids(sampler, 5)
+    assert caplog.text.count("before it was asked once") == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        sampler = build(policy=policy)
+        sampler.reweight({"general": -2.0}, consumed=0)
+        sample_ids(sampler, 5)
+        sample_ids(build(), 5)
+    assert caplog.text == ""
+
+
+def test_a_state_ahead_of_what_was_handed_out_is_refused(build):
+    sampler = build()
+    sample_ids(sampler, 20)
+    assert sampler.state_dict(20)["consumed"] == 20
+    with pytest.raises(ConfigurationError, match="consumed is 21, but only 20 samples were handed out"):
+        sampler.state_dict(21)
+
+
+def test_feedback_that_names_no_fields_is_refused(build):
+    with pytest.raises(FeedbackError, match="must map each field to a number"):
+        build(policy=Scripted([0.25] * 4)).reweight([-2.0, -3.0], consumed=0)
+
+
+def test_another_start_state_than_the_saved_one_is_warned_of(build, caplog):
+    state = build(start_state={"source/web": 1.0}).state_dict()
+    with caplog.at_level(logging.WARNING):
+        build(start_state={"source/web": 1.0}).load_state_dict(state)
+    assert "start_state" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        build(start_state={"target/math": 1.0}).load_state_dict(state)
+    assert "another start_state" in caplog.text
 
 
 def test_the_policy_sees_the_achieved_mixes_and_all_feedback(build):
