@@ -7,6 +7,8 @@ never padded: padding would have to be masked out of every loss.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,11 +33,13 @@ class TextTokenizer:
         encode: Texts to token ids, without special tokens; many at once, because the tokenizer is then parallel.
         eos_id: The end-of-text token.
         dtype: uint16 if all ids fit, else uint32.
+        vocabulary: Hex sha256 of the tokens and their ids: most tokenizers come in files of one name.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
     eos_id: int
     dtype: np.dtype[Any]
+    vocabulary: str
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], eos_token: str | None = None) -> TextTokenizer:
@@ -81,7 +85,12 @@ class TextTokenizer:
             ids: list[list[int]] = loaded(texts, add_special_tokens=False, verbose=False)["input_ids"]
             return ids
 
-        return cls(encode=encode, eos_id=vocabulary[end], dtype=np.dtype(np.uint16 if largest < 1 << 16 else np.uint32))
+        return cls(
+            encode=encode,
+            eos_id=vocabulary[end],
+            dtype=np.dtype(np.uint16 if largest < 1 << 16 else np.uint32),
+            vocabulary=hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest(),
+        )
 
 
 class Packer:

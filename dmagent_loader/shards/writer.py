@@ -306,6 +306,7 @@ def _settings(config: ShardingConfig, tokenizer: TextTokenizer | None) -> dict[s
         "format": "packed",
         "text_key": config.text_key,
         "tokenizer": os.path.basename(os.path.normpath(config.tokenizer or "")),
+        "vocabulary": tokenizer.vocabulary,
         "eos_id": tokenizer.eos_id,
         "sequence_length": config.sequence_length,
         "dtype": tokenizer.dtype.name,
@@ -358,7 +359,8 @@ def _refuse_other_rows(root: Path, kept: Mapping[str, Any], settings: Mapping[st
     """Rows of two kinds cannot be put into one batch, which would be noticed only while training."""
     for domain, entry in kept.items():
         earlier = entry.get("settings") or {}
-        for name in ("format", "sequence_length", "tokenizer", "eos_id"):
+        identity = "vocabulary" if "vocabulary" in earlier else "tokenizer"
+        for name in ("format", "sequence_length", identity, "eos_id"):
             if name in earlier and earlier[name] != settings.get(name):
                 raise ConfigurationError(
                     f"{str(root)!r} holds domain {domain!r} with {name} {earlier[name]!r}, but these rows would have "

@@ -78,8 +78,9 @@ def build_sampler(options: argparse.Namespace, *, transform: Any = causal_row, *
 def build_environment() -> Environment:
     return Environment.from_pairs(
         {
-            "general": [("abc def", "ghi"), ("x", "yz yz")],
+            # Not in the order of the alphabet, in which the Trainer writes JSON: the agent must not read one as the other.
             "math": [("1 + 1", "2"), ("3 * 3", "9 9 9")],
+            "general": [("abc def", "ghi"), ("x", "yz yz")],
         },
         lambda text: [ord(c) % VOCABULARY for c in text],
         progress=False,
