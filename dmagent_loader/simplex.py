@@ -70,8 +70,8 @@ def validate_mix(
         raise MixError(f"all {len(names)} weights are 0: at least one domain needs a positive weight")
     if not renormalize and abs(total - 1.0) > SUM_TOLERANCE:
         raise MixError(
-            f"the mix sums to {total:.6g} over {len(names)} domains, not to 1: correct the weights, or pass "
-            "renormalize=True"
+            f"the mix sums to {total:.6g} over {len(names)} domains, not to 1: divide the weights by their sum "
+            "(set_mix does with renormalize=True)"
         )
     return mix / total
 

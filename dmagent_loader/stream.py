@@ -24,6 +24,7 @@ from dmagent_loader.lazy import LazyRow, Place, RowReader
 from dmagent_loader.plan import Located
 from dmagent_loader.shards import RawSample, ShardCollection
 from dmagent_loader.simplex import IntArray
+from dmagent_loader.untrusted import shown
 
 if TYPE_CHECKING:
     from dmagent_loader.sampler import AgentWeightedSampler
@@ -205,7 +206,10 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             sample = self._reader.sample(located)
         if sampler.transform is not None:
             tags = {name: sample[name] for name in ("__key__", "__domain__", "__index__")}
-            sample = {**tags, **sampler.transform(sample)}
+            transformed = sampler.transform(sample)
+            if not isinstance(transformed, Mapping):
+                raise ConfigurationError(f"transform returned {shown(transformed)}; it must return a sample, a dict")
+            sample = {**tags, **transformed}
         self._place = place + 1
         if self._worker is not None:
             sampler.mailbox.advance(self._worker, self._block.frontiers[place + 1])

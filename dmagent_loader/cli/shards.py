@@ -144,7 +144,9 @@ def _named_domains(given: list[str]) -> dict[str, list[str]]:
         name, _, paths = item.partition("=")
         if not name or not paths:
             raise ConfigurationError(f"--domain {item!r}: write NAME=PATH, for example source/web=web.jsonl.gz")
-        domains.setdefault(name, []).extend(paths.split(","))
+        if name in domains:
+            raise ConfigurationError(f"--domain {name!r} is given twice: list its files once, separated by commas")
+        domains[name] = paths.split(",")
     return domains
 
 

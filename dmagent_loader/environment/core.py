@@ -181,6 +181,7 @@ class Environment:
             ConfigurationError: A setting or a tokenizer that cannot work.
         """
         given = EnvironmentSettings.of(settings)
+        _refuse_no_mapping("files", files)
         return cls({f: read_questions(p, cloze=given.cloze) for f, p in files.items()}, tokenizer, given)
 
     @classmethod
@@ -188,6 +189,7 @@ class Environment:
         cls, pairs: Mapping[str, Iterable[tuple[str, str]]], tokenizer: Tokenizer, **settings: Any
     ) -> Environment:
         """Question sets from (question, answer) pairs in memory; otherwise as `from_files`."""
+        _refuse_no_mapping("pairs", pairs)
         questions = {field: questions_from_pairs(field, listed) for field, listed in pairs.items()}
         return cls(questions, tokenizer, EnvironmentSettings.of(settings))
 
@@ -376,3 +378,8 @@ class Environment:
                 max_length,
                 answers,
             )
+
+
+def _refuse_no_mapping(name: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"{name} is {shown(given)}; it must map each field to its questions")

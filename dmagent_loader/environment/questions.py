@@ -134,6 +134,8 @@ def _question(row: dict[str, object], origin: str) -> Question:
         text = row[column]
         if not isinstance(text, str):
             raise EnvironmentDataError(f"column {column!r} in {origin} is {_shown(text)}: it must be text")
+        if column == "answer" and not text:
+            raise EnvironmentDataError(f"the answer in {origin} is empty: there is nothing to score, leave the row out")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

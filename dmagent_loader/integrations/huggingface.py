@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -80,6 +81,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """Recognises the loader, restores a checkpoint's state, and evaluates the base model."""
         loader = kwargs["train_dataloader"]
         self._recognise(args, loader)
+        self._refuse_rows_without_columns(loader)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if isinstance(saved, list):
             saved = saved[-1] if saved else None
@@ -195,6 +197,20 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 look_ahead=ahead if workers else 0,
             )
         )
+
+    def _refuse_rows_without_columns(self, loader: Any) -> None:
+        """Rows as they are stored lose all their columns to the Trainer, which then finds no batch size in nothing."""
+        collate = loader.collate_fn
+        if self.sampler.transform is not None or not isinstance(collate, RemoveColumnsCollator):
+            return
+        shard = int(np.flatnonzero(self.sampler.collection.shard_rows(0))[0])
+        members = sorted(self.sampler.collection.read(0, shard, 0).members)
+        if set(members).isdisjoint(collate.signature_columns):
+            raise ConfigurationError(
+                f"the rows have {members}, none of which the model takes, and the Trainer removes what it does not "
+                "take: pass transform= to the sampler (transforms.packed_tokens for packed rows, "
+                "transforms.TokenizeText for text), or set remove_unused_columns=False and a data_collator of your own"
+            )
 
     def _keep_random_state(self) -> None:
         """Called after the Trainer restored it: making the loader's iterator then draws a seed from it, and dropout

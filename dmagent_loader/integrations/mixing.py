@@ -15,9 +15,10 @@ from typing import Any
 from dmagent_loader import distributed
 from dmagent_loader.decisions import Decision
 from dmagent_loader.environment import Environment
-from dmagent_loader.errors import StateError
+from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import AgentPolicy
 from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.untrusted import shown
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,19 @@ class Mixing:
     Args:
         sampler: That the trainer reads.
         environment: Question sets; None: no decisions, mixes change by `set_mix` only.
+
+    Raises:
+        ConfigurationError: One of them is not what it should be.
     """
 
     def __init__(self, sampler: AgentWeightedSampler, environment: Environment | None) -> None:
+        if not isinstance(sampler, AgentWeightedSampler):
+            raise ConfigurationError(f"sampler is {shown(sampler)}; it must be an AgentWeightedSampler")
+        if environment is not None and not isinstance(environment, Environment):
+            raise ConfigurationError(
+                f"environment is {shown(environment)}; it must be an Environment, for example from "
+                "Environment.from_files"
+            )
         self.sampler, self.environment = sampler, environment
         self.consumed = 0
         """Samples that training has consumed over all ranks since the run began."""
@@ -66,7 +77,7 @@ class Mixing:
         if self.environment is not None and isinstance(policy, AgentPolicy):
             policy.check_fields(self.environment.fields)
         if has_policy and self.environment is None:
-            logger.warning("the sampler has a policy, but DataMixingCallback has no environment: it is never asked")
+            logger.warning("the sampler has a policy, but no environment was given: it is never asked")
         if self.environment is not None and not has_policy:
             logger.warning("an environment was given, but the sampler has neither agent nor policy: nothing is decided")
 
@@ -136,7 +147,10 @@ class Mixing:
                 restored, questions = state["sampler"], state["environment"]
                 consumed = int(restored["consumed"])
             except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise StateError(f"the checkpoint's state of DataMixingCallback cannot be read: {error!r}") from error
+                raise StateError(
+                    f"the saved state of the mixing cannot be read ({error!r}): pass what state_dict() of Mixing or "
+                    "DataMixingCallback returned, not the sampler's alone"
+                ) from error
         self.sampler.load_state_dict(restored)
         self.consumed = consumed
         self.compare_environment(questions)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 import numpy as np
 
 from dmagent_loader.agent.model import MixingAgent
-from dmagent_loader.domains import DomainMap, DomainSpace, Projection
+from dmagent_loader.domains import CANONICAL_TOPICS, DomainMap, DomainSpace, Projection
 from dmagent_loader.errors import ConfigurationError, DomainError
 from dmagent_loader.history import STANDARDIZATIONS, History, Standardization
 from dmagent_loader.policies.static import Weights
 from dmagent_loader.simplex import FloatArray
+from dmagent_loader.untrusted import shown
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class AgentPolicy:
         self._roles = None if roles is None else dict(roles)
         self._standardization = standardization
         self._projection: Projection | None = None
+        _say_what_is_unknown(space)
         logger.info(
             "agent %s: %d domains, feedback standardised as %r",
             agent.name,
@@ -132,3 +135,34 @@ class AgentPolicy:
                 )
             columns.append(fields.index(field))
         return columns
+
+
+def _say_what_is_unknown(space: DomainSpace) -> None:
+    """A domain whose topics are not known counts as one that is spread over all 26 of them.
+
+    Where no topic is known, the agent chooses between the fields, and rows decide within. Beside such a domain, one of
+    a known topic is needed only for what exceeds an even spread, which may be nothing.
+    """
+    for field in space.fields:
+        members = [domain for domain in space.domains if domain.field == field]
+        unknown = [domain.name for domain in members if domain.topic is None and domain.composition is None]
+        if not unknown or len(members) == 1:
+            continue
+        if len(unknown) == len(members):
+            logger.info(
+                "the topics of %s are not known: the agent chooses how much of the field %r comes, rows how it is "
+                "split (compositions= tells their topics)",
+                shown(unknown),
+                field,
+            )
+            continue
+        alike = {name: get_close_matches(name.rsplit("/", 1)[-1].title(), CANONICAL_TOPICS, 1) for name in unknown}
+        meant = ", ".join(f"{name!r} for {found[0]!r}" for name, found in alike.items() if found)
+        logger.warning(
+            "the topics of %s are not known, those of other domains of the field %r are: what is not known counts as "
+            "an even spread over all topics, and may leave the others without weight; tell the topics by "
+            "compositions=, or name each domain after one of dmagent_loader.domains.CANONICAL_TOPICS%s",
+            shown(unknown),
+            field,
+            f" (is {meant} meant?)" if meant else "",
+        )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from dmagent_loader.errors import ShardError, ShardNotFoundError
+from dmagent_loader.untrusted import shown
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
@@ -92,6 +93,11 @@ class DocumentReader:
                 raise ShardError(f"{place} is not JSON ({error}): repair or remove the line") from error
             if not isinstance(row, dict) or not isinstance(row.get(self.text_key), str):
                 found = sorted(row) if isinstance(row, dict) else type(row).__name__
+                if isinstance(row, dict) and self.text_key in row:
+                    raise ShardError(
+                        f"{place} has no text in column {self.text_key!r}, but {shown(row[self.text_key])}: repair or "
+                        "remove the line"
+                    )
                 raise ShardError(
                     f"{place} has no text in column {self.text_key!r}; it has {found}: name the text column with "
                     "text_key"

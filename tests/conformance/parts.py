@@ -78,7 +78,7 @@ def build_sampler(options: argparse.Namespace, *, transform: Any = causal_row, *
 def build_environment() -> Environment:
     return Environment.from_pairs(
         {
-            # Not in the order of the alphabet, in which the Trainer writes JSON: the agent must not read one as the other.
+            # Not in the order of the alphabet, in which the Trainer writes JSON: the agent must still tell them apart.
             "math": [("1 + 1", "2"), ("3 * 3", "9 9 9")],
             "general": [("abc def", "ghi"), ("x", "yz yz")],
         },

@@ -474,6 +474,16 @@ def test_a_state_ahead_of_what_was_handed_out_is_refused(build):
         sampler.state_dict(21)
 
 
+def test_a_transform_that_returns_nothing_is_named(build):
+    with pytest.raises(ConfigurationError, match="transform returned None; it must return a sample"):
+        next(iter(build(transform=lambda sample: None)))
+
+
+def test_one_shard_in_place_of_a_manifest_is_refused(build):
+    with pytest.raises(ConfigurationError, match=r"one shard; map its domain to it"):
+        build(shards="shards/web-000000.tar")
+
+
 def test_feedback_that_names_no_fields_is_refused(build):
     with pytest.raises(FeedbackError, match="must map each field to a number"):
         build(policy=Scripted([0.25] * 4)).reweight([-2.0, -3.0], consumed=0)

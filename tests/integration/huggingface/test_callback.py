@@ -29,10 +29,9 @@ def parts(tmp_path):
             shards,
             policy=StaticPolicy({"source/a": 0.5, "target/x": 0.25, "target/y": 0.25}),
             samples_per_reweight=16,
-            transform=tokens,
             progress=False,
             cache_dir=tmp_path / "cache",
-            **settings,
+            **{"transform": tokens, **settings},
         )
         environment = Environment.from_pairs(
             {"general": [("a b", "c")], "math": [("1 + 1", "2 2")]},
@@ -74,6 +73,21 @@ def test_training_stops_cleanly_when_the_target_is_used_up(parts, accumulation):
     steps = -(-callback.consumed // (2 * accumulation))
     assert trainer.state.global_step == steps
     assert sampler.achieved(0, callback.consumed)["target/y"] >= 11
+
+
+def test_rows_that_the_trainer_would_leave_without_columns_are_refused(parts):
+    """A forgotten transform: accelerate says that it cannot find the batch size of an empty dict."""
+    trainer, _, _ = parts({"max_steps": 3}, transform=None)
+    with pytest.raises(ConfigurationError, match=r"rows have \['input_ids.npy'\].*packed_tokens"):
+        trainer.train()
+
+
+def test_the_callback_takes_the_sampler_first(parts):
+    _, callback, sampler = parts()
+    with pytest.raises(ConfigurationError, match=r"sampler is .*Environment.*must be an AgentWeightedSampler"):
+        DataMixingCallback(callback.environment, sampler)
+    with pytest.raises(ConfigurationError, match=r"environment is \{'general'.*must be an Environment"):
+        DataMixingCallback(sampler, {"general": "questions.jsonl"})
 
 
 def test_num_train_epochs_1_is_one_pass_over_the_target(parts):

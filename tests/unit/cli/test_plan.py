@@ -56,6 +56,12 @@ def test_replay_ends_where_the_data_do_and_warns_of_nothing(manifest, tmp_path, 
     assert "--start is -3" in capsys.readouterr().err
 
 
+def test_a_domain_that_is_given_twice_is_refused(tmp_path, capsys):
+    arguments = ["shard", "--domain", "source/a=a.jsonl", "--domain", "source/a=b.jsonl", "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "--domain 'source/a' is given twice" in capsys.readouterr().err
+
+
 def test_two_files_that_would_be_one_domain_are_refused(tmp_path, capsys):
     for name in ("c4.en.jsonl", "c4.de.jsonl"):
         (tmp_path / "in").mkdir(exist_ok=True)

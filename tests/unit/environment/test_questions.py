@@ -44,7 +44,7 @@ def test_plain_and_gzipped_files_are_read_in_order_and_blank_lines_skipped(tmp_p
         (b"[" * 100_000, r"line 2 of .* is not JSON"),
         (b'["q", "a"]', r"line 2 of .* is \['q', 'a'\], not a JSON object"),
         (b'{"question": "\xff", "answer": "a"}', r"line 2 of .* is not UTF-8"),
-        (b'{"question": "q", "answer": ""}', r"the answer in line 2 of .* has no tokens"),
+        (b'{"question": "q", "answer": ""}', r"the answer in line 2 of .* is empty"),
         (b'{"question": "", "answer": "a"}', r"the question in line 2 of .* has no tokens.*prefix_token_id"),
     ],
 )

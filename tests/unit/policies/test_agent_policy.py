@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -101,6 +102,27 @@ def test_natural_shares_split_what_the_agent_cannot_tell_apart(agent: MixingAgen
     policy = AgentPolicy(agent, space, {"source/web": 30, "source/books": 10, "target/math": 5})
     mix = policy.propose(make_history(space.names, 4))
     assert mix[0] / mix[1] == pytest.approx(3.0)
+
+
+def test_domains_of_unknown_topics_beside_known_ones_are_warned_of(
+    agent: MixingAgent, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is not known counts as spread over all topics, and can leave the others nothing; a typo does, too."""
+    with caplog.at_level(logging.INFO):
+        AgentPolicy(agent, DomainSpace.from_names(["source/Health", "source/scince", "source/web", "target/math"]))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "['source/scince', 'source/web'] are not known" in warning
+    assert "(is 'source/scince' for 'Science' meant?)" in warning
+    caplog.clear()
+    topics = {"source/web": {"Science": 1.0}}
+    with caplog.at_level(logging.INFO):
+        AgentPolicy(agent, DomainSpace.from_names(["source/Health", "source/web", "target/math"], compositions=topics))
+        AgentPolicy(agent, TWO)
+    assert "not known" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        AgentPolicy(agent, DomainSpace.from_names(["source/web", "source/wiki", "target/math"]))
+    assert "how much of the field 'source' comes" in caplog.text
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
 def test_the_standardization_is_passed_on(agent: MixingAgent, make_history: MakeHistory) -> None:

@@ -163,6 +163,25 @@ def test_rows_of_another_kind_are_not_put_beside_those_of_a_folder(
     assert before != (tmp_path / "out/manifest.json").read_bytes()
 
 
+def test_another_tokenizer_in_a_file_of_the_same_name_is_refused(
+    web: Path, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """Most are called tokenizer.json; under another name the same one may be used again."""
+
+    def packed(path: Path) -> ShardingConfig:
+        return ShardingConfig(tokenizer=str(path), sequence_length=4)
+
+    shard_files({"source/web": [web]}, tmp_path / "out", packed(tokenizer_file), progress=False)
+    renamed, other = tmp_path / "renamed.json", tmp_path / "other" / tokenizer_file.name
+    renamed.write_bytes(tokenizer_file.read_bytes())
+    shard_files({"source/again": [web]}, tmp_path / "out", packed(renamed), progress=False)
+    other.parent.mkdir()
+    vocabulary = {"[UNK]": 0, "<|endoftext|>": 1, "w2": 2}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(other))
+    with pytest.raises(ConfigurationError, match="with vocabulary"):
+        shard_files({"target/web": [web]}, tmp_path / "out", packed(other), progress=False)
+
+
 def files_under(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -171,7 +190,7 @@ def files_under(folder: Path) -> list[Path]:
     ("rows", "message"),
     [
         ([{"text": "a"}, {"body": "b"}], r"bad\.jsonl, line 2 has no text in column 'text'; it has \['body'\]"),
-        ([{"text": "a"}, {"text": None}], r"line 2 has no text"),
+        ([{"text": "a"}, {"text": None}], r"line 2 has no text in column 'text', but None"),
         ([{"text": "a"}, ["text"]], r"line 2 has no text.*list"),
     ],
 )
