@@ -21,7 +21,7 @@ from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.shards import ShardCollection, load_manifest
 from dmagent_loader.simplex import FloatArray
 from dmagent_loader.state import MAX_STATE_BYTES
-from dmagent_loader.untrusted import read_regular
+from dmagent_loader.untrusted import read_regular, shown
 
 _BATCH = 4096
 
@@ -81,8 +81,14 @@ def _add_simulate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
 def replay(args: argparse.Namespace) -> int:
     """Prints the samples of a run."""
     state = read_saved_state(Path(args.state))
+    shards = load_manifest(args.shards)
+    if list(shards) != state.get("domains"):
+        raise StateError(
+            f"the state is of a run with the domains {shown(state.get('domains'))}, {args.shards} has "
+            f"{shown(list(shards))}: give the manifest of the run's shards"
+        )
     sampler = AgentWeightedSampler(
-        args.shards,
+        shards,
         samples_per_reweight=state.get("samples_per_reweight", 1),
         seed=state.get("seed", 0),
         exhausted=dict(zip(state.get("domains", []), state.get("exhausted", []), strict=False)),
@@ -162,12 +168,16 @@ def simulate(args: argparse.Namespace) -> int:
 
 
 def read_saved_state(path: Path) -> Mapping[str, Any]:
-    """The sampler's state in a file of its own or in a Trainer's checkpoint.
+    """The sampler's state, or that of `Mixing`, in a file of its own, or in a Trainer's checkpoint.
 
     Raises:
         StateError: There is none.
     """
-    path = path / "trainer_state.json" if path.is_dir() else path
+    if path.is_dir():
+        checkpoints = [found.parent.name for found in sorted(path.glob("*/trainer_state.json"))]
+        if checkpoints and not (path / "trainer_state.json").exists():
+            raise StateError(f"{path} holds checkpoints, {shown(checkpoints)}: pass the folder of one")
+        path = path / "trainer_state.json"
     try:
         saved = json.loads(read_regular(path, MAX_STATE_BYTES))
     except (OSError, ValueError, RecursionError) as error:
@@ -180,6 +190,8 @@ def read_saved_state(path: Path) -> Mapping[str, Any]:
             raise StateError(
                 f"{path} was saved without DataMixingCallback: it says nothing about the order of samples"
             ) from error
+    elif isinstance(saved, Mapping) and isinstance(saved.get("sampler"), Mapping):
+        saved = saved["sampler"]  # of `Mixing`
     if not isinstance(saved, Mapping) or "ledger" not in saved:
         raise StateError(f"{path} holds no sampler state: pass what state_dict() returned, or a Trainer's checkpoint")
     return saved

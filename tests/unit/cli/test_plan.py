@@ -9,7 +9,9 @@ import pytest
 
 from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.cli import main
+from dmagent_loader.integrations.mixing import Mixing
 from dmagent_loader.shards.writer import ShardingConfig, shard_files
+from dmagent_loader.state import save_state
 from dmagent_loader.testing import sample_ids
 
 
@@ -86,6 +88,24 @@ def test_replay_reads_a_trainers_checkpoint(manifest, tmp_path, capsys):
     (folder / "trainer_state.json").write_text(json.dumps(saved))
     assert main(["replay", str(folder), "--shards", manifest]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main(["replay", str(tmp_path), "--shards", manifest]) == 2
+    assert "holds checkpoints, ['checkpoint-3']: pass the folder of one" in capsys.readouterr().err
+
+
+def test_replay_reads_the_state_of_a_loop_with_mixing(manifest, tmp_path, capsys):
+    mixing = Mixing(AgentWeightedSampler(manifest, samples_per_reweight=8, progress=False), None)
+    mixing.consumed = 4
+    save_state(tmp_path / "mixing.json", mixing.state_dict())
+    assert main(["replay", str(tmp_path / "mixing.json"), "--shards", manifest]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_replay_with_the_shards_of_another_run_says_so(manifest, tmp_path, capsys):
+    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, progress=False)
+    state = {**sampler.state_dict(), "domains": ["source/web", "target/code"]}
+    save_state(tmp_path / "state.json", state)
+    assert main(["replay", str(tmp_path / "state.json"), "--shards", manifest]) == 2
+    assert "a run with the domains ['source/web', 'target/code']" in capsys.readouterr().err
 
 
 def test_simulate_predicts_when_domains_run_out(manifest, capsys):
