@@ -88,8 +88,8 @@ class IndexCache:
             )
             return None
 
-    def find(self, url: str, version: ShardVersion, checksum: str) -> ShardIndex | None:
-        """The index of this version of the shard, if it has this content; None if there is none that can be used."""
+    def find(self, url: str, version: ShardVersion | None, checksum: str) -> ShardIndex | None:
+        """The index of this version (None: any) of the shard, if it has this content; None if there is none."""
         try:
             index = parse_entry(url, self.entry(url).read_bytes(), version)
         except Exception:  # whatever is wrong with a cache entry, the remedy is to build it again
@@ -247,20 +247,20 @@ def _ends_as_indexed(url: str, index: ShardIndex) -> bool:
     return length <= 0 or not any(open_source(url).read(end, length))
 
 
-def parse_entry(url: str, data: bytes, version: ShardVersion) -> ShardIndex | None:
+def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardIndex | None:
     """The index in a cache entry; None if it is of another version of the shard, or of another format.
 
     Args:
         url: The shard.
         data: The whole entry.
-        version: The one that is asked for.
+        version: The one that is asked for; None: any.
 
     Raises:
         Exception: Of any kind, if the entry is damaged.
     """
     metadata = metadata_in(data)
     size, tag = json.loads(metadata["version"])
-    if metadata["format"] != _FORMAT or (size, tag) != (version.size, version.tag):
+    if metadata["format"] != _FORMAT or (version is not None and (size, tag) != (version.size, version.tag)):
         return None
     columns = columns_in(data, metadata)
     index = ShardIndex(

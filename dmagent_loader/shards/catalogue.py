@@ -141,10 +141,11 @@ class Catalogue:
         if kept is not None:
             return kept
         url, checksum = self.url(number), self._checksum(number).hex()
-        version = shard_version(url)
+        # The same rows may lie elsewhere in another version. To ask a server would take a request for each shard.
+        version = shard_version(url) if is_local(url) else None
         index = self._cache.find(url, version, checksum)
         if index is None:
-            stop = threading.Event()
+            version, stop = version or shard_version(url), threading.Event()
             built, cached = build_and_cache(url, version, self._cache, advance=lambda _: None, stop=stop)
             index = self._cache.find(url, version, checksum) if cached else with_content(built, checksum)
         if index is None:
