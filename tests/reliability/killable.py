@@ -121,8 +121,9 @@ class Moments:
 
 
 def read_phase(path: Path) -> str:
-    """What a process was doing when it ended."""
-    return PHASES[path.read_bytes()[0]]
+    """What a process was doing when it ended; one that ended at once has written nothing."""
+    data = path.read_bytes() if path.exists() else b""
+    return PHASES[data[0] if data else 0]
 
 
 def read_counts(path: Path) -> dict[str, int]:
