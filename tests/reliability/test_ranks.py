@@ -38,7 +38,7 @@ REFUSED = {
         "loading a state failed on 1 of 4 ranks; rank 3: StateError: the state's count",
         {3},
     ),
-    "rank 3 has an unreadable checkpoint": ("failed on 1 of 4 ranks; rank 3: StateError: the saved state of the mixing", {3}),
+    "rank 3 has an unreadable checkpoint": ("failed on 1 of 4 ranks; rank 3: StateError: the saved state", {3}),
     "rank 1 does not resume": ("'loading a state', but rank 1 is at 'deciding on the next mix'", {1}),
     "rank 1 has another ledger": ("differ in the mixes so far (ranks 0, 2, 3: 1 mixes,", set()),
     "rank 1 counts otherwise": ("differ in consumed (ranks 0, 2, 3: 16; rank 1: 12)", set()),
