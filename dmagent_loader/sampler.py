@@ -148,11 +148,6 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                 raise ConfigurationError(
                     f"shards is {shown(shards)}; it must map domain names to shards, or be the path of a manifest.json"
                 )
-            if not isinstance(shards, Mapping) and os.fspath(shards).endswith(".tar"):
-                raise ConfigurationError(
-                    f"shards is {shown(shards)}, one shard; map its domain to it, {{'source/name': path}}, or pass a "
-                    "manifest.json"
-                )
             _check_settings(
                 agent=agent,
                 policy=policy,

@@ -204,10 +204,10 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if self.sampler.transform is not None or not isinstance(collate, RemoveColumnsCollator):
             return
         shard = int(np.flatnonzero(self.sampler.collection.shard_rows(0))[0])
-        members = sorted(self.sampler.collection.read(0, shard, 0).members)
-        if set(members).isdisjoint(collate.signature_columns):
+        columns = sorted(self.sampler.decoder(self.sampler.collection.read(0, shard, 0)))
+        if set(columns).isdisjoint(collate.signature_columns):
             raise ConfigurationError(
-                f"the rows have {members}, none of which the model takes, and the Trainer removes what it does not "
+                f"the rows have {columns}, none of which the model takes, and the Trainer removes what it does not "
                 "take: pass transform= to the sampler (transforms.packed_tokens for packed rows, "
                 "transforms.TokenizeText for text), or set remove_unused_columns=False and a data_collator of your own"
             )

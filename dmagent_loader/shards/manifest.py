@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dmagent_loader.errors import ShardError, ShardNotFoundError
+from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
 from dmagent_loader.shards.reader import open_source, shard_version
 from dmagent_loader.shards.urls import display_url, is_local, local_path
 from dmagent_loader.untrusted import read_regular
@@ -91,10 +91,16 @@ def load_manifest(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         path: A manifest, or the folder that holds one; local or an fsspec URL.
 
     Raises:
+        ConfigurationError: It is a shard.
         ShardNotFoundError: There is none.
         ShardError: It is not a manifest, or of another schema.
     """
     url = os.fspath(path)
+    if url.endswith(".tar"):
+        raise ConfigurationError(
+            f"{display_url(url)} is one shard, not a manifest: map its domain to it, {{'source/name': path}}, or pass "
+            "a manifest.json"
+        )
     if is_local(url):
         url = local_path(url)
         if os.path.isdir(url):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -80,6 +82,16 @@ def test_rows_that_the_trainer_would_leave_without_columns_are_refused(parts):
     trainer, _, _ = parts({"max_steps": 3}, transform=None)
     with pytest.raises(ConfigurationError, match=r"rows have \['input_ids.npy'\].*packed_tokens"):
         trainer.train()
+
+
+def test_a_decoder_that_names_the_columns_needs_no_transform(parts):
+    def decode(raw):
+        ids = np.load(io.BytesIO(raw.members["input_ids.npy"])).astype("int64")
+        return {"input_ids": ids, "labels": ids}
+
+    trainer, callback, _ = parts({"max_steps": 3}, transform=None, decode=decode)
+    trainer.train()
+    assert callback.consumed == 6
 
 
 def test_the_callback_takes_the_sampler_first(parts):
