@@ -7,6 +7,7 @@ upgrade; so the plan draws from its own fixed mixing function.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -91,10 +92,22 @@ def _mixed(z: UIntArray) -> UIntArray:
     return z >> _SHIFT_31
 
 
-def permutation(key: int, length: int) -> IntArray:
-    """A permutation of ``range(length)``: the order of `length` draws of a stream."""
-    positions = np.arange(length, dtype=np.int64)
+def permutations(keys: Sequence[int], lengths: IntArray) -> IntArray:
+    """Permutations of ``range(length)``, one behind the other: each is the order of `length` draws of its stream.
+
+    Args:
+        keys: N streams.
+        lengths: (N,) int64, at least 1.
+
+    Returns:
+        (sum of lengths,) int64.
+    """
+    first = np.cumsum(lengths) - lengths
+    positions = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(first, lengths)
     # Each position in the low bits of its draw: so there are no equal ones, and sorting is faster than argsort.
-    low_bits = np.uint64((1 << length.bit_length()) - 1)
-    drawn = (random_bits(key, positions) & ~low_bits) | positions.view(np.uint64)
-    return (np.sort(drawn) & low_bits).astype(np.int64)
+    low_bits = np.repeat(np.array([(1 << length.bit_length()) - 1 for length in lengths.tolist()], np.uint64), lengths)
+    drawn = random_bits(np.repeat(np.array(keys, np.uint64), lengths), positions)
+    drawn = (drawn & ~low_bits) | positions.view(np.uint64)
+    for begin, length in zip(first.tolist(), lengths.tolist(), strict=True):
+        drawn[begin : begin + length].sort()
+    return (drawn & low_bits).view(np.int64)

@@ -17,13 +17,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.hashing import UIntArray, permutation, random_bits, scatter, stream_key
+from dmagent_loader.hashing import UIntArray, permutations, random_bits, scatter, stream_key
 from dmagent_loader.simplex import IntArray
 
 DEFAULT_WINDOW = 8192
 """Rows per shuffle window."""
 
 _NO_EPOCH = -1
+_SHARDS_AT_A_TIME = 1 << 14
+"""Shards that are ordered in one call: few enough for the caches of a core."""
 
 
 class RowOrders:
@@ -57,6 +59,8 @@ class RowOrders:
         self._order: IntArray = np.arange(len(self._rows)) - np.repeat(self._first_shard[:-1], num_shards)
         self._starts: IntArray = np.cumsum(self._rows) - self._rows
         self._epoch: IntArray = np.full(len(self._domains), _NO_EPOCH, dtype=np.int64)
+        self._num_shards = num_shards
+        self._domain_type = np.min_scalar_type(len(self._domains))
         self._varies = num_shards > 1
 
     def locate(self, domain: IntArray, draw: IntArray) -> tuple[IntArray, IntArray]:
@@ -88,27 +92,49 @@ class RowOrders:
                 return shard, row
             # Every domain that waits goes on to the earliest epoch that is asked of it.
             by_epoch = left[np.lexsort((epoch[left], domain[left]))]
-            for first in by_epoch[np.flatnonzero(np.diff(domain[by_epoch], prepend=-1))]:
-                self._begin_epoch(int(domain[first]), int(epoch[first]))
+            earliest = by_epoch[np.flatnonzero(np.diff(domain[by_epoch], prepend=-1))]
+            self._begin_epochs(domain[earliest].tolist(), epoch[earliest].tolist())
             ready = left[self._epoch[domain[left]] == epoch[left]]
             waiting[ready] = False
 
     def _in_epoch(self, domain: IntArray, sequential: IntArray) -> tuple[IntArray, IntArray]:
         """Shards and rows of positions in the epoch that each domain is in."""
         sequential = sequential + self._first_row[domain]
-        # Sorted, because each search then stays near the one before it, in the cache: 3 times as fast in 10**6 shards.
-        rising = np.argsort(sequential)
-        sequential = sequential[rising]
+        # Domain by domain, because each search then stays near the one before it, in the cache: 3 times as fast in
+        # 10**6 shards. Of 16 bits, numpy sorts by counting.
+        gathered = np.argsort(domain.astype(self._domain_type), kind="stable")
+        sequential = sequential[gathered]
         place = np.searchsorted(self._starts, sequential, side="right") - 1
         shard, row = np.empty_like(domain), np.empty_like(domain)
-        shard[rising] = self._order[place]
-        row[rising] = sequential - self._starts[place]
+        shard[gathered] = self._order[place]
+        row[gathered] = sequential - self._starts[place]
         return shard, row
 
-    def _begin_epoch(self, domain: int, epoch: int) -> None:
-        own = slice(int(self._first_shard[domain]), int(self._first_shard[domain + 1]))
-        order = permutation(stream_key(self._seed, "shards", self._domains[domain], epoch), own.stop - own.start)
-        rows = self._rows[own][order]
-        self._order[own] = order
-        self._starts[own] = self._first_row[domain] + np.cumsum(rows) - rows
-        self._epoch[domain] = epoch
+    def _begin_epochs(self, domains: Sequence[int], epochs: Sequence[int]) -> None:
+        """Orders the shards of domains anew, several domains at a time: most have too few for numpy to be fast."""
+        first = 0
+        while first < len(domains):
+            last, num_shards = first, 0
+            while last < len(domains) and num_shards < _SHARDS_AT_A_TIME:
+                num_shards += int(self._num_shards[domains[last]])
+                last += 1
+            self._order_shards(domains[first:last], epochs[first:last])
+            first = last
+
+    def _order_shards(self, domains: Sequence[int], epochs: Sequence[int]) -> None:
+        keys = [
+            stream_key(self._seed, "shards", self._domains[domain], epoch)
+            for domain, epoch in zip(domains, epochs, strict=True)
+        ]
+        lengths = self._num_shards[domains]
+        order = permutations(keys, lengths)
+        rows = self._rows[np.repeat(self._first_shard[domains], lengths) + order]
+        starts = np.cumsum(rows) - rows
+        begin = 0
+        for domain, epoch, length in zip(domains, epochs, lengths.tolist(), strict=True):
+            its = slice(begin, begin + length)
+            own = slice(int(self._first_shard[domain]), int(self._first_shard[domain + 1]))
+            self._order[own] = order[its]
+            np.add(starts[its], self._first_row[domain] - starts[begin], out=self._starts[own])
+            self._epoch[domain] = epoch
+            begin += length
