@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from dmagent_loader.shards.urls import base_name, display_url, expand_shards, is
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 OnDamage = Literal["raise", "skip"]
 
-_LISTED_DAMAGES = 20
+_LISTED_DAMAGES, _LISTED_COPIES = 20, 5
 _MOST_TABLE_BYTES = 512 << 20
 """Of indexes in memory, in each process; about 30 bytes for each row of the shards read lately."""
 
@@ -121,6 +122,7 @@ class ShardCollection:
         collection = cls(catalogue, verify=verify, max_open_files=max_open_files)
         collection._judge_damage(on_damage)
         collection._judge_emptiness()
+        collection._judge_copies()
         return collection
 
     @property
@@ -339,6 +341,26 @@ class ShardCollection:
                     ", ".join(empty[:5]),
                     rows.sum(),
                 )
+
+
+    def _judge_copies(self) -> None:
+        copies = self._catalogue.copies()
+        if not copies:
+            return
+        ends = [end for _, end in self._spans]
+        named = [
+            f"{self._display(copy)} of {self.domains[bisect_right(ends, copy)]!r} and {self._display(first)} of "
+            f"{self.domains[bisect_right(ends, first)]!r}"
+            for copy, first in copies[:_LISTED_COPIES]
+        ]
+        more = f", and {len(copies) - len(named)} more" if len(copies) > len(named) else ""
+        _logger.warning(
+            "%d shard(s) hold the same rows as another one, which are so trained on more than once a pass, or in two "
+            "domains: %s%s; list each shard once, in one domain",
+            len(copies),
+            "; ".join(named),
+            more,
+        )
 
 
 def _open_one(catalogue: Catalogue, number: int) -> Source:

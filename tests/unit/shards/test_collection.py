@@ -274,3 +274,19 @@ def test_an_index_that_cannot_be_cached_stays_in_memory(write_tar: WriteTar, tmp
     (tmp_path / "file").write_text("")
     collection = ShardCollection.open({"source/a": str(path)}, progress=False, cache_dir=tmp_path / "file" / "cache")
     assert bytes(pickle.loads(pickle.dumps(collection)).read(0, 0, 0).members["txt"]) == b"one"
+
+
+def test_copies_of_a_shard_are_named_under_whatever_name_and_domain(
+    write_tar: WriteTar, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows of the field to learn that are in the field to keep, too, would be weighed twice without a word."""
+    first, other = write_tar("a.tar", [("0.txt", b"x")]), write_tar("b.tar", [("0.txt", b"y")])
+    copy, empty, empty_too = (Path(f"{first.parent}/{name}") for name in ("c.tar", "d.tar", "e.tar"))
+    shutil.copy(first, copy)
+    for path in (empty, empty_too):
+        write_tar(path.name, [])
+    shards = {"source/web": [str(first), str(empty)], "target/math": [str(other), str(copy), str(empty_too)]}
+    ShardCollection.open(shards, progress=False)
+    (said,) = [record.getMessage() for record in caplog.records if "the same rows" in record.getMessage()]
+    assert said.startswith("1 shard(s)")
+    assert f"{copy} of 'target/math' and {first} of 'source/web'" in said
