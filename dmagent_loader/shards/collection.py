@@ -342,7 +342,6 @@ class ShardCollection:
                     rows.sum(),
                 )
 
-
     def _judge_copies(self) -> None:
         copies = self._catalogue.copies()
         if not copies:
