@@ -131,14 +131,13 @@ class Catalogue:
                 digest.update(json.dumps(shard).encode())
         return digest.hexdigest()
 
-    def copies(self) -> list[tuple[int, int]]:
-        """Shards with rows that have the content of an earlier one, each with that one; in order."""
-        words = hashlib.sha256().digest_size // 8
-        begins = np.frombuffer(self._checksums, np.uint64)[::words]
+    def copies(self, most: int) -> tuple[int, list[tuple[int, int]]]:
+        """How many shards have rows of the same content as an earlier one, and some of them, each with that one."""
+        begins = np.frombuffer(self._checksums, np.uint64)[:: hashlib.sha256().digest_size // 8]
         rising = np.argsort(begins, kind="stable")
-        alike = np.flatnonzero(np.diff(begins[rising]) == 0)
-        found = [(int(rising[place + 1]), int(rising[place])) for place in alike if self.rows[rising[place]]]
-        return sorted(pair for pair in found if self._checksum(pair[0]) == self._checksum(pair[1]))
+        begins = begins[rising]
+        later = np.flatnonzero((begins[1:] == begins[:-1]) & (self.rows[rising[1:]] > 0)) + 1
+        return len(later), [(int(rising[place]), int(rising[place - 1])) for place in later[:most]]
 
     def index(self, number: int) -> ShardIndex:
         """The index of a shard, from the cache, or built anew if it is not there any more.

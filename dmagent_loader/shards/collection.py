@@ -343,22 +343,20 @@ class ShardCollection:
                 )
 
     def _judge_copies(self) -> None:
-        copies = self._catalogue.copies()
-        if not copies:
+        count, some = self._catalogue.copies(_LISTED_COPIES)
+        if not count:
             return
         ends = [end for _, end in self._spans]
-        named = [
-            f"{self._display(copy)} of {self.domains[bisect_right(ends, copy)]!r} and {self._display(first)} of "
-            f"{self.domains[bisect_right(ends, first)]!r}"
-            for copy, first in copies[:_LISTED_COPIES]
+        pairs = [
+            " and ".join(f"{self._display(shard)} of {self.domains[bisect_right(ends, shard)]!r}" for shard in pair)
+            for pair in some
         ]
-        more = f", and {len(copies) - len(named)} more" if len(copies) > len(named) else ""
         _logger.warning(
             "%d shard(s) hold the same rows as another one, which are so trained on more than once a pass, or in two "
             "domains: %s%s; list each shard once, in one domain",
-            len(copies),
-            "; ".join(named),
-            more,
+            count,
+            "; ".join(pairs),
+            f", and {count - len(pairs)} more" if count > len(pairs) else "",
         )
 
 
