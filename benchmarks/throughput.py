@@ -163,6 +163,25 @@ def _limit_aim(results: dict[str, Any], what: str) -> measuring.Aim:
     return measuring.Aim(what, ", ".join(words) or "-", max(shares) >= LIMIT_AIM if shares else None)
 
 
+def _bound(results: dict[str, Any]) -> str:
+    """What of the limit torch's loader leaves to anyone, and how much of that is ours."""
+    rates = {name: best(results, [name], level) for name, level in (("limit_rows", ROWS), ("limit_torch", BATCHES))}
+    ours = best(results, [OURS], BATCHES)
+    if ours is None or None in rates.values():
+        return ""
+    read, hand_over = (1e6 / measuring.median(found[1]) for found in rates.values() if found)
+    own = 1e6 / measuring.median(ours[1])
+    return (
+        f"A row in a batch takes us {own:.1f} us. A bare `preadv` of it takes {read:.1f} us, and torch's loader, which "
+        f"hands the same ready rows over again and again, {hand_over:.1f} us. So through that loader no more than "
+        f"{read / (read + hand_over):.0%} of the limit can be had by anyone, without a plan, a checksum or a decoder; "
+        f"ours has {(read + hand_over) / own:.0%} of that. Reading ahead in another thread is slower: it needs the "
+        "interpreter back after each `preadv`, which the thread that hands out rows holds. Mapped files need no call "
+        "for each row, but one that is cut while it is mapped kills the process, where `preadv` gives an error that "
+        "names the shard."
+    )
+
+
 def section(results: dict[str, Any]) -> str:
     parts = ["## Delivered samples", _method({measured["seconds"] for measured in results.values()})]
     for kind, measured in results.items():
@@ -182,6 +201,8 @@ def section(results: dict[str, Any]) -> str:
         if "profile" in measured:
             parts.append("Where our time goes (batches without workers, cProfile, own time of each function):")
             parts.append(measured["profile"])
+        if kind == "packed" and (bound := _bound(measured)):
+            parts.append(bound)
     return "\n\n".join([*parts, FAIRNESS.strip(), measuring.aims_table(aims(results))])
 
 
