@@ -73,9 +73,14 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 "without its sampler: leave it False, this callback restores itself"
             )
         args.ignore_data_skip = True
+        batch_size = args.train_batch_size
         if args.world_size > 1:
-            batch_size, _ = _batch_sizes(args, args.train_batch_size)
-            self.sampler.set_loader(LoaderSettings(kind="whole", batch_size=batch_size, granule=batch_size))
+            batch_size, _ = _batch_sizes(args, batch_size)
+        if _whole_steps(args):
+            kind: StreamKind = "whole" if args.world_size > 1 else "sharded"
+            self.sampler.set_loader(
+                LoaderSettings(kind=kind, batch_size=batch_size, granule=_granule(args, batch_size))
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Recognises the loader, restores a checkpoint's state, and evaluates the base model."""
@@ -186,13 +191,12 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             bare = type(loader) is DataLoader
             ahead = (ahead + (0 if bare else loaded)) * world
         self._samples_per_step = batch_size * world * args.gradient_accumulation_steps
-        whole_steps = world > 1 or args.gradient_accumulation_steps > 1
         self.sampler.set_loader(
             LoaderSettings(
                 kind=kind,
                 batch_size=batch_size,
                 worker_block=block,
-                granule=batch_size * args.gradient_accumulation_steps if whole_steps else 1,
+                granule=_granule(args, batch_size),
                 prefetch_factor=loader.prefetch_factor or 1,
                 look_ahead=ahead if workers else 0,
             )
@@ -288,7 +292,7 @@ class DataMixingTrainerMixin:
             LoaderSettings(
                 batch_size=batch_size,
                 worker_block=batch_size,
-                granule=batch_size if args.world_size > 1 else 1,
+                granule=_granule(args, batch_size),
                 prefetch_factor=factor,
                 look_ahead=workers * factor * batch_size * args.world_size,
             )
@@ -333,6 +337,20 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
             continue
         found.append((step, folder))
     return str(max(found)[1]) if found else None
+
+
+def _whole_steps(args: Any) -> bool:
+    """Whether a step is made of several batches, so that a run has to end with a whole one."""
+    return bool(args.world_size > 1 or args.gradient_accumulation_steps > 1)
+
+
+def _granule(args: Any, batch_size: int) -> int:
+    """Samples of one rank to a multiple of which the run is cut.
+
+    Known before the Trainer asks for the length: it plans the last step of an epoch by it, and counts that step as
+    whole even if the run has become longer since.
+    """
+    return batch_size * int(args.gradient_accumulation_steps) if _whole_steps(args) else 1
 
 
 def _batch_sizes(args: Any, loaded: int) -> tuple[int, int]:

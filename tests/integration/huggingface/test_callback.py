@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from dmagent_loader import AgentWeightedSampler, Environment
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.integrations.huggingface import DataMixingCallback
+from dmagent_loader.integrations.huggingface import DataMixingCallback, DataMixingTrainerMixin
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import write_toy_shards
 
@@ -63,6 +63,60 @@ def parts(tmp_path):
         return trainer, callback, sampler
 
     return build
+
+
+class Seen(torch.nn.Module):
+    """Takes down which samples it is trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.trained_on = torch.nn.Parameter(torch.zeros(())), []
+
+    def forward(self, input_ids=None, attention_mask=None, index=None):
+        if index is None:
+            return torch.zeros(*input_ids.shape, 64) + self.weight  # the environment asks
+        self.trained_on += index.tolist()
+        return {"loss": self.weight * 1.0}
+
+
+class TrainerWithOwnLoader(DataMixingTrainerMixin, Trainer):
+    pass
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, TrainerWithOwnLoader])
+def test_every_counted_sample_was_trained_on_when_the_run_gets_longer_than_planned(tmp_path, trainer_class):
+    """The Trainer plans the last step of a pass by the length at the start, and counts it as a whole one: what it left
+    out of the step was never trained on."""
+    sampler = AgentWeightedSampler(
+        write_toy_shards(tmp_path / "shards", {"source/a": 100, "target/x": 21}),
+        policy=StaticPolicy({"source/a": 0.9, "target/x": 0.1}),
+        initial_mix={"source/a": 0.5, "target/x": 0.5},
+        samples_per_reweight=10_000,
+        progress=False,
+        cache_dir=tmp_path / "cache",
+    )
+    environment = Environment.from_pairs({"general": [("a", "b")]}, lambda text: [ord(c) % 64 for c in text])
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        max_steps=9,
+        remove_unused_columns=False,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    model, callback = Seen(), DataMixingCallback(sampler, environment)
+    trainer_class(
+        model=model,
+        args=args,
+        train_dataset=sampler,
+        callbacks=[callback],
+        data_collator=lambda samples: {"index": torch.tensor([sample["__index__"] for sample in samples])},
+    ).train()
+    assert callback.consumed == 9 * 16
+    assert model.trained_on == list(range(callback.consumed))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
