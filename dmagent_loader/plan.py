@@ -186,13 +186,21 @@ class Plan:
         self._segments.append(self._segment(entry.start, base, owed))
         self._starts.append(entry.start)
 
-    def _segment(self, start: int, base: IntArray, owed: IntArray) -> _Segment:
-        """The segment that begins at `start`, under the newest mix."""
+    def _segment(self, start: int, base: IntArray, owed: IntArray, asked: np.ndarray | None = None) -> _Segment:
+        """The segment that begins at `start`, under the newest mix.
+
+        Args:
+            start: Global index.
+            base: (D,) samples that each domain gave before.
+            owed: (D,) what each is owed (`DomainOrder.counts_and_owed`).
+            asked: (D,) which domains were drawn from before, under the same mix; None: those with weight in it.
+        """
         mix = self.ledger.last.weights()
         used_up = self._limited & (base >= self.num_rows)
         weights = self._effective(mix, used_up)
         names = tuple(int(i) for i in np.flatnonzero(used_up))
-        failed = tuple(i for i in names if self.rules[i] == "error" and mix[i] > 0)
+        asked = mix > 0 if asked is None else asked
+        failed = tuple(i for i in names if self.rules[i] == "error" and asked[i])
         if weights is None or failed:
             return _Segment(start, None, base, safe=start, used_up=names, failed=failed)
         quanta = in_quanta(weights)
@@ -221,8 +229,9 @@ class Plan:
                 self._segments[-1] = last
             if last.stop is None or (index is not None and index < last.stop):
                 return
+            assert last.quanta is not None
             given, owed = self._order(last).counts_and_owed(last.stop - last.start)
-            self._segments.append(self._segment(last.stop, last.base + given, owed))
+            self._segments.append(self._segment(last.stop, last.base + given, owed, last.quanta > 0))
             self._starts.append(last.stop)
 
     def _effective(self, mix: FloatArray, used_up: np.ndarray) -> FloatArray | None:

@@ -301,3 +301,19 @@ def test_the_order_of_a_whole_run_is_the_same_in_every_version():
 def test_a_domain_without_rows_is_refused_by_name():
     with pytest.raises(EmptyShardError, match="source/b"):
         make_plan(["source/a", "source/b"], [3, 0], [0.5, 0.5])
+
+
+def test_a_domain_that_took_over_for_others_is_an_error_when_it_runs_out_too():
+    """Its own weight is 0; the rule is about a domain in use."""
+    names, rules = ["source/web", "target/a", "target/b"], {"target/a": "redistribute", "target/b": "error"}
+    plan = make_plan(names, [60, 20, 20], [0.5, 0.5, 0.0], exhausted=rules)
+    assert plan.failure == (80, ("target/b",))
+    with pytest.raises(ExhaustedError, match="target/b"):
+        plan.locate(np.arange(81))
+
+
+def test_a_domain_that_is_not_asked_for_any_more_may_have_run_out():
+    plan = make_plan(["source/web", "target/a"], [60, 20], [0.5, 0.5], exhausted={"target/a": "error"})
+    plan.append(entry(40, [1.0, 0.0]))
+    assert plan.failure is None
+    assert set(plan.locate(np.arange(40, 90)).domain.tolist()) == {0}
