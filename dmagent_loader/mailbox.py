@@ -44,6 +44,8 @@ class Mailbox:
         self._tensors = {
             "header": torch.zeros(5, dtype=torch.int64),
             "frontiers": torch.zeros(MAX_WORKERS, dtype=torch.int64),
+            "passes": torch.zeros(MAX_WORKERS, dtype=torch.int64),
+            "bases": torch.zeros(MAX_WORKERS, dtype=torch.int64),
             "indices": torch.zeros((CAPACITY, 2), dtype=torch.int64),
             "mixes": torch.zeros((CAPACITY, num_domains), dtype=torch.float64),
         }
@@ -55,6 +57,8 @@ class Mailbox:
         """Views of the shared tensors: reading one number through torch costs ten times as much."""
         self._header = memoryview(self._tensors["header"].numpy())  # type: ignore[arg-type]
         self._frontiers = memoryview(self._tensors["frontiers"].numpy())  # type: ignore[arg-type]
+        self._passes = memoryview(self._tensors["passes"].numpy())  # type: ignore[arg-type]
+        self._bases = memoryview(self._tensors["bases"].numpy())  # type: ignore[arg-type]
         self._indices = self._tensors["indices"].numpy()
         self._mixes = self._tensors["mixes"].numpy()
 
@@ -118,6 +122,33 @@ class Mailbox:
         self._header[_BLOCK] = 0
         self._tensors["frontiers"].zero_()
 
+    def agree_on_base(self, worker: int, num_workers: int, key: int, base: int) -> int:
+        """Where all workers of a pass begin: where the first of them did.
+
+        What was consumed changes as soon as the first batch of a pass was trained on, and a worker may be late to
+        begin.
+
+        Args:
+            worker: Number of this worker.
+            num_workers: That share the pass.
+            key: Of the pass.
+            base: Where this worker would begin, asked for before this call.
+
+        Raises:
+            StateError: Two workers began at the same moment, and at different samples.
+        """
+        for other in range(num_workers):
+            if self._passes[other] == key:
+                base = self._bases[other]
+        self._bases[worker] = base
+        self._passes[worker] = key
+        if any(self._passes[other] == key and self._bases[other] != base for other in range(num_workers)):
+            raise StateError(
+                "consumed samples of an earlier pass were reported while the data workers began a new one, and they "
+                "begin at different samples: report what was consumed before the next pass begins"
+            )
+        return base
+
     def start_worker(self, worker: int, num_workers: int, base: int) -> int:
         """A worker says that it begins a pass over the data.
 
@@ -138,9 +169,16 @@ class Mailbox:
         """A worker says how many consecutive samples of the stream it takes at a time."""
         self._header[_BLOCK] = block
 
-    def advance(self, worker: int, frontier: int) -> None:
-        """A worker says how far it has come."""
+    def advance(self, worker: int, before: int, frontier: int) -> bool:
+        """A worker says how far it has come, and how far it was.
+
+        Returns:
+            False if it was not: another iterator has begun since.
+        """
+        if self._frontiers[worker] != before:
+            return False
         self._frontiers[worker] = frontier
+        return True
 
     @property
     def num_workers(self) -> int:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from dmagent_loader import distributed
 from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.hashing import stream_key
 from dmagent_loader.layout import StreamKind
 from dmagent_loader.mailbox import Mailbox
 
@@ -72,6 +73,7 @@ class Progress:
         self.generation = 0
         """Number of states that were loaded."""
         self._worker_start: int | None = None
+        self._passes = 0
 
     @property
     def given(self) -> int:
@@ -95,6 +97,8 @@ class Progress:
 
     def seek(self, consumed: int) -> None:
         """The next pass begins after so many samples."""
+        if consumed < self.consumed:
+            self._refuse_workers()
         self.position = self.consumed = consumed
         self.stream = None
         self.mailbox.clear_workers()
@@ -102,23 +106,33 @@ class Progress:
 
     def restore(self, consumed: int) -> None:
         """Another state was loaded: workers that run already hold another ledger."""
+        self._refuse_workers()
         self.seek(consumed)
+
+    def _refuse_workers(self) -> None:
         self.generation += 1
         self.mailbox.generation = self.generation
 
-    def begin_pass(self, in_worker: bool) -> int:
+    def begin_pass(self, worker: Any) -> int:
         """Where a new pass begins: in the main process after what was handed out, in a worker after what was consumed.
 
-        So all workers begin at the same sample.
+        All workers begin at the same sample.
+
+        Args:
+            worker: torch's WorkerInfo; None: in the main process.
         """
-        if not in_worker:
+        if worker is None:
             self.mailbox.clear_workers()
             self.position = self.consumed if self.training_counts else self.handed_out
         elif self._worker_start is None:
             # Not the mailbox: a worker that starts slowly would find there what was consumed from the others by then.
             self.position = self._worker_start = self.handed_out
         else:
-            self.position = max(self._worker_start, self.mailbox.base)
+            self._passes += 1
+            # The loader's own seed tells its workers from those of another one.
+            key = stream_key("pass", worker.seed - worker.id, self._passes) >> 1
+            base = max(self._worker_start, self.mailbox.base)
+            self.position = self.mailbox.agree_on_base(worker.id, worker.num_workers, key, base)
         self.stream = None
         return self.position
 
@@ -126,12 +140,27 @@ class Progress:
         """In a torch worker, at each sample.
 
         Raises:
-            StateError: A state was loaded after the workers had started.
+            StateError: A state was loaded, or the run was set back, after the workers had started.
         """
         if self.mailbox.generation != self.generation:
             raise StateError(
-                "a state was loaded after this loader's workers had started, so that they hold another ledger: iterate "
-                "after load_state_dict(), and build the DataLoader anew if its workers are persistent"
+                "a state was loaded, or the run was set back by seek(), after this loader's workers had started, so "
+                "that they hold another ledger or place: iterate after load_state_dict() and seek(), and build the "
+                "DataLoader anew if its workers are persistent"
+            )
+
+    def advance(self, worker: int, before: int, frontier: int) -> None:
+        """A torch worker has come so far, and was so far before.
+
+        Raises:
+            StateError: A state was loaded, or another iterator made.
+        """
+        if not self.mailbox.advance(worker, before, frontier):
+            self.check_generation()
+            raise StateError(
+                "another iterator over this sampler was made while this loader's workers read (a look at a batch, a "
+                "second loader), but the place of a run is kept for one at a time: look at samples through a sampler "
+                "of their own"
             )
 
     def first_free(self, loader: LoaderSettings, world_size: int, last_start: int) -> int:

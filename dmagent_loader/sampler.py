@@ -213,7 +213,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Any]:
         """Goes on after the last sample that was given (with torch workers: after those reported as consumed)."""
         self._warn_if_nobody_decides()
-        stream = SampleStream(self, self.progress.begin_pass(in_worker=get_worker_info() is not None))
+        stream = SampleStream(self, self.progress.begin_pass(get_worker_info()))
         self.progress.stream = stream
         return stream
 
@@ -345,8 +345,13 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         return self.space.as_dict(mix)
 
     def achieved(self, start: int = 0, stop: int | None = None) -> dict[str, int]:
-        """Domain -> samples among the global indices from `start` up to `stop` (None: all handed out)."""
-        stop = self.progress.frontier if stop is None else stop
+        """Domain -> samples among the global indices from `start` up to `stop` (None: all handed out).
+
+        Raises:
+            ConfigurationError: They are no whole numbers of 0 or more, or `stop` is before `start`.
+        """
+        start = whole_number("start", start, least=0)
+        stop = whole_number("stop", self.progress.frontier if stop is None else stop, least=start)
         counts = self.plan.counts(stop) - self.plan.counts(start)
         return {name: int(count) for name, count in zip(self.space.names, counts, strict=True)}
 
@@ -403,7 +408,6 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         answer = distributed.broadcast_object(answer, step)
         assert answer is not None
         self.progress.consume(consumed)
-        self._decisions.accept(answer)
         mix, accepted, notes = np.array(answer.mix), answer.accepted, answer.notes
         if not self.shadow:
             entry = self._append(
@@ -416,6 +420,8 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             )
         else:
             entry = self.ledger.last
+        # Only now: where no new mix can hold, the decision is still due.
+        self._decisions.accept(answer)
         decision = Decision(
             proposed=self.space.as_dict(mix),
             in_force=accepted and not self.shadow,
@@ -442,7 +448,9 @@ class AgentWeightedSampler(IterableDataset[Sample]):
 
     def _check_handed_out(self, consumed: int) -> None:
         given = self.progress.given
-        if not self.loader.declared and not self.mailbox.num_workers and consumed > given:
+        if self.mailbox.num_workers:
+            given = max(given, self.mailbox.frontier())
+        if not self.loader.declared and consumed > given:
             raise ConfigurationError(
                 f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
                 "since the run began, once"
@@ -471,7 +479,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             consumed = self.progress.handed_out
         else:
             consumed = whole_number("consumed", consumed, least=0)
-            if self.progress.stream is not None:
+            if self.progress.stream is not None or self.mailbox.num_workers:
                 self._check_handed_out(consumed)
         return write_state(self, consumed)
 
@@ -587,6 +595,9 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         state["progress"].position, state["progress"].stream = self.progress.handed_out, None
         state["_decisions"] = None
         state["before_iteration"] = None
+        if distributed.is_active():
+            # A spawned data worker has no process group to ask.
+            state["_rank"], state["_world_size"] = self.rank, self.world_size
         return state
 
 

@@ -63,6 +63,12 @@ def write_state(sampler: AgentWeightedSampler, consumed: int) -> dict[str, Any]:
     end = plan.ends_by(max(0, consumed))
     if consumed < 0 or (end is not None and consumed > end):
         raise StateError(f"consumed is {consumed}, but the run has {end} samples")
+    measured = sampler.decisions.measurements
+    if measured and consumed < measured[-1].consumed:
+        raise StateError(
+            f"consumed is {consumed}, but a decision was made after {measured[-1].consumed} samples, so that no run "
+            "could go on from this state: count the samples of all ranks since the run began"
+        )
     counts = plan.counts(consumed)
     return {
         "schema": SCHEMA,

@@ -146,6 +146,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._num_workers = 1 if info is None else info.num_workers
         if self._worker is not None:
             before = sampler.mailbox.start_worker(self._worker, self._num_workers, base)
+            self._reported = base
             if before > base:
                 logger.warning(
                     "data workers begin again at sample %d, although samples up to %d were given before: report what "
@@ -156,7 +157,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._layout: StreamLayout | None = None
         self._readahead = Readahead.of(sampler.collection, sampler.readahead)
         self._reader = RowReader(sampler.collection, sampler.decoder)
-        self._version, self._generation = -1, sampler.progress.generation
+        self._version = -1
         self._done = False
         self._block = _NOTHING_PLANNED
         self._place = 0
@@ -181,7 +182,15 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             raise StopIteration
         if self._layout is None:
             self._layout = self._begin()
-        if self._worker is not None:
+        if self._worker is None:
+            if sampler.progress.stream is not self:
+                raise StateError(
+                    "another iterator over this sampler was made, a state was loaded, or the run was set to another "
+                    "place while this iterator was in use, but the place of a run is kept for one at a time: make a "
+                    "new one after load_state_dict() or seek(), by iter() over the sampler or its DataLoader, and look "
+                    "at samples through a sampler of their own"
+                )
+        else:
             # At each sample: torch does not report what a persistent worker raises when it begins a new pass.
             sampler.progress.check_generation()
             if sampler.received < sampler.mailbox.published:
@@ -212,13 +221,14 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             sample = {**tags, **transformed}
         self._place = place + 1
         if self._worker is not None:
-            sampler.mailbox.advance(self._worker, self._block.frontiers[place + 1])
+            before, self._reported = self._reported, self._block.frontiers[place + 1]
+            sampler.progress.advance(self._worker, before, self._reported)
         return sample
 
     def _begin(self) -> StreamLayout:
         """Fixes the layout at the first sample: only then is it known which loader asks."""
         declared = self._sampler.loader.worker_block
-        asked = None if self._worker is None else _loader_batch_size()
+        asked = None if self._worker is None else self._loader_batch_size()
         if self._num_workers > 1 and declared is None and asked is None:
             raise ConfigurationError(
                 f"{self._num_workers} torch workers share this sampler, but the loader's batch size is unknown, so "
@@ -237,17 +247,26 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             base=self._base, worker=self._worker or 0, num_workers=self._num_workers, worker_block=block
         )
 
-    def _replan(self) -> None:
-        """Drops what was planned under an older ledger.
+    def _loader_batch_size(self) -> int | None:
+        """The batch size of the torch loader that is asking for a sample, in a worker process.
 
-        Raises:
-            StateError: It is the ledger of another run, loaded since this iterator was made.
+        torch tells a worker its number but not the loader's batch size, without which batches cannot be dealt to
+        workers in the order of the run. The fetcher that calls `next` holds it: one list element for each sample of the
+        batch. None: something between the loader and this iterator asks, which may make batches of its own.
         """
-        if self._sampler.progress.generation != self._generation:
-            raise StateError(
-                "a state was loaded while this iterator was in use, and it does not go on where the state does: make "
-                "a new one after load_state_dict(), by iter() over the sampler or its DataLoader"
-            )
+        frame = sys._getframe(1)
+        while frame is not None:
+            fetcher = frame.f_locals.get("self")
+            if "possibly_batched_index" in frame.f_locals and frame.f_code.co_name == "fetch":
+                if getattr(fetcher, "dataset_iter", None) is not self:
+                    return None
+                asked = frame.f_locals["possibly_batched_index"]
+                return len(asked) if isinstance(asked, list) else 1
+            frame = frame.f_back  # type: ignore[assignment]
+        return None
+
+    def _replan(self) -> None:
+        """Drops what was planned under an older ledger."""
         self._version = self._sampler.version
         self._block = replace(_NOTHING_PLANNED, first=self.taken)
         self._place, self._next, self._num_planned = 0, None, _FIRST_BLOCK
@@ -303,21 +322,6 @@ class SampleStream(Iterator[Mapping[str, Any]]):
 
     def __del__(self) -> None:
         self._close()
-
-
-def _loader_batch_size() -> int | None:
-    """The batch size of the torch loader that is asking for a sample, in a worker process.
-
-    torch tells a worker its number but not the loader's batch size, without which batches cannot be dealt to workers in
-    the order of the run. The fetcher that calls `next` holds it: one list element for each sample of the batch.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if "possibly_batched_index" in frame.f_locals and frame.f_code.co_name == "fetch":
-            asked = frame.f_locals["possibly_batched_index"]
-            return len(asked) if isinstance(asked, list) else 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
 
 
 def check_not_delivered(start: int, frontier: int) -> None:

@@ -229,6 +229,11 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
                 "of DataMixingCallback, with the batch fetched ahead counted as trained on: use "
                 "torch.utils.data.DataLoader"
             )
+        if not getattr(loader, "in_order", True):
+            raise ConfigurationError(
+                "the DataLoader has in_order=False, so that its workers' batches come in the order in which they are "
+                "ready, and what was consumed would be another set of samples than the count says: leave it True"
+            )
         batch_size, workers = getattr(loader, "batch_size", None) or 1, getattr(loader, "num_workers", 0)
         factor = getattr(loader, "prefetch_factor", None) or 1
         world = self.sampler.world_size

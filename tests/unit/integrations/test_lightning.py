@@ -244,6 +244,14 @@ def test_a_loader_with_a_state_of_its_own_is_refused(build, trainer):
         trainer(DataMixingCallback(sampler)).fit(Module(), StatefulDataLoader(sampler, batch_size=4))
 
 
+def test_a_loader_that_gives_batches_out_of_order_is_refused(build, trainer):
+    """What was consumed would be another set of samples than a resumed run leaves out."""
+    sampler = build()
+    loader = DataLoader(sampler, batch_size=4, num_workers=2, in_order=False)
+    with pytest.raises(ConfigurationError, match="in_order=False"):
+        trainer(DataMixingCallback(sampler)).fit(Module(), loader)
+
+
 def test_a_copy_of_the_sampler_in_a_spawned_process_is_refused(build, trainer):
     copy = pickle.loads(pickle.dumps(build()))
     with pytest.raises(ConfigurationError, match="spawn their processes"):
