@@ -34,6 +34,10 @@ SLICE_POSITIONS = 128
 From 32 MB on, glibc asks the kernel for every buffer anew, and its clearing takes as long as the work.
 """
 
+BLOCK_POSITIONS = 512
+BLOCK_VALUES, ACCELERATOR_BLOCK_VALUES = 1 << 19, 1 << 25
+"""Logits in a block where the output layer is taken over: 2 MB, or 128 MB where each block costs launches instead."""
+
 LENGTH_ATTRIBUTES = ("n_positions", "max_position_embeddings", "n_ctx")
 
 
@@ -184,7 +188,8 @@ class Scorer:
         def score(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden = scored_hidden(module, inputs, batch)
             assert hidden is not None, "the output layer is given something else than in the trial"
-            scored.append(_log_probs(lambda part: module.forward(hidden[part]), batch.targets))
+            assert isinstance(module, nn.Linear)
+            scored.append(_linear_log_probs(module, hidden, batch.targets))
             # The model goes on with one position of each row, as in generation.
             return inputs[0][:, -1:], *inputs[1:]
 
@@ -237,6 +242,39 @@ def _log_probs(logits: Callable[[slice], Tensor], targets: IntArray) -> Tensor:
         wanted = torch.from_numpy(targets[part]).to(scores.device)
         picked.append(-nn.functional.cross_entropy(scores, wanted, reduction="none"))
     return torch.cat(picked)
+
+
+def _linear_log_probs(layer: nn.Linear, hidden: Tensor, targets: IntArray) -> Tensor:
+    """Log-probabilities under a layer's logits, a block of the vocabulary at a time.
+
+    So the logits are used while they are in the processor's cache, and never all in memory.
+
+    Args:
+        layer: (V, d).
+        hidden: (S, d).
+        targets: (S,).
+
+    Returns:
+        (S,), in float32 or better.
+    """
+    wanted = torch.from_numpy(targets).to(hidden.device)
+    values = BLOCK_VALUES if hidden.device.type == "cpu" else ACCELERATOR_BLOCK_VALUES
+    found = []
+    for start in range(0, len(hidden), BLOCK_POSITIONS):
+        part, sought = hidden[start : start + BLOCK_POSITIONS], wanted[start : start + BLOCK_POSITIONS]
+        width = max(1, values // len(part))
+        sums, picked = [], torch.zeros((), device=hidden.device)
+        for first in range(0, layer.out_features, width):
+            rows = slice(first, first + width)
+            scores = nn.functional.linear(part, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            sums.append(scores.logsumexp(dim=1))
+            place = sought - first
+            is_here = (place >= 0) & (place < scores.shape[1])
+            here = scores.gather(1, place.clamp(0, scores.shape[1] - 1)[:, None])[:, 0]
+            picked = torch.where(is_here, here, picked)
+        found.append(picked - torch.stack(sums).logsumexp(dim=0))
+    return torch.cat(found)
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dmagent_loader.environment import Environment
+from dmagent_loader.environment import Environment, scoring
 from dmagent_loader.environment.output_layer import output_layer
-from dmagent_loader.environment.scoring import SLICE_POSITIONS, Scorer, scoring_state
+from dmagent_loader.environment.scoring import Scorer, scoring_state
 
 VOCABULARY = 257  # no other size in these models, so that logits are known by it
 
@@ -65,16 +65,17 @@ def expected_sums(model, pairs):
 
 
 class Logits(TorchFunctionMode):
-    """Notes how many positions' logits every operation makes."""
+    """Notes how many logits a model's output layer makes at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Causal) -> None:
         super().__init__()
+        self.weights = model.head.weight.untyped_storage().data_ptr()
         self.most = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.shape[-1:] == (VOCABULARY,):
-            self.most = max(self.most, result.numel() // VOCABULARY)
+        if func is nn.functional.linear and args[1].untyped_storage().data_ptr() == self.weights:
+            self.most = max(self.most, result.numel())
         return result
 
 
@@ -86,15 +87,20 @@ def test_it_is_applied_to_the_scored_positions_alone_and_gives_the_same(pairs):
     np.testing.assert_allclose(sums(model, pairs), expected_sums(model, pairs), rtol=0, atol=1e-4)
 
 
-def test_logits_of_a_whole_call_are_never_in_memory(pairs):
+def test_logits_of_a_whole_call_are_never_in_memory(pairs, monkeypatch):
     """That is what keeps an evaluation beside a training run from running out of memory."""
+    monkeypatch.setattr(scoring, "BLOCK_POSITIONS", 50)
+    monkeypatch.setattr(scoring, "BLOCK_VALUES", 1000)
     settings = {"batch_size": 64, "batch_tokens": 100_000}
-    with Logits() as ours:
-        sums(Causal(), pairs, **settings)
-    with Logits() as plain:
-        sums(Scaled(), pairs, **settings)
+    taken_over, plain = Causal(), Scaled()
+    with Logits(taken_over) as ours:
+        found = sums(taken_over, pairs, **settings)
+    with Logits(plain) as whole:
+        sums(plain, pairs, **settings)
 
-    assert ours.most <= SLICE_POSITIONS < plain.most
+    one_of_each_row = len(pairs) * VOCABULARY  # with which the model goes on
+    assert 0 < ours.most <= one_of_each_row < whole.most
+    np.testing.assert_allclose(found, expected_sums(taken_over, pairs), rtol=0, atol=1e-4)
 
 
 class Capped(Causal):
