@@ -144,6 +144,11 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                 rank = whole_number("rank", rank, least=0)
             if world_size is not None:
                 world_size = whole_number("world_size", world_size, least=1)
+                if world_size > 1 and rank is None and not distributed.is_active():
+                    raise ConfigurationError(
+                        f"world_size={world_size} without rank, and no process group to ask: every process would take "
+                        "itself for rank 0 and read the same samples; pass rank= too, or call init_process_group first"
+                    )
             if not isinstance(shards, (Mapping, str, os.PathLike)):
                 raise ConfigurationError(
                     f"shards is {shown(shards)}; it must map domain names to shards, or be the path of a manifest.json"

@@ -175,3 +175,10 @@ def test_what_was_achieved_is_asked_for_by_indices_that_exist(build):
     for start, stop in ((-90, 10), (0, -5), (8, 4), (2.5, 10)):
         with pytest.raises(ConfigurationError, match=r"st(art|op) is"):
             sampler.achieved(start, stop)
+
+
+def test_a_world_without_a_rank_is_refused(build):
+    """Every process would read the share of rank 0."""
+    with pytest.raises(ConfigurationError, match=r"world_size=2 without rank.*pass rank="):
+        build(world_size=2)
+    assert indices(itertools.islice(build(rank=1, world_size=2), 3)) == [1, 3, 5]
