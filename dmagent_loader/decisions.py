@@ -6,6 +6,7 @@ on) and from the recorded feedback, so that it survives a restart unchanged.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,6 +21,8 @@ from dmagent_loader.plan import Plan
 from dmagent_loader.policies import Guard, Policy, name_of, propose_guarded
 from dmagent_loader.simplex import FloatArray, IntArray
 from dmagent_loader.untrusted import is_count, is_finite_number, shown
+
+logger = logging.getLogger(__name__)
 
 HistoryMix = Literal["achieved", "requested"]
 
@@ -172,6 +175,12 @@ class DecisionMaker:
             raise FeedbackError("the feedback is empty: the environment needs at least one field")
         fields = self.measurements[0].fields if self.measurements else tuple(feedback)
         values = validate_feedback(feedback, fields)
+        if not self.measurements and (values > 0).any():
+            logger.warning(
+                "the feedback is %s, but mean log-probabilities are never above 0, and higher is better: the policy "
+                "reads losses the wrong way round (pass -loss)",
+                dict(feedback),
+            )
         if self.measurements and consumed <= self.measurements[-1].consumed:
             raise ConfigurationError(
                 f"feedback after {consumed} consumed samples follows feedback after "

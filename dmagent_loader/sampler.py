@@ -206,7 +206,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             self.received = 0
             """Published mixes that this copy has taken over."""
             self._length: int | None = None
-            self._is_warned = False
+            self._is_warned = self._is_undercount_told = False
             self.before_iteration: Callable[[], None] | None = None
             """Called when a loader announces a pass over the data, before it makes its iterator; for integrations."""
             if distributed.is_active():
@@ -218,6 +218,8 @@ class AgentWeightedSampler(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Any]:
         """Goes on after the last sample that was given (with torch workers: after those reported as consumed)."""
         self._warn_if_nobody_decides()
+        if get_worker_info() is None:
+            self._warn_about_the_pass()
         stream = SampleStream(self, self.progress.begin_pass(get_worker_info()))
         self.progress.stream = stream
         return stream
@@ -460,6 +462,15 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                 f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
                 "since the run began, once"
             )
+        done, reported = given - self.progress.position, consumed - self.progress.position
+        if not self.loader.declared and reported > 0 and 3 * reported <= done and not self._is_undercount_told:
+            self._is_undercount_told = True
+            logger.warning(
+                "consumed is %d, but %d samples were handed out: a run that is resumed from there sees most of them "
+                "again; count the samples of all ranks (batch size x world size for each batch), not the batches",
+                consumed,
+                given,
+            )
 
     # State
 
@@ -560,6 +571,24 @@ class AgentWeightedSampler(IterableDataset[Sample]):
         self.received = self.mailbox.published
         self.version += 1
         return entry
+
+    def _warn_about_the_pass(self) -> None:
+        """What would give each rank the same samples, or nobody any."""
+        processes = os.environ.get("WORLD_SIZE", "")
+        if self._rank is None and not distributed.is_active() and processes.isdigit() and int(processes) > 1:
+            logger.warning(
+                "WORLD_SIZE is %s, but there is no process group to ask for this process's rank, so that each process "
+                "reads the same samples: call init_process_group first, or pass rank= and world_size=",
+                processes,
+            )
+        begin = self.progress.handed_out
+        if begin and self.finished(begin):
+            logger.warning(
+                "data are used up after %d samples, so that a new pass has none: a run is one pass, however often the "
+                "source field repeats; begin another run with a new sampler, or let the target field repeat "
+                "(exhausted='repeat')",
+                begin,
+            )
 
     def _warn_if_nobody_decides(self) -> None:
         """A forgotten callback or call would train on the initial mix to the end, in silence."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 
-from dmagent_loader.errors import DecodeError
+from dmagent_loader.errors import ConfigurationError, DecodeError
 from dmagent_loader.lazy import read_together
 from dmagent_loader.untrusted import whole_number
 
@@ -75,6 +76,11 @@ def _stacked(samples: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, Any]:
 
 
 def _packed(sample: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    if PACKED_MEMBER not in sample and "input_ids" in sample:
+        raise DecodeError(
+            f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} was transformed already: leave out the "
+            "sampler's transform=, collate_packed converts rows as they are stored"
+        )
     if PACKED_MEMBER not in sample:
         raise DecodeError(
             f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} has no member {PACKED_MEMBER!r}, only "
@@ -130,14 +136,35 @@ class TokenizeText:
     Args:
         encode: Text to token ids: ``tokenizer.encode`` of transformers, for example.
         length: T, tokens of a row.
-        pad_token: Fills short rows.
+        pad_token: Fills short rows; the end-of-text token of a tokenizer without one.
         member: The text member.
+
+    Raises:
+        ConfigurationError: `pad_token` is None, or `encode` gives no token ids.
     """
 
     encode: Callable[[str], Sequence[int]]
     length: int
     pad_token: int
     member: str = "txt"
+
+    def __post_init__(self) -> None:
+        whole_number("length", self.length, least=1)
+        if self.pad_token is None:
+            raise ConfigurationError(
+                "pad_token is None: the tokenizer has no padding of its own; pass the id of its end-of-text token "
+                "(tokenizer.eos_token_id), labels of padding do not count"
+            )
+        whole_number("pad_token", self.pad_token, least=0)
+        try:
+            known = all(isinstance(token, Integral) for token in self.encode("a"))
+        except TypeError:
+            known = False
+        if not known:
+            raise ConfigurationError(
+                "encode gives no list of token ids: pass tokenizer.encode of transformers, or a function from text to "
+                "ids"
+            )
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels``, all (T,) int64; labels of padding are -100.

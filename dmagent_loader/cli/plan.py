@@ -181,7 +181,10 @@ def read_saved_state(path: Path) -> Mapping[str, Any]:
     try:
         saved = json.loads(read_regular(path, MAX_STATE_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise StateError(f"{path} cannot be read as JSON: {error}") from error
+        raise StateError(
+            f"{path} cannot be read as JSON: {error}; give a file that save_state() wrote, a Trainer's checkpoint, or "
+            "what state_dict() returned, as JSON"
+        ) from error
     if isinstance(saved, Mapping) and "stateful_callbacks" in saved:
         try:
             held = saved["stateful_callbacks"]["DataMixingCallback"]

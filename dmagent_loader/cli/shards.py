@@ -41,7 +41,7 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     where.add_argument(
         "--input", metavar="DIR", help="every file in DIR is a domain, named after the file; with --field"
     )
-    parser.add_argument("--field", help="field of domains that do not name it: source or target")
+    parser.add_argument("--field", choices=["source", "target"], help="field of domains that do not name it")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--text-key", default=defaults.text_key, help="column with the text (default: %(default)s)")
     parser.add_argument("--keep-columns", nargs="+", default=[], metavar="COLUMN", help="columns kept as a json member")

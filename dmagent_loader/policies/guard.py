@@ -178,7 +178,10 @@ class Guard:
         except Exception as error:  # tensors that need grad or lie on a GPU raise their own kinds
             raise PolicyError(f"it returned a {type(proposed).__name__} that is no array: {error}") from error
         if array.dtype.kind not in "fiu":
-            raise PolicyError(f"it returned {type(proposed).__name__} of {array.dtype}, not an array of numbers")
+            raise PolicyError(
+                f"it returned {type(proposed).__name__} of {array.dtype}, not an array of numbers, one "
+                "for each of history.domains, in their order"
+            )
         mix = array.astype(np.float64)
         if mix.shape != (len(self.domains),):
             raise PolicyError(f"it returned shape {mix.shape}, but there are {len(self.domains)} domains")

@@ -15,7 +15,10 @@ from typing import IO, Any, cast
 from dmagent_loader.errors import ShardError, ShardNotFoundError
 from dmagent_loader.untrusted import shown
 
-JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+JSON_LINES = tuple(
+    f"{ending}{packed}" for ending in (".jsonl", ".ndjson", ".jsonlines", ".json") for packed in ("", ".gz")
+)
+"""Endings of files that hold a JSON object in each line; C4 and Dolma call theirs ``.json.gz``."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,10 @@ class DocumentReader:
             try:
                 row = json.loads(_utf8(line, place))
             except json.JSONDecodeError as error:
-                raise ShardError(f"{place} is not JSON ({error}): repair or remove the line") from error
+                raise ShardError(
+                    f"{place} is not JSON ({error}): repair or remove the line; in files named *.json, too, "
+                    "each line has to be an object"
+                ) from error
             if not isinstance(row, dict) or not isinstance(row.get(self.text_key), str):
                 found = sorted(row) if isinstance(row, dict) else type(row).__name__
                 if isinstance(row, dict) and self.text_key in row:
@@ -99,8 +105,8 @@ class DocumentReader:
                         "remove the line"
                     )
                 raise ShardError(
-                    f"{place} has no text in column {self.text_key!r}; it has {found}: name the text column with "
-                    "text_key"
+                    f"{place} has no text in column {self.text_key!r}; it has {found}: name the text column "
+                    "(--text-key, text_key=), or give a file that is a text itself another ending"
                 )
             yield Document(row[self.text_key], {name: row[name] for name in self.keep_columns if name in row})
 
@@ -146,4 +152,7 @@ def _utf8(data: bytes, place: str) -> str:
     try:
         return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
     except UnicodeDecodeError as error:
-        raise ShardError(f"{place} is not UTF-8 ({error}): convert it, for example with iconv") from error
+        raise ShardError(
+            f"{place} is not UTF-8 ({error}): text has to be converted (iconv does), other formats "
+            "and compressions (parquet, xz, zstd) to JSON lines or .gz"
+        ) from error

@@ -98,8 +98,8 @@ def load_manifest(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     url = os.fspath(path)
     if url.endswith(".tar"):
         raise ConfigurationError(
-            f"{display_url(url)} is one shard, not a manifest: map its domain to it, {{'source/name': path}}, or pass "
-            "a manifest.json"
+            f"{display_url(url)} is a shard or a pattern of shards, not a manifest: give the manifest.json that "
+            "`dmagent shard` wrote, or, in Python, map its domain to it, {'source/name': path}"
         )
     if is_local(url):
         url = local_path(url)

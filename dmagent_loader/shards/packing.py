@@ -75,7 +75,7 @@ class TextTokenizer:
         if end is None:
             raise ConfigurationError(
                 f"tokenizer {name!r} has no end-of-text token ({' '.join(candidates)} not in its {len(vocabulary)} "
-                "tokens), so packed documents would run into each other: name one with eos_token"
+                "tokens), so packed documents would run into each other: name one (--eos-token, eos_token=)"
             )
         largest = max(vocabulary.values())
 

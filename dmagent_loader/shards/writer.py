@@ -60,8 +60,8 @@ class ShardingConfig:
     def __post_init__(self) -> None:
         if (self.tokenizer is None) != (self.sequence_length is None):
             raise ConfigurationError(
-                f"tokenizer={self.tokenizer!r} with sequence_length={self.sequence_length!r}: packing needs both, raw "
-                "text neither"
+                f"tokenizer={self.tokenizer!r} with sequence_length={self.sequence_length!r}: packing needs both "
+                "(--tokenizer, --sequence-length), raw text neither"
             )
         if self.tokenizer is not None and self.keep_columns:
             raise ConfigurationError(

@@ -182,3 +182,42 @@ def test_a_world_without_a_rank_is_refused(build):
     with pytest.raises(ConfigurationError, match=r"world_size=2 without rank.*pass rank="):
         build(world_size=2)
     assert indices(itertools.islice(build(rank=1, world_size=2), 3)) == [1, 3, 5]
+
+
+def said(caplog, words):
+    return [record.getMessage() for record in caplog.records if words in record.getMessage()]
+
+
+def test_batches_counted_for_samples_are_warned_of(build, caplog):
+    """A resumed run would train on most of it again."""
+    sampler = build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5)))
+    sampler.reweight({"general": -1.0}, consumed=0)
+    stream = iter(DataLoader(sampler, batch_size=4, collate_fn=indices))
+    for consumed in range(4, 44, 4):
+        next(stream)
+        sampler.state_dict(consumed=consumed)
+    assert not said(caplog, "were handed out")
+    for _ in range(2):
+        sampler.state_dict(consumed=10)
+    assert said(caplog, "consumed is 10, but 40 samples were handed out") == said(caplog, "were handed out")
+
+
+def test_ranks_without_a_process_group_are_warned_of(build, caplog, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    next(iter(build(rank=0, world_size=2)))
+    assert not said(caplog, "WORLD_SIZE")
+    next(iter(build()))
+    assert said(caplog, "WORLD_SIZE is 2, but there is no process group")
+
+
+def test_a_pass_after_the_end_of_the_data_is_warned_of(build, caplog):
+    sampler = build(exhausted=None)
+    assert len(list(sampler)) > 700
+    assert not said(caplog, "data are used up")
+    assert list(sampler) == []
+    assert said(caplog, "a new pass has none")
+
+
+def test_losses_in_the_place_of_log_probabilities_are_warned_of(build, caplog):
+    build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5))).reweight({"general": 6.9}, consumed=0)
+    assert said(caplog, "pass -loss")

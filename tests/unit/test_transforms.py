@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dmagent_loader import AgentWeightedSampler
-from dmagent_loader.errors import DecodeError
+from dmagent_loader.errors import ConfigurationError, DecodeError
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import PACKED_MEMBER, ShiftedTokens, TokenizeText, collate_packed, packed_tokens
 
@@ -29,7 +29,7 @@ def test_a_row_without_the_member_is_named():
     with pytest.raises(DecodeError, match=r"'k7' of 'source/a'.*\['txt'\].*--tokenizer"):
         packed_tokens({"__key__": "k7", "__domain__": "source/a", "txt": "x"})
     with pytest.raises(DecodeError, match="pass member="):
-        TokenizeText(encode=list, length=1, pad_token=0)({"text": "x"})
+        TokenizeText(encode=lambda text: [1], length=1, pad_token=0)({"text": "x"})
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,17 @@ def test_rows_of_different_lengths_make_no_batch():
     rows = [{"__key__": str(n), "__domain__": "source/a", "__index__": n, PACKED_MEMBER: np.arange(n)} for n in (3, 4)]
     with pytest.raises(DecodeError, match="different lengths \\('3' of 'source/a': 3"):
         collate_packed(rows)
+
+
+def test_a_tokenizer_without_padding_is_refused_before_the_first_short_row():
+    with pytest.raises(ConfigurationError, match=r"pad_token is None.*eos_token_id"):
+        TokenizeText(encode=lambda text: [1], length=4, pad_token=None)
+    for encode in (lambda text: {"input_ids": [1]}, lambda text: 7, lambda text: text):
+        with pytest.raises(ConfigurationError, match="no list of token ids"):
+            TokenizeText(encode=encode, length=4, pad_token=0)
+
+
+def test_rows_that_were_transformed_before_they_are_collated_are_named():
+    row = {"__key__": "k", "__domain__": "source/a", "__index__": 0, "input_ids": [1], "labels": [1]}
+    with pytest.raises(DecodeError, match=r"leave out the sampler's transform="):
+        collate_packed([row])

@@ -247,3 +247,12 @@ def test_models_of_transformers_give_what_their_logits_say(pairs, name, dtype, t
 
     assert takes_over(model, pairs) is (name in ("Llama", "GPT-2"))
     np.testing.assert_allclose(sums(model, pairs), expected_sums(model, pairs), rtol=tolerance / 50, atol=tolerance)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_diverged_is_scored_as_any_other(pairs, value):
+    """Its feedback then says what happened; comparing its logits must not fail with words of torch."""
+    model = Causal()
+    with torch.no_grad():
+        model.head.weight[5] = value
+    assert not takes_over(model, pairs)

@@ -331,3 +331,22 @@ def test_commands_refuse_what_names_no_field_or_no_files(web: Path, tmp_path: Pa
     ):
         with pytest.raises(DMAgentError):
             run("shard", *arguments, "--output", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("ending", ["json", "json.gz", "jsonlines", "ndjson", "JSONL"])
+def test_json_lines_are_known_by_any_of_their_names(tmp_path, ending):
+    """C4 calls its files .json.gz; read as texts, keys and braces would be trained on."""
+    path, lines = tmp_path / f"c4.{ending}", b'{"text": "one", "url": "u"}\n{"text": "two", "url": "v"}\n'
+    path.write_bytes(gzip.compress(lines) if ending.endswith("gz") else lines)
+    records = shard_files({"source/web": [path]}, tmp_path / "out", ShardingConfig(), progress=False)
+    assert records["source/web"].rows == 2
+
+
+def test_a_json_array_and_a_compressed_table_are_refused_with_a_remedy(tmp_path):
+    for name, data, said in (
+        ("all.json", b'[{"text": "one"},\n{"text": "two"}]', "each line has to be an object"),
+        ("rows.parquet", b"PAR1\xff\xfe\x00", "parquet, xz, zstd"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ShardError, match=said):
+            shard_files({"source/web": [tmp_path / name]}, tmp_path / "out", ShardingConfig(), progress=False)
