@@ -95,8 +95,8 @@ def section(results: dict[str, Any]) -> str:
         "## Scale",
         "1,000 domains, 1,000,000 shards of 500 to 1,500 rows, 10,000 ranks, 80 decisions, and from there one size at "
         "a time. Milliseconds for 1,024 samples of one rank, which lie 10,000 apart, long after the start (sample "
-        "1,000,000,000): as a loader in full run plans them, 8,192 in a call; 1,024 in a call; and the first call. "
-        "(With 10,000 shards 8,192 samples of one rank span eight passes over all data, and each begins with an order "
+        "1,000,000,000): as a loader in full run plans them, 16,384 in a call; 1,024 in a call; and the first call. "
+        "(With 10,000 shards 16,384 samples of one rank span 16 passes over all data, and each begins with an order "
         "of the shards of every domain.)",
         "![planning as each size grows](images/bench_scale.png)",
     ]

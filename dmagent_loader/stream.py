@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _READ_CHUNK = 16
-_FIRST_BLOCK, _LARGEST_BLOCK = 512, 8192
+_FIRST_BLOCK, _LARGEST_BLOCK = 512, 16_384
 """Positions planned at a time without reading threads: few after a new mix, which may be followed by another, then
 twice as many each time, because the cost of planning hardly grows with their number."""
 _REMOTE_THREADS = 2
