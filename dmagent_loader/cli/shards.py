@@ -37,7 +37,8 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         metavar="NAME=PATH[,PATH...]",
         help="a domain, such as source/web=web.jsonl.gz; PATH is a file, a glob or a folder; files named "
-        ".jsonl, .ndjson, .jsonlines or .json (also .gz) hold a JSON object in each line, others are one text each; repeatable",
+        ".jsonl, .ndjson, .jsonlines or .json (also .gz) hold a JSON object in each line, others are one text each; "
+        "repeatable",
     )
     where.add_argument(
         "--input", metavar="DIR", help="every file in DIR is a domain, named after the file; with --field"
