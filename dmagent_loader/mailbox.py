@@ -109,7 +109,7 @@ class Mailbox:
 
     @property
     def generation(self) -> int:
-        """Number of states that were loaded: workers of an earlier generation hold another ledger."""
+        """Number of times that a state was loaded or the run set back: workers of before hold another ledger or place."""
         return self._header[_GENERATION]
 
     @generation.setter

@@ -71,7 +71,7 @@ class Progress:
         """Whether training says after each batch what it consumed: a new pass then begins there, and what the last one
         had fetched ahead comes again."""
         self.generation = 0
-        """Number of states that were loaded."""
+        """Number of times that a state was loaded or the run set back."""
         self._worker_start: int | None = None
         self._passes = 0
 

@@ -462,8 +462,10 @@ class AgentWeightedSampler(IterableDataset[Sample]):
                 f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
                 "since the run began, once"
             )
+        if self.loader.declared or self.mailbox.num_workers or self._is_undercount_told:
+            return  # workers hand out far more than was trained on
         done, reported = given - self.progress.position, consumed - self.progress.position
-        if not self.loader.declared and reported > 0 and 3 * reported <= done and not self._is_undercount_told:
+        if reported > 0 and 3 * reported <= done:
             self._is_undercount_told = True
             logger.warning(
                 "consumed is %d, but %d samples were handed out: a run that is resumed from there sees most of them "

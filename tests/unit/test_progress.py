@@ -188,6 +188,18 @@ def said(caplog, words):
     return [record.getMessage() for record in caplog.records if words in record.getMessage()]
 
 
+def test_what_workers_fetched_ahead_is_no_miscount(build, caplog):
+    """Right at the start they have handed out many times what was trained on."""
+    sampler = build()
+    stream = iter(DataLoader(sampler, batch_size=4, num_workers=2, prefetch_factor=4, collate_fn=indices))
+    next(stream)
+    deadline = time.monotonic() + 60
+    while sampler.mailbox.frontier() < 20 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert sampler.state_dict(consumed=4)["consumed"] == 4
+    assert not said(caplog, "were handed out")
+
+
 def test_batches_counted_for_samples_are_warned_of(build, caplog):
     """A resumed run would train on most of it again."""
     sampler = build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5)))
