@@ -109,7 +109,7 @@ class Mailbox:
 
     @property
     def generation(self) -> int:
-        """Number of times that a state was loaded or the run set back: workers of before hold another ledger or place."""
+        """Number of times that a state was loaded or the run set back: earlier workers hold another ledger."""
         return self._header[_GENERATION]
 
     @generation.setter
