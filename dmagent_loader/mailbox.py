@@ -169,16 +169,9 @@ class Mailbox:
         """A worker says how many consecutive samples of the stream it takes at a time."""
         self._header[_BLOCK] = block
 
-    def advance(self, worker: int, before: int, frontier: int) -> bool:
-        """A worker says how far it has come, and how far it was.
-
-        Returns:
-            False if it was not: another iterator has begun since.
-        """
-        if self._frontiers[worker] != before:
-            return False
+    def advance(self, worker: int, frontier: int) -> None:
+        """A worker says how far it has come."""
         self._frontiers[worker] = frontier
-        return True
 
     @property
     def num_workers(self) -> int:

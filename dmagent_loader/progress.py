@@ -149,20 +149,6 @@ class Progress:
                 "DataLoader anew if its workers are persistent"
             )
 
-    def advance(self, worker: int, before: int, frontier: int) -> None:
-        """A torch worker has come so far, and was so far before.
-
-        Raises:
-            StateError: A state was loaded, or another iterator made.
-        """
-        if not self.mailbox.advance(worker, before, frontier):
-            self.check_generation()
-            raise StateError(
-                "another iterator over this sampler was made while this loader's workers read (a look at a batch, a "
-                "second loader), but the place of a run is kept for one at a time: look at samples through a sampler "
-                "of their own"
-            )
-
     def first_free(self, loader: LoaderSettings, world_size: int, last_start: int) -> int:
         """The first global index at which a new mix may begin: nobody, on any rank, has or will have fetched it.
 

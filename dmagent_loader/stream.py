@@ -146,7 +146,6 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._num_workers = 1 if info is None else info.num_workers
         if self._worker is not None:
             before = sampler.mailbox.start_worker(self._worker, self._num_workers, base)
-            self._reported = base
             if before > base:
                 logger.warning(
                     "data workers begin again at sample %d, although samples up to %d were given before: report what "
@@ -221,8 +220,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             sample = {**tags, **transformed}
         self._place = place + 1
         if self._worker is not None:
-            before, self._reported = self._reported, self._block.frontiers[place + 1]
-            sampler.progress.advance(self._worker, before, self._reported)
+            sampler.mailbox.advance(self._worker, self._block.frontiers[place + 1])
         return sample
 
     def _begin(self) -> StreamLayout:

@@ -51,18 +51,6 @@ def test_a_look_at_a_batch_does_not_move_a_run_in_silence(build, look):
         next(stream)
 
 
-@pytest.mark.parametrize("look_workers", [0, 1])
-def test_a_look_while_workers_read_stops_them(build, look_workers):
-    sampler = build()
-    loader = DataLoader(sampler, batch_size=4, num_workers=1, collate_fn=indices)
-    stream = iter(loader)
-    next(stream)
-    look = iter(DataLoader(sampler, batch_size=4, num_workers=look_workers, collate_fn=indices))
-    next(look)
-    with pytest.raises(StateError, match="look at samples through a sampler of their own"):
-        list(itertools.islice(stream, 10))
-
-
 def test_an_iterator_that_is_done_makes_room_for_the_next(build):
     sampler = build()
     for first in (0, 8, 16):
