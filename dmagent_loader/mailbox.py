@@ -17,7 +17,10 @@ MAX_WORKERS = 256
 CAPACITY = 512
 """Mixes that a worker may fall behind; it looks before each sample, so only its prefetched samples count."""
 
-_PUBLISHED, _NUM_WORKERS, _BLOCK, _BASE, _GENERATION = range(5)
+_PUBLISHED, _WORKERS, _BLOCK, _BASE, _GENERATION, _NEWEST = range(6)
+_COUNT_BITS, _KEY_BITS = 16, 32
+"""Two numbers share one word where a reader must not see one of them without the other: the workers' count below their
+generation, and a loader's key below its turn."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Mailbox:
 
     def __init__(self, num_domains: int) -> None:
         self._tensors = {
-            "header": torch.zeros(5, dtype=torch.int64),
+            "header": torch.zeros(6, dtype=torch.int64),
             "frontiers": torch.zeros(MAX_WORKERS, dtype=torch.int64),
             "passes": torch.zeros(MAX_WORKERS, dtype=torch.int64),
             "bases": torch.zeros(MAX_WORKERS, dtype=torch.int64),
@@ -109,7 +112,8 @@ class Mailbox:
 
     @property
     def generation(self) -> int:
-        """Number of times that a state was loaded or the run set back: earlier workers hold another ledger."""
+        """Number of times that the main process began to read by itself, loaded a state or set the run back: workers
+        that started earlier hold another place or ledger."""
         return self._header[_GENERATION]
 
     @generation.setter
@@ -118,7 +122,7 @@ class Mailbox:
 
     def clear_workers(self) -> None:
         """The main process reads by itself, or a new pass begins: workers have to announce themselves again."""
-        self._header[_NUM_WORKERS] = 0
+        self._header[_WORKERS] = 0
         self._header[_BLOCK] = 0
         self._tensors["frontiers"].zero_()
 
@@ -149,8 +153,30 @@ class Mailbox:
             )
         return base
 
-    def start_worker(self, worker: int, num_workers: int, base: int) -> int:
+    def is_newest(self, turn: int, key: int) -> bool:
+        """Whether no worker has read whose loader began after that of the worker who asks; its loader is the newest
+        from now on.
+
+        Args:
+            turn: Grows with the moment at which the worker was started.
+            key: The same for the workers of a loader, another for those of another one; 32 bits.
+        """
+        newest = self._header[_NEWEST]
+        if newest & ((1 << _KEY_BITS) - 1) == key:
+            return True
+        if newest >> _KEY_BITS > turn:
+            return False
+        self._header[_NEWEST] = turn << _KEY_BITS | key
+        return True
+
+    def start_worker(self, worker: int, num_workers: int, base: int, generation: int) -> int:
         """A worker says that it begins a pass over the data.
+
+        Args:
+            worker: Number of this worker.
+            num_workers: That share the pass.
+            base: Where it begins.
+            generation: At which the worker was started.
 
         Returns:
             How far the same worker had come in the pass before, or 0.
@@ -161,7 +187,7 @@ class Mailbox:
         if num_workers > MAX_WORKERS:
             raise ConfigurationError(f"{num_workers} data workers on one rank; at most {MAX_WORKERS} are supported")
         before = self._frontiers[worker]
-        self._header[_NUM_WORKERS] = num_workers
+        self._header[_WORKERS] = generation << _COUNT_BITS | num_workers
         self._frontiers[worker] = base
         return before
 
@@ -176,7 +202,8 @@ class Mailbox:
     @property
     def num_workers(self) -> int:
         """Workers that have begun; 0 while the main process reads by itself."""
-        return self._header[_NUM_WORKERS]
+        generation, count = divmod(self._header[_WORKERS], 1 << _COUNT_BITS)
+        return count if generation == self.generation else 0
 
     @property
     def block(self) -> int:

@@ -5,9 +5,10 @@ From this follows where a new pass over the data begins, and from which sample o
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from dmagent_loader import distributed
 from dmagent_loader.errors import ConfigurationError, StateError
@@ -52,6 +53,25 @@ class Stream(Protocol):
         ...
 
 
+class WorkerInfo(Protocol):
+    """The part of what torch tells a data worker that matters here."""
+
+    @property
+    def id(self) -> int:
+        """Number of this worker."""
+        ...
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of the loader."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of this worker: its number and what all workers of an iterator over the loader share."""
+        ...
+
+
 class Progress:
     """The place of a run, in one process.
 
@@ -71,8 +91,9 @@ class Progress:
         """Whether training says after each batch what it consumed: a new pass then begins there, and what the last one
         had fetched ahead comes again."""
         self.generation = 0
-        """Number of times that a state was loaded or the run set back."""
+        """What the mailbox's was when this copy was made."""
         self._worker_start: int | None = None
+        self._turn_and_key: tuple[int, int] | None = None
         self._passes = 0
 
     @property
@@ -113,40 +134,59 @@ class Progress:
         self.generation += 1
         self.mailbox.generation = self.generation
 
-    def begin_pass(self, worker: Any) -> int:
+    def begin_pass(self, worker: WorkerInfo | None) -> int:
         """Where a new pass begins: in the main process after what was handed out, in a worker after what was consumed.
 
         All workers begin at the same sample.
 
         Args:
-            worker: torch's WorkerInfo; None: in the main process.
+            worker: torch's; None: in the main process.
         """
         if worker is None:
+            self._refuse_workers()
             self.mailbox.clear_workers()
             self.position = self.consumed if self.training_counts else self.handed_out
         elif self._worker_start is None:
             # Not the mailbox: a worker that starts slowly would find there what was consumed from the others by then.
             self.position = self._worker_start = self.handed_out
-        else:
+        elif self.is_newest(worker):
             self._passes += 1
-            # The loader's own seed tells its workers from those of another one.
-            key = stream_key("pass", worker.seed - worker.id, self._passes) >> 1
+            key = stream_key("pass", _loader_seed(worker), self._passes) >> 1
             base = max(self._worker_start, self.mailbox.base)
             self.position = self.mailbox.agree_on_base(worker.id, worker.num_workers, key, base)
         self.stream = None
         return self.position
 
-    def check_generation(self) -> None:
-        """In a torch worker, at each sample.
+    def start_worker(self, worker: WorkerInfo, base: int) -> int:
+        """A torch worker says that it begins; nothing is said for one that `check_worker` refuses.
+
+        Returns:
+            How far the same worker had come in the pass before, or 0.
+        """
+        if not self.is_newest(worker):
+            return 0
+        return self.mailbox.start_worker(worker.id, worker.num_workers, base, self.generation)
+
+    def is_newest(self, worker: WorkerInfo) -> bool:
+        """Whether nothing was read, loaded or set back since this torch worker was started."""
+        if self.mailbox.generation != self.generation:
+            return False
+        if self._turn_and_key is None:
+            self._turn_and_key = _start_order(), _loader_seed(worker) & 0xFFFFFFFF
+        return self.mailbox.is_newest(*self._turn_and_key)
+
+    def check_worker(self, worker: WorkerInfo) -> None:
+        """In a torch worker, at each sample: torch does not report what a persistent one raises as it begins a pass.
 
         Raises:
-            StateError: A state was loaded, or the run was set back, after the workers had started.
+            StateError: A state was loaded, the run was set back, or another iterator begun, after the worker started.
         """
-        if self.mailbox.generation != self.generation:
+        if not self.is_newest(worker):
             raise StateError(
-                "a state was loaded, or the run was set back by seek(), after this loader's workers had started, so "
-                "that they hold another ledger or place: iterate after load_state_dict() and seek(), and build the "
-                "DataLoader anew if its workers are persistent"
+                "after this loader's workers had started, a state was loaded, the run was set back by seek(), or "
+                "another iterator over the sampler was made (a look at a batch, a second loader), but the place of a "
+                "run is kept for one at a time: iterate after load_state_dict() and seek(), look at samples through a "
+                "sampler of their own, and build the DataLoader anew if its workers are persistent"
             )
 
     def first_free(self, loader: LoaderSettings, world_size: int, last_start: int) -> int:
@@ -188,3 +228,14 @@ class Progress:
         block = self.mailbox.block or loader.batch_size
         streams = world_size if loader.kind == "sharded" else 1
         return self.mailbox.num_workers * loader.prefetch_factor * block * streams
+
+
+def _loader_seed(worker: WorkerInfo) -> int:
+    """torch draws a seed for each iterator over a loader, the same for all its workers."""
+    return worker.seed - worker.id
+
+
+def _start_order() -> int:
+    """Grows from each child process of the main process to the next, which Python says in their names; 0: renamed."""
+    number = multiprocessing.current_process().name.rpartition("-")[2].rpartition(":")[2]
+    return int(number) if number.isdecimal() else 0

@@ -142,10 +142,10 @@ class SampleStream(Iterator[Mapping[str, Any]]):
     def __init__(self, sampler: AgentWeightedSampler, base: int) -> None:
         info = get_worker_info()
         self._sampler, self._base = sampler, base
-        self._worker = None if info is None else info.id
+        self._worker = info
         self._num_workers = 1 if info is None else info.num_workers
-        if self._worker is not None:
-            before = sampler.mailbox.start_worker(self._worker, self._num_workers, base)
+        if info is not None:
+            before = sampler.progress.start_worker(info, base)
             if before > base:
                 logger.warning(
                     "data workers begin again at sample %d, although samples up to %d were given before: report what "
@@ -179,10 +179,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         sampler = self._sampler
         if self._done:
             raise StopIteration
-        if self._layout is None:
-            self._layout = self._begin()
         if self._worker is None:
-            if sampler.progress.stream is not self:
+            if sampler.progress.stream is not self or sampler.mailbox.num_workers:
                 raise StateError(
                     "another iterator over this sampler was made, a state was loaded, or the run was set to another "
                     "place while this iterator was in use, but the place of a run is kept for one at a time: make a "
@@ -190,10 +188,11 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                     "at samples through a sampler of their own"
                 )
         else:
-            # At each sample: torch does not report what a persistent worker raises when it begins a new pass.
-            sampler.progress.check_generation()
+            sampler.progress.check_worker(self._worker)
             if sampler.received < sampler.mailbox.published:
                 sampler.receive(self.frontier)
+        if self._layout is None:
+            self._layout = self._begin()
         if self._version != sampler.version:
             self._replan()
         place = self._place
@@ -220,7 +219,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             sample = {**tags, **transformed}
         self._place = place + 1
         if self._worker is not None:
-            sampler.mailbox.advance(self._worker, self._block.frontiers[place + 1])
+            sampler.mailbox.advance(self._worker.id, self._block.frontiers[place + 1])
         return sample
 
     def _begin(self) -> StreamLayout:
@@ -238,12 +237,11 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 f"the sampler was told batch_size={declared}, but the loader asks for {asked} samples at a time: "
                 "the order of samples would depend on the workers; pass the same to both, or none to the sampler"
             )
-        block = declared or asked or 1
+        block, worker = declared or asked or 1, 0
         if self._worker is not None:
+            worker = self._worker.id
             self._sampler.mailbox.report_block(block)
-        return self._sampler.layout(
-            base=self._base, worker=self._worker or 0, num_workers=self._num_workers, worker_block=block
-        )
+        return self._sampler.layout(base=self._base, worker=worker, num_workers=self._num_workers, worker_block=block)
 
     def _loader_batch_size(self) -> int | None:
         """The batch size of the torch loader that is asking for a sample, in a worker process.

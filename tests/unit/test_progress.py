@@ -51,6 +51,53 @@ def test_a_look_at_a_batch_does_not_move_a_run_in_silence(build, look):
         next(stream)
 
 
+@pytest.mark.parametrize("look_workers", [0, 1, 2])
+def test_a_look_while_workers_read_stops_them(build, look_workers):
+    sampler = build()
+    stream = iter(DataLoader(sampler, batch_size=4, num_workers=2, collate_fn=indices))
+    next(stream)
+    look = DataLoader(sampler, batch_size=4, num_workers=look_workers, collate_fn=indices)
+    assert list(itertools.islice(look, 3)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    with pytest.raises(StateError, match="look at samples through a sampler of their own"):
+        list(itertools.islice(stream, 10))
+
+
+def test_a_look_with_workers_stops_the_main_process(build):
+    sampler = build()
+    stream = iter(sampler)
+    next(stream)
+    next(iter(DataLoader(sampler, batch_size=4, num_workers=1, collate_fn=indices)))
+    with pytest.raises(StateError, match="look at samples through a sampler of their own"):
+        next(stream)
+
+
+class LateWorkers(AgentWeightedSampler):
+    """Those of the first loaders begin when later loaders have long read."""
+
+    loader_number = 0
+
+    def __iter__(self):
+        time.sleep(max(0.0, 0.4 * (2 - self.loader_number)) if get_worker_info() is not None else 0.0)
+        return super().__iter__()
+
+
+def test_late_workers_of_a_loader_that_was_replaced_do_not_stop_the_new_ones(build):
+    """They would also overwrite how far those have come."""
+    sampler = build(LateWorkers)
+    replaced = []
+    for sampler.loader_number in range(3):
+        replaced.append(iter(DataLoader(sampler, batch_size=4, num_workers=2, collate_fn=indices)))
+    seen = []
+    while len(seen) < 80:
+        seen += next(replaced[-1])
+        time.sleep(0.05)
+        sampler.reweight_due(len(seen))
+        assert sampler.mailbox.frontier() >= len(seen)
+    assert seen == list(range(80))
+    with pytest.raises(StateError, match="another iterator"):
+        next(replaced[0])
+
+
 def test_an_iterator_that_is_done_makes_room_for_the_next(build):
     sampler = build()
     for first in (0, 8, 16):
