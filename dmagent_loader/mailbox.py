@@ -202,7 +202,10 @@ class Mailbox:
     @property
     def num_workers(self) -> int:
         """Workers that have begun; 0 while the main process reads by itself."""
-        generation, count = divmod(self._header[_WORKERS], 1 << _COUNT_BITS)
+        word = self._header[_WORKERS]
+        if not word:  # the main process reads by itself, and asks before each sample
+            return 0
+        generation, count = divmod(word, 1 << _COUNT_BITS)
         return count if generation == self.generation else 0
 
     @property
