@@ -1,7 +1,8 @@
 """Indexes on disk, so that a shard is read through only once.
 
 One file per shard (`dmagent_loader.shards.sealed`), named by the hash of the URL and valid for one size and
-modification time or etag. A replaced shard overwrites its entry; an entry that is damaged in any way is built again.
+modification time or etag. A replaced shard overwrites its entry, unless it has the time of the one before: then it was
+damaged. An entry that is damaged in any way is built again.
 Beside them lie overviews of many shards (`dmagent_loader.shards.overview`).
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.files import remove_leftovers, write_atomically
-from dmagent_loader.shards.damage import ShardDamage, compared, is_as_written, rows_that_lack_members
+from dmagent_loader.shards.damage import ShardDamage, compared, is_as_written, resized, rows_that_lack_members
 from dmagent_loader.shards.header import BLOCK
 from dmagent_loader.shards.index import ShardIndex, build_index, without_rows
 from dmagent_loader.shards.manifest import recorded
@@ -36,6 +37,8 @@ _COLUMNS = ("offset", "size", "extension", "row_first", "row_crc", "keys", "key_
 _PATIENCE_SECONDS = 60.0
 _SLOWEST_BYTES_PER_SECOND = 10 << 20
 """At which another process is given the time to index a shard."""
+_NO_TIME_NS = 86_400 * 10**9
+"""Files on the first day of 1970 have no time at all: of a read-only image, a store by content, some network mounts."""
 _MOST_BYTES_AT_THE_END = 1 << 20
 """Padding of a tar with the largest blocking factor in use."""
 
@@ -95,6 +98,18 @@ class IndexCache:
         except Exception:  # whatever is wrong with a cache entry, the remedy is to build it again
             return None
         return None if index is None else with_content(index, checksum)
+
+    def of_another_size(self, url: str, version: ShardVersion) -> ShardIndex | None:
+        """The index of the whole file that a local shard was when it had another size at the same modification time."""
+        if not is_local(url) or int(version.tag) < _NO_TIME_NS:
+            return None
+        try:
+            data = self.entry(url).read_bytes()
+            size, _ = json.loads(metadata_in(data)["version"])
+            index = parse_entry(url, data, replace(version, size=size))
+        except Exception:  # whatever is wrong with a cache entry, the remedy is to build it again
+            return None
+        return None if index is None or index.damage or index.file_size == version.size else index
 
     def save(self, url: str, version: ShardVersion, index: ShardIndex) -> bool:
         """Writes an index; complete or not at all.
@@ -203,6 +218,11 @@ def build_and_cache(
                 f"shard {display_url(url)} changed while it was indexed ({version.size} bytes before, {now.size} "
                 "after, or another time or etag): open the shards when nobody writes them any more"
             )
+        whole = None if vouched or index.damage else cache.of_another_size(url, version)
+        if whole is not None:
+            # The index of the whole file stays: it tells at the next start, too, and serves the restored shard.
+            index = without_rows(index, _rows_that_are_new(index, whole))
+            return replace(index, damage=(resized(url, index, whole),)), False
         saved = cache.save(url, version, index)
         return judged(url, index), saved
 
@@ -236,6 +256,12 @@ def is_vouched_for(url: str, shard: KnownShard) -> bool:
         return True
     as_written = is_as_written(record, size=shard.version.size, rows=shard.rows, sha256=shard.sha256)
     return as_written and shard.sha256 is not None
+
+
+def _rows_that_are_new(index: ShardIndex, before: ShardIndex) -> list[int]:
+    """The rows of a shard that another one has not, by key and checksum of the payloads."""
+    known = {(before.key(row), crc) for row, crc in enumerate(before.row_crc.tolist())}
+    return [row for row, crc in enumerate(index.row_crc.tolist()) if (index.key(row), crc) not in known]
 
 
 def _ends_as_indexed(url: str, index: ShardIndex) -> bool:

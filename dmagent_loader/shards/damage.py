@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FEWER_ROWS = "fewer rows than were written"
 CHANGED = "not the file that was written"
 """Kinds of damage that only a manifest shows."""
+RESIZED = "another size at the same modification time"
+"""A kind of damage that only an earlier index of the shard shows."""
 
 _LACKING_BY_GAP = 2
 """Rows that one damaged place may have taken members from: the one before, and the one after."""
@@ -35,7 +37,7 @@ class ShardDamage:
         shard: URL of the shard.
         kind: For example ``"header zeroed"`` (`dmagent_loader.shards.tar`).
         offset: First byte that could not be used.
-        bytes_lost: Bytes of the file that could not be used.
+        bytes_lost: Bytes of the file that could not be used, or by which it is smaller than when it was indexed.
         rows_before: Rows that are readable before it.
         rows_kept: Rows that are readable in the whole shard.
         rows_lost: Estimate from the bytes lost and the mean size of a row.
@@ -59,6 +61,13 @@ class ShardDamage:
                 f"shard {display_url(self.shard)} is not the file that was written: its size, rows or sha256 are not "
                 f"those of the manifest.json above it ({self.rows_kept} rows readable); if it was replaced on "
                 "purpose, correct the manifest or remove it"
+            )
+        if self.kind == RESIZED:
+            change = f"lost {self.bytes_lost}" if self.bytes_lost > 0 else f"gained {-self.bytes_lost}"
+            return (
+                f"shard {display_url(self.shard)} has {change} bytes since it was indexed, but has the modification "
+                f"time that it had, as where a disk or a copy loses bytes ({self.rows_kept} of its rows readable, "
+                f"{self.rows_lost} lost): restore it; if it was replaced on purpose, `touch` it"
             )
         lost = f"{'at least' if self.at_least else 'about'} {self.rows_lost} rows lost"
         if self.is_exact:
@@ -116,6 +125,26 @@ def compared(url: str, index: ShardIndex, record: ShardRecord) -> tuple[ShardDam
             replace(damage, rows_before=rows_before, rows_kept=kept, rows_lost=rows, at_least=False, is_exact=True)
         )
     return tuple(counted)
+
+
+def resized(url: str, index: ShardIndex, before: ShardIndex) -> ShardDamage:
+    """The damage of a shard that has another size than when it was indexed, at the same modification time.
+
+    Args:
+        url: The shard.
+        index: The rows that it still has.
+        before: Its index of then.
+    """
+    return ShardDamage(
+        shard=url,
+        kind=RESIZED,
+        offset=0,
+        bytes_lost=before.file_size - index.file_size,
+        rows_before=index.num_rows,
+        rows_kept=index.num_rows,
+        rows_lost=max(0, before.num_rows - index.num_rows),
+        at_least=False,
+    )
 
 
 def broken_rows(

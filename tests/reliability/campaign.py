@@ -145,12 +145,14 @@ def told_by_nothing(shard: Shard, damaged: Damaged) -> bool:
     """Whether a tar alone cannot show the damage.
 
     Payloads, and names that are too long for a header, have no checksum in a tar, so that the header of such a member
-    may become that of another one; and zeros at the end may be padding of up to 20 blocks besides the two blocks of the
-    end marker.
+    may become that of another one; where as many bytes are missing as a member takes, a whole tar is left; and zeros at
+    the end may be padding of up to 20 blocks besides the two blocks of the end marker.
     """
     if damaged.data is None:
         return False
     if not damaged.touches_headers(shard) or _headers_fit(shard, damaged.data):
+        return True
+    if len(damaged.data) < len(shard.data) and damaged.is_a_whole_tar():
         return True
     kept = len(damaged.data) - damaged.zeros_at_the_end()
     same = len(damaged.data) == len(shard.data) and damaged.data[:kept] == shard.data[:kept]

@@ -46,6 +46,36 @@ class Damaged:
             return True
         return any(self.data[start:end] != shard.data[start:end] for start, end in shard.headers)
 
+    def is_a_whole_tar(self) -> bool:
+        """Whether every byte is what a tar that was written so would have there, as far as Python's `tarfile` tells.
+
+        Each header has its checksum and is followed by the next, no member has two extended headers of one kind, and
+        the end is a marker with the padding of some blocking factor up to 20.
+        """
+        if self.data is None or len(self.data) % BLOCK:
+            return False
+        position, members, announced = 0, 0, set[bytes]()
+        while any(self.data[position : position + BLOCK]):
+            try:
+                header = tarfile.TarInfo.frombuf(self.data[position : position + BLOCK], "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                return False
+            if header.isreg():
+                members += 1
+                announced.clear()
+            elif header.type in announced:
+                return False
+            else:
+                announced.add(header.type)
+            position += BLOCK + -(-header.size // BLOCK) * BLOCK
+        blocks = len(self.data) // BLOCK
+        factor = max(factor for factor in range(1, 21) if blocks % factor == 0)
+        zeros = len(self.data) - position
+        if announced or any(self.data[position:]) or not 2 * BLOCK <= zeros < (2 + factor) * BLOCK:
+            return False
+        with tarfile.open(fileobj=io.BytesIO(self.data)) as tar:
+            return len(tar.getmembers()) == members
+
     def zeros_at_the_end(self) -> int:
         """Length of the run of zeros that the file ends with."""
         return 0 if self.data is None else len(self.data) - len(self.data.rstrip(b"\0"))

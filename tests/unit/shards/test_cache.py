@@ -345,6 +345,39 @@ def test_a_damaged_file_that_comes_back_with_the_time_of_a_whole_one_is_found(
             open_many([path, beside])
 
 
+@pytest.mark.parametrize("start", [2000, 2200], ids=["in a header", "in a payload"])
+def test_a_shard_that_lost_a_row_s_bytes_but_not_its_time_is_found(write_old: Callable[..., Path], start: int) -> None:
+    """What is left is a whole tar, with a row that is made of two: nothing else tells that one is gone."""
+    rows = [b"%d" % n * 600 for n in range(5)]
+    path, beside = write_old("a.tar", rows), write_old("beside.tar", [b"beside"])
+    whole = path.read_bytes()
+    open_many([path, beside])
+    path.write_bytes(whole[:start] + whole[start + 512 + 1024 :])
+    os.utime(path, ns=(THE_SAME_TIME, THE_SAME_TIME))
+    for _ in range(2):
+        with pytest.raises(DamagedShardError, match=r"lost 1536 bytes.*3 of its rows readable, 2 lost.*`touch` it"):
+            open_many([path, beside])
+    skipping = open_many([path, beside], on_damage="skip")
+    assert texts(skipping) == [rows[0], *rows[3:], b"beside"]
+    assert skipping.damage[0].rows_lost == 2
+    path.write_bytes(whole)
+    os.utime(path, ns=(THE_SAME_TIME, THE_SAME_TIME))
+    assert texts(open_many([path, beside])) == [*rows, b"beside"]
+
+
+@pytest.mark.parametrize("time", [THE_SAME_TIME + 1, 10**9])
+def test_a_shard_that_was_replaced_by_a_smaller_one_is_no_damage(write_old: Callable[..., Path], time: int) -> None:
+    """With another time; and where files have none, as in a read-only image."""
+    path, beside = write_old("a.tar", [b"1" * 600] * 5), write_old("beside.tar", [b"beside"])
+    os.utime(path, ns=(time, time))
+    open_many([path, beside])
+    whole = path.read_bytes()
+    path.write_bytes(whole[1536:])
+    later = time if time == 10**9 else time + 1
+    os.utime(path, ns=(later, later))
+    assert texts(open_many([path, beside])) == [b"1" * 600] * 4 + [b"beside"]
+
+
 def test_rows_that_take_the_place_of_padding_are_found_whatever_the_time(write_old: Callable[..., Path]) -> None:
     """The size is that of before."""
     path = write_old("a.tar", [b"1"] * 3)
