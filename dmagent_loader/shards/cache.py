@@ -2,8 +2,8 @@
 
 One file per shard (`dmagent_loader.shards.sealed`), named by the hash of the URL and valid for one size and
 modification time or etag. A replaced shard overwrites its entry, unless it has the time of the one before: then it was
-damaged. An entry that is damaged in any way is built again.
-Beside them lie overviews of many shards (`dmagent_loader.shards.overview`).
+damaged. An entry that is damaged in any way is built again. Beside them lie overviews of many shards
+(`dmagent_loader.shards.overview`).
 """
 
 from __future__ import annotations

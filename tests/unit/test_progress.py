@@ -246,7 +246,8 @@ def test_batches_counted_for_samples_are_warned_of(build, caplog):
     assert not said(caplog, "were handed out")
     for _ in range(2):
         sampler.state_dict(consumed=10)
-    assert said(caplog, "consumed is 10, but 40 samples were handed out") == said(caplog, "were handed out")
+    assert len(said(caplog, "consumed is 10, but 40 samples were handed out")) == 1
+    assert len(said(caplog, "were handed out")) == 1
 
 
 def test_ranks_without_a_process_group_are_warned_of(build, caplog, monkeypatch):
