@@ -52,9 +52,9 @@ $(NEMO_STAMP):
 
 # One process at a time: each takes a minute to import NeMo where two share a core.
 test-nemo: $(NEMO_STAMP)
-	CONFORMANCE_TIMEOUT=900 $(NEMO_VENV)/bin/python -m pytest -m 'not slow' --timeout 1800 tests/integration/nemo \
-		tests/examples/test_nemo_pretrain.py $(PYTEST_ARGS)
-	CONFORMANCE_TIMEOUT=900 $(NEMO_VENV)/bin/python -m pytest -m 'not slow' --timeout 1800 tests/conformance -k NeMo $(PYTEST_ARGS)
+	CONFORMANCE_TIMEOUT=900 $(NEMO_VENV)/bin/python -m pytest -m 'not slow' --timeout 1800 tests/trainers/nemo \
+		tests/trainers/examples/test_nemo_pretrain.py $(PYTEST_ARGS)
+	CONFORMANCE_TIMEOUT=900 $(NEMO_VENV)/bin/python -m pytest -m 'not slow' --timeout 1800 tests/trainers/conformance -k NeMo $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -31,11 +31,11 @@ from loaders import BENCH, LOADERS, MAIN, STREAMING
 from prepared import MEMBER, ROW_TOKENS, Prepared, decode, digest
 from tokenizers import ByteLevelBPETokenizer
 
-from dmagent_loader.demo.config import DemoConfig
-from dmagent_loader.demo.python_corpus import build_python_corpus
-from dmagent_loader.domains import CANONICAL_TOPICS
+from dmagent_loader._demo.config import DemoConfig
+from dmagent_loader._demo.python_corpus import build_python_corpus
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, manifest_text
-from dmagent_loader.shards.writer import DomainWriter, ShardingConfig, shard_files
+from dmagent_loader.shards.writing.writer import DomainWriter, ShardingConfig, shard_files
 
 FOLDER = Path("build/bench_data")
 KINDS = ("packed", "text")

@@ -14,8 +14,8 @@ import torch
 from measuring import interleaved, profiled, seconds
 
 from dmagent_loader import AgentWeightedSampler, DomainSpace, MixingAgent
-from dmagent_loader.domains import CANONICAL_TOPICS
-from dmagent_loader.history import History
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS
+from dmagent_loader.mixture.history import History
 from dmagent_loader.testing import write_toy_shards
 
 STEPS = (1, 20, 40, 80)

@@ -27,8 +27,8 @@ import transformers
 from measuring import Aim, aims_table, interleaved, median, parser, save, seconds, table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dmagent_loader.demo.config import DemoConfig
-from dmagent_loader.demo.python_corpus import build_python_corpus
+from dmagent_loader._demo.config import DemoConfig
+from dmagent_loader._demo.python_corpus import build_python_corpus
 from dmagent_loader.environment import Environment
 
 FIELDS = {

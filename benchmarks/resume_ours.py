@@ -12,8 +12,8 @@ import numpy as np
 from measuring import median, profiled, say, seconds
 
 from dmagent_loader import AgentWeightedSampler
-from dmagent_loader.decisions import Measurement
-from dmagent_loader.ledger import LedgerEntry
+from dmagent_loader._run.decisions import Measurement
+from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.testing import write_toy_shards
 
 INTERVAL = 64_000

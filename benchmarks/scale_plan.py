@@ -16,12 +16,12 @@ import numpy as np
 from measuring import interleaved, median, profiled, say, seconds
 
 from dmagent_loader import DomainSpace
-from dmagent_loader.ledger import LedgerEntry
-from dmagent_loader.plan import Plan
+from dmagent_loader.mixture.ledger import LedgerEntry
+from dmagent_loader.mixture.plan import Plan
 
 SAMPLES = 1024
 BLOCK = 16_384
-"""Samples that a loader in full run plans in one call (`dmagent_loader.stream`)."""
+"""Samples that a loader in full run plans in one call (`dmagent_loader._loading.stream`)."""
 
 START = 10**9
 """Global index at which the measured samples begin: a run that has been going on for long."""

@@ -21,9 +21,9 @@ from scale_plan import resident_mb
 
 from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.cache import IndexCache
-from dmagent_loader.shards.index import build_index
-from dmagent_loader.shards.reader import open_source
+from dmagent_loader.shards.index.cache import IndexCache
+from dmagent_loader.shards.index.shard_index import build_index
+from dmagent_loader.shards.sources.local import open_source
 
 THREADS = (1, 8)
 ROW_KINDS = {

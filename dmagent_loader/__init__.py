@@ -14,15 +14,15 @@ from dmagent_loader._version import __version__
 
 if TYPE_CHECKING:
     from dmagent_loader.agent import MixingAgent
-    from dmagent_loader.domains import DomainSpace
     from dmagent_loader.environment import Environment
+    from dmagent_loader.mixture.domains import DomainSpace
     from dmagent_loader.sampler import AgentWeightedSampler
 
 __all__ = ["AgentWeightedSampler", "DomainSpace", "Environment", "MixingAgent", "__version__"]
 
 _HOMES = {
     "AgentWeightedSampler": "dmagent_loader.sampler",
-    "DomainSpace": "dmagent_loader.domains",
+    "DomainSpace": "dmagent_loader.mixture.domains",
     "Environment": "dmagent_loader.environment",
     "MixingAgent": "dmagent_loader.agent",
 }

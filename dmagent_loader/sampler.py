@@ -18,26 +18,27 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dmagent_loader import agreement, distributed
+from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.cursor import LoaderSettings, Progress
+from dmagent_loader._loading.lazy import Sample
+from dmagent_loader._loading.mailbox import Mailbox
+from dmagent_loader._loading.open_shards import open_on_all_ranks
+from dmagent_loader._loading.stream import ReadaheadConfig, SampleStream, check_not_delivered
+from dmagent_loader._run import rank_check as agreement
+from dmagent_loader._run.decisions import Answer, Decision, DecisionMaker, HistoryMix
+from dmagent_loader._run.state import read_state, write_state
+from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.agent import MixingAgent
-from dmagent_loader.decisions import Answer, Decision, DecisionMaker, HistoryMix
-from dmagent_loader.domains import SOURCE, DomainSpace
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.history import Standardization
-from dmagent_loader.layout import StreamLayout
-from dmagent_loader.lazy import Sample
-from dmagent_loader.ledger import INITIAL, MANUAL, Ledger, LedgerEntry
-from dmagent_loader.mailbox import Mailbox
-from dmagent_loader.opening import open_on_all_ranks
-from dmagent_loader.plan import Plan
+from dmagent_loader.mixture.domains import SOURCE, DomainSpace
+from dmagent_loader.mixture.history import Standardization
+from dmagent_loader.mixture.ledger import INITIAL, MANUAL, Ledger, LedgerEntry
+from dmagent_loader.mixture.plan import Plan
+from dmagent_loader.mixture.row_order import DEFAULT_WINDOW
+from dmagent_loader.mixture.sharding import StreamLayout
+from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies import AgentPolicy, Guard, GuardConfig, Policy
-from dmagent_loader.progress import LoaderSettings, Progress
 from dmagent_loader.shards import load_manifest, make_decoder
-from dmagent_loader.shuffle import DEFAULT_WINDOW
-from dmagent_loader.simplex import FloatArray
-from dmagent_loader.state import read_state, write_state
-from dmagent_loader.stream import ReadaheadConfig, SampleStream, check_not_delivered
-from dmagent_loader.untrusted import shown, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class AgentWeightedSampler(IterableDataset[Sample]):
             shares of rows.
         start_state: Mix of the base model's own training data (paper, 3.1), the first thing that the policy sees; None:
             the source domains' shares of rows.
-        exhausted: What happens when a domain has given all its rows: see `dmagent_loader.plan.exhaustion_rules`.
+        exhausted: What happens when a domain has given all its rows: see `mixture.plan.exhaustion_rules`.
         rank: Of this data-parallel process; None: from `torch.distributed`.
         world_size: Number of data-parallel processes; None: from `torch.distributed`.
         decode: ``"default"`` (allow-listed decoders), ``"lazy"`` (the same, but a row of a local shard is read when a

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmagent_loader._loading.lazy import read_together
+from dmagent_loader._validation import whole_number
 from dmagent_loader.errors import ConfigurationError, DecodeError
-from dmagent_loader.lazy import read_together
-from dmagent_loader.untrusted import whole_number
 
 PACKED_MEMBER = "input_ids.npy"
 """The member that ``dmagent shard --tokenizer`` writes."""

@@ -18,8 +18,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from dmagent_loader.pipeline.corpus import read_documents, train_tokenizer
-from dmagent_loader.pipeline.topics import TopicClassifier, TopicClassifierConfig
+from dmagent_loader.training.data.corpus import read_documents, train_tokenizer
+from dmagent_loader.training.data.topics import TopicClassifier, TopicClassifierConfig
 
 
 def main() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-TEST = re.compile(r"tests/conformance/.*::test_(?P<promise>\w+)\[(?P<integration>.*?)(?:-\d processes.*)?\](@.*)?$")
+TEST = re.compile(
+    r"tests/trainers/conformance/.*::test_(?P<promise>\w+)\[(?P<integration>.*?)(?:-\d processes.*)?\](@.*)?$"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

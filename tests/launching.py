@@ -6,6 +6,9 @@ import os
 import random
 import socket
 import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def python(processes: int = 1) -> list[str]:

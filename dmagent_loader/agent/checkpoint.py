@@ -18,11 +18,11 @@ import safetensors
 import safetensors.torch
 import torch
 
+from dmagent_loader._files import write_atomically
+from dmagent_loader._validation import read_regular
 from dmagent_loader.agent.config import AgentConfig
 from dmagent_loader.agent.model import MixingAgent
 from dmagent_loader.errors import CheckpointError, ConfigurationError, require_extra
-from dmagent_loader.files import write_atomically
-from dmagent_loader.untrusted import read_regular
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

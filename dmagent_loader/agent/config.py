@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dmagent_loader.domains import DomainSpace
+from dmagent_loader._validation import is_finite_number, shown
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.history import STANDARDIZATIONS, FeedbackStatistics, Standardization
-from dmagent_loader.untrusted import is_finite_number, shown
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.history import STANDARDIZATIONS, FeedbackStatistics, Standardization
 
 SCHEMA_VERSION = 1
 """Version of the JSON form; raised when an older reader would misunderstand a newer file."""

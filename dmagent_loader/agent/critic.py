@@ -20,6 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dmagent_loader._files import write_atomically
+from dmagent_loader._validation import is_finite_number, shown
 from dmagent_loader.agent.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -30,8 +32,6 @@ from dmagent_loader.agent.checkpoint import (
 from dmagent_loader.agent.config import MAX_WIDTH, AgentConfig
 from dmagent_loader.agent.layers import DecoderBlock, initialize, rotary_tables
 from dmagent_loader.errors import CheckpointError, ConfigurationError
-from dmagent_loader.files import write_atomically
-from dmagent_loader.untrusted import is_finite_number, shown
 
 SCHEMA_VERSION = 1
 """Version of the JSON form; raised when an older reader would misunderstand a newer file."""

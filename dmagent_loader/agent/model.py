@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dmagent_loader.agent.config import AgentConfig
 from dmagent_loader.agent.layers import DecoderBlock, causal_mask, initialize, rotary_tables
 from dmagent_loader.errors import ConfigurationError, DomainError, FeedbackError
-from dmagent_loader.history import FeedbackStatistics, History, Standardization, standardize
-from dmagent_loader.simplex import FloatArray
+from dmagent_loader.mixture.history import FeedbackStatistics, History, Standardization, standardize
+from dmagent_loader.mixture.simplex import FloatArray
 
 
 class MixingAgent(nn.Module):

@@ -7,7 +7,7 @@ import logging
 import textwrap
 from pathlib import Path
 
-from dmagent_loader.demo.config import DEFAULT_AGENT, DemoConfig
+from dmagent_loader._demo.config import DEFAULT_AGENT, DemoConfig
 from dmagent_loader.errors import require_extra
 
 
@@ -41,7 +41,7 @@ def run_demo_command(args: argparse.Namespace) -> int:
     """Runs the demo and prints the table and where the report is."""
     transformers = require_extra("transformers", "demo")
     # Here, because it loads torch, which the other commands' help should not wait for.
-    from dmagent_loader.demo.run import run_demo
+    from dmagent_loader._demo.run import run_demo
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.utils.logging.set_verbosity_error()

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from dmagent_loader.domains import DomainSpace
+from dmagent_loader._run.state import MAX_STATE_BYTES
+from dmagent_loader._validation import read_regular, shown
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.ledger import INITIAL, LedgerEntry
-from dmagent_loader.plan import EXHAUSTION_RULES, Plan
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.ledger import INITIAL, LedgerEntry
+from dmagent_loader.mixture.plan import EXHAUSTION_RULES, Plan
+from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.shards import ShardCollection, load_manifest
-from dmagent_loader.simplex import FloatArray
-from dmagent_loader.state import MAX_STATE_BYTES
-from dmagent_loader.untrusted import read_regular, shown
 
 _BATCH = 4096
 
@@ -95,7 +95,7 @@ def replay(args: argparse.Namespace) -> int:
         shuffle_window=state.get("shuffle_window", 1),
         cache_dir=args.cache_dir,
     )
-    with _without_warnings("dmagent_loader.state"):  # of decisions that will differ: none are taken
+    with _without_warnings("dmagent_loader._run.state"):  # of decisions that will differ: none are taken
         sampler.load_state_dict(state)
     if not 0 <= args.rank < args.world_size:
         raise ConfigurationError(f"rank {args.rank} does not lie in a world of {args.world_size}")

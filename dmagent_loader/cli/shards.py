@@ -8,9 +8,9 @@ from pathlib import Path
 
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.collection import ShardCollection
-from dmagent_loader.shards.documents import domain_name
 from dmagent_loader.shards.manifest import MANIFEST_NAME, load_manifest
-from dmagent_loader.shards.writer import ShardingConfig, shard_files
+from dmagent_loader.shards.writing.documents import domain_name
+from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
 
 
 def add_shard_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

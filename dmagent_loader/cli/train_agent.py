@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dmagent_loader.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from dmagent_loader.pipeline.stages import PipelineConfig
+    from dmagent_loader.training.stages import PipelineConfig
 
 STAGES = {
     "trajectories": "text files -> corpus, start states, mixing trajectories (Algorithm 1)",
@@ -79,8 +79,8 @@ def run_stage(args: argparse.Namespace) -> int:
         ConfigurationError: The settings file is not a JSON object of known settings.
     """
     # Here, because it loads torch, which the other commands' help should not wait for.
-    from dmagent_loader.pipeline.stages import RECORDED, RL, SFT, TRAJECTORIES, Pipeline, with_settings
-    from dmagent_loader.pipeline.workers import Workers
+    from dmagent_loader.training.proxies.workers import Workers
+    from dmagent_loader.training.stages import RECORDED, RL, SFT, TRAJECTORIES, Pipeline, with_settings
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = read_config(args.config)
@@ -127,7 +127,7 @@ def read_config(name: str) -> PipelineConfig:
     Raises:
         ConfigurationError: The file cannot be read, or is not a JSON object of known settings.
     """
-    from dmagent_loader.pipeline.stages import CONFIGS, full_config, with_settings
+    from dmagent_loader.training.stages import CONFIGS, full_config, with_settings
 
     if name in CONFIGS:
         return CONFIGS[name]()

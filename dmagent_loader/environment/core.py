@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dmagent_loader.distributed import all_reduce_sum, get_rank, get_world_size, is_active, together
+from dmagent_loader._distributed import all_reduce_sum, get_rank, get_world_size, is_active, together
+from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.environment.batches import (
     BATCH_TOKENS,
     DEFAULT_BATCH_TOKENS,
@@ -40,8 +41,7 @@ from dmagent_loader.environment.scoring import (
     unwrap,
 )
 from dmagent_loader.errors import ConfigurationError, EnvironmentDataError, FeedbackError
-from dmagent_loader.simplex import FloatArray, IntArray
-from dmagent_loader.untrusted import shown, whole_number
+from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dmagent_loader.environment.batches import Batch, ScoredWindow
 from dmagent_loader.environment.output_layer import hooked, output_layer, scored_hidden
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.simplex import IntArray
+from dmagent_loader.mixture.simplex import IntArray
 
 Model: TypeAlias = Callable[..., Any]
 """Called as ``model(input_ids, attention_mask=...)``; returns logits, or an object that has them as ``.logits``.

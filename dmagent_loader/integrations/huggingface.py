@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from dmagent_loader._loading.cursor import LoaderSettings
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing
-from dmagent_loader.layout import StreamKind
-from dmagent_loader.progress import LoaderSettings
+from dmagent_loader.mixture.sharding import StreamKind
 from dmagent_loader.sampler import AgentWeightedSampler
 
 require_extra("transformers", "hf")

@@ -17,11 +17,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from dmagent_loader._loading.cursor import LoaderSettings
 from dmagent_loader.environment import Environment
 from dmagent_loader.environment.scoring import Model
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing
-from dmagent_loader.progress import LoaderSettings
 from dmagent_loader.sampler import AgentWeightedSampler
 
 require_extra("lightning.pytorch", "lightning")

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dmagent_loader import distributed
+from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.cursor import LoaderSettings
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing, Report
-from dmagent_loader.progress import LoaderSettings
 from dmagent_loader.sampler import AgentWeightedSampler
 
 require_extra("megatron.core", "megatron")

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmagent_loader import distributed
+from dmagent_loader import _distributed as distributed
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.megatron import MegatronMixing, evaluate
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dmagent_loader import distributed
-from dmagent_loader.decisions import Decision
+from dmagent_loader import _distributed as distributed
+from dmagent_loader._run.decisions import Decision
+from dmagent_loader._validation import shown
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import AgentPolicy
 from dmagent_loader.sampler import AgentWeightedSampler
-from dmagent_loader.untrusted import shown
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from dmagent_loader._loading.cursor import LoaderSettings
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing
-from dmagent_loader.progress import LoaderSettings
 from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.transforms import ShiftedTokens
 

@@ -8,13 +8,13 @@ from difflib import get_close_matches
 
 import numpy as np
 
+from dmagent_loader._validation import shown
 from dmagent_loader.agent.model import MixingAgent
-from dmagent_loader.domains import CANONICAL_TOPICS, DomainMap, DomainSpace, Projection
 from dmagent_loader.errors import ConfigurationError, DomainError
-from dmagent_loader.history import STANDARDIZATIONS, History, Standardization
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainMap, DomainSpace, Projection
+from dmagent_loader.mixture.history import STANDARDIZATIONS, History, Standardization
+from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.static import Weights
-from dmagent_loader.simplex import FloatArray
-from dmagent_loader.untrusted import shown
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def _say_what_is_unknown(space: DomainSpace) -> None:
         logger.warning(
             "the topics of %s are not known, those of other domains of the field %r are: what is not known counts as "
             "an even spread over all topics, and may leave the others without weight; tell the topics by "
-            "compositions=, or name each domain after one of dmagent_loader.domains.CANONICAL_TOPICS%s",
+            "compositions=, or name each domain after one of dmagent_loader.mixture.domains.CANONICAL_TOPICS%s",
             shown(unknown),
             field,
             f" (is {meant} meant?)" if meant else "",

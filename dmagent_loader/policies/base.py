@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from dmagent_loader.history import History
-from dmagent_loader.simplex import FloatArray
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.simplex import FloatArray
 
 
 @runtime_checkable

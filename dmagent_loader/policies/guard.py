@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError
-from dmagent_loader.history import History
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.simplex import FloatArray, total_variation
 from dmagent_loader.policies.base import Policy, name_of
 from dmagent_loader.policies.limited import LimitedCaller
-from dmagent_loader.simplex import FloatArray, total_variation
 
 logger = logging.getLogger(__name__)
 

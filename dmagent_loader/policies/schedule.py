@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.history import History
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 from dmagent_loader.policies.static import Weights, checked
-from dmagent_loader.simplex import FloatArray, validate_mix
 
 
 class LinearSchedule:

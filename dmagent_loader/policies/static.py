@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dmagent_loader.history import History
-from dmagent_loader.simplex import FloatArray, validate_mix
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 
 Weights = Mapping[str, float] | Sequence[float] | FloatArray
 

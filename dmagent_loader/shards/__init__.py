@@ -2,9 +2,9 @@
 
 from dmagent_loader.shards.collection import ShardCollection, ShardSummary
 from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, decode_npy_rows, make_decoder
-from dmagent_loader.shards.index import ShardDamage
+from dmagent_loader.shards.index.shard_index import ShardDamage
 from dmagent_loader.shards.manifest import load_manifest
-from dmagent_loader.shards.writer import ShardingConfig, shard_files
+from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
 
 __all__ = [
     "Decoder",

@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError
-from dmagent_loader.shards.cache import IndexCache, default_cache_dir
-from dmagent_loader.shards.catalogue import Catalogue
-from dmagent_loader.shards.checksum import crc32
+from dmagent_loader.shards.bounded_cache import Recent
 from dmagent_loader.shards.decode import RawSample
-from dmagent_loader.shards.index import ShardDamage
-from dmagent_loader.shards.reader import MAX_OPEN_FILES, Source, open_source
-from dmagent_loader.shards.recent import Recent
+from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
+from dmagent_loader.shards.index.catalogue import Catalogue
+from dmagent_loader.shards.index.shard_index import ShardDamage
+from dmagent_loader.shards.sources.checksum import crc32
+from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
+from dmagent_loader.shards.sources.urls import base_name, display_url, expand_shards, is_local
 from dmagent_loader.shards.table import ChangedRow, RowTable
-from dmagent_loader.shards.urls import base_name, display_url, expand_shards, is_local
 
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 OnDamage = Literal["raise", "skip"]
@@ -97,7 +97,7 @@ class ShardCollection:
         """Finds the shards, and indexes those that the cache does not know yet.
 
         Args:
-            shards: Domain name to path, URL, pattern, or list of these (`dmagent_loader.shards.urls.expand_shards`).
+            shards: Domain name to path, URL, pattern, or list of these (`sources.urls.expand_shards`).
             on_damage: ``"raise"``: refuse damaged shards. ``"skip"``: use the rows that are whole, and log what is
                 lost.
             cache_dir: Where indexes are kept; None: ``$DMAGENT_CACHE_DIR``, else ``~/.cache/dmagent_loader``.

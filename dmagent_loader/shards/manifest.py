@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dmagent_loader._validation import read_regular
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
-from dmagent_loader.shards.reader import open_source, shard_version
-from dmagent_loader.shards.urls import display_url, is_local, local_path
-from dmagent_loader.untrusted import read_regular
+from dmagent_loader.shards.sources.local import open_source, shard_version
+from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1

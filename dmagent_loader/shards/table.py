@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from dmagent_loader.shards.checksum import crc32
 from dmagent_loader.shards.decode import RawSample
-from dmagent_loader.shards.index import ShardIndex
-from dmagent_loader.shards.reader import Source
+from dmagent_loader.shards.index.shard_index import ShardIndex
+from dmagent_loader.shards.sources.checksum import crc32
+from dmagent_loader.shards.sources.local import Source
 
 _new_tuple = tuple.__new__
 """A named tuple's own constructor is a Python function and takes four times as long."""

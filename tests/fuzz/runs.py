@@ -16,7 +16,7 @@ from fuzz.inputs import Choices, edit_seeds, edited, expect, folder, json_seeds
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.agent.checkpoint import load, read_agent_config, read_weights
 from dmagent_loader.errors import CheckpointError, StateError
-from dmagent_loader.history import FeedbackStatistics
+from dmagent_loader.mixture.history import FeedbackStatistics
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.testing import write_toy_shards

@@ -19,15 +19,15 @@ from fuzz.inputs import Choices, edit_seeds, edited, expect, folder, json_seeds
 
 from dmagent_loader.errors import DamagedShardError, DecodeError, ShardError, ShardLayoutError
 from dmagent_loader.shards import Decoder, RawSample, decode, load_manifest
-from dmagent_loader.shards.cache import IndexCache, parse_entry
 from dmagent_loader.shards.decode import decode_npy
-from dmagent_loader.shards.header import BLOCK
-from dmagent_loader.shards.index import ShardIndex, build_index
+from dmagent_loader.shards.index.cache import IndexCache, parse_entry
+from dmagent_loader.shards.index.columns_file import seal_of
+from dmagent_loader.shards.index.overview import KnownShard, Overview
+from dmagent_loader.shards.index.shard_index import ShardIndex, build_index
 from dmagent_loader.shards.manifest import DomainRecord, ShardRecord, manifest_text, recorded
-from dmagent_loader.shards.overview import KnownShard, Overview
-from dmagent_loader.shards.reader import ShardVersion
-from dmagent_loader.shards.sealed import seal_of
+from dmagent_loader.shards.sources.local import ShardVersion
 from dmagent_loader.shards.table import ChangedRow, RowTable
+from dmagent_loader.shards.tar.header import BLOCK
 
 EXTENSIONS = ["txt", "json", "jsonl", "npy", "npz", "safetensors", "cls", "id", "pkl", "bin", "a.gz.gz"]
 EXTENSIONS += ["txt.gz", "json.gz", "npy.gz"]
@@ -41,7 +41,7 @@ class MemorySource:
         self._data = data
 
     def read(self, offset: int, length: int) -> bytearray:
-        """As `dmagent_loader.shards.reader.Source` says."""
+        """As `dmagent_loader.shards.sources.local.Source` says."""
         assert offset >= 0
         assert length >= 0
         part = bytearray(self._data[offset : offset + length])

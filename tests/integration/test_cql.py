@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
-from dmagent_loader.domains import NUM_CANONICAL
-from dmagent_loader.history import History
-from dmagent_loader.pipeline.cql import CQLConfig, train_cql
-from dmagent_loader.pipeline.record import FeedbackRecord
-from dmagent_loader.pipeline.sft import SFTConfig, train_sft
-from dmagent_loader.pipeline.trajectories import TrajectoryConfig, sample_trajectories
-from dmagent_loader.simplex import FloatArray, effective_domains
+from dmagent_loader.mixture.domains import NUM_CANONICAL
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.simplex import FloatArray, effective_domains
+from dmagent_loader.training.cql.train import CQLConfig, train_cql
+from dmagent_loader.training.record import FeedbackRecord
+from dmagent_loader.training.sft import SFTConfig, train_sft
+from dmagent_loader.training.trajectories import TrajectoryConfig, sample_trajectories
 
 TOPICS = NUM_CANONICAL // 2
 USEFUL = np.array([3, 9, 14, 22])

@@ -15,7 +15,7 @@ import torch
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.cli.demo import add_demo_command
 from dmagent_loader.errors import CheckpointError, ConfigurationError, MissingExtraError
-from dmagent_loader.history import FeedbackStatistics
+from dmagent_loader.mixture.history import FeedbackStatistics
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")

@@ -17,9 +17,9 @@ from dmagent_loader.agent import MixingAgent
 from dmagent_loader.agent.critic import load_critics
 from dmagent_loader.cli.train_agent import add_train_agent_command
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError, StateError
-from dmagent_loader.history import History
-from dmagent_loader.pipeline.record import FeedbackRecord
-from dmagent_loader.pipeline.stages import PipelineConfig, with_settings
+from dmagent_loader.mixture.history import History
+from dmagent_loader.training.record import FeedbackRecord
+from dmagent_loader.training.stages import PipelineConfig, with_settings
 
 SETTINGS = {
     "corpus": {"vocab_size": 300, "max_tokens": 3000},

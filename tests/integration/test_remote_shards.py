@@ -207,7 +207,7 @@ def test_dropped_connections_are_tried_again(server: Server) -> None:
 def test_a_server_that_stays_away_is_an_error_that_names_the_shard(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmagent_loader.shards.remote.REMOTE_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("dmagent_loader.shards.sources.remote.REMOTE_BACKOFF_SECONDS", 0.01)
     server.files["a.tar"] = tar_bytes(TEXTS)
     collection = ShardCollection.open({"source/a": server.url("a.tar?token=secret")}, progress=False)
     server.failures_left = 100

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
-from dmagent_loader.history import STANDARDIZATIONS, FeedbackStatistics, History
+from dmagent_loader.mixture.history import STANDARDIZATIONS, FeedbackStatistics, History
+from dmagent_loader.mixture.simplex import FloatArray, kl_divergence, total_variation
 from dmagent_loader.policies import Guard, GuardConfig
 from dmagent_loader.policies.guard import project_to_bounds
-from dmagent_loader.simplex import FloatArray, kl_divergence, total_variation
 
 torch.manual_seed(0)
 AGENT = MixingAgent(

@@ -10,9 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dmagent_loader.domains import CANONICAL_TOPICS, Domain, DomainMap, DomainSpace
-from dmagent_loader.history import FeedbackStatistics, standardize
-from dmagent_loader.simplex import (
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, Domain, DomainMap, DomainSpace
+from dmagent_loader.mixture.history import FeedbackStatistics, standardize
+from dmagent_loader.mixture.simplex import (
     FloatArray,
     js_divergence,
     kl_divergence,

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmagent_loader.layout import StreamLayout
+from dmagent_loader.mixture.sharding import StreamLayout
 
 shapes = {
     "base": st.integers(0, 50),

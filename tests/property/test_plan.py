@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmagent_loader.domains import DomainSpace
 from dmagent_loader.errors import EmptyShardError, ExhaustedError
-from dmagent_loader.hashing import random_bits, scatter
-from dmagent_loader.ledger import LedgerEntry
-from dmagent_loader.order import RESOLUTION, DomainOrder, in_quanta
-from dmagent_loader.plan import Plan
-from dmagent_loader.shuffle import RowOrders
+from dmagent_loader.mixture.domain_order import RESOLUTION, DomainOrder, in_quanta
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.hashing import random_bits, scatter
+from dmagent_loader.mixture.ledger import LedgerEntry
+from dmagent_loader.mixture.plan import Plan
+from dmagent_loader.mixture.row_order import RowOrders
 
 GOLDEN_DOMAINS = [0, 2, 0, 1, 0, 2, 2, 0, 1, 0, 1, 0]
 GOLDEN_ROWS = [29, 46, 8, 7, 31, 40, 30, 32, 4, 17, 3, 9]

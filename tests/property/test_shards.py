@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.header import split_name
-from dmagent_loader.shards.index import build_index
-from dmagent_loader.shards.reader import open_source
+from dmagent_loader.shards.index.shard_index import build_index
+from dmagent_loader.shards.sources.local import open_source
+from dmagent_loader.shards.tar.header import split_name
 
 FORMATS = (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 PART = st.text(st.characters(exclude_characters="./\0", exclude_categories=["Cs"]), min_size=1, max_size=70)

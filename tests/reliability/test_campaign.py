@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from reliability.campaign import CHANGED, DETECTED, LOST, Trial, needlessly_partial, run_campaign, unnoticed
+
+from benchmarks.reliability.campaign import CHANGED, DETECTED, LOST, Trial, needlessly_partial, run_campaign, unnoticed
 
 
 def check(trials: list[Trial]) -> None:
@@ -33,5 +34,5 @@ def test_no_damage_among_thousands_costs_rows_in_silence() -> None:
 
 
 def test_the_campaign_finds_a_reader_that_takes_all_zeros_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmagent_loader.shards.tar._may_be_padding", lambda zeros, file_size: True)
+    monkeypatch.setattr("dmagent_loader.shards.tar.scan._may_be_padding", lambda zeros, file_size: True)
     assert {trial.kind for trial in unnoticed(run_campaign(336, seed=1))} >= {"zeroed tail"}

@@ -20,7 +20,7 @@ import safetensors.torch
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.agent.critic import CriticConfig, MixingCritic, load_critics, save_critics
 from dmagent_loader.errors import CheckpointError
-from dmagent_loader.history import FeedbackStatistics
+from dmagent_loader.mixture.history import FeedbackStatistics
 
 pytestmark = pytest.mark.timeout(60)
 

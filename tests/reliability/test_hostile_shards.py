@@ -21,9 +21,9 @@ import safetensors.numpy
 from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.errors import DamagedShardError, DecodeError, ShardError, ShardLayoutError
 from dmagent_loader.shards import Decoder, RawSample, ShardCollection, load_manifest
-from dmagent_loader.shards.header import BLOCK
-from dmagent_loader.shards.index import build_index
-from dmagent_loader.shards.reader import LocalSource
+from dmagent_loader.shards.index.shard_index import build_index
+from dmagent_loader.shards.sources.local import LocalSource
+from dmagent_loader.shards.tar.header import BLOCK
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -208,7 +208,7 @@ def test_a_row_that_would_take_all_memory_is_refused(
     put: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sparse file on disk makes a terabyte cheap."""
-    monkeypatch.setattr("dmagent_loader.shards.index.MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr("dmagent_loader.shards.index.shard_index.MAX_ROW_BYTES", 1 << 20)
     with pytest.raises(ShardLayoutError, match=r"evil-000\.tar: row 1 \(key 'b'\) takes 2097152 bytes"):
         opened(put(member(b"a.txt", b"x") + member(b"b.txt", bytes(2 << 20))))
 
@@ -263,7 +263,7 @@ def test_bytes_that_look_like_headers_are_judged_in_the_buffer(put: Callable[[by
 @pytest.mark.slow
 def test_a_million_tiny_members_take_bounded_memory(tmp_path: Path) -> None:
     """512 MB of headers; `million.py` prints the figures."""
-    from reliability.million import measure
+    from benchmarks.reliability.million import measure
 
     measured = measure(1_000_000, tmp_path)
     assert measured.rows == 1_000_000

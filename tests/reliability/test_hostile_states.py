@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from dmagent_loader import AgentWeightedSampler
+from dmagent_loader._run.state import SCHEMA, load_state
 from dmagent_loader.errors import StateError
 from dmagent_loader.policies import StaticPolicy
-from dmagent_loader.state import SCHEMA, load_state
 from dmagent_loader.testing import write_toy_shards
 
 pytestmark = pytest.mark.timeout(120)

@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from reliability.remote_faults import TEXTS, tar_bytes
 
+from benchmarks.reliability.remote_faults import TEXTS, tar_bytes
 from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError, StateError
 from dmagent_loader.shards import ShardCollection, ShardingConfig, load_manifest, shard_files
-from dmagent_loader.shards.cache import IndexCache
-from dmagent_loader.shards.reader import shard_version
+from dmagent_loader.shards.index.cache import IndexCache
+from dmagent_loader.shards.sources.local import shard_version
 
 NOBODY = 65534
 
@@ -165,7 +165,7 @@ def test_a_shard_that_is_written_while_it_is_indexed_is_refused(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process appends after the size was looked at."""
-    from dmagent_loader.shards import cache as module
+    from dmagent_loader.shards.index import cache as module
 
     original = module.build_index
 

@@ -12,11 +12,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError
-from dmagent_loader.shards import ShardCollection, remote
+from dmagent_loader.shards import ShardCollection
+from dmagent_loader.shards.sources import remote
 
 pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
 
-from reliability.remote_faults import (
+from benchmarks.reliability.remote_faults import (
     REFUSED,
     RETRIED,
     TEXTS,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dmagent_loader.files import remove_leftovers, write_atomically
+from dmagent_loader._files import remove_leftovers, write_atomically
 
 
 def test_a_reader_sees_one_whole_file_whoever_writes_it(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_reader_sees_one_whole_file_whoever_writes_it(tmp_path: Path) -> None:
 
 KILLED_IN_A_WRITE = """
 import os, signal, sys
-from dmagent_loader.files import remove_leftovers, write_atomically
+from dmagent_loader._files import remove_leftovers, write_atomically
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 write_atomically(sys.argv[1], b"new" * 1000)
 """
@@ -89,7 +89,7 @@ def test_what_another_user_left_half_written_is_no_hindrance(tmp_path: Path, mon
             raise PermissionError(13, "Permission denied")
         return really_open(path, flags, mode)
 
-    monkeypatch.setattr("dmagent_loader.files.os.open", refused)
+    monkeypatch.setattr("dmagent_loader._files.os.open", refused)
     write_atomically(tmp_path / "state.json", b"whole")
     assert (tmp_path / "state.json").read_bytes() == b"whole"
 
@@ -111,7 +111,7 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path: Path, monkeypatch
     def no_locks(descriptor: int, operation: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("dmagent_loader.files.fcntl.flock", no_locks)
+    monkeypatch.setattr("dmagent_loader._files.fcntl.flock", no_locks)
     write_atomically(tmp_path / "a", b"1")
     write_atomically(tmp_path / "a", b"2", durable=False)
     assert (tmp_path / "a").read_bytes() == b"2"

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dmagent_loader import AgentWeightedSampler, MixingAgent
+from dmagent_loader._loading.stream import ReadaheadConfig
 from dmagent_loader.agent import AgentConfig
 from dmagent_loader.errors import (
     CheckpointError,
@@ -29,9 +30,8 @@ from dmagent_loader.errors import (
     ShardNotFoundError,
     StateError,
 )
-from dmagent_loader.history import FeedbackStatistics, History
+from dmagent_loader.mixture.history import FeedbackStatistics, History
 from dmagent_loader.policies import GuardConfig, StaticPolicy
-from dmagent_loader.stream import ReadaheadConfig
 from dmagent_loader.testing import assert_same_after_resume, sample_ids, write_toy_shards
 
 ROWS = {"source/web": 70, "source/books": 40, "target/math": 50, "target/proofs": 20}
@@ -63,7 +63,7 @@ def build(shards, folder):
 
 def mixed_in_advance(sampler):
     """Three mix changes at 30, 60 and 90, written into the ledger as a run would have."""
-    from dmagent_loader.ledger import LedgerEntry
+    from dmagent_loader.mixture.ledger import LedgerEntry
 
     for number, weights in enumerate(CHANGES, start=1):
         mix = tuple(sampler.space.mix(weights).tolist())
@@ -360,7 +360,7 @@ def test_a_copy_for_workers_does_not_decide(build):
 
 def test_a_mix_that_comes_too_late_for_a_worker_is_refused_loudly(build):
     """A loader that prefetches more than declared must not silently train on another mix than the ledger says."""
-    from dmagent_loader.stream import check_not_delivered
+    from dmagent_loader._loading.stream import check_not_delivered
 
     check_not_delivered(40, 40)
     with pytest.raises(StateError, match=r"from sample 39.*up to 40.*prefetch_factor"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
-from dmagent_loader.history import FeedbackStatistics, History
+from dmagent_loader.mixture.history import FeedbackStatistics, History
 
 STATISTICS = FeedbackStatistics(mean=(-5.0, -4.0), std=(0.1, 0.5), count=1000)
 

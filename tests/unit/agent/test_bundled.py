@@ -8,9 +8,9 @@ import pytest
 from dmagent_loader.agent import MixingAgent, list_bundled
 from dmagent_loader.agent.critic import load_critics
 from dmagent_loader.errors import StateError
-from dmagent_loader.history import History
-from dmagent_loader.pipeline.record import FeedbackRecord
-from dmagent_loader.pipeline.stages import bundled_record
+from dmagent_loader.mixture.history import History
+from dmagent_loader.training.record import FeedbackRecord
+from dmagent_loader.training.stages import bundled_record
 
 
 @pytest.mark.parametrize("name", ["dmagent-rl", "dmagent-sft"])

@@ -23,7 +23,7 @@ import dmagent_loader.agent
 from dmagent_loader.agent import AgentConfig, MixingAgent, list_bundled
 from dmagent_loader.agent.config import SCHEMA_VERSION
 from dmagent_loader.errors import CheckpointError
-from dmagent_loader.history import FeedbackStatistics, History
+from dmagent_loader.mixture.history import FeedbackStatistics, History
 
 
 def edit_config(directory: Path, **changes: Any) -> None:

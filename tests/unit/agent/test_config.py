@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from dmagent_loader.agent.config import SCHEMA_VERSION, AgentConfig
-from dmagent_loader.domains import DomainSpace
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.history import FeedbackStatistics
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.history import FeedbackStatistics
 
 STATISTICS = FeedbackStatistics(mean=(-5.25, -4.0), std=(0.1, 0.3), count=77)
 

@@ -11,8 +11,8 @@ import torch
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.errors import ConfigurationError, DomainError, FeedbackError
-from dmagent_loader.history import History, standardize
-from dmagent_loader.simplex import total_variation
+from dmagent_loader.mixture.history import History, standardize
+from dmagent_loader.mixture.simplex import total_variation
 
 MakeHistory = Callable[..., History]
 

@@ -8,10 +8,10 @@ import fsspec
 import pytest
 
 from dmagent_loader import AgentWeightedSampler
+from dmagent_loader._run.state import save_state
 from dmagent_loader.cli import main
 from dmagent_loader.integrations.mixing import Mixing
-from dmagent_loader.shards.writer import ShardingConfig, shard_files
-from dmagent_loader.state import save_state
+from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
 from dmagent_loader.testing import sample_ids
 
 

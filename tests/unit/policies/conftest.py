@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from dmagent_loader.history import History
+from dmagent_loader.mixture.history import History
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
-from dmagent_loader.domains import CANONICAL_TOPICS, DomainSpace
 from dmagent_loader.errors import ConfigurationError, DomainError, MixError
-from dmagent_loader.history import FeedbackStatistics, History
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainSpace
+from dmagent_loader.mixture.history import FeedbackStatistics, History
+from dmagent_loader.mixture.simplex import total_variation
 from dmagent_loader.policies import AgentPolicy, Policy
-from dmagent_loader.simplex import total_variation
 
 MakeHistory = Callable[..., History]
 TWO = DomainSpace.from_names(["source/web", "target/math"])

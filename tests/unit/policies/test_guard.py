@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError
-from dmagent_loader.history import History
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.simplex import FloatArray, total_variation
 from dmagent_loader.policies import AgentPolicy, Guard, GuardConfig, LinearSchedule, StaticPolicy, propose_guarded
-from dmagent_loader.simplex import FloatArray, total_variation
 
 MakeHistory = Callable[..., History]
 DOMAINS = ("source/web", "source/books", "target/math", "target/code")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dmagent_loader.errors import ConfigurationError, DomainError, MixError
-from dmagent_loader.history import History
+from dmagent_loader.mixture.history import History
 from dmagent_loader.policies import LinearSchedule, Policy, StaticPolicy
 
 MakeHistory = Callable[..., History]

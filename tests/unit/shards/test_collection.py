@@ -19,7 +19,7 @@ import pytest
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.catalogue import _in_threads
+from dmagent_loader.shards.index.catalogue import _in_threads
 
 WriteTar = Callable[..., Path]
 

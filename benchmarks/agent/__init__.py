@@ -1,0 +1,1 @@
+"""Analysis of trained agents: trials on proxies, noise of feedback, fidelity of proxies, coverage of a record."""

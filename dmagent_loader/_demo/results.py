@@ -1,0 +1,110 @@
+"""The demo's numbers, as tables, notes and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dmagent_loader._demo.records import RunRecord
+from dmagent_loader._demo.tables import Table
+from dmagent_loader.mixture.domains import SOURCE, TARGET, DomainSpace
+from dmagent_loader.mixture.simplex import FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """One model's scores.
+
+    Args:
+        name: Of the model, as the table shows it.
+        questions: Field of the environment -> (N,) mean log-probability per answer token of each question.
+        held_out: Field of the data -> loss on held-out text, nats per token.
+        tokens: Field of the data -> tokens that this stage was trained on.
+    """
+
+    name: str
+    questions: Mapping[str, FloatArray]
+    held_out: Mapping[str, float]
+    tokens: Mapping[str, int]
+
+    @property
+    def feedback(self) -> dict[str, float]:
+        """Field of the environment -> mean over its questions."""
+        return {field: float(np.mean(values)) for field, values in self.questions.items()}
+
+
+def score_table(scores: Sequence[Scores]) -> Table:
+    """Feedback, held-out loss and tokens used, one row per model."""
+    asked = list(scores[0].questions)
+    kept = [SOURCE, TARGET]
+    return Table(
+        columns=("model", *asked, *kept, *kept),
+        rows=[
+            (
+                row.name,
+                *(f"{row.feedback[field]:.3f}" for field in asked),
+                *(f"{row.held_out[field]:.3f}" for field in kept),
+                *(f"{row.tokens[field]:,}" for field in kept),
+            )
+            for row in scores
+        ],
+        groups=(("", 1), ("feedback", len(asked)), ("held-out loss", len(kept)), ("tokens used", len(kept))),
+    )
+
+
+def domain_table(space: DomainSpace, tokens: Mapping[str, Mapping[str, int]]) -> Table:
+    """Tokens of each domain, one column per run.
+
+    Args:
+        space: The domains.
+        tokens: Name of the run -> domain -> tokens trained on.
+    """
+    return Table(
+        columns=("domain", *tokens),
+        rows=[(name, *(f"{used[name]:,}" for used in tokens.values())) for name in space.names],
+    )
+
+
+def reading_notes(scores: Sequence[Scores]) -> list[str]:
+    """How to read the table, with the noise of the question sets.
+
+    Args:
+        scores: Untrained model, base model, then the methods; the last two are compared question by question.
+    """
+    notes = [
+        "Feedback: mean log-probability per answer token in nats; higher is better.",
+        "Held-out loss: nats per token on documents that were not trained on; lower is better.",
+    ]
+    other, agent = scores[-2:]
+    errors = []
+    for field, values in agent.questions.items():
+        difference = values - other.questions[field]
+        error = float(np.std(difference, ddof=1) / np.sqrt(len(difference)))
+        # Adding 0 turns a rounded -0.0 into 0.0.
+        mean = round(float(np.mean(difference)), 3) + 0.0
+        errors.append(f"{field} {mean:+.3f} ± {error:.3f} ({len(difference)} questions)")
+    notes.append(
+        f"Feedback of '{agent.name}' minus '{other.name}', with the standard error over the questions: "
+        f"{', '.join(errors)}. One seed each: the spread between seeds comes on top."
+    )
+    return notes
+
+
+def as_json(scores: Sequence[Scores], records: Sequence[RunRecord]) -> dict[str, Any]:
+    """Scores and histories as JSON values."""
+    return {
+        "scores": [
+            {
+                "model": row.name,
+                "feedback": row.feedback,
+                "num_questions": {field: len(values) for field, values in row.questions.items()},
+                "held_out_loss": dict(row.held_out),
+                "tokens": dict(row.tokens),
+            }
+            for row in scores
+        ],
+        "runs": [{"name": run.name, "mix": list(run.mix), "feedback": list(run.feedback)} for run in records],
+    }

@@ -1,0 +1,189 @@
+"""The only file that touches `torch.distributed`; without a process group every function is the one-process case.
+
+A rank that fails must not leave the others waiting, and ranks that differ must not train on: so whatever can fail or
+differ on one rank is done in a step that all ranks end `together`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dmagent_loader.errors import RankError
+from dmagent_loader.mixture.simplex import FloatArray
+
+T = TypeVar("T")
+
+_SHOWN_CHARACTERS = 200
+
+
+def is_active() -> bool:
+    """Whether a process group exists in this process."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """Rank of this process in the default group, 0 without one."""
+    return dist.get_rank() if is_active() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes in the default group, 1 without one."""
+    return dist.get_world_size() if is_active() else 1
+
+
+@contextmanager
+def together(step: str) -> Iterator[dict[str, Any]]:
+    """A step that succeeds on all ranks or on none, and in which they find out whether they agree.
+
+    Args:
+        step: What is done, for messages; the same on all ranks.
+
+    Yields:
+        A dictionary for what must be the same on all ranks: name -> value, compared as text.
+
+    Raises:
+        RankError: Another rank failed, differs, does something else, or does not answer. A rank that failed itself
+            raises its own error.
+
+    Example:
+        >>> with together("loading the state") as facts:
+        ...     facts["consumed"] = 640
+    """
+    facts: dict[str, Any] = {}
+    if not is_active():
+        yield facts
+        return
+    fault: Exception | None = None
+    try:
+        yield facts
+    except Exception as error:
+        fault = error
+    report = (
+        step,
+        None if fault is None else f"{type(fault).__name__}: {fault}",
+        {k: str(v) for k, v in facts.items()},
+    )
+    try:
+        reports = all_gather_object(report, step)
+    except RankError as lost:
+        raise (fault or lost) from None
+    if fault is not None:
+        raise fault
+    _refuse_differences(step, reports)
+
+
+def _refuse_differences(step: str, reports: list[tuple[str, str | None, dict[str, str]]]) -> None:
+    elsewhere = [f"rank {rank} is at {other!r}" for rank, (other, _, _) in enumerate(reports) if other != step]
+    if elsewhere:
+        raise RankError(
+            f"rank {get_rank()} is at {step!r}, but {', '.join(elsewhere)}: all ranks must take the same steps, "
+            "in the same order and at the same number of consumed samples"
+        )
+    failed = [f"rank {rank}: {fault}" for rank, (_, fault, _) in enumerate(reports) if fault is not None]
+    if failed:
+        raise RankError(f"{step} failed on {len(failed)} of {len(reports)} ranks; {'; '.join(failed)}")
+    for name in reports[0][2]:
+        by_value: dict[str, list[int]] = {}
+        for rank, (_, _, facts) in enumerate(reports):
+            by_value.setdefault(facts.get(name, "missing"), []).append(rank)
+        if len(by_value) > 1:
+            told = "; ".join(f"{_ranks(ranks)}: {_short(value)}" for value, ranks in by_value.items())
+            raise RankError(
+                f"{step}: the ranks differ in {name} ({told}). Each would train on other samples than the rest "
+                "expects: start all ranks with the same shards, settings and state"
+            )
+
+
+def broadcast_object(value: T, step: str, source: int = 0) -> T:
+    """The value of the `source` rank, on every rank. Only small, trusted objects of our own processes.
+
+    Args:
+        value: Of this rank; only that of `source` counts.
+        step: What is done, for the message if other ranks are gone.
+        source: The rank whose value it is.
+
+    Raises:
+        RankError: Another rank does not answer.
+    """
+    if not is_active():
+        return value
+    box = [value]
+    _collective(step, lambda: dist.broadcast_object_list(box, src=source, device=_device()))
+    return box[0]
+
+
+def all_gather_object(value: T, step: str) -> list[T]:
+    """The values of all ranks, in rank order; arguments and errors as in `broadcast_object`."""
+    if not is_active():
+        return [value]
+    values: list[Any] = [None] * get_world_size()
+    _collective(step, lambda: dist.all_gather_object(values, value))
+    return values
+
+
+def all_reduce_sum(values: FloatArray, step: str) -> FloatArray:
+    """The element-wise sum over all ranks, in float64; errors as in `broadcast_object`."""
+    if not is_active():
+        return values
+    tensor = torch.from_numpy(np.array(values, dtype=np.float64)).to(_device())
+    return np.asarray(_all_reduce(tensor, dist.ReduceOp.SUM, step).numpy(), dtype=np.float64)
+
+
+def all_reduce_max(value: int, step: str) -> int:
+    """The largest value of all ranks; errors as in `broadcast_object`."""
+    if not is_active():
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64, device=_device())
+    return int(_all_reduce(tensor, dist.ReduceOp.MAX, step).item())
+
+
+def barrier(step: str) -> None:
+    """Waits for all ranks; errors as in `broadcast_object`."""
+    if is_active():
+        _collective(step, lambda: dist.barrier())
+
+
+def _all_reduce(tensor: torch.Tensor, operation: Any, step: str) -> torch.Tensor:
+    def reduce() -> torch.Tensor:
+        dist.all_reduce(tensor, op=operation)
+        return tensor.cpu()  # on a GPU a failure comes up only here
+
+    return _collective(step, reduce)
+
+
+def _collective(step: str, action: Callable[[], T]) -> T:
+    started = time.monotonic()
+    try:
+        return action()
+    except RuntimeError as error:
+        seconds = time.monotonic() - started
+        raise RankError(
+            f"{step}: rank {get_rank()} of {get_world_size()} waited {seconds:.1f} s for the other ranks, and one does "
+            "not answer: it has died, hangs, or is elsewhere in the program. Look for the first error in the logs of "
+            "all ranks, then start the run again from its newest checkpoint; init_process_group(timeout=...) bounds "
+            f"the wait. The process group says: {_short(str(error).strip().splitlines()[0])}"
+        ) from error
+
+
+def _device() -> torch.device:
+    """Where collectives run: NCCL needs tensors on the GPU, gloo takes the CPU."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(str(number) for number in numbers[:8])}" + (
+        f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

@@ -1,0 +1,218 @@
+"""Shared memory between a sampler and its copies in torch workers.
+
+The main process publishes new mixes; every worker sees them before it chooses its next sample, so that the loader need
+not be rebuilt. Workers publish how far they have come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.mixture.ledger import LedgerEntry
+
+MAX_WORKERS = 256
+CAPACITY = 512
+"""Mixes that a worker may fall behind; it looks before each sample, so only its prefetched samples count."""
+
+_PUBLISHED, _WORKERS, _BLOCK, _BASE, _GENERATION, _NEWEST = range(6)
+_COUNT_BITS, _KEY_BITS = 16, 32
+"""Two numbers share one word where a reader must not see one of them without the other: the workers' count below their
+generation, and a loader's key below its turn."""
+
+
+@dataclass(frozen=True)
+class PublishedMix:
+    """A mix as workers receive it: a ledger entry without its history."""
+
+    start: int
+    decided_at: int
+    mix: tuple[float, ...]
+
+    def as_entry(self) -> LedgerEntry:
+        """The ledger entry that a worker's copy of the plan appends."""
+        return LedgerEntry(start=self.start, mix=self.mix, decided_by="main process", decided_at=self.decided_at)
+
+
+class Mailbox:
+    """Mixes from the main process to its workers, and the workers' progress back.
+
+    Args:
+        num_domains: D.
+    """
+
+    def __init__(self, num_domains: int) -> None:
+        self._tensors = {
+            "header": torch.zeros(6, dtype=torch.int64),
+            "frontiers": torch.zeros(MAX_WORKERS, dtype=torch.int64),
+            "passes": torch.zeros(MAX_WORKERS, dtype=torch.int64),
+            "bases": torch.zeros(MAX_WORKERS, dtype=torch.int64),
+            "indices": torch.zeros((CAPACITY, 2), dtype=torch.int64),
+            "mixes": torch.zeros((CAPACITY, num_domains), dtype=torch.float64),
+        }
+        for tensor in self._tensors.values():
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        self._view()
+
+    def _view(self) -> None:
+        """Views of the shared tensors: reading one number through torch costs ten times as much."""
+        self._header = memoryview(self._tensors["header"].numpy())  # type: ignore[arg-type]
+        self._frontiers = memoryview(self._tensors["frontiers"].numpy())  # type: ignore[arg-type]
+        self._passes = memoryview(self._tensors["passes"].numpy())  # type: ignore[arg-type]
+        self._bases = memoryview(self._tensors["bases"].numpy())  # type: ignore[arg-type]
+        self._indices = self._tensors["indices"].numpy()
+        self._mixes = self._tensors["mixes"].numpy()
+
+    def __getstate__(self) -> dict[str, torch.Tensor]:
+        return self._tensors
+
+    def __setstate__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._view()
+
+    @property
+    def published(self) -> int:
+        """Number of mixes published so far."""
+        return self._header[_PUBLISHED]
+
+    def publish(self, entry: LedgerEntry) -> None:
+        """Makes a new mix visible to the workers."""
+        number = self.published
+        slot = number % CAPACITY
+        self._indices[slot] = (entry.start, entry.decided_at)
+        self._mixes[slot] = entry.mix
+        self._header[_PUBLISHED] = number + 1
+
+    def read(self, number: int) -> PublishedMix:
+        """The mix published as the given number.
+
+        Raises:
+            StateError: It has been overwritten since.
+        """
+        if self.published - number > CAPACITY:
+            raise StateError(
+                f"a data worker fell {self.published - number} mix changes behind and only {CAPACITY} are kept: raise "
+                "samples_per_reweight or lower prefetch_factor"
+            )
+        slot = number % CAPACITY
+        start, decided_at = (int(x) for x in self._indices[slot])
+        return PublishedMix(start, decided_at, tuple(self._mixes[slot].tolist()))
+
+    @property
+    def base(self) -> int:
+        """Global index at which the next pass over the data begins: what was consumed, as far as the main process
+        knows."""
+        return self._header[_BASE]
+
+    @base.setter
+    def base(self, index: int) -> None:
+        self._header[_BASE] = index
+
+    @property
+    def generation(self) -> int:
+        """Number of times that the main process began to read by itself, loaded a state or set the run back: workers
+        that started earlier hold another place or ledger."""
+        return self._header[_GENERATION]
+
+    @generation.setter
+    def generation(self, number: int) -> None:
+        self._header[_GENERATION] = number
+
+    def clear_workers(self) -> None:
+        """The main process reads by itself, or a new pass begins: workers have to announce themselves again."""
+        self._header[_WORKERS] = 0
+        self._header[_BLOCK] = 0
+        self._tensors["frontiers"].zero_()
+
+    def agree_on_base(self, worker: int, num_workers: int, key: int, base: int) -> int:
+        """Where all workers of a pass begin: where the first of them did.
+
+        What was consumed changes as soon as the first batch of a pass was trained on, and a worker may be late to
+        begin.
+
+        Args:
+            worker: Number of this worker.
+            num_workers: That share the pass.
+            key: Of the pass.
+            base: Where this worker would begin, asked for before this call.
+
+        Raises:
+            StateError: Two workers began at the same moment, and at different samples.
+        """
+        for other in range(num_workers):
+            if self._passes[other] == key:
+                base = self._bases[other]
+        self._bases[worker] = base
+        self._passes[worker] = key
+        if any(self._passes[other] == key and self._bases[other] != base for other in range(num_workers)):
+            raise StateError(
+                "consumed samples of an earlier pass were reported while the data workers began a new one, and they "
+                "begin at different samples: report what was consumed before the next pass begins"
+            )
+        return base
+
+    def is_newest(self, turn: int, key: int) -> bool:
+        """Whether no worker has read whose loader began after that of the worker who asks; its loader is the newest
+        from now on.
+
+        Args:
+            turn: Grows with the moment at which the worker was started.
+            key: The same for the workers of a loader, another for those of another one; 32 bits.
+        """
+        newest = self._header[_NEWEST]
+        if newest & ((1 << _KEY_BITS) - 1) == key:
+            return True
+        if newest >> _KEY_BITS > turn:
+            return False
+        self._header[_NEWEST] = turn << _KEY_BITS | key
+        return True
+
+    def start_worker(self, worker: int, num_workers: int, base: int, generation: int) -> int:
+        """A worker says that it begins a pass over the data.
+
+        Args:
+            worker: Number of this worker.
+            num_workers: That share the pass.
+            base: Where it begins.
+            generation: At which the worker was started.
+
+        Returns:
+            How far the same worker had come in the pass before, or 0.
+
+        Raises:
+            ConfigurationError: There are too many workers.
+        """
+        if num_workers > MAX_WORKERS:
+            raise ConfigurationError(f"{num_workers} data workers on one rank; at most {MAX_WORKERS} are supported")
+        before = self._frontiers[worker]
+        self._header[_WORKERS] = generation << _COUNT_BITS | num_workers
+        self._frontiers[worker] = base
+        return before
+
+    def report_block(self, block: int) -> None:
+        """A worker says how many consecutive samples of the stream it takes at a time."""
+        self._header[_BLOCK] = block
+
+    def advance(self, worker: int, frontier: int) -> None:
+        """A worker says how far it has come."""
+        self._frontiers[worker] = frontier
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that have begun; 0 while the main process reads by itself."""
+        word = self._header[_WORKERS]
+        if not word:  # the main process reads by itself, and asks before each sample
+            return 0
+        generation, count = divmod(word, 1 << _COUNT_BITS)
+        return count if generation == self.generation else 0
+
+    @property
+    def block(self) -> int:
+        """Consecutive stream positions that a worker takes at a time; 0 until the first worker has found out."""
+        return self._header[_BLOCK]
+
+    def frontier(self) -> int:
+        """The first global index that no worker of this rank has delivered."""
+        return max(self._frontiers[: max(1, self.num_workers)])

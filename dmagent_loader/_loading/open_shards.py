@@ -1,0 +1,49 @@
+"""Shards in a run of several processes: indexed once, and the same for all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dmagent_loader import _distributed as distributed
+from dmagent_loader.shards import ShardCollection
+
+_STEP = "opening the shards"
+
+
+def open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], **settings: Any) -> ShardCollection:
+    """Opens the shards: rank 0 indexes them first, the others then find its index.
+
+    Args:
+        shards: Domain -> shards.
+        **settings: Of `ShardCollection.open`.
+
+    Raises:
+        ShardError: This rank could not open them.
+        RankError: Another rank could not, or the ranks see different data. Every rank raises, so that none waits.
+    """
+    collection: ShardCollection | None = None
+    with distributed.together(_STEP):
+        if distributed.get_rank() == 0:
+            collection = ShardCollection.open(shards, **settings)
+    with distributed.together(_STEP) as facts:
+        if collection is None:
+            collection = ShardCollection.open(shards, **settings)
+        if distributed.is_active():
+            facts |= _contents(collection)
+    return collection
+
+
+def _contents(collection: ShardCollection) -> dict[str, Any]:
+    """What must be the same on all ranks: first the domains, so that a difference is named by them."""
+    facts: dict[str, Any] = {"the domains": list(collection.domains)}
+    for number, domain in enumerate(collection.domains):
+        rows = collection.shard_rows(number)
+        facts[f"the shards of {domain!r}"] = f"{len(rows)} shards with {rows.sum()} rows"
+    return {**facts, "the contents of the shards": collection.fingerprint}
+
+
+def digest(*parts: Any) -> str:
+    """A short text that differs where the parts differ."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

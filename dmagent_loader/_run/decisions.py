@@ -1,0 +1,238 @@
+"""The way of a decision: feedback -> history -> policy -> guard -> the next mix, the same on all ranks.
+
+Rank 0 decides; the others receive the outcome. What the policy sees is derived from the plan (what was in fact trained
+on) and from the recorded feedback, so that it survives a restart unchanged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from dmagent_loader._validation import is_count, is_finite_number, shown
+from dmagent_loader.errors import ConfigurationError, FeedbackError, StateError
+from dmagent_loader.mixture.history import History, validate_feedback
+from dmagent_loader.mixture.ledger import LedgerEntry
+from dmagent_loader.mixture.plan import Plan
+from dmagent_loader.mixture.simplex import FloatArray, IntArray
+from dmagent_loader.policies import Guard, Policy, name_of, propose_guarded
+
+logger = logging.getLogger(__name__)
+
+HistoryMix = Literal["achieved", "requested"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What came of one reweighting step.
+
+    Attributes:
+        proposed: Domain -> weight, after the guard.
+        in_force: Whether the proposal went into the ledger: False in shadow mode or when the policy failed.
+        entry: The newest ledger entry.
+        staleness: Samples that will be trained under the old mix after the decision.
+        seconds: Time that the policy took.
+        notes: What the guard changed, or why the last good mix was kept.
+        failures: Steps of the run so far at which the policy gave no usable mix.
+    """
+
+    proposed: Mapping[str, float]
+    in_force: bool
+    entry: LedgerEntry
+    staleness: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+    failures: int = 0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Feedback of the environment after a number of consumed samples.
+
+    The order of the fields matters: an agent's roles go by it.
+    """
+
+    consumed: int
+    feedback: Mapping[str, float]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the fields, in the environment's order."""
+        return tuple(self.feedback)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What rank 0 tells the others about one reweighting step.
+
+    Attributes:
+        policy: The policy's name.
+        measurement: The feedback on which it rests.
+        mix: D weights, after the guard.
+        accepted: Whether they are the policy's own.
+        notes: What the guard changed, or why the last good mix was kept.
+        seconds: Time that the policy took.
+    """
+
+    policy: str
+    measurement: Measurement
+    mix: tuple[float, ...]
+    accepted: bool
+    notes: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class DecisionMaker:
+    """Keeps the feedback of a run and asks the policy.
+
+    Args:
+        policy: None: mixes change by hand only.
+        guard: Limits on proposals.
+        plan: What was trained on.
+        start_state: (D,) the mix of the base model's own training data (paper, 3.1).
+        history_mix: Show the policy the mixes that were ``"achieved"``, or those that were ``"requested"`` (parity with
+            the paper, where both are the same up to sampling noise).
+    """
+
+    policy: Policy | None
+    guard: Guard
+    plan: Plan
+    start_state: FloatArray
+    history_mix: HistoryMix = "achieved"
+    measurements: list[Measurement] = field(default_factory=list)
+    failures: int = 0
+    """Steps of the run at which the policy gave no usable mix."""
+    _counts: list[IntArray] = field(default_factory=list)
+    """(D,) samples that each domain had given by the measurements: the past does not change, so it is asked once."""
+
+    def restore(self, plan: Plan, start_state: FloatArray, measurements: list[Measurement], failures: int) -> None:
+        """Goes on from a saved state."""
+        self.plan, self.start_state, self.measurements, self.failures = plan, start_state, measurements, failures
+        self._counts = []
+
+    @property
+    def policy_name(self) -> str | None:
+        """Who decides; None: nobody."""
+        return None if self.policy is None else name_of(self.policy)
+
+    def history(self, newest: Measurement | None = None) -> History:
+        """All steps so far: row 0 is the start state with the first feedback.
+
+        Args:
+            newest: Feedback that is not among `measurements` yet.
+        """
+        measurements = self.measurements if newest is None else [*self.measurements, newest]
+        fields = measurements[0].fields
+        if self.history_mix == "requested":
+            ledger = self.plan.ledger
+            mixes = [ledger.in_force(max(0, after.consumed - 1)).weights() for after in measurements[1:]]
+        else:
+            self._counts += [self.plan.counts(m.consumed) for m in self.measurements[len(self._counts) :]]
+            counts = self._counts if newest is None else [*self._counts, self.plan.counts(newest.consumed)]
+            trained = [after.consumed - before.consumed for before, after in pairwise(measurements)]
+            mixes = [(b - a) / n for (a, b), n in zip(pairwise(counts), trained, strict=True)]
+        feedback = np.array([[float(m.feedback[f]) for f in fields] for m in measurements])
+        mixes = [self.start_state, *mixes]
+        return History(domains=self.plan.space.names, fields=fields, mixes=np.array(mixes), feedback=feedback)
+
+    def decide(self, feedback: Mapping[str, float], consumed: int, previous: FloatArray) -> Answer:
+        """Checks the feedback of one reweighting step and asks the policy: only rank 0 does.
+
+        Nothing is changed by it; `accept` does that, on all ranks.
+
+        Args:
+            feedback: Field -> number.
+            consumed: Samples that training has consumed.
+            previous: (D,) the mix in force.
+
+        Raises:
+            FeedbackError: Not finite, no field at all, or other fields than before.
+            ConfigurationError: No sample was trained on since the last step.
+        """
+        assert self.policy is not None
+        measurement = self._measurement(feedback, consumed)
+        outcome = propose_guarded(self.policy, self.history(measurement), previous, self.guard)
+        notes = outcome.notes if outcome.error is None else (outcome.error,)
+        return Answer(
+            name_of(self.policy), measurement, tuple(outcome.mix.tolist()), outcome.accepted, notes, outcome.seconds
+        )
+
+    def accept(self, answer: Answer) -> None:
+        """On all ranks: the step is done, whatever came of it."""
+        self.measurements.append(answer.measurement)
+        self.failures += not answer.accepted
+
+    def _measurement(self, feedback: Mapping[str, float], consumed: int) -> Measurement:
+        if not isinstance(feedback, Mapping):
+            raise FeedbackError(f"the feedback is {shown(feedback)}; it must map each field to a number")
+        if not feedback:
+            raise FeedbackError("the feedback is empty: the environment needs at least one field")
+        fields = self.measurements[0].fields if self.measurements else tuple(feedback)
+        values = validate_feedback(feedback, fields)
+        if not self.measurements and (values > 0).any():
+            logger.warning(
+                "the feedback is %s, but mean log-probabilities are never above 0, and higher is better: the policy "
+                "reads losses the wrong way round (pass -loss)",
+                dict(feedback),
+            )
+        if self.measurements and consumed <= self.measurements[-1].consumed:
+            raise ConfigurationError(
+                f"feedback after {consumed} consumed samples follows feedback after "
+                f"{self.measurements[-1].consumed}: train between two reweighting steps, and pass the number of "
+                "samples consumed by all ranks since the start"
+            )
+        return Measurement(consumed, dict(zip(fields, (float(v) for v in values), strict=True)))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The environment's fields, in its order; none before the first feedback."""
+        return self.measurements[0].fields if self.measurements else ()
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The recorded feedback as JSON values."""
+        return [{"consumed": m.consumed, "feedback": dict(m.feedback)} for m in self.measurements]
+
+
+def measurements_from_json(saved: Any, fields: Any, consumed: int) -> list[Measurement]:
+    """Recorded feedback as `DecisionMaker.to_json` wrote it.
+
+    Args:
+        saved: The JSON value.
+        fields: Their names in the environment's order, which objects of JSON need not keep: the Trainer sorts them.
+        consumed: Samples that had been consumed when the state was saved.
+
+    Raises:
+        StateError: It cannot be read, or is of no run.
+    """
+    if not isinstance(fields, list) or not all(isinstance(field, str) for field in fields):
+        raise StateError(f"the saved fields are {shown(fields)}, not a list of names: the state is damaged")
+    if not isinstance(saved, list):
+        raise StateError(f"the saved feedback is a {type(saved).__name__}, not a list: the state is damaged")
+    measurements: list[Measurement] = []
+    for number, entry in enumerate(saved):
+        try:
+            at, feedback = entry["consumed"], entry["feedback"]
+            values = {str(field): float(value) for field, value in feedback.items() if is_finite_number(value)}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(
+                f"entry {number} of the saved feedback cannot be read ({error!r}): the state is damaged"
+            ) from error
+        before = measurements[-1].consumed if measurements else -1
+        if not is_count(at) or not before < at <= consumed:
+            raise StateError(
+                f"entry {number} of the saved feedback is of sample {shown(at)}, after one of sample "
+                f"{before} and in a run of {consumed}: the state is damaged or was edited; load an older one"
+            )
+        if not values or len(values) < len(feedback) or sorted(values) != sorted(fields):
+            raise StateError(
+                f"entry {number} of the saved feedback is {shown(feedback)}, not a finite number for each field: "
+                "the state is damaged or was edited; load an older one"
+            )
+        measurements.append(Measurement(at, {field: values[field] for field in fields}))
+    return measurements

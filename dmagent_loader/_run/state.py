@@ -1,0 +1,206 @@
+"""The saved state of a run: small JSON, checked against the run that it is loaded into."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmagent_loader._files import write_atomically
+from dmagent_loader._run.decisions import Measurement, measurements_from_json
+from dmagent_loader._validation import is_count, is_finite_number, read_regular, shown
+from dmagent_loader.errors import MixError, StateError
+from dmagent_loader.mixture.ledger import Ledger
+from dmagent_loader.mixture.plan import Plan
+from dmagent_loader.mixture.simplex import FloatArray, validate_mix
+
+if TYPE_CHECKING:
+    from dmagent_loader.sampler import AgentWeightedSampler
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 4
+MAX_STATE_BYTES = 1 << 32
+
+_KEYS = {
+    "schema",
+    "seed",
+    "domains",
+    "fingerprint",
+    "exhausted",
+    "shuffle_window",
+    "consumed",
+    "counts",
+    "samples_per_reweight",
+    "policy",
+    "start_state",
+    "ledger",
+    "fields",
+    "measurements",
+    "policy_failures",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoredState:
+    """What a saved state says, after all checks."""
+
+    plan: Plan
+    consumed: int
+    start_state: FloatArray
+    measurements: list[Measurement]
+    policy_failures: int
+
+
+def write_state(sampler: AgentWeightedSampler, consumed: int) -> dict[str, Any]:
+    """The state of a run after `consumed` samples, as JSON values."""
+    plan = sampler.plan
+    end = plan.ends_by(max(0, consumed))
+    if consumed < 0 or (end is not None and consumed > end):
+        raise StateError(f"consumed is {consumed}, but the run has {end} samples")
+    measured = sampler.decisions.measurements
+    if measured and consumed < measured[-1].consumed:
+        raise StateError(
+            f"consumed is {consumed}, but a decision was made after {measured[-1].consumed} samples, so that no run "
+            "could go on from this state: count the samples of all ranks since the run began"
+        )
+    counts = plan.counts(consumed)
+    return {
+        "schema": SCHEMA,
+        "seed": plan.seed,
+        "domains": list(plan.space.names),
+        "fingerprint": sampler.fingerprint,
+        "exhausted": list(plan.rules),
+        "shuffle_window": plan.window,
+        "consumed": int(consumed),
+        "counts": {name: int(count) for name, count in zip(plan.space.names, counts, strict=True)},
+        "samples_per_reweight": sampler.samples_per_reweight,
+        "policy": sampler.decisions.policy_name,
+        "start_state": sampler.decisions.start_state.tolist(),
+        "ledger": plan.ledger.to_json(),
+        "fields": list(sampler.decisions.fields),
+        "measurements": sampler.decisions.to_json(),
+        "policy_failures": sampler.decisions.failures,
+    }
+
+
+def read_state(
+    sampler: AgentWeightedSampler, state: Mapping[str, Any], plan_settings: Mapping[str, Any]
+) -> RestoredState:
+    """Checks a saved state against a sampler and rebuilds its plan.
+
+    Raises:
+        StateError: It belongs to another run, or cannot be understood; the message says what differs.
+    """
+    if not isinstance(state, Mapping) or "schema" not in state:
+        raise StateError("this is not the state of a sampler: it has no 'schema'; pass what state_dict() returned")
+    if state["schema"] != SCHEMA:
+        raise StateError(
+            f"the state has schema {shown(state['schema'])}, this version of dmagent_loader reads schema {SCHEMA}: "
+            "install the version that wrote it"
+        )
+    missing = sorted(_KEYS - set(state))
+    if missing:
+        raise StateError(f"the state lacks {missing}: it is damaged or was edited; load an older one")
+    unknown = sorted(shown(key) for key in set(state) - _KEYS)
+    if unknown:
+        logger.warning("the state has %s, which this version does not know and leaves aside", ", ".join(unknown[:10]))
+    plan = sampler.plan
+    present = {
+        "seed": plan.seed,
+        "domains": list(plan.space.names),
+        "exhausted": list(plan.rules),
+        "shuffle_window": plan.window,
+    }
+    for key, value in present.items():
+        if state[key] != value:
+            raise StateError(
+                f"the state is of a run with {key} {shown(state[key])}, this run has {shown(value)}: with another "
+                f"{key} the order of samples would be another; build the sampler as it was"
+            )
+    if state["fingerprint"] != sampler.fingerprint:
+        raise StateError(
+            f"the state is of another shard set: fingerprint {shown(state['fingerprint'])}, here "
+            f"{shown(sampler.fingerprint)}; names, order, row counts and contents of the shards must be "
+            "the same (their folder may differ)"
+        )
+    restored = Plan(plan.space, [sampler.collection.shard_rows(d) for d in range(len(plan.space))], **plan_settings)
+    for entry in Ledger.from_json(plan.space.names, state["ledger"]):
+        restored.append(entry)
+    consumed, counts = state["consumed"], state["counts"]
+    whole = is_count(consumed)
+    end = restored.ends_by(consumed) if whole else None
+    if not whole or (end is not None and consumed > end):
+        raise StateError(
+            f"the state's consumed is {shown(consumed)}, which is not an index of this run: the state is damaged or "
+            "was edited; load an older one"
+        )
+    for key, value in (
+        ("samples_per_reweight", sampler.samples_per_reweight),
+        ("policy", sampler.decisions.policy_name),
+    ):
+        if state[key] != value:
+            logger.warning(
+                "the state was saved with %s %s, this run has %r: decisions will differ", key, shown(state[key]), value
+            )
+    expected = {n: int(c) for n, c in zip(plan.space.names, restored.counts(consumed), strict=True)}
+    if counts != expected:
+        raise StateError(
+            f"the state's counts at sample {consumed} do not follow from its ledger (differences: "
+            f"{shown([n for n in expected if not isinstance(counts, Mapping) or counts.get(n) != expected[n]])}): "
+            "it is damaged, or was written by a version with another order"
+        )
+    weights = state["start_state"]
+    if not isinstance(weights, list) or not all(map(is_finite_number, weights)):
+        raise StateError(f"the state's start_state is {shown(weights)}, not a list of numbers: the state is damaged")
+    try:
+        start_state = validate_mix(weights, plan.space.names)
+    except MixError as error:
+        raise StateError(f"the state's start_state is not a mix: {error}") from error
+    if not np.allclose(start_state, sampler.decisions.start_state, rtol=0, atol=1e-9):
+        logger.warning("the state was saved with another start_state than this run's: the saved one holds")
+    failures = state["policy_failures"]
+    if not is_count(failures):
+        raise StateError(f"the state's policy_failures is {shown(failures)}, not a count: it is damaged")
+    return RestoredState(
+        plan=restored,
+        consumed=consumed,
+        start_state=start_state,
+        measurements=measurements_from_json(state["measurements"], state["fields"], consumed),
+        policy_failures=failures,
+    )
+
+
+def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Writes a state, or anything made of JSON values that holds one, to a file: whole or not at all.
+
+    For loops of your own. A process that is killed while it writes leaves the file as it was.
+
+    Args:
+        path: The file; its folder must exist.
+        state: What `state_dict()` of a sampler or of `Mixing` returned, alone or among other JSON values.
+    """
+    write_atomically(path, json.dumps(state, allow_nan=False).encode())
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_state` wrote.
+
+    Raises:
+        StateError: There is no such file, or it was not written by `save_state`.
+    """
+    try:
+        state = json.loads(read_regular(path, MAX_STATE_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StateError(
+            f"the state {os.fspath(path)} cannot be read ({error}): it is missing, or was not written by save_state, "
+            "which writes it whole or not at all; go on from an older one"
+        ) from error
+    if not isinstance(state, dict):
+        raise StateError(f"the state {os.fspath(path)} holds a {type(state).__name__}, not what save_state writes")
+    return state

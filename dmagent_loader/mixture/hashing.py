@@ -1,0 +1,113 @@
+"""Seeded integers that are the same on every machine and every version of numpy.
+
+numpy does not promise that a generator draws the same numbers in its next release, and a run may be resumed after an
+upgrade; so the plan draws from its own fixed mixing function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from dmagent_loader.mixture.simplex import IntArray
+
+UIntArray = npt.NDArray[np.uint64]
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+_ONE = np.uint64(1)
+_ROUNDS = 4
+_SMALLEST_NETWORK = 16
+"""Four rounds over fewer values prefer some orders by some percent."""
+_SHIFT_30, _SHIFT_27, _SHIFT_31 = np.uint64(30), np.uint64(27), np.uint64(31)
+
+
+def stream_key(*parts: int | str) -> int:
+    """A 64-bit key for a named stream of random integers, for example ``stream_key(seed, "rows", domain, epoch)``."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def random_bits(key: int | UIntArray, counter: IntArray) -> UIntArray:
+    """64 random bits for each counter of a stream (the SplitMix64 generator, by position).
+
+    Args:
+        key: Of the stream; one, or one for each counter.
+        counter: (n,) positions in the stream.
+
+    Returns:
+        (n,) uint64.
+    """
+    # Arrays of integers wrap around without a warning; only numpy's scalars would give one.
+    z = counter.astype(np.uint64) * _GAMMA + (np.uint64(key) if isinstance(key, int) else key)
+    z = (z ^ (z >> _SHIFT_30)) * _MULTIPLIER_1
+    z = (z ^ (z >> _SHIFT_27)) * _MULTIPLIER_2
+    return np.asarray(z ^ (z >> _SHIFT_31), dtype=np.uint64)
+
+
+def scatter(key: UIntArray, position: IntArray, length: IntArray) -> IntArray:
+    """Where each position goes under a random permutation of ``range(length)``, without making the permutation.
+
+    A Feistel network over the smallest power of two that holds `length` (16 or more); what falls beyond `length` goes
+    through it again until it does not.
+
+    Args:
+        key: (n,) of the permutation that each position belongs to.
+        position: (n,) int64, each below its `length`.
+        length: (n,) int64, at least 1.
+
+    Returns:
+        (n,) int64, each below its `length`.
+    """
+    bits = np.ceil(np.log2(np.maximum(length, _SMALLEST_NETWORK))).astype(np.uint64)
+    low_bits = bits >> _ONE
+    low_mask, high_mask = (_ONE << low_bits) - _ONE, (_ONE << (bits - low_bits)) - _ONE
+    moved = position.astype(np.uint64)
+    limit = length.astype(np.uint64)
+    moved = _feistel(key, moved, low_bits, low_mask, high_mask)
+    while len(beyond := np.flatnonzero(moved >= limit)):
+        moved[beyond] = _feistel(*(x[beyond] for x in (key, moved, low_bits, low_mask, high_mask)))
+    return moved.astype(np.int64)
+
+
+def _feistel(
+    key: UIntArray, value: UIntArray, low_bits: UIntArray, low_mask: UIntArray, high_mask: UIntArray
+) -> UIntArray:
+    """One pass of the network of `scatter`: each half is changed by a random function of the other, in turn."""
+    high, low = value >> low_bits, value & low_mask
+    for _ in range(_ROUNDS):
+        key = key + _GAMMA
+        high = high ^ (_mixed((low ^ key) * _MULTIPLIER_1) & high_mask)
+        key = key + _GAMMA
+        low = low ^ (_mixed((high ^ key) * _MULTIPLIER_1) & low_mask)
+    return (high << low_bits) | low
+
+
+def _mixed(z: UIntArray) -> UIntArray:
+    z = (z ^ (z >> _SHIFT_27)) * _MULTIPLIER_2
+    return z >> _SHIFT_31
+
+
+def permutations(keys: Sequence[int], lengths: IntArray) -> IntArray:
+    """Permutations of ``range(length)``, one behind the other: each is the order of `length` draws of its stream.
+
+    Args:
+        keys: N streams.
+        lengths: (N,) int64, at least 1.
+
+    Returns:
+        (sum of lengths,) int64.
+    """
+    first = np.cumsum(lengths) - lengths
+    positions = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(first, lengths)
+    # Each position in the low bits of its draw: so there are no equal ones, and sorting is faster than argsort.
+    low_bits = np.repeat(np.array([(1 << length.bit_length()) - 1 for length in lengths.tolist()], np.uint64), lengths)
+    drawn = random_bits(np.repeat(np.array(keys, np.uint64), lengths), positions)
+    drawn = (drawn & ~low_bits) | positions.view(np.uint64)
+    for begin, length in zip(first.tolist(), lengths.tolist(), strict=True):
+        drawn[begin : begin + length].sort()
+    return (drawn & low_bits).view(np.int64)

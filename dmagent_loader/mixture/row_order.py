@@ -1,0 +1,140 @@
+"""In which order the rows of each domain come: without replacement, shuffled with locality, by position.
+
+One pass over a domain (an epoch) visits its shards in a random order, joins their rows into one sequence, cuts that
+into windows and shuffles inside each window. So reading stays within a few shards at a time, every row comes once in
+each epoch, and the row of any draw follows from (seed, domain, draw) alone.
+
+The shuffle inside a window is computed for each position by itself (a Feistel network, `scatter`). A rank that reads
+every ten-thousandth sample so pays for its own samples only, and a thousand domains are looked up in one call.
+
+Shapes: D domains, S shards of all domains, n draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.mixture.hashing import UIntArray, permutations, random_bits, scatter, stream_key
+from dmagent_loader.mixture.simplex import IntArray
+
+DEFAULT_WINDOW = 8192
+"""Rows per shuffle window."""
+
+_NO_EPOCH = -1
+_SHARDS_AT_A_TIME = 1 << 14
+"""Shards that are ordered in one call: few enough for the caches of a core."""
+
+
+class RowOrders:
+    """The order of the rows of every domain.
+
+    Args:
+        seed: Of the run.
+        domains: (D,) names; the order of a domain does not change when others come or go.
+        shard_rows: For each domain, the rows of each of its shards.
+        window: Rows per shuffle window; 1 keeps the rows of a shard in their order.
+
+    Raises:
+        ConfigurationError: A window below 1.
+    """
+
+    def __init__(
+        self, seed: int, domains: Sequence[str], shard_rows: Sequence[IntArray], window: int = DEFAULT_WINDOW
+    ) -> None:
+        if window < 1:
+            raise ConfigurationError(f"shuffle window is {window}; it must be at least 1 row")
+        self._seed, self._domains, self._window = seed, tuple(domains), window
+        self._keys: UIntArray = np.array([stream_key(seed, "rows", name) for name in domains], dtype=np.uint64)
+        self._rows: IntArray = np.concatenate([np.empty(0, dtype=np.int64), *shard_rows]).astype(np.int64)
+        num_shards = np.array([len(rows) for rows in shard_rows], dtype=np.int64)
+        self._first_shard: IntArray = np.concatenate([[0], np.cumsum(num_shards)])
+        self.num_rows: IntArray = np.array([rows.sum() for rows in shard_rows], dtype=np.int64)
+        """(D,) rows of each domain."""
+        self._first_row: IntArray = np.cumsum(self.num_rows) - self.num_rows
+        # The shards of all domains in the order of the epoch that each domain is in, and how many rows of all domains
+        # come before each. One shard has but one order, which holds in any epoch.
+        self._order: IntArray = np.arange(len(self._rows)) - np.repeat(self._first_shard[:-1], num_shards)
+        self._starts: IntArray = np.cumsum(self._rows) - self._rows
+        self._epoch: IntArray = np.full(len(self._domains), _NO_EPOCH, dtype=np.int64)
+        self._num_shards = num_shards
+        self._domain_type = np.min_scalar_type(len(self._domains))
+        self._varies = num_shards > 1
+
+    def locate(self, domain: IntArray, draw: IntArray) -> tuple[IntArray, IntArray]:
+        """Shard and row in the shard of each draw.
+
+        Args:
+            domain: (n,) int64.
+            draw: (n,) int64; draw k is the k-th sample ever taken from its domain. Epoch = k // rows of the domain.
+
+        Returns:
+            Shard numbers within the domain (n,) and row numbers (n,).
+        """
+        num_rows = self.num_rows[domain]
+        epoch = draw // num_rows
+        position = draw - epoch * num_rows
+        window = position // self._window
+        start = window * self._window
+        key = random_bits(random_bits(self._keys[domain], epoch), window)
+        sequential = start + scatter(key, position - start, np.minimum(num_rows - start, self._window))
+        waiting = self._varies[domain] & (self._epoch[domain] != epoch)
+        if not waiting.any():
+            return self._in_epoch(domain, sequential)
+        shard, row = np.empty_like(draw), np.empty_like(draw)
+        ready = np.flatnonzero(~waiting)
+        while True:
+            shard[ready], row[ready] = self._in_epoch(domain[ready], sequential[ready])
+            left = np.flatnonzero(waiting)
+            if not len(left):
+                return shard, row
+            # Every domain that waits goes on to the earliest epoch that is asked of it.
+            by_epoch = left[np.lexsort((epoch[left], domain[left]))]
+            earliest = by_epoch[np.flatnonzero(np.diff(domain[by_epoch], prepend=-1))]
+            self._begin_epochs(domain[earliest].tolist(), epoch[earliest].tolist())
+            ready = left[self._epoch[domain[left]] == epoch[left]]
+            waiting[ready] = False
+
+    def _in_epoch(self, domain: IntArray, sequential: IntArray) -> tuple[IntArray, IntArray]:
+        """Shards and rows of positions in the epoch that each domain is in."""
+        sequential = sequential + self._first_row[domain]
+        # Domain by domain, because each search then stays near the one before it, in the cache: 3 times as fast in
+        # 10**6 shards. Of 16 bits, numpy sorts by counting.
+        gathered = np.argsort(domain.astype(self._domain_type), kind="stable")
+        sequential = sequential[gathered]
+        place = np.searchsorted(self._starts, sequential, side="right") - 1
+        shard, row = np.empty_like(domain), np.empty_like(domain)
+        shard[gathered] = self._order[place]
+        row[gathered] = sequential - self._starts[place]
+        return shard, row
+
+    def _begin_epochs(self, domains: Sequence[int], epochs: Sequence[int]) -> None:
+        """Orders the shards of domains anew, several domains at a time: most have too few for numpy to be fast."""
+        first = 0
+        while first < len(domains):
+            last, num_shards = first, 0
+            while last < len(domains) and num_shards < _SHARDS_AT_A_TIME:
+                num_shards += int(self._num_shards[domains[last]])
+                last += 1
+            self._order_shards(domains[first:last], epochs[first:last])
+            first = last
+
+    def _order_shards(self, domains: Sequence[int], epochs: Sequence[int]) -> None:
+        keys = [
+            stream_key(self._seed, "shards", self._domains[domain], epoch)
+            for domain, epoch in zip(domains, epochs, strict=True)
+        ]
+        lengths = self._num_shards[domains]
+        order = permutations(keys, lengths)
+        rows = self._rows[np.repeat(self._first_shard[domains], lengths) + order]
+        starts = np.cumsum(rows) - rows
+        begin = 0
+        for domain, epoch, length in zip(domains, epochs, lengths.tolist(), strict=True):
+            its = slice(begin, begin + length)
+            own = slice(int(self._first_shard[domain]), int(self._first_shard[domain + 1]))
+            self._order[own] = order[its]
+            np.add(starts[its], self._first_row[domain] - starts[begin], out=self._starts[own])
+            self._epoch[domain] = epoch
+            begin += length

@@ -1,0 +1,1 @@
+"""Indexes of shards: where each row lies, cached on disk and checked against what was written."""

@@ -1,0 +1,174 @@
+"""From what a user writes for a domain's shards to a list of URLs."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import braceexpand
+
+from dmagent_loader._validation import shown
+from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
+_GLOB = re.compile(r"[*?\[]")
+_RANGE = re.compile(r"\{([+-]?\d{1,18})\.\.([+-]?\d{1,18})(?:\.\.([+-]?\d{1,18}))?\}")
+MAX_SHARDS = 10_000_000
+"""Of one pattern: ten times as many as the loader was measured with."""
+
+
+def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The shards of one domain, in order.
+
+    Brace notation is expanded as webdataset does (``a-{000..015}.tar``, ``{a,b}.tar``, several patterns joined by
+    ``::``); for local paths also globs (sorted) and folders (their ``*.tar``, sorted). A local file whose name is
+    exactly the pattern is taken as it is.
+
+    Args:
+        domain: Name of the domain, for messages.
+        shards: A path, URL or pattern, or several of them.
+
+    Raises:
+        ConfigurationError: A shell pipe, a shard that is listed twice, what is no path or URL, or far too many shards.
+        ShardNotFoundError: A pattern that matches no file.
+
+    Example:
+        >>> expand_shards("source/web", "s3://corpus/web-{00..02}.tar")
+        ['s3://corpus/web-00.tar', 's3://corpus/web-01.tar', 's3://corpus/web-02.tar']
+    """
+    patterns = [shards] if isinstance(shards, (str, os.PathLike)) or not isinstance(shards, Iterable) else list(shards)
+    urls: list[str] = []
+    for pattern in patterns:
+        path = os.fspath(pattern) if isinstance(pattern, os.PathLike) else pattern
+        if not isinstance(path, str):
+            raise ConfigurationError(
+                f"domain {domain!r} lists {shown(pattern)} as its shards: give it a path, a URL or a pattern, or a "
+                "list of these"
+            )
+        urls.extend(_expand_one(domain, path))
+    if not urls:
+        raise ShardNotFoundError(f"domain {domain!r} lists no shards: give it a path, a URL or a pattern")
+    first_use: dict[str, str] = {}
+    folders: dict[str, str] = {}
+    for url in urls:
+        identity = _real_path(local_path(url), folders) if is_local(url) else url
+        if identity in first_use:
+            raise ConfigurationError(
+                f"domain {domain!r} lists shard {display_url(url)} twice (also as "
+                f"{display_url(first_use[identity])}), so its rows would be trained on twice per epoch: list every "
+                "shard once"
+            )
+        first_use[identity] = url
+    return urls
+
+
+def is_local(url: str) -> bool:
+    """Whether the URL is a path or ``file://``."""
+    scheme = _SCHEME.match(url)
+    return scheme is None or scheme[1].lower() == "file"
+
+
+def local_path(url: str) -> str:
+    """The path of a local shard."""
+    return unquote(urlsplit(url).path) if _SCHEME.match(url) else url
+
+
+def absolute(url: str) -> str:
+    """The same shard, also after the working folder was changed."""
+    return url if not is_local(url) or _SCHEME.match(url) or os.path.isabs(url) else os.path.join(os.getcwd(), url)
+
+
+def base_name(url: str) -> str:
+    """The file name of a shard, without folders and without query."""
+    return os.path.basename(local_path(url) if is_local(url) else urlsplit(url).path)
+
+
+def display_url(text: str) -> str:
+    """A URL for messages: passwords and query strings (signatures, tokens) are left out."""
+
+    def clean(match: re.Match[str]) -> str:
+        try:
+            parts = urlsplit(match[0])
+        except ValueError:  # it may hold a password wherever it cannot be taken apart
+            return f"{match[0].split('://')[0]}://..."
+        host = parts.netloc.rsplit("@", 1)[-1]
+        return urlunsplit((parts.scheme, host, parts.path, "", "")) + ("?..." if parts.query else "")
+
+    return re.sub(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+", clean, text)
+
+
+def _real_path(path: str, folders: dict[str, str]) -> str:
+    """`os.path.realpath` of a file; `folders` remembers those of folders, which take most of the time."""
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    real = os.path.join(folders[folder], name)
+    return os.path.realpath(real) if os.path.islink(real) else real
+
+
+def _expand_one(domain: str, pattern: str) -> list[str]:
+    if re.match(r"^\s*(pipe:|\|)", pattern):
+        raise ConfigurationError(
+            f"domain {domain!r}: {pattern!r} would run a shell command; commands are never run from a shard list: "
+            "use a local path or an fsspec URL (s3://, gs://, https://, ...)"
+        )
+    if is_local(pattern) and os.path.isfile(local_path(pattern)):
+        return [pattern]
+    urls: list[str] = []
+    _refuse_too_many(domain, pattern)
+    for part in pattern.split("::"):
+        try:
+            expanded = list(braceexpand.braceexpand(part))
+        except ValueError as error:
+            raise ConfigurationError(f"domain {domain!r}: the braces in {part!r} do not match ({error})") from error
+        for url in expanded:
+            urls.extend(_local_matches(domain, pattern, url) if is_local(url) else [_remote(domain, url)])
+    return urls
+
+
+def _refuse_too_many(domain: str, pattern: str) -> None:
+    count = 1
+    for first, last, step in _RANGE.findall(pattern):
+        count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
+        if count > MAX_SHARDS:
+            raise ConfigurationError(
+                f"domain {domain!r}: the ranges in {pattern!r} name more than {MAX_SHARDS:,} shards: check their ends"
+            )
+
+
+def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
+    path = local_path(url)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        matches = sorted(str(found) for found in Path(path).glob("*.tar"))
+        if not matches:
+            raise ShardNotFoundError(
+                f"domain {domain!r}: the folder {path!r} holds no *.tar file (pattern {pattern!r})"
+            )
+        return matches
+    matches = sorted(glob.glob(path, recursive=True)) if _GLOB.search(path) else []
+    if not matches:
+        detail = "" if url == pattern else f" (from the pattern {pattern!r})"
+        raise ShardNotFoundError(
+            f"domain {domain!r}: no shard matches {path!r}{detail}, seen from {os.getcwd()!r}; check the path, or "
+            "take the domain out of the list"
+        )
+    return matches
+
+
+def _remote(domain: str, url: str) -> str:
+    try:
+        urlsplit(url).geturl().encode()
+    except ValueError as error:
+        raise ConfigurationError(f"domain {domain!r} lists {display_url(url)!r}, which is no URL: {error}") from error
+    if _GLOB.search(url.partition("?")[0]):
+        raise ConfigurationError(
+            f"domain {domain!r}: {display_url(url)!r} has a wildcard, which only local paths may have: use brace "
+            f"notation, for example shard-{{000..015}}.tar, or a list"
+        )
+    return url

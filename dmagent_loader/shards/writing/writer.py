@@ -1,0 +1,368 @@
+"""Writes shards from documents: raw text, or tokenised and packed rows.
+
+The bytes depend only on the documents and the settings (times and owners are zero), so equal input gives equal shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from dmagent_loader._files import write_atomically
+from dmagent_loader.errors import ConfigurationError, DomainError, EmptyShardError
+from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, load_manifest, manifest_text
+from dmagent_loader.shards.writing.documents import DocumentReader, find_files
+from dmagent_loader.shards.writing.packing import Packer, TextTokenizer, TokenArray
+
+PACKED_MEMBER = "input_ids.npy"
+_PARTIAL = ".partial"
+_NAME = re.compile(r"[\w+-][\w+.-]*/[\w+-][\w+. -]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How shards are written.
+
+    Args:
+        text_key: Column of a JSON line that holds the text.
+        keep_columns: Other columns to keep, as a ``json`` member beside ``txt``; raw text only.
+        tokenizer: A ``tokenizer.json``, a folder or a Hub name: rows are tokenised and packed. None: raw text.
+        eos_token: End-of-text token between packed documents; None: the tokenizer's.
+        sequence_length: Tokens per packed row.
+        rows_per_shard: Most rows in one shard; None: no limit.
+        max_shard_bytes: A shard is closed once it is this large.
+    """
+
+    text_key: str = "text"
+    keep_columns: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    eos_token: str | None = None
+    sequence_length: int | None = None
+    rows_per_shard: int | None = None
+    max_shard_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        if (self.tokenizer is None) != (self.sequence_length is None):
+            raise ConfigurationError(
+                f"tokenizer={self.tokenizer!r} with sequence_length={self.sequence_length!r}: packing needs both "
+                "(--tokenizer, --sequence-length), raw text neither"
+            )
+        if self.tokenizer is not None and self.keep_columns:
+            raise ConfigurationError(
+                f"keep_columns={list(self.keep_columns)} with a tokenizer: packed rows mix documents, so there is no "
+                "place for their columns; write raw text, or keep none"
+            )
+        if self.eos_token is not None and self.tokenizer is None:
+            raise ConfigurationError(
+                f"eos_token={self.eos_token!r} without a tokenizer has no effect: raw text has no tokens"
+            )
+        for name in ("sequence_length", "rows_per_shard", "max_shard_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name}={value}: it must be at least 1")
+
+
+class DomainWriter:
+    """Writes the rows of one domain into numbered shards.
+
+    Args:
+        folder: Where; must exist.
+        name: Begin of the file names.
+        config: When to begin the next shard.
+    """
+
+    def __init__(self, folder: Path, name: str, config: ShardingConfig) -> None:
+        self._folder = folder
+        self._name = name
+        self._config = config
+        self._shard: _TarShard | None = None
+        self._row = 0
+        self.records: list[ShardRecord] = []
+
+    def write(self, members: Mapping[str, bytes]) -> None:
+        """Adds a row: extension to bytes."""
+        if self._shard is None:
+            self._shard = _TarShard(self._folder / f"{self._name}-{len(self.records):06d}.tar")
+        self._shard.add(f"{self._row:09d}", members)
+        self._row += 1
+        if self._shard.rows == self._config.rows_per_shard or self._shard.size >= self._config.max_shard_bytes:
+            self.finish()
+
+    def finish(self) -> None:
+        """Closes the shard that is being written and makes it durable."""
+        if self._shard is not None:
+            self.records.append(self._shard.close())
+            self._shard = None
+
+    def abandon(self) -> None:
+        """Lets go of the shard that is being written, if any; its file is not complete."""
+        if self._shard is not None:
+            self._shard.abandon()
+
+
+class _HashingFile(io.FileIO):
+    """A new file whose sha256 is known as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        written = super().write(data) or 0
+        self.digest.update(memoryview(data)[:written])
+        return written
+
+
+class _TarShard:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._raw = _HashingFile(path)
+        self._file = io.BufferedWriter(self._raw, 1 << 20)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+        self.rows = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._tar.offset
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        self._tar.getmembers().clear()  # tarfile keeps every header for a listing that nobody asks for
+        self.rows += 1
+
+    def close(self) -> ShardRecord:
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._raw.fileno())
+        self._file.close()
+        return ShardRecord(
+            path=self._path.name, rows=self.rows, bytes=self._path.stat().st_size, sha256=self._raw.digest.hexdigest()
+        )
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+def shard_files(
+    domains: Mapping[str, Sequence[str | os.PathLike[str]]],
+    output: str | os.PathLike[str],
+    config: ShardingConfig | None = None,
+    *,
+    progress: bool = True,
+) -> dict[str, DomainRecord]:
+    """Writes shards for every domain: ``OUTPUT/<field>/<domain>/<domain>-000000.tar`` and ``OUTPUT/manifest.json``.
+
+    Domains can be added to a folder by later calls. A call that fails leaves the folder as it was.
+
+    Args:
+        domains: ``"source/Science"`` -> files, globs or folders. ``.jsonl`` and ``.ndjson`` hold a document per line,
+            every other file is one document; ``.gz`` is unpacked.
+        output: Folder of the shards; made if need be.
+        config: None: raw text with the defaults.
+        progress: Show a progress bar over the bytes of the input.
+
+    Returns:
+        What was written, per domain.
+
+    Raises:
+        DomainError: A name that is not ``field/domain``, or a domain that is in the folder already.
+        ConfigurationError: The folder cannot be written to, or holds rows of another kind: text beside packed rows, or
+            packed rows of another length or tokenizer.
+        ShardNotFoundError: A path that matches no file.
+        ShardError: An input file that cannot be used.
+        EmptyShardError: A domain without a single row.
+    """
+    config = config or ShardingConfig()
+    root = Path(output)
+    for domain in domains:
+        if not _NAME.fullmatch(domain):
+            raise DomainError(
+                f"domain {domain!r} cannot be a folder: name it field/domain, such as 'source/Science', of letters, "
+                "digits, '_', '-', '+', '.'"
+            )
+    files = {domain: find_files(domain, paths) for domain, paths in domains.items()}
+    tokenizer = TextTokenizer.load(config.tokenizer, config.eos_token) if config.tokenizer is not None else None
+    with _exclusive(root):
+        kept = _earlier_entries(root, list(domains))
+        _refuse_other_rows(root, kept, _settings(config, tokenizer))
+        partial = root / _PARTIAL
+        try:
+            records = _write_domains(files, partial, config, tokenizer, progress)
+            for domain in domains:
+                final = root / domain
+                if final.exists():
+                    shutil.rmtree(final)  # left by a call that was killed before its manifest was written
+                final.parent.mkdir(exist_ok=True)
+                os.replace(partial / domain, final)
+            write_atomically(root / MANIFEST_NAME, manifest_text(records, kept).encode())
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return records
+
+
+def _write_domains(
+    files: Mapping[str, list[Path]],
+    folder: Path,
+    config: ShardingConfig,
+    tokenizer: TextTokenizer | None,
+    progress: bool,
+) -> dict[str, DomainRecord]:
+    total = sum(path.stat().st_size for paths in files.values() for path in paths)
+    stop = threading.Event()
+    threads = min(len(files), os.cpu_count() or 1)
+    with (
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc=f"sharding {len(files)} domains", disable=not progress
+        ) as bar,
+        ThreadPoolExecutor(max_workers=threads, thread_name_prefix="dmagent-shard") as pool,
+    ):
+
+        def advance(size: int) -> None:
+            if stop.is_set():
+                raise InterruptedError("another domain failed")
+            bar.update(size)
+
+        futures = {}
+        try:
+            for domain, paths in files.items():
+                reader = DocumentReader(paths, config.text_key, config.keep_columns, advance)
+                futures[domain] = pool.submit(_write_domain, domain, reader, folder / domain, config, tokenizer)
+            return {domain: future.result() for domain, future in futures.items()}
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            failures = [future.exception() for future in futures.values() if future.done() and not future.cancelled()]
+            cause = next((error for error in failures if error and not isinstance(error, InterruptedError)), None)
+            if cause is not None:
+                raise cause from None
+            raise
+
+
+def _write_domain(
+    domain: str, reader: DocumentReader, folder: Path, config: ShardingConfig, tokenizer: TextTokenizer | None
+) -> DomainRecord:
+    folder.mkdir(parents=True)
+    writer = DomainWriter(folder, folder.name, config)
+    packer = Packer(tokenizer, config.sequence_length) if tokenizer and config.sequence_length else None
+    try:
+        if packer is not None:
+            for row in packer.rows(document.text for document in reader):
+                writer.write({PACKED_MEMBER: _npy(row)})
+        else:
+            for document in reader:
+                members = {"txt": document.text.encode("utf-8", "surrogatepass")}
+                if config.keep_columns:
+                    members["json"] = json.dumps(document.columns, ensure_ascii=False).encode("utf-8", "surrogatepass")
+                writer.write(members)
+        writer.finish()
+    finally:
+        writer.abandon()
+    rows = sum(record.rows for record in writer.records)
+    if not rows:
+        tokens = f", {packer.num_dropped} tokens, fewer than one row of {config.sequence_length}" if packer else ""
+        raise EmptyShardError(
+            f"domain {domain!r} would have no rows: {reader.num_documents} documents with text, {reader.num_empty} "
+            f"empty{tokens}; "
+            "give it more text" + (" or choose a smaller sequence_length" if packer else "")
+        )
+    return DomainRecord(
+        rows=rows,
+        documents=reader.num_documents,
+        empty_documents=reader.num_empty,
+        tokens=rows * config.sequence_length if config.sequence_length else None,
+        dropped_tokens=packer.num_dropped if packer else None,
+        settings=_settings(config, tokenizer),
+        shards=tuple(
+            ShardRecord(path=f"{domain}/{record.path}", rows=record.rows, bytes=record.bytes, sha256=record.sha256)
+            for record in writer.records
+        ),
+    )
+
+
+def _settings(config: ShardingConfig, tokenizer: TextTokenizer | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {"format": "text", "text_key": config.text_key, "keep_columns": list(config.keep_columns)}
+    return {
+        "format": "packed",
+        "text_key": config.text_key,
+        "tokenizer": os.path.basename(os.path.normpath(config.tokenizer or "")),
+        "vocabulary": tokenizer.vocabulary,
+        "eos_id": tokenizer.eos_id,
+        "sequence_length": config.sequence_length,
+        "dtype": tokenizer.dtype.name,
+    }
+
+
+def _npy(row: TokenArray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, row, allow_pickle=False)
+    return stream.getvalue()
+
+
+@contextlib.contextmanager
+def _exclusive(root: Path) -> Iterator[None]:
+    """One writer per folder at a time; also removes what a killed one left."""
+    lock = root / ".lock"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise ConfigurationError(f"shards cannot be written to {str(root)!r}: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(f"another process is writing shards to {str(root)!r}: wait for it") from error
+        shutil.rmtree(root / _PARTIAL, ignore_errors=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _earlier_entries(root: Path, domains: Sequence[str]) -> dict[str, Any]:
+    path = root / MANIFEST_NAME
+    if not path.exists():
+        return {}
+    present = load_manifest(path)
+    again = [domain for domain in domains if domain in present]
+    if again:
+        raise DomainError(
+            f"{str(root)!r} holds the domain(s) {again} already: choose another folder, or remove them from the "
+            f"folder and its {MANIFEST_NAME}"
+        )
+    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["domains"]
+    return entries
+
+
+def _refuse_other_rows(root: Path, kept: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Rows of two kinds cannot be put into one batch, which would be noticed only while training."""
+    for domain, entry in kept.items():
+        earlier = entry.get("settings") or {}
+        identity = "vocabulary" if "vocabulary" in earlier else "tokenizer"
+        for name in ("format", "sequence_length", identity, "eos_id"):
+            if name in earlier and earlier[name] != settings.get(name):
+                raise ConfigurationError(
+                    f"{str(root)!r} holds domain {domain!r} with {name} {earlier[name]!r}, but these rows would have "
+                    f"{settings.get(name)!r}: write all domains alike, or into another folder"
+                )

@@ -1,0 +1,135 @@
+"""Megatron-LM's own pretrain() on its own GPT model, with our data and our evaluation; started by the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import defaultdict
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "conformance"))
+from cpu_shim import cuda_on_cpu
+from parts import ROW_TOKENS, Recorder, build_environment, build_sampler, leave, parser
+from run_megatron import row
+
+MODEL = [
+    *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--position-embedding-type", "rope"),
+    *("--seq-length", str(ROW_TOKENS), "--max-position-embeddings", "64", "--use-cpu-initialization"),
+    *("--transformer-impl", "local", "--attention-backend", "unfused", "--no-persist-layer-norm"),
+    *("--no-gradient-accumulation-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"),
+    *("--no-masked-softmax-fusion", "--no-rope-fusion", "--tokenizer-type", "NullTokenizer", "--vocab-size", "63"),
+    *("--distributed-backend", "gloo", "--lr", "1e-2", "--clip-grad", "0", "--eval-iters", "1", "--log-interval", "1"),
+    *("--dataloader-type", "external", "--hidden-dropout", "0", "--attention-dropout", "0"),
+    *("--ckpt-format", "torch", "--no-create-attention-mask-in-dataloader"),
+]
+
+
+def pretend_cuda() -> None:
+    """What Megatron-LM asks of the driver, beyond what `cuda_on_cpu` answers."""
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
+        total_memory=1 << 34, name="", major=9, minor=0
+    )
+    torch.cuda.memory_stats = lambda device=None: defaultdict(int)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(torch.cuda, name, lambda device=None: 0)
+
+
+def main() -> None:
+    options = parser()
+    options.add_argument("--base", required=True)
+    options.add_argument("--skip-train", action="store_true")
+    options = options.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(name, value)
+    world = int(os.environ["WORLD_SIZE"])
+    checkpoints = options.out / "checkpoints"
+    global_batch = options.batch_size * options.accumulation * world
+    sys.argv = ["program", *MODEL, "--micro-batch-size", str(options.batch_size), "--train-iters", str(options.steps)]
+    sys.argv += ["--global-batch-size", str(global_batch), "--dataloader-save", str(checkpoints)]
+    sys.argv += ["--eval-interval", str(options.samples_per_reweight // global_batch)]
+    sys.argv += ["--tensorboard-dir", str(options.out / "logs")]
+    if options.save_every:
+        sys.argv += ["--save", str(checkpoints), "--save-interval", str(options.save_every)]
+    if options.resume:
+        sys.argv += ["--load", options.resume, "--dataloader-save", options.resume]
+    if options.skip_train:
+        sys.argv.append("--skip-train")
+
+    import megatron.legacy.fused_kernels
+    from gpt_builders import gpt_builder
+    from megatron.core.enums import ModelType
+    from megatron.core.parallel_state import get_data_parallel_rank
+    from megatron.training import get_args, pretrain
+    from model_provider import model_provider
+
+    from dmagent_loader.integrations.megatron import MegatronMixing, data_parallel_ranks
+    from dmagent_loader.integrations.megatron_lm import PretrainHooks, add_arguments
+
+    megatron.legacy.fused_kernels.load = lambda args: None  # compiles for the GPU
+    recorders: list[Recorder] = []
+
+    def build() -> MegatronMixing:
+        recorders.append(Recorder(options, get_data_parallel_rank()))
+        recorders[0].step = get_args().iteration
+        return MegatronMixing(
+            build_sampler(options, transform=row, **data_parallel_ranks()),
+            build_environment(),
+            micro_batch_size=options.batch_size,
+            global_batch_size=global_batch,
+            max_length=64,
+        )
+
+    ones = {name: torch.ones(options.batch_size, ROW_TOKENS, dtype=torch.int64) for name in ("tokens", "labels")}
+    ones["position_ids"] = torch.arange(ROW_TOKENS).expand(options.batch_size, -1)
+    ones["loss_mask"] = torch.ones(options.batch_size, ROW_TOKENS)
+    hooks = PretrainHooks(build, base_feedback=options.base, validation=repeat(ones))
+
+    def forward_step(data_iterator, model):
+        batch = next(data_iterator)
+        if "__index__" in batch and model.training:
+            step = get_args().curr_iteration
+            if options.kill_at is not None and step >= options.kill_at:
+                recorders[0].step_done(step)
+            recorders[0].step = step
+            recorders[0].batch(batch["__index__"], batch["key"])
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+        def loss(mask, losses):
+            mean = (losses * mask).sum() / mask.sum()
+            return mean, {"lm loss": mean.detach()}
+
+        return losses, partial(loss, batch["loss_mask"])
+
+    pretrain(
+        hooks.datasets_provider,
+        partial(model_provider, gpt_builder),
+        ModelType.encoder_or_decoder,
+        forward_step,
+        extra_args_provider=add_arguments,
+        non_loss_data_func=hooks.non_loss_data_func,
+    )
+    rank = torch.distributed.get_rank()
+    result = {
+        "consumed": hooks.mixing.consumed,
+        "end": hooks.mixing.sampler.end,
+        "ledger": hooks.mixing.sampler.ledger.to_json(),
+        "metrics": {},
+    }
+    (options.out / f"result-{rank}.json").write_text(json.dumps(result))
+    leave()
+
+
+if __name__ == "__main__":
+    with cuda_on_cpu():
+        pretend_cuda()
+        main()

@@ -1,0 +1,99 @@
+"""Megatron-core beyond the conformance suite: other ranks at a resume, feedback wherever the model lies, refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from trainers.conformance.launch import Launcher
+
+CONFORMANCE = Path(__file__).parent / "conformance"
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    return Launcher(tmp_path_factory.mktemp("megatron"), CONFORMANCE / "run_megatron.py")
+
+
+@pytest.fixture(scope="module")
+def whole(launch):
+    return launch("--steps", "12", "--save-every", "5", batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "data_ranks", "batch_size"),
+    [(["--tensor", "2"], 1, 4), (["--pipeline", "2"], 1, 4), ([], 2, 2)],
+    ids=["tensor-parallel", "pipeline-parallel", "data-parallel"],
+)
+def test_a_checkpoint_of_one_process_goes_on_in_two(launch, whole, options, data_ranks, batch_size):
+    """The same weights give the same feedback, wherever their parts lie; and the samples are those of the whole run.
+
+    Catches logits of a part of the vocabulary taken for all, questions counted twice, and a stage that answers for
+    another.
+    """
+    checkpoints = str(whole.out / "checkpoints")
+    settings = {"processes": 2, "data_ranks": data_ranks, "batch_size": batch_size}
+    run = launch("--steps", "12", "--resume", checkpoints, "--no-random", *options, **settings)
+    steps = [sorted(chain(*ranks)) for ranks in whole.micro_batches()]
+    assert [sorted(chain(*ranks)) for ranks in run.micro_batches()] == steps[10:]
+    ledger, before = run.results[0]["ledger"], whole.results[0]["ledger"]
+    assert len(ledger) == len(before) == 4
+    for entry, expected in zip(ledger, before, strict=True):
+        assert (entry["start"], entry["decided_at"]) == (expected["start"], expected["decided_at"])
+        assert entry["feedback"] == pytest.approx(expected["feedback"], abs=1e-4)
+        assert entry["mix"] == pytest.approx(expected["mix"], abs=1e-4)
+
+
+REFUSALS = """
+import sys; sys.path.insert(0, {conformance!r})
+import os, tempfile, torch
+from cpu_shim import cuda_on_cpu
+from megatron.core import parallel_state
+from dmagent_loader import AgentWeightedSampler
+from dmagent_loader.integrations.megatron import MegatronMixing, data_parallel_ranks
+from dmagent_loader.testing import write_toy_shards
+
+def refused(action):
+    try:
+        action()
+    except Exception as error:
+        print(type(error).__name__, error)
+    else:
+        print("accepted")
+
+refused(data_parallel_ranks)
+os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+torch.distributed.init_process_group("gloo")
+with cuda_on_cpu():
+    parallel_state.initialize_model_parallel(1, 1)
+    shards = write_toy_shards(tempfile.mkdtemp(), {{"source/web": 30, "target/math": 20}}, tokens=8)
+    build = lambda **ranks: AgentWeightedSampler(shards, samples_per_reweight=8, progress=False, **ranks)
+    mixing = lambda sampler, **sizes: MegatronMixing(sampler, max_length=8, **sizes)
+    refused(lambda: mixing(build(rank=1, world_size=2), micro_batch_size=2, global_batch_size=4))
+    refused(lambda: mixing(build(), micro_batch_size=3, global_batch_size=4))
+    ready = mixing(build(**data_parallel_ranks()), micro_batch_size=2, global_batch_size=4)
+    refused(lambda: ready.load_state_dict({{"json": "{{"}}))
+    state = ready.state_dict()
+    next(ready.data_iterator)
+    refused(lambda: ready.load_state_dict(state))
+sys.stdout.flush(); os._exit(0)
+"""
+
+
+def test_what_cannot_work_is_refused_with_the_remedy():
+    code = REFUSALS.format(conformance=str(CONFORMANCE))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    lines = [line for line in done.stdout.splitlines() if "Error" in line or line == "accepted"]
+    assert len(lines) == 5, done.stderr[-3000:]
+    assert "ConfigurationError" in lines[0]
+    assert "initialize_model_parallel" in lines[0]
+    assert "no process has data-parallel rank 0 of 2" in lines[1]
+    assert "no multiple of 3 rows" in lines[2]
+    assert "StateError" in lines[3]
+    assert "load it before the first step" in lines[4]

@@ -1,0 +1,104 @@
+"""From patterns to shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
+from dmagent_loader.shards.sources.urls import base_name, display_url, expand_shards, local_path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a-000.tar", "a-001.tar", "a-002.tar", "b.tar", "odd{1..2}.tar", "x y%.tar"):
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+def names(urls: list[str]) -> list[str]:
+    return [base_name(url) for url in urls]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a-{000..002}.tar", ["a-000.tar", "a-001.tar", "a-002.tar"]),
+        ("{b,a-001}.tar", ["b.tar", "a-001.tar"]),
+        ("a-*.tar", ["a-000.tar", "a-001.tar", "a-002.tar"]),
+        ("a-00[12].tar", ["a-001.tar", "a-002.tar"]),
+        ("odd{1..2}.tar", ["odd{1..2}.tar"]),
+        ("", ["a-000.tar", "a-001.tar", "a-002.tar", "b.tar", "odd{1..2}.tar", "x y%.tar"]),
+    ],
+)
+def test_local_patterns(folder: Path, pattern: str, expected: list[str]) -> None:
+    assert names(expand_shards("d", f"{folder}/{pattern}")) == expected
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "s3://b/x-{000..003}.tar",
+        "gs://b/{a,b}/x-{1..2}.tar",
+        "http://h/a.tar::http://h/b-{0..1}.tar",
+        "memory://x-{8..11}.tar",
+    ],
+)
+def test_braces_expand_as_in_webdataset(pattern: str) -> None:
+    assert expand_shards("d", pattern) == webdataset.shardlists.expand_urls(pattern)
+
+
+def test_file_urls_and_paths_and_lists_may_be_mixed(folder: Path) -> None:
+    urls = expand_shards("d", [f"file://{folder}/a-000.tar", folder / "b.tar", "s3://bucket/c.tar"])
+    assert names(urls) == ["a-000.tar", "b.tar", "c.tar"]
+    assert local_path(f"file://{folder}/x%20y%25.tar") == f"{folder}/x y%.tar"
+
+
+@pytest.mark.parametrize("pattern", ["nothing-{000..001}.tar", "nothing-*.tar", "a-{000..003}.tar"])
+def test_a_pattern_with_missing_shards_names_domain_and_pattern(folder: Path, pattern: str) -> None:
+    """The last one lacks only a-003: catches an expansion that keeps what exists and drops the rest in silence."""
+    with pytest.raises(ShardNotFoundError, match="'source/web'") as error:
+        expand_shards("source/web", f"{folder}/{pattern}")
+    assert pattern in str(error.value)
+
+
+def test_no_shards_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ShardNotFoundError, match="'d' lists no shards"):
+        expand_shards("d", [])
+    with pytest.raises(ShardNotFoundError, match=r"holds no \*\.tar"):
+        expand_shards("d", tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["pipe:cat a.tar", " pipe:curl -s http://x | tar x", "|cat a.tar"])
+def test_shell_commands_are_refused(pattern: str) -> None:
+    with pytest.raises(ConfigurationError, match="shell command"):
+        expand_shards("d", pattern)
+
+
+def test_a_shard_listed_twice_is_refused_even_under_two_names(folder: Path) -> None:
+    (folder / "link.tar").symlink_to(folder / "b.tar")
+    for second in ("b.tar", "link.tar", "./b.tar"):
+        with pytest.raises(ConfigurationError, match=r"\.tar twice"):
+            expand_shards("d", [f"{folder}/b.tar", f"{folder}/{second}"])
+
+
+def test_unbalanced_braces_are_a_configuration_error() -> None:
+    with pytest.raises(ConfigurationError, match="braces"):
+        expand_shards("d", "s3://b/x-{000..003.tar")
+
+
+def test_messages_do_not_show_secrets() -> None:
+    shown = display_url("could not read https://user:pass@host/a.tar?X-Amz-Signature=abc sorry")
+    assert shown == "could not read https://host/a.tar?... sorry"
+    assert "pass" not in shown
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [None, 5, [None], [b"/x/a.tar"], "http://[x/a.tar", "s3://x/{0..99999999999}.tar", "/x/{0..9999}{0..9999}.tar"],
+)
+def test_what_cannot_be_a_list_of_shards_is_refused_at_once(shards: object) -> None:
+    with pytest.raises(ConfigurationError, match="domain 'source/a'"):
+        expand_shards("source/a", shards)  # type: ignore[arg-type]
