@@ -1,9 +1,10 @@
-"""Imports follow the layers, and the package stays light to import."""
+"""Imports follow the rooms of the package, without circles, and the package stays light to import."""
 
 from __future__ import annotations
 
 import ast
 import configparser
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,65 +16,84 @@ import dmagent_loader
 PACKAGE = Path(dmagent_loader.__file__).parent
 ROOT = PACKAGE.parent
 
-# Each part may import from the parts named beside it, and from itself.
-BASE = {"errors", "files", "untrusted", "_version"}
-CORE = BASE | {"simplex", "domains", "history", "hashing", "order", "shuffle", "ledger", "plan", "layout"}
-DATA = CORE | {"distributed", "shards", "agent", "policies"}
-SAMPLER = {"agreement", "progress", "stream", "state", "decisions", "opening", "sampler"}
-RUN = DATA | SAMPLER | {"lazy", "mailbox", "environment", "transforms"}
-ALLOWED = {
-    **dict.fromkeys(CORE, CORE),
-    "distributed": CORE,
-    "shards": CORE,
-    "agent": CORE | {"agent"},
+GROUND = {"errors", "_files", "_validation", "_version"}
+CORE = GROUND | {"mixture"}
+READING = CORE | {"_distributed", "shards", "_loading"}
+DECIDING = CORE | {"_distributed", "agent", "policies", "_run"}
+PUBLIC = GROUND | {"_distributed", "sampler", "environment", "policies", "transforms", "testing"}
+ROOMS = {
+    **dict.fromkeys(GROUND, GROUND),
+    "mixture": CORE,
+    "_distributed": GROUND,
+    "shards": GROUND,
+    "_loading": READING,
+    "agent": CORE,
     "policies": CORE | {"agent"},
-    "mailbox": CORE,
-    **dict.fromkeys(SAMPLER, RUN - {"environment", "transforms"}),
-    "environment": CORE | {"distributed"},
-    "lazy": CORE | {"shards"},
-    "transforms": CORE | {"lazy"},
-    "testing": RUN,
-    "integrations": RUN,
-    "pipeline": RUN,
-    "report": CORE,
-    "demo": RUN | {"integrations", "report"},
-    "cli": RUN | {"integrations", "pipeline", "report", "demo"},
-    "__init__": RUN,
+    "_run": DECIDING - {"agent"},
+    "sampler": READING | DECIDING,
+    "environment": GROUND | {"_distributed"},
+    "transforms": GROUND | {"_loading"},
+    "testing": GROUND | {"shards"},
+    "integrations": PUBLIC,
+    "training": DECIDING - {"_run"} | {"environment", "shards"},
+    "_demo": READING | DECIDING | PUBLIC | {"integrations"},
+    "cli": READING | DECIDING | PUBLIC | {"integrations", "training", "_demo"},
+    "__init__": READING | DECIDING | PUBLIC | {"integrations"},
 }
-NUMPY_ONLY = CORE
+"""What each room may import besides itself. Imports for type checkers and inside functions count."""
+NO_TORCH = {"errors", "_files", "_validation", "_version", "mixture", "shards"}
 HEAVY = ["transformers", "accelerate", "nemo", "megatron", "lightning", "d3rlpy", "gymnasium", "datasets", "matplotlib"]
 
 
-def parts() -> list[tuple[str, Path]]:
-    files = sorted(PACKAGE.rglob("*.py"))
-    return [(file.relative_to(PACKAGE).parts[0].removesuffix(".py"), file) for file in files]
-
-
 def imported(file: Path) -> set[str]:
-    """Absolute names of the modules that a file imports, those under TYPE_CHECKING left out."""
+    """Absolute names of all that a file imports, wherever in the file."""
     names: set[str] = set()
-    skipped: set[ast.AST] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            skipped.update(inner for statement in node.body for inner in ast.walk(statement))
-        if node in skipped:
-            continue
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file.name} uses a relative import"
-            names.add(str(node.module))
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
 
 
-@pytest.mark.parametrize(("part", "file"), parts(), ids=lambda value: str(value)[-40:])
-def test_imports_follow_the_layers(part, file):
-    own = {name.split(".")[1] for name in imported(file) if name.startswith("dmagent_loader.")}
-    own = {name for name in own if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()}
-    assert own <= ALLOWED[part] | {part}, f"{part} must not import {sorted(own - ALLOWED[part])}"
-    if part in NUMPY_ONLY:
-        assert not {"torch", "fsspec", "webdataset"} & {name.split(".")[0] for name in imported(file)}
+def module(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+GRAPH = {
+    name: {
+        max((m for m in FILES if f"{used}.".startswith(f"{m}.")), key=len)
+        for used in imported(file)
+        if used.startswith("dmagent_loader.")
+    }
+    for name, file in FILES.items()
+}
+
+
+def room(name: str) -> str:
+    return (name.split(".") + ["__init__"])[1]
+
+
+def test_imports_follow_the_rooms():
+    wrong = {
+        f"{name} imports {used}"
+        for name, uses in GRAPH.items()
+        for used in uses
+        if room(used) not in ROOMS[room(name)] | {room(name)}
+    }
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_there_are_no_circles():
+    graphlib.TopologicalSorter({name: uses - {name} for name, uses in GRAPH.items()}).prepare()
+
+
+def test_core_and_shards_do_without_torch():
+    for name, file in FILES.items():
+        if room(name) in NO_TORCH:
+            assert "torch" not in {used.split(".")[0] for used in imported(file)}, name
 
 
 def test_importing_the_package_loads_nothing_heavy():

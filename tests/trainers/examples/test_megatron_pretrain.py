@@ -13,6 +13,8 @@ pytest.importorskip("megatron.core")
 from launching import REPOSITORY, environment, python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+EXAMPLE = REPOSITORY / "examples" / "megatron_pretrain.py"
+
 
 def run(work: Path, *options: str) -> dict[str, list[tuple[int, float]]]:
     command = [
