@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmagent_loader import ReadingConfig
 from dmagent_loader._demo import html
 from dmagent_loader._demo.charts import overview_chart, png_bytes
 from dmagent_loader._demo.config import DEFAULT_AGENT, DemoConfig
@@ -142,7 +143,7 @@ def _run(
     print(f"  held-out source loss {before:.2f} -> {after:.2f} nats, {model.num_parameters() / 1e6:.1f}M parameters")
 
     rows = AgentWeightedSampler(
-        shards, samples_per_reweight=1, cache_dir=output / "shard_index", progress=False
+        shards, samples_per_reweight=1, reading=ReadingConfig(cache_dir=output / "shard_index", progress=False)
     ).collection.num_rows
     results = []
     for method in methods(corpus.space, dict(zip(shards, rows.tolist(), strict=True)), agent):
@@ -190,8 +191,7 @@ def _base_sampler(shards: Mapping[str, Sequence[str]], config: DemoConfig, outpu
         samples_per_reweight=1,
         seed=config.seed + 1,
         transform=packed_tokens,
-        cache_dir=output / "shard_index",
-        progress=False,
+        reading=ReadingConfig(cache_dir=output / "shard_index", progress=False),
     )
 
 

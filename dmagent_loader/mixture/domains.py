@@ -350,3 +350,25 @@ class DomainMap:
                 shares = start / start.sum()
             mix[members] = mass * shares
         return Projection(mix=mix / mix.sum(), uncovered=max(0.0, 1.0 - reached), kl=max(0.0, kl))
+
+
+def start_state_mix(space: DomainSpace, natural: FloatArray, given: Mapping[str, float] | None) -> FloatArray:
+    """The mix of the base model's own training data (paper, 3.1).
+
+    Args:
+        space: The domains.
+        natural: (D,) each domain's share of all rows.
+        given: Domain or field -> weight; None: the source domains' shares of rows.
+
+    Returns:
+        (D,), sums to 1.
+
+    Raises:
+        DomainError: An unknown domain.
+        MixError: The weights are not a distribution.
+    """
+    if given is not None:
+        return space.mix(given, shares=natural)
+    source = np.array([d.field == SOURCE for d in space.domains])
+    kept = np.where(source, natural, 0.0)
+    return kept / kept.sum() if kept.sum() > 0 else natural

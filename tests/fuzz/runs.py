@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from fuzz.inputs import Choices, edit_seeds, edited, expect, folder, json_seeds
 
+from dmagent_loader import ReadingConfig
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.agent.checkpoint import load, read_agent_config, read_weights
 from dmagent_loader.errors import CheckpointError, StateError
@@ -108,8 +109,7 @@ def _sampler() -> tuple[AgentWeightedSampler, dict[str, Any]]:
         shards,
         policy=StaticPolicy({"source/a": 0.25, "target/b": 0.75}),
         samples_per_reweight=8,
-        cache_dir=folder() / "cache",
-        progress=False,
+        reading=ReadingConfig(cache_dir=folder() / "cache", progress=False),
     )
     stream = iter(sampler)
     for consumed in (0, 8, 16):

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability.remote_faults import TEXTS, tar_bytes
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError, StateError
 from dmagent_loader.shards import ShardCollection, ShardingConfig, load_manifest, shard_files
 from dmagent_loader.shards.index.cache import IndexCache
@@ -235,11 +235,7 @@ def _domains(folder: Path, texts: list[str]) -> Path:
 
 def sampler(out: Path, **settings: object) -> AgentWeightedSampler:
     return AgentWeightedSampler(
-        out,
-        samples_per_reweight=10,
-        cache_dir=out.parent / "cache",
-        progress=False,
-        **settings,  # type: ignore[arg-type]
+        out, samples_per_reweight=10, reading=ReadingConfig(cache_dir=out.parent / "cache", progress=False), **settings
     )
 
 
@@ -255,7 +251,7 @@ def test_skip_accounts_for_the_rows_lost_and_for_their_effect_on_the_mix(
         sampler(out)
     shard.write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        left = sampler(out, on_damage="skip")
+        left = sampler(out, reading=ReadingConfig(on_damage="skip"))
     assert "10 rows lost, by the manifest" in caplog.text
     assert "domain 'source/a': 20 rows are left, about 10 are lost (33.3% of the domain)" in caplog.text
     assert left.mix == pytest.approx({"source/a": 0.4, "source/b": 0.6})
