@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from reading import quiet
 
 from benchmarks.reliability.remote_faults import TEXTS, tar_bytes
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
@@ -233,10 +234,8 @@ def _domains(folder: Path, texts: list[str]) -> Path:
     return folder / "out"
 
 
-def sampler(out: Path, **settings: object) -> AgentWeightedSampler:
-    return AgentWeightedSampler(
-        out, samples_per_reweight=10, reading=ReadingConfig(cache_dir=out.parent / "cache", progress=False), **settings
-    )
+def sampler(out: Path, reading: ReadingConfig | None = None) -> AgentWeightedSampler:
+    return AgentWeightedSampler(out, samples_per_reweight=10, reading=quiet(out.parent / "cache", reading))
 
 
 def test_skip_accounts_for_the_rows_lost_and_for_their_effect_on_the_mix(

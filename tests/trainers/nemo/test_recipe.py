@@ -241,7 +241,7 @@ def test_a_recipe_builds_one_sampler_for_both(shards, tmp_path):
     recipe = llm.llama32_1b.pretrain_recipe(dir=str(tmp_path), name="first", num_gpus_per_node=1)
     recipe.trainer.accelerator, recipe.trainer.plugins = "cpu", None  # what this machine lacks
     recipe.model.config.apply_rope_fusion = False
-    sampler = run.Config(AgentWeightedSampler, shards=shards, samples_per_reweight=8, progress=False)
+    sampler = run.Config(AgentWeightedSampler, shards=shards, samples_per_reweight=8)
     environment = run.Config(
         Environment.from_pairs, pairs={"general": [("a", "b")], "math": [("1", "2")]}, tokenizer=characters
     )

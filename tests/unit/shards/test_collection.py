@@ -101,7 +101,7 @@ def test_a_pickle_reads_the_same_and_holds_no_files(hundred: dict[str, list[str]
     collection = ShardCollection.open(hundred, progress=False)
     read_and_check(collection, 0)
     copy = pickle.loads(pickle.dumps(collection))
-    assert copy.collection.fingerprint == collection.fingerprint
+    assert copy.fingerprint == collection.fingerprint
     read_and_check(copy, 1)
 
 
