@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,12 @@ from dmagent_loader.errors import RankError
 
 
 @contextmanager
-def together(step: str, settings: RunSettings, rank: int) -> Iterator[dict[str, Any]]:
+def together(step: str, settings: Callable[[], RunSettings], rank: int) -> Iterator[dict[str, Any]]:
     """`distributed.together` for a step of a run, whose settings must be the same on all ranks.
 
     Args:
         step: Name of the step, for messages.
-        settings: Settings of this rank's run.
+        settings: Gives the settings of this rank's run; asked only where there are several ranks.
         rank: Data-parallel rank of this process.
 
     Raises:
@@ -26,9 +26,10 @@ def together(step: str, settings: RunSettings, rank: int) -> Iterator[dict[str, 
     """
     with distributed.together(step) as facts:
         if distributed.is_active():
-            facts |= settings.to_compare()
+            facts |= settings().to_compare()
         yield facts
-    check_ranks(step, rank, settings.world_size)
+    if distributed.is_active():
+        check_ranks(step, rank, settings().world_size)
 
 
 def digest(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -58,10 +59,13 @@ class Run:
             loader=feed.loader,
         )
 
+    def _together(self, step: str) -> AbstractContextManager[dict[str, Any]]:
+        return rank_check.together(step, lambda: self.settings, self.feed.rank)
+
     def set_mix(self, weights: Mapping[str, float], *, renormalize: bool) -> LedgerEntry:
         """Changes the mix by hand."""
         plan = self.feed.plan
-        with rank_check.together(_SETTING_BY_HAND, self.settings, self.feed.rank) as facts:
+        with self._together(_SETTING_BY_HAND) as facts:
             facts["the mixes so far"] = plan.ledger.summary()
             mix = plan.space.mix(weights, renormalize=renormalize, shares=plan.num_rows.astype(np.float64))
         mix, decided_at = distributed.broadcast_object((mix, self.feed.cursor.handed_out), _SETTING_BY_HAND)
@@ -76,7 +80,7 @@ class Run:
     def reweight(self, feedback: Mapping[str, float], consumed: int) -> Decision:
         """Asks the policy for the next mix."""
         decision: Decision | None = None
-        with rank_check.together(_DECIDING, self.settings, self.feed.rank) as facts:
+        with self._together(_DECIDING) as facts:
             if self.decider.policy is None:
                 raise ConfigurationError(
                     "reweight() needs a policy, but this sampler has none: pass agent= or policy=, or change the mix "
@@ -128,7 +132,7 @@ class Run:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues a saved run."""
-        with rank_check.together(_LOADING, self.settings, self.feed.rank) as facts:
+        with self._together(_LOADING) as facts:
             restored = read_state(state, self.settings, self.decider)
             facts |= restored.to_compare()
         self.feed.restore(restored.plan, restored.consumed)
