@@ -265,8 +265,8 @@ def test_an_iterator_in_use_does_not_go_on_after_a_state_was_loaded(build, num_w
         ({"agent": 5}, "agent is 5"),
         ({"exhausted": ["stop"]}, "exhausted is"),
         ({"initial_mix": "half"}, "the mix is 'half'"),
-        ({"initial_mix": {"source": "a", "target": 1.0}}, "no numbers"),
-        ({"initial_mix": {"source": 10**400}}, "no numbers"),
+        ({"initial_mix": {"source": "a", "target": 1.0}}, "not a list of numbers"),
+        ({"initial_mix": {"source": 10**400}}, "not a list of numbers"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
