@@ -235,7 +235,7 @@ def test_persistent_workers_refuse_to_go_on_with_an_older_ledger(build):
     loader = MixingDataLoader(sampler, batch_size=4, num_workers=1, persistent_workers=True)
     next(iter(loader))
     sampler.load_state_dict(sampler.state_dict(consumed=4))
-    with pytest.raises(StateError, match="build the DataLoader anew"):
+    with pytest.raises(StateError, match="rebuild the DataLoader"):
         next(iter(loader))
 
 
