@@ -1,1 +1,1 @@
-"""The demo: real text that is on every machine, one small model, three ways to go on training it."""
+"""The demo: real text that is on every machine, one small model, and three ways to continue its training."""

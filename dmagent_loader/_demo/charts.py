@@ -1,7 +1,7 @@
 """Charts of runs: the mix over training, and the feedback over training.
 
-The two fields keep their colours in every chart (source blue, target orange, a pair that colour-blind readers can tell
-apart), and runs differ by marker and line style as well as by colour.
+The two fields have the same colours in every chart (source blue, target orange, a pair that colour-blind readers can
+distinguish). Runs differ by marker and line style as well as by colour.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_NAMED_DOMAINS = 16
-"""With more domains than this, names would not be readable: the fields are named instead."""
+"""Largest number of domains in a legend: with more, names would be unreadable, and the fields are named instead."""
 
 _FIELD_SHADES = {SOURCE: ("#0b3c6f", "#c3dcf2"), "other": ("#7a2e00", "#fdd3a6")}
 _RUN_STYLES = (("#b8488f", "o", "--"), ("#00785a", "s", "-."), ("#111111", "D", "-"), ("#7a5c00", "^", ":"))
@@ -29,17 +29,17 @@ _TEXT, _MUTED, _GRID = "#222222", "#555555", "#dddddd"
 
 
 def overview_chart(runs: Sequence[RunRecord], space: DomainSpace, *, x_label: str, title: str) -> Figure:
-    """The mix of every run above, the feedback of every field below.
+    """A chart with the mix of every run above, and the feedback of every field below.
 
     Args:
-        runs: At least one.
+        runs: One or more runs.
         space: All domains, in the order in which they are stacked from the bottom.
-        x_label: What ``start``, ``stop`` and ``at`` count.
+        x_label: Unit of ``start``, ``stop`` and ``at``.
         title: Heading of the picture.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ConfigurationError: No run, or a run without a step or without feedback.
+        ConfigurationError: There is no run, or a run without a step or without feedback.
     """
     _check(runs)
     figure = _figure(11.5, 7.6)
@@ -51,7 +51,7 @@ def overview_chart(runs: Sequence[RunRecord], space: DomainSpace, *, x_label: st
 
 
 def draw_mixes(figure: Any, runs: Sequence[RunRecord], space: DomainSpace, *, x_label: str) -> None:
-    """One panel per run: the share of each domain, stacked, constant between two decisions."""
+    """Draws one panel per run: the share of each domain, stacked, constant between two decisions."""
     panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     colors = _domain_colors(space)
     for panel, run in zip(panels, runs, strict=True):
@@ -66,14 +66,14 @@ def draw_mixes(figure: Any, runs: Sequence[RunRecord], space: DomainSpace, *, x_
         _plain(panel)
     panels[0].set_ylabel("share of the training tokens", fontsize=9, color=_MUTED)
     handles = _legend(space, colors)
-    # From top to bottom as the areas are stacked, beside the last panel.
+    # In the order of the stacked areas from top to bottom, beside the last panel.
     figure.legend(
         handles=handles[::-1], loc="outside right center", frameon=False, fontsize=8, labelcolor=_TEXT, handlelength=1.1
     )
 
 
 def draw_feedback(figure: Any, runs: Sequence[RunRecord], *, x_label: str) -> None:
-    """One panel per field of the environment: the feedback of each run, and the base model's as a line across."""
+    """Draws one panel per field of the environment: the feedback of each run, and that of the base model as a line."""
     fields = list(runs[0].feedback[0]["feedback"])
     panels = figure.subplots(1, len(fields), squeeze=False)[0]
     for panel, field in zip(panels, fields, strict=True):
@@ -99,14 +99,14 @@ def draw_feedback(figure: Any, runs: Sequence[RunRecord], *, x_label: str) -> No
 
 
 def png_bytes(figure: Figure, *, dots_per_inch: int = 130) -> bytes:
-    """The picture as PNG on a white ground; the same figure gives the same bytes."""
+    """The picture as PNG on a white background; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _figure(width: float, height: float) -> Figure:
-    # Figures made without pyplot draw with Agg and leave the user's own backend alone.
+    # A figure made without pyplot draws with Agg and does not touch the user's backend.
     figures = require_extra("matplotlib.figure", "demo")
     figure: Figure = figures.Figure(figsize=(width, height), layout="constrained", facecolor="white")
     figure.set_layout_engine("constrained", wspace=0.06)
@@ -115,7 +115,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _check(runs: Sequence[RunRecord]) -> None:
     if not runs:
-        raise ConfigurationError("there is no run to draw: give at least one")
+        raise ConfigurationError("there is no run to draw: pass at least one")
     for run in runs:
         if not run.mix or not run.feedback:
             raise ConfigurationError(
@@ -149,10 +149,10 @@ def _legend(space: DomainSpace, colors: list[Any]) -> list[Any]:
 
 
 def _label_ends(panel: Axes, ends: list[tuple[float, str, str]], gap: float = 0.085) -> None:
-    """Names beside the ends of the lines, pushed apart where they would overlap.
+    """Writes names beside the ends of the lines, moved apart where they would overlap.
 
     Args:
-        panel: With its final limits.
+        panel: Panel with its final limits.
         ends: (value, name, colour) of each line.
         gap: Smallest distance between two names, as a share of the panel's height.
     """
@@ -172,7 +172,7 @@ def _label_ends(panel: Axes, ends: list[tuple[float, str, str]], gap: float = 0.
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Positions at least `gap` apart, in order, each group of neighbours centred on where its members would be."""
+    """Positions at least `gap` apart, in order; each group of neighbours is centred on its original positions."""
     groups: list[list[float]] = []
     for height in heights:
         groups.append([height])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dmagent_loader.errors import ConfigurationError
 
 CONTEXT_TOKENS = 512
-"""Positions of the model: rows are shorter, but a question with its answer may need more."""
+"""Positions of the model: more than a row, because a question with its answer may be longer."""
 
 MIN_VOCAB = 512
 
@@ -16,25 +16,26 @@ DEFAULT_AGENT = "dmagent-rl"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """How much is trained and measured; the defaults take about four minutes on two CPU cores.
+    """Sizes of training and evaluation; the defaults take about four minutes on two CPU cores.
 
     Args:
-        seed: Of the model's first weights and of the order of samples.
-        vocab_size: Of the byte-level BPE tokenizer.
+        seed: Seed of the model's first weights and of the order of samples.
+        vocab_size: Vocabulary size of the byte-level BPE tokenizer.
         row_tokens: Length of a packed training row.
         batch_rows: Rows in one optimizer step.
         hidden_size: Width of the model.
-        num_layers: Of the model.
+        num_layers: Number of layers of the model.
         base_steps: Optimizer steps of the base model, on the source field.
-        base_learning_rate: Peak; cosine decay to a tenth.
+        base_learning_rate: Peak learning rate of the base model; cosine decay to a tenth.
         decisions: Reweighting steps of each continual run.
-        steps_per_decision: Optimizer steps between two of them.
-        run_learning_rate: Peak of the continual runs; linear decay to zero.
-        source_chars: Training text of the source field, at most.
-        target_chars: Training text of the target field, at most.
-        questions: Questions of each field of the environment, at most.
-        question_chars: Text of all questions and answers of a field, at most: what an evaluation may cost.
-        held_out_rows: Rows of each field on which the held-out loss is measured, at most.
+        steps_per_decision: Optimizer steps between two decisions.
+        run_learning_rate: Peak learning rate of the continual runs; linear decay to zero.
+        source_chars: Maximum number of characters of training text of the source field.
+        target_chars: Maximum number of characters of training text of the target field.
+        questions: Maximum number of questions of each field of the environment.
+        question_chars: Maximum number of characters in all questions and answers of a field; bounds the cost of an
+            evaluation.
+        held_out_rows: Maximum number of rows of each field for the held-out loss.
         num_threads: CPU threads; a model this small gains nothing from many, and results would depend on them.
     """
 
@@ -59,14 +60,14 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.vocab_size < MIN_VOCAB:
             raise ConfigurationError(
-                f"vocab_size is {self.vocab_size}: a byte-level tokenizer needs {MIN_VOCAB} or more"
+                f"vocab_size is {self.vocab_size}, but a byte-level tokenizer needs {MIN_VOCAB} or more"
             )
         if not 2 <= self.row_tokens <= CONTEXT_TOKENS:
             raise ConfigurationError(f"row_tokens is {self.row_tokens}; it must be between 2 and {CONTEXT_TOKENS}")
 
     @classmethod
     def quick(cls) -> DemoConfig:
-        """The whole way in a few seconds of training: to see that it works, not to learn anything from the numbers."""
+        """All stages with a few seconds of training: a check that everything works, with meaningless numbers."""
         return cls(
             vocab_size=1024,
             row_tokens=64,

@@ -1,4 +1,4 @@
-"""What the demo trains and measures on: documents per domain, held-out documents per field, question sets."""
+"""The text of the demo: documents per domain, held-out documents per field, and question sets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dmagent_loader.environment.questions import evenly_spaced
 from dmagent_loader.mixture.domains import DomainSpace
 
 GENERAL = "general"
-"""The environment's field that is to be kept; it measures the source field."""
+"""Name of the environment's field to keep; it measures the source field."""
 
 _START_CHARS = 24
-"""Answers are looked up by their first characters, so that each position of the text costs one look at a table."""
+"""Answers are indexed by their first characters, so each position of the text costs one table lookup."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,11 @@ class Corpus:
     """Training text, held-out text and question sets.
 
     Args:
-        title: What the text is, for headings.
+        title: Short description of the text, for headings.
         documents: Training documents by domain name; the names start with their field.
         held_out: Documents of each field that are not trained on, by field name.
-        questions: Question sets by name of the environment's field: first the one to keep, then the one to acquire.
-        notes: Choices that were made while collecting and that a reader of the results should know.
+        questions: Question sets by name of the environment's field: first the field to keep, then that to acquire.
+        notes: Choices made while collecting, for readers of the results.
     """
 
     title: str
@@ -49,23 +49,23 @@ class Corpus:
 
 
 def normalized(text: str) -> str:
-    """Text with runs of white space made one blank, so that a change of layout does not hide a copy."""
+    """Text with each run of white space replaced by one blank: a copy is recognised in any layout."""
     return re.sub(r"\s+", " ", text).strip()
 
 
 def unseen(questions: Iterable[Question], documents: Iterable[str]) -> list[Question]:
-    """The questions whose answer occurs nowhere in the training documents, each question and each answer once.
+    """The questions whose answer is not in the training documents, without repeated questions or answers.
 
-    Holding out modules is not enough: the same sentence or the same body is often written in several modules. A copy is
-    found wherever it starts at the beginning of a word.
+    Holding out modules is not enough: the same sentence or function body often appears in several modules. A copy is
+    found if it starts at the beginning of a word.
     """
     candidates: dict[str, Question] = {}
-    asked: set[str] = set()
+    chosen: set[str] = set()
     for question in questions:
         answer = normalized(question.answer)
-        if answer not in candidates and question.question not in asked:
+        if answer not in candidates and question.question not in chosen:
             candidates[answer] = question
-            asked.add(question.question)
+            chosen.add(question.question)
     by_start: dict[str, list[str]] = {}
     for answer in candidates:
         by_start.setdefault(answer[:_START_CHARS], []).append(answer)
@@ -82,14 +82,14 @@ def unseen(questions: Iterable[Question], documents: Iterable[str]) -> list[Ques
 
 
 def affordable(questions: list[Question], config: DemoConfig) -> list[Question]:
-    """As many questions, evenly spaced, as the limits on their number and on their text allow."""
+    """Evenly spaced questions, as many as the limits on their number and their text allow."""
     chars = sum(len(q.question) + len(q.answer) for q in questions)
     limit = config.questions if not chars else min(config.questions, config.question_chars * len(questions) // chars)
     return evenly_spaced(questions, max(1, limit))
 
 
 def write_corpus(corpus: Corpus, folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Writes the corpus as the JSON lines that users have: ``<field>/<domain>.jsonl`` and ``env/<field>.jsonl``.
+    """Writes the corpus as JSON lines, like a user's text: ``<field>/<domain>.jsonl`` and ``env/<field>.jsonl``.
 
     Returns:
         Domain -> file, and field of the environment -> file.
@@ -97,8 +97,8 @@ def write_corpus(corpus: Corpus, folder: Path) -> tuple[dict[str, Path], dict[st
     domains, questions = {}, {}
     for name, documents in corpus.documents.items():
         domains[name] = _write_lines(folder / f"{name}.jsonl", ({"text": text} for text in documents))
-    for name, asked in corpus.questions.items():
-        rows = ({"question": q.question, "answer": q.answer, "origin": q.origin} for q in asked)
+    for name, selected in corpus.questions.items():
+        rows = ({"question": q.question, "answer": q.answer, "origin": q.origin} for q in selected)
         questions[name] = _write_lines(folder / "env" / f"{name}.jsonl", rows)
     return domains, questions
 

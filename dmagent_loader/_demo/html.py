@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one file, no scripts, nothing loaded from anywhere."""
+"""Self-contained HTML pages: one file, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def page(title: str, sections: Iterable[str], *, summary: str = "") -> str:
 
     Args:
         title: Heading, plain text.
-        sections: HTML of each section, as the functions below make it.
+        sections: HTML of each section, made by the functions below.
         summary: One plain sentence below the heading.
     """
     head = f"<h1>{html.escape(title)}</h1>\n" + (f"<p>{html.escape(summary)}</p>\n" if summary else "")
@@ -46,7 +46,7 @@ def table_section(heading: str, table: Table, *, notes: Sequence[str] = ()) -> s
 
 
 def picture_section(heading: str, png: bytes, *, description: str) -> str:
-    """A PNG inside the page; `description` is read to those who cannot see it."""
+    """A PNG embedded in the page; screen readers read `description`."""
     data = base64.b64encode(png).decode("ascii")
     return (
         f"<h2>{html.escape(heading)}</h2>\n"

@@ -49,7 +49,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Any:
 
 
 def packed_rows(tokenizer_folder: Path, documents: Sequence[str], row_tokens: int) -> Rows:
-    """Rows as the shards hold them, for text that is not trained on.
+    """Rows packed as in the shards, for text that is not trained on.
 
     Returns:
         (N, L).
@@ -85,10 +85,10 @@ def pretrain(model: Any, batches: Iterator[Rows], config: DemoConfig, progress: 
     """Trains the base model.
 
     Args:
-        model: Changed in place.
-        batches: (B, L) each; at least as many as there are steps.
+        model: Model to train, changed in place.
+        batches: Batches, (B, L) each; at least as many as there are steps.
         config: Steps and learning rate.
-        progress: Called after each step with its loss.
+        progress: Function called after each step with its loss.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.base_learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -112,7 +112,7 @@ def held_out_loss(model: Any, rows: Rows, batch_rows: int = 16) -> float:
     """Mean negative log-likelihood per token, in nats, of rows that were not trained on.
 
     Args:
-        model: Left in evaluation mode.
+        model: Model to measure; left in evaluation mode.
         rows: (N, L).
         batch_rows: Rows of one call.
     """

@@ -1,6 +1,6 @@
-"""One continual run of the base model, by the same way for every method: shards -> sampler -> HF Trainer with callback.
+"""One continual run of the base model, the same for every method: shards -> sampler -> HF Trainer with callback.
 
-The methods differ in their policy alone: same first weights, same token budget, same learning rate, same seed.
+The methods differ only in their policy: same first weights, same token budget, same learning rate, same seed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _WARMUP_STEPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How the mix of a run is chosen.
+    """A way to choose the mix of a run.
 
     Args:
-        name: As the report shows it.
-        mix: Held for the whole run; None: `agent` decides.
-        agent: The agent that decides.
+        name: Name in the report.
+        mix: Fixed mix for the whole run; None: `agent` decides.
+        agent: Agent that decides.
     """
 
     name: str
@@ -50,16 +50,16 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodResult:
-    """What one run used and came to.
+    """Model, history and costs of one run.
 
     Attributes:
         record: Mix and feedback over the run, against thousands of tokens.
         model: The trained model.
         tokens: Domain -> tokens trained on.
-        seconds: Of the whole run.
-        evaluation_seconds: Of all evaluations of the environment.
-        decision_seconds: Of each decision of the policy.
-        problems: Decisions in which the policy failed, and why.
+        seconds: Duration of the whole run.
+        evaluation_seconds: Duration of all evaluations of the environment.
+        decision_seconds: Duration of each decision of the policy.
+        problems: Decisions at which the policy failed, with the reasons.
     """
 
     record: RunRecord
@@ -72,12 +72,12 @@ class MethodResult:
 
 
 def methods(space: DomainSpace, rows: Mapping[str, int], agent: MixingAgent) -> list[Method]:
-    """Target only, half and half, agent; inside a field the static mixes follow the natural shares.
+    """Three methods: target only, half and half, agent. Inside a field the static mixes follow the natural shares.
 
     Args:
         space: The domains.
         rows: Domain -> rows in its shards.
-        agent: The agent.
+        agent: Agent of the third method.
     """
     shares = np.array([float(rows[name]) for name in space.names])
 
@@ -102,18 +102,18 @@ def run_method(
     """Trains a copy of the base model.
 
     Args:
-        method: Chooses the mix.
-        base: The base model; left as it is.
+        method: Method that chooses the mix.
+        base: Base model; left unchanged.
         shards: Domain -> packed shards.
-        environment: Its feedback is measured before the first step and after every reweighting step.
+        environment: Question sets, evaluated before the first step and after every reweighting step.
         config: Sizes.
-        folder: For the Trainer and the index of the shards.
+        folder: Folder for the Trainer and the index of the shards.
 
     Raises:
         MissingExtraError: transformers or accelerate is not installed.
     """
     transformers = require_extra("transformers", "demo")
-    # Here, because it needs transformers, whose absence should be reported as above.
+    # Imported here, after the check above: the module needs transformers.
     from dmagent_loader.integrations.huggingface import DataMixingCallback
 
     started = time.perf_counter()
@@ -141,7 +141,7 @@ def run_method(
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
-        # One CPU is enough for this model, and gives the same numbers on machines with and without a GPU.
+        # A CPU is enough for this model, and gives the same numbers on machines with and without a GPU.
         use_cpu=True,
         disable_tqdm=True,
         seed=config.seed,
@@ -173,7 +173,7 @@ def _thousand_tokens(samples: int, config: DemoConfig) -> float:
 
 
 def _mix_steps(sampler: AgentWeightedSampler, config: DemoConfig) -> list[MixStep]:
-    """What was trained on between two evaluations, from the sampler's own counts."""
+    """The mix trained on between two evaluations, from the counts of the sampler."""
     consumed = [measurement.consumed for measurement in sampler.measurements]
     steps = []
     for start, stop in pairwise(consumed):
@@ -196,7 +196,10 @@ def _feedback(sampler: AgentWeightedSampler, config: DemoConfig) -> list[Feedbac
 
 
 def _progress_callback(kind: type[TrainerCallback], phase: Phase, sampler: AgentWeightedSampler) -> TrainerCallback:
-    """Shows the newest feedback and the target field's share; the class exists only where transformers does."""
+    """A callback that shows the newest feedback and the target field's share.
+
+    The class is made here, because its base exists only if transformers is installed.
+    """
 
     class Progress(kind):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -11,16 +11,16 @@ from tqdm import tqdm
 
 _COLUMNS = 79
 _PLAIN_SECONDS = 15.0
-"""Away from a terminal, at most one line in so many seconds."""
+"""Smallest interval between two lines away from a terminal."""
 
 
 class Phase:
     """One phase of the demo; use it in a ``with`` statement.
 
     Args:
-        name: At most 24 characters, so that bar and note fit beside it.
-        total: Number of units; None: not known.
-        stream: Where to write; None: standard output.
+        name: Name of at most 24 characters, to leave room for bar and note.
+        total: Number of units; None: unknown.
+        stream: Stream to write to; None: standard output.
 
     Example:
         >>> with Phase("reading", total=2) as phase:
@@ -51,7 +51,7 @@ class Phase:
         return self
 
     def update(self, units: int = 1) -> None:
-        """Counts units that are done."""
+        """Counts finished units."""
         self._done += units
         if self._bar is not None:
             self._bar.update(units)
@@ -62,10 +62,10 @@ class Phase:
             self._write(f"{self._name:<25}{100 * self._done // self._total:3d}%  {self._note}")
 
     def note(self, text: str) -> None:
-        """Shows a short text behind the bar; the last one stays on the phase's line."""
+        """Shows a short text behind the bar; the last text stays on the line of the phase."""
         self._note = text
         if self._bar is not None:
-            # tqdm puts ", " before a postfix that was set as text; the format above has a blank already.
+            # `postfix_str` bypasses the ", " that tqdm puts before other postfixes; the format above has a blank.
             self._bar.set_postfix_str(text, refresh=False)
 
     def __exit__(

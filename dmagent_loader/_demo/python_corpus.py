@@ -2,7 +2,7 @@
 
 Source field: English documentation (the help topics, and docstrings of the standard library and of installed packages).
 Target field: source code of the standard library. One module in eight is held out: neither its documentation nor its
-code is trained on, and the questions and the held-out documents come from it.
+code is used for training. Questions and held-out documents come from these modules.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from dmagent_loader.mixture.domains import SOURCE, TARGET
 CODE = "code"
 HELD_OUT_ONE_IN = 8
 MIN_DOMAIN_CHARS = 20_000
-"""A domain with less training text is left out, and the report says so."""
+"""Smallest training text of a domain; a smaller domain is left out, with a note in the report."""
 
 
 @dataclass
 class _Collector:
-    """Gathers one domain until it is full; a text that is already there is not taken again."""
+    """Collects the text of one domain up to a limit, without duplicates."""
 
     limit: int
     train: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class _Collector:
 
 
 def is_held_out(module: str) -> bool:
-    """Whether a module (or a help topic) is kept out of training: fixed by its name alone."""
+    """Whether a module (or a help topic) is kept out of training; this depends on its name only."""
     return _number(module) % HELD_OUT_ONE_IN == 0
 
 
@@ -68,7 +68,7 @@ def build_python_corpus(config: DemoConfig, progress: Callable[[int], None] = la
 
     Args:
         config: Sizes.
-        progress: Called with the number of files read since the last call.
+        progress: Function called with the number of files read since the last call.
 
     Raises:
         ConfigurationError: The installation holds too little text, for example because its sources were removed.
@@ -147,7 +147,7 @@ def _help_topics(stdlib: Path) -> dict[str, str]:
 
 
 def _stdlib_files(stdlib: Path) -> Iterator[tuple[str, Path, str]]:
-    """(group, path, module) of the listed modules, in an order that is fixed but has no relation to their names."""
+    """(group, path, module) of the listed modules, in a fixed order that is unrelated to their names."""
     entries = []
     for group, names in STDLIB_GROUPS.items():
         for name in names.split():
@@ -158,7 +158,7 @@ def _stdlib_files(stdlib: Path) -> Iterator[tuple[str, Path, str]]:
 
 
 def _package_files() -> Iterator[tuple[str, Path, str]]:
-    """(group, path, module) of the listed packages: one file of each package in turn, so that all get room."""
+    """(group, path, module) of the listed packages, one file of each package in turn: every package gets room."""
     queues: list[list[tuple[str, Path, str]]] = []
     for group, names in PACKAGE_GROUPS.items():
         for name in names.split():
@@ -184,5 +184,5 @@ def _require_enough(corpus: Corpus, stdlib: Path) -> None:
         raise ConfigurationError(
             f"the Python installation at {stdlib} has too little text (fields without a domain: {missing or 'none'}; "
             f"question sets with fewer than 10 questions: {few or 'none'}), probably because its .py files were "
-            "removed: install Python with its standard library's sources, or pass text of your own with --data DIR"
+            "removed: install Python with the sources of its standard library, or pass text of your own with --data DIR"
         )

@@ -1,7 +1,7 @@
-"""Which modules of a Python installation are about what: the domains of the demo's own corpus.
+"""The modules of a Python installation by subject: the domains of the demo's own corpus.
 
-Only packages that the demo itself needs (directly or through torch, transformers and matplotlib) are listed, so that
-two machines with the same versions collect the same text. A package that is not installed is left out.
+Only packages that the demo itself needs (directly or through torch, transformers and matplotlib) are listed. Two
+machines with the same versions therefore collect the same text. A package that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STDLIB_GROUPS: dict[str, str] = {
         socket socketserver ssl telnetlib urllib webbrowser wsgiref xmlrpc""",
     "interfaces": "argparse cmd curses getopt idlelib optparse pdb rlcompleter tkinter turtle turtledemo",
 }
-"""Modules of the standard library by subject; those not listed (tables, shims, tests) are not used."""
+"""Modules of the standard library by subject; unlisted modules (tables, shims, tests) are not used."""
 
 DOCUMENTATION_DOMAINS: dict[str, str] = {
     "language": "source/language",
@@ -47,4 +47,4 @@ PACKAGE_GROUPS: dict[str, str] = {
     "interfaces": "matplotlib PIL cycler rich click typer",
     "machine_learning": "torch transformers accelerate safetensors",
 }
-"""Installed packages whose documentation is read, by subject; their code is not used."""
+"""Installed packages by subject; their documentation is read, their code is not used."""

@@ -1,4 +1,4 @@
-"""Reads Python files without importing them: pages of documentation, code without it, and small functions."""
+"""Reads Python files without importing them: documentation, code without documentation, and small functions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "testing", "__pycache__", "_vendor", "_vendored", "vendored", "externals"}
     | {"site-packages", "dist-packages", "_generated"}
 )
-"""Tests, copies of other projects and generated code: not what the corpus is meant to hold."""
+"""Folders with tests, copies of other projects and generated code, which do not belong in the corpus."""
 
 MAX_FILE_BYTES = 400_000
 MAX_TABLE_SHARE = 0.12
-"""A file with more digits and backslashes than this share is a table of numbers, not text."""
+"""Largest share of digits and backslashes in a text file; a file with more is a table of numbers."""
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -40,7 +40,7 @@ class DocumentedObject:
 
     @property
     def first_line(self) -> str:
-        """The first line of the docstring that is not blank, with its white space made single blanks."""
+        """The first non-blank line of the docstring, with runs of white space replaced by single blanks."""
         return normalized(next((line for line in self.doc.splitlines() if line.strip()), ""))
 
 
@@ -54,7 +54,7 @@ class PythonFile:
 
     @classmethod
     def read(cls, path: Path, module: str) -> PythonFile | None:
-        """Parses a file; None where it is no text worth training on, or of another Python version."""
+        """Parses a file; None if it is not worth training on, or written for another Python version."""
         try:
             raw = path.read_bytes()
             if not 200 <= len(raw) <= MAX_FILE_BYTES:
@@ -69,7 +69,7 @@ class PythonFile:
             return None
 
     def documented_objects(self) -> Iterator[DocumentedObject]:
-        """The module and its public classes, functions and methods that have a docstring, in the file's order."""
+        """The module and its public classes, functions and methods with a docstring, in the order of the file."""
         doc = ast.get_docstring(self.tree)
         if doc:
             yield DocumentedObject(name=self.module, signature="", doc=doc)
@@ -80,10 +80,10 @@ class PythonFile:
         return "\n\n".join(f"{item.heading}\n\n{item.doc}" for item in self.documented_objects())
 
     def code(self) -> str:
-        """The file's code with every docstring cut to its first line.
+        """The code of the file, with every docstring cut to its first line.
 
-        The full docstrings are documentation, and so belong to the source field: left in, a third of the target field
-        would be the source field's text.
+        Full docstrings are documentation and belong to the source field. With them, a third of the target field would
+        be text of the source field.
         """
         lines = self.source.splitlines()
         for node in (self.tree, *_definitions(self.tree.body)):
@@ -101,7 +101,7 @@ class PythonFile:
         return "\n".join(line for line in lines if line is not _REMOVED).strip() + "\n"
 
     def function_questions(self) -> Iterator[Question]:
-        """Short functions as (signature and first line of the docstring, body)."""
+        """Short functions as questions: signature and first line of the docstring; the answer is the body."""
         lines = self.source.splitlines()
         for node in _definitions(self.tree.body):
             if isinstance(node, ast.ClassDef) or len(node.body) < 2:
@@ -125,7 +125,7 @@ _REMOVED = "\0"
 
 
 def files_under(root: Path) -> list[Path]:
-    """The Python files of a package folder, or the one file, without tests and copies of other projects; sorted."""
+    """The Python files of a package folder, sorted, without tests and copies of other projects; or the single file."""
     if root.is_file():
         return [root]
     files = root.rglob("*.py")
@@ -139,7 +139,7 @@ def dotted_name(path: Path, root: Path) -> str:
 
 
 def string_table(path: Path) -> dict[str, str]:
-    """The first dictionary of literal strings that a file assigns; empty where there is none."""
+    """The first dictionary of literal strings in a file; empty if there is none."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Dict):
             try:
@@ -151,7 +151,7 @@ def string_table(path: Path) -> dict[str, str]:
 
 
 def _definitions(body: list[ast.stmt]) -> Iterator[Definition]:
-    """Classes and functions at any depth, also below ``if`` and ``try``; expressions are not looked into."""
+    """Classes and functions at any depth, also below ``if`` and ``try``, but not inside expressions."""
     for node in body:
         if isinstance(node, Definition):
             yield node
@@ -179,7 +179,7 @@ def _short(arguments: str, limit: int = 100) -> str:
 
 
 def _summary(doc: str) -> str | None:
-    """The first line of a docstring if it can be written between triple quotes as it is."""
+    """The first line of a docstring, if it can stand between triple quotes unchanged."""
     line = doc.strip().splitlines()[0].strip() if doc.strip() else ""
     return None if not line or '"""' in line or "\\" in line or line.endswith('"') else line
 

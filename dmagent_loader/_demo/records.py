@@ -1,4 +1,4 @@
-"""The plain data that reports are made from: what was trained on, and how the model scored."""
+"""The plain data behind reports: the mixes trained on, and the scores of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class MixStep(TypedDict):
     """One stretch of a run with a constant mix; plain JSON."""
 
     start: float
-    """Where it begins, in the unit of the chart's x axis (samples, tokens)."""
+    """Beginning of the stretch, in the unit of the chart's x axis (samples, tokens)."""
     stop: float
     mix: Mapping[str, float]
     """Domain -> weight; sums to 1."""
@@ -21,19 +21,19 @@ class FeedbackPoint(TypedDict):
     """The feedback of one evaluation; plain JSON."""
 
     at: float
-    """How far the run was, in the unit of the chart's x axis."""
+    """Progress of the run, in the unit of the chart's x axis."""
     feedback: Mapping[str, float]
     """Field of the environment -> mean log-probability per answer token, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a chart shows of one run.
+    """The data of one run in a chart.
 
     Args:
-        name: As readers should see it.
-        mix: In order of training.
-        feedback: In order of training; the first is the base model's.
+        name: Name for readers.
+        mix: Mixes in order of training.
+        feedback: Feedback in order of training; the first is that of the base model.
     """
 
     name: str

@@ -19,10 +19,10 @@ class Scores:
     """One model's scores.
 
     Args:
-        name: Of the model, as the table shows it.
+        name: Name of the model in the table.
         questions: Field of the environment -> (N,) mean log-probability per answer token of each question.
         held_out: Field of the data -> loss on held-out text, nats per token.
-        tokens: Field of the data -> tokens that this stage was trained on.
+        tokens: Field of the data -> tokens that this model was trained on in its stage.
     """
 
     name: str
@@ -38,20 +38,20 @@ class Scores:
 
 def score_table(scores: Sequence[Scores]) -> Table:
     """Feedback, held-out loss and tokens used, one row per model."""
-    asked = list(scores[0].questions)
-    kept = [SOURCE, TARGET]
+    measured = list(scores[0].questions)
+    fields = [SOURCE, TARGET]
     return Table(
-        columns=("model", *asked, *kept, *kept),
+        columns=("model", *measured, *fields, *fields),
         rows=[
             (
                 row.name,
-                *(f"{row.feedback[field]:.3f}" for field in asked),
-                *(f"{row.held_out[field]:.3f}" for field in kept),
-                *(f"{row.tokens[field]:,}" for field in kept),
+                *(f"{row.feedback[field]:.3f}" for field in measured),
+                *(f"{row.held_out[field]:.3f}" for field in fields),
+                *(f"{row.tokens[field]:,}" for field in fields),
             )
             for row in scores
         ],
-        groups=(("", 1), ("feedback", len(asked)), ("held-out loss", len(kept)), ("tokens used", len(kept))),
+        groups=(("", 1), ("feedback", len(measured)), ("held-out loss", len(fields)), ("tokens used", len(fields))),
     )
 
 
@@ -69,10 +69,11 @@ def domain_table(space: DomainSpace, tokens: Mapping[str, Mapping[str, int]]) ->
 
 
 def reading_notes(scores: Sequence[Scores]) -> list[str]:
-    """How to read the table, with the noise of the question sets.
+    """Notes on how to read the table, with the noise of the question sets.
 
     Args:
-        scores: Untrained model, base model, then the methods; the last two are compared question by question.
+        scores: Scores of the untrained model, the base model, then the methods; the last two methods are compared
+            question by question.
     """
     notes = [
         "Feedback: mean log-probability per answer token in nats; higher is better.",
@@ -88,7 +89,7 @@ def reading_notes(scores: Sequence[Scores]) -> list[str]:
         errors.append(f"{field} {mean:+.3f} ± {error:.3f} ({len(difference)} questions)")
     notes.append(
         f"Feedback of '{agent.name}' minus '{other.name}', with the standard error over the questions: "
-        f"{', '.join(errors)}. One seed each: the spread between seeds comes on top."
+        f"{', '.join(errors)}. Each run has one seed; the variation between seeds adds to this error."
     )
     return notes
 

@@ -40,19 +40,19 @@ from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
 from dmagent_loader.transforms import packed_tokens
 
 MARKER = "demo.json"
-"""Written first into the output folder: only a folder with it is written over."""
+"""First file written into the output folder; only a folder with this file is overwritten."""
 
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "matplotlib")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """What the demo leaves behind.
+    """The results of the demo.
 
     Attributes:
         table: The final table.
-        notes: How to read it.
-        files: What a file holds -> its path.
+        notes: Notes on how to read it.
+        files: Content of a file -> its path.
         seconds: Duration of the whole demo.
     """
 
@@ -73,14 +73,14 @@ def run_demo(
     """Runs the demo and writes its report.
 
     Args:
-        output: Folder for everything that is made; new, empty, or that of an earlier demo, which is written over.
-        data: The user's own text, see `user_corpus`; None: the text of the Python installation.
-        target: Which target folder of `data` is used.
+        output: Folder for all results: new, empty, or that of an earlier demo, which is overwritten.
+        data: Text of the user, see `user_corpus`; None: the text of the Python installation.
+        target: Target folder of `data` to use; None: the first.
         agent: Name, path or Hub id of the agent's checkpoint.
-        config: Sizes.
+        config: Sizes; None: the defaults.
 
     Raises:
-        ConfigurationError: An output folder that holds something else, or text that cannot be used.
+        ConfigurationError: The output folder holds other files, or the text cannot be used.
         MissingExtraError: A package of the extra ``demo`` is not installed.
         CheckpointError: The agent cannot be loaded.
     """
@@ -88,7 +88,7 @@ def run_demo(
         require_extra(package, "demo")
     config = config or DemoConfig()
     started = time.perf_counter()
-    # Before anything else: a wrong name should not cost minutes of training.
+    # First, because a wrong name should not cost minutes of training.
     loaded = MixingAgent.from_pretrained(agent)
     _prepare(output)
     threads = torch.get_num_threads()
@@ -154,11 +154,11 @@ def _run(
 
 def _prepare(output: Path) -> None:
     if output.exists() and not output.is_dir():
-        raise ConfigurationError(f"{str(output)!r} is a file: give a folder with --output")
+        raise ConfigurationError(f"{str(output)!r} is a file: pass a folder with --output")
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise ConfigurationError(
-            f"the folder {str(output)!r} holds files that are not from a demo, and the demo would write between them: "
-            "give a new or empty folder with --output"
+            f"the folder {str(output)!r} holds files that are not from a demo, and the demo would mix its own with "
+            "them: pass a new or empty folder with --output"
         )
     output.mkdir(parents=True, exist_ok=True)
     for name in ("corpus", "shards", "shard_index", "base_model", "trainer"):
@@ -174,8 +174,8 @@ def _held_out_rows(corpus: Corpus, tokenizer_folder: Path, config: DemoConfig) -
         packed = packed_rows(tokenizer_folder, documents, config.row_tokens)
         if not len(packed):
             raise ConfigurationError(
-                f"the held-out documents of field {field!r} do not fill one row of {config.row_tokens} tokens, so its "
-                "loss cannot be measured: give more documents"
+                f"the held-out documents of field {field!r} do not fill one row of {config.row_tokens} tokens, so the "
+                "loss of the field cannot be measured: add documents"
             )
         count = min(config.held_out_rows, len(packed))
         rows[field] = packed[np.arange(count) * len(packed) // count]
@@ -183,7 +183,7 @@ def _held_out_rows(corpus: Corpus, tokenizer_folder: Path, config: DemoConfig) -
 
 
 def _base_sampler(shards: Mapping[str, Sequence[str]], config: DemoConfig, output: Path) -> AgentWeightedSampler:
-    """The source domains in their natural shares; another seed than the runs', which then see them in another order."""
+    """The source domains in their natural shares, in another order than in the runs: the seed differs."""
     return AgentWeightedSampler(
         shards,
         samples_per_reweight=1,
@@ -244,7 +244,7 @@ def _report(
     decisions = [s for result in results if result.record.name == "agent" for s in result.decision_seconds]
     settings = {
         "text": corpus.title,
-        "agent": f"{agent.name}, feedback standardised as {agent.config.standardization!r}",
+        "agent": f"{agent.name}, standardisation of feedback: {agent.config.standardization}",
         **{name.replace("_", " "): f"{value:,}" for name, value in asdict(config).items()},
         "questions asked": ", ".join(f"{field} {count}" for field, count in environment.num_questions.items()),
         "seconds of the demo": f"{seconds:.0f}",
@@ -271,7 +271,7 @@ def _report(
             html.notes_section("What was done", [*done, *details]),
             html.table_section("Tokens of each domain", tokens),
             html.table_section(
-                "Files", _listing("what", "where", {what: str(path.resolve()) for what, path in files.items()})
+                "Files", _listing("content", "path", {name: str(path.resolve()) for name, path in files.items()})
             ),
             html.table_section("Settings", _listing("setting", "value", settings)),
             html.table_section("Versions", _listing("package", "version", versions)),
@@ -289,22 +289,22 @@ def _what_was_done(corpus: Corpus, config: DemoConfig, budget: str, num_paramete
     base_tokens = config.base_steps * config.batch_rows * config.row_tokens
     topics = sum(domain.topic is not None for domain in corpus.space.domains)
     knowledge = (
-        "No domain is named after a topic that the agent knows, so it decides on the two fields; inside a field the "
-        "domains keep their natural shares."
+        "No domain is named after a topic that the agent knows, so the agent sets only the weights of the two fields; "
+        "inside a field the domains keep their natural shares."
         if not topics
-        else f"{topics} of {len(corpus.space)} domains are named after a topic that the agent knows; the others are "
-        "taken as a blend of all topics."
+        else f"{topics} of {len(corpus.space)} domains are named after a topic that the agent knows; the agent treats "
+        "each other domain as a blend of all topics."
     )
     return [
         f"A base model of {num_parameters / 1e6:.1f}M parameters was trained on {base_tokens:,} tokens of the source "
         "field alone.",
         f"Then three copies of it were trained on {budget} each, with the same settings and seed: on the target field "
-        "only; on both fields, half and half; and in a mix that the agent chose anew after every "
+        "only; on both fields, half and half; and in a mix that the agent chose again after every "
         f"{config.samples_per_reweight * config.row_tokens:,} tokens.",
         "The runs read packed shards through AgentWeightedSampler into a Hugging Face Trainer with DataMixingCallback.",
         knowledge,
-        "The tokenizer was trained on both fields. Domains repeat when they are used up, so that all runs get "
-        "equally many tokens.",
+        "The tokenizer was trained on both fields. Domains repeat when they are used up, so all runs get the same "
+        "number of tokens.",
     ]
 
 

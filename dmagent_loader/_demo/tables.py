@@ -11,16 +11,16 @@ from dmagent_loader.errors import ConfigurationError
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells that are already text.
+    """A table whose cells are text.
 
     Args:
-        columns: Headings of the columns; a line break in one makes a second line.
-        rows: One text per column.
-        groups: (heading, number of columns) above the columns, covering all of them; empty: none.
-        numeric: Whether the columns after the first hold numbers, and are right-aligned for that.
+        columns: Headings of the columns; a line break starts a second line.
+        rows: Cells of each row, one per column.
+        groups: (heading, number of columns) above the columns, covering all of them; empty: no group headings.
+        numeric: Whether the columns after the first hold numbers and are right-aligned.
 
     Raises:
-        ConfigurationError: A row or the groups have another width than the columns.
+        ConfigurationError: The width of a row or of the groups is not that of the columns.
 
     Example:
         >>> table = Table(columns=("method", "loss"), rows=[("base", "3.51"), ("agent", "3.40")])

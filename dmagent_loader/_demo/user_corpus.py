@@ -1,4 +1,4 @@
-"""The demo on text of one's own: ``DIR/source/``, ``DIR/target.../`` and ``DIR/env/`` with JSON lines."""
+"""The demo on a user's text: ``DIR/source/``, ``DIR/target.../`` and ``DIR/env/`` with JSON lines."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from dmagent_loader.shards.writing.documents import DocumentReader, domain_name,
 
 HELD_OUT_ONE_IN = 20
 _FIRST_HELD_OUT = 4
-"""Counted over a field's documents from 0, so that a field of a few long documents has one that is held out, too."""
+"""First held-out document, counted from 0 over the documents of a field: early, so even a few documents include one."""
 
 _LAYOUT = (
     "expected source/*.jsonl(.gz) and target*/*.jsonl(.gz) with a column 'text', and env/general.jsonl(.gz) and "
     "env/<target>.jsonl(.gz) with the columns 'question' and 'answer'"
 )
 _SPLIT_PREFERENCE = ("val", "dev", "train", "test")
-"""Which of several question files serves as the environment: never the test set if there is another."""
+"""Order of preference among several question files: the test set comes last."""
 
 
 def read_user_corpus(
     folder: Path, config: DemoConfig, target: str | None = None, progress: Callable[[int], None] = lambda files: None
 ) -> Corpus:
-    """Reads as much of the user's fields as the demo can train on.
+    """Reads the text of a user, up to the limits of the demo.
 
-    Every file is a domain, named after it. One document in twenty is held out.
+    Every file is a domain, named after the file. One document in twenty is held out.
 
     Args:
-        folder: Holds ``source``, one or more folders whose names begin with ``target``, and ``env``.
-        config: Limits; each field's text is shared out equally over its files.
+        folder: Folder with ``source``, one or more folders whose names begin with ``target``, and ``env``.
+        config: Limits; the limit of a field is divided equally among its files.
         target: Name of the target folder; None: the first in alphabetical order.
-        progress: Called with the number of files read since the last call.
+        progress: Function called with the number of files read since the last call.
 
     Raises:
         ConfigurationError: A folder is missing or holds no JSON lines.
-        ShardError: A document file that cannot be read; `EmptyShardError`: one without documents.
-        EnvironmentDataError: Question files that are missing or cannot be read.
+        ShardError: A document file cannot be read; `EmptyShardError`: it has no documents.
+        EnvironmentDataError: Question files are missing or cannot be read.
     """
     if not folder.is_dir():
         raise ConfigurationError(f"there is no folder {str(folder)!r}, so there is no text to train on: {_LAYOUT}")
     targets = sorted(path.name for path in folder.glob(f"{TARGET}*") if path.is_dir())
     if target is not None and target not in targets:
         raise ConfigurationError(
-            f"{str(folder)!r} has no target folder {target!r}; its target folders are {targets}: choose one of them"
+            f"{str(folder)!r} has no target folder {target!r}; its target folders are {targets}: pass one of them"
         )
     if not targets:
         raise ConfigurationError(f"{str(folder)!r} has no folder whose name begins with 'target': {_LAYOUT}")
     notes = []
     chosen = target or targets[0]
     if target is None and len(targets) > 1:
-        notes.append(f"of the target folders {', '.join(targets)}, {chosen} is used; --target chooses another")
+        notes.append(f"of the target folders {', '.join(targets)}, {chosen} is used; --target selects another")
 
     documents: dict[str, list[str]] = {}
     held_out: dict[str, list[str]] = {}
@@ -70,9 +70,9 @@ def read_user_corpus(
             progress(1)
     questions: dict[str, list[Question]] = {}
     for field, path in _question_files(folder / "env", chosen.removeprefix(TARGET).strip("_-")).items():
-        asked = read_questions(path)
-        questions[field] = affordable(asked, config)
-        notes.append(f"environment {field}: {len(questions[field])} of the {len(asked)} questions in {path.name}")
+        available = read_questions(path)
+        questions[field] = affordable(available, config)
+        notes.append(f"environment {field}: {len(questions[field])} of the {len(available)} questions in {path.name}")
     return Corpus(
         title=f"the text in {folder.name}",
         documents=documents,
@@ -90,8 +90,8 @@ def _json_lines_in(folder: Path) -> list[Path]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigurationError(
-            f"{str(folder)!r} has several files for the domain(s) {twice}, such as name.jsonl and name.jsonl.gz: each "
-            "file is a domain of its own, so rename or remove one"
+            f"{str(folder)!r} has several files for the domain(s) {twice}, such as name.jsonl and name.jsonl.gz, but "
+            "each file must be a separate domain: rename or remove one"
         )
     return files
 
@@ -104,7 +104,7 @@ def _read_documents(path: Path, limit: int, counter: Iterator[int], held_out: li
         if next(counter) % HELD_OUT_ONE_IN == _FIRST_HELD_OUT:
             held_out.append(document.text)
             continue
-        # A file that is one long document must not take the place of all others.
+        # Cut to the limit: a file that is one long document must not crowd out the other files.
         train.append(document.text[: limit - chars])
         chars += len(train[-1])
         if chars >= limit:
@@ -123,21 +123,21 @@ def _question_files(folder: Path, target: str) -> dict[str, Path]:
     if general is None or acquired is None:
         wanted = f"general.jsonl and {target or '<target>'}.jsonl"
         raise EnvironmentDataError(
-            f"{str(folder)!r} needs {wanted} (or .jsonl.gz), the questions that measure what is to be kept and what is "
-            f"to be learnt; it holds {[path.name for path in files] or 'no question file'}: add or rename files"
+            f"{str(folder)!r} needs {wanted} (or .jsonl.gz), the questions that measure the field to keep and the "
+            f"field to learn; it holds {[path.name for path in files] or 'no question file'}: add or rename files"
         )
     return {GENERAL: general, target or domain_name(acquired): acquired}
 
 
 def _best(files: list[Path], names: tuple[str, ...]) -> Path | None:
-    """The file of exactly such a name, or else of a name that begins with it."""
+    """The file with exactly one of the names, or with a name that begins with one."""
     for name in names:
         exact = [path for path in files if domain_name(path) == name]
         if exact:
             return exact[0]
-        akin = [path for path in files if domain_name(path).startswith(f"{name}_")]
-        if akin:
-            return min(akin, key=_split_rank)
+        related = [path for path in files if domain_name(path).startswith(f"{name}_")]
+        if related:
+            return min(related, key=_split_rank)
     return None
 
 
