@@ -21,9 +21,9 @@ from pathlib import Path
 from dmagent_loader._files import remove_leftovers, write_atomically
 from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.shards.index.columns_file import columns_in, metadata_in, seal
+from dmagent_loader.shards.index.lock import exclusive
 from dmagent_loader.shards.index.overview import KnownShard, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex, build_index, without_rows
-from dmagent_loader.shards.index.turns import taking_turns
 from dmagent_loader.shards.manifest import recorded
 from dmagent_loader.shards.sources.local import ShardVersion, open_source, shard_version
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
@@ -205,7 +205,7 @@ def build_and_cache(
         ShardLayoutError: It cannot be read as samples by position.
     """
     patience = _PATIENCE_SECONDS + version.size / _SLOWEST_BYTES_PER_SECOND
-    with taking_turns(cache.entry(url).with_suffix(".lock"), f"indexing {display_url(url)}", patience, stop):
+    with exclusive(cache.entry(url).with_suffix(".lock"), f"indexing {display_url(url)}", patience, stop):
         index = cache.load(url, version)
         if index is not None:
             advance(version.size)

@@ -6,7 +6,6 @@ The bytes depend only on the documents and the settings (times and owners are ze
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from dmagent_loader._files import write_atomically
+from dmagent_loader._files import locked, write_atomically
 from dmagent_loader.errors import ConfigurationError, DomainError, EmptyShardError
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, load_manifest, manifest_text
 from dmagent_loader.shards.writing.documents import DocumentReader, find_files
@@ -321,23 +320,20 @@ def _npy(row: TokenArray) -> bytes:
 
 @contextlib.contextmanager
 def _exclusive(root: Path) -> Iterator[None]:
-    """One writer per folder at a time; also removes what a killed one left."""
-    lock = root / ".lock"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise ConfigurationError(f"shards cannot be written to {str(root)!r}: {error}") from error
-    with file:
+    """Admits one writer per folder at a time, and removes the partial shards of a killed one."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(root / ".lock"))
+        except TimeoutError as error:
             raise ConfigurationError(f"another process is writing shards to {str(root)!r}: wait for it") from error
+        except OSError as error:
+            raise ConfigurationError(
+                f"shards cannot be written to {str(root)!r}: {error}; choose a folder that can be written to, on a "
+                "file system with locks"
+            ) from error
         shutil.rmtree(root / _PARTIAL, ignore_errors=True)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        yield
 
 
 def _earlier_entries(root: Path, domains: Sequence[str]) -> dict[str, Any]:
