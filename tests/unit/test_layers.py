@@ -32,7 +32,7 @@ ROOMS = {
     "_run": DECIDING - {"agent"},
     "sampler": READING | DECIDING,
     "environment": GROUND | {"_distributed"},
-    "transforms": GROUND | {"_loading"},
+    "transforms": GROUND | {"_loading", "shards"},
     "testing": GROUND | {"shards"},
     "integrations": PUBLIC,
     "training": DECIDING - {"_run"} | {"environment", "shards"},
