@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError
-from dmagent_loader.shards.bounded_cache import Recent
+from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
 from dmagent_loader.shards.index.catalogue import Catalogue
@@ -80,8 +80,10 @@ class ShardCollection:
     def _start(self) -> None:
         # Of the catalogue alone: with a way back to this object, its files would stay open until the garbage collector
         # comes by.
-        self._open = Recent(partial(_open_one, self._catalogue), self._max_open_files)
-        self._tables = Recent(partial(_load_table, self._catalogue), _MOST_TABLE_BYTES, lambda table: table.num_bytes)
+        self._open = BoundedCache(partial(_open_one, self._catalogue), self._max_open_files)
+        self._tables = BoundedCache(
+            partial(_load_table, self._catalogue), _MOST_TABLE_BYTES, lambda table: table.num_bytes
+        )
 
     @classmethod
     def open(

@@ -248,7 +248,7 @@ def test_indexes_that_do_not_fit_into_memory_are_read_again(
     monkeypatch.setattr("dmagent_loader.shards.collection._MOST_TABLE_BYTES", 10_000)
     collection = ShardCollection.open(hundred, progress=False)
     read_and_check(collection, 0, 2000)
-    assert len(collection._tables._kept) < 6
+    assert len(collection._tables._entries) < 6
     copy = pickle.loads(pickle.dumps(collection))
     read_and_check(copy, 1)
 
