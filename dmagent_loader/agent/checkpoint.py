@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from dmagent_loader._files import write_atomically
-from dmagent_loader._validation import read_regular
+from dmagent_loader._validation import read_regular, without_repeats
 from dmagent_loader.agent.config import AgentConfig
 from dmagent_loader.agent.model import MixingAgent
 from dmagent_loader.errors import CheckpointError, ConfigurationError, require_extra
@@ -225,7 +225,7 @@ def _check_layout(path: Path, data: bytes, expected: Mapping[str, torch.Tensor])
             "safetensors file"
         )
     try:
-        header = json.loads(data[8 : 8 + header_size], object_pairs_hook=_without_repeats)
+        header = json.loads(data[8 : 8 + header_size], object_pairs_hook=without_repeats)
         header.pop("__metadata__", None)
         tensors = {
             name: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1]) for name, entry in header.items()
@@ -254,14 +254,6 @@ def _check_layout(path: Path, data: bytes, expected: Mapping[str, torch.Tensor])
             raise CheckpointError(
                 f"tensor {name!r} in {path} is {str(dtype)[:20]}; agent weights are stored as F32: save it again"
             )
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a name that comes twice, readers differ in which one they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name comes twice")
-    return found
 
 
 def refuse_non_finite(weights: Mapping[str, torch.Tensor], owner: str, reason: str) -> None:
