@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS
+from dmagent_loader.mixture.domains import NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.bases import train_bases
@@ -27,8 +27,6 @@ from dmagent_loader.training.proxies.questions import ProxyQuestions
 from dmagent_loader.training.proxies.workers import Workers
 from dmagent_loader.training.run_folder import claim
 from dmagent_loader.training.trajectories import Trajectories
-
-NUM_TOPICS = len(CANONICAL_TOPICS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,12 @@ import torch
 from torch.nn import functional
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, NUM_CANONICAL
+from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import deliverable
 from dmagent_loader.training.proxies.model import StackedProxies
 
-NUM_TOPICS = len(CANONICAL_TOPICS)
 ROWS_AT_ONCE = 16
 
 

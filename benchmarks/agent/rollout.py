@@ -14,15 +14,13 @@ import numpy as np
 import torch
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_CANONICAL, DomainSpace
+from dmagent_loader.mixture.domains import NUM_CANONICAL, NUM_TOPICS, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, total_variation, validate_mix
 from dmagent_loader.policies import Policy
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import MixStream
 from dmagent_loader.training.proxies.model import ProxyTrainer
-
-NUM_TOPICS = len(CANONICAL_TOPICS)
 
 
 @dataclass(frozen=True, kw_only=True)

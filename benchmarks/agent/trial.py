@@ -28,10 +28,10 @@ from benchmarks.agent.rollout import ClosedLoop, LoopConfig, proposal
 from benchmarks.agent.trial_record import TrialRecord
 from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL
+from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, total_variation
 from dmagent_loader.policies import Policy, StaticPolicy
-from dmagent_loader.training.data.corpus import NUM_TOPICS, Corpus
+from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.bases import BaseConfig, train_bases
 from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer, StackedProxies
 from dmagent_loader.training.proxies.questions import ProxyQuestions

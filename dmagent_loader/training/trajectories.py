@@ -21,12 +21,11 @@ from safetensors.numpy import save as serialize
 
 from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_CANONICAL
+from dmagent_loader.mixture.domains import NUM_CANONICAL, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, js_divergence
 
 SCHEMA = "trajectories/2"
 """Kind and version of the file; raised when an older reader would misunderstand a newer one."""
-NUM_TOPICS = len(CANONICAL_TOPICS)
 
 
 @dataclass(frozen=True, kw_only=True)

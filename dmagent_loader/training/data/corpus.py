@@ -19,13 +19,12 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from dmagent_loader.errors import ConfigurationError, DomainError, ShardNotFoundError, StateError, require_extra
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, NUM_CANONICAL, SOURCE, TARGET
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, NUM_CANONICAL, NUM_TOPICS, SOURCE, TARGET
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.training.data.topics import TopicClassifier, TopicClassifierConfig
 
 END_OF_TEXT = "<|endoftext|>"
 SCHEMA = 2
-NUM_TOPICS = len(CANONICAL_TOPICS)
 
 TokenArray = npt.NDArray[np.uint16]
 

@@ -12,11 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, NUM_CANONICAL
+from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.training.data.corpus import Corpus
-
-NUM_TOPICS = len(CANONICAL_TOPICS)
 
 
 def deliverable(mix: FloatArray, available: IntArray) -> FloatArray:

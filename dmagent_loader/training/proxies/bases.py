@@ -19,14 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_CANONICAL
+from dmagent_loader.mixture.domains import NUM_CANONICAL, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import TrajectoryStream
 from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer
 from dmagent_loader.training.run_folder import save_tensors
 
-NUM_TOPICS = len(CANONICAL_TOPICS)
 STREAM_NUMBERS = 2_000_000
 """Streams of base models are numbered from here on: other rows than any trajectory's."""
 SAVE_EVERY = 50
