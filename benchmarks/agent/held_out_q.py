@@ -14,12 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from benchmarks.agent.rank_correlation import spearman
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.agent.critic import MixingCritic
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
-from dmagent_loader.training.cql import rewards as process
+from dmagent_loader.training.cql.rewards import (
+    agent_states,
+    checked_numbers,
+    required_statistics,
+    returns_to_go,
+    rewards,
+)
 from dmagent_loader.training.record import FeedbackRecord
 
 FEWEST_IN_A_STEP = 4
@@ -75,12 +82,12 @@ def held_out_q(
     """
     if not critics:
         raise ConfigurationError("there are no critics to judge: pass those of the CQLResult")
-    statistics = process.required_statistics(agent.config)
+    statistics = required_statistics(agent.config)
     is_target = np.array([name.startswith(f"{TARGET}/") for name in agent.config.domains])
     values, returns, errors, advantages, mixes, steps = [], [], [], [], [], []
-    for number in process.usable(record, agent.config, np.asarray(numbers, dtype=np.int64)):
-        received = process.rewards(record, int(number), statistics)
-        inputs = torch.from_numpy(process.agent_states(record, int(number), agent.config)).float()[None]
+    for number in checked_numbers(record, agent.config, np.asarray(numbers, dtype=np.int64)):
+        received = rewards(record, int(number), statistics)
+        inputs = torch.from_numpy(agent_states(record, int(number), agent.config)).float()[None]
         actions = torch.from_numpy(record.trajectories.mixes[number, 1 : len(received) + 1]).float()[None]
         proposed = agent(inputs)
         candidates = torch.stack([actions, proposed], dim=2)
@@ -88,7 +95,7 @@ def held_out_q(
         q = critics[0].values(logits).double().numpy()
         following = np.append(q[1:, 1], 0.0)
         values.append(q[:, 0])
-        returns.append(process.returns_to_go(received, discount))
+        returns.append(returns_to_go(received, discount))
         errors.append(q[:, 0] - (received + discount * following))
         advantages.append((logits[:, 1] - logits[:, 0]).double().numpy())
         mixes.append(proposed[0].double().numpy())
@@ -99,7 +106,7 @@ def held_out_q(
         entropy = -np.where(mix > 0, mix * np.log(mix), 0.0).sum(axis=1)
     return HeldOutQ(
         bellman_error=float(np.sqrt(np.square(np.concatenate(errors)).mean())),
-        rank_correlation=rank_correlation(value, followed),
+        rank_correlation=float(spearman(value, followed)),
         rank_correlation_within_steps=_within_steps(value, followed, step),
         advantage=float(np.concatenate(advantages).mean()),
         target_share=float(mix[:, is_target].sum(axis=1).mean()),
@@ -108,31 +115,12 @@ def held_out_q(
     )
 
 
-def rank_correlation(x: FloatArray, y: FloatArray) -> float:
-    """Spearman's rank correlation; equal values share their mean rank; NaN if all values of a side are equal.
-
-    Example:
-        >>> round(rank_correlation(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.3, 0.2])), 3)
-        0.5
-    """
-    a, b = (_ranks(values) for values in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 0 else float("nan")
-
-
-def _ranks(values: FloatArray) -> FloatArray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2.0)[place], dtype=np.float64)
-
-
 def _within_steps(values: FloatArray, returns: FloatArray, steps: IntArray) -> float:
     total, weight = 0.0, 0
     for step in np.unique(steps):
         here = steps == step
         count = int(here.sum())
-        correlation = rank_correlation(values[here], returns[here]) if count >= FEWEST_IN_A_STEP else float("nan")
+        correlation = float(spearman(values[here], returns[here])) if count >= FEWEST_IN_A_STEP else float("nan")
         if np.isfinite(correlation):
             total, weight = total + count * correlation, weight + count
     return total / weight if weight else float("nan")

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, js_divergence
-from dmagent_loader.training.cql.train import CQLConfig, CQLResult
+from dmagent_loader.training.cql.config import CQLConfig
+from dmagent_loader.training.cql.train import CQLResult
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.sft import HeldOutError, SFTResult
 from dmagent_loader.training.trajectories import Trajectories
