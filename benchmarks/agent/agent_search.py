@@ -25,25 +25,24 @@ import torch
 
 from benchmarks.agent.held_out_q import held_out_q
 from benchmarks.agent.rollout import ClosedLoop, LoopConfig
+from benchmarks.agent.stream_numbers import SEARCH
 from dmagent_loader import DomainSpace, MixingAgent
+from dmagent_loader._files import write_atomically
 from dmagent_loader.agent import AgentConfig
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.policies import Policy, StaticPolicy
 from dmagent_loader.training.cql.train import train_cql
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.bases import start_states, train_bases
-from dmagent_loader.training.proxies.model import ProxyTrainer
 from dmagent_loader.training.proxies.questions import ProxyQuestions
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.record import FeedbackRecord
-from dmagent_loader.training.run_folder import write_bytes
 from dmagent_loader.training.sft import train_sft
-from dmagent_loader.training.stages import PipelineConfig, full_config, with_settings
+from dmagent_loader.training.stages import BASES, PipelineConfig, full_config, with_settings
 
 HELD_OUT_PER_SET = 12
 STREAMS = 2
 SHOWN_STEPS = (1, 20, 60)
-# Above any number of a recorded trajectory's stream.
-FIRST_NUMBER = 6_000_000
 # 400 updates of the 1,200 that the bundled agent was trained for: settings are compared at the same length.
 SHORT = {"updates": 400, "warmup_updates": 100}
 
@@ -98,8 +97,8 @@ class Search:
             self.starts,
             feedback.bases,
             feedback.proxy,
+            run / BASES,
             row_tokens=feedback.row_tokens,
-            path=run / "bases.safetensors",
         )
         trajectories = self.record.trajectories
         draw = np.random.default_rng(5)
@@ -170,7 +169,7 @@ class Search:
                 row_tokens=feedback.row_tokens,
                 seed=9,
             ),
-            numbers=[FIRST_NUMBER + number for number in range(runs)],
+            numbers=[SEARCH + number for number in range(runs)],
             start_state=start[0],
             fields=tuple(self.config.questions),
             base_feedback=first,
@@ -242,7 +241,7 @@ def main() -> None:
                 continue
             started = time.perf_counter()
             facts = search.measure(name)
-            write_bytes(path, json.dumps(facts, indent=1).encode())
+            write_atomically(path, json.dumps(facts, indent=1).encode())
             print(f"{name}: {np.mean(facts['gains']):.2f} ({time.perf_counter() - started:.0f} s)", flush=True)
     print(table(args.output))
 

@@ -13,7 +13,8 @@ import time
 
 import torch
 
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer
+from dmagent_loader.training.proxies.model import ProxyConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 
 def main() -> None:

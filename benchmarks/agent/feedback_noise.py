@@ -47,8 +47,8 @@ def main() -> None:
             corpus.start_state[None],
             BaseConfig(models=1, tokens=args.base_tokens),
             config.proxy,
+            Path(folder),
             row_tokens=config.row_tokens,
-            path=Path(folder) / "base.safetensors",
             device=args.device,
         )
     files = {field: args.data / name for field, name in FILES.items()}

@@ -11,12 +11,13 @@ Shapes: M trajectories, T steps, K fields, R resamples.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from scipy import stats
 
+from benchmarks.agent.rank_correlation import spearman
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
@@ -25,7 +26,6 @@ from dmagent_loader.training.proxies.bases import train_bases
 from dmagent_loader.training.proxies.feedback import Collection, FeedbackConfig
 from dmagent_loader.training.proxies.questions import ProxyQuestions
 from dmagent_loader.training.proxies.workers import Workers
-from dmagent_loader.training.run_folder import claim
 from dmagent_loader.training.trajectories import Trajectories
 
 
@@ -74,49 +74,6 @@ def spread_sample(trajectories: Trajectories, per_set: int) -> IntArray:
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def bases_of_size(
-    corpus: Corpus,
-    states: FloatArray,
-    config: FidelityConfig,
-    directory: Path,
-    *,
-    device: str = "cpu",
-    progress: bool = True,
-) -> dict[str, Tensor]:
-    """Base models of one size, trained once; see `dmagent_loader.training.proxies.bases.train_bases`.
-
-    Args:
-        corpus: Tokens of the 52 domains.
-        states: (S, 52) start states.
-        config: The size.
-        directory: For the state of the training; a second call goes on from it.
-        device: See `ProxyTrainer`.
-        progress: Whether to show a progress bar.
-
-    Raises:
-        StateError: `directory` holds base models of other settings or data.
-    """
-    feedback = config.feedback
-    settings = {
-        "bases": asdict(feedback.bases),
-        "proxy": asdict(feedback.proxy),
-        "row_tokens": feedback.row_tokens,
-        "corpus": corpus.fingerprint,
-        "states": states.tolist(),
-    }
-    claim(directory, settings, "base models")
-    return train_bases(
-        corpus,
-        states,
-        feedback.bases,
-        feedback.proxy,
-        row_tokens=feedback.row_tokens,
-        path=directory / "bases.safetensors",
-        device=device,
-        progress=progress,
-    )
-
-
 def score_trajectories(
     trajectories: Trajectories,
     corpus: Corpus,
@@ -149,7 +106,17 @@ def score_trajectories(
     # Only the states that these trajectories start from, renumbered.
     _, firsts, starts = np.unique(trajectories.starts, return_index=True, return_inverse=True)
     states = trajectories.mixes[firsts, 0]
-    weights = bases_of_size(corpus, states, config, directory / "bases", device=device, progress=progress)
+    feedback = config.feedback
+    weights = train_bases(
+        corpus,
+        states,
+        feedback.bases,
+        feedback.proxy,
+        directory / "bases",
+        row_tokens=feedback.row_tokens,
+        device=device,
+        progress=progress,
+    )
     collection = Collection(
         trajectories=replace(trajectories, starts=starts.astype(np.int64)),
         corpus=corpus,
@@ -160,11 +127,8 @@ def score_trajectories(
         device=device,
         evaluate_every=config.evaluate_every,
     )
-    groups = collection.groups
-    sizes = [int(trajectories.lengths[members].sum()) for members in groups]
-    parts = (workers or Workers()).run(collection, sizes, progress=progress)
-    order = np.argsort(np.concatenate(groups))
-    return np.asarray(np.concatenate([part["feedback"].numpy() for part in parts])[order], dtype=np.float64)
+    scores, _, _ = collection.collect(workers, progress=progress)
+    return scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,31 +180,9 @@ def agreement(x: FloatArray, y: FloatArray, third: FloatArray, *, resamples: int
         spearman=xy,
         low=float(low),
         high=float(high),
-        kendall=kendall(x, y),
+        kendall=float(stats.kendalltau(x, y).statistic),
         partial=(xy - xz * yz) / rest**0.5 if rest > 0 else float("nan"),
     )
-
-
-def spearman(x: FloatArray, y: FloatArray) -> FloatArray:
-    """Spearman's rank correlation over the last axis, ties at their mean rank; NaN where all values are equal."""
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(axis=-1, keepdims=True), b - b.mean(axis=-1, keepdims=True)
-    scale = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
-    with np.errstate(invalid="ignore"):
-        return np.asarray((a * b).sum(axis=-1) / scale, dtype=np.float64)
-
-
-def kendall(x: FloatArray, y: FloatArray) -> float:
-    """Kendall's tau-b of two (M,) scores."""
-    a, b = (np.sign(values[:, None] - values[None]) for values in (x, y))
-    with np.errstate(invalid="ignore"):
-        return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
-
-
-def _ranks(values: FloatArray) -> FloatArray:
-    below = (values[..., :, None] > values[..., None, :]).sum(axis=-1)
-    equal = (values[..., :, None] == values[..., None, :]).sum(axis=-1)
-    return np.asarray(below + (equal - 1) / 2, dtype=np.float64)
 
 
 def with_mean(feedback: FloatArray) -> FloatArray:

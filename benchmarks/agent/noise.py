@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.agent.stream_numbers import NOISE
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import TrajectoryStream
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer
+from dmagent_loader.training.proxies.model import ProxyConfig
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
-
-STREAM_NUMBERS = 3_000_000
-"""Streams of these runs are numbered from here on: other rows than any trajectory's or base model's."""
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,7 @@ def measure_noise(
             rows_per_step=config.tokens_per_step // config.row_tokens,
             row_tokens=config.row_tokens,
             seed=config.seed,
-            number=STREAM_NUMBERS + i * config.runs + run,
+            number=NOISE + i * config.runs + run,
         )
         for i, share in enumerate(config.shares)
         for run in range(config.runs)

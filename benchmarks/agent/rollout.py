@@ -20,7 +20,7 @@ from dmagent_loader.mixture.simplex import FloatArray, IntArray, total_variation
 from dmagent_loader.policies import Policy
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import MixStream
-from dmagent_loader.training.proxies.model import ProxyTrainer
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 
 @dataclass(frozen=True, kw_only=True)

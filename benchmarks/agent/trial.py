@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.agent.held_out import HeldOutRows
 from benchmarks.agent.rollout import ClosedLoop, LoopConfig, proposal
+from benchmarks.agent.stream_numbers import TRIAL
 from benchmarks.agent.trial_record import TrialRecord
 from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import ConfigurationError, StateError
@@ -33,14 +34,13 @@ from dmagent_loader.mixture.simplex import FloatArray, IntArray, total_variation
 from dmagent_loader.policies import Policy, StaticPolicy
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.bases import BaseConfig, train_bases
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer, StackedProxies
+from dmagent_loader.training.proxies.model import ProxyConfig, StackedProxies
 from dmagent_loader.training.proxies.questions import ProxyQuestions
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.proxies.workers import Workers
 from dmagent_loader.training.run_folder import claim, save_tensors
 from dmagent_loader.training.trajectories import propose
 
-STREAM_NUMBERS = 3_000_000
-"""Streams of a trial's runs are numbered from here on, one for each seed: other rows than any proxy's."""
 SAVE_EVERY = 5
 RANDOM = "random "
 """What the names of the random static mixes begin with."""
@@ -252,8 +252,8 @@ class _Bases:
             self.corpus.start_state[None],
             replace(self.config.base, models=1, seed=seed),
             replace(self.config.model, seed=seed),
+            self.directory / f"base-{number}",
             row_tokens=self.config.row_tokens,
-            path=self.directory / f"base-{number}.safetensors",
             device=self.device,
             progress=False,
         )
@@ -321,7 +321,7 @@ class TrialRuns:
             trainer,
             self.corpus,
             config.loop,
-            numbers=[STREAM_NUMBERS + seed] * len(names),
+            numbers=[TRIAL + seed] * len(names),
             start_state=self.corpus.start_state,
             fields=self.questions.fields,
             base_feedback=self.questions.feedback(base),

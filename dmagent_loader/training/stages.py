@@ -25,7 +25,8 @@ from dmagent_loader.agent.checkpoint import bundled_roots
 from dmagent_loader.agent.critic import save_critics
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError, StateError
 from dmagent_loader.training import cards as card
-from dmagent_loader.training.cql.train import CQLConfig, train_cql
+from dmagent_loader.training.cql.config import CQLConfig
+from dmagent_loader.training.cql.train import train_cql
 from dmagent_loader.training.data.corpus import Corpus, CorpusConfig, build_corpus
 from dmagent_loader.training.proxies.bases import BaseConfig, start_states, train_bases
 from dmagent_loader.training.proxies.feedback import FeedbackConfig, collect_feedback
@@ -255,20 +256,13 @@ class Pipeline:
         trajectories, corpus, config = self.trajectories(), self.corpus(), self.config.feedback
         questions = self.questions(corpus)
         states = start_states(corpus.start_state, config.bases)
-        settings = {
-            "bases": asdict(config.bases),
-            "proxy": asdict(config.proxy),
-            "row_tokens": config.row_tokens,
-            "corpus": corpus.fingerprint,
-        }
-        claim(self.output / BASES, settings, "base models")
         bases = train_bases(
             corpus,
             states,
             config.bases,
             config.proxy,
+            self.output / BASES,
             row_tokens=config.row_tokens,
-            path=self.output / BASES / "state.safetensors",
             device=self.device,
             progress=self.progress,
         )

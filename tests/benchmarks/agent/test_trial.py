@@ -17,9 +17,11 @@ import torch
 from launching import REPOSITORY
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
+from training_fixtures import ROW
 
 from benchmarks.agent.held_out import HeldOutRows
-from benchmarks.agent.trial import STREAM_NUMBERS, TrialConfig, run_trial, static_policies
+from benchmarks.agent.stream_numbers import TRIAL
+from benchmarks.agent.trial import TrialConfig, run_trial, static_policies
 from benchmarks.agent.trial_record import TrialRecord
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.environment.questions import Question
@@ -29,12 +31,12 @@ from dmagent_loader.mixture.history import FeedbackStatistics, History
 from dmagent_loader.policies import LinearSchedule, Policy, StaticPolicy
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import MixStream
-from dmagent_loader.training.proxies.bases import BaseConfig
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer, StackedProxies
+from dmagent_loader.training.proxies.bases import STATE_FILE, BaseConfig
+from dmagent_loader.training.proxies.model import ProxyConfig, StackedProxies
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.proxies.workers import Workers
 
-ROW = 8
 MODEL = ProxyConfig(vocab_size=104, width=16, layers=2, heads=2, feed_forward=24, warmup_updates=2, averaging=0.8)
 CONFIG = TrialConfig(
     model=MODEL,
@@ -90,7 +92,7 @@ def test_every_policy_runs_from_its_seeds_base_model(
     record, folder = trial
     assert record.feedback.shape == (8, 2, 13, 2)
     for seed in range(2):
-        saved = load_tensors(str(folder / f"base-{seed}.safetensors"))
+        saved = load_tensors(str(folder / f"base-{seed}" / STATE_FILE))
         trainer = ProxyTrainer(1, MODEL)
         trainer.load_state({name: tensor for name, tensor in saved.items() if name != "step"})
         expected = questions.feedback(trainer.averaged)[0]
@@ -150,10 +152,10 @@ def test_runs_of_a_seed_are_paired(
     change a run."""
     record, folder = trial
     number = record.names.index("static 50/50")
-    base = load_tensors(str(folder / "base-1.safetensors"))
+    base = load_tensors(str(folder / "base-1" / STATE_FILE))
     averages = {name.removesuffix(".average"): tensor for name, tensor in base.items() if name.endswith(".average")}
     trainer = ProxyTrainer(1, MODEL, start=averages)
-    stream = MixStream(corpus, rows_per_step=8, row_tokens=ROW, seed=CONFIG.seed, number=STREAM_NUMBERS + 1)
+    stream = MixStream(corpus, rows_per_step=8, row_tokens=ROW, seed=CONFIG.seed, number=TRIAL + 1)
     for step in range(1, 11):
         trainer.train(torch.from_numpy(stream.next(record.mixes[number, 1, step])[None]))
         if step in (4, 8, 10):

@@ -16,8 +16,9 @@ from dmagent_loader.errors import ConfigurationError, EnvironmentDataError
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.feedback import FeedbackConfig
-from dmagent_loader.training.proxies.model import ProxyTrainer, StackedProxies
+from dmagent_loader.training.proxies.model import StackedProxies
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 PAIRS = {
     "general": [("1 2 3", "4 5"), ("6", "7 8 9 10 11 12"), ("13 14", "15"), ("16 17 18 19", "20 21 22")],
