@@ -64,7 +64,6 @@ class ProxyQuestions:
     Attributes:
         fields: Names of the K fields.
         num_questions: Number of pairs asked, by field.
-        num_available: Number of pairs in the files, by field.
         num_tokens: Tokens that each proxy reads for one feedback, without padding.
         fingerprint: Hex SHA-256 of all tokens.
     """
@@ -90,7 +89,6 @@ class ProxyQuestions:
             )
         encoder = PairEncoder(tokenizer)
         self.fields = tuple(questions)
-        self.num_available = {name: len(listed) for name, listed in questions.items()}
         self.num_questions: dict[str, int] = {}
         pairs: list[tuple[int, EncodedQuestion]] = []
         for number, (name, listed) in enumerate(questions.items()):

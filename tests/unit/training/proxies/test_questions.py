@@ -105,7 +105,6 @@ def test_feedback_does_not_depend_on_the_batches(corpus: Corpus, proxies: Stacke
 def test_pairs_that_do_not_fit_are_left_out_and_the_rest_is_thinned_evenly(corpus: Corpus) -> None:
     short = questions(corpus, max_tokens=4)
     assert short.num_questions == {"general": 2, "math": 2}
-    assert short.num_available == {"general": 4, "math": 2}
     assert questions(corpus, max_questions=1).num_questions == {"general": 1, "math": 1}
     assert questions(corpus).fingerprint != short.fingerprint
 
