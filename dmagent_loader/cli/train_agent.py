@@ -44,7 +44,7 @@ def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.Argu
         command.add_argument(
             "--config",
             default="full",
-            help="'full' (as for the bundled agents, hours), 'small' (minutes), or a JSON file with settings that replace "
+            help="'full' (for the bundled agents, hours), 'small' (minutes), or a JSON file with settings that replace "
             "those of 'full', nested as in dmagent_loader.training.stages.PipelineConfig (default: %(default)s)",
         )
         if stage in ("sft", "cql"):
