@@ -1,9 +1,9 @@
-"""Proxy fidelity: do proxies of different size rank the same trajectories alike (extension, not in the paper)?
+"""Proxy fidelity: agreement of proxies of different sizes about the ranking of trajectories (extension).
 
-An agent learns from proxies far smaller than the models it is used on. That is sound only if what is better for a small
-proxy is better for a larger one. Here proxies of several sizes are trained along the same trajectories, each size from
-base models and on rows of its own, and the ranks of their scores are correlated. The same size on other rows says how
-much of a low correlation is noise.
+An agent learns from proxies far smaller than the models it is used on. This is sound only if a mix that is better for a
+small proxy is also better for a larger one. Proxies of several sizes are trained along the same trajectories, each size
+from its own base models and on its own rows, and the ranks of their scores are correlated. The same size on other rows
+shows how much of a low correlation is noise.
 
 Shapes: M trajectories, T steps, K fields, R resamples.
 """
@@ -34,8 +34,8 @@ class FidelityConfig:
     """Settings of one size.
 
     Args:
-        feedback: Proxies, base models, questions and data streams, as in a collection.
-        evaluate_every: Score after each how many-th step, and after the last.
+        feedback: Settings of proxies, base models, questions and data streams, as in a collection.
+        evaluate_every: Number of steps between two scores; the last step is always scored.
     """
 
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
@@ -43,22 +43,22 @@ class FidelityConfig:
 
 
 def spread_sample(trajectories: Trajectories, per_set: int) -> IntArray:
-    """Numbers of a few trajectories of each set, spread over start states and over each set's lengths.
+    """Numbers of some trajectories of each set, spread over start states and over each set's lengths.
 
     Args:
-        trajectories: M of them.
-        per_set: How many of each set.
+        trajectories: M trajectories.
+        per_set: Number of trajectories to choose from each set.
 
     Returns:
         (sets * per_set,), ascending.
 
     Raises:
-        ConfigurationError: A set has fewer.
+        ConfigurationError: A set has fewer trajectories.
     """
     if not 1 <= per_set <= trajectories.config.trajectories_per_set:
         raise ConfigurationError(
-            f"{per_set} trajectories of each set are asked for, but a set has "
-            f"{trajectories.config.trajectories_per_set}: choose from 1 to that"
+            f"{per_set} trajectories of each set were requested, but a set has "
+            f"{trajectories.config.trajectories_per_set}: request 1 to {trajectories.config.trajectories_per_set}"
         )
     states = np.unique(trajectories.starts)
     chosen: list[int] = []
@@ -67,7 +67,7 @@ def spread_sample(trajectories: Trajectories, per_set: int) -> IntArray:
         members = members[np.argsort(trajectories.lengths[members], kind="stable")]
         left = [list(members[trajectories.starts[members] == state]) for state in states]
         for i in range(per_set):
-            # The next set goes on with the next state: over all sets, states come equally often.
+            # Each set starts at the state after the last one of the previous set, so that states are equally frequent.
             turn = (number * per_set + i) % len(states)
             queue = next(q for q in left[turn:] + left[:turn] if q)
             chosen.append(int(queue.pop(i * len(queue) // per_set)))
@@ -88,22 +88,22 @@ def score_trajectories(
     """Trains proxies of one size along trajectories, from base models of that size.
 
     Args:
-        trajectories: M of them; see `Trajectories.subset` and `spread_sample`.
+        trajectories: M trajectories; see `Trajectories.subset` and `spread_sample`.
         corpus: Tokens of the 52 domains.
-        questions: Asked after some of the steps.
-        config: The size, and what goes with it.
-        directory: For partial results; a second call with the same arguments goes on from them.
-        workers: Who trains along the trajectories; None: this process.
+        questions: Question sets that score the proxies.
+        config: Settings of the size.
+        directory: Folder for partial results; a second call with the same arguments continues from them.
+        workers: Number and place of the workers; None: this process.
         device: See `ProxyTrainer`.
         progress: Whether to show progress bars.
 
     Returns:
-        (M, T + 1, K) feedback in nats; NaN after the end and where no score was taken.
+        (M, T + 1, K), feedback in nats; NaN after the end and at steps without a score.
 
     Raises:
         StateError: `directory` holds partial results of other settings or data.
     """
-    # Only the states that these trajectories start from, renumbered.
+    # Only the start states of these trajectories, renumbered.
     _, firsts, starts = np.unique(trajectories.starts, return_index=True, return_inverse=True)
     states = trajectories.mixes[firsts, 0]
     feedback = config.feedback
@@ -133,16 +133,16 @@ def score_trajectories(
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How alike two sizes rank trajectories.
+    """Rank correlations of two scores of the same trajectories.
 
     Args:
-        count: Trajectories that were compared.
-        spearman: Rank correlation.
+        count: Number of trajectories.
+        spearman: Spearman's rank correlation.
         low: Lower end of its 95% bootstrap interval over trajectories.
-        high: Upper end.
-        kendall: tau-b.
-        partial: Spearman's with a third quantity's ranks taken out of both; here the share of target data, which
-            explains much of any score.
+        high: Upper end of that interval.
+        kendall: Kendall's tau-b.
+        partial: Spearman's partial correlation given a third quantity; here the share of target data, which explains
+            much of any score.
     """
 
     count: int
@@ -154,24 +154,24 @@ class Agreement:
 
 
 def agreement(x: FloatArray, y: FloatArray, third: FloatArray, *, resamples: int = 2000, seed: int = 0) -> Agreement:
-    """Rank correlations of two scores of the same trajectories.
+    """Correlates two scores of the same trajectories; trajectories where either is NaN are left out.
 
     Args:
-        x: (M,) scores by one size; trajectories where either is NaN are left out.
-        y: (M,) by the other.
-        third: (M,) what is taken out of the partial correlation.
+        x: (M,), scores of one size.
+        y: (M,), scores of the other size.
+        third: (M,), quantity that the partial correlation controls for.
         resamples: R.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ConfigurationError: Fewer than 4 trajectories are left.
+        ConfigurationError: Fewer than 4 trajectories have both scores.
     """
     both = np.isfinite(x) & np.isfinite(y)
     x, y, third = x[both], y[both], third[both]
     if len(x) < 4:
-        raise ConfigurationError(f"{len(x)} trajectories have both scores: ranks of fewer than 4 say nothing")
+        raise ConfigurationError(f"{len(x)} trajectories have both scores: ranks need 4 or more")
     drawn = np.random.default_rng(seed).integers(0, len(x), size=(resamples, len(x)))
-    # A resample of one trajectory only has no correlation.
+    # A resample that consists of copies of one trajectory has no correlation.
     low, high = np.nanpercentile(spearman(x[drawn], y[drawn]), [2.5, 97.5])
     xy, xz, yz = (float(spearman(a, b)) for a, b in ((x, y), (x, third), (y, third)))
     rest = (1 - xz**2) * (1 - yz**2)
@@ -186,10 +186,10 @@ def agreement(x: FloatArray, y: FloatArray, third: FloatArray, *, resamples: int
 
 
 def with_mean(feedback: FloatArray) -> FloatArray:
-    """Appends the mean over fields of the standardised feedback, what the agent is rewarded with.
+    """Appends the mean over fields of the standardised feedback, which the agent's reward is made of.
 
     Args:
-        feedback: (M, T + 1, K); each field is standardised over all that is not NaN.
+        feedback: (M, T + 1, K); each field is standardised over all values that are not NaN.
 
     Returns:
         (M, T + 1, K + 1).
@@ -205,16 +205,17 @@ def fidelity_table(
     *,
     steps: tuple[int, ...] = (),
 ) -> str:
-    """A Markdown table of the agreement between each two sizes.
+    """A Markdown table of the agreement between each pair of sizes.
 
-    Three kinds of score: the last one, the gain over the base model's at the end (trajectories from different base
-    models start at different scores, and those alone are ranked alike), and the gain at equal steps.
+    There are three kinds of score: the last one, the gain over the base model's at the end, and the gain at equal
+    steps. Gains are needed because different base models start at different scores, which by themselves rank the
+    trajectories alike.
 
     Args:
-        trajectories: M of them.
+        trajectories: M trajectories.
         feedback: Name of a size -> (M, T + 1, K); only steps that all sizes have scored are used.
-        fields: K names.
-        steps: Equal steps to compare at.
+        fields: Names of the K fields.
+        steps: Steps at which gains are compared.
     """
     shared = np.all([np.isfinite(scores).all(axis=-1) for scores in feedback.values()], axis=0)
     scores = {name: with_mean(np.where(shared[..., None], values, np.nan)) for name, values in feedback.items()}

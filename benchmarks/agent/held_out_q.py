@@ -1,7 +1,8 @@
-"""How far critics and actor are to be believed, on trajectories that neither was trained on (extension).
+"""Evaluation of critics and actor on held-out trajectories (extension).
 
-No environment is at hand when hyperparameters are chosen, and running one would turn the test into training. What can
-be asked of recorded trajectories is whether the critics rank what happened as it turned out, and where the actor goes.
+Hyperparameters are chosen without running an environment, which would turn the test into training. Recorded
+trajectories can still show whether the critics rank the recorded steps by their later returns, and what the actor
+proposes.
 
 Shapes: M trajectories, T steps, D = 52 domains.
 """
@@ -30,24 +31,25 @@ from dmagent_loader.training.cql.rewards import (
 from dmagent_loader.training.record import FeedbackRecord
 
 FEWEST_IN_A_STEP = 4
-"""A rank correlation of fewer trajectories at a step says nothing, and the step is left out."""
+"""Smallest number of trajectories at a step for a meaningful rank correlation; steps with fewer are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutQ:
-    """What critics and actor do on held-out trajectories.
+    """Figures of critics and actor on held-out trajectories.
 
     Args:
-        bellman_error: Root mean square of Q(s_t, a_t) less its one-step target, in units of the standardised reward.
-        rank_correlation: Spearman's, of Q(s_t, a_t) with the discounted return that followed, over all steps. Most of
-            it is the time trend: little is to be gained near the end of any run.
-        rank_correlation_within_steps: The same among the trajectories at one step number, averaged over the steps with
-            their numbers of trajectories as weights. NaN where no step has enough.
-        advantage: Mean of u(s, pi(s)) - u(s, a), the lower of the critics' logits: how much better than the recorded
-            mix the actor's is held to be. Large values without a gain in a real run mean that it deceives its critics.
+        bellman_error: Root mean square of Q(s_t, a_t) minus its one-step target, in units of the standardised reward.
+        rank_correlation: Spearman's correlation of Q(s_t, a_t) with the later discounted return, over all steps. Most
+            of it is the time trend: little can be gained near the end of any run.
+        rank_correlation_within_steps: The same correlation among the trajectories at one step number, averaged over the
+            steps in proportion to their numbers of trajectories. NaN if no step has enough.
+        advantage: Mean of u(s, pi(s)) - u(s, a), with u the lowest logit of the critics: their estimate of how much the
+            actor's mix is better than the recorded one. A large value without a gain in a real run means that the actor
+            exploits errors of its critics.
         target_share: Mean weight of the target field in pi(s).
         effective_domains: Mean of exp(entropy) of pi(s).
-        steps: How many (s, a) were looked at.
+        steps: Number of pairs (s, a).
     """
 
     bellman_error: float
@@ -68,20 +70,20 @@ def held_out_q(
     *,
     discount: float,
 ) -> HeldOutQ:
-    """Judges critics and actor on some trajectories.
+    """Evaluates critics and actor on some trajectories.
 
     Args:
         record: Trajectories with feedback.
         agent: The actor pi.
-        critics: Of its training; where there are several, the lower value counts, as in training.
-        numbers: Trajectories that were not trained on.
+        critics: Critics of its training; the lowest of their values counts, as in training.
+        numbers: Numbers of trajectories that were not trained on.
         discount: gamma of the training.
 
     Raises:
-        ConfigurationError: Trajectories that cannot be used, see `rewards.usable`, or no critics.
+        ConfigurationError: There are no critics, or a trajectory cannot be used, see `rewards.checked_numbers`.
     """
     if not critics:
-        raise ConfigurationError("there are no critics to judge: pass those of the CQLResult")
+        raise ConfigurationError("there are no critics to evaluate: pass those of the CQLResult")
     statistics = required_statistics(agent.config)
     is_target = np.array([name.startswith(f"{TARGET}/") for name in agent.config.domains])
     values, returns, errors, advantages, mixes, steps = [], [], [], [], [], []

@@ -47,7 +47,7 @@ def test_the_sample_has_each_set_and_each_start_state_equally_often(trajectories
     assert np.unique(many.starts[numbers], return_counts=True)[1].tolist() == [6, 6, 6, 6]
     assert many.lengths[numbers].std() > 0.5 * many.lengths.std()
     assert np.array_equal(spread_sample(many, 96), np.arange(4 * 96))
-    with pytest.raises(ConfigurationError, match="97 trajectories of each set"):
+    with pytest.raises(ConfigurationError, match="97 trajectories of each set were requested"):
         spread_sample(many, 97)
 
 

@@ -221,7 +221,7 @@ def test_another_policy_or_setting_under_an_old_name_is_refused(
     other = dataclasses.replace(CONFIG, target_tokens=41 * ROW)
     with pytest.raises(StateError, match="runs of other trial"):
         run_trial(policies, corpus, questions, unseen, other, folder, progress=False)
-    with pytest.raises(ConfigurationError, match="no multiple of row_tokens"):
+    with pytest.raises(ConfigurationError, match="not a multiple of row_tokens"):
         dataclasses.replace(CONFIG, row_tokens=7)
 
 
@@ -265,7 +265,7 @@ def test_a_killed_trial_continues_to_the_same_numbers(
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the process ended before it could be killed"
     assert load_file(str(broken))["step"] == 5
-    with pytest.raises(ConfigurationError, match="rising is not given any more"):
+    with pytest.raises(ConfigurationError, match="unfinished, but rising is missing"):
         run_trial({"agent": only["agent"]}, corpus, questions, unseen, CONFIG, folder, progress=False)
     resumed = run_trial(only, corpus, questions, unseen, CONFIG, folder, progress=False)
     numbers = [whole.names.index(name) for name in only]
