@@ -6,9 +6,9 @@ Recorded trajectories are numbered from 0, base models from `training.proxies.ba
 
 from __future__ import annotations
 
-NOISE = 3_000_000
-"""Runs of `benchmarks.agent.noise`."""
-TRIAL = 4_000_000
+TRIAL = 3_000_000
 """Runs of `benchmarks.agent.trial`: one number for each seed, which all its policies share."""
-SEARCH = 5_000_000
+NOISE = 4_000_000
+"""Runs of `benchmarks.agent.noise`."""
+SEARCH = 6_000_000
 """Runs of `benchmarks.agent.agent_search`."""

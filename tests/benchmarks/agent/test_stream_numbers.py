@@ -23,8 +23,8 @@ def test_the_numbers_of_no_two_kinds_of_runs_overlap() -> None:
     used = {
         0: len(config.trajectories.candidates_per_step) * config.trajectories.trajectories_per_set,
         FIRST_STREAM: config.feedback.bases.models,
-        NOISE: len(noise.shares) * noise.runs,
         TRIAL: TrialConfig().seeds,
+        NOISE: len(noise.shares) * noise.runs,
         SEARCH: STREAMS * config.feedback.bases.models,
     }
     assert len(used) == 5, "two kinds begin at the same number"
@@ -38,7 +38,7 @@ def test_streams_of_different_kinds_read_a_domain_in_different_orders(corpus: Co
     mix[3] = 1.0
     rows = [
         MixStream(corpus, rows_per_step=32, row_tokens=ROW, seed=1, number=number).next(mix)
-        for number in (0, FIRST_STREAM, NOISE, TRIAL, SEARCH)
+        for number in (0, FIRST_STREAM, TRIAL, NOISE, SEARCH)
     ]
     for one, other in itertools.combinations(rows, 2):
         assert not np.array_equal(one, other)
