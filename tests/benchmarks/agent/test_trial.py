@@ -32,7 +32,7 @@ from dmagent_loader.policies import LinearSchedule, Policy, StaticPolicy
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import MixStream
 from dmagent_loader.training.proxies.bases import STATE_FILE, BaseConfig
-from dmagent_loader.training.proxies.model import ProxyConfig, StackedProxies
+from dmagent_loader.training.proxies.model import ProxyConfig
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
 from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.proxies.workers import Workers
@@ -288,23 +288,3 @@ def test_random_mixes_have_every_target_share_and_no_favourites(corpus: Corpus) 
     assert np.abs(np.quantile(shares, [0.1, 0.5, 0.9]) - [0.1, 0.5, 0.9]).max() < 0.1
     mean = mixes[:, :26].sum(axis=0) / mixes[:, :26].sum()
     assert np.abs(mean - corpus.start_state[:26]).max() < 0.03
-
-
-def test_held_out_loss_is_on_the_held_out_text_of_each_field_by_natural_shares(corpus: Corpus) -> None:
-    """A model that knows domain 0 only: its loss on the source field falls by what domain 0's share is worth."""
-    rows = HeldOutRows(corpus, rows_per_field=60, row_tokens=ROW)
-    available = np.maximum(np.diff(corpus.held_out_bounds) - 1, 0) // ROW
-    assert (rows.num_rows <= available).all()
-    assert (rows.num_rows[corpus.documents > 0] > 0).all()
-    proxies = StackedProxies(2, MODEL)
-    losses = rows.losses(proxies)
-    assert losses.shape == (2, 2)
-    per_domain = np.zeros(52)
-    for d in np.flatnonzero(rows.num_rows):
-        blocks = np.arange(rows.num_rows[d]) * available[d] // rows.num_rows[d]
-        starts = corpus.held_out_bounds[d] + blocks * ROW
-        tokens = torch.from_numpy(corpus.held_out[starts[:, None] + np.arange(ROW + 1)].astype(np.int64))
-        per_domain[d] = proxies.losses(tokens.expand(2, -1, -1))[0].item()
-    shares = corpus.start_state + corpus.target_distribution
-    expected = [(per_domain * shares)[:26].sum(), (per_domain * shares)[26:].sum()]
-    assert np.allclose(losses, expected, atol=1e-5)
