@@ -1,4 +1,4 @@
-"""What turns the history of a run into its next mix, and the guard between a policy and the data."""
+"""Policies, which map the history of a run to its next mix, and the guard that checks their proposals."""
 
 from dmagent_loader.policies.agent import AgentPolicy
 from dmagent_loader.policies.base import Policy, name_of

@@ -112,8 +112,8 @@ class Manifest(dict[str, list[str]]):
             return ShardRecord(path=name, rows=rows, bytes=size, sha256=sha256)
         if not self._is_warned:
             logger.warning(
-                "%s does not say how many rows and bytes %s has, and its sha256, as `dmagent shard` writes them: this shard, "
-                "and others like it, are not compared with the manifest",
+                "%s does not say how many rows and bytes %s has, and its sha256, as `dmagent shard` writes them: this "
+                "shard, and others like it, are not compared with the manifest",
                 display_url(self.url),
                 path,
             )
