@@ -245,7 +245,7 @@ def _check_layout(path: Path, data: bytes, expected: Mapping[str, Tensor]) -> No
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without repeated names, of which parsers would take different ones."""
+    """A JSON object; of a name that comes twice, readers differ in which one they take."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name comes twice")
