@@ -166,7 +166,7 @@ class Guard:
             unknown = [name for name in bound if name not in self.domains]
             if unknown:
                 raise DomainError(
-                    f"the {label} names {unknown}, which are no domains; the domains are {list(self.domains)}"
+                    f"the {label} names {unknown}, which are not domains; the domains are {list(self.domains)}"
                 )
             values = np.array([float(bound.get(name, default)) for name in self.domains], dtype=np.float64)
         else:
@@ -180,7 +180,7 @@ class Guard:
         try:
             array = np.asarray(proposed)
         except Exception as error:  # tensors that require grad or are on a GPU raise errors of their own
-            raise PolicyError(f"it returned a {type(proposed).__name__} that is no array: {error}") from error
+            raise PolicyError(f"it returned a {type(proposed).__name__} that is not an array: {error}") from error
         if array.dtype.kind not in "fiu":
             raise PolicyError(
                 f"it returned {type(proposed).__name__} of {array.dtype}, not an array of numbers, one "

@@ -338,7 +338,7 @@ class Pipeline:
     def _data(self) -> Path:
         if self.data is None:
             raise ConfigurationError(
-                f"{self.output} lacks what this stage builds on, and there is no data directory to build it from: "
+                f"{self.output} lacks the inputs of this stage, and there is no data directory to build them from: "
                 "pass --data, or --recorded for the stages that train an agent"
             )
         return self.data
