@@ -20,9 +20,8 @@ import torch
 from dynamics_decisions import AGENT, FIELDS, MANY_DOMAINS, decision_sampler, decisions, distributed_decisions, profile
 from dynamics_decisions import proposals as agent_proposals
 from measuring import Aim, aims_table, interleaved, measured_parts, median, median_ratio, number, parser, save, table
-from torch.utils.data import DataLoader
 
-from dmagent_loader import AgentWeightedSampler, DomainSpace
+from dmagent_loader import AgentWeightedSampler, DomainSpace, MixingDataLoader, ReadingConfig
 from dmagent_loader.testing import write_toy_shards
 
 PARTS = ("throughput", "paced", "proposals", "decisions", "profile", "staleness", "stock_trainer", "own_loader")
@@ -85,11 +84,9 @@ class Throughput:
             samples_per_reweight=INTERVAL,
             initial_mix=self._mixes[0],
             exhausted="repeat",
-            batch_size=BATCH_SIZE,
-            cache_dir=self._cache,
-            progress=False,
+            reading=ReadingConfig(cache_dir=self._cache, progress=False),
         )
-        loader = DataLoader(sampler, batch_size=BATCH_SIZE, num_workers=workers, collate_fn=tokens_only)
+        loader = MixingDataLoader(sampler, batch_size=BATCH_SIZE, num_workers=workers, collate_fn=tokens_only)
         batches, consumed, change, started = iter(loader), 0, 0, 0.0
         while consumed < self._samples:
             consumed += len(next(batches))
@@ -120,11 +117,11 @@ def throughput(folder: Path, repeats: int, quick: bool, step_seconds: float = 0.
 
 
 def staleness(folder: Path) -> list[dict[str, Any]]:
-    """Samples trained under the old mix after a decision, in a bare DataLoader whose training loop reports."""
+    """Samples trained under the old mix after a decision, in a loader whose training loop reports."""
     found = []
     for workers, prefetch, batch_size in [(0, None, 8), (2, 2, 8), (2, 4, 8), (2, 2, 50)]:
-        sampler = decision_sampler(folder, 52, batch_size=batch_size, prefetch_factor=prefetch or 2)
-        loader = DataLoader(
+        sampler = decision_sampler(folder, 52)
+        loader = MixingDataLoader(
             sampler, batch_size=batch_size, num_workers=workers, prefetch_factor=prefetch, collate_fn=list
         )
         stale, consumed = [], 0

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from measuring import interleaved, profiled, seconds
 
-from dmagent_loader import AgentWeightedSampler, DomainSpace, MixingAgent
+from dmagent_loader import AgentWeightedSampler, DomainSpace, MixingAgent, ReadingConfig
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
 from dmagent_loader.mixture.history import History
 from dmagent_loader.testing import write_toy_shards
@@ -78,8 +78,7 @@ def decision_sampler(folder: Path, domains: int, **settings: Any) -> AgentWeight
         samples_per_reweight=_BETWEEN,
         exhausted="repeat",
         compositions=compositions,
-        cache_dir=folder / "cache",
-        progress=False,
+        reading=ReadingConfig(cache_dir=folder / "cache", progress=False),
         **settings,
     )
 

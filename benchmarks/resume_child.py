@@ -15,7 +15,7 @@ from pathlib import Path
 def main() -> None:
     shards, state, cache = (Path(word) for word in sys.argv[1:])
     times = [time.perf_counter()]
-    from dmagent_loader import AgentWeightedSampler
+    from dmagent_loader import AgentWeightedSampler, ReadingConfig
 
     times.append(time.perf_counter())
     sampler = AgentWeightedSampler(
@@ -24,8 +24,7 @@ def main() -> None:
         exhausted="repeat",
         rank=0,
         world_size=1,
-        cache_dir=cache,
-        progress=False,
+        reading=ReadingConfig(cache_dir=cache, progress=False),
     )
     times.append(time.perf_counter())
     sampler.load_state_dict(json.loads(state.read_text()))

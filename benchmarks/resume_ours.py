@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from measuring import median, profiled, say, seconds
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader._run.decisions import Measurement
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.testing import write_toy_shards
@@ -63,8 +63,7 @@ class Ours:
             exhausted="repeat",
             rank=0,
             world_size=1,
-            cache_dir=self._cache,
-            progress=False,
+            reading=ReadingConfig(cache_dir=self._cache, progress=False),
         )
 
     def state(self, consumed: int, decisions: int) -> Path:
@@ -74,7 +73,7 @@ class Ours:
         for start in range(0, min(decisions * apart, consumed), apart):
             mix = generator.dirichlet(np.ones(self.domains))
             feedback = {"general": -3.0 - generator.random(), "math": -4.0 - generator.random()}
-            sampler.decisions.measurements.append(Measurement(start, feedback))
+            sampler.measurements.append(Measurement(start, feedback))
             sampler.plan.append(
                 LedgerEntry(
                     start=start, mix=tuple(mix.tolist()), decided_by="bench", decided_at=start, feedback=feedback

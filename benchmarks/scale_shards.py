@@ -19,7 +19,7 @@ import numpy as np
 from measuring import interleaved, median, say, seconds
 from scale_plan import resident_mb
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.index.cache import IndexCache
 from dmagent_loader.shards.index.shard_index import build_index
@@ -146,7 +146,7 @@ def collection(data: str, shards: int, cache: str) -> dict[str, float]:
     before = resident_mb("VmRSS")
     opened: list[ShardCollection] = []
     open_seconds = seconds(lambda: opened.append(ShardCollection.open(listed, cache_dir=cache, progress=False)))
-    fingerprint = seconds(lambda: opened[0].fingerprint)
+    fingerprint = seconds(lambda: opened[0].collection.fingerprint)
     generator = np.random.default_rng(0)
     for domain in generator.integers(0, domains, READS).tolist():
         shard = int(generator.integers(0, len(listed[names[domain]])))
@@ -193,9 +193,13 @@ def sampler(folders: dict[str, str], cache: str) -> dict[str, float]:
     """
     before = resident_mb("VmRSS")
     opened: list[AgentWeightedSampler] = []
-    settings = {"samples_per_reweight": INTERVAL, "exhausted": "repeat", "cache_dir": cache, "progress": False}
+    settings = {
+        "samples_per_reweight": INTERVAL,
+        "exhausted": "repeat",
+        "reading": ReadingConfig(cache_dir=cache, progress=False),
+    }
     open_seconds = seconds(lambda: opened.append(AgentWeightedSampler(folders, **settings)))
-    fingerprint = seconds(lambda: opened[0].fingerprint)
+    fingerprint = seconds(lambda: opened[0].collection.fingerprint)
     generator = np.random.default_rng(0)
     for number in range(DECISIONS):
         opened[0].seek(number * INTERVAL)

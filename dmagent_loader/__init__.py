@@ -13,18 +13,42 @@ from typing import TYPE_CHECKING, Any
 from dmagent_loader._version import __version__
 
 if TYPE_CHECKING:
+    from dmagent_loader._run.state import load_state, save_state
     from dmagent_loader.agent import MixingAgent
+    from dmagent_loader.data_loader import MixingDataLoader
     from dmagent_loader.environment import Environment
-    from dmagent_loader.mixture.domains import DomainSpace
-    from dmagent_loader.sampler import AgentWeightedSampler
+    from dmagent_loader.integrations.mixing import Mixing
+    from dmagent_loader.mixture import DomainSpace
+    from dmagent_loader.policies import GuardConfig
+    from dmagent_loader.sampler import AgentWeightedSampler, DecisionConfig, ReadingConfig
 
-__all__ = ["AgentWeightedSampler", "DomainSpace", "Environment", "MixingAgent", "__version__"]
+__all__ = [
+    "AgentWeightedSampler",
+    "DecisionConfig",
+    "DomainSpace",
+    "Environment",
+    "GuardConfig",
+    "Mixing",
+    "MixingAgent",
+    "MixingDataLoader",
+    "ReadingConfig",
+    "__version__",
+    "load_state",
+    "save_state",
+]
 
 _HOMES = {
     "AgentWeightedSampler": "dmagent_loader.sampler",
-    "DomainSpace": "dmagent_loader.mixture.domains",
+    "DecisionConfig": "dmagent_loader.sampler",
+    "DomainSpace": "dmagent_loader.mixture",
     "Environment": "dmagent_loader.environment",
+    "GuardConfig": "dmagent_loader.policies",
+    "Mixing": "dmagent_loader.integrations.mixing",
     "MixingAgent": "dmagent_loader.agent",
+    "MixingDataLoader": "dmagent_loader.data_loader",
+    "ReadingConfig": "dmagent_loader.sampler",
+    "load_state": "dmagent_loader._run.state",
+    "save_state": "dmagent_loader._run.state",
 }
 
 

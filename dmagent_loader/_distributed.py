@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from dmagent_loader.errors import RankError
-from dmagent_loader.mixture.simplex import FloatArray
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ def all_gather_object(value: T, step: str) -> list[T]:
     return values
 
 
-def all_reduce_sum(values: FloatArray, step: str) -> FloatArray:
+def all_reduce_sum(values: NDArray[np.float64], step: str) -> NDArray[np.float64]:
     """The element-wise sum over all ranks, in float64; errors as in `broadcast_object`."""
     if not is_active():
         return values

@@ -17,9 +17,7 @@ import torch
 from dmagent_loader._loading.lazy import read_together
 from dmagent_loader._validation import whole_number
 from dmagent_loader.errors import ConfigurationError, DecodeError
-
-PACKED_MEMBER = "input_ids.npy"
-"""The member that ``dmagent shard --tokenizer`` writes."""
+from dmagent_loader.shards.writing.packing import PACKED_MEMBER
 
 IGNORED_LABEL = -100
 """Labels of padding, which the losses of transformers and torch leave out."""

@@ -26,10 +26,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmagent_loader import AgentWeightedSampler, Environment
+from dmagent_loader import AgentWeightedSampler, Environment, MixingDataLoader
 from dmagent_loader.integrations.lightning import DataMixingCallback
 from dmagent_loader.transforms import packed_tokens
 
@@ -141,7 +140,7 @@ def main() -> None:
         logger=CSVLogger(args.output, name="logs"),
         callbacks=[mixing, checkpoints],
     )
-    loader = DataLoader(sampler, batch_size=args.batch_size, num_workers=args.workers)
+    loader = MixingDataLoader(sampler, batch_size=args.batch_size, num_workers=args.workers)
     trainer.fit(module, loader, ckpt_path="last" if args.resume else None)
     if trainer.is_global_zero:
         network.save_pretrained(args.output / "model")

@@ -27,10 +27,9 @@ from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmagent_loader import AgentWeightedSampler, Environment
+from dmagent_loader import AgentWeightedSampler, Environment, MixingDataLoader
 from dmagent_loader.integrations.mixing import Mixing
 from dmagent_loader.transforms import packed_tokens
 
@@ -140,7 +139,7 @@ def main() -> None:
                 write(dict(report.full))
 
     args.output.mkdir(parents=True, exist_ok=True)
-    loader = DataLoader(sampler, batch_size=args.batch_size, num_workers=args.workers)
+    loader = MixingDataLoader(sampler, batch_size=args.batch_size, num_workers=args.workers)
     mixing.begin()
     decide()  # on the base model, before data workers start reading
     batches = iter(loader)

@@ -6,9 +6,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
-
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
 from dmagent_loader.transforms import collate_packed
 from loaders import Task
 
@@ -23,8 +21,7 @@ def sampler(task: Task, **options: Any) -> AgentWeightedSampler:
         initial_mix=task.mix,
         seed=task.seed,
         exhausted="repeat",
-        cache_dir=task.folder,
-        progress=False,
+        reading=ReadingConfig(cache_dir=task.folder, progress=False),
         **options,
     )
 
@@ -46,7 +43,9 @@ def batches(task: Task) -> Iterator[Any]:
     collate = functools.partial(collate_packed, labels=False) if task.packed else collate_texts
     lazy = {"decode": "lazy"} if task.packed else {}
     return iter(
-        DataLoader(sampler(task, **lazy), batch_size=task.batch_size, num_workers=task.workers, collate_fn=collate)
+        MixingDataLoader(
+            sampler(task, **lazy), batch_size=task.batch_size, num_workers=task.workers, collate_fn=collate
+        )
     )
 
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
-
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
 
 GLOBAL_BATCH = 16
 ROWS = {"source/web": 70, "source/books": 45, "target/math": 130, "target/proofs": 16}
@@ -63,11 +61,9 @@ class Rank:
             exhausted={"target/proofs": "redistribute", "source": "repeat", "target/math": "stop"},
             rank=rank,
             world_size=None if rank is None else world_size,
-            batch_size=size if workers else None,
-            progress=False,
-            cache_dir=cache,
+            reading=ReadingConfig(progress=False, cache_dir=cache),
         )
-        self._loader = DataLoader(self.sampler, batch_size=size, num_workers=workers)
+        self._loader = MixingDataLoader(self.sampler, batch_size=size, num_workers=workers)
         self._batches: Iterator[dict[str, Any]] | None = None
 
     def before_step(self, consumed: int, by_hand: bool) -> None:

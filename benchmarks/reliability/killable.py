@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from dmagent_loader import AgentWeightedSampler, Environment
+from dmagent_loader import AgentWeightedSampler, Environment, MixingDataLoader, ReadingConfig
 from dmagent_loader._files import write_atomically
 from dmagent_loader._loading.mailbox import Mailbox
 from dmagent_loader._run.state import load_state, save_state
@@ -166,9 +165,10 @@ def build_sampler(run: Run, moments: Moments, transform: Callable[[Any], Any]) -
         seed=11,
         exhausted={"target/proofs": "redistribute", "target/math": "repeat"},
         transform=transform,
-        progress=False,
-        batch_size=BATCH if run.workers and not run.trainer else None,
-        cache_dir=run.folder / "cache",
+        reading=ReadingConfig(
+            progress=False,
+            cache_dir=run.folder / "cache",
+        ),
     )
 
 
@@ -226,7 +226,7 @@ def train_plain(run: Run, moments: Moments) -> None:
         mixing.load_state_dict(saved["mixing"])
         step = saved["step"]
     log = Log(run.folder / "trained.jsonl")
-    loader = DataLoader(mixing.sampler, batch_size=BATCH, num_workers=run.workers)
+    loader = MixingDataLoader(mixing.sampler, batch_size=BATCH, num_workers=run.workers)
     mixing.begin()
     batches = None
     while True:

@@ -7,14 +7,15 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dmagent_loader import AgentWeightedSampler, Environment
-from dmagent_loader._loading.cursor import Progress
+from dmagent_loader import AgentWeightedSampler, DecisionConfig, Environment, ReadingConfig
+from dmagent_loader._loading.cursor import Cursor
 from dmagent_loader.integrations.mixing import Mixing
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.policies import GuardConfig
@@ -45,12 +46,14 @@ class Rank:
 
     def build(self, **settings: Any) -> AgentWeightedSampler:
         shards = settings.pop("shards", self.shards)
-        settings = {"samples_per_reweight": 16, "policy": Turns(), "cache_dir": self.folder / "cache", **settings}
-        return AgentWeightedSampler(shards, progress=False, **settings)
+        reading = replace(settings.pop("reading", ReadingConfig()), cache_dir=self.folder / "cache", progress=False)
+        return AgentWeightedSampler(
+            shards, reading=reading, **{"samples_per_reweight": 16, "policy": Turns(), **settings}
+        )
 
     def train(self, sampler: AgentWeightedSampler, until: int) -> list[int]:
         """Samples of this rank up to a global index, with the decisions that fall due."""
-        seen, consumed = [], sampler.progress.consumed
+        seen, consumed = [], sampler._feed.cursor.consumed
         stream = iter(sampler)
         while consumed < until:
             if sampler.reweight_due(consumed):
@@ -98,7 +101,7 @@ def failing_policy(here: Rank) -> Any:
     sampler = here.build(policy=Fails() if here.rank == 0 else Turns())
     here.train(sampler, 48)
     entries = list(sampler.ledger)
-    return [[entry.accepted for entry in entries[-2:]], sampler.decisions.failures, sampler.mix]
+    return [[entry.accepted for entry in entries[-2:]], sampler._run.decider.failures, sampler.mix]
 
 
 def missing_shard(here: Rank) -> Any:
@@ -188,15 +191,15 @@ def other_questions(here: Rank) -> Any:
 SETTINGS: dict[str, dict[str, Any]] = {
     "seed": {"seed": 1},
     "exhausted": {"exhausted": "repeat"},
-    "shuffle_window": {"shuffle_window": 7},
+    "shuffle_window": {"reading": ReadingConfig(shuffle_window=7)},
     "samples_per_reweight": {"samples_per_reweight": 32},
     "initial_mix": {"initial_mix": MIX},
     "start_state": {"start_state": MIX},
     "policy": {"policy": None},
-    "shadow": {"shadow": True},
-    "history_mix": {"history_mix": "requested"},
-    "guard": {"guard": GuardConfig(max_change=0.1)},
-    "the loader": {"prefetch_factor": 4},
+    "shadow": {"deciding": DecisionConfig(shadow=True)},
+    "history_mix": {"deciding": DecisionConfig(history_mix="requested")},
+    "guard": {"deciding": DecisionConfig(guard=GuardConfig(max_change=0.1))},
+    "the loader": {"reading": ReadingConfig(prefetch_factor=4)},
     "world_size": {"rank": 2, "world_size": 8},
     "no process has data-parallel rank 2 of 4": {"rank": 1, "world_size": 4},
 }
@@ -224,13 +227,13 @@ def dies_in_policy(here: Rank) -> Any:
 
 def dies_in_publication(here: Rank) -> Any:
     """The decision is made and told to all, but not yet from which sample on it holds."""
-    original = Progress.first_free
+    original = Cursor.first_free
 
     def first_free(*args: Any) -> int:
         die(here, 2)
         return original(*args)
 
-    Progress.first_free = first_free
+    Cursor.first_free = first_free
     here.build().reweight({"general": -3.0}, consumed=0)
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
 from dmagent_loader._files import write_atomically
 from dmagent_loader._run.state import load_state, save_state
 from dmagent_loader.testing import write_toy_shards
@@ -66,8 +65,7 @@ def soak(folder: Path, *, samples: int, domains: int, rows: int, per_reweight: i
         samples_per_reweight=per_reweight,
         seed=1,
         exhausted="repeat",
-        progress=False,
-        cache_dir=folder / "cache",
+        reading=ReadingConfig(progress=False, cache_dir=folder / "cache"),
     )
     report = folder / "soak.json"
     state = folder / "state.json"
@@ -87,10 +85,10 @@ def soak(folder: Path, *, samples: int, domains: int, rows: int, per_reweight: i
     def measure() -> None:
         points.append({"samples": consumed, "seconds": round(time.monotonic() - started, 2), **usage()})
 
-    batches = iter(DataLoader(sampler, batch_size=BATCH, collate_fn=collate_packed))
+    batches = iter(MixingDataLoader(sampler, batch_size=BATCH, collate_fn=collate_packed))
     while consumed < samples and time.monotonic() - started < seconds:
         if sampler.reweight_due(consumed):
-            steps = len(sampler.decisions.measurements)
+            steps = len(sampler.measurements)
             sampler.reweight({"general": -3.0 + 0.1 * np.sin(steps), "math": -4.0 + 0.01 * steps}, consumed=consumed)
         batch = next(batches)
         indices = batch["__index__"].numpy()
@@ -110,7 +108,7 @@ def soak(folder: Path, *, samples: int, domains: int, rows: int, per_reweight: i
         "samples": consumed,
         "domains": domains,
         "shards": 2 * domains,
-        "decisions": len(sampler.decisions.measurements),
+        "decisions": len(sampler.measurements),
         "fewest_samples_of_a_domain": int(given.min()),
         "state_bytes": state.stat().st_size,
         **summary(saved["processes"]),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dmagent_loader import ReadingConfig
 from dmagent_loader._demo.config import DemoConfig
 from dmagent_loader._demo.progress import Phase
 from dmagent_loader._demo.records import FeedbackPoint, MixStep, RunRecord
@@ -123,11 +124,9 @@ def run_method(
         samples_per_reweight=config.samples_per_reweight,
         seed=config.seed,
         initial_mix=method.mix,
-        # All methods get the same number of tokens, also where the target text is short.
         exhausted="repeat",
         transform=packed_tokens,
-        cache_dir=folder / "shard_index",
-        progress=False,
+        reading=ReadingConfig(cache_dir=folder / "shard_index", progress=False),
     )
     callback = DataMixingCallback(sampler, environment)
     arguments = transformers.TrainingArguments(
@@ -175,7 +174,7 @@ def _thousand_tokens(samples: int, config: DemoConfig) -> float:
 
 def _mix_steps(sampler: AgentWeightedSampler, config: DemoConfig) -> list[MixStep]:
     """What was trained on between two evaluations, from the sampler's own counts."""
-    consumed = [measurement.consumed for measurement in sampler.decisions.measurements]
+    consumed = [measurement.consumed for measurement in sampler.measurements]
     steps = []
     for start, stop in pairwise(consumed):
         counts = sampler.achieved(start, stop)
@@ -192,7 +191,7 @@ def _mix_steps(sampler: AgentWeightedSampler, config: DemoConfig) -> list[MixSte
 def _feedback(sampler: AgentWeightedSampler, config: DemoConfig) -> list[FeedbackPoint]:
     return [
         FeedbackPoint(at=_thousand_tokens(measurement.consumed, config), feedback=dict(measurement.feedback))
-        for measurement in sampler.decisions.measurements
+        for measurement in sampler.measurements
     ]
 
 
@@ -202,7 +201,7 @@ def _progress_callback(kind: type[TrainerCallback], phase: Phase, sampler: Agent
     class Progress(kind):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             phase.update()
-            newest = sampler.decisions.measurements[-1].feedback
+            newest = sampler.measurements[-1].feedback
             target = sampler.space.field_mass(sampler.ledger.last.weights())[TARGET]
             phase.note(" ".join(f"{f} {v:.2f}" for f, v in newest.items()) + f", target {target:.0%}")
 

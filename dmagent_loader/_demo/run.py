@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmagent_loader import ReadingConfig
 from dmagent_loader._demo import html
 from dmagent_loader._demo.charts import overview_chart, png_bytes
 from dmagent_loader._demo.config import DEFAULT_AGENT, DemoConfig
@@ -34,7 +35,7 @@ from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, require_extra
 from dmagent_loader.mixture.domains import FIELDS, SOURCE, TARGET
 from dmagent_loader.sampler import AgentWeightedSampler
-from dmagent_loader.shards import load_manifest
+from dmagent_loader.shards import ShardCollection, load_manifest
 from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
 from dmagent_loader.transforms import packed_tokens
 
@@ -141,9 +142,7 @@ def _run(
     before, after = (row.held_out[SOURCE] for row in scores)
     print(f"  held-out source loss {before:.2f} -> {after:.2f} nats, {model.num_parameters() / 1e6:.1f}M parameters")
 
-    rows = AgentWeightedSampler(
-        shards, samples_per_reweight=1, cache_dir=output / "shard_index", progress=False
-    ).collection.num_rows
+    rows = ShardCollection.open(shards, cache_dir=output / "shard_index", progress=False).num_rows
     results = []
     for method in methods(corpus.space, dict(zip(shards, rows.tolist(), strict=True)), agent):
         result = run_method(method, model, shards, environment, config, output)
@@ -190,8 +189,7 @@ def _base_sampler(shards: Mapping[str, Sequence[str]], config: DemoConfig, outpu
         samples_per_reweight=1,
         seed=config.seed + 1,
         transform=packed_tokens,
-        cache_dir=output / "shard_index",
-        progress=False,
+        reading=ReadingConfig(cache_dir=output / "shard_index", progress=False),
     )
 
 

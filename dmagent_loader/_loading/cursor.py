@@ -1,47 +1,34 @@
-"""How far a run is: what was consumed, what was handed out, and what data workers may have fetched.
+"""How far a run is: samples consumed, samples handed out, and samples that data workers may have fetched.
 
-From this follows where a new pass over the data begins, and from which sample on a new mix can hold.
+From this follows where a new pass over the data begins, and from which sample on a new mix can hold. All positions are
+global sample indices:
+
+| position | written by | read by |
+|---|---|---|
+| `consumed` | `consume`, `seek`: the training loop or its integration | every property below, `begin_pass` |
+| `position` | `begin_pass`: a new iterator; `seek` | `given`, the length of the run |
+| `given` | the main process's iterator, through its `frontier` | `handed_out` |
+| `handed_out` | follows from `given` and `consumed` | `frontier`, `first_free`, `begin_pass` in the main process |
+| `frontier` | follows from `handed_out` and the workers' reports in the mailbox | the mix in force, `achieved` |
+| `first_free` | follows from `frontier` or the prefetch bound, over all ranks | the start of a new ledger entry |
+| `mailbox.base` | `consume`, `seek` in the main process | `begin_pass` in a worker |
+| `_worker_start` | the first `begin_pass` of a worker | its later passes, as a lower bound |
+
+Always ``position <= given``, and ``consumed <= handed_out = max(given, consumed) <= frontier <= first_free``.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import time
-from dataclasses import dataclass
 from typing import Protocol
 
 from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.config import LoaderSettings
 from dmagent_loader._loading.mailbox import Mailbox
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.mixture.hashing import stream_key
-from dmagent_loader.mixture.sharding import StreamKind
 
-_BLOCK_TIMEOUT_SECONDS = 30.0
 _STEP = "agreeing from which sample on a new mix holds"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderSettings:
-    """The loader that reads a sampler.
-
-    Args:
-        kind: Whether each rank reads its share, or the trainer splits one whole stream.
-        batch_size: Samples of one rank in one batch.
-        worker_block: Samples that a loader takes from the stream of one worker at a time; None: not known yet.
-        granule: Samples of one rank to a multiple of which the run is cut: one optimizer step, say.
-        prefetch_factor: Batches that each worker prepares ahead.
-        look_ahead: Samples over all ranks that the loader and its workers fetch beyond those consumed; 0: worked out
-            from the workers.
-        declared: Whether an integration has said so, which knows the loader.
-    """
-
-    kind: StreamKind = "sharded"
-    batch_size: int = 1
-    worker_block: int | None = None
-    granule: int = 1
-    prefetch_factor: int = 2
-    look_ahead: int = 0
-    declared: bool = False
 
 
 class Stream(Protocol):
@@ -72,7 +59,7 @@ class WorkerInfo(Protocol):
         ...
 
 
-class Progress:
+class Cursor:
     """The place of a run, in one process.
 
     Args:
@@ -220,14 +207,11 @@ class Progress:
 
     def _prefetched(self, loader: LoaderSettings, world_size: int) -> int:
         """Samples over all ranks that workers may have fetched beyond those consumed."""
-        if loader.look_ahead:
-            return loader.look_ahead
-        waited = time.monotonic()
-        while not self.mailbox.block and time.monotonic() - waited < _BLOCK_TIMEOUT_SECONDS:
-            time.sleep(0.01)  # workers have begun, but not yet asked for their first batch
-        block = self.mailbox.block or loader.batch_size
+        if loader.prefetched_samples:
+            return loader.prefetched_samples
         streams = world_size if loader.kind == "sharded" else 1
-        return self.mailbox.num_workers * loader.prefetch_factor * block * streams
+        fetched = loader.samples_per_fetch or loader.batch_size
+        return self.mailbox.num_workers * loader.prefetch_factor * fetched * streams
 
 
 def _loader_seed(worker: WorkerInfo) -> int:

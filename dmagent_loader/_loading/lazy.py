@@ -1,7 +1,6 @@
-"""From the place of a row to a sample: at once, or when a value of it is asked for.
+"""Rows to samples: decoded at once, or lazily when one of their values is asked for.
 
-What is asked for late can be asked for together: a batch of packed rows is read into one array, which is how
-`dmagent_loader.transforms.collate_packed` takes rows that were not read yet.
+Lazy rows of one batch can be read together into one array, which `dmagent_loader.transforms.collate_packed` does.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dmagent_loader.errors import DecodeError
 from dmagent_loader.shards import RawSample, ShardCollection, decode_npy_rows
 
 Sample = dict[str, Any]
-Place = tuple[int, int, int, int, int]
+RowAddress = tuple[int, int, int, int, int]
 """(global index, domain, draw, shard, row) of a sample."""
 
 
@@ -31,18 +30,18 @@ class RowReader:
         self.collection, self._decode = collection, decode
         self.names = collection.domains
 
-    def sample(self, place: Place, raw: RawSample | None = None) -> Sample:
+    def sample(self, address: RowAddress, raw: RawSample | None = None) -> Sample:
         """A sample with its tags.
 
         Args:
-            place: Where it is.
+            address: Its domain, draw, shard and row.
             raw: Its bytes, if they were read already.
 
         Raises:
             DecodeError: It cannot be decoded; the message names domain and shard.
             DamagedShardError: The shard changed since it was indexed.
         """
-        index, domain, _, shard, row = place
+        index, domain, _, shard, row = address
         if raw is None:
             raw = self.collection.read(domain, shard, row)
         try:
@@ -58,19 +57,19 @@ class LazyRow(Mapping[str, Any]):
 
     Args:
         reader: Of its iterator.
-        place: Where it is.
+        address: Its domain, draw, shard and row.
     """
 
-    __slots__ = ("_place", "_reader", "_sample")
+    __slots__ = ("_address", "_reader", "_sample")
 
-    def __init__(self, reader: RowReader, place: Place) -> None:
-        self._reader, self._place = reader, place
+    def __init__(self, reader: RowReader, address: RowAddress) -> None:
+        self._reader, self._address = reader, address
         self._sample: Sample | None = None
 
     def read(self) -> Sample:
         """The sample, read once."""
         if self._sample is None:
-            self._sample = self._reader.sample(self._place)
+            self._sample = self._reader.sample(self._address)
         return self._sample
 
     def __getitem__(self, name: str) -> Any:
@@ -107,12 +106,12 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> tuple[Sa
     reader = samples[0]._reader if samples and type(samples[0]) is LazyRow else None
     if reader is None:
         return None
-    places = []
+    addresses = []
     for sample in samples:
         if type(sample) is not LazyRow or sample._reader is not reader or sample._sample is not None:
             return None
-        places.append(sample._place)
-    found = reader.collection.read_equal([(domain, shard, row) for _, domain, _, shard, row in places], member)
+        addresses.append(sample._address)
+    found = reader.collection.read_equal([(domain, shard, row) for _, domain, _, shard, row in addresses], member)
     if found is None:
         return None
     keys, data = found
@@ -125,7 +124,7 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> tuple[Sa
     names = reader.names
     tags = {
         "__key__": keys,
-        "__domain__": [names[place[1]] for place in places],
-        "__index__": [place[0] for place in places],
+        "__domain__": [names[address[1]] for address in addresses],
+        "__index__": [address[0] for address in addresses],
     }
     return tags, values

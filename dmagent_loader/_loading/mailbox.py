@@ -1,7 +1,18 @@
-"""Shared memory between a sampler and its copies in torch workers.
+"""Shared memory between a feed and its copies in torch data workers.
 
-The main process publishes new mixes; every worker sees them before it chooses its next sample, so that the loader need
-not be rebuilt. Workers publish how far they have come.
+The main process publishes new mixes. Every worker sees them before it chooses its next sample, without a new loader.
+Workers publish their progress. The shared fields:
+
+| field | written by | read by |
+|---|---|---|
+| ``header[PUBLISHED]``: number of mixes published | main process, after the mix itself | workers, before each sample |
+| ``header[WORKERS]``: generation, workers that began | each worker as it begins; cleared by the main process | main |
+| ``header[BASE]``: consumed samples | main process | workers that begin a later pass |
+| ``header[GENERATION]``: restarts of the main process | main process | workers, before each sample |
+| ``header[NEWEST]``: start order and key of the newest loader | workers | workers, before each sample |
+| ``frontiers[w]``: first index that worker w has not delivered | worker w | main process |
+| ``passes[w]``, ``bases[w]``: key and start of the pass of worker w | worker w | the other workers |
+| ``indices``, ``mixes``: ring of the last `CAPACITY` mixes | main process | workers |
 """
 
 from __future__ import annotations
@@ -17,7 +28,7 @@ MAX_WORKERS = 256
 CAPACITY = 512
 """Mixes that a worker may fall behind; it looks before each sample, so only its prefetched samples count."""
 
-_PUBLISHED, _WORKERS, _BLOCK, _BASE, _GENERATION, _NEWEST = range(6)
+_PUBLISHED, _WORKERS, _BASE, _GENERATION, _NEWEST = range(5)
 _COUNT_BITS, _KEY_BITS = 16, 32
 """Two numbers share one word where a reader must not see one of them without the other: the workers' count below their
 generation, and a loader's key below its turn."""
@@ -45,7 +56,7 @@ class Mailbox:
 
     def __init__(self, num_domains: int) -> None:
         self._tensors = {
-            "header": torch.zeros(6, dtype=torch.int64),
+            "header": torch.zeros(5, dtype=torch.int64),
             "frontiers": torch.zeros(MAX_WORKERS, dtype=torch.int64),
             "passes": torch.zeros(MAX_WORKERS, dtype=torch.int64),
             "bases": torch.zeros(MAX_WORKERS, dtype=torch.int64),
@@ -123,7 +134,6 @@ class Mailbox:
     def clear_workers(self) -> None:
         """The main process reads by itself, or a new pass begins: workers have to announce themselves again."""
         self._header[_WORKERS] = 0
-        self._header[_BLOCK] = 0
         self._tensors["frontiers"].zero_()
 
     def agree_on_base(self, worker: int, num_workers: int, key: int, base: int) -> int:
@@ -191,10 +201,6 @@ class Mailbox:
         self._frontiers[worker] = base
         return before
 
-    def report_block(self, block: int) -> None:
-        """A worker says how many consecutive samples of the stream it takes at a time."""
-        self._header[_BLOCK] = block
-
     def advance(self, worker: int, frontier: int) -> None:
         """A worker says how far it has come."""
         self._frontiers[worker] = frontier
@@ -207,11 +213,6 @@ class Mailbox:
             return 0
         generation, count = divmod(word, 1 << _COUNT_BITS)
         return count if generation == self.generation else 0
-
-    @property
-    def block(self) -> int:
-        """Consecutive stream positions that a worker takes at a time; 0 until the first worker has found out."""
-        return self._header[_BLOCK]
 
     def frontier(self) -> int:
         """The first global index that no worker of this rank has delivered."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.config import ReadingConfig
 from dmagent_loader.shards import ShardCollection
 
 _STEP = "opening the shards"
 
 
-def open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], **settings: Any) -> ShardCollection:
+def open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], reading: ReadingConfig) -> ShardCollection:
     """Opens the shards: rank 0 indexes them first, the others then find its index.
 
     Args:
         shards: Domain -> shards.
-        **settings: Of `ShardCollection.open`.
+        reading: Settings of the reader.
 
     Raises:
         ShardError: This rank could not open them.
@@ -26,10 +26,10 @@ def open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], **settings: Any
     collection: ShardCollection | None = None
     with distributed.together(_STEP):
         if distributed.get_rank() == 0:
-            collection = ShardCollection.open(shards, **settings)
+            collection = _open(shards, reading)
     with distributed.together(_STEP) as facts:
         if collection is None:
-            collection = ShardCollection.open(shards, **settings)
+            collection = _open(shards, reading)
         if distributed.is_active():
             facts |= _contents(collection)
     return collection
@@ -44,6 +44,10 @@ def _contents(collection: ShardCollection) -> dict[str, Any]:
     return {**facts, "the contents of the shards": collection.fingerprint}
 
 
-def digest(*parts: Any) -> str:
-    """A short text that differs where the parts differ."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+def _open(shards: Mapping[str, str | Sequence[str]], reading: ReadingConfig) -> ShardCollection:
+    return ShardCollection.open(
+        shards,
+        on_damage=reading.on_damage,
+        cache_dir=reading.cache_dir,
+        progress=reading.progress and distributed.get_rank() == 0,
+    )

@@ -1,26 +1,26 @@
-"""The way of a decision: feedback -> history -> policy -> guard -> the next mix, the same on all ranks.
+"""Decisions: feedback -> history -> policy -> guard -> the next mix, the same on all ranks.
 
-Rank 0 decides; the others receive the outcome. What the policy sees is derived from the plan (what was in fact trained
-on) and from the recorded feedback, so that it survives a restart unchanged.
+Rank 0 decides, the others receive its decision. The history is derived from the plan (the samples trained on) and the
+recorded feedback, so it survives a restart unchanged.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dmagent_loader._validation import is_count, is_finite_number, shown
 from dmagent_loader.errors import ConfigurationError, FeedbackError, StateError
-from dmagent_loader.mixture.history import History, validate_feedback
+from dmagent_loader.mixture.history import History, Standardization, validate_feedback
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
-from dmagent_loader.policies import Guard, Policy, name_of, propose_guarded
+from dmagent_loader.policies import Guard, GuardConfig, Outcome, Policy, name_of, propose_guarded
 
 logger = logging.getLogger(__name__)
 
@@ -28,26 +28,38 @@ HistoryMix = Literal["achieved", "requested"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What came of one reweighting step.
+class DecisionConfig:
+    """How mixes are decided.
 
-    Attributes:
-        proposed: Domain -> weight, after the guard.
-        in_force: Whether the proposal went into the ledger: False in shadow mode or when the policy failed.
-        entry: The newest ledger entry.
-        staleness: Samples that will be trained under the old mix after the decision.
-        seconds: Time that the policy took.
-        notes: What the guard changed, or why the last good mix was kept.
-        failures: Steps of the run so far at which the policy gave no usable mix.
+    Args:
+        roles: Field of the environment for each role of the agent, for example ``{"keep": "general", "acquire":
+            "code"}``; None: the environment's fields are in the order keep, acquire. Only with an agent.
+        standardization: Standardisation of feedback for the agent: ``"frozen"``, ``"running"`` or ``"anchored"``; None:
+            as its checkpoint says. Only with an agent.
+        guard: Limits on proposals.
+        shadow: Log proposals and keep the mix.
+        history_mix: Mixes that the policy sees: those ``"achieved"``, or those ``"requested"`` (parity with the paper,
+            where both are the same up to sampling noise).
+
+    Raises:
+        ConfigurationError: A value that cannot work.
     """
 
-    proposed: Mapping[str, float]
-    in_force: bool
-    entry: LedgerEntry
-    staleness: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-    failures: int = 0
+    roles: Mapping[str, str] | None = None
+    standardization: Standardization | None = None
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    shadow: bool = False
+    history_mix: HistoryMix = "achieved"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.guard, GuardConfig):
+            raise ConfigurationError(f"guard is {shown(self.guard)}; it must be a GuardConfig")
+        if not isinstance(self.shadow, bool):
+            raise ConfigurationError(f"shadow is {shown(self.shadow)}; it must be True or False")
+        if self.history_mix not in get_args(HistoryMix):
+            raise ConfigurationError(
+                f"history_mix is {shown(self.history_mix)}; choose one of {list(get_args(HistoryMix))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,44 +78,72 @@ class Measurement:
         return tuple(self.feedback)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What rank 0 tells the others about one reweighting step.
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One reweighting step: rank 0 makes it, all ranks receive it and complete it with the ledger entry.
 
     Attributes:
-        policy: The policy's name.
-        measurement: The feedback on which it rests.
-        mix: D weights, after the guard.
-        accepted: Whether they are the policy's own.
-        notes: What the guard changed, or why the last good mix was kept.
-        seconds: Time that the policy took.
+        policy: Name of the policy.
+        measurement: The feedback it rests on.
+        domains: (D,) names.
+        outcome: Answer of the policy, after the guard.
+        shadow: Whether it is only logged.
+        entry: The newest ledger entry; None until the decision is in the ledger.
+        failures: Steps of the run so far at which the policy gave no usable mix.
     """
 
     policy: str
     measurement: Measurement
-    mix: tuple[float, ...]
-    accepted: bool
-    notes: tuple[str, ...]
-    seconds: float
+    domains: tuple[str, ...]
+    outcome: Outcome
+    shadow: bool = False
+    entry: LedgerEntry | None = None
+    failures: int = 0
+
+    @property
+    def proposed(self) -> dict[str, float]:
+        """Domain -> weight, after the guard; the previous mix if the policy failed."""
+        return dict(zip(self.domains, self.outcome.mix.tolist(), strict=True))
+
+    @property
+    def in_force(self) -> bool:
+        """Whether the proposal holds: False in shadow mode, or when the policy failed."""
+        return self.outcome.accepted and not self.shadow
+
+    @property
+    def staleness(self) -> int:
+        """Samples that are trained under the old mix after the decision."""
+        return 0 if self.shadow or self.entry is None else self.entry.start - self.measurement.consumed
+
+    @property
+    def seconds(self) -> float:
+        """Time that the policy took."""
+        return self.outcome.seconds
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Changes by the guard, or the reason why the last good mix was kept."""
+        return self.outcome.notes if self.outcome.error is None else (self.outcome.error,)
 
 
 @dataclass(kw_only=True)
-class DecisionMaker:
+class Decider:
     """Keeps the feedback of a run and asks the policy.
 
     Args:
         policy: None: mixes change by hand only.
         guard: Limits on proposals.
-        plan: What was trained on.
-        start_state: (D,) the mix of the base model's own training data (paper, 3.1).
-        history_mix: Show the policy the mixes that were ``"achieved"``, or those that were ``"requested"`` (parity with
-            the paper, where both are the same up to sampling noise).
+        plan: Samples that were trained on.
+        start_state: (D,) mix of the base model's own training data (paper, 3.1).
+        shadow: Whether decisions are only logged.
+        history_mix: See `DecisionConfig`.
     """
 
     policy: Policy | None
     guard: Guard
     plan: Plan
     start_state: FloatArray
+    shadow: bool = False
     history_mix: HistoryMix = "achieved"
     measurements: list[Measurement] = field(default_factory=list)
     failures: int = 0
@@ -111,8 +151,30 @@ class DecisionMaker:
     _counts: list[IntArray] = field(default_factory=list)
     """(D,) samples that each domain had given by the measurements: the past does not change, so it is asked once."""
 
+    @classmethod
+    def configured(cls, config: DecisionConfig, policy: Policy | None, plan: Plan, start_state: FloatArray) -> Decider:
+        """A decider as a user configured it.
+
+        Raises:
+            ConfigurationError: A guard or shadow mode without a policy to limit or to follow.
+        """
+        if policy is None and (config.shadow or config.guard != GuardConfig()):
+            raise ConfigurationError(
+                "deciding= sets a guard or shadow mode, but there is neither agent nor policy, so it would have no "
+                "effect: pass agent= or policy=, or leave it out"
+            )
+        guard = Guard(config.guard, plan.space.names)
+        return cls(
+            policy=policy,
+            guard=guard,
+            plan=plan,
+            start_state=start_state,
+            shadow=config.shadow,
+            history_mix=config.history_mix,
+        )
+
     def restore(self, plan: Plan, start_state: FloatArray, measurements: list[Measurement], failures: int) -> None:
-        """Goes on from a saved state."""
+        """Continues from a saved state."""
         self.plan, self.start_state, self.measurements, self.failures = plan, start_state, measurements, failures
         self._counts = []
 
@@ -141,15 +203,14 @@ class DecisionMaker:
         mixes = [self.start_state, *mixes]
         return History(domains=self.plan.space.names, fields=fields, mixes=np.array(mixes), feedback=feedback)
 
-    def decide(self, feedback: Mapping[str, float], consumed: int, previous: FloatArray) -> Answer:
-        """Checks the feedback of one reweighting step and asks the policy: only rank 0 does.
+    def decide(self, feedback: Mapping[str, float], consumed: int) -> Decision:
+        """Checks the feedback of one reweighting step and asks the policy; only rank 0 does.
 
         Nothing is changed by it; `accept` does that, on all ranks.
 
         Args:
             feedback: Field -> number.
             consumed: Samples that training has consumed.
-            previous: (D,) the mix in force.
 
         Raises:
             FeedbackError: Not finite, no field at all, or other fields than before.
@@ -157,16 +218,28 @@ class DecisionMaker:
         """
         assert self.policy is not None
         measurement = self._measurement(feedback, consumed)
-        outcome = propose_guarded(self.policy, self.history(measurement), previous, self.guard)
-        notes = outcome.notes if outcome.error is None else (outcome.error,)
-        return Answer(
-            name_of(self.policy), measurement, tuple(outcome.mix.tolist()), outcome.accepted, notes, outcome.seconds
+        previous = self.plan.ledger.last.weights()
+        return Decision(
+            policy=name_of(self.policy),
+            measurement=measurement,
+            domains=self.plan.space.names,
+            outcome=propose_guarded(self.policy, self.history(measurement), previous, self.guard),
+            shadow=self.shadow,
         )
 
-    def accept(self, answer: Answer) -> None:
-        """On all ranks: the step is done, whatever came of it."""
-        self.measurements.append(answer.measurement)
-        self.failures += not answer.accepted
+    def accept(self, decision: Decision, entry: LedgerEntry) -> Decision:
+        """On all ranks: records the step, whatever came of it.
+
+        Args:
+            decision: Rank 0's.
+            entry: The newest ledger entry.
+
+        Returns:
+            The decision with the ledger entry and the failures so far.
+        """
+        self.measurements.append(decision.measurement)
+        self.failures += not decision.outcome.accepted
+        return replace(decision, entry=entry, failures=self.failures)
 
     def _measurement(self, feedback: Mapping[str, float], consumed: int) -> Measurement:
         if not isinstance(feedback, Mapping):
@@ -200,7 +273,7 @@ class DecisionMaker:
 
 
 def measurements_from_json(saved: Any, fields: Any, consumed: int) -> list[Measurement]:
-    """Recorded feedback as `DecisionMaker.to_json` wrote it.
+    """Recorded feedback as `Decider.to_json` wrote it.
 
     Args:
         saved: The JSON value.

@@ -7,48 +7,32 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dmagent_loader._files import write_atomically
-from dmagent_loader._run.decisions import Measurement, measurements_from_json
+from dmagent_loader._run.decisions import Decider, Measurement, measurements_from_json
+from dmagent_loader._run.rank_check import digest
+from dmagent_loader._run.settings import RESTORE, RunSettings
 from dmagent_loader._validation import is_count, is_finite_number, read_regular, shown
 from dmagent_loader.errors import MixError, StateError
 from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 
-if TYPE_CHECKING:
-    from dmagent_loader.sampler import AgentWeightedSampler
-
 logger = logging.getLogger(__name__)
 
 SCHEMA = 4
 MAX_STATE_BYTES = 1 << 32
 
-_KEYS = {
-    "schema",
-    "seed",
-    "domains",
-    "fingerprint",
-    "exhausted",
-    "shuffle_window",
-    "consumed",
-    "counts",
-    "samples_per_reweight",
-    "policy",
-    "start_state",
-    "ledger",
-    "fields",
-    "measurements",
-    "policy_failures",
-}
+_RUN = {"consumed", "counts", "start_state", "ledger", "fields", "measurements", "policy_failures"}
+_KEYS = {"schema", *_RUN, *(name for name, restore in RESTORE.items() if restore != "free")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestoredState:
-    """What a saved state says, after all checks."""
+    """Contents of a saved state, after all checks."""
 
     plan: Plan
     consumed: int
@@ -56,14 +40,27 @@ class RestoredState:
     measurements: list[Measurement]
     policy_failures: int
 
+    def to_compare(self) -> dict[str, Any]:
+        """Contents that must be the same on all ranks: name -> value."""
+        return {
+            "the state's consumed samples": self.consumed,
+            "the state's mixes": self.plan.ledger.summary(),
+            "the state's feedback": f"{len(self.measurements)} steps, digest {digest(self.measurements)}",
+            "the state's start_state": digest(self.start_state.tolist()),
+        }
 
-def write_state(sampler: AgentWeightedSampler, consumed: int) -> dict[str, Any]:
-    """The state of a run after `consumed` samples, as JSON values."""
-    plan = sampler.plan
+
+def write_state(settings: RunSettings, decider: Decider, consumed: int) -> dict[str, Any]:
+    """The state of a run after `consumed` samples, as JSON values.
+
+    Raises:
+        StateError: No run can have consumed so many.
+    """
+    plan = decider.plan
     end = plan.ends_by(max(0, consumed))
     if consumed < 0 or (end is not None and consumed > end):
         raise StateError(f"consumed is {consumed}, but the run has {end} samples")
-    measured = sampler.decisions.measurements
+    measured = decider.measurements
     if measured and consumed < measured[-1].consumed:
         raise StateError(
             f"consumed is {consumed}, but a decision was made after {measured[-1].consumed} samples, so that no run "
@@ -72,30 +69,27 @@ def write_state(sampler: AgentWeightedSampler, consumed: int) -> dict[str, Any]:
     counts = plan.counts(consumed)
     return {
         "schema": SCHEMA,
-        "seed": plan.seed,
-        "domains": list(plan.space.names),
-        "fingerprint": sampler.fingerprint,
-        "exhausted": list(plan.rules),
-        "shuffle_window": plan.window,
+        **settings.saved(),
         "consumed": int(consumed),
         "counts": {name: int(count) for name, count in zip(plan.space.names, counts, strict=True)},
-        "samples_per_reweight": sampler.samples_per_reweight,
-        "policy": sampler.decisions.policy_name,
-        "start_state": sampler.decisions.start_state.tolist(),
+        "start_state": decider.start_state.tolist(),
         "ledger": plan.ledger.to_json(),
-        "fields": list(sampler.decisions.fields),
-        "measurements": sampler.decisions.to_json(),
-        "policy_failures": sampler.decisions.failures,
+        "fields": list(decider.fields),
+        "measurements": decider.to_json(),
+        "policy_failures": decider.failures,
     }
 
 
-def read_state(
-    sampler: AgentWeightedSampler, state: Mapping[str, Any], plan_settings: Mapping[str, Any]
-) -> RestoredState:
-    """Checks a saved state against a sampler and rebuilds its plan.
+def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider) -> RestoredState:
+    """Checks a saved state against a run and rebuilds its plan.
+
+    Args:
+        state: As `write_state` made it.
+        settings: Settings of this run.
+        decider: Its plan and start state.
 
     Raises:
-        StateError: It belongs to another run, or cannot be understood; the message says what differs.
+        StateError: The state belongs to another run, or cannot be understood; the message says what differs.
     """
     if not isinstance(state, Mapping) or "schema" not in state:
         raise StateError("this is not the state of a sampler: it has no 'schema'; pass what state_dict() returned")
@@ -110,26 +104,18 @@ def read_state(
     unknown = sorted(shown(key) for key in set(state) - _KEYS)
     if unknown:
         logger.warning("the state has %s, which this version does not know and leaves aside", ", ".join(unknown[:10]))
-    plan = sampler.plan
-    present = {
-        "seed": plan.seed,
-        "domains": list(plan.space.names),
-        "exhausted": list(plan.rules),
-        "shuffle_window": plan.window,
-    }
-    for key, value in present.items():
-        if state[key] != value:
+    plan, present = decider.plan, settings.saved()
+    for key in (name for name, restore in RESTORE.items() if restore == "refuse" and state[name] != present[name]):
+        if key == "fingerprint":
             raise StateError(
-                f"the state is of a run with {key} {shown(state[key])}, this run has {shown(value)}: with another "
-                f"{key} the order of samples would be another; build the sampler as it was"
+                f"the state is of another shard set: fingerprint {shown(state[key])}, here {shown(present[key])}; "
+                "names, order, row counts and contents of the shards must be the same (their folder may differ)"
             )
-    if state["fingerprint"] != sampler.fingerprint:
         raise StateError(
-            f"the state is of another shard set: fingerprint {shown(state['fingerprint'])}, here "
-            f"{shown(sampler.fingerprint)}; names, order, row counts and contents of the shards must be "
-            "the same (their folder may differ)"
+            f"the state is of a run with {key} {shown(state[key])}, this run has {shown(present[key])}: with another "
+            f"{key} the order of samples would be another; build the sampler as it was"
         )
-    restored = Plan(plan.space, [sampler.collection.shard_rows(d) for d in range(len(plan.space))], **plan_settings)
+    restored = plan.empty_copy()
     for entry in Ledger.from_json(plan.space.names, state["ledger"]):
         restored.append(entry)
     consumed, counts = state["consumed"], state["counts"]
@@ -140,14 +126,13 @@ def read_state(
             f"the state's consumed is {shown(consumed)}, which is not an index of this run: the state is damaged or "
             "was edited; load an older one"
         )
-    for key, value in (
-        ("samples_per_reweight", sampler.samples_per_reweight),
-        ("policy", sampler.decisions.policy_name),
-    ):
-        if state[key] != value:
-            logger.warning(
-                "the state was saved with %s %s, this run has %r: decisions will differ", key, shown(state[key]), value
-            )
+    for key in (name for name, restore in RESTORE.items() if restore == "warn" and state[name] != present[name]):
+        logger.warning(
+            "the state was saved with %s %s, this run has %r: decisions will differ",
+            key,
+            shown(state[key]),
+            present[key],
+        )
     expected = {n: int(c) for n, c in zip(plan.space.names, restored.counts(consumed), strict=True)}
     if counts != expected:
         raise StateError(
@@ -162,7 +147,7 @@ def read_state(
         start_state = validate_mix(weights, plan.space.names)
     except MixError as error:
         raise StateError(f"the state's start_state is not a mix: {error}") from error
-    if not np.allclose(start_state, sampler.decisions.start_state, rtol=0, atol=1e-9):
+    if not np.allclose(start_state, decider.start_state, rtol=0, atol=1e-9):
         logger.warning("the state was saved with another start_state than this run's: the saved one holds")
     failures = state["policy_failures"]
     if not is_count(failures):

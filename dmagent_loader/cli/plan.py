@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dmagent_loader import ReadingConfig
 from dmagent_loader._run.state import MAX_STATE_BYTES
 from dmagent_loader._validation import read_regular, shown
 from dmagent_loader.errors import ConfigurationError, StateError
@@ -92,8 +93,7 @@ def replay(args: argparse.Namespace) -> int:
         samples_per_reweight=state.get("samples_per_reweight", 1),
         seed=state.get("seed", 0),
         exhausted=dict(zip(state.get("domains", []), state.get("exhausted", []), strict=False)),
-        shuffle_window=state.get("shuffle_window", 1),
-        cache_dir=args.cache_dir,
+        reading=ReadingConfig(shuffle_window=state.get("shuffle_window", 1), cache_dir=args.cache_dir),
     )
     with _without_warnings("dmagent_loader._run.state"):  # of decisions that will differ: none are taken
         sampler.load_state_dict(state)

@@ -18,20 +18,19 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dmagent_loader._loading.cursor import LoaderSettings
+from dmagent_loader.data_loader import MixingDataLoader
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
+from dmagent_loader.integrations._reporters import reporters_of_caller
 from dmagent_loader.integrations.mixing import Mixing
-from dmagent_loader.mixture.sharding import StreamKind
-from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.sampler import AgentWeightedSampler, LoaderSettings
 
 require_extra("transformers", "hf")
 require_extra("accelerate", "hf")
@@ -62,8 +61,9 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def __init__(self, sampler: AgentWeightedSampler, environment: Environment | None = None) -> None:
         self._mixing = Mixing(sampler, environment)
         self._begin_consumed, self._begin_step, self._samples_per_step = 0, 0, 1
-        self._reporters: list[TrainerCallback] = []
+        self._reporters: list[TrainerCallback] | None = None
         self._random_state: torch.Tensor | None = None
+        self._resuming = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the Trainer measures the loader: the kind of stream, and no skipping at resume."""
@@ -77,9 +77,13 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if args.world_size > 1:
             batch_size, _ = _batch_sizes(args, batch_size)
         if _whole_steps(args):
-            kind: StreamKind = "whole" if args.world_size > 1 else "sharded"
-            self.sampler.set_loader(
-                LoaderSettings(kind=kind, batch_size=batch_size, granule=_granule(args, batch_size))
+            self.sampler.bind(
+                LoaderSettings(
+                    kind="whole" if args.world_size > 1 else "sharded",
+                    batch_size=batch_size,
+                    samples_per_step=_samples_per_step(args, batch_size),
+                    by_trainer=True,
+                )
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,11 +96,12 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             saved = saved[-1] if saved else None
         if state.global_step > 0:
             self._restore(args, state, saved)
-            self.sampler.before_iteration = self._keep_random_state
+            self._resuming = True
         # A checkpoint made without this callback has no place for its state, which the Trainer needs when it saves.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._begin_step, self._begin_consumed = state.global_step, self.consumed
-        self._reporters = _other_callbacks(self)
+        if self._reporters is None:
+            self._reporters = reporters_of_caller(self)
         self._mixing.begin()
         self._warn_about_epochs(args)
         self._maybe_reweight(args, state, control, kwargs["model"])
@@ -109,7 +114,8 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """After a resumption, undoes what making the loader's iterator did to the random state."""
         if self._random_state is not None:
             torch.set_rng_state(self._random_state)
-            self._random_state, self.sampler.before_iteration = None, None
+            self._random_state = None
+        self._resuming = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts what was consumed, decides when it is time, and stops at the end of the plan."""
@@ -128,6 +134,10 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             "args": {},
             "attributes": {**self._mixing.state_dict(), "samples_per_step": self._samples_per_step},
         }
+
+    def report_to(self, callbacks: Sequence[TrainerCallback]) -> None:
+        """Names the callbacks whose `on_log` receives the metrics; without it they are found at the start."""
+        self._reporters = [callback for callback in callbacks if callback is not self]
 
     @property
     def sampler(self) -> AgentWeightedSampler:
@@ -153,7 +163,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             return
         report = self._mixing.reweight(lambda environment: environment.evaluate(model))
         state.log_history.append({**report.full, "epoch": state.epoch, "step": state.global_step})
-        for reporter in self._reporters:
+        for reporter in self._reporters or ():
             console = isinstance(reporter, (ProgressCallback, PrinterCallback))
             logs = {name: f"{value:.4g}" for name, value in report.short.items()} if console else dict(report.full)
             reporter.on_log(args, state, control, logs=logs)
@@ -170,15 +180,14 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         world, workers = args.world_size, loader.num_workers
         loaded = loader.batch_size or 1
         dispatched = isinstance(loader, DataLoaderDispatcher)
-        kind: StreamKind = "sharded"
+        is_split = world > 1 and (dispatched or sliced_by_rank)
         block, batch_size = loaded, loaded
         ahead = (workers * (loader.prefetch_factor or 0)) * loaded
-        if world > 1 and (dispatched or sliced_by_rank):
+        if is_split:
             split = bool(loader.split_batches if dispatched else loader.dataset.split_batches)
             batch_size = loaded // world if split else loaded
             block = loaded if dispatched or split else loaded * world
             ahead = batch_size * world + workers * (loader.prefetch_factor or 0) * block
-            kind = "whole"
             if sliced_by_rank:
                 logger.warning(
                     "dispatch_batches=False: each of the %d ranks reads and decodes every row, and discards %d of %d; "
@@ -188,18 +197,20 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                     world,
                 )
         else:
-            bare = type(loader) is DataLoader
+            bare = isinstance(loader, MixingDataLoader) or type(loader) is DataLoader
             ahead = (ahead + (0 if bare else loaded)) * world
         self._samples_per_step = batch_size * world * args.gradient_accumulation_steps
-        self.sampler.set_loader(
+        self.sampler.bind(
             LoaderSettings(
-                kind=kind,
+                kind="whole" if is_split else "sharded",
                 batch_size=batch_size,
-                worker_block=block,
-                granule=_granule(args, batch_size),
+                samples_per_fetch=block,
+                samples_per_step=_samples_per_step(args, batch_size),
                 prefetch_factor=loader.prefetch_factor or 1,
-                look_ahead=ahead if workers else 0,
-            )
+                prefetched_samples=ahead if workers else 0,
+                by_trainer=True,
+            ),
+            before_iteration=self._keep_random_state,
         )
 
     def _refuse_rows_without_columns(self, loader: Any) -> None:
@@ -207,8 +218,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         collate = loader.collate_fn
         if self.sampler.transform is not None or not isinstance(collate, RemoveColumnsCollator):
             return
-        shard = int(np.flatnonzero(self.sampler.collection.shard_rows(0))[0])
-        columns = sorted(self.sampler.decoder(self.sampler.collection.read(0, shard, 0)))
+        columns = sorted(self.sampler.peek())
         if set(columns).isdisjoint(collate.signature_columns):
             raise ConfigurationError(
                 f"the rows have {columns}, none of which the model takes, and the Trainer removes what it does not "
@@ -219,7 +229,8 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def _keep_random_state(self) -> None:
         """Called after the Trainer restored it: making the loader's iterator then draws a seed from it, and dropout
         would differ from the run that was not interrupted."""
-        self._random_state = torch.get_rng_state()
+        if self._resuming:
+            self._random_state = torch.get_rng_state()
 
     def _restore(self, args: Any, state: Any, saved: Any) -> None:
         if saved is None:
@@ -286,17 +297,6 @@ class DataMixingTrainerMixin:
             return super().get_train_dataloader()  # type: ignore[misc, no-any-return]
         args = trainer.args
         batch_size = args.train_batch_size
-        workers = args.dataloader_num_workers
-        factor = args.dataloader_prefetch_factor or LoaderSettings.prefetch_factor
-        trainer.train_dataset.set_loader(
-            LoaderSettings(
-                batch_size=batch_size,
-                worker_block=batch_size,
-                granule=_granule(args, batch_size),
-                prefetch_factor=factor,
-                look_ahead=workers * factor * batch_size * args.world_size,
-            )
-        )
         collate = trainer.data_collator
         if args.remove_unused_columns:
             columns = [
@@ -306,15 +306,20 @@ class DataMixingTrainerMixin:
                 *(args.label_names or []),
             ]
             collate = RemoveColumnsCollator(data_collator=collate, signature_columns=columns)
-        return DataLoader(
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, DataMixingCallback):
+                callback.report_to(trainer.callback_handler.callbacks)
+        return MixingDataLoader(
             trainer.train_dataset,
-            batch_size=batch_size,
+            batch_size,
+            samples_per_step=_samples_per_step(args, batch_size),
             collate_fn=collate,
-            num_workers=workers,
+            num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
-            generator=torch.Generator().manual_seed(args.seed),  # the loader's seed is not drawn from the model's
+            generator=torch.Generator().manual_seed(args.seed),
+            by_trainer=True,
         )
 
 
@@ -344,7 +349,7 @@ def _whole_steps(args: Any) -> bool:
     return bool(args.world_size > 1 or args.gradient_accumulation_steps > 1)
 
 
-def _granule(args: Any, batch_size: int) -> int:
+def _samples_per_step(args: Any, batch_size: int) -> int:
     """Samples of one rank to a multiple of which the run is cut.
 
     Known before the Trainer asks for the length: it plans the last step of an epoch by it, and counts that step as
@@ -357,21 +362,3 @@ def _batch_sizes(args: Any, loaded: int) -> tuple[int, int]:
     """Samples of one rank, and of one batch of the loader, when accelerate splits a stream."""
     split = bool(getattr(args.accelerator_config, "split_batches", False))
     return (loaded // args.world_size if split else loaded), loaded
-
-
-def _other_callbacks(own: TrainerCallback) -> list[TrainerCallback]:
-    """The Trainer's other callbacks, so that metrics reach TensorBoard, W&B and the rest through the Trainer's own
-    writers.
-
-    The Trainer gives a callback no way to log: it stands at the end of the list whose `on_log` writes. The list is
-    found in the handler that is calling.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        callbacks = getattr(handler, "callbacks", None)
-        if isinstance(callbacks, list) and any(callback is own for callback in callbacks):
-            return [callback for callback in callbacks if callback is not own]
-        frame = frame.f_back  # type: ignore[assignment]
-    logger.warning("the Trainer's reporters were not found: metrics of the mix are only in its log_history")
-    return []

@@ -17,12 +17,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dmagent_loader._loading.cursor import LoaderSettings
 from dmagent_loader.environment import Environment
 from dmagent_loader.environment.scoring import Model
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing
-from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.sampler import AgentWeightedSampler, LoaderSettings
 
 require_extra("lightning.pytorch", "lightning")
 
@@ -71,12 +70,11 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         ranks = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
         if ranks is not None:
             self._ranks = {"rank": ranks["rank"], "world_size": ranks["num_replicas"]}
-            self.sampler.set_ranks(**self._ranks)
+            self.sampler.bind(rank=ranks["rank"], world_size=ranks["num_replicas"])
         self._loaded_step, self._restored, self._used_up = None, False, False
-        self._mixing.consumed = self.sampler.progress.consumed
+        self._mixing.consumed = self.sampler.consumed
         self.sampler.seek(self.consumed)
-        self.sampler.progress.training_counts = True
-        self.sampler.keep_length()
+        self.sampler.bind(counts_every_batch=True, keep_length=True)
         self._mixing.begin()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -114,7 +112,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         if self._used_up:
             return
         self._mixing.consumed += self._samples_per_batch
-        self.sampler.progress.consume(self.consumed)
+        self.sampler.reweight_due(self.consumed)
         if trainer.global_step == self._step:
             return  # gradients are being accumulated
         self._step = trainer.global_step
@@ -194,8 +192,8 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
     def _check(self, module: Any) -> None:
         """Refuses what cannot work, before anything is computed."""
         try:
-            _ = self.sampler.decisions
-        except ConfigurationError as error:
+            _ = self.sampler.policy
+        except StateError as error:
             raise ConfigurationError(
                 "this process has a pickled copy of the sampler, which decides nothing: strategies that spawn their "
                 "processes (ddp_spawn) are not supported; use strategy='ddp', or start the program with torchrun"
@@ -237,7 +235,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         batch_size, workers = getattr(loader, "batch_size", None) or 1, getattr(loader, "num_workers", 0)
         factor = getattr(loader, "prefetch_factor", None) or 1
         world = self.sampler.world_size
-        if not workers and self.sampler.progress.stream is None:
+        if not workers and not self.sampler.is_iterated:
             raise StateError(
                 "the loader's iterator was made before the checkpoint's state was restored, and would train on other "
                 "samples: do not use trainer.estimated_stepping_batches in configure_optimizers with this strategy"
@@ -245,12 +243,14 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         self._samples_per_batch = batch_size * world
         # Without a length Lightning fetches one batch ahead, to know which is the last.
         ahead = workers * factor + (1 if math.isinf(trainer.num_training_batches) else 0)
-        self.sampler.set_loader(
+        self.sampler.bind(
             LoaderSettings(
                 batch_size=batch_size,
-                granule=batch_size * trainer.accumulate_grad_batches,
+                samples_per_fetch=batch_size,
+                samples_per_step=batch_size * trainer.accumulate_grad_batches,
                 prefetch_factor=factor,
-                look_ahead=ahead * self._samples_per_batch if workers else 0,
+                prefetched_samples=ahead * self._samples_per_batch if workers else 0,
+                by_trainer=True,
             )
         )
 

@@ -24,10 +24,9 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from dmagent_loader import _distributed as distributed
-from dmagent_loader._loading.cursor import LoaderSettings
+from dmagent_loader.data_loader import MixingDataLoader
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing, Report
@@ -74,19 +73,27 @@ class MicroBatches(Iterator[dict[str, Any]]):
     Args:
         sampler: Its transform gives what the forward step needs, see `transforms.ShiftedTokens`.
         micro_batch_size: B.
-        num_workers: Torch data workers.
+        samples_per_step: Samples of one data-parallel rank in one global batch.
+        num_workers: Data workers.
         prefetch_factor: Micro-batches that each worker prepares ahead.
     """
 
     def __init__(
-        self, sampler: AgentWeightedSampler, *, micro_batch_size: int, num_workers: int, prefetch_factor: int
+        self,
+        sampler: AgentWeightedSampler,
+        *,
+        micro_batch_size: int,
+        samples_per_step: int,
+        num_workers: int,
+        prefetch_factor: int | None,
     ) -> None:
-        self._loader = DataLoader(
+        self._loader = MixingDataLoader(
             sampler,
-            batch_size=micro_batch_size,
+            micro_batch_size,
+            samples_per_step=samples_per_step,
             num_workers=num_workers,
-            prefetch_factor=prefetch_factor if num_workers else None,
-            generator=torch.Generator().manual_seed(0),  # the loader's seed is not drawn from the model's
+            prefetch_factor=prefetch_factor,
+            by_trainer=True,
         )
         self._batches: Iterator[dict[str, Any]] | None = None
         self._samples_per_batch = micro_batch_size * sampler.world_size
@@ -199,7 +206,7 @@ class MegatronMixing:
             one.
         max_length: The most tokens that the model reads.
         num_workers: Torch data workers of each process that reads.
-        prefetch_factor: Micro-batches that each worker prepares ahead.
+        prefetch_factor: Micro-batches that each worker prepares ahead; None: 2.
         writer: Has ``add_scalar(name, value, step)``, as TensorBoard's; None on processes that do not write.
 
     Raises:
@@ -218,7 +225,7 @@ class MegatronMixing:
         global_batch_size: int,
         max_length: int,
         num_workers: int = 0,
-        prefetch_factor: int = LoaderSettings.prefetch_factor,
+        prefetch_factor: int | None = None,
         writer: Any = None,
     ) -> None:
         ranks = data_parallel_ranks()
@@ -236,17 +243,12 @@ class MegatronMixing:
         self.sampler, self.environment, self.writer = sampler, environment, writer
         self._mixing = Mixing(sampler, environment)
         self.global_batch_size, self.max_length = global_batch_size, max_length
-        sampler.set_loader(
-            LoaderSettings(
-                batch_size=micro_batch_size,
-                worker_block=micro_batch_size,
-                granule=global_batch_size // sampler.world_size,
-                prefetch_factor=prefetch_factor,
-                look_ahead=num_workers * prefetch_factor * micro_batch_size * sampler.world_size,
-            )
-        )
         self.data_iterator = MicroBatches(
-            sampler, micro_batch_size=micro_batch_size, num_workers=num_workers, prefetch_factor=prefetch_factor
+            sampler,
+            micro_batch_size=micro_batch_size,
+            samples_per_step=global_batch_size // sampler.world_size,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
         )
 
     @property

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from dmagent_loader import _distributed as distributed
+from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.megatron import MegatronMixing, evaluate
 
@@ -134,9 +135,7 @@ class PretrainHooks:
         if distributed.get_rank() == 0:
             text = json.dumps({"feedback": feedback, "environment": self.mixing.environment.fingerprint})
             self._base.parent.mkdir(parents=True, exist_ok=True)
-            part = self._base.with_suffix(".part")
-            part.write_text(text + "\n", encoding="utf-8")
-            part.replace(self._base)
+            write_atomically(self._base, f"{text}\n".encode())
             logger.info("the base model's feedback is in %s", self._base)
         distributed.barrier("writing the base model's feedback")
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmagent_loader import _distributed as distributed
-from dmagent_loader._run.decisions import Decision
 from dmagent_loader._validation import shown
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import AgentPolicy
-from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.sampler import AgentWeightedSampler, Decision
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class Mixing:
             ConfigurationError: The environment has other fields than the agent reads.
         """
         self._started, self._evaluating_seconds = time.perf_counter(), 0.0
-        policy = self.sampler.decisions.policy
+        policy = self.sampler.policy
         has_policy = policy is not None
         if self.environment is not None and isinstance(policy, AgentPolicy):
             policy.check_fields(self.environment.fields)
@@ -84,7 +83,7 @@ class Mixing:
     def due(self) -> bool:
         """Whether the model is to be evaluated now; all ranks get the same answer."""
         due = self.sampler.reweight_due(self.consumed)  # also tells it where a new pass of data workers begins
-        return due and self.environment is not None and self.sampler.decisions.policy is not None
+        return due and self.environment is not None and self.sampler.policy is not None
 
     def reweight(self, evaluate: Callable[[Environment], Mapping[str, float]]) -> Report:
         """Evaluates the model and lets the policy decide. All ranks call it together.
@@ -93,7 +92,7 @@ class Mixing:
             evaluate: From the environment to the feedback of the trainer's model.
         """
         assert self.environment is not None
-        before = self.sampler.decisions.measurements
+        before = self.sampler.measurements
         since = before[-1].consumed if before else 0
         started = time.perf_counter()
         feedback = evaluate(self.environment)

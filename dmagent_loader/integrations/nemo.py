@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from dmagent_loader._loading.cursor import LoaderSettings
+from dmagent_loader.data_loader import MixingDataLoader
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing
@@ -65,7 +65,7 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
             not supported.
         tokenizer: The one the shards were packed with, as a NeMo tokenizer; `llm.pretrain` gives it to the model.
         num_workers: Torch data workers of each process. Without them a new mix holds from the next step on.
-        prefetch_factor: Micro-batches that each worker prepares ahead.
+        prefetch_factor: Micro-batches that each worker prepares ahead; None: 2.
         pin_memory: See `torch.utils.data.DataLoader`.
         persistent_workers: See `torch.utils.data.DataLoader`.
         create_attention_mask: Add the causal mask, (B, 1, T, T) bool, True where nothing is to be seen. Without
@@ -85,7 +85,7 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
         global_batch_size: int = 8,
         tokenizer: Any = None,
         num_workers: int = 0,
-        prefetch_factor: int = LoaderSettings.prefetch_factor,
+        prefetch_factor: int | None = None,
         pin_memory: bool = True,
         persistent_workers: bool = False,
         create_attention_mask: bool = False,
@@ -143,18 +143,7 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
                 f"a global batch of {self.global_batch_size} rows is no multiple of {self.micro_batch_size} rows on "
                 f"each of {data_ranks} data-parallel ranks: choose batch sizes that fit"
             )
-        sampler.set_ranks(**ranks)
-        sampler.set_loader(
-            LoaderSettings(
-                batch_size=self.micro_batch_size,
-                worker_block=self.micro_batch_size,
-                granule=self.global_batch_size // data_ranks,
-                prefetch_factor=self.prefetch_factor,
-                look_ahead=self.num_workers * self.prefetch_factor * self.micro_batch_size * data_ranks,
-            )
-        )
-        if sampler.transform is None:
-            sampler.transform = ShiftedTokens(length=self.seq_length)
+        sampler.bind(**ranks, transform=ShiftedTokens(length=self.seq_length) if sampler.transform is None else None)
 
     def reconfigure_limit_batches(self) -> None:
         """Lightning counts micro-batches: turns the trainer's limits in steps into limits in micro-batches."""
@@ -195,13 +184,14 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
         self._begun = True
         return _Loader(
             self.sampler,
-            batch_size=self.micro_batch_size,
+            self.micro_batch_size,
+            samples_per_step=self.global_batch_size // self.sampler.world_size,
             collate_fn=_Collate(self.seq_length, self.create_attention_mask),
             num_workers=self.num_workers,
-            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            prefetch_factor=self.prefetch_factor,
             pin_memory=self.pin_memory,
-            persistent_workers=self.persistent_workers and self.num_workers > 0,
-            generator=torch.Generator().manual_seed(0),  # the loader's seed is not drawn from the model's
+            persistent_workers=self.persistent_workers,
+            by_trainer=True,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -341,7 +331,7 @@ class _ExternalDataSampler(MegatronDataSampler):  # type: ignore[misc]
             step.trainer.should_stop = True
 
 
-class _Loader(DataLoader[Any]):
+class _Loader(MixingDataLoader):
     """A loader without a length: the sampler's follows from the mix so far, and Lightning would stop or begin anew at
     the one it saw first."""
 

@@ -149,6 +149,7 @@ class Plan:
     ) -> None:
         self.space, self.seed, self.window = space, seed, window
         self.rules = exhaustion_rules(space, exhausted)
+        self._shard_rows = shard_rows
         if len(shard_rows) != len(space):
             raise ValueError(f"rows of {len(shard_rows)} domains for a space of {len(space)}")
         self._rows = RowOrders(seed, space.names, shard_rows, window)
@@ -161,6 +162,16 @@ class Plan:
         self._starts: list[int] = []
         self._orders: dict[int, DomainOrder] = {}
         self.ledger = Ledger(space.names)
+
+    def empty_copy(self) -> Plan:
+        """The same run without its ledger."""
+        exhausted = dict(zip(self.space.names, self.rules, strict=True))
+        return Plan(self.space, self._shard_rows, seed=self.seed, exhausted=exhausted, window=self.window)
+
+    @property
+    def natural_mix(self) -> FloatArray:
+        """(D,) each domain's share of all rows, sums to 1."""
+        return np.asarray(self.num_rows / self.num_rows.sum(), dtype=np.float64)
 
     def append(self, entry: LedgerEntry) -> None:
         """Lets a new mix hold from ``entry.start`` on; samples before it do not change.

@@ -36,8 +36,9 @@ class StreamLayout:
         batch_size: Samples of one rank in one batch; only needed for ``whole`` streams of several ranks.
         worker: Number of this torch worker.
         num_workers: Number of torch workers of this rank.
-        worker_block: Consecutive stream positions that go to one worker.
-        granule: The run's length is cut to a multiple of so many samples of each rank, so that the last step is whole.
+        samples_per_fetch: Consecutive stream positions that go to one worker.
+        samples_per_step: The length of the run is cut to a multiple of so many samples of each rank, so that the last
+            step is whole.
     """
 
     base: int
@@ -47,8 +48,8 @@ class StreamLayout:
     batch_size: int = 1
     worker: int = 0
     num_workers: int = 1
-    worker_block: int = 1
-    granule: int = 1
+    samples_per_fetch: int = 1
+    samples_per_step: int = 1
 
     @property
     def sliced(self) -> bool:
@@ -72,18 +73,18 @@ class StreamLayout:
         stream = self.delivered_end(end) - self.base
         if self.kind == "sharded":
             stream //= self.world_size
-        blocks, rest = divmod(stream, self.worker_block)
+        blocks, rest = divmod(stream, self.samples_per_fetch)
         own = max(0, (blocks - self.worker + self.num_workers - 1) // self.num_workers)
-        return own * self.worker_block + (rest if blocks % self.num_workers == self.worker else 0)
+        return own * self.samples_per_fetch + (rest if blocks % self.num_workers == self.worker else 0)
 
     @property
-    def unit(self) -> int:
+    def samples_per_step_all_ranks(self) -> int:
         """Samples of all ranks to a multiple of which the run's length is cut."""
-        return self.world_size * self.granule
+        return self.world_size * self.samples_per_step
 
     def delivered_end(self, end: int) -> int:
         """`end` cut down to where all ranks have the same whole number of batches."""
-        return self.base + max(0, end - self.base) // self.unit * self.unit
+        return self.base + max(0, end - self.base) // self.samples_per_step_all_ranks * self.samples_per_step_all_ranks
 
     def frontier(self, taken: int) -> int:
         """The first global index that this iterator, and those in step with it, cannot have delivered yet.
@@ -107,5 +108,5 @@ class StreamLayout:
         """Stream positions of the iterator's own samples."""
         if self.num_workers == 1:
             return own
-        block, offset = np.divmod(own, self.worker_block)
-        return (block * self.num_workers + self.worker) * self.worker_block + offset
+        block, offset = np.divmod(own, self.samples_per_fetch)
+        return (block * self.num_workers + self.worker) * self.samples_per_fetch + offset

@@ -100,7 +100,7 @@ FORGETFUL = """
 load_state_dict = Mixing.load_state_dict
 def forgetful(self, state):
     load_state_dict(self, state)
-    self.sampler.decisions.measurements.pop(0)
+    self.sampler.measurements.pop(0)
 Mixing.load_state_dict = forgetful
 """
 

@@ -14,8 +14,7 @@ from dmagent_loader.testing import write_toy_shards
 WORKER = """
 import itertools, json, os, sys
 import torch.distributed as dist
-from torch.utils.data import DataLoader
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
 
 
 def indices(samples):
@@ -27,8 +26,9 @@ if __name__ == "__main__":
     with open(f"{folder}/shards.json") as file:
         shards = json.load(file)
     dist.init_process_group("gloo")
-    sampler = AgentWeightedSampler(shards, samples_per_reweight=64, cache_dir=f"{folder}/cache", progress=False)
-    loader = DataLoader(sampler, batch_size=4, num_workers=1, multiprocessing_context=method, collate_fn=indices)
+    reading = ReadingConfig(cache_dir=f"{folder}/cache", progress=False)
+    sampler = AgentWeightedSampler(shards, samples_per_reweight=64, reading=reading)
+    loader = MixingDataLoader(sampler, batch_size=4, num_workers=1, multiprocessing_context=method, collate_fn=indices)
     with open(f"{folder}/{method}{dist.get_rank()}.json", "w") as file:
         json.dump(list(itertools.islice(loader, 3)), file)
     dist.barrier()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.errors import DamagedShardError, DecodeError, ShardError, ShardLayoutError
 from dmagent_loader.shards import Decoder, RawSample, ShardCollection, load_manifest
 from dmagent_loader.shards.index.shard_index import build_index
@@ -424,7 +424,9 @@ def test_members_that_could_run_code_stop_the_run_by_name_and_do_not_run(
     import pickle
 
     path = put(member(b"good.txt", b"text") + member(b"x." + extension.encode(), pickle.dumps(_Exploit())))
-    sampler = AgentWeightedSampler({"source/a": str(path)}, samples_per_reweight=10, progress=False)
+    sampler = AgentWeightedSampler(
+        {"source/a": str(path)}, samples_per_reweight=10, reading=ReadingConfig(progress=False)
+    )
     with pytest.raises(DecodeError, match=rf"'{extension}' of sample 'x'.*can execute code"):
         list(zip(sampler, range(2), strict=False))
     assert not Path("/tmp/dmagent-evil").exists()
@@ -432,7 +434,9 @@ def test_members_that_could_run_code_stop_the_run_by_name_and_do_not_run(
 
 def test_a_member_that_cannot_be_decoded_is_named_with_its_shard(put: Callable[[bytes], Path]) -> None:
     path = put(member(b"a.json", b"{"))
-    sampler = AgentWeightedSampler({"source/a": str(path)}, samples_per_reweight=10, progress=False)
+    sampler = AgentWeightedSampler(
+        {"source/a": str(path)}, samples_per_reweight=10, reading=ReadingConfig(progress=False)
+    )
     with pytest.raises(DecodeError, match=r"source/a.*evil-000\.tar"):
         next(iter(sampler))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader._run.state import SCHEMA, load_state
 from dmagent_loader.errors import StateError
 from dmagent_loader.policies import StaticPolicy
@@ -38,8 +38,7 @@ def sampler(shards: dict[str, list[str]], tmp_path: Path) -> AgentWeightedSample
         shards,
         policy=StaticPolicy({"source/a": 0.5, "target/b": 0.5}),
         samples_per_reweight=10,
-        cache_dir=tmp_path / "cache",
-        progress=False,
+        reading=ReadingConfig(cache_dir=tmp_path / "cache", progress=False),
     )
 
 

@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from reading import quiet
 
 from benchmarks.reliability.remote_faults import TEXTS, tar_bytes
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError, StateError
 from dmagent_loader.shards import ShardCollection, ShardingConfig, load_manifest, shard_files
 from dmagent_loader.shards.index.cache import IndexCache
@@ -211,7 +212,7 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(
     assert [path.name for path in cache.rglob("*") if path.is_file()] == []
     filling.unlink()
     opened(shard, cache=cache)
-    assert IndexCache(cache).load(str(shard), shard_version(str(shard))) is not None
+    assert IndexCache(cache).load(str(shard), shard_version(str(shard)), None) is not None
 
 
 def test_a_full_disk_while_shards_are_written_leaves_the_folder_as_it_was(small_disk: Path, tmp_path: Path) -> None:
@@ -233,14 +234,8 @@ def _domains(folder: Path, texts: list[str]) -> Path:
     return folder / "out"
 
 
-def sampler(out: Path, **settings: object) -> AgentWeightedSampler:
-    return AgentWeightedSampler(
-        out,
-        samples_per_reweight=10,
-        cache_dir=out.parent / "cache",
-        progress=False,
-        **settings,  # type: ignore[arg-type]
-    )
+def sampler(out: Path, reading: ReadingConfig | None = None) -> AgentWeightedSampler:
+    return AgentWeightedSampler(out, samples_per_reweight=10, reading=quiet(out.parent / "cache", reading))
 
 
 def test_skip_accounts_for_the_rows_lost_and_for_their_effect_on_the_mix(
@@ -255,7 +250,7 @@ def test_skip_accounts_for_the_rows_lost_and_for_their_effect_on_the_mix(
         sampler(out)
     shard.write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        left = sampler(out, on_damage="skip")
+        left = sampler(out, reading=ReadingConfig(on_damage="skip"))
     assert "10 rows lost, by the manifest" in caplog.text
     assert "domain 'source/a': 20 rows are left, about 10 are lost (33.3% of the domain)" in caplog.text
     assert left.mix == pytest.approx({"source/a": 0.4, "source/b": 0.6})

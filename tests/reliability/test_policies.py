@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmagent_loader import AgentWeightedSampler, Environment
+from dmagent_loader import AgentWeightedSampler, DecisionConfig, Environment, ReadingConfig
 from dmagent_loader.integrations.mixing import Mixing
 from dmagent_loader.policies import GuardConfig
 from dmagent_loader.testing import sample_ids, write_toy_shards
@@ -124,14 +124,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def start(folder):
-    def start(policy, **settings):
+    def start(policy, *, shadow=False, **settings):
         sampler = AgentWeightedSampler(
             json.loads((folder / "shards.json").read_text()),
             policy=policy,
             samples_per_reweight=INTERVAL,
-            guard=GuardConfig(timeout_seconds=LATE_SECONDS),
-            progress=False,
-            cache_dir=folder / "cache",
+            reading=ReadingConfig(progress=False, cache_dir=folder / "cache"),
+            deciding=DecisionConfig(guard=GuardConfig(timeout_seconds=LATE_SECONDS), shadow=shadow),
             **settings,
         )
         questions = {"general": [("a", "b")], "math": [("1", "2")]}
@@ -168,9 +167,9 @@ def test_the_last_good_mix_holds_loudly_and_the_run_goes_on(start, kind, caplog,
     def wait_for_the_late_one(mixing):
         """After two steps at which it is late or still busy, a late policy comes to its end."""
         global _stop
-        if len(mixing.sampler.decisions.measurements) == 3:
+        if len(mixing.sampler.measurements) == 3:
             _stop = True
-            caller = mixing.sampler.decisions.guard._caller
+            caller = mixing.sampler._run.decider.guard._caller
             deadline = time.monotonic() + 30
             while caller._late is not None and not caller._late.done.is_set() and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -187,7 +186,7 @@ def test_the_last_good_mix_holds_loudly_and_the_run_goes_on(start, kind, caplog,
         assert error.startswith(f"policy 'misbehaves' failed at step {step}: ")
         assert error.endswith("; the previous mix stays in force")
     assert [entry.note for entry in mixing.sampler.ledger][1:3] == errors
-    assert all(np.isfinite(mixing.sampler.decisions.history().mixes).all() for _ in range(2))
+    assert all(np.isfinite(mixing.sampler._run.decider.history().mixes).all() for _ in range(2))
 
 
 def test_what_rounding_does_to_a_mix_is_no_failure(start):
@@ -240,7 +239,7 @@ HOG = """
 import json, logging, resource, sys
 from pathlib import Path
 import numpy as np, psutil
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.testing import sample_ids
 
 logging.basicConfig()
@@ -260,7 +259,7 @@ folder = Path(sys.argv[1])
 shards = json.loads((folder / "shards.json").read_text())
 policy = Hog()
 sampler = AgentWeightedSampler(
-    shards, policy=policy, samples_per_reweight=30, progress=False, cache_dir=folder / "cache"
+    shards, policy=policy, samples_per_reweight=30, reading=ReadingConfig(progress=False, cache_dir=folder / "cache")
 )
 sample_ids(sampler, 30)
 before = process.memory_info().rss

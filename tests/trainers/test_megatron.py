@@ -73,7 +73,7 @@ torch.distributed.init_process_group("gloo")
 with cuda_on_cpu():
     parallel_state.initialize_model_parallel(1, 1)
     shards = write_toy_shards(tempfile.mkdtemp(), {{"source/web": 30, "target/math": 20}}, tokens=8)
-    build = lambda **ranks: AgentWeightedSampler(shards, samples_per_reweight=8, progress=False, **ranks)
+    build = lambda **ranks: AgentWeightedSampler(shards, samples_per_reweight=8, **ranks)
     mixing = lambda sampler, **sizes: MegatronMixing(sampler, max_length=8, **sizes)
     refused(lambda: mixing(build(rank=1, world_size=2), micro_batch_size=2, global_batch_size=4))
     refused(lambda: mixing(build(), micro_batch_size=3, global_batch_size=4))

@@ -7,7 +7,7 @@ import io
 import pytest
 import torch
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.errors import StateError
 from dmagent_loader.policies import LinearSchedule
 from dmagent_loader.testing import write_toy_shards
@@ -35,7 +35,10 @@ def shards(folder):
 def build(shards, folder):
     def build(**settings):
         return AgentWeightedSampler(
-            shards, samples_per_reweight=16, progress=False, cache_dir=folder / "cache", **settings
+            shards,
+            samples_per_reweight=16,
+            reading=ReadingConfig(progress=False, cache_dir=folder / "cache"),
+            **settings,
         )
 
     return build
@@ -97,7 +100,7 @@ def test_a_state_from_before_the_first_batch_is_the_beginning(build):
 def train(sampler, loader, steps):
     """A loop in which the policy decides."""
     stream, seen = iter(loader), []
-    consumed = sampler.progress.consumed
+    consumed = sampler._feed.cursor.consumed
     for _ in range(steps):
         if sampler.reweight_due(consumed):
             sampler.reweight({"general": -1.0 - consumed / 100, "math": -2.0}, consumed=consumed)
@@ -122,7 +125,7 @@ def test_what_the_policy_has_seen_is_part_of_the_state(build):
 
 def test_data_workers_are_refused(build):
     """Their states would restore their copies of the sampler, and not the process that decides."""
-    with pytest.raises(StateError, match=r"(?s)keeps the state of its data workers.*use num_workers=0"):
+    with pytest.raises(StateError, match=r"(?s)made for a data worker.*works with num_workers=0"):
         iter(StatefulDataLoader(build(), batch_size=4, num_workers=2))
 
 

@@ -14,10 +14,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from reading import quiet
 from torch.utils.data import DataLoader
 
-from dmagent_loader import AgentWeightedSampler, MixingAgent
-from dmagent_loader._loading.stream import ReadaheadConfig
+from dmagent_loader import AgentWeightedSampler, DecisionConfig, MixingAgent, MixingDataLoader, ReadingConfig
 from dmagent_loader.agent import AgentConfig
 from dmagent_loader.errors import (
     CheckpointError,
@@ -55,8 +55,9 @@ def shards(folder):
 @pytest.fixture
 def build(shards, folder):
     def build(**settings):
-        settings = {"samples_per_reweight": 32, "progress": False, "cache_dir": folder / "cache", **settings}
-        return AgentWeightedSampler(settings.pop("shards", shards), **settings)
+        settings = {"samples_per_reweight": 32, **settings}
+        reading = quiet(folder / "cache", settings.pop("reading", None))
+        return AgentWeightedSampler(settings.pop("shards", shards), reading=reading, **settings)
 
     return build
 
@@ -97,10 +98,10 @@ def test_global_batches_do_not_depend_on_world_size(build, world_size):
 
 def test_ranks_may_be_told_after_the_sampler_was_built(build):
     told = build()
-    told.set_ranks(1, 3)
+    told.bind(rank=1, world_size=3)
     assert sample_ids(told, 20) == sample_ids(build(rank=1, world_size=3), 20)
     with pytest.raises(ConfigurationError, match="181 is larger than the 180 rows"):
-        told.set_ranks(0, 181)
+        told.bind(rank=0, world_size=181)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
@@ -110,7 +111,7 @@ def test_batches_do_not_depend_on_torch_workers(build, num_workers, world_size):
 
     def batches(workers):
         sampler = mixed_in_advance(build(rank=world_size - 1, world_size=world_size))
-        loader = DataLoader(sampler, batch_size=4, num_workers=workers)
+        loader = MixingDataLoader(sampler, batch_size=4, num_workers=workers)
         return [list(zip(b["__index__"].tolist(), b["__key__"], strict=True)) for b in loader]
 
     assert batches(num_workers) == batches(0)
@@ -118,7 +119,7 @@ def test_batches_do_not_depend_on_torch_workers(build, num_workers, world_size):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_without_a_loader_batch_deal_single_samples(build):
-    loader = DataLoader(build(), batch_size=None, num_workers=2)
+    loader = MixingDataLoader(build(), batch_size=None, num_workers=2)
     assert [sample["__index__"] for sample in loader] == list(range(len(build())))
 
 
@@ -135,7 +136,7 @@ def test_ranks_and_workers_may_change_at_restore(build, before, after, workers):
     for rank in range(after):
         sampler = build(rank=rank, world_size=after)
         sampler.load_state_dict(json.loads(json.dumps(state)))
-        loader = DataLoader(sampler, batch_size=3, num_workers=workers)
+        loader = MixingDataLoader(sampler, batch_size=3, num_workers=workers)
         ranks.append([i for batch in loader for i in batch["__index__"].tolist()])
     assert len({len(rank) for rank in ranks}) == 1
     assert sorted(itertools.chain(*ranks)) == [
@@ -174,7 +175,7 @@ def test_achieved_counts_what_was_given(build):
 def test_live_changes_reach_running_workers_within_the_declared_bound(build):
     """Catches weights that workers copied when they were forked: the change would never arrive."""
     sampler = build(exhausted="repeat")
-    loader = DataLoader(sampler, batch_size=4, num_workers=2, prefetch_factor=2)
+    loader = MixingDataLoader(sampler, batch_size=4, num_workers=2, prefetch_factor=2)
     stream, consumed, trained = iter(loader), 0, []
     for step in range(30):
         batch = next(stream)
@@ -193,7 +194,7 @@ def test_live_changes_reach_running_workers_within_the_declared_bound(build):
 def test_one_worker_has_a_bound_too(build):
     """Catches a bound that is worked out from single samples: the change comes too late for the worker's batch."""
     sampler = build(exhausted="repeat")
-    stream, starts = iter(DataLoader(sampler, batch_size=8, num_workers=1)), []
+    stream, starts = iter(MixingDataLoader(sampler, batch_size=8, num_workers=1)), []
     for step in range(1, 12):
         next(stream)
         sampler.reweight_due(8 * step)
@@ -205,7 +206,7 @@ def test_one_worker_has_a_bound_too(build):
 def test_a_new_pass_of_workers_begins_after_what_was_consumed(build, persistent):
     """Catches persistent workers that each go on at a place of their own."""
     sampler = build(exhausted="repeat")
-    loader = DataLoader(sampler, batch_size=4, num_workers=2, persistent_workers=persistent)
+    loader = MixingDataLoader(sampler, batch_size=4, num_workers=2, persistent_workers=persistent)
     for first in (0, 20, 40):
         stream = iter(loader)
         seen = [next(stream)["__index__"].tolist() for _ in range(5)]
@@ -221,7 +222,7 @@ def start_second_worker_late(worker):
 def test_a_worker_that_starts_late_begins_where_the_others_began(build):
     """Catches a worker that begins after what was consumed from the others before it had started."""
     sampler = build(exhausted="repeat")
-    loader = DataLoader(sampler, batch_size=4, num_workers=2, worker_init_fn=start_second_worker_late)
+    loader = MixingDataLoader(sampler, batch_size=4, num_workers=2, worker_init_fn=start_second_worker_late)
     seen = []
     for batch in itertools.islice(loader, 4):
         seen += batch["__index__"].tolist()
@@ -231,7 +232,7 @@ def test_a_worker_that_starts_late_begins_where_the_others_began(build):
 
 def test_persistent_workers_refuse_to_go_on_with_an_older_ledger(build):
     sampler = build(exhausted="repeat")
-    loader = DataLoader(sampler, batch_size=4, num_workers=1, persistent_workers=True)
+    loader = MixingDataLoader(sampler, batch_size=4, num_workers=1, persistent_workers=True)
     next(iter(loader))
     sampler.load_state_dict(sampler.state_dict(consumed=4))
     with pytest.raises(StateError, match="build the DataLoader anew"):
@@ -242,7 +243,7 @@ def test_persistent_workers_refuse_to_go_on_with_an_older_ledger(build):
 def test_an_iterator_in_use_does_not_go_on_after_a_state_was_loaded(build, num_workers):
     """It would deliver what comes after its own place, and the state would never count it."""
     sampler = build(exhausted="repeat")
-    stream = iter(DataLoader(sampler, batch_size=4, num_workers=num_workers))
+    stream = iter(MixingDataLoader(sampler, batch_size=4, num_workers=num_workers))
     for _ in range(3):
         next(stream)
     sampler.load_state_dict(sampler.state_dict(consumed=4))
@@ -254,19 +255,14 @@ def test_an_iterator_in_use_does_not_go_on_after_a_state_was_loaded(build, num_w
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"shuffle_window": 1.5}, "shuffle_window is 1.5"),
-        ({"shuffle_window": float("nan")}, "shuffle_window is nan"),
+        ({"deciding": ReadingConfig()}, "must be a DecisionConfig"),
         ({"samples_per_reweight": "80"}, "samples_per_reweight is '80'"),
         ({"samples_per_reweight": True}, "samples_per_reweight is True"),
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"rank": 0, "world_size": 1.5}, "world_size is 1.5"),
-        ({"shadow": "no"}, "shadow is 'no'"),
-        ({"history_mix": "asked"}, "history_mix is 'asked'"),
         ({"transform": 5}, "transform is 5"),
         ({"policy": object()}, "with a method propose"),
         ({"policy": StaticPolicy}, "with a method propose"),
         ({"agent": 5}, "agent is 5"),
-        ({"guard": {"floor": 0.1}}, "guard is"),
         ({"exhausted": ["stop"]}, "exhausted is"),
         ({"initial_mix": "half"}, "the mix is 'half'"),
         ({"initial_mix": {"source": "a", "target": 1.0}}, "no numbers"),
@@ -277,6 +273,40 @@ def test_an_iterator_in_use_does_not_go_on_after_a_state_was_loaded(build, num_w
 def test_a_setting_of_another_type_is_refused_by_name(build, setting, message):
     with pytest.raises((ConfigurationError, MixError), match=re.escape(message)):
         build(**setting)
+
+
+@pytest.mark.parametrize(
+    ("config", "setting", "message"),
+    [
+        (ReadingConfig, {"shuffle_window": 1.5}, "shuffle_window is 1.5"),
+        (ReadingConfig, {"shuffle_window": float("nan")}, "shuffle_window is nan"),
+        (ReadingConfig, {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        (ReadingConfig, {"num_threads": -1}, "num_threads is -1"),
+        (ReadingConfig, {"num_rows": 0}, "num_rows is 0"),
+        (ReadingConfig, {"on_damage": "ignore"}, "on_damage is 'ignore'"),
+        (DecisionConfig, {"shadow": "no"}, "shadow is 'no'"),
+        (DecisionConfig, {"history_mix": "asked"}, "history_mix is 'asked'"),
+        (DecisionConfig, {"guard": {"floor": 0.1}}, "guard is"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_refuses_values_of_another_type_by_name(config, setting, message):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        config(**setting)
+
+
+@pytest.mark.parametrize(
+    "deciding",
+    [
+        DecisionConfig(shadow=True),
+        DecisionConfig(guard=GuardConfig(max_change=0.1)),
+        DecisionConfig(roles={"keep": "a", "acquire": "b"}),
+        DecisionConfig(standardization="frozen"),
+    ],
+)
+def test_settings_of_decisions_without_anybody_who_decides_are_refused(build, deciding):
+    with pytest.raises(ConfigurationError, match="no effect"):
+        build(deciding=deciding)
 
 
 @pytest.mark.parametrize("consumed", [-1, 1.5, 2**63, True])
@@ -307,11 +337,11 @@ def test_a_policy_needs_no_name(build):
 
 
 def test_a_loader_that_prefetches_more_than_declared_is_refused_in_the_main_process(build):
-    sampler = build(exhausted="repeat")
+    sampler = build(exhausted="repeat", reading=ReadingConfig(batch_size=4))
     stream = iter(DataLoader(sampler, batch_size=4, num_workers=1, prefetch_factor=8))
     next(stream)
     deadline = time.monotonic() + 20
-    while sampler.mailbox.frontier() < 36 and time.monotonic() < deadline:
+    while sampler._feed.mailbox.frontier() < 36 and time.monotonic() < deadline:
         time.sleep(0.02)
     sampler.reweight_due(4)
     with pytest.raises(ConfigurationError, match="prefetch_factor"):
@@ -320,14 +350,45 @@ def test_a_loader_that_prefetches_more_than_declared_is_refused_in_the_main_proc
 
 
 def test_another_batch_size_than_the_loaders_is_refused(build):
-    loader = DataLoader(build(batch_size=4), batch_size=8, num_workers=2)
-    with pytest.raises(ConfigurationError, match=r"batch_size=4.*asks for 8"):
-        next(iter(loader))
+    with pytest.raises(ConfigurationError, match=r"batch_size=4.*has batch size 8"):
+        MixingDataLoader(build(reading=ReadingConfig(batch_size=4)), batch_size=8)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_bare_loader_with_workers_must_name_its_batch_size(build, num_workers):
+    """Unknown to the workers, it would decide the order of samples and how late a new mix holds."""
+    with pytest.raises(ConfigurationError, match="use MixingDataLoader"):
+        next(iter(DataLoader(build(), batch_size=4, num_workers=num_workers)))
+    loader = DataLoader(build(reading=ReadingConfig(batch_size=4)), batch_size=4, num_workers=num_workers)
+    assert [i for batch in itertools.islice(loader, 5) for i in batch["__index__"].tolist()] == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shuffle": True}, "does not take shuffle"),
+        ({"drop_last": True}, "does not take drop_last"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_workers": 1.5}, "num_workers is 1.5"),
+        ({"samples_per_step": 0}, "samples_per_step is 0"),
+    ],
+)
+def test_a_loader_refuses_settings_that_contradict_the_order(build, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        MixingDataLoader(build(), **settings)
+    with pytest.raises(ConfigurationError, match="must be an AgentWeightedSampler"):
+        MixingDataLoader([1, 2])
+
+
+def test_two_loaders_of_one_program_seed_their_workers_differently(build):
+    """The workers of an older loader are told from those of a newer one by the seed."""
+    seeds = {MixingDataLoader(build()).generator.initial_seed() for _ in range(3)}
+    assert len(seeds) == 3
 
 
 def test_after_workers_the_sampler_can_be_read_directly(build):
     sampler = build(exhausted="repeat")
-    stream = iter(DataLoader(sampler, batch_size=4, num_workers=2))
+    stream = iter(MixingDataLoader(sampler, batch_size=4, num_workers=2))
     for _ in range(10):
         next(stream)
     sampler.reweight_due(40)
@@ -354,30 +415,33 @@ def test_numpy_integers_are_the_same_as_pythons(build):
 
 
 def test_a_copy_for_workers_does_not_decide(build):
-    with pytest.raises(ConfigurationError, match="only the original decides"):
+    with pytest.raises(StateError, match="kept by the original in the main process"):
         copy.deepcopy(build()).reweight({"a": 1.0}, consumed=0)
 
 
 def test_a_mix_that_comes_too_late_for_a_worker_is_refused_loudly(build):
     """A loader that prefetches more than declared must not silently train on another mix than the ledger says."""
-    from dmagent_loader._loading.stream import check_not_delivered
-
-    check_not_delivered(40, 40)
-    with pytest.raises(StateError, match=r"from sample 39.*up to 40.*prefetch_factor"):
-        check_not_delivered(39, 40)
+    sampler = build()
+    worker = copy.deepcopy(sampler)._feed
+    worker.mailbox = sampler._feed.mailbox
+    entry = sampler.set_mix(CHANGES[0])
+    worker.receive(entry.start)
+    entry = sampler.set_mix(CHANGES[1])
+    with pytest.raises(StateError, match=rf"from sample {entry.start}.*up to {entry.start + 1}.*prefetch_factor"):
+        worker.receive(entry.start + 1)
 
 
 def test_a_spawned_worker_reads_the_same(build):
     sampler = mixed_in_advance(build())
     copy = pickle.loads(pickle.dumps(sampler.collection))
     assert copy.fingerprint == sampler.collection.fingerprint
-    loader = DataLoader(sampler, batch_size=4, num_workers=1, multiprocessing_context="spawn")
+    loader = MixingDataLoader(sampler, batch_size=4, num_workers=1, multiprocessing_context="spawn")
     assert [i for b in itertools.islice(loader, 5) for i in b["__index__"].tolist()] == list(range(20))
 
 
 def test_without_readahead_threads_the_samples_are_the_same(build):
-    slow = sample_ids(build(readahead=ReadaheadConfig(num_threads=0, num_rows=3)))
-    assert slow == sample_ids(build(readahead=ReadaheadConfig(num_threads=3, num_rows=50)))
+    slow = sample_ids(build(reading=ReadingConfig(num_threads=0, num_rows=3)))
+    assert slow == sample_ids(build(reading=ReadingConfig(num_threads=3, num_rows=50)))
 
 
 def test_the_target_is_used_once_and_the_source_repeats(build):
@@ -538,9 +602,9 @@ def test_the_history_is_that_of_the_state_that_was_loaded_last(build):
         return sampler
 
     one, other = run(0.2), run(0.7)
-    assert not np.array_equal(one.decisions.history().mixes, other.decisions.history().mixes)
+    assert not np.array_equal(one._run.decider.history().mixes, other._run.decider.history().mixes)
     one.load_state_dict(other.state_dict())
-    np.testing.assert_array_equal(one.decisions.history().mixes, other.decisions.history().mixes)
+    np.testing.assert_array_equal(one._run.decider.history().mixes, other._run.decider.history().mixes)
 
 
 def test_a_failing_policy_leaves_the_last_good_mix_and_says_so(build, caplog):
@@ -558,7 +622,7 @@ def test_a_failing_policy_leaves_the_last_good_mix_and_says_so(build, caplog):
 
 
 def test_shadow_mode_logs_and_keeps_the_mix(build):
-    sampler = build(policy=Scripted([0.0, 0.0, 1.0, 0.0]), shadow=True)
+    sampler = build(policy=Scripted([0.0, 0.0, 1.0, 0.0]), deciding=DecisionConfig(shadow=True))
     before = sampler.mix
     decision = sampler.reweight({"general": -3.0, "math": -2.0}, consumed=0)
     assert decision.proposed["target/math"] == 1.0
@@ -569,7 +633,9 @@ def test_shadow_mode_logs_and_keeps_the_mix(build):
 
 def test_the_guard_limits_what_a_policy_may_do(build):
     guard = GuardConfig(floor={"source/web": 0.3}, max_change=0.2)
-    sampler = build(policy=Scripted([0.0, 0.0, 1.0, 0.0]), guard=guard, initial_mix={"source/web": 1.0})
+    sampler = build(
+        policy=Scripted([0.0, 0.0, 1.0, 0.0]), initial_mix={"source/web": 1.0}, deciding=DecisionConfig(guard=guard)
+    )
     sampler.reweight({"general": -3.0, "math": -2.0}, consumed=0)
     assert sampler.mix["source/web"] == pytest.approx(0.8)
 
@@ -610,7 +676,7 @@ def test_the_state_is_small_json_and_does_not_grow_with_samples(build):
 
 def test_with_workers_only_the_trainer_knows_what_was_consumed(build):
     sampler = build()
-    stream = iter(DataLoader(sampler, batch_size=4, num_workers=1))
+    stream = iter(MixingDataLoader(sampler, batch_size=4, num_workers=1))
     next(stream)
     with pytest.raises(StateError, match="pass consumed="):
         sampler.state_dict()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from reading import quiet
 from torch.utils.data import DataLoader
 
 from dmagent_loader import AgentWeightedSampler
@@ -52,7 +53,7 @@ def test_rows_of_another_length_are_refused(length):
 
 def test_a_batch_collated_at_once_is_that_of_the_transform(tmp_path):
     shards = write_toy_shards(tmp_path, {"source/a": 12, "target/x": 12}, tokens=16)
-    settings = {"samples_per_reweight": 8, "progress": False, "cache_dir": tmp_path / "cache"}
+    settings = {"samples_per_reweight": 8, "reading": quiet(tmp_path / "cache")}
     slow = DataLoader(AgentWeightedSampler(shards, transform=packed_tokens, **settings), batch_size=6)
     fast = DataLoader(AgentWeightedSampler(shards, **settings), batch_size=6, collate_fn=collate_packed)
     for one, other, _ in zip(slow, fast, range(3), strict=False):

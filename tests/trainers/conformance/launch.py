@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from launching import environment, python
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.testing import write_toy_shards
 
@@ -104,7 +104,10 @@ class Launcher:
     def replay(self, run: Run, indices: list[int]) -> dict[int, int]:
         """Global index -> crc32 of the key, from the run's ledger alone."""
         sampler = AgentWeightedSampler(
-            self.shards, samples_per_reweight=1, seed=3, progress=False, cache_dir=self.folder / "cache"
+            self.shards,
+            samples_per_reweight=1,
+            seed=3,
+            reading=ReadingConfig(progress=False, cache_dir=self.folder / "cache"),
         )
         for entry in Ledger.from_json(sampler.space.names, run.results[0]["ledger"]):
             sampler.plan.append(entry)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dmagent_loader import AgentWeightedSampler, Environment, MixingAgent
+from dmagent_loader import AgentWeightedSampler, Environment, MixingAgent, ReadingConfig
 from dmagent_loader.agent import AgentConfig
 from dmagent_loader.mixture.history import FeedbackStatistics
 
@@ -69,8 +69,7 @@ def build_sampler(options: argparse.Namespace, *, transform: Any = causal_row, *
         samples_per_reweight=options.samples_per_reweight,
         seed=3,
         transform=transform,
-        progress=False,
-        cache_dir=options.out.parent / "cache",
+        reading=ReadingConfig(progress=False, cache_dir=options.out.parent / "cache"),
         **settings,
     )
 

@@ -19,8 +19,8 @@ from parts import (
     tensorboard_metrics,
     write_result,
 )
-from torch.utils.data import DataLoader
 
+from dmagent_loader import MixingDataLoader
 from dmagent_loader.integrations.mixing import Mixing
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         assert safely == mixing.state_dict()
     step = recorder.step = mixing.consumed // samples_per_step
 
-    loader = DataLoader(
+    loader = MixingDataLoader(
         mixing.sampler,
         batch_size=options.batch_size,
         num_workers=options.workers,

@@ -20,8 +20,8 @@ from parts import (
     tensorboard_metrics,
     write_result,
 )
-from torch.utils.data import DataLoader
 
+from dmagent_loader import MixingDataLoader
 from dmagent_loader._distributed import all_gather_object, get_rank
 from dmagent_loader.integrations.lightning import DataMixingCallback
 
@@ -66,7 +66,7 @@ class RandomState(Callback):
             torch.set_rng_state(self.restored[trainer.global_rank])
 
 
-class WithoutLength(DataLoader):
+class WithoutLength(MixingDataLoader):
     """As a loader of a stream without an end."""
 
     def __len__(self):
@@ -100,7 +100,7 @@ def main() -> None:
         enable_model_summary=False,
         log_every_n_steps=2,
     )
-    loader = (WithoutLength if options.no_length else DataLoader)(
+    loader = (WithoutLength if options.no_length else MixingDataLoader)(
         sampler,
         batch_size=options.batch_size,
         num_workers=options.workers,

@@ -19,9 +19,9 @@ from parts import (
     tensorboard_metrics,
     write_result,
 )
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from dmagent_loader import MixingDataLoader
 from dmagent_loader.integrations.mixing import Mixing
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         torch.set_rng_state(saved["random"])
         step = recorder.step = saved["step"]
 
-    loader = DataLoader(
+    loader = MixingDataLoader(
         mixing.sampler,
         batch_size=options.batch_size,
         num_workers=options.workers,

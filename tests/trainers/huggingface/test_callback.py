@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from dmagent_loader import AgentWeightedSampler, Environment
+from dmagent_loader import AgentWeightedSampler, Environment, ReadingConfig
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.integrations.huggingface import DataMixingCallback, DataMixingTrainerMixin
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import write_toy_shards
+
+POLICY = {"source/a": 0.5, "target/x": 0.25, "target/y": 0.25}
 
 
 def tokens(sample):
@@ -29,11 +31,9 @@ def parts(tmp_path):
     def build(arguments=None, **settings):
         sampler = AgentWeightedSampler(
             shards,
-            policy=StaticPolicy({"source/a": 0.5, "target/x": 0.25, "target/y": 0.25}),
             samples_per_reweight=16,
-            progress=False,
-            cache_dir=tmp_path / "cache",
-            **{"transform": tokens, **settings},
+            reading=ReadingConfig(progress=False, cache_dir=tmp_path / "cache"),
+            **{"transform": tokens, "policy": StaticPolicy(POLICY), **settings},
         )
         environment = Environment.from_pairs(
             {"general": [("a b", "c")], "math": [("1 + 1", "2 2")]},
@@ -92,8 +92,7 @@ def test_every_counted_sample_was_trained_on_when_the_run_gets_longer_than_plann
         policy=StaticPolicy({"source/a": 0.9, "target/x": 0.1}),
         initial_mix={"source/a": 0.5, "target/x": 0.5},
         samples_per_reweight=10_000,
-        progress=False,
-        cache_dir=tmp_path / "cache",
+        reading=ReadingConfig(progress=False, cache_dir=tmp_path / "cache"),
     )
     environment = Environment.from_pairs({"general": [("a", "b")]}, lambda text: [ord(c) % 64 for c in text])
     args = TrainingArguments(
@@ -228,8 +227,7 @@ def test_an_environment_without_a_policy_and_the_other_way_round_are_warned_abou
     callback.environment = None
     trainer.train()
     assert "it is never asked" in caplog.text
-    trainer, _, sampler = parts({"max_steps": 1})
-    sampler.decisions.policy = None
+    trainer, _, _ = parts({"max_steps": 1}, policy=None)
     trainer.train()
     assert "neither agent nor policy" in caplog.text
 

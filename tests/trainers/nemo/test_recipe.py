@@ -13,7 +13,7 @@ import pytest
 import torch
 from trainers.conformance.cpu_shim import cuda_on_cpu
 
-from dmagent_loader import AgentWeightedSampler, Environment
+from dmagent_loader import AgentWeightedSampler, Environment, ReadingConfig
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import write_toy_shards
@@ -47,7 +47,11 @@ def shards(tmp_path_factory):
 
 def build_sampler(shards, **settings):
     return AgentWeightedSampler(
-        shards, policy=StaticPolicy([0.25, 0.75]), samples_per_reweight=8, progress=False, **settings
+        shards,
+        policy=StaticPolicy([0.25, 0.75]),
+        samples_per_reweight=8,
+        reading=ReadingConfig(progress=False),
+        **settings,
     )
 
 
@@ -157,7 +161,7 @@ def test_consumed_samples_are_what_nemo_counts(trained):
     state = trained.data.state_dict()
     assert state["consumed_samples"] == 4 * GLOBAL
     assert json.loads(state["sampler"])["consumed"] == 4 * GLOBAL
-    assert [m.consumed for m in trained.sampler.decisions.measurements] == [0, 8, 16]
+    assert [m.consumed for m in trained.sampler.measurements] == [0, 8, 16]
 
 
 def test_a_state_that_cannot_be_read_is_refused(trained):
@@ -214,7 +218,7 @@ def test_validation_and_limits_are_in_steps(shards):
     assert data.consumed == 4 * GLOBAL
     assert [indices[-1] for indices in watch.trained] == [3, 7, 11, 15]
     assert watch.validated > 0
-    base, *others = sampler.decisions.measurements
+    base, *others = sampler.measurements
     assert [base.consumed, *(m.consumed for m in others)] == [0, 8, 16]
     # Megatron's parallel forward and the logits: another mask, shift or padding would show.
     assert base.feedback == pytest.approx(watch.plain, abs=1e-5)
@@ -237,7 +241,7 @@ def test_a_recipe_builds_one_sampler_for_both(shards, tmp_path):
     recipe = llm.llama32_1b.pretrain_recipe(dir=str(tmp_path), name="first", num_gpus_per_node=1)
     recipe.trainer.accelerator, recipe.trainer.plugins = "cpu", None  # what this machine lacks
     recipe.model.config.apply_rope_fusion = False
-    sampler = run.Config(AgentWeightedSampler, shards=shards, samples_per_reweight=8, progress=False)
+    sampler = run.Config(AgentWeightedSampler, shards=shards, samples_per_reweight=8)
     environment = run.Config(
         Environment.from_pairs, pairs={"general": [("a", "b")], "math": [("1", "2")]}, tokenizer=characters
     )

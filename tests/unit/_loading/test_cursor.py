@@ -6,9 +6,10 @@ import itertools
 import time
 
 import pytest
+from reading import quiet
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import write_toy_shards
@@ -30,7 +31,8 @@ def build(shards, tmp_path):
             "initial_mix": dict.fromkeys(ROWS, 0.5),
             **settings,
         }
-        return sampler_class(shards, cache_dir=tmp_path / "cache", progress=False, **settings)
+        reading = quiet(tmp_path / "cache", settings.pop("reading", None))
+        return sampler_class(shards, reading=reading, **settings)
 
     return build
 
@@ -54,9 +56,9 @@ def test_a_look_at_a_batch_does_not_move_a_run_in_silence(build, look):
 @pytest.mark.parametrize("look_workers", [0, 1, 2])
 def test_a_look_while_workers_read_stops_them(build, look_workers):
     sampler = build()
-    stream = iter(DataLoader(sampler, batch_size=4, num_workers=2, collate_fn=indices))
+    stream = iter(MixingDataLoader(sampler, batch_size=4, num_workers=2, collate_fn=indices))
     next(stream)
-    look = DataLoader(sampler, batch_size=4, num_workers=look_workers, collate_fn=indices)
+    look = MixingDataLoader(sampler, batch_size=4, num_workers=look_workers, collate_fn=indices)
     assert list(itertools.islice(look, 3)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     with pytest.raises(StateError, match="look at samples through a sampler of their own"):
         list(itertools.islice(stream, 10))
@@ -66,7 +68,7 @@ def test_a_look_with_workers_stops_the_main_process(build):
     sampler = build()
     stream = iter(sampler)
     next(stream)
-    next(iter(DataLoader(sampler, batch_size=4, num_workers=1, collate_fn=indices)))
+    next(iter(MixingDataLoader(sampler, batch_size=4, num_workers=1, collate_fn=indices)))
     with pytest.raises(StateError, match="look at samples through a sampler of their own"):
         next(stream)
 
@@ -86,13 +88,13 @@ def test_late_workers_of_a_loader_that_was_replaced_do_not_stop_the_new_ones(bui
     sampler = build(LateWorkers)
     replaced = []
     for sampler.loader_number in range(3):
-        replaced.append(iter(DataLoader(sampler, batch_size=4, num_workers=2, collate_fn=indices)))
+        replaced.append(iter(MixingDataLoader(sampler, batch_size=4, num_workers=2, collate_fn=indices)))
     seen = []
     while len(seen) < 80:
         seen += next(replaced[-1])
         time.sleep(0.05)
         sampler.reweight_due(len(seen))
-        assert sampler.mailbox.frontier() >= len(seen)
+        assert sampler._feed.mailbox.frontier() >= len(seen)
     assert seen == list(range(80))
     with pytest.raises(StateError, match="another iterator"):
         next(replaced[0])
@@ -118,7 +120,7 @@ class LateInLaterPasses(AgentWeightedSampler):
 def test_a_persistent_worker_that_is_late_in_a_later_pass_begins_where_the_others_do(build):
     """It would find there what was consumed from the others by then: samples lost and samples twice."""
     sampler = build(LateInLaterPasses)
-    loader = DataLoader(sampler, batch_size=4, num_workers=2, persistent_workers=True, collate_fn=indices)
+    loader = MixingDataLoader(sampler, batch_size=4, num_workers=2, persistent_workers=True, collate_fn=indices)
     seen = []
     for _ in range(3):
         for batch in itertools.islice(loader, 6):
@@ -129,13 +131,13 @@ def test_a_persistent_worker_that_is_late_in_a_later_pass_begins_where_the_other
 
 def test_persistent_workers_refuse_to_go_on_where_a_run_was_set_back(build):
     sampler = build()
-    loader = DataLoader(sampler, batch_size=4, num_workers=1, persistent_workers=True, collate_fn=indices)
+    loader = MixingDataLoader(sampler, batch_size=4, num_workers=1, persistent_workers=True, collate_fn=indices)
     sampler.seek(40)
     assert next(iter(loader)) == [40, 41, 42, 43]
     sampler.seek(20)
     with pytest.raises(StateError, match="set back by seek"):
         next(iter(loader))
-    again = DataLoader(sampler, batch_size=4, num_workers=1, collate_fn=indices)
+    again = MixingDataLoader(sampler, batch_size=4, num_workers=1, collate_fn=indices)
     assert next(iter(again)) == [20, 21, 22, 23]
 
 
@@ -154,9 +156,9 @@ class OwnBatches(IterableDataset):
 def test_batches_made_between_loader_and_sampler_are_dealt_whole_to_the_workers(build):
     """The loader asks for one thing at a time, which is not one sample: what was consumed would be another set."""
     unknown = DataLoader(OwnBatches(build()), batch_size=None, num_workers=2)
-    with pytest.raises(ConfigurationError, match="pass batch_size= to AgentWeightedSampler"):
+    with pytest.raises(ConfigurationError, match="its batch size is unknown"):
         next(iter(unknown))
-    loader = DataLoader(OwnBatches(build(batch_size=8)), batch_size=None, num_workers=2)
+    loader = DataLoader(OwnBatches(build(reading=ReadingConfig(batch_size=8))), batch_size=None, num_workers=2)
     assert list(itertools.chain.from_iterable(itertools.islice(loader, 4))) == list(range(32))
 
 
@@ -165,7 +167,7 @@ def test_more_consumed_than_was_handed_out_is_refused(build, num_workers):
     """Counted once too often, a resumed run would leave out what nobody trained on."""
     sampler = build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5)))
     sampler.reweight({"general": -1.0}, consumed=0)
-    stream = iter(DataLoader(sampler, batch_size=4, num_workers=num_workers, collate_fn=indices))
+    stream = iter(MixingDataLoader(sampler, batch_size=4, num_workers=num_workers, collate_fn=indices))
     for _ in range(10):
         next(stream)
     for call in (sampler.state_dict, lambda consumed: sampler.reweight({"general": -1.0}, consumed=consumed)):
@@ -187,13 +189,13 @@ def test_a_state_that_could_not_be_loaded_is_not_written(build):
 
 def test_a_decision_that_no_sample_is_free_for_is_still_due(build):
     """Workers prefetch more than the sampler was told: nothing of the decision may be kept."""
-    sampler = build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5)))
+    sampler = build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5)), reading=ReadingConfig(batch_size=4))
     sampler.reweight({"general": -1.0}, consumed=0)
     stream = iter(DataLoader(sampler, batch_size=4, num_workers=2, prefetch_factor=8, collate_fn=indices))
     for _ in range(10):
         next(stream)
     deadline = time.monotonic() + 60
-    while sampler.mailbox.frontier() < 80 and time.monotonic() < deadline:
+    while sampler._feed.mailbox.frontier() < 80 and time.monotonic() < deadline:
         time.sleep(0.02)
     for _ in range(2):
         with pytest.raises(ConfigurationError, match="further than 40 consumed samples"):
@@ -226,10 +228,10 @@ def said(caplog, words):
 def test_what_workers_fetched_ahead_is_no_miscount(build, caplog):
     """Right at the start they have handed out many times what was trained on."""
     sampler = build()
-    stream = iter(DataLoader(sampler, batch_size=4, num_workers=2, prefetch_factor=4, collate_fn=indices))
+    stream = iter(MixingDataLoader(sampler, batch_size=4, num_workers=2, prefetch_factor=4, collate_fn=indices))
     next(stream)
     deadline = time.monotonic() + 60
-    while sampler.mailbox.frontier() < 20 and time.monotonic() < deadline:
+    while sampler._feed.mailbox.frontier() < 20 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert sampler.state_dict(consumed=4)["consumed"] == 4
     assert not said(caplog, "were handed out")

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from torch.utils.data import DataLoader, default_collate
+from reading import quiet
+from torch.utils.data import default_collate
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
 from dmagent_loader._loading.lazy import LazyRow, read_together
-from dmagent_loader._loading.stream import ReadaheadConfig
 from dmagent_loader.errors import DamagedShardError, DecodeError
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import PACKED_MEMBER, collate_packed, packed_tokens
 
 
 def build(shards, folder: Path, **options) -> AgentWeightedSampler:
-    options = {"samples_per_reweight": 8, "progress": False, "cache_dir": folder / "cache", **options}
-    return AgentWeightedSampler(shards, **options)
+    reading = quiet(folder / "cache", options.pop("reading", None))
+    return AgentWeightedSampler(shards, **{"samples_per_reweight": 8, "reading": reading, **options})
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_batches_are_the_same_with_any_workers_and_across_changes_of_the_mix(sha
     batches = {}
     for decode in ("default", "lazy"):
         sampler = build(shards, tmp_path, decode=decode, exhausted="repeat")
-        loader = DataLoader(sampler, batch_size=6, num_workers=workers, collate_fn=collate)
+        loader = MixingDataLoader(sampler, batch_size=6, num_workers=workers, collate_fn=collate)
         batches[decode] = []
         for batch, number in zip(loader, range(12), strict=False):
             batches[decode].append(batch)
@@ -155,6 +155,6 @@ def test_a_shard_that_changes_while_training_is_named(shards, tmp_path, damage):
 def test_a_transform_and_remote_shards_get_their_rows_at_once(shards, tmp_path):
     transformed = take(build(shards, tmp_path, decode="lazy", transform=packed_tokens), 4)
     assert all(type(row) is dict for row in transformed)
-    ahead = build(shards, tmp_path, decode="lazy", readahead=ReadaheadConfig(num_threads=2))
+    ahead = build(shards, tmp_path, decode="lazy", reading=ReadingConfig(num_threads=2))
     plain = collate_packed(take(build(shards, tmp_path), 12))
     assert torch.equal(collate_packed(take(ahead, 12))["input_ids"], plain["input_ids"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader._run.state import load_state, save_state
 from dmagent_loader.errors import StateError
 from dmagent_loader.testing import sample_ids, write_toy_shards
@@ -16,7 +16,9 @@ def test_a_run_goes_on_from_its_file(tmp_path: Path) -> None:
     shards = write_toy_shards(tmp_path / "shards", {"source/web": 30, "target/math": 20})
 
     def build() -> AgentWeightedSampler:
-        return AgentWeightedSampler(shards, samples_per_reweight=10, progress=False, cache_dir=tmp_path / "cache")
+        return AgentWeightedSampler(
+            shards, samples_per_reweight=10, reading=ReadingConfig(progress=False, cache_dir=tmp_path / "cache")
+        )
 
     sampler = build()
     sample_ids(sampler, 17)

@@ -7,7 +7,7 @@ import json
 import fsspec
 import pytest
 
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader._run.state import save_state
 from dmagent_loader.cli import main
 from dmagent_loader.integrations.mixing import Mixing
@@ -28,7 +28,9 @@ def manifest(tmp_path):
 
 def test_replay_lists_exactly_what_a_run_was_given(manifest, tmp_path, capsys):
     cache = str(tmp_path / "cache")
-    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, seed=5, progress=False, cache_dir=cache)
+    sampler = AgentWeightedSampler(
+        manifest, samples_per_reweight=8, seed=5, reading=ReadingConfig(progress=False, cache_dir=cache)
+    )
     given = sample_ids(sampler, 12)
     sampler.set_mix({"source/web": 0.2, "target/math": 0.8})
     given += sample_ids(sampler, 10)
@@ -46,7 +48,9 @@ def test_replay_lists_exactly_what_a_run_was_given(manifest, tmp_path, capsys):
 
 
 def test_replay_ends_where_the_data_do_and_warns_of_nothing(manifest, tmp_path, capsys, caplog):
-    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, agent="dmagent-rl", progress=False)
+    sampler = AgentWeightedSampler(
+        manifest, samples_per_reweight=8, agent="dmagent-rl", reading=ReadingConfig(progress=False)
+    )
     state = tmp_path / "state.json"
     state.write_text(json.dumps(sampler.state_dict(consumed=3)))
     assert main(["replay", str(state), "--shards", manifest, "--stop", "1000000"]) == 0
@@ -81,7 +85,7 @@ def test_an_output_that_is_a_file_is_refused_in_one_line(manifest, tmp_path, cap
 
 
 def test_replay_reads_a_trainers_checkpoint(manifest, tmp_path, capsys):
-    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, progress=False)
+    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, reading=ReadingConfig(progress=False))
     saved = {"stateful_callbacks": {"DataMixingCallback": {"attributes": {"sampler": sampler.state_dict(consumed=3)}}}}
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
@@ -93,7 +97,7 @@ def test_replay_reads_a_trainers_checkpoint(manifest, tmp_path, capsys):
 
 
 def test_replay_reads_the_state_of_a_loop_with_mixing(manifest, tmp_path, capsys):
-    mixing = Mixing(AgentWeightedSampler(manifest, samples_per_reweight=8, progress=False), None)
+    mixing = Mixing(AgentWeightedSampler(manifest, samples_per_reweight=8, reading=ReadingConfig(progress=False)), None)
     mixing.consumed = 4
     save_state(tmp_path / "mixing.json", mixing.state_dict())
     assert main(["replay", str(tmp_path / "mixing.json"), "--shards", manifest]) == 0
@@ -101,7 +105,7 @@ def test_replay_reads_the_state_of_a_loop_with_mixing(manifest, tmp_path, capsys
 
 
 def test_replay_with_the_shards_of_another_run_says_so(manifest, tmp_path, capsys):
-    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, progress=False)
+    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, reading=ReadingConfig(progress=False))
     state = {**sampler.state_dict(), "domains": ["source/web", "target/code"]}
     save_state(tmp_path / "state.json", state)
     assert main(["replay", str(tmp_path / "state.json"), "--shards", manifest]) == 2
@@ -113,7 +117,10 @@ def test_simulate_predicts_when_domains_run_out(manifest, capsys):
     assert main([*arguments, "--steps", "9"]) == 0
     out = capsys.readouterr().out
     sampler = AgentWeightedSampler(
-        manifest, samples_per_reweight=10, progress=False, initial_mix={"source": 0.5, "target": 0.5}
+        manifest,
+        samples_per_reweight=10,
+        initial_mix={"source": 0.5, "target": 0.5},
+        reading=ReadingConfig(progress=False),
     )
     assert f"the run ends after {sampler.plan.end:,} samples" in out
     assert "a field is used up" in out
@@ -135,9 +142,13 @@ def test_a_manifest_may_lie_behind_a_url(manifest, tmp_path):
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path / "shards"), "/plan-test", recursive=True)
     cache = tmp_path / "cache"
-    local = AgentWeightedSampler(manifest, samples_per_reweight=8, progress=False, cache_dir=cache)
+    local = AgentWeightedSampler(
+        manifest, samples_per_reweight=8, reading=ReadingConfig(progress=False, cache_dir=cache)
+    )
     remote = AgentWeightedSampler(
-        "memory://plan-test/manifest.json", samples_per_reweight=8, progress=False, cache_dir=cache
+        "memory://plan-test/manifest.json",
+        samples_per_reweight=8,
+        reading=ReadingConfig(progress=False, cache_dir=cache),
     )
     assert sample_ids(remote, 12) == sample_ids(local, 12)
 

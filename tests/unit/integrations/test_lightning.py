@@ -7,10 +7,11 @@ import pickle
 
 import pytest
 import torch
+from reading import quiet
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from dmagent_loader import AgentWeightedSampler, Environment
+from dmagent_loader import AgentWeightedSampler, Environment, MixingDataLoader
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import LinearSchedule
 from dmagent_loader.testing import write_toy_shards
@@ -58,7 +59,7 @@ class MeasuresItsLength(Module):
         return super().configure_optimizers()
 
 
-class WithoutLength(DataLoader):
+class WithoutLength(MixingDataLoader):
     def __len__(self):
         raise TypeError("no length")
 
@@ -83,7 +84,7 @@ def shards(folder):
 def build(shards, folder):
     def build(**settings):
         settings = {"samples_per_reweight": 16, "initial_mix": EVEN, "policy": LESS_TARGET, **settings}
-        settings |= {"transform": packed_tokens, "progress": False, "cache_dir": folder / "cache"}
+        settings |= {"transform": packed_tokens, "reading": quiet(folder / "cache", settings.get("reading"))}
         return AgentWeightedSampler(shards, **settings)
 
     return build
@@ -112,7 +113,7 @@ def decided(sampler):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("loader", [DataLoader, WithoutLength])
+@pytest.mark.parametrize("loader", [MixingDataLoader, WithoutLength])
 def test_nothing_is_lost_or_repeated_where_epochs_end(build, trainer, loader, workers):
     """Catches a new epoch after the batches that were fetched, not those that were trained on."""
     sampler, module = build(), Module()
@@ -153,7 +154,7 @@ def test_an_end_that_was_asked_for_is_not_warned_of(build, trainer, caplog, sett
     assert "samples left" not in caplog.text
 
 
-@pytest.mark.parametrize("loader", [DataLoader, WithoutLength])
+@pytest.mark.parametrize("loader", [MixingDataLoader, WithoutLength])
 def test_training_ends_with_the_data_although_more_steps_are_asked_for(build, trainer, caplog, loader):
     """Catches a loop over empty epochs without end."""
     sampler, module = build(policy=None), Module()
@@ -165,7 +166,7 @@ def test_training_ends_with_the_data_although_more_steps_are_asked_for(build, tr
     assert "min_steps=1000 ask for more" in caplog.text
 
 
-@pytest.mark.parametrize("loader", [DataLoader, WithoutLength])
+@pytest.mark.parametrize("loader", [MixingDataLoader, WithoutLength])
 def test_a_second_fit_goes_on_where_the_first_ended(build, trainer, loader):
     """Catches a loss of the batch that Lightning fetches for each of the two iterators that it makes then."""
     sampler, module = build(), Module()

@@ -111,17 +111,17 @@ def test_domains_of_unknown_topics_beside_known_ones_are_warned_of(
     with caplog.at_level(logging.INFO):
         AgentPolicy(agent, DomainSpace.from_names(["source/Health", "source/scince", "source/web", "target/math"]))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "['source/scince', 'source/web'] are not known" in warning
+    assert "['source/scince', 'source/web'] are unknown" in warning
     assert "(is 'source/scince' for 'Science' meant?)" in warning
     caplog.clear()
     topics = {"source/web": {"Science": 1.0}}
     with caplog.at_level(logging.INFO):
         AgentPolicy(agent, DomainSpace.from_names(["source/Health", "source/web", "target/math"], compositions=topics))
         AgentPolicy(agent, TWO)
-    assert "not known" not in caplog.text
+    assert "unknown" not in caplog.text
     with caplog.at_level(logging.INFO):
         AgentPolicy(agent, DomainSpace.from_names(["source/web", "source/wiki", "target/math"]))
-    assert "how much of the field 'source' comes" in caplog.text
+    assert "the topics of ['source/web', 'source/wiki'] are unknown: the agent sets the total weight" in caplog.text
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 

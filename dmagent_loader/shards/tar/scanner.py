@@ -1,8 +1,8 @@
-"""One pass over a tar file that finds every member, and every place where the file is damaged.
+"""One pass over a tar file that finds every member and every damaged place.
 
-Reading a tar as a stream loses data in silence: a zeroed or overwritten header, or a cut between two members, looks
-like the end of the archive. Here the end has to be proven (a zero block, then nothing but zeros), and after damage the
-search goes on for the next header whose checksum is right.
+Reading a tar as a stream loses data silently: a zeroed or overwritten header, or a cut between two members, looks like
+the end of the archive. Here the end has to be proven (a zero block, then nothing but zeros), and after damage the scan
+resumes at the next header with a valid checksum.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dmagent_loader.shards.tar.header import (
     PAX_TYPES,
     REFUSED_TYPES,
     QuickHeaders,
+    compression_of,
     concerns_layout,
     may_be_header,
     padded,
@@ -50,25 +51,19 @@ _NAME_BYTES = 100
 _MAX_EXTENDED_HEADER = 1 << 20
 _NONZERO = re.compile(rb"[^\0]")
 _ZERO_BLOCK = bytes(BLOCK)
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"PK\x03\x04": "zip",
-}
+_MAGIC_BYTES = 6
 
 
 class Digest(Protocol):
-    """What `hashlib.sha256()` returns."""
+    """A hash object, as `hashlib.sha256()` returns it."""
 
     def update(self, data: memoryview, /) -> None:
-        """Takes in more bytes."""
+        """Hashes more bytes."""
         ...
 
 
 class ScanStopped(Exception):
-    """The scan was told to stop (Ctrl-C)."""
+    """The scan was stopped before its end (Ctrl-C)."""
 
 
 def scan(
@@ -79,31 +74,48 @@ def scan(
     advance: Callable[[int], object] | None = None,
     stop: threading.Event | None = None,
     digest: Digest | None = None,
-) -> MemberTable:
+) -> tuple[MemberTable, list[Gap]]:
     """Finds all members of a tar file.
 
     Args:
-        url: For messages.
+        url: URL of the file, for messages.
         source: The open file.
-        size: Its length in bytes.
-        advance: Called with the number of bytes passed since the last call.
-        stop: When set, the scan ends with `ScanStopped`.
+        size: Length of the file in bytes.
+        advance: Called with the number of bytes scanned since the last call.
+        stop: Ends the scan with `ScanStopped` when set.
         digest: Updated with all bytes of the file, in order.
 
+    Returns:
+        The members that belong to samples, and the damaged places, in the order of the file.
+
     Raises:
-        ShardLayoutError: Compressed, links or devices, or one extension twice in a sample.
+        ScanStopped: `stop` was set.
+        ShardLayoutError: The file is compressed, contains links or devices, or a sample has an extension twice.
     """
     scanner = _Scanner(display_url(url), source, size, advance, stop, digest)
     scanner.refuse_compressed()
     scanner.run()
-    scanner.note_cut_names()
+    scanner.add_cut_names()
     scanner.hash_up_to(size)
     if advance is not None:
         advance(size - scanner.reported)
-    return scanner.table
+    return scanner.members, scanner.gaps
 
 
 class _Scanner:
+    """The state of one scan: a buffer over part of the file, and what the headers so far say about the next member.
+
+    Attributes:
+        members, gaps: Result of the scan.
+        suspects: Members whose names may have been cut off (`add_cut_names`).
+        base, buffer, view: Offset of the buffer in the file, its bytes, and a view of them.
+        hashed, reported: Bytes passed to the digest and to `advance`.
+        next_name, next_size: Name and size that an extended header gives to the next member.
+        announced: Offset of the header that the last extended header belongs to.
+        extended: Kinds of the extended headers before it.
+        has_long_names: Some names are longer than their field.
+    """
+
     def __init__(
         self,
         url: str,
@@ -113,27 +125,28 @@ class _Scanner:
         stop: threading.Event | None,
         digest: Digest | None,
     ) -> None:
-        self.digest = digest
-        self.hashed = 0
-        self.announced = -1
-        self.extended = b""
-        self.has_long_names = False
-        self.suspects: list[Gap] = []
         self.url = url
         self.source = source
         self.file_size = size
         self.advance = advance
         self.stop = stop
-        self.table = MemberTable(url)
+        self.digest = digest
+        self.members = MemberTable(url)
+        self.gaps: list[Gap] = []
+        self.suspects: list[Gap] = []
         self.base = 0
         self.buffer = bytearray()
         self.view = memoryview(self.buffer)
+        self.hashed = 0
         self.reported = 0
         self.next_name: bytes | None = None
         self.next_size: int | None = None
+        self.announced = -1
+        self.extended = b""
+        self.has_long_names = False
 
     def load(self, offset: int) -> None:
-        """Brings the bytes from `offset` on into the buffer."""
+        """Fills the buffer with the bytes from `offset`."""
         if self.stop is not None and self.stop.is_set():
             raise ScanStopped
         if self.advance is not None and offset > self.reported:
@@ -148,28 +161,29 @@ class _Scanner:
             self.hashed = max(self.hashed, offset + len(self.buffer))
 
     def hash_up_to(self, end: int) -> None:
-        """Takes bytes that were passed over into the digest."""
+        """Hashes bytes that the scan skipped."""
         while self.digest is not None and self.hashed < end:
             part = self.source.read(self.hashed, min(_CHUNK_BYTES, end - self.hashed))
             self.digest.update(memoryview(part))
             self.hashed += len(part)
 
     def reach(self, position: int) -> int:
-        """Brings a byte into the buffer, unless it is there; returns its place in the buffer."""
+        """Position of a byte in the buffer, which is refilled if necessary."""
         if not self.base <= position < self.base + len(self.buffer):
             self.load(position)
         return position - self.base
 
     def bytes_at(self, position: int, length: int) -> bytes:
-        """Bytes from the buffer, or from the file if they are not all there."""
+        """Bytes from the buffer, or from the file if the buffer does not hold all of them."""
         relative = position - self.base
         if 0 <= relative <= len(self.buffer) - length:
             return bytes(self.view[relative : relative + length])
         return bytes(self.source.read(position, length))
 
     def run(self) -> None:
+        """Scans the file up to its end, or up to damage after which nothing more can be read."""
         position = 0
-        table = self.table
+        members = self.members
         parse = QuickHeaders().parse
         while True:
             relative = position - self.base
@@ -211,26 +225,28 @@ class _Scanner:
                 return
             parts = split_name(name)
             if parts is not None:
-                crc = table.add(parts[0], parts[1], start, size)
+                crc = members.add(parts[0], parts[1], start, size)
                 if end <= self.base + len(self.buffer):
                     crc = crc32(self.view[start - self.base : end - self.base], crc)
                 else:
                     crc = self.long_crc(start, end, crc)
-                table.row_crc[-1] = crc
+                members.row_crc[-1] = crc
             position = start + padded(size)
 
     def is_harmless(self, relative: int, size: int) -> bool:
-        """Whether a pax header whose records are in the buffer changes nothing that matters here."""
+        """Whether the records of a pax header are in the buffer and change neither name nor size of the member."""
         if relative + padded(size) > len(self.buffer):
             return False
         records = self.buffer[relative : relative + size]
-        # At a glance: what is no record of a pax header there is judged by `extend`.
+        # A quick test for the form of pax records; `extend` parses everything else.
         return records[:1].isdigit() and records.endswith(b"\n") and not concerns_layout(records)
 
     def special_header(self, block: bytearray, position: int) -> tuple[tuple[bytes, int] | None, int] | None:
-        """Everything that is not plain: (the member if it is one, position of its header or of the next header).
+        """Handles everything but a plain header of a member.
 
-        None: nothing more can be read.
+        Returns:
+            ((name, size), position of its header) of a member; (None, position of the next header) of anything else;
+            None if nothing more can be read.
         """
         if block == _ZERO_BLOCK:
             resumed = self.zeros(position)
@@ -267,7 +283,7 @@ class _Scanner:
         return (name, size), position
 
     def announce(self, kind: bytes, position: int, after: int) -> bool:
-        """Notes an extended header; False if the same kind stands before the same member, so another one was lost."""
+        """Records an extended header; False if its member already has one of this kind, so a member was lost."""
         before = self.extended if position == self.announced else b""
         if kind in before:
             return False
@@ -276,7 +292,7 @@ class _Scanner:
         return True
 
     def extend(self, header: tarfile.TarInfo, position: int) -> bool:
-        """Takes over the name and size that an extended header gives to the next member; False if it is malformed."""
+        """Applies an extended header to the next member; False if the header is malformed."""
         if header.size > _MAX_EXTENDED_HEADER:
             return False
         data = self.bytes_at(position + BLOCK, header.size)
@@ -300,7 +316,7 @@ class _Scanner:
         return size >= 0
 
     def long_crc(self, start: int, end: int, crc: int) -> int:
-        """The crc32 of a payload that reaches beyond the buffer."""
+        """The crc32 of a payload that extends beyond the buffer."""
         while start < end:
             self.load(start)
             part = self.view[: end - start]
@@ -309,17 +325,17 @@ class _Scanner:
         return crc
 
     def refuse_compressed(self) -> None:
-        magic = self.source.read(0, min(6, self.file_size))
-        for prefix, name in _COMPRESSED.items():
-            if magic.startswith(prefix):
-                raise ShardLayoutError(
-                    f"shard {self.url} is compressed ({name}), so its rows cannot be read by position: unpack it to a "
-                    "plain .tar (for example `gunzip` or `zstd -d`); compress single members instead if space "
-                    "matters (.json.gz)"
-                )
+        """Raises ShardLayoutError if the file begins like a compressed one."""
+        compression = compression_of(self.bytes_at(0, min(_MAGIC_BYTES, self.file_size)))
+        if compression is not None:
+            raise ShardLayoutError(
+                f"shard {self.url} is compressed ({compression}), so its rows cannot be read by position: unpack it to "
+                "a plain .tar (for example `gunzip` or `zstd -d`); compress single members instead if space matters "
+                "(.json.gz)"
+            )
 
     def zeros(self, position: int) -> int | None:
-        """Judges a zero block: the end of the archive (None), or damage (then where to go on)."""
+        """Position of the next header after a zero block; None if the block is the end of the archive."""
         end = position
         while end < self.file_size:
             rest = _NONZERO.search(self.buffer, self.reach(end))
@@ -327,7 +343,7 @@ class _Scanner:
             if rest is not None:
                 break
         if end >= self.file_size:
-            # A header that announces the next member is not followed by the end.
+            # The end cannot follow an extended header, which announces a member.
             if position == self.announced or not _may_be_padding(self.file_size - position, self.file_size):
                 self.gap(ZEROED_TAIL, position, self.file_size)
             elif self.file_size % BLOCK:
@@ -335,22 +351,22 @@ class _Scanner:
             return None
         end -= end % BLOCK
         if end - position >= 2 * BLOCK and end % tarfile.RECORDSIZE == 0:
-            # A full end marker, padded as writers pad it. What follows may be the rest of an older, longer file.
+            # A full end marker, padded as writers pad it. The rest may belong to an older, longer file.
             hides_rows = self.next_header(end - 1)[0] is not None
-            self.table.gaps.append(replace(self.gap_at(TRAILING, end, self.file_size), may_hide_rows=hides_rows))
+            self.gaps.append(replace(self.gap_at(TRAILING, end, self.file_size), may_hide_rows=hides_rows))
             return None
-        ended = end - position >= 2 * BLOCK and bool(self.table.offset)
+        ended = end - position >= 2 * BLOCK and bool(self.members.offset)
         return self.resynchronise(ZEROED_HEADER, position, kind_if_last=TRAILING if ended else ZEROED_HEADER)
 
     def resynchronise(self, kind: str, position: int, kind_if_last: str | None = None) -> int | None:
-        """The next valid header behind `position`, or None; notes the gap, less the zeros at the end of the file."""
+        """Records a gap, less zeros at the end of the file; returns the position of the next valid header, or None."""
         self.next_name = self.next_size = None
         start, end = self.next_header(position)
         self.gap(kind if start is not None else kind_if_last or kind, position, end)
         return start
 
     def next_header(self, position: int) -> tuple[int | None, int]:
-        """The next valid header behind `position`, or None; and where the stretch that cannot be read ends."""
+        """Position of the next valid header after `position`, or None; and the end of the unreadable stretch."""
         magic = b"ustar"
         search = position + 1
         last_byte = search
@@ -368,32 +384,34 @@ class _Scanner:
         return None, min(self.file_size, position + padded(last_byte - position))
 
     def is_header(self, start: int) -> bool:
-        """Whether a header begins at `start`."""
+        """Whether a valid header begins at `start`."""
         relative = start - self.base
         if 0 <= relative <= len(self.buffer) - BLOCK and not may_be_header(self.buffer, relative):
             return False
         return parse_header(self.bytes_at(start, BLOCK)) is not None
 
     def gap(self, kind: str, start: int, end: int) -> None:
-        self.table.gaps.append(self.gap_at(kind, start, end))
+        """Records a gap."""
+        self.gaps.append(self.gap_at(kind, start, end))
 
     def gap_at(self, kind: str, start: int, end: int) -> Gap:
-        return Gap(kind=kind, start=min(start, end), end=end, rows_before=len(self.table.row_first))
+        """A gap behind the rows so far."""
+        return Gap(kind=kind, start=min(start, end), end=end, rows_before=len(self.members.row_first))
 
-    def note_cut_names(self) -> None:
-        """Notes the members whose names fill their field and are no sample's, in a file with names that are longer.
+    def add_cut_names(self) -> None:
+        """Records as gaps the members that lost the extended header with their full name.
 
-        Such a name was cut off: the extended header with all of it was lost.
+        Such a name fills its field, belongs to no sample, and lies in a file where other names are longer.
         """
         if self.has_long_names:
-            self.table.gaps = sorted([*self.table.gaps, *self.suspects], key=lambda gap: gap.start)
+            self.gaps = sorted([*self.gaps, *self.suspects], key=lambda gap: gap.start)
 
 
 def _may_be_padding(zeros: int, file_size: int) -> bool:
-    """Whether a file may end with so many zeros although it is whole.
+    """Whether an intact file may end with this many zero bytes.
 
     Writers end with two zero blocks and pad to a multiple of 1 to 20 blocks (``tar -b``; 20 is usual). More zeros are
-    rows that never reached the disk; tar with a blocking factor above 20 is reported too: nothing tells the two apart.
+    rows that never reached the disk. A file with a blocking factor above 20 looks the same and is reported as well.
     """
     blocks, odd = divmod(file_size, BLOCK)
     factor = 1 if odd else max(factor for factor in range(1, 21) if blocks % factor == 0)

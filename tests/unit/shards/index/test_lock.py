@@ -1,7 +1,9 @@
-"""Processes that wait for each other: none for ever, whatever became of the other."""
+"""Locks between processes: no wait is endless, whatever became of the holder."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -11,20 +13,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from dmagent_loader.shards.index import turns
-from dmagent_loader.shards.index.turns import taking_turns
+from dmagent_loader.shards.index import lock as lock_module
+from dmagent_loader.shards.index.lock import exclusive
 
 pytestmark = pytest.mark.timeout(60)
 
 HOLDS = """
 import sys, threading, time
 from pathlib import Path
-from dmagent_loader.shards.index.turns import taking_turns
-with taking_turns(Path(sys.argv[1]), "indexing", 60.0, threading.Event()):
+from dmagent_loader.shards.index.lock import exclusive
+with exclusive(Path(sys.argv[1]), "indexing", 60.0, threading.Event()):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -39,7 +42,7 @@ def holder(lock: Path, seconds: float) -> subprocess.Popen[bytes]:
 
 def seconds_until_ours(lock: Path, patience: float = 30.0) -> float:
     began = time.monotonic()
-    with taking_turns(lock, "indexing a.tar", patience, threading.Event()):
+    with exclusive(lock, "indexing a.tar", patience, threading.Event()):
         return time.monotonic() - began
 
 
@@ -65,7 +68,7 @@ def test_a_process_that_stopped_is_not_waited_for_without_end(
     lock: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-Z, a debugger, a frozen container: the system keeps its locks."""
-    monkeypatch.setattr(turns, "_SAID_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr(lock_module, "_ANNOUNCED_AFTER_SECONDS", 0.2)
     with holder(lock, 60.0) as process:
         process.send_signal(signal.SIGSTOP)
         with caplog.at_level(logging.INFO):
@@ -75,11 +78,44 @@ def test_a_process_that_stopped_is_not_waited_for_without_end(
     assert "may have stopped" in caplog.text
 
 
+def test_without_lock_support_the_work_is_done_all_the_same(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a fallback to marker files, which outlive a killed holder."""
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for _ in range(2):
+        assert seconds_until_ours(lock) < 0.5
+
+
+def test_where_nothing_can_be_written_the_work_is_done_all_the_same(lock: Path) -> None:
+    lock.parent.write_text("a file in place of the folder")
+    assert seconds_until_ours(lock) < 0.5
+
+
+def test_threads_of_one_process_wait_for_each_other(lock: Path) -> None:
+    """A shard may belong to two domains, and is then indexed by two threads."""
+    running, most = [0], [0]
+
+    def work(_: int) -> None:
+        with exclusive(lock, "indexing", 60.0, threading.Event()):
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            time.sleep(0.01)
+            running[0] -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
+    assert most == [1]
+    assert not lock.exists()
+
+
 def test_a_wait_ends_when_it_is_told_to(lock: Path) -> None:
     stop = threading.Event()
     threading.Timer(0.3, stop.set).start()
     with holder(lock, 60.0) as process:
-        with taking_turns(lock, "indexing", 60.0, stop):
+        with exclusive(lock, "indexing", 60.0, stop):
             pass
         process.kill()
 
@@ -89,7 +125,7 @@ def fork_while_held(lock: Path, then: Callable[[], None]) -> int:
     reader, writer = os.pipe()
     parent = os.fork()
     if parent == 0:
-        with taking_turns(lock, "indexing", 60.0, threading.Event()):
+        with exclusive(lock, "indexing", 60.0, threading.Event()):
             child = os.fork()
             if child == 0:
                 time.sleep(60)
@@ -116,7 +152,7 @@ def test_a_forked_child_does_not_keep_the_lock(lock: Path, killed: bool) -> None
 
 def _count(lock: str, counter: str) -> None:
     for _ in range(20):
-        with taking_turns(Path(lock), "counting", 60.0, threading.Event()):
+        with exclusive(Path(lock), "counting", 60.0, threading.Event()):
             value = int(Path(counter).read_text())
             time.sleep(0.001)
             Path(counter).write_text(str(value + 1))

@@ -17,7 +17,7 @@ shapes = {
 }
 
 
-def batches_of_rank(base, world, rank, workers, batch, end, granule=1):
+def batches_of_rank(base, world, rank, workers, batch, end, samples_per_step=1):
     """What a torch loader delivers to a rank: the batches of its workers in turn."""
     layouts = [
         StreamLayout(
@@ -26,9 +26,9 @@ def batches_of_rank(base, world, rank, workers, batch, end, granule=1):
             world_size=world,
             worker=w,
             num_workers=workers,
-            worker_block=batch,
+            samples_per_fetch=batch,
             batch_size=batch,
-            granule=granule,
+            samples_per_step=samples_per_step,
         )
         for w in range(workers)
     ]
@@ -67,10 +67,10 @@ def test_slices_of_a_whole_stream_are_the_same_samples_as_shares(base, world, wo
             world_size=world,
             kind="whole",
             batch_size=batch,
-            granule=batch,
+            samples_per_step=batch,
             worker=w,
             num_workers=workers,
-            worker_block=block,
+            samples_per_fetch=block,
         )
         for w in range(workers)
     ]
@@ -98,7 +98,7 @@ def test_the_frontier_lies_beyond_everything_delivered(base, world, workers, bat
             batch_size=batch,
             worker=worker,
             num_workers=workers,
-            worker_block=batch,
+            samples_per_fetch=batch,
         )
         assert layout.frontier(0) == base
         indices = layout.indices(0, extra)

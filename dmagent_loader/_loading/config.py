@@ -1,0 +1,83 @@
+"""How rows are read, as a user sets it, and the loader that asks for them, as it describes itself."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dmagent_loader._validation import shown, whole_number
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.mixture.row_order import DEFAULT_WINDOW
+from dmagent_loader.mixture.sharding import StreamKind
+
+OnDamage = Literal["raise", "skip"]
+DEFAULT_PREFETCH_FACTOR = 2
+"""torch's default: batches that each data worker prepares ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig:
+    """How the rows of the shards are read.
+
+    Args:
+        batch_size: Batch size of a loader that cannot tell it: a bare `DataLoader` with data workers.
+            `MixingDataLoader` and the integrations tell it themselves.
+        prefetch_factor: Batches that each data worker of such a loader prepares ahead. It bounds how late a new mix
+            takes effect.
+        shuffle_window: Rows per shuffle window.
+        num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is
+            remote, else 0, because handing a cached row from thread to thread costs more than reading it. Give 2 or
+            more for files on a slow network mount.
+        num_rows: Rows requested from the threads at a time; one such block is read while another is delivered.
+        on_damage: ``"raise"`` refuses damaged shards; ``"skip"`` uses their whole rows and logs the loss.
+        cache_dir: Folder of the shard indexes; None: ``$DMAGENT_CACHE_DIR``, else ``~/.cache/dmagent_loader``.
+        progress: Show a progress bar while shards are indexed.
+
+    Raises:
+        ConfigurationError: A value that cannot work.
+    """
+
+    batch_size: int | None = None
+    prefetch_factor: int = DEFAULT_PREFETCH_FACTOR
+    shuffle_window: int = DEFAULT_WINDOW
+    num_threads: int | None = None
+    num_rows: int = 512
+    on_damage: OnDamage = "raise"
+    cache_dir: str | os.PathLike[str] | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            whole_number("batch_size", self.batch_size, least=1)
+        whole_number("prefetch_factor", self.prefetch_factor, least=1)
+        whole_number("shuffle_window", self.shuffle_window, least=1)
+        whole_number("num_rows", self.num_rows, least=1)
+        if self.num_threads is not None:
+            whole_number("num_threads", self.num_threads, least=0)
+        if self.on_damage not in get_args(OnDamage):
+            raise ConfigurationError(f"on_damage is {shown(self.on_damage)}; choose one of {list(get_args(OnDamage))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSettings:
+    """The loader that reads a sampler.
+
+    Args:
+        kind: ``"sharded"``: each rank reads its share. ``"whole"``: the trainer splits one stream among its ranks.
+        batch_size: Samples of one rank in one batch.
+        samples_per_fetch: Consecutive samples that the loader takes from one worker's stream at a time; None: unknown.
+        samples_per_step: Samples of one rank to a multiple of which the run is cut, for example one optimizer step.
+        prefetch_factor: Batches that each worker prepares ahead.
+        prefetched_samples: Most samples over all ranks that the loader and its workers hold beyond those consumed; 0:
+            derived from the workers.
+        by_trainer: Whether an integration reads, counts and decides. Checks meant for loops of one's own are then off.
+    """
+
+    kind: StreamKind = "sharded"
+    batch_size: int = 1
+    samples_per_fetch: int | None = None
+    samples_per_step: int = 1
+    prefetch_factor: int = DEFAULT_PREFETCH_FACTOR
+    prefetched_samples: int = 0
+    by_trainer: bool = False

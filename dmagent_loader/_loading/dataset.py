@@ -1,0 +1,201 @@
+"""A feed as a torch dataset: iteration, position, and the description of the loader that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dmagent_loader._loading.accelerate import refuse_splitting
+from dmagent_loader._loading.config import LoaderSettings
+from dmagent_loader._loading.feed import Feed
+from dmagent_loader._loading.lazy import Sample
+from dmagent_loader._loading.stream import SampleStream
+from dmagent_loader._validation import whole_number
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.ledger import Ledger
+from dmagent_loader.mixture.plan import Plan
+from dmagent_loader.shards import ShardCollection
+
+
+class FeedDataset(IterableDataset[Sample]):
+    """The part of a sampler that a reading process has: the base of `AgentWeightedSampler`, which adds decisions.
+
+    Args:
+        feed: The samples.
+    """
+
+    def __init__(self, feed: Feed) -> None:
+        super().__init__()
+        self._feed = feed
+        self._before_iteration: Callable[[], None] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Continues after the last sample handed out (with data workers: after those reported as consumed)."""
+        worker = get_worker_info()
+        if worker is None:
+            self._feed.check_pass()
+        stream = SampleStream(self._feed, self._feed.cursor.begin_pass(worker))
+        self._feed.cursor.stream = stream
+        return stream
+
+    def __bool__(self) -> bool:
+        """True: a sampler without an end has no length to be judged by."""
+        return True
+
+    def __len__(self) -> int:
+        """Samples that one iterator over the whole run delivers, if data run out under the present ledger.
+
+        Raises:
+            TypeError: The run has no end, because every domain with weight repeats.
+        """
+        length = self._feed.length
+        if length is None:
+            raise TypeError("this sampler has no length: the domains repeat without end; bound the run by its steps")
+        return length
+
+    @property
+    def space(self) -> DomainSpace:
+        """The domains, in order."""
+        return self._feed.plan.space
+
+    def seek(self, consumed: int) -> None:
+        """Lets the next pass begin after so many consumed samples, whatever was handed out.
+
+        Args:
+            consumed: Samples consumed over all ranks since the run began.
+
+        Raises:
+            ConfigurationError: It is not a whole number of 0 or more.
+        """
+        self._feed.cursor.seek(whole_number("consumed", consumed, least=0))
+
+    def peek(self) -> Sample:
+        """The first row of the first domain, as a batch would get it; it counts as neither read nor consumed."""
+        shard = int(np.flatnonzero(self.collection.shard_rows(0))[0])
+        return self._feed.sample_at(0, shard, 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does not change the order; accelerate's loaders call it before each pass.
+
+        Raises:
+            ConfigurationError: accelerate would split the stream again, of which each process reads its share already.
+        """
+        refuse_splitting(self._feed)
+        if self._before_iteration is not None:
+            self._before_iteration()
+
+    @property
+    def mix(self) -> dict[str, float]:
+        """Domain -> weight in force for the next sample to be fetched; a used-up domain has none."""
+        return self.space.as_dict(self._feed.mix)
+
+    def achieved(self, start: int = 0, stop: int | None = None) -> dict[str, int]:
+        """Domain -> samples among the global indices from `start` up to `stop` (None: all handed out).
+
+        Raises:
+            ConfigurationError: They are not whole numbers of 0 or more, or `stop` is before `start`.
+        """
+        start = whole_number("start", start, least=0)
+        stop = whole_number("stop", self._feed.cursor.frontier if stop is None else stop, least=start)
+        counts = self.plan.counts(stop) - self.plan.counts(start)
+        return {name: int(count) for name, count in zip(self.space.names, counts, strict=True)}
+
+    @property
+    def rank(self) -> int:
+        """Data-parallel rank of this process."""
+        return self._feed.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of data-parallel processes."""
+        return self._feed.world_size
+
+    @property
+    def consumed(self) -> int:
+        """Samples consumed over all ranks, as last reported."""
+        return self._feed.cursor.consumed
+
+    @property
+    def end(self) -> int | None:
+        """Global index at which the run ends for lack of data, cut to whole steps on all ranks; None: never."""
+        return self._feed.end
+
+    def finished(self, consumed: int) -> bool:
+        """Whether the run has ended, for lack of data, after so many consumed samples."""
+        return self._feed.finished(consumed)
+
+    @property
+    def plan(self) -> Plan:
+        """Order of the samples."""
+        return self._feed.plan
+
+    @property
+    def ledger(self) -> Ledger:
+        """Record of all mixes so far."""
+        return self._feed.plan.ledger
+
+    @property
+    def collection(self) -> ShardCollection:
+        """The shards."""
+        return self._feed.collection
+
+    @property
+    def transform(self) -> Callable[[Any], Sample] | None:
+        """Function from sample to sample."""
+        return self._feed.transform
+
+    # For loaders and integrations
+
+    def bind(
+        self,
+        loader: LoaderSettings | None = None,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        transform: Callable[[Any], Sample] | None = None,
+        keep_length: bool = False,
+        counts_every_batch: bool = False,
+        before_iteration: Callable[[], None] | None = None,
+    ) -> None:
+        """Describes the loader or trainer that reads the sampler, before its first sample. None leaves as it is.
+
+        Args:
+            loader: Batches, workers and prefetch.
+            rank: Data-parallel rank, from trainers that make their process groups after the sampler was built.
+            world_size: Number of data-parallel processes.
+            transform: Function from sample to sample.
+            keep_length: `len` stays as it is now, whatever mixes come; for trainers that end an epoch by it.
+            counts_every_batch: `reweight_due` is called after each batch, so a new pass begins there, and samples
+                fetched ahead by the last one come again.
+            before_iteration: Called when a loader announces a pass, before it makes its iterator.
+
+        Raises:
+            ConfigurationError: More processes than rows, or another batch size than `reading` names.
+        """
+        if loader is not None:
+            self._feed.set_loader(loader)
+        if rank is not None and world_size is not None:
+            self._feed.set_ranks(rank, world_size)
+        if transform is not None:
+            self._feed.transform = transform
+        if keep_length:
+            self._feed.keep_length()
+        self._feed.cursor.training_counts |= counts_every_batch
+        self._before_iteration = before_iteration or self._before_iteration
+
+    @property
+    def loader(self) -> LoaderSettings:
+        """The loader that reads the sampler."""
+        return self._feed.loader
+
+    @property
+    def is_iterated(self) -> bool:
+        """Whether an iterator of this process is in use."""
+        return self._feed.cursor.stream is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a spawned data worker: hooks stay in the main process."""
+        return {**self.__dict__, "_before_iteration": None}

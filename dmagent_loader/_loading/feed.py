@@ -1,0 +1,317 @@
+"""All that one process needs to read the samples of a run, in one picklable object.
+
+The main process and each torch data worker hold a `Feed` of their own. It knows shards, plan, decoder and loader, and
+nothing of policies: a decision reaches it as a ledger entry, in the main process by `append`, in a worker through the
+mailbox.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.config import LoaderSettings, ReadingConfig
+from dmagent_loader._loading.cursor import Cursor
+from dmagent_loader._loading.lazy import Sample
+from dmagent_loader._loading.mailbox import Mailbox
+from dmagent_loader._validation import whole_number
+from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.mixture.ledger import LedgerEntry
+from dmagent_loader.mixture.plan import Plan
+from dmagent_loader.mixture.sharding import StreamLayout
+from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.shards import ShardCollection, make_decoder
+
+logger = logging.getLogger(__name__)
+
+LAZY = "lazy"
+
+
+class Feed:
+    """The samples of a run, as one process reads them.
+
+    Args:
+        collection: The shards.
+        plan: Order of the samples; its first ledger entry is the initial mix.
+        decode: Decoders, as `AgentWeightedSampler` takes them.
+        transform: Function from sample to sample.
+        reading: Settings of the reader.
+        rank: Data-parallel rank of this process; None: from `torch.distributed`.
+        world_size: Number of data-parallel processes; None: from `torch.distributed`.
+
+    Raises:
+        ConfigurationError: A rank outside the world, or more ranks than rows.
+
+    Attributes:
+        loader: The loader that reads the feed.
+        version: Grows whenever the plan changes; iterators plan anew then.
+    """
+
+    def __init__(
+        self,
+        collection: ShardCollection,
+        plan: Plan,
+        *,
+        decode: Any,
+        transform: Callable[[Any], Sample] | None,
+        reading: ReadingConfig,
+        rank: int | None,
+        world_size: int | None,
+    ) -> None:
+        self.collection, self.plan, self.reading = collection, plan, reading
+        self.is_lazy = isinstance(decode, str) and decode == LAZY
+        self.decoder, self.transform = make_decoder("default" if self.is_lazy else decode), transform
+        self.loader = LoaderSettings(
+            batch_size=reading.batch_size or 1,
+            samples_per_fetch=reading.batch_size,
+            prefetch_factor=reading.prefetch_factor,
+        )
+        self._rank, self._world_size = rank, world_size
+        self.mailbox = Mailbox(len(plan.space))
+        self.cursor = Cursor(self.mailbox)
+        self.version = 0
+        self._received = 0
+        """Published mixes that this copy has taken over."""
+        self._length: int | None = None
+        self._undercount_reported = False
+        self.check_ranks()
+
+    # The place of this process
+
+    @property
+    def rank(self) -> int:
+        """Data-parallel rank of this process."""
+        return distributed.get_rank() if self._rank is None else self._rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of data-parallel processes."""
+        return distributed.get_world_size() if self._world_size is None else self._world_size
+
+    def set_ranks(self, rank: int, world_size: int) -> None:
+        """Sets the place of this process, for trainers that make their process groups after the sampler was built."""
+        self._rank, self._world_size = rank, world_size
+        self.check_ranks()
+
+    def check_ranks(self) -> None:
+        """Refuses a rank outside the world, and more ranks than rows.
+
+        Raises:
+            ConfigurationError: One of the two.
+        """
+        total = int(self.plan.num_rows.sum())
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigurationError(f"rank {self.rank} does not lie in a world of {self.world_size} processes")
+        if self.world_size > total:
+            raise ConfigurationError(
+                f"world size {self.world_size} is larger than the {total} rows of all {len(self.plan.space)} domains "
+                "together: some ranks would have nothing to train on; use fewer ranks or more data"
+            )
+
+    def set_loader(self, loader: LoaderSettings) -> None:
+        """Describes the loader, before its first sample.
+
+        Raises:
+            ConfigurationError: The reading config names another batch size.
+        """
+        declared = self.reading.batch_size
+        if declared is not None and loader.samples_per_fetch is not None and declared != loader.batch_size:
+            raise ConfigurationError(
+                f"reading=ReadingConfig(batch_size={declared}), but the loader has batch size {loader.batch_size}: the "
+                "order of samples would depend on the data workers; leave batch_size out, the loader tells it"
+            )
+        self.loader = loader
+
+    def layout(self, *, base: int, worker: int = 0, num_workers: int = 1) -> StreamLayout:
+        """The global sample indices of an iterator that begins at `base`."""
+        return StreamLayout(
+            base=base,
+            rank=self.rank,
+            world_size=self.world_size,
+            kind=self.loader.kind,
+            batch_size=self.loader.batch_size,
+            worker=worker,
+            num_workers=num_workers,
+            samples_per_fetch=self.loader.samples_per_fetch or 1,
+            samples_per_step=self.loader.samples_per_step,
+        )
+
+    # The run
+
+    @property
+    def end(self) -> int | None:
+        """Global index at which the run ends for lack of data, cut to whole steps on all ranks; None: never."""
+        end = self.plan.end
+        return None if end is None else self.layout(base=self.cursor.position).delivered_end(end)
+
+    def finished(self, consumed: int) -> bool:
+        """Whether the run has ended, for lack of data, after so many consumed samples."""
+        layout = self.layout(base=self.cursor.position)
+        end = self.plan.ends_by(consumed + layout.samples_per_step_all_ranks)
+        return end is not None and consumed >= layout.delivered_end(end)
+
+    @property
+    def length(self) -> int | None:
+        """Samples that one iterator over the whole run delivers under the present ledger; None: without end."""
+        if self._length is not None:
+            return self._length
+        end = self.plan.end
+        return None if end is None else self.layout(base=0).num_samples(end)
+
+    def keep_length(self) -> None:
+        """Keeps `length` as it is now, whatever mixes come."""
+        self._length = None
+        self._length = self.length
+
+    @property
+    def mix(self) -> FloatArray:
+        """(D,) weights in force for the next sample to be fetched; a used-up domain has none."""
+        index = self.cursor.frontier
+        return self.plan.mix_at(index) if self.plan.used_up_at(index) else self.plan.ledger.in_force(index).weights()
+
+    def sample_at(self, domain: int, shard: int, row: int) -> Sample:
+        """One row with decoder and transform applied; reading it consumes nothing."""
+        sample = self.decoder(self.collection.read(domain, shard, row))
+        return sample if self.transform is None else self.transform(sample)
+
+    # Changes of the mix
+
+    def append(
+        self,
+        mix: FloatArray,
+        *,
+        decided_by: str,
+        decided_at: int,
+        feedback: Mapping[str, float] | None = None,
+        accepted: bool = True,
+        note: str = "",
+    ) -> LedgerEntry:
+        """Puts a new mix into force from the first sample on that nobody has fetched; all ranks call it together.
+
+        Raises:
+            ConfigurationError: Data workers are further ahead than the loader's prefetch explains.
+        """
+        entry = LedgerEntry(
+            start=self.cursor.first_free(self.loader, self.world_size, self.plan.ledger.last.start),
+            mix=tuple(mix.tolist()),
+            decided_by=decided_by,
+            decided_at=decided_at,
+            feedback=feedback,
+            accepted=accepted,
+            note=note,
+        )
+        self.plan.append(entry)
+        self.mailbox.publish(entry)
+        self._received = self.mailbox.published
+        self.version += 1
+        return entry
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the main process has published mixes that this copy has not taken over."""
+        return self._received < self.mailbox.published
+
+    def receive(self, frontier: int) -> None:
+        """In a data worker: takes over the mixes that the main process has published since the last sample.
+
+        Args:
+            frontier: First global index that this worker cannot have delivered.
+
+        Raises:
+            StateError: A mix came too late for samples already delivered.
+        """
+        while self.is_behind:
+            entry = self.mailbox.read(self._received).as_entry()
+            if entry.start < frontier:
+                raise StateError(
+                    f"a new mix holds from sample {entry.start}, but a data worker has already delivered samples up "
+                    f"to {frontier} under the old one: the loader runs further ahead than declared; use "
+                    "MixingDataLoader, or pass the DataLoader's own prefetch_factor in "
+                    "reading=ReadingConfig(prefetch_factor=...)"
+                )
+            self.plan.append(entry)
+            self._received += 1
+            self.version += 1
+
+    def restore(self, plan: Plan, consumed: int) -> None:
+        """Continues another plan after so many consumed samples."""
+        self.plan = plan
+        self.cursor.restore(consumed)
+        self.version += 1
+
+    # Checks of the training loop
+
+    def check_consumed(self, consumed: int) -> None:
+        """Compares the samples that training reports with those that were handed out.
+
+        Raises:
+            ConfigurationError: More were reported than handed out.
+        """
+        given, workers = self.cursor.given, self.mailbox.num_workers
+        if workers:
+            given = max(given, self.mailbox.frontier())
+        if not self.loader.by_trainer and consumed > given:
+            raise ConfigurationError(
+                f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
+                "since the run began, once"
+            )
+        if self.loader.by_trainer or workers or self._undercount_reported:
+            return  # workers hand out far more than was trained on
+        done, reported = given - self.cursor.position, consumed - self.cursor.position
+        if reported > 0 and 3 * reported <= done:
+            self._undercount_reported = True
+            logger.warning(
+                "consumed is %d, but %d samples were handed out: a run that is resumed from there sees most of them "
+                "again; count the samples of all ranks (batch size x world size for each batch), not the batches",
+                consumed,
+                given,
+            )
+
+    def check_pass(self) -> None:
+        """Warns of a pass that would give each rank the same samples, or nobody any."""
+        processes = os.environ.get("WORLD_SIZE", "")
+        if self._rank is None and not distributed.is_active() and processes.isdigit() and int(processes) > 1:
+            logger.warning(
+                "WORLD_SIZE is %s, but there is no process group to ask for this process's rank, so that each process "
+                "reads the same samples: call init_process_group first, or pass rank= and world_size=",
+                processes,
+            )
+        begin = self.cursor.handed_out
+        if begin and self.finished(begin):
+            logger.warning(
+                "data are used up after %d samples, so a new pass has none: a run is one pass, however often the "
+                "source field repeats; begin another run with a new sampler, or let the target field repeat "
+                "(exhausted='repeat')",
+                begin,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a spawned data worker: the place of the run without its iterator, and the ranks, which it cannot ask."""
+        state = self.__dict__.copy()
+        state["cursor"] = copy.copy(self.cursor)
+        state["cursor"].position, state["cursor"].stream = self.cursor.handed_out, None
+        if distributed.is_active():
+            state["_rank"], state["_world_size"] = self.rank, self.world_size
+        return state
+
+
+def check_ranks_given(rank: int | None, world_size: int | None) -> tuple[int | None, int | None]:
+    """The place of this process as a user gave it.
+
+    Raises:
+        ConfigurationError: Not whole numbers, or a world size without a rank and no process group to ask.
+    """
+    if rank is not None:
+        rank = whole_number("rank", rank, least=0)
+    if world_size is not None:
+        world_size = whole_number("world_size", world_size, least=1)
+        if world_size > 1 and rank is None and not distributed.is_active():
+            raise ConfigurationError(
+                f"world_size={world_size} without rank, and no process group to ask: every process would take "
+                "itself for rank 0 and read the same samples; pass rank= too, or call init_process_group first"
+            )
+    return rank, world_size

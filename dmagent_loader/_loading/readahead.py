@@ -1,0 +1,67 @@
+"""Rows that threads read in the background, ahead of the samples."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from dmagent_loader._loading.config import ReadingConfig
+from dmagent_loader.mixture.plan import Located
+from dmagent_loader.shards import RawSample, ShardCollection
+
+_ROWS_PER_TASK = 16
+_REMOTE_THREADS = 2
+_Key = tuple[int, int]
+
+
+class Readahead:
+    """Rows that are being read in the background, by domain and draw.
+
+    Args:
+        collection: The shards.
+        num_threads: Reading threads, at least 1.
+        num_rows: Rows requested at a time.
+    """
+
+    def __init__(self, collection: ShardCollection, num_threads: int, num_rows: int) -> None:
+        self._collection, self.num_rows = collection, num_rows
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dmagent-read")
+        self._pending: dict[_Key, tuple[Future[list[RawSample]], int]] = {}
+
+    @classmethod
+    def configured(cls, collection: ShardCollection, config: ReadingConfig) -> Readahead | None:
+        """The reading threads that a configuration asks for, if any."""
+        threads = config.num_threads
+        if threads is None:
+            threads = 0 if collection.is_local else _REMOTE_THREADS
+        return cls(collection, threads, config.num_rows) if threads else None
+
+    def request(self, located: Located) -> None:
+        """Starts reading rows that have not been requested yet."""
+        if len(self._pending) > 4 * self.num_rows:
+            self._pending.clear()
+        wanted = [
+            number
+            for number, key in enumerate(zip(located.domain.tolist(), located.draw.tolist(), strict=True))
+            if key not in self._pending
+        ]
+        for first in range(0, len(wanted), _ROWS_PER_TASK):
+            chosen = wanted[first : first + _ROWS_PER_TASK]
+            rows = [(int(located.domain[i]), int(located.shard[i]), int(located.row[i])) for i in chosen]
+            future = self._pool.submit(self._read, rows)
+            for number, i in enumerate(chosen):
+                self._pending[int(located.domain[i]), int(located.draw[i])] = (future, number)
+
+    def take(self, domain: int, draw: int, shard: int, row: int) -> RawSample:
+        """A row: from the background if it was requested, otherwise read now."""
+        pending = self._pending.pop((domain, draw), None)
+        if pending is None:
+            return self._collection.read(domain, shard, row)
+        future, number = pending
+        return future.result()[number]
+
+    def close(self) -> None:
+        """Stops the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, rows: list[tuple[int, int, int]]) -> list[RawSample]:
+        return [self._collection.read(*row) for row in rows]

@@ -1,0 +1,152 @@
+"""A run in the main process: decisions change the feed's plan, and the state saves both."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.feed import Feed
+from dmagent_loader._run import rank_check
+from dmagent_loader._run.decisions import Decider, Decision
+from dmagent_loader._run.settings import RunSettings
+from dmagent_loader._run.state import read_state, write_state
+from dmagent_loader._validation import whole_number
+from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.mixture.ledger import MANUAL, LedgerEntry
+
+logger = logging.getLogger(__name__)
+
+_DECIDING = "deciding on the next mix"
+_SETTING_BY_HAND = "changing the mix by hand"
+_LOADING = "loading a state"
+
+
+class Run:
+    """The part of a sampler that only the main process of a rank has. `AgentWeightedSampler` documents its methods.
+
+    Args:
+        feed: The samples.
+        decider: Feedback so far, and the policy.
+        samples_per_reweight: Samples, over all ranks, between two decisions.
+    """
+
+    def __init__(self, feed: Feed, decider: Decider, samples_per_reweight: int) -> None:
+        self.feed, self.decider, self.samples_per_reweight = feed, decider, samples_per_reweight
+        self._silence_reported = False
+
+    @property
+    def settings(self) -> RunSettings:
+        """Everything besides the ledger that determines samples and mixes."""
+        decider, feed = self.decider, self.feed
+        return RunSettings(
+            seed=feed.plan.seed,
+            domains=feed.plan.space.names,
+            exhausted=feed.plan.rules,
+            shuffle_window=feed.plan.window,
+            fingerprint=feed.collection.fingerprint,
+            samples_per_reweight=self.samples_per_reweight,
+            policy=decider.policy_name,
+            guard=decider.guard.config,
+            shadow=decider.shadow,
+            history_mix=decider.history_mix,
+            start_state=rank_check.digest(decider.start_state.tolist()),
+            world_size=feed.world_size,
+            loader=feed.loader,
+        )
+
+    def _together(self, step: str) -> AbstractContextManager[dict[str, Any]]:
+        return rank_check.together(step, lambda: self.settings, self.feed.rank)
+
+    def set_mix(self, weights: Mapping[str, float], *, renormalize: bool) -> LedgerEntry:
+        """Changes the mix by hand."""
+        plan = self.feed.plan
+        with self._together(_SETTING_BY_HAND) as facts:
+            facts["the mixes so far"] = plan.ledger.summary()
+            mix = plan.space.mix(weights, renormalize=renormalize, shares=plan.num_rows.astype(np.float64))
+        mix, decided_at = distributed.broadcast_object((mix, self.feed.cursor.handed_out), _SETTING_BY_HAND)
+        return self.feed.append(mix, decided_by=MANUAL, decided_at=decided_at)
+
+    def reweight_due(self, consumed: int) -> bool:
+        """Whether a decision is due."""
+        self.feed.cursor.consume(whole_number("consumed", consumed, least=0))
+        done, interval = self.decider.measurements, self.samples_per_reweight
+        return consumed >= (done[-1].consumed // interval + 1) * interval if done else True
+
+    def reweight(self, feedback: Mapping[str, float], consumed: int) -> Decision:
+        """Asks the policy for the next mix."""
+        decision: Decision | None = None
+        with self._together(_DECIDING) as facts:
+            if self.decider.policy is None:
+                raise ConfigurationError(
+                    "reweight() needs a policy, but this sampler has none: pass agent= or policy=, or change the mix "
+                    "by set_mix()"
+                )
+            consumed = whole_number("consumed", consumed, least=0)
+            self.feed.check_consumed(consumed)
+            facts |= {"consumed": consumed, "the mixes so far": self.feed.plan.ledger.summary()}
+            if distributed.get_rank() == 0:
+                decision = self.decider.decide(feedback, consumed)
+        decision = distributed.broadcast_object(decision, _DECIDING)
+        assert decision is not None
+        self.feed.cursor.consume(consumed)
+        entry = self.feed.plan.ledger.last
+        if not decision.shadow:
+            entry = self.feed.append(
+                decision.outcome.mix,
+                decided_by=decision.policy,
+                decided_at=consumed,
+                feedback=decision.measurement.feedback,
+                accepted=decision.outcome.accepted,
+                note="; ".join(decision.notes),
+            )
+        # Only now: where no new mix can hold, the decision is still due.
+        decision = self.decider.accept(decision, entry)
+        logger.info(
+            "mix after %d samples%s: %s",
+            consumed,
+            " (shadow)" if decision.shadow else "",
+            self.feed.plan.space.field_mass(decision.outcome.mix),
+        )
+        return decision
+
+    def state_dict(self, consumed: int | None) -> dict[str, Any]:
+        """The state as JSON values."""
+        cursor, workers = self.feed.cursor, self.feed.mailbox.num_workers
+        if consumed is None:
+            if workers:
+                raise StateError(
+                    "torch workers read ahead of training, so that only the trainer knows what was consumed: pass "
+                    "consumed=, the number of samples trained on by all ranks"
+                )
+            consumed = cursor.handed_out
+        else:
+            consumed = whole_number("consumed", consumed, least=0)
+            if cursor.stream is not None or workers:
+                self.feed.check_consumed(consumed)
+        return write_state(self.settings, self.decider, consumed)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues a saved run."""
+        with self._together(_LOADING) as facts:
+            restored = read_state(state, self.settings, self.decider)
+            facts |= restored.to_compare()
+        self.feed.restore(restored.plan, restored.consumed)
+        self.decider.restore(restored.plan, restored.start_state, restored.measurements, restored.policy_failures)
+
+    def warn_if_nobody_decides(self) -> None:
+        """A forgotten callback or call would train on the initial mix to the end, in silence."""
+        decider = self.decider
+        if decider.policy is None or decider.measurements or self.feed.loader.by_trainer or self._silence_reported:
+            return
+        self._silence_reported = True
+        logger.warning(
+            "the sampler has policy %r, but samples are drawn before it was asked once: without "
+            "DataMixingCallback(sampler, environment) in the trainer's callbacks, or sampler.reweight(...) in your "
+            "loop (the first time before the data are read), the initial mix holds to the end",
+            decider.policy_name,
+        )

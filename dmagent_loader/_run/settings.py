@@ -1,0 +1,75 @@
+"""The settings of a run, written down once.
+
+Each entry says what happens when a saved state has another value, and all of them are compared between ranks: ranks
+that differ would continue without an error and train on samples twice or never.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from dmagent_loader._loading.config import LoaderSettings
+from dmagent_loader.policies import GuardConfig
+
+Restore = Literal["refuse", "warn", "free"]
+
+
+_REFUSE: dict[str, Restore] = {"restore": "refuse"}
+"""Another value would give another order of samples: a state with it is refused."""
+_WARN: dict[str, Restore] = {"restore": "warn"}
+"""Decisions would differ: a state with another value is loaded with a warning."""
+_FREE: dict[str, Restore] = {"restore": "free"}
+"""May change at a restore, and is not saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything besides the ledger that determines the samples and mixes of a run.
+
+    Args:
+        seed: Seed of the sample order.
+        domains: (D,) names, in order.
+        exhausted: (D,) exhaustion rule of each domain.
+        shuffle_window: Rows per shuffle window.
+        fingerprint: Digest of the domains and the contents of their shards.
+        samples_per_reweight: Samples, over all ranks, between two decisions.
+        policy: Name of the policy; None: mixes change by hand only.
+        guard: Limits on proposals.
+        shadow: Whether decisions are only logged.
+        history_mix: Mixes that the policy sees, ``"achieved"`` or ``"requested"``.
+        start_state: Digest of the start state, which a saved state carries itself.
+        world_size: Number of data-parallel processes.
+        loader: The loader that reads the run.
+    """
+
+    seed: int = field(metadata=_REFUSE)
+    domains: tuple[str, ...] = field(metadata=_REFUSE)
+    exhausted: tuple[str, ...] = field(metadata=_REFUSE)
+    shuffle_window: int = field(metadata=_REFUSE)
+    fingerprint: str = field(metadata=_REFUSE)
+    samples_per_reweight: int = field(metadata=_WARN)
+    policy: str | None = field(metadata=_WARN)
+    guard: GuardConfig = field(metadata=_FREE)
+    shadow: bool = field(metadata=_FREE)
+    history_mix: str = field(metadata=_FREE)
+    start_state: str = field(metadata=_FREE)
+    world_size: int = field(metadata=_FREE)
+    loader: LoaderSettings = field(metadata=_FREE)
+
+    def saved(self) -> dict[str, Any]:
+        """The entries that a state carries, as JSON values."""
+        values = {
+            entry.name: getattr(self, entry.name) for entry in fields(self) if entry.metadata["restore"] != "free"
+        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def to_compare(self) -> dict[str, Any]:
+        """All entries, by the names that messages between ranks use."""
+        return {_SPOKEN.get(name, name): getattr(self, name) for name in RESTORE}
+
+
+RESTORE: dict[str, Restore] = {entry.name: entry.metadata["restore"] for entry in fields(RunSettings)}
+"""Setting -> what a restore does about another value."""
+_SPOKEN = {"domains": "the domains", "fingerprint": "the contents of the shards", "loader": "the loader"}
+"""Names in messages between ranks, where they differ from the attribute's."""

@@ -1,0 +1,105 @@
+"""`MixingDataLoader`: a torch `DataLoader` that tells the sampler how it reads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from dmagent_loader._loading.config import DEFAULT_PREFETCH_FACTOR, LoaderSettings
+from dmagent_loader._validation import shown, whole_number
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.sampler import AgentWeightedSampler
+
+__all__ = ["MixingDataLoader"]
+
+_built = itertools.count()
+
+
+class MixingDataLoader(DataLoader[Any]):
+    """Batches of one rank, with a known delay of new mixes.
+
+    The sampler has to know batch size, data workers and prefetch, because batches are dealt to workers in the order of
+    the run, and because a new mix can hold only for samples that no worker has fetched. This loader describes itself
+    to the sampler; everything else is torch's.
+
+    Args:
+        sampler: Shards in a mix.
+        batch_size: Samples of one rank in one batch; None: single samples, not batched.
+        samples_per_step: Samples of one rank to a multiple of which the run is cut, for example micro-batch size times
+            gradient accumulation; 1 delivers a last batch that may be smaller.
+        num_workers: Data workers of this process. Without them a new mix holds from the next batch on.
+        prefetch_factor: Batches that each worker prepares ahead; None: 2 with workers.
+        collate_fn: From samples to a batch; None: torch's default.
+        generator: Source of the workers' base seed; None: one of its own, so that the loader does not draw from the
+            model's random state.
+        pin_memory: See `torch.utils.data.DataLoader`.
+        persistent_workers: See `torch.utils.data.DataLoader`; only with workers.
+        by_trainer: An integration counts consumed samples and decides; set by integrations.
+        **settings: Further arguments of `torch.utils.data.DataLoader`.
+
+    Raises:
+        ConfigurationError: Not a sampler, sizes below 1, or an argument that contradicts the order of a run.
+
+    Example:
+        >>> import tempfile
+        >>> from dmagent_loader.testing import write_toy_shards
+        >>> shards = write_toy_shards(tempfile.mkdtemp(), {"source/web": 30, "target/math": 20})
+        >>> sampler = AgentWeightedSampler(shards, samples_per_reweight=10)
+        >>> [len(batch["__key__"]) for batch in MixingDataLoader(sampler, batch_size=4)][:2]
+        [4, 4]
+    """
+
+    def __init__(
+        self,
+        sampler: AgentWeightedSampler,
+        batch_size: int | None = 1,
+        *,
+        samples_per_step: int = 1,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        generator: torch.Generator | None = None,
+        pin_memory: bool = False,
+        persistent_workers: bool = False,
+        by_trainer: bool = False,
+        **settings: Any,
+    ) -> None:
+        if not isinstance(sampler, AgentWeightedSampler):
+            raise ConfigurationError(f"sampler is {shown(sampler)}; it must be an AgentWeightedSampler")
+        refused = sorted({"shuffle", "sampler", "batch_sampler", "drop_last", "in_order"} & set(settings))
+        if refused:
+            raise ConfigurationError(
+                f"MixingDataLoader does not take {', '.join(refused)}: the sampler's plan is the order of samples; for "
+                "whole steps only, pass samples_per_step="
+            )
+        samples = 1 if batch_size is None else whole_number("batch_size", batch_size, least=1)
+        factor = whole_number("prefetch_factor", prefetch_factor or DEFAULT_PREFETCH_FACTOR, least=1)
+        description = LoaderSettings(
+            batch_size=samples,
+            samples_per_fetch=samples,
+            samples_per_step=whole_number("samples_per_step", samples_per_step, least=1),
+            prefetch_factor=factor,
+            by_trainer=by_trainer,
+        )
+        num_workers = whole_number("num_workers", num_workers, least=0)
+        sampler.bind(description)
+        super().__init__(
+            sampler,
+            batch_size=batch_size,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            prefetch_factor=factor if num_workers else None,
+            pin_memory=pin_memory,
+            persistent_workers=persistent_workers and num_workers > 0,
+            generator=_own_generator(sampler) if generator is None else generator,
+            **settings,
+        )
+
+
+def _own_generator(sampler: AgentWeightedSampler) -> torch.Generator:
+    """Another seed for each loader of a process: workers of an older loader are recognised by it."""
+    return torch.Generator().manual_seed((sampler.plan.seed * 1_000_003 + next(_built)) & 0x7FFF_FFFF_FFFF_FFFF)

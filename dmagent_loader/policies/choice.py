@@ -1,0 +1,55 @@
+"""The policy that a user asked for, by agent or by policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from dmagent_loader._validation import shown
+from dmagent_loader.agent import MixingAgent
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.history import Standardization
+from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.policies.agent import AgentPolicy
+from dmagent_loader.policies.base import Policy
+
+
+def make_policy(
+    agent: str | os.PathLike[str] | MixingAgent | None,
+    policy: Policy | None,
+    space: DomainSpace,
+    natural: FloatArray,
+    *,
+    roles: Mapping[str, str] | None = None,
+    standardization: Standardization | None = None,
+) -> Policy | None:
+    """The policy of a run; None: mixes change by hand only.
+
+    Args:
+        agent: Name, path or Hub id of a checkpoint, or a loaded agent.
+        policy: Any other policy in its place.
+        space: Domains of the run.
+        natural: (D,) each domain's share of all rows.
+        roles: See `AgentPolicy`; only with an agent.
+        standardization: See `AgentPolicy`; only with an agent.
+
+    Raises:
+        ConfigurationError: Both were given, one is not what it should be, or a setting would have no effect.
+        CheckpointError: The agent cannot be loaded.
+    """
+    if agent is not None and policy is not None:
+        raise ConfigurationError("both agent and policy were given, but only one can decide: leave one out")
+    if agent is None and (roles is not None or standardization is not None):
+        raise ConfigurationError(
+            "roles and standardization are for an agent, but none was given, so they would have no effect: pass agent= "
+            "or leave them out"
+        )
+    if policy is not None and (isinstance(policy, type) or not callable(getattr(policy, "propose", None))):
+        raise ConfigurationError(f"policy is {shown(policy)}; it must be an object with a method propose(history)")
+    if agent is None:
+        return policy
+    if not isinstance(agent, (str, os.PathLike, MixingAgent)):
+        raise ConfigurationError(f"agent is {shown(agent)}; it must be a name, a path, a Hub id or a MixingAgent")
+    loaded = agent if isinstance(agent, MixingAgent) else MixingAgent.from_pretrained(agent)
+    return AgentPolicy(loaded, space, natural, roles=roles, standardization=standardization)
