@@ -18,8 +18,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from dmagent_loader.training.data.corpus import read_documents, train_tokenizer
-from dmagent_loader.training.data.topics import TopicClassifier, TopicClassifierConfig
+from dmagent_loader.training import TopicClassifier, TopicClassifierConfig, read_documents, train_tokenizer
 
 
 def main() -> None:

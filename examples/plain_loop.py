@@ -29,8 +29,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmagent_loader import AgentWeightedSampler, Environment, MixingDataLoader
-from dmagent_loader.integrations.mixing import Mixing
+from dmagent_loader import AgentWeightedSampler, Environment, Mixing, MixingDataLoader
 from dmagent_loader.transforms import packed_tokens
 
 

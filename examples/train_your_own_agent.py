@@ -22,10 +22,8 @@ import logging
 from pathlib import Path
 
 from dmagent_loader import MixingAgent
-from dmagent_loader.mixture.history import History
-from dmagent_loader.training.proxies.workers import Workers
-from dmagent_loader.training.record import FeedbackRecord
-from dmagent_loader.training.stages import CONFIGS, Pipeline, with_settings
+from dmagent_loader.mixture import History
+from dmagent_loader.training import CONFIGS, FeedbackRecord, Pipeline, Workers, with_settings
 
 
 def parse() -> argparse.Namespace:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from docs.snippets import after_the_change, blocks_of
 from launching import REPOSITORY
 
 import dmagent_loader
@@ -95,6 +96,26 @@ def test_every_entry_is_public() -> None:
     listed = list(entries())
     assert len(set(listed)) == len(listed)
     assert [entry for entry in listed if identity(entry) not in public] == []
+
+
+def code_for_users() -> Iterator[tuple[str, str]]:
+    for script in sorted((REPOSITORY / "examples").glob("*.py")):
+        yield script.name, script.read_text(encoding="utf-8")
+    for page in ["README.md", *(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))]:
+        for block in blocks_of(page):
+            if block.language == "python":
+                yield str(block), block.code
+            elif block.language == "diff":
+                yield str(block), after_the_change(block)
+
+
+@pytest.mark.parametrize(("place", "code"), [pytest.param(*found, id=found[0]) for found in code_for_users()])
+def test_code_for_users_imports_public_names_only(place: str, code: str) -> None:
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dmagent_loader":
+            assert {alias.name for alias in node.names} <= set(exported(node.module)), f"{place}: {node.module}"
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("dmagent_loader.") for alias in node.names), place
 
 
 def test_modules_of_the_reference_exist() -> None:
