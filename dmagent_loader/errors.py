@@ -27,6 +27,27 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "DMAgentError",
+    "DamagedShardError",
+    "DecodeError",
+    "DomainError",
+    "EmptyShardError",
+    "EnvironmentDataError",
+    "ExhaustedError",
+    "FeedbackError",
+    "MissingExtraError",
+    "MixError",
+    "PolicyError",
+    "RankError",
+    "ShardError",
+    "ShardLayoutError",
+    "ShardNotFoundError",
+    "StateError",
+]
+
 
 class DMAgentError(Exception):
     """Base class of all errors of this package."""

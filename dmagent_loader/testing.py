@@ -14,6 +14,8 @@ import numpy as np
 from dmagent_loader.shards.writing.packing import PACKED_MEMBER, encode_npy
 from dmagent_loader.shards.writing.tar_writer import TarWriter
 
+__all__ = ["ResumableSampler", "assert_same_after_resume", "sample_ids", "write_toy_shards"]
+
 
 class ResumableSampler(Protocol):
     """The part of `AgentWeightedSampler` that the checks use."""

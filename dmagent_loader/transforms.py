@@ -19,6 +19,8 @@ from dmagent_loader._validation import whole_number
 from dmagent_loader.errors import ConfigurationError, DecodeError
 from dmagent_loader.shards.writing.packing import PACKED_MEMBER
 
+__all__ = ["IGNORED_LABEL", "PACKED_MEMBER", "ShiftedTokens", "TokenizeText", "collate_packed", "packed_tokens"]
+
 IGNORED_LABEL = -100
 """Labels of padding, which the losses of transformers and torch leave out."""
 

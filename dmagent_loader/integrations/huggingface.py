@@ -40,6 +40,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback  # n
 from transformers.trainer_callback import ExportableState  # noqa: E402
 from transformers.trainer_utils import RemoveColumnsCollator, SaveStrategy  # noqa: E402
 
+__all__ = ["DataMixingCallback", "DataMixingTrainerMixin", "last_whole_checkpoint"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -27,6 +27,8 @@ require_extra("lightning.pytorch", "lightning")
 
 from lightning.pytorch import Callback, LightningModule  # noqa: E402
 
+__all__ = ["DataMixingCallback"]
+
 logger = logging.getLogger(__name__)
 
 

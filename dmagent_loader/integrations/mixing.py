@@ -19,6 +19,8 @@ from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import AgentPolicy
 from dmagent_loader.sampler import AgentWeightedSampler, Decision
 
+__all__ = ["Mixing", "Report"]
+
 logger = logging.getLogger(__name__)
 
 
