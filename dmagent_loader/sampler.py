@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 from dmagent_loader import _distributed as distributed
 from dmagent_loader._loading.config import LoaderSettings, ReadingConfig
 from dmagent_loader._loading.dataset import FeedDataset
-from dmagent_loader._loading.feed import Feed, check_ranks_given
+from dmagent_loader._loading.feed import Feed, validated_ranks
 from dmagent_loader._loading.lazy import Sample
 from dmagent_loader._loading.open_shards import open_on_all_ranks
 from dmagent_loader._run import rank_check
@@ -106,7 +106,7 @@ class AgentWeightedSampler(FeedDataset):
         with distributed.together(_BUILDING):
             interval = whole_number("samples_per_reweight", samples_per_reweight, least=1)
             seed = whole_number("seed", seed)
-            rank, world_size = check_ranks_given(rank, world_size)
+            rank, world_size = validated_ranks(rank, world_size)
             if not isinstance(shards, (Mapping, str, os.PathLike)):
                 raise ConfigurationError(
                     f"shards is {shown(shards)}; it must map domain names to shards, or be the path of a manifest.json"

@@ -1,4 +1,5 @@
-"""What one process needs to read samples: a rank's main process or a torch data worker.
+"""Reading samples in one process: the main process of a rank, or a torch data worker.
 
-Picklable as a whole, and ignorant of policies: decisions arrive as ledger entries through the mailbox.
+Everything here is picklable and knows nothing of policies: a data worker receives decisions as ledger entries through
+the mailbox.
 """

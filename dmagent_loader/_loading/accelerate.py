@@ -1,5 +1,7 @@
-"""accelerate splits an iterable dataset among its processes; a sampler, which each process reads its share of, must not
-be split again."""
+"""Protection against accelerate, which splits an iterable dataset among its processes.
+
+Each process already reads only its share of a sampler, so a second split would lose samples.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_splitting(feed: Feed) -> None:
-    """Called when a loader announces a pass by ``set_epoch``, which only accelerate's loaders do.
+    """Refuses a pass of a loader that would split the sampler again.
+
+    A loader announces a pass by calling ``set_epoch``, which only the loaders of accelerate do.
 
     Raises:
         ConfigurationError: accelerate is about to split the stream among several processes.
@@ -23,12 +27,12 @@ def refuse_splitting(feed: Feed) -> None:
         return
     if feed.world_size > 1:
         raise ConfigurationError(
-            f"accelerate splits an iterable dataset among its {feed.world_size} processes by itself, so that this "
-            "sampler must not: add DataMixingCallback(sampler) to the Trainer's callbacks, or give each process a "
-            "MixingDataLoader that was not prepared by accelerate"
+            f"accelerate splits an iterable dataset among its {feed.world_size} processes, and this sampler is already "
+            "split, so samples would be lost: add DataMixingCallback(sampler) to the Trainer's callbacks, or use "
+            "in each process a MixingDataLoader that was not prepared by accelerate"
         )
     if feed.cursor.stream is not None:
         logger.warning(
-            "accelerate fetches a batch more than it gives: a new pass leaves it out, unless sampler.seek(consumed) is "
-            "called before"
+            "accelerate fetches one batch more than it delivers, and a new pass skips that batch: call "
+            "sampler.seek(consumed) before each new pass"
         )

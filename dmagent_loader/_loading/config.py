@@ -1,4 +1,4 @@
-"""How rows are read, as a user sets it, and the loader that asks for them, as it describes itself."""
+"""Settings of the reader, chosen by the user, and the description of the loader that reads the sampler."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ DEFAULT_PREFETCH_FACTOR = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingConfig:
-    """How the rows of the shards are read.
+    """Settings of the reader.
 
     Args:
-        batch_size: Batch size of a loader that cannot tell it: a bare `DataLoader` with data workers.
-            `MixingDataLoader` and the integrations tell it themselves.
-        prefetch_factor: Batches that each data worker of such a loader prepares ahead. It bounds how late a new mix
-            takes effect.
+        batch_size: Batch size of a bare `DataLoader` with data workers, which cannot report it. `MixingDataLoader` and
+            the integrations report theirs.
+        prefetch_factor: Batches that each data worker of such a loader prepares ahead. It bounds the delay of a new
+            mix.
         shuffle_window: Rows per shuffle window.
         num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is
-            remote, else 0, because handing a cached row from thread to thread costs more than reading it. Give 2 or
+            remote, else 0, because handing a cached row from thread to thread costs more than reading it. Use 2 or
             more for files on a slow network mount.
         num_rows: Rows requested from the threads at a time; one such block is read while another is delivered.
         on_damage: ``"raise"`` refuses damaged shards; ``"skip"`` uses their whole rows and logs the loss.
         cache_dir: Folder of the shard indexes; None: ``$DMAGENT_CACHE_DIR``, else ``~/.cache/dmagent_loader``.
-        progress: Show a progress bar while shards are indexed.
+        progress: Whether to show a progress bar while shards are indexed.
 
     Raises:
-        ConfigurationError: A value that cannot work.
+        ConfigurationError: A value is invalid.
     """
 
     batch_size: int | None = None
@@ -61,17 +61,18 @@ class ReadingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderSettings:
-    """The loader that reads a sampler.
+    """Description of the loader that reads a sampler.
 
     Args:
         kind: ``"sharded"``: each rank reads its share. ``"whole"``: the trainer splits one stream among its ranks.
         batch_size: Samples of one rank in one batch.
-        samples_per_fetch: Consecutive samples that the loader takes from one worker's stream at a time; None: unknown.
-        samples_per_step: Samples of one rank to a multiple of which the run is cut, for example one optimizer step.
+        samples_per_fetch: Consecutive samples that the loader takes from the stream of one worker at a time; None:
+            unknown.
+        samples_per_step: Samples of one rank in one step, for example an optimizer step; the run is cut to whole steps.
         prefetch_factor: Batches that each worker prepares ahead.
-        prefetched_samples: Most samples over all ranks that the loader and its workers hold beyond those consumed; 0:
-            derived from the workers.
-        by_trainer: Whether an integration reads, counts and decides. Checks meant for loops of one's own are then off.
+        prefetched_samples: Upper bound on the samples, over all ranks, that the loader and its workers hold beyond
+            those consumed; 0: derived from the workers.
+        by_trainer: Whether an integration reads, counts and decides. Checks meant for hand-written loops are then off.
     """
 
     kind: StreamKind = "sharded"

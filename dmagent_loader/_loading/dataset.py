@@ -1,4 +1,4 @@
-"""A feed as a torch dataset: iteration, position, and the description of the loader that reads it."""
+"""A feed as a torch dataset: iteration, position, and the loader that reads it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dmagent_loader.shards import ShardCollection
 
 
 class FeedDataset(IterableDataset[Sample]):
-    """The part of a sampler that a reading process has: the base of `AgentWeightedSampler`, which adds decisions.
+    """The reading half of a sampler: the base of `AgentWeightedSampler`, which adds decisions.
 
     Args:
         feed: The samples.
@@ -42,18 +42,18 @@ class FeedDataset(IterableDataset[Sample]):
         return stream
 
     def __bool__(self) -> bool:
-        """True: a sampler without an end has no length to be judged by."""
+        """True. Python would otherwise ask for the length, which a sampler without an end does not have."""
         return True
 
     def __len__(self) -> int:
-        """Samples that one iterator over the whole run delivers, if data run out under the present ledger.
+        """Samples that one iterator over the whole run delivers under the present ledger.
 
         Raises:
             TypeError: The run has no end, because every domain with weight repeats.
         """
         length = self._feed.length
         if length is None:
-            raise TypeError("this sampler has no length: the domains repeat without end; bound the run by its steps")
+            raise TypeError("this sampler has no length, because its domains repeat forever: limit the run by steps")
         return length
 
     @property
@@ -62,13 +62,13 @@ class FeedDataset(IterableDataset[Sample]):
         return self._feed.plan.space
 
     def seek(self, consumed: int) -> None:
-        """Lets the next pass begin after so many consumed samples, whatever was handed out.
+        """Makes the next pass begin after `consumed` samples, whatever was handed out.
 
         Args:
             consumed: Samples consumed over all ranks since the run began.
 
         Raises:
-            ConfigurationError: It is not a whole number of 0 or more.
+            ConfigurationError: `consumed` is not a whole number of 0 or more.
         """
         self._feed.cursor.seek(whole_number("consumed", consumed, least=0))
 
@@ -78,10 +78,10 @@ class FeedDataset(IterableDataset[Sample]):
         return self._feed.sample_at(0, shard, 0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Does not change the order; accelerate's loaders call it before each pass.
+        """Does not change the order; the loaders of accelerate call it before each pass.
 
         Raises:
-            ConfigurationError: accelerate would split the stream again, of which each process reads its share already.
+            ConfigurationError: accelerate would split the stream again, although each process already reads its share.
         """
         refuse_splitting(self._feed)
         if self._before_iteration is not None:
@@ -96,7 +96,7 @@ class FeedDataset(IterableDataset[Sample]):
         """Domain -> samples among the global indices from `start` up to `stop` (None: all handed out).
 
         Raises:
-            ConfigurationError: They are not whole numbers of 0 or more, or `stop` is before `start`.
+            ConfigurationError: The indices are not whole numbers of 0 or more, or `stop` is before `start`.
         """
         start = whole_number("start", start, least=0)
         stop = whole_number("stop", self._feed.cursor.frontier if stop is None else stop, least=start)
@@ -120,11 +120,11 @@ class FeedDataset(IterableDataset[Sample]):
 
     @property
     def end(self) -> int | None:
-        """Global index at which the run ends for lack of data, cut to whole steps on all ranks; None: never."""
+        """Global index at which the data are used up and the run ends, cut to whole steps on all ranks; None: never."""
         return self._feed.end
 
     def finished(self, consumed: int) -> bool:
-        """Whether the run has ended, for lack of data, after so many consumed samples."""
+        """Whether the data are used up after `consumed` samples."""
         return self._feed.finished(consumed)
 
     @property
@@ -160,20 +160,20 @@ class FeedDataset(IterableDataset[Sample]):
         counts_every_batch: bool = False,
         before_iteration: Callable[[], None] | None = None,
     ) -> None:
-        """Describes the loader or trainer that reads the sampler, before its first sample. None leaves as it is.
+        """Describes the loader or trainer that reads the sampler, before its first sample. None changes nothing.
 
         Args:
             loader: Batches, workers and prefetch.
-            rank: Data-parallel rank, from trainers that make their process groups after the sampler was built.
+            rank: Data-parallel rank, for trainers that create their process groups after the sampler was built.
             world_size: Number of data-parallel processes.
             transform: Function from sample to sample.
-            keep_length: `len` stays as it is now, whatever mixes come; for trainers that end an epoch by it.
-            counts_every_batch: `reweight_due` is called after each batch, so a new pass begins there, and samples
-                fetched ahead by the last one come again.
-            before_iteration: Called when a loader announces a pass, before it makes its iterator.
+            keep_length: Whether `len` keeps its present value under later mixes; for trainers that end an epoch by it.
+            counts_every_batch: Whether `reweight_due` is called after each batch. A new pass then begins after the last
+                report, and delivers prefetched samples again.
+            before_iteration: Function called when a loader announces a pass, before it makes its iterator.
 
         Raises:
-            ConfigurationError: More processes than rows, or another batch size than `reading` names.
+            ConfigurationError: There are more processes than rows, or the batch size differs from that in `reading`.
         """
         if loader is not None:
             self._feed.set_loader(loader)

@@ -1,7 +1,7 @@
-"""All that one process needs to read the samples of a run, in one picklable object.
+"""The state that one process needs to read the samples of a run, in one picklable object.
 
-The main process and each torch data worker hold a `Feed` of their own. It knows shards, plan, decoder and loader, and
-nothing of policies: a decision reaches it as a ledger entry, in the main process by `append`, in a worker through the
+The main process and each torch data worker hold their own `Feed`. It knows shards, plan, decoder and loader, and
+nothing of policies. A decision reaches it as a ledger entry: in the main process by `append`, in a worker through the
 mailbox.
 """
 
@@ -44,11 +44,11 @@ class Feed:
         world_size: Number of data-parallel processes; None: from `torch.distributed`.
 
     Raises:
-        ConfigurationError: A rank outside the world, or more ranks than rows.
+        ConfigurationError: The rank is outside the world, or there are more ranks than rows.
 
     Attributes:
-        loader: The loader that reads the feed.
-        version: Grows whenever the plan changes; iterators plan anew then.
+        loader: Loader that reads the feed.
+        version: Number of changes of the plan; iterators plan again when it grows.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Feed:
         self.cursor = Cursor(self.mailbox)
         self.version = 0
         self._received = 0
-        """Published mixes that this copy has taken over."""
+        """Published mixes that this copy has applied."""
         self._length: int | None = None
         self._undercount_reported = False
         self.check_ranks()
 
-    # The place of this process
+    # Ranks and loader
 
     @property
     def rank(self) -> int:
@@ -93,7 +93,7 @@ class Feed:
         return distributed.get_world_size() if self._world_size is None else self._world_size
 
     def set_ranks(self, rank: int, world_size: int) -> None:
-        """Sets the place of this process, for trainers that make their process groups after the sampler was built."""
+        """Sets rank and world size, for trainers that create their process groups after the sampler was built."""
         self._rank, self._world_size = rank, world_size
         self.check_ranks()
 
@@ -101,11 +101,14 @@ class Feed:
         """Refuses a rank outside the world, and more ranks than rows.
 
         Raises:
-            ConfigurationError: One of the two.
+            ConfigurationError: Either is the case.
         """
         total = int(self.plan.num_rows.sum())
         if not 0 <= self.rank < self.world_size:
-            raise ConfigurationError(f"rank {self.rank} does not lie in a world of {self.world_size} processes")
+            raise ConfigurationError(
+                f"rank {self.rank} is outside a world of {self.world_size} processes: pass a rank from 0 to "
+                f"{self.world_size - 1}"
+            )
         if self.world_size > total:
             raise ConfigurationError(
                 f"world size {self.world_size} is larger than the {total} rows of all {len(self.plan.space)} domains "
@@ -116,13 +119,14 @@ class Feed:
         """Describes the loader, before its first sample.
 
         Raises:
-            ConfigurationError: The reading config names another batch size.
+            ConfigurationError: The reading config has another batch size.
         """
         declared = self.reading.batch_size
         if declared is not None and loader.samples_per_fetch is not None and declared != loader.batch_size:
             raise ConfigurationError(
                 f"reading=ReadingConfig(batch_size={declared}), but the loader has batch size {loader.batch_size}: the "
-                "order of samples would depend on the data workers; leave batch_size out, the loader tells it"
+                "order of samples would depend on the data workers; leave batch_size out, because this loader reports "
+                "its own"
             )
         self.loader = loader
 
@@ -144,26 +148,26 @@ class Feed:
 
     @property
     def end(self) -> int | None:
-        """Global index at which the run ends for lack of data, cut to whole steps on all ranks; None: never."""
+        """Global index at which the data are used up and the run ends, cut to whole steps on all ranks; None: never."""
         end = self.plan.end
         return None if end is None else self.layout(base=self.cursor.position).delivered_end(end)
 
     def finished(self, consumed: int) -> bool:
-        """Whether the run has ended, for lack of data, after so many consumed samples."""
+        """Whether the data are used up after `consumed` samples."""
         layout = self.layout(base=self.cursor.position)
         end = self.plan.ends_by(consumed + layout.samples_per_step_all_ranks)
         return end is not None and consumed >= layout.delivered_end(end)
 
     @property
     def length(self) -> int | None:
-        """Samples that one iterator over the whole run delivers under the present ledger; None: without end."""
+        """Samples that one iterator over the whole run delivers under the present ledger; None: the run has no end."""
         if self._length is not None:
             return self._length
         end = self.plan.end
         return None if end is None else self.layout(base=0).num_samples(end)
 
     def keep_length(self) -> None:
-        """Keeps `length` as it is now, whatever mixes come."""
+        """Fixes `length` at its present value, whatever mixes follow."""
         self._length = None
         self._length = self.length
 
@@ -190,7 +194,7 @@ class Feed:
         accepted: bool = True,
         note: str = "",
     ) -> LedgerEntry:
-        """Puts a new mix into force from the first sample on that nobody has fetched; all ranks call it together.
+        """Puts a new mix into force from the first sample that no iterator has fetched; all ranks call it together.
 
         Raises:
             ConfigurationError: Data workers are further ahead than the loader's prefetch explains.
@@ -212,33 +216,32 @@ class Feed:
 
     @property
     def is_behind(self) -> bool:
-        """Whether the main process has published mixes that this copy has not taken over."""
+        """Whether the main process has published mixes that this copy has not applied."""
         return self._received < self.mailbox.published
 
     def receive(self, frontier: int) -> None:
-        """In a data worker: takes over the mixes that the main process has published since the last sample.
+        """In a data worker: applies the mixes that the main process has published since the last sample.
 
         Args:
             frontier: First global index that this worker cannot have delivered.
 
         Raises:
-            StateError: A mix came too late for samples already delivered.
+            StateError: A mix starts before samples that this worker has already delivered.
         """
         while self.is_behind:
             entry = self.mailbox.read(self._received).as_entry()
             if entry.start < frontier:
                 raise StateError(
-                    f"a new mix holds from sample {entry.start}, but a data worker has already delivered samples up "
-                    f"to {frontier} under the old one: the loader runs further ahead than declared; use "
-                    "MixingDataLoader, or pass the DataLoader's own prefetch_factor in "
-                    "reading=ReadingConfig(prefetch_factor=...)"
+                    f"a new mix starts from sample {entry.start}, but a data worker has already delivered samples up "
+                    f"to {frontier} under the old one: the loader prefetches more than declared; use MixingDataLoader, "
+                    "or pass the prefetch_factor of the DataLoader in reading=ReadingConfig(prefetch_factor=...)"
                 )
             self.plan.append(entry)
             self._received += 1
             self.version += 1
 
     def restore(self, plan: Plan, consumed: int) -> None:
-        """Continues another plan after so many consumed samples."""
+        """Continues another plan after `consumed` samples."""
         self.plan = plan
         self.cursor.restore(consumed)
         self.version += 1
@@ -246,37 +249,37 @@ class Feed:
     # Checks of the training loop
 
     def check_consumed(self, consumed: int) -> None:
-        """Compares the samples that training reports with those that were handed out.
+        """Compares the samples that training reports as consumed with those that were handed out.
 
         Raises:
             ConfigurationError: More were reported than handed out.
         """
-        given, workers = self.cursor.given, self.mailbox.num_workers
+        delivered, workers = self.cursor.delivered, self.mailbox.num_workers
         if workers:
-            given = max(given, self.mailbox.frontier())
-        if not self.loader.by_trainer and consumed > given:
+            delivered = max(delivered, self.mailbox.frontier())
+        if not self.loader.by_trainer and consumed > delivered:
             raise ConfigurationError(
-                f"consumed is {consumed}, but only {given} samples were handed out: count the samples of all ranks "
-                "since the run began, once"
+                f"consumed is {consumed}, but only {delivered} samples were handed out: count the samples of all ranks "
+                "since the run began, each sample once"
             )
         if self.loader.by_trainer or workers or self._undercount_reported:
-            return  # workers hand out far more than was trained on
-        done, reported = given - self.cursor.position, consumed - self.cursor.position
+            return  # workers deliver far more than was trained on
+        done, reported = delivered - self.cursor.position, consumed - self.cursor.position
         if reported > 0 and 3 * reported <= done:
             self._undercount_reported = True
             logger.warning(
-                "consumed is %d, but %d samples were handed out: a run that is resumed from there sees most of them "
-                "again; count the samples of all ranks (batch size x world size for each batch), not the batches",
+                "consumed is %d, but %d samples were handed out: a run resumed from this count would train on most of "
+                "them again; count the samples of all ranks (batch size x world size for each batch), not the batches",
                 consumed,
-                given,
+                delivered,
             )
 
     def check_pass(self) -> None:
-        """Warns of a pass that would give each rank the same samples, or nobody any."""
+        """Warns of a pass that would give every rank the same samples, or none at all."""
         processes = os.environ.get("WORLD_SIZE", "")
         if self._rank is None and not distributed.is_active() and processes.isdigit() and int(processes) > 1:
             logger.warning(
-                "WORLD_SIZE is %s, but there is no process group to ask for this process's rank, so that each process "
+                "WORLD_SIZE is %s, but there is no process group to ask for the rank of this process, so every process "
                 "reads the same samples: call init_process_group first, or pass rank= and world_size=",
                 processes,
             )
@@ -284,13 +287,13 @@ class Feed:
         if begin and self.finished(begin):
             logger.warning(
                 "data are used up after %d samples, so a new pass has none: a run is one pass, however often the "
-                "source field repeats; begin another run with a new sampler, or let the target field repeat "
+                "source field repeats; start another run with a new sampler, or let the target field repeat "
                 "(exhausted='repeat')",
                 begin,
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a spawned data worker: the place of the run without its iterator, and the ranks, which it cannot ask."""
+        """State for a spawned data worker: the position without its iterator, and the ranks, unknown to the worker."""
         state = self.__dict__.copy()
         state["cursor"] = copy.copy(self.cursor)
         state["cursor"].position, state["cursor"].stream = self.cursor.handed_out, None
@@ -299,11 +302,11 @@ class Feed:
         return state
 
 
-def check_ranks_given(rank: int | None, world_size: int | None) -> tuple[int | None, int | None]:
-    """The place of this process as a user gave it.
+def validated_ranks(rank: int | None, world_size: int | None) -> tuple[int | None, int | None]:
+    """Rank and world size as passed by a user.
 
     Raises:
-        ConfigurationError: Not whole numbers, or a world size without a rank and no process group to ask.
+        ConfigurationError: They are not whole numbers, or there is a world size without a rank or process group.
     """
     if rank is not None:
         rank = whole_number("rank", rank, least=0)
@@ -311,7 +314,7 @@ def check_ranks_given(rank: int | None, world_size: int | None) -> tuple[int | N
         world_size = whole_number("world_size", world_size, least=1)
         if world_size > 1 and rank is None and not distributed.is_active():
             raise ConfigurationError(
-                f"world_size={world_size} without rank, and no process group to ask: every process would take "
-                "itself for rank 0 and read the same samples; pass rank= too, or call init_process_group first"
+                f"world_size={world_size} without rank, and there is no process group to ask: every process would act "
+                "as rank 0 and read the same samples; pass rank= too, or call init_process_group first"
             )
     return rank, world_size

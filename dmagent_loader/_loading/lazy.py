@@ -1,6 +1,6 @@
-"""Rows to samples: decoded at once, or lazily when one of their values is asked for.
+"""From rows to samples: decoded at once, or lazily on the first access to a value.
 
-Lazy rows of one batch can be read together into one array, which `dmagent_loader.transforms.collate_packed` does.
+The lazy rows of one batch can be read together into one array: see `dmagent_loader.transforms.collate_packed`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class RowReader:
 
     Args:
         collection: The shards.
-        decode: From the bytes of a row to its values.
+        decode: Function from the bytes of a row to its values.
     """
 
     def __init__(self, collection: ShardCollection, decode: Callable[[RawSample], Sample]) -> None:
@@ -34,11 +34,11 @@ class RowReader:
         """A sample with its tags.
 
         Args:
-            address: Its domain, draw, shard and row.
-            raw: Its bytes, if they were read already.
+            address: Address of the row.
+            raw: Bytes of the row; None: they are read now.
 
         Raises:
-            DecodeError: It cannot be decoded; the message names domain and shard.
+            DecodeError: The row cannot be decoded; the message names domain and shard.
             DamagedShardError: The shard changed since it was indexed.
         """
         index, domain, _, shard, row = address
@@ -53,11 +53,11 @@ class RowReader:
 
 
 class LazyRow(Mapping[str, Any]):
-    """A sample that is read when one of its values is asked for; otherwise as any other sample, but read-only.
+    """A read-only sample that is read from its shard on the first access to a value.
 
     Args:
-        reader: Of its iterator.
-        address: Its domain, draw, shard and row.
+        reader: Reader of the iterator that delivered it.
+        address: Address of the row.
     """
 
     __slots__ = ("_address", "_reader", "_sample")
@@ -85,7 +85,7 @@ class LazyRow(Mapping[str, Any]):
         return f"LazyRow({self.read()!r})"
 
     def __reduce__(self) -> tuple[type[Sample], tuple[Sample]]:
-        # Another process gets the values, not the files.
+        # Another process receives the values, not the open files.
         return dict, (self.read(),)
 
 
@@ -93,12 +93,12 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> tuple[Sa
     """The arrays of one member of a batch, read into one array.
 
     Args:
-        samples: What a sampler gave.
-        member: An npy member of one dimension.
+        samples: B samples of a sampler.
+        member: Name of an npy member of one dimension.
 
     Returns:
-        The tags as lists, and the values, (B, T). None: not all are lazy rows of one sampler, with this member alone,
-        in local shards, with the same npy header, read for the first time; then each has to be read by itself.
+        The tags as lists, and the values, (B, T). None if each row has to be read separately: unless all are lazy rows
+        of one sampler, not read before, with this member alone, in local shards and with the same npy header.
 
     Raises:
         DamagedShardError: A shard changed since it was indexed.
@@ -111,14 +111,14 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> tuple[Sa
         if type(sample) is not LazyRow or sample._reader is not reader or sample._sample is not None:
             return None
         addresses.append(sample._address)
-    found = reader.collection.read_equal([(domain, shard, row) for _, domain, _, shard, row in addresses], member)
-    if found is None:
+    rows = reader.collection.read_equal([(domain, shard, row) for _, domain, _, shard, row in addresses], member)
+    if rows is None:
         return None
-    keys, data = found
+    keys, data = rows
     try:
         values = decode_npy_rows(data)
     except DecodeError:
-        return None  # read by itself, the row is named in the error
+        return None  # reading the rows one by one gives an error that names the row
     if values is None:
         return None
     names = reader.names

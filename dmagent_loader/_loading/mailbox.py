@@ -1,12 +1,12 @@
 """Shared memory between a feed and its copies in torch data workers.
 
-The main process publishes new mixes. Every worker sees them before it chooses its next sample, without a new loader.
-Workers publish their progress. The shared fields:
+The main process publishes new mixes. Every worker sees them before it chooses its next sample; the loader need not be
+rebuilt. Workers publish their progress. The shared fields:
 
 | field | written by | read by |
 |---|---|---|
 | ``header[PUBLISHED]``: number of mixes published | main process, after the mix itself | workers, before each sample |
-| ``header[WORKERS]``: generation, workers that began | each worker as it begins; cleared by the main process | main |
+| ``header[WORKERS]``: generation, started workers | each worker as it starts; cleared by the main process | main |
 | ``header[BASE]``: consumed samples | main process | workers that begin a later pass |
 | ``header[GENERATION]``: restarts of the main process | main process | workers, before each sample |
 | ``header[NEWEST]``: start order and key of the newest loader | workers | workers, before each sample |
@@ -26,12 +26,12 @@ from dmagent_loader.mixture.ledger import LedgerEntry
 
 MAX_WORKERS = 256
 CAPACITY = 512
-"""Mixes that a worker may fall behind; it looks before each sample, so only its prefetched samples count."""
+"""Mixes that a worker may fall behind. It looks before each sample, so it can fall behind by its prefetch only."""
 
 _PUBLISHED, _WORKERS, _BASE, _GENERATION, _NEWEST = range(5)
 _COUNT_BITS, _KEY_BITS = 16, 32
-"""Two numbers share one word where a reader must not see one of them without the other: the workers' count below their
-generation, and a loader's key below its turn."""
+"""Widths of the lower half of words that hold two numbers, which a reader must see together: the number of workers
+below their generation, and the key of a loader below its start order."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Mailbox:
         self._view()
 
     def _view(self) -> None:
-        """Views of the shared tensors: reading one number through torch costs ten times as much."""
+        """Makes views of the shared tensors: reading one number through torch costs ten times as much."""
         self._header = memoryview(self._tensors["header"].numpy())  # type: ignore[arg-type]
         self._frontiers = memoryview(self._tensors["frontiers"].numpy())  # type: ignore[arg-type]
         self._passes = memoryview(self._tensors["passes"].numpy())  # type: ignore[arg-type]
@@ -97,15 +97,15 @@ class Mailbox:
         self._header[_PUBLISHED] = number + 1
 
     def read(self, number: int) -> PublishedMix:
-        """The mix published as the given number.
+        """The mix published under a number.
 
         Raises:
-            StateError: It has been overwritten since.
+            StateError: The mix has been overwritten since.
         """
         if self.published - number > CAPACITY:
             raise StateError(
-                f"a data worker fell {self.published - number} mix changes behind and only {CAPACITY} are kept: raise "
-                "samples_per_reweight or lower prefetch_factor"
+                f"a data worker fell {self.published - number} mixes behind, but only the last {CAPACITY} are kept: "
+                "raise samples_per_reweight or lower prefetch_factor"
             )
         slot = number % CAPACITY
         start, decided_at = (int(x) for x in self._indices[slot])
@@ -113,8 +113,7 @@ class Mailbox:
 
     @property
     def base(self) -> int:
-        """Global index at which the next pass over the data begins: what was consumed, as far as the main process
-        knows."""
+        """Global index at which the next pass over the data begins: the consumed samples known to the main process."""
         return self._header[_BASE]
 
     @base.setter
@@ -123,8 +122,8 @@ class Mailbox:
 
     @property
     def generation(self) -> int:
-        """Number of times that the main process began to read by itself, loaded a state or set the run back: workers
-        that started earlier hold another place or ledger."""
+        """Number of times that the main process began to read by itself, loaded a state or set the run back. Workers
+        that started earlier hold another position or ledger."""
         return self._header[_GENERATION]
 
     @generation.setter
@@ -132,24 +131,24 @@ class Mailbox:
         self._header[_GENERATION] = number
 
     def clear_workers(self) -> None:
-        """The main process reads by itself, or a new pass begins: workers have to announce themselves again."""
+        """Forgets the workers: the main process reads by itself, or a new pass begins and workers report again."""
         self._header[_WORKERS] = 0
         self._tensors["frontiers"].zero_()
 
     def agree_on_base(self, worker: int, num_workers: int, key: int, base: int) -> int:
-        """Where all workers of a pass begin: where the first of them did.
+        """The first sample of a pass, for all its workers: that of the worker which begins first.
 
-        What was consumed changes as soon as the first batch of a pass was trained on, and a worker may be late to
-        begin.
+        The number of consumed samples changes as soon as the first batch of a pass was trained on, and a worker may
+        begin later than that.
 
         Args:
             worker: Number of this worker.
-            num_workers: That share the pass.
-            key: Of the pass.
-            base: Where this worker would begin, asked for before this call.
+            num_workers: Number of workers that share the pass.
+            key: Key of the pass.
+            base: First sample as this worker knows it, read before this call.
 
         Raises:
-            StateError: Two workers began at the same moment, and at different samples.
+            StateError: Two workers began at the same moment, at different samples.
         """
         for other in range(num_workers):
             if self._passes[other] == key:
@@ -158,18 +157,17 @@ class Mailbox:
         self._passes[worker] = key
         if any(self._passes[other] == key and self._bases[other] != base for other in range(num_workers)):
             raise StateError(
-                "consumed samples of an earlier pass were reported while the data workers began a new one, and they "
-                "begin at different samples: report what was consumed before the next pass begins"
+                "consumed samples of an earlier pass were reported while the data workers began a new one, so the "
+                "workers begin at different samples: report consumed samples before the next pass begins"
             )
         return base
 
     def is_newest(self, turn: int, key: int) -> bool:
-        """Whether no worker has read whose loader began after that of the worker who asks; its loader is the newest
-        from now on.
+        """Whether the loader of a worker is the newest one that has read; if so, it is recorded as the newest.
 
         Args:
-            turn: Grows with the moment at which the worker was started.
-            key: The same for the workers of a loader, another for those of another one; 32 bits.
+            turn: Start order of the worker; larger for workers started later.
+            key: Key of its loader, shared by all its workers; 32 bits.
         """
         newest = self._header[_NEWEST]
         if newest & ((1 << _KEY_BITS) - 1) == key:
@@ -180,36 +178,38 @@ class Mailbox:
         return True
 
     def start_worker(self, worker: int, num_workers: int, base: int, generation: int) -> int:
-        """A worker says that it begins a pass over the data.
+        """Reports that a worker begins a pass over the data.
 
         Args:
             worker: Number of this worker.
-            num_workers: That share the pass.
-            base: Where it begins.
-            generation: At which the worker was started.
+            num_workers: Number of workers that share the pass.
+            base: First sample of the pass.
+            generation: Generation in which the worker was started.
 
         Returns:
-            How far the same worker had come in the pass before, or 0.
+            The frontier that the same worker had reached in the previous pass, or 0.
 
         Raises:
             ConfigurationError: There are too many workers.
         """
         if num_workers > MAX_WORKERS:
-            raise ConfigurationError(f"{num_workers} data workers on one rank; at most {MAX_WORKERS} are supported")
+            raise ConfigurationError(
+                f"{num_workers} data workers on one rank, but at most {MAX_WORKERS} are supported: lower num_workers"
+            )
         before = self._frontiers[worker]
         self._header[_WORKERS] = generation << _COUNT_BITS | num_workers
         self._frontiers[worker] = base
         return before
 
     def advance(self, worker: int, frontier: int) -> None:
-        """A worker says how far it has come."""
+        """Reports the frontier of a worker."""
         self._frontiers[worker] = frontier
 
     @property
     def num_workers(self) -> int:
         """Workers that have begun; 0 while the main process reads by itself."""
         word = self._header[_WORKERS]
-        if not word:  # the main process reads by itself, and asks before each sample
+        if not word:  # the fast case: the main process reads by itself, and asks before each sample
             return 0
         generation, count = divmod(word, 1 << _COUNT_BITS)
         return count if generation == self.generation else 0

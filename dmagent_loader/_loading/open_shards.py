@@ -1,4 +1,4 @@
-"""Shards in a run of several processes: indexed once, and the same for all."""
+"""Opening shards in a run of several processes: indexed once, and the same for all."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], reading: Readin
         reading: Settings of the reader.
 
     Raises:
-        ShardError: This rank could not open them.
-        RankError: Another rank could not, or the ranks see different data. Every rank raises, so that none waits.
+        ShardError: This rank could not open the shards.
+        RankError: Another rank could not open them, or the ranks see different data. Every rank raises, so none waits.
     """
     collection: ShardCollection | None = None
     with distributed.together(_STEP):
@@ -36,7 +36,7 @@ def open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], reading: Readin
 
 
 def _contents(collection: ShardCollection) -> dict[str, Any]:
-    """What must be the same on all ranks: first the domains, so that a difference is named by them."""
+    """Facts that must be the same on all ranks: the domains first, because they name a difference best."""
     facts: dict[str, Any] = {"the domains": list(collection.domains)}
     for number, domain in enumerate(collection.domains):
         rows = collection.shard_rows(number)

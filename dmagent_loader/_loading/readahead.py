@@ -1,4 +1,4 @@
-"""Rows that threads read in the background, ahead of the samples."""
+"""Reading rows in background threads, ahead of the samples."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Readahead:
                 self._pending[int(located.domain[i]), int(located.draw[i])] = (future, number)
 
     def take(self, domain: int, draw: int, shard: int, row: int) -> RawSample:
-        """A row: from the background if it was requested, otherwise read now."""
+        """A row: from the background if it was requested, otherwise read here."""
         pending = self._pending.pop((domain, draw), None)
         if pending is None:
             return self._collection.read(domain, shard, row)

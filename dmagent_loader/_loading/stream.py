@@ -1,8 +1,8 @@
 """The iterator behind a sampler: from positions to samples, with the domain chosen as late as possible.
 
-Steps of a sample: own position -> global index (layout) -> domain and row (plan) -> bytes (shards, read ahead in
-threads) -> values (decode) -> transform. Positions are planned in blocks; a new mix discards the rest of the block, not
-the rows that were already read for it: the rows of a domain come in the same order under any mix.
+Steps of a sample: position in the iterator -> global index (layout) -> domain and row (plan) -> bytes (shards, read
+ahead in threads) -> values (decode) -> transform. Positions are planned in blocks. A new mix discards the rest of a
+block, but rows already read for it stay useful: the rows of a domain have the same order under any mix.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from dmagent_loader.mixture.simplex import IntArray
 logger = logging.getLogger(__name__)
 
 _FIRST_BLOCK, _LARGEST_BLOCK = 512, 16_384
-"""Positions planned at a time without reading threads: few after a new mix, which may be followed by another, then
-twice as many each time, because the cost of planning hardly grows with their number."""
+"""Positions planned at a time without reading threads: few after a new mix, because another may follow soon, then twice
+as many each time, because the cost of planning hardly grows with their number."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Consecutive positions of an iterator, with where their rows are."""
+    """Consecutive positions of an iterator, with the addresses of their rows."""
 
     first: int
     located: Located
     rows: list[RowAddress]
-    """Of each position: plain integers, because numpy's cost more to read."""
+    """Address of each position, in plain integers: numpy integers cost more to read."""
     frontiers: list[int]
-    """The first global index that cannot have been delivered before each position, and after the last."""
+    """First global index that cannot have been delivered, before each position and after the last."""
 
     @classmethod
     def of(cls, first: int, indices: IntArray, located: Located, frontiers: IntArray) -> _Block:
@@ -58,8 +58,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
     """One iterator over a feed: in the main process, or in one torch worker.
 
     Args:
-        feed: Feed of the main process, or this worker's copy of it.
-        base: Global index at which to begin.
+        feed: Feed of the main process, or the copy of it in this worker.
+        base: Global index at which the iterator begins.
     """
 
     def __init__(self, feed: Feed, base: int) -> None:
@@ -71,8 +71,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             before = feed.cursor.start_worker(info, base)
             if before > base:
                 logger.warning(
-                    "data workers begin again at sample %d, although samples up to %d were given before: report what "
-                    "was consumed (sampler.reweight_due(consumed)) if those were trained on",
+                    "data workers begin again at sample %d, although samples up to %d were delivered before: if those "
+                    "were trained on, report them with sampler.reweight_due(consumed)",
                     base,
                     before,
                 )
@@ -93,7 +93,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
 
     @property
     def frontier(self) -> int:
-        """The first global index that this iterator, and those in step with it, cannot have delivered."""
+        """The first global index that neither this iterator nor those in step with it can have delivered."""
         if self._block.frontiers:
             return self._block.frontiers[self._cursor]
         return self._base if self._layout is None else self._layout.frontier(self.taken)
@@ -105,10 +105,10 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         if self._worker is None:
             if feed.cursor.stream is not self or feed.mailbox.num_workers:
                 raise StateError(
-                    "another iterator over this sampler was made, a state was loaded, or the run was set to another "
-                    "place while this iterator was in use, but the place of a run is kept for one at a time: make a "
-                    "new one after load_state_dict() or seek(), by iter() over the sampler or its DataLoader, and look "
-                    "at samples through a sampler of their own"
+                    "while this iterator was in use, another iterator over this sampler was made, a state was loaded, "
+                    "or the run was moved by seek(). A sampler keeps the position of one iterator only: call iter() on "
+                    "the sampler or its DataLoader again after load_state_dict() or seek(), and use a separate sampler "
+                    "to look at samples"
                 )
         else:
             feed.cursor.check_worker(self._worker)
@@ -138,7 +138,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             tags = {name: sample[name] for name in ("__key__", "__domain__", "__index__")}
             transformed = feed.transform(sample)
             if not isinstance(transformed, Mapping):
-                raise ConfigurationError(f"transform returned {shown(transformed)}; it must return a sample, a dict")
+                raise ConfigurationError(f"transform returned {shown(transformed)}; it must return a sample (a dict)")
             sample = {**tags, **transformed}
         self._cursor = cursor + 1
         if self._worker is not None:
@@ -149,7 +149,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         """Fixes the layout at the first sample, when the loader is known.
 
         Raises:
-            ConfigurationError: A data worker whose loader's batch size is unknown.
+            ConfigurationError: This is a data worker, and the batch size of its loader is unknown.
         """
         if self._worker is None:
             return self._feed.layout(base=self._base)
@@ -163,16 +163,16 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         return self._feed.layout(base=self._base, worker=self._worker.id, num_workers=self._worker.num_workers)
 
     def _replan(self) -> None:
-        """Drops what was planned under an older ledger."""
+        """Drops the positions planned under an older ledger."""
         self._version = self._feed.version
         self._block = replace(_NOTHING_PLANNED, first=self.taken)
         self._cursor, self._next, self._num_planned = 0, None, _FIRST_BLOCK
 
     def _advance_block(self) -> bool:
-        """Continues with the next block, and has the rows of the one after it read in the background.
+        """Moves to the next block, and starts reading the rows of the one after it in the background.
 
         Returns:
-            False if there is none: the run has ended.
+            Whether there is a next block; False: the run has ended.
         """
         block = self._next if self._next is not None else self._plan(self.taken)
         if block is None:
@@ -206,7 +206,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         try:
             located = plan.locate(indices)
         except ExhaustedError:
-            # The end lies inside the block: deliver one by one what comes before it.
+            # The end lies inside the block: deliver the samples before it one by one.
             indices = indices[:1]
             located = plan.locate(indices)
         frontiers = self._layout.frontiers(np.arange(first, first + len(indices) + 1))

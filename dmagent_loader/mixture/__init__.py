@@ -2,11 +2,11 @@
 
 Everything here is a pure function of its arguments: numpy only; no files, no clock, no torch.
 
-The plan is the heart of the package. A ledger says from which global sample index each mix holds. Within one mix,
-`domain_order` gives every index a domain such that each prefix keeps the mix, and `row_order` gives each draw of a
-domain a row, without replacement. Both work in closed form, so any index is found without going through those before
-it: ``(seed, ledger, index) -> (domain, shard, row)``. `sharding` then says which indices one rank or data worker
-delivers.
+The plan is the heart of the package. A ledger records the global sample index from which each mix applies. Within one
+mix, `domain_order` assigns a domain to every index, and every prefix of that order matches the mix. `row_order` assigns
+a row to each draw of a domain, without replacement. Both are closed-form, so any index is found without visiting the
+earlier ones: ``(seed, ledger, index) -> (domain, shard, row)``. `sharding` selects the indices that one rank or data
+worker delivers.
 """
 
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainSpace

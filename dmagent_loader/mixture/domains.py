@@ -1,8 +1,8 @@
 """Domains, domain spaces, and the map between a user's space and the canonical one.
 
-A *field* is what a corpus serves: ``source`` is to be kept, ``target`` is to be learnt. A *domain* is a named part of
-the data inside one field. The canonical space is the 26 topics of the NVIDIA domain classifier in each of the two
-fields.
+A *field* is the purpose of a corpus: the model must not forget ``source`` data, and should learn ``target`` data. A
+*domain* is a named part of the data inside one field. The canonical space is the 26 topics of the NVIDIA domain
+classifier in each of the two fields.
 
 Shapes: U user domains, C = 52 canonical domains.
 """
@@ -63,8 +63,8 @@ class Domain:
     Args:
         name: Unique in its space, for example ``"source/Science"``.
         field: ``"source"`` or ``"target"``; other names are allowed for policies that do not need the two roles.
-        composition: P(topic | this domain) over the canonical topics; None: the topic that the last part of the name
-            names, or else no knowledge (uniform).
+        composition: P(topic | this domain) over the canonical topics; None: the topic named by the last part of the
+            domain name, or a uniform distribution if it names none.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Domain:
 
     @property
     def topic(self) -> str | None:
-        """The canonical topic that the name ends in, if it does."""
+        """The canonical topic at the end of the name, if there is one."""
         last = self.name.rsplit("/", 1)[-1]
         return last if last in CANONICAL_TOPICS else None
 
@@ -131,11 +131,11 @@ class DomainSpace:
         seen: set[str] = set()
         for domain in self.domains:
             if not isinstance(domain.name, str) or not _is_text(domain.name):
-                raise DomainError(f"domain {domain.name!r} is no name: use text that can be written as UTF-8")
+                raise DomainError(f"domain name {domain.name!r} is not valid UTF-8 text: use text that is")
             if not domain.name or not domain.field:
                 raise DomainError(f"{domain} needs both a name and a field")
             if domain.name in seen:
-                raise DomainError(f"domain {domain.name!r} is listed twice: every domain needs a name of its own")
+                raise DomainError(f"domain {domain.name!r} is listed twice: give every domain a unique name")
             seen.add(domain.name)
 
     @classmethod
@@ -155,11 +155,11 @@ class DomainSpace:
 
         Args:
             names: Domain names, in order.
-            fields: Field of each domain that does not carry it in its name.
+            fields: Field of each domain whose name does not contain it.
             compositions: P(topic | domain) of some or all domains, by domain name.
 
         Raises:
-            DomainError: A domain without a field, or an entry of `fields` or `compositions` for no domain.
+            DomainError: A domain has no field, or an entry of `fields` or `compositions` names an unknown domain.
         """
         names = list(names)
         fields = dict(fields or {})
@@ -167,15 +167,15 @@ class DomainSpace:
         for label, mapping in (("fields", fields), ("compositions", compositions)):
             unknown = sorted(set(mapping) - set(names))
             if unknown:
-                raise DomainError(f"{label} names {unknown}, which are no domains; the domains are {names}")
+                raise DomainError(f"{label} names {unknown}, which are not domains; the domains are {names}")
         domains = []
         for name in names:
             prefix = name.split("/", 1)[0]
             domain_field = fields.get(name, prefix if prefix in FIELDS else None)
             if domain_field is None:
                 raise DomainError(
-                    f"domain {name!r} belongs to no field, so it is unknown whether it is to be kept or learnt: name "
-                    f"it 'source/{name}' or 'target/{name}', or pass fields={{{name!r}: 'source'}}"
+                    f"domain {name!r} belongs to no field, so it could be source or target data: name it "
+                    f"'source/{name}' or 'target/{name}', or pass fields={{{name!r}: 'source'}}"
                 )
             domains.append(Domain(name=name, field=domain_field, composition=compositions.get(name)))
         return cls(tuple(domains))
@@ -224,11 +224,11 @@ class DomainSpace:
         Args:
             weights: D numbers, or domain -> weight; with `shares` also field -> weight.
             renormalize: Divide by the sum, whatever it is.
-            shares: (D,) by which a field's weight is split over its domains: their rows, say.
+            shares: (D,) proportions in which a field's weight is split over its domains, for example their rows.
 
         Raises:
-            DomainError: A name that is neither a domain nor, with `shares`, a field.
-            MixError: Not a distribution.
+            DomainError: A name is neither a domain nor, with `shares`, a field.
+            MixError: The weights are not a distribution.
         """
         if shares is not None and isinstance(weights, Mapping):
             split: dict[str, float] = {}
@@ -263,8 +263,8 @@ class Projection:
     Attributes:
         mix: (U,), sums to 1.
         uncovered: Mass of the canonical mix on topics that no user domain of the field covers; it stayed in its field.
-        kl: KL(a || wC) over the covered topics of each field in nats, weighted by the fields' masses: what the user's
-            domains cannot express. Uncovered mass adds nothing to it.
+        kl: KL(a || wC) over the covered topics of each field in nats, weighted by the fields' masses. It measures the
+            part of the mix that the user's domains cannot express. Uncovered mass adds nothing to it.
     """
 
     mix: FloatArray
@@ -277,11 +277,11 @@ class DomainMap:
     """The map between a user's space and the canonical space (extension, not in the paper).
 
     ``composition[u, c] = P(canonical c | user domain u)``, block-diagonal by field. With one domain per field,
-    `to_user` is exactly the paper's summing of 26 topics into one weight.
+    `to_user` is exactly the paper's sum of 26 topics into one weight.
 
     Args:
         space: The user's space; its fields must be exactly ``source`` and ``target``.
-        natural: (U,) natural shares, from which the projection starts; None: equal shares.
+        natural: (U,) natural shares, the starting point of the projection; None: equal shares.
         iterations: EM steps of the projection; 1 is the Bayes split.
     """
 
@@ -296,7 +296,7 @@ class DomainMap:
                 f"the agent needs domains in both fields 'source' and 'target', but the fields are {self.space.fields}"
             )
         if self.iterations < 1:
-            raise DomainError(f"a projection of {self.iterations} iterations would ignore the agent: give at least 1")
+            raise DomainError(f"a projection of {self.iterations} iterations would ignore the agent: use at least 1")
         if self.natural is not None:
             natural = np.asarray(self.natural, dtype=np.float64)
             if natural.shape != (len(self.space),) or not np.isfinite(natural).all() or (natural < 0).any():
@@ -312,7 +312,7 @@ class DomainMap:
         object.__setattr__(self, "composition", composition)
 
     def to_canonical(self, mix: FloatArray) -> FloatArray:
-        """The user mix seen by the agent: pC.
+        """The user mix as the agent sees it: pC.
 
         Args:
             mix: (..., U), sums to 1.
@@ -323,7 +323,7 @@ class DomainMap:
         return np.asarray(mix @ self.composition, dtype=np.float64)
 
     def to_user(self, canonical: FloatArray) -> Projection:
-        """The user mix that comes closest to the agent's: minimises KL(a || wC) inside each field.
+        """The user mix closest to the agent's: minimises KL(a || wC) inside each field.
 
         Args:
             canonical: (52,), sums to 1.
@@ -353,23 +353,23 @@ class DomainMap:
         return Projection(mix=mix / mix.sum(), uncovered=max(0.0, 1.0 - reached), kl=max(0.0, kl))
 
 
-def start_state_mix(space: DomainSpace, natural: FloatArray, given: Mapping[str, float] | None) -> FloatArray:
+def start_state_mix(space: DomainSpace, natural: FloatArray, weights: Mapping[str, float] | None) -> FloatArray:
     """The mix of the base model's own training data (paper, 3.1).
 
     Args:
         space: The domains.
-        natural: (D,) each domain's share of all rows.
-        given: Domain or field -> weight; None: the source domains' shares of rows.
+        natural: (D,) share of all rows of each domain.
+        weights: Domain or field -> weight; None: the source domains' shares of rows.
 
     Returns:
         (D,), sums to 1.
 
     Raises:
-        DomainError: An unknown domain.
+        DomainError: A domain is unknown.
         MixError: The weights are not a distribution.
     """
-    if given is not None:
-        return space.mix(given, shares=natural)
+    if weights is not None:
+        return space.mix(weights, shares=natural)
     source = np.array([d.field == SOURCE for d in space.domains])
     kept = np.where(source, natural, 0.0)
     return kept / kept.sum() if kept.sum() > 0 else natural

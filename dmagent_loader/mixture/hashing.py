@@ -1,7 +1,7 @@
-"""Seeded integers that are the same on every machine and every version of numpy.
+"""Seeded integers that are the same on every machine and with every version of numpy.
 
 numpy does not promise that a generator draws the same numbers in its next release, and a run may be resumed after an
-upgrade; so the plan draws from its own fixed mixing function.
+upgrade. The plan therefore draws from its own fixed mixing function.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 _ONE = np.uint64(1)
 _ROUNDS = 4
 _SMALLEST_NETWORK = 16
-"""Four rounds over fewer values prefer some orders by some percent."""
+"""Smallest range of the network: over fewer values, four rounds favour some orders by a few percent."""
 _SHIFT_30, _SHIFT_27, _SHIFT_31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
@@ -36,7 +36,7 @@ def random_bits(key: int | UIntArray, counter: IntArray) -> UIntArray:
     """64 random bits for each counter of a stream (the SplitMix64 generator, by position).
 
     Args:
-        key: Of the stream; one, or one for each counter.
+        key: Key of the stream, or one key for each counter.
         counter: (n,) positions in the stream.
 
     Returns:
@@ -50,13 +50,13 @@ def random_bits(key: int | UIntArray, counter: IntArray) -> UIntArray:
 
 
 def scatter(key: UIntArray, position: IntArray, length: IntArray) -> IntArray:
-    """Where each position goes under a random permutation of ``range(length)``, without making the permutation.
+    """The image of each position under a random permutation of ``range(length)``, without building the permutation.
 
-    A Feistel network over the smallest power of two that holds `length` (16 or more); what falls beyond `length` goes
-    through it again until it does not.
+    A Feistel network permutes the smallest power of two that holds `length` (16 or more). A result of `length` or more
+    goes through the network again until it is below `length` (cycle walking).
 
     Args:
-        key: (n,) of the permutation that each position belongs to.
+        key: (n,) key of the permutation of each position.
         position: (n,) int64, each below its `length`.
         length: (n,) int64, at least 1.
 
@@ -77,7 +77,7 @@ def scatter(key: UIntArray, position: IntArray, length: IntArray) -> IntArray:
 def _feistel(
     key: UIntArray, value: UIntArray, low_bits: UIntArray, low_mask: UIntArray, high_mask: UIntArray
 ) -> UIntArray:
-    """One pass of the network of `scatter`: each half is changed by a random function of the other, in turn."""
+    """One pass of the network of `scatter`: each half in turn is changed by a random function of the other."""
     high, low = value >> low_bits, value & low_mask
     for _ in range(_ROUNDS):
         key = key + _GAMMA
@@ -93,10 +93,10 @@ def _mixed(z: UIntArray) -> UIntArray:
 
 
 def permutations(keys: Sequence[int], lengths: IntArray) -> IntArray:
-    """Permutations of ``range(length)``, one behind the other: each is the order of `length` draws of its stream.
+    """Concatenated permutations of ``range(length)``: each sorts the first `length` draws of its stream.
 
     Args:
-        keys: N streams.
+        keys: Keys of the N streams.
         lengths: (N,) int64, at least 1.
 
     Returns:
@@ -104,7 +104,7 @@ def permutations(keys: Sequence[int], lengths: IntArray) -> IntArray:
     """
     first = np.cumsum(lengths) - lengths
     positions = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(first, lengths)
-    # Each position in the low bits of its draw: so there are no equal ones, and sorting is faster than argsort.
+    # The low bits of each draw hold its position: no two draws are equal, and a sort is faster than an argsort.
     low_bits = np.repeat(np.array([(1 << length.bit_length()) - 1 for length in lengths.tolist()], np.uint64), lengths)
     drawn = random_bits(np.repeat(np.array(keys, np.uint64), lengths), positions)
     drawn = (drawn & ~low_bits) | positions.view(np.uint64)

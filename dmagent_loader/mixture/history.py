@@ -1,4 +1,4 @@
-"""What a policy sees: the mixes used so far and the feedback after each; and how feedback is standardised.
+"""The history that a policy sees, of mixes and the feedback after each, and the standardisation of feedback.
 
 Shapes: T steps so far, D domains, K fields of the environment.
 """
@@ -23,12 +23,12 @@ class History:
     """The mixes of all reweighting steps so far and the feedback after each (state s_t of the paper, section 2).
 
     Row 0 is the start state: the mix of the base model's own training data, and the base model's feedback. Row i is the
-    mix trained on in step i and the feedback measured after it. A policy proposes the mix of step T.
+    mix trained on in step i, and the feedback measured after it. A policy proposes the mix of step T.
 
     Args:
         domains: D domain names.
-        fields: K names of the environment's fields, in the order of the feedback columns. For the agent the first is
-            the one to keep (general), the second the one to acquire (math, code).
+        fields: K names of the environment's fields, in the order of the feedback columns. An agent keeps the first
+            (general) and acquires the second (math, code).
         mixes: (T, D), rows sum to 1.
         feedback: (T, K), mean log-probability per answer token, in nats.
     """
@@ -79,12 +79,12 @@ def validate_feedback(feedback: Mapping[str, float], fields: Sequence[str]) -> F
     try:
         values = np.array([float(feedback[f]) for f in fields], dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise FeedbackError(f"the feedback holds something that is no number: {dict(feedback)}") from error
+        raise FeedbackError(f"the feedback holds a value that is not a number: {dict(feedback)}") from error
     if not np.isfinite(values).all():
         bad = {f: float(v) for f, v in zip(fields, values, strict=True) if not np.isfinite(v)}
         raise FeedbackError(
-            f"the feedback is not finite: {bad}; the model has probably diverged: check its loss, the mix was left "
-            "unchanged"
+            f"the feedback is not finite: {bad}; the mix was left unchanged. The model has probably diverged: check "
+            "its loss"
         )
     return values
 
@@ -96,7 +96,7 @@ class FeedbackStatistics:
     Args:
         mean: K numbers.
         std: K positive numbers.
-        count: Number of feedback values behind them.
+        count: Number of feedback values that they summarise.
     """
 
     mean: tuple[float, ...]
@@ -128,18 +128,19 @@ def standardize(
 ) -> FloatArray:
     """Standardises one run's feedback for the agent.
 
-    ``frozen`` uses the training trajectories' statistics (paper, C.3). An unseen model has another range, so two more
-    modes exist (extensions, not in the paper): ``running`` uses the run's own mean and spread so far; ``anchored`` puts
-    the run's first feedback at 0 and scales by the training spread, updated with the run's own:
-    variance_t = (n0 s_train^2 + SS_t) / (n0 + t), SS_t = sum of squared deviations from the anchor.
+    ``frozen`` uses the statistics of the training trajectories (paper, C.3). The feedback of an unseen model has a
+    different range, so there are two more modes (extensions, not in the paper). ``running`` uses the mean and spread of
+    the run so far. ``anchored`` puts the first feedback of the run at 0 and scales by the training spread, updated with
+    the spread of the run: variance_t = (n0 s_train^2 + SS_t) / (n0 + t), SS_t = sum of squared deviations from the
+    anchor.
 
-    Row t uses only rows up to t, so that what the agent saw at a step does not change later.
+    Row t uses only rows up to t, so an earlier step never looks different later.
 
     Args:
         feedback: (T, K).
-        statistics: Of the training trajectories.
+        statistics: Statistics of the training trajectories.
         mode: ``"frozen"``, ``"running"`` or ``"anchored"``.
-        prior_weight: n0, how many observations the training spread counts for.
+        prior_weight: n0, the number of observations that the training spread counts for.
 
     Returns:
         (T, K).

@@ -1,6 +1,6 @@
-"""The append-only record of which mix holds from which global sample on, who decided it, and on what feedback.
+"""The append-only record of all mixes: the global sample each starts at, who decided it, and on which feedback.
 
-Together with the seed it determines every sample of a run; see `dmagent_loader.mixture.plan`.
+Ledger and seed together determine every sample of a run; see `dmagent_loader.mixture.plan`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ MANUAL = "manual"
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerEntry:
-    """One mix and where it comes from.
+    """One mix and its origin.
 
     Args:
-        start: Global sample index from which the mix holds.
+        start: Global sample index from which the mix applies.
         mix: D weights that sum to 1, in the order of the ledger's domains.
         decided_by: ``"initial"``, ``"manual"`` or the name of the policy.
         decided_at: Samples that training had consumed at the decision; ``start - decided_at`` is the staleness.
-        feedback: The feedback that the decision rests on, by field; None for manual and initial mixes.
+        feedback: Feedback behind the decision, by field; None for manual and initial mixes.
         accepted: False if the policy failed and the last good mix was kept.
-        note: What a reader of the ledger should know, for example why a proposal was refused.
+        note: Remark for readers of the ledger, for example the reason why a proposal was refused.
     """
 
     start: int
@@ -66,29 +66,29 @@ class Ledger:
         self._digests: list[bytes] = []
 
     def append(self, entry: LedgerEntry) -> None:
-        """Adds an entry. One that starts where the last one starts replaces it: no sample was drawn under that one.
+        """Adds an entry. It replaces the last one if both start at the same sample: none was drawn under the last.
 
         Raises:
-            StateError: The entry starts before the last one, or a first entry does not start at 0.
+            StateError: The entry starts before the last one, or the first entry does not start at 0.
         """
         if len(entry.mix) != len(self.domains):
             raise StateError(f"the ledger entry has {len(entry.mix)} weights for {len(self.domains)} domains")
         last = self._entries[-1].start if self._entries else 0
         if entry.start < last or (not self._entries and entry.start != 0):
             raise StateError(
-                f"a mix that holds from sample {entry.start} cannot follow one that holds from sample {last}: "
-                "the ledger is append-only"
+                f"a mix from sample {entry.start} on cannot follow a mix from sample {last} on: the ledger is "
+                "append-only"
             )
         if self._entries and entry.start == last:
             self._entries.pop()
             self._digests.pop()
         before = self._digests[-1] if self._digests else b""
-        told = repr((entry.start, entry.decided_by, entry.decided_at)).encode()
-        self._digests.append(hashlib.blake2b(before + entry.weights().tobytes() + told, digest_size=8).digest())
+        origin = repr((entry.start, entry.decided_by, entry.decided_at)).encode()
+        self._digests.append(hashlib.blake2b(before + entry.weights().tobytes() + origin, digest_size=8).digest())
         self._entries.append(entry)
 
     def in_force(self, index: int) -> LedgerEntry:
-        """The entry that holds at a global sample index."""
+        """The entry in force at a global sample index."""
         return self._entries[bisect_right(self._entries, index, key=lambda entry: entry.start) - 1]
 
     @property
@@ -97,7 +97,7 @@ class Ledger:
         return self._entries[-1]
 
     def summary(self) -> str:
-        """A line that differs between ledgers with other mixes, for ranks that compare theirs."""
+        """One line that differs between ledgers with different mixes; ranks compare it."""
         return f"{len(self)} mixes, the newest from sample {self.last.start} on, digest {self._digests[-1].hex()}"
 
     def __iter__(self) -> Iterator[LedgerEntry]:
@@ -111,7 +111,7 @@ class Ledger:
 
     def to_json(self) -> list[dict[str, Any]]:
         """The entries as JSON values."""
-        # Not dataclasses.asdict, which copies every weight by itself: seconds for a long run over many domains.
+        # dataclasses.asdict would copy weight by weight, which takes seconds for a long run over many domains.
         return [
             {
                 "start": entry.start,
@@ -130,7 +130,7 @@ class Ledger:
         """Rebuilds a ledger from `to_json`.
 
         Raises:
-            StateError: The entries are not those of a ledger over these domains.
+            StateError: The entries do not form a ledger over these domains.
         """
         if not isinstance(entries, list) or not entries:
             raise StateError("the saved ledger is not a list of entries: the state is damaged")
@@ -141,7 +141,7 @@ class Ledger:
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise StateError(
                     f"entry {number} of the saved ledger cannot be read ({type(error).__name__}: {error}): the state "
-                    "is damaged or was edited; load an older one"
+                    "is damaged or was edited; load an older state"
                 ) from error
             ledger.append(entry)
         return ledger

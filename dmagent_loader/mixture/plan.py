@@ -1,8 +1,8 @@
 """The plan: the pure function (seed, ledger, global sample index) -> (domain, row of the domain).
 
-Between two mixes, and between two moments at which a domain runs out, the effective mix is constant: a *segment*. Each
-segment holds an order of domains with random access (`domain_order`) and the number of samples that each domain had
-given before it, so any sample is found without going through those before it.
+A *segment* is a stretch with a constant effective mix. It ends where a new mix starts or a domain runs out. Each
+segment holds an order of domains with random access (`domain_order`) and the number of samples drawn from each domain
+before it, so any sample is found without visiting the earlier ones.
 
 Shapes: D domains, n samples.
 """
@@ -27,15 +27,15 @@ from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
 ExhaustionRule = Literal["repeat", "stop", "redistribute", "error"]
 _OFF_BY = 4
-"""More samples than a domain can be off its share, what the last mix owed it included."""
+"""More samples than a domain can be off its share, including the debt of the last mix."""
 
 _WINDOW = 1 << 14
-"""Samples that are looked at one by one to find where a domain runs out; a wider window is halved instead."""
+"""Samples examined one by one to find where a domain runs out; a wider range is bisected instead."""
 
 _NEVER = float(1 << 60)
 
 _KEPT_ORDERS = 16
-"""Segments whose order stays in memory, about 100 bytes for each domain: a run may have had thousands of mixes."""
+"""Segments whose order stays in memory, at about 100 bytes per domain: a run may have thousands of mixes."""
 
 EXHAUSTION_RULES: tuple[ExhaustionRule, ...] = get_args(ExhaustionRule)
 
@@ -43,34 +43,36 @@ EXHAUSTION_RULES: tuple[ExhaustionRule, ...] = get_args(ExhaustionRule)
 def exhaustion_rules(
     space: DomainSpace, exhausted: str | Mapping[str, str] | None = None
 ) -> tuple[ExhaustionRule, ...]:
-    """What happens when each domain of a space has given all its rows.
+    """The rule of each domain of a space for when all its rows are used up.
 
-    - ``repeat``: the rows come again in a new order (default for the source field).
-    - ``stop``: the domain's weight goes to the rest of its field, and the run ends when the field is used up, as in the
-      paper (default for every other field).
-    - ``redistribute``: the same without that end: when the field is used up, its weight goes to the other fields.
+    - ``repeat``: the rows are read again in a new order (default for the source field).
+    - ``stop``: the weight of the domain moves to the rest of its field, and the run ends when the field is used up, as
+      in the paper (default for every other field).
+    - ``redistribute``: as ``stop``, but the run continues: when the field is used up, its weight moves to the other
+      fields.
     - ``error``: `ExhaustedError`.
 
-    Weight goes to the domains of the field that have weight themselves, in proportion; only when none of them is left
-    do those without weight take over, by their rows. So a weight of 0 holds as long as the field can do without.
+    The weight moves to those domains of the field that have weight, in proportion to it. Domains of weight 0 take over,
+    in proportion to their rows, only when no domain with weight is left.
 
     Args:
         space: The domains.
-        exhausted: One rule for all, or a mapping from field or domain name to rule (a domain's own wins).
+        exhausted: One rule for all domains, or a mapping from field or domain name to rule (the rule of a domain takes
+            precedence).
 
     Raises:
-        ConfigurationError: An unknown rule, or a name that is neither a field nor a domain.
+        ConfigurationError: A rule is unknown, or a name is neither a field nor a domain.
     """
-    given: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     if isinstance(exhausted, str):
-        given = dict.fromkeys(space.fields, exhausted)
+        chosen = dict.fromkeys(space.fields, exhausted)
     elif isinstance(exhausted, Mapping):
-        given = dict(exhausted)
+        chosen = dict(exhausted)
     elif exhausted is not None:
         raise ConfigurationError(
-            f"exhausted is {shown(exhausted)}; give one rule for all, or a mapping from field or domain to rule"
+            f"exhausted is {shown(exhausted)}; pass one rule for all, or a mapping from field or domain to rule"
         )
-    unknown = sorted(set(given) - set(space.fields) - set(space.names))
+    unknown = sorted(set(chosen) - set(space.fields) - set(space.names))
     if unknown:
         raise ConfigurationError(
             f"exhausted names {unknown}, which are neither fields {space.fields} nor domains: check the spelling"
@@ -78,7 +80,7 @@ def exhaustion_rules(
     rules = []
     for domain in space.domains:
         default = "repeat" if domain.field == SOURCE else "stop"
-        rule = given.get(domain.name, given.get(domain.field, default))
+        rule = chosen.get(domain.name, chosen.get(domain.field, default))
         if rule not in EXHAUSTION_RULES:
             raise ConfigurationError(
                 f"exhaustion rule {rule!r} of domain {domain.name!r} is unknown; choose one of {list(EXHAUSTION_RULES)}"
@@ -89,11 +91,11 @@ def exhaustion_rules(
 
 @dataclass(frozen=True)
 class Located:
-    """Where a batch of samples comes from; all arrays are (n,) int64.
+    """Location of a batch of samples; all arrays are (n,) int64.
 
     Attributes:
         domain: Domain number.
-        draw: How many samples that domain had given before this one.
+        draw: Number of samples drawn from that domain before this one.
         shard: Shard number within the domain.
         row: Row within the shard.
     """
@@ -108,14 +110,14 @@ class Located:
 class _Segment:
     """A stretch with one effective mix.
 
-    It surely lasts up to the index `safe`. Its `stop` is known once it is `settled`; None: the mix never runs out.
+    It lasts at least up to the index `safe`. Its `stop` is known once it is `settled`; None: it never ends by itself.
     """
 
     start: int
     quanta: IntArray | None
     """(D,) int32: the mix in force (`dmagent_loader.mixture.domain_order.in_quanta`); None: the plan ends here."""
     base: IntArray
-    """(D,) samples that each domain gave before."""
+    """(D,) samples drawn from each domain before `start`."""
     carry: IntArray | None = None
     safe: int = 0
     used_up: tuple[int, ...] = ()
@@ -130,7 +132,7 @@ class Plan:
     Args:
         space: The domains.
         shard_rows: For each domain, the rows of each of its shards.
-        seed: Of the run.
+        seed: Seed of the sample order.
         exhausted: See `exhaustion_rules`.
         window: Rows per shuffle window.
 
@@ -156,7 +158,7 @@ class Plan:
         self.num_rows: IntArray = self._rows.num_rows
         empty = [name for name, rows in zip(space.names, self.num_rows, strict=True) if rows == 0]
         if empty:
-            raise EmptyShardError(f"domains {empty} have no rows: give them shards, or leave them out")
+            raise EmptyShardError(f"domains {empty} have no rows: add shards to them, or leave them out")
         self._limited = np.array([rule != "repeat" for rule in self.rules])
         self._segments: list[_Segment] = []
         self._starts: list[int] = []
@@ -164,17 +166,17 @@ class Plan:
         self.ledger = Ledger(space.names)
 
     def empty_copy(self) -> Plan:
-        """The same run without its ledger."""
+        """A plan of the same run with an empty ledger."""
         exhausted = dict(zip(self.space.names, self.rules, strict=True))
         return Plan(self.space, self._shard_rows, seed=self.seed, exhausted=exhausted, window=self.window)
 
     @property
     def natural_mix(self) -> FloatArray:
-        """(D,) each domain's share of all rows, sums to 1."""
+        """(D,) share of all rows of each domain, sums to 1."""
         return np.asarray(self.num_rows / self.num_rows.sum(), dtype=np.float64)
 
     def append(self, entry: LedgerEntry) -> None:
-        """Lets a new mix hold from ``entry.start`` on; samples before it do not change.
+        """Puts a new mix into force from ``entry.start`` on; earlier samples do not change.
 
         Raises:
             StateError: The entry would change the past of the ledger.
@@ -182,6 +184,7 @@ class Plan:
         if self._segments:
             self._extend(entry.start)
         self.ledger.append(entry)
+        # Segments from entry.start on were derived from the mix that this entry replaces.
         while self._segments and self._segments[-1].start >= entry.start:
             self._segments.pop()
             self._orders.pop(self._starts.pop(), None)
@@ -197,29 +200,31 @@ class Plan:
         self._segments.append(self._segment(entry.start, base, owed))
         self._starts.append(entry.start)
 
-    def _segment(self, start: int, base: IntArray, owed: IntArray, asked: np.ndarray | None = None) -> _Segment:
+    def _segment(self, start: int, base: IntArray, owed: IntArray, drawn: np.ndarray | None = None) -> _Segment:
         """The segment that begins at `start`, under the newest mix.
 
         Args:
             start: Global index.
-            base: (D,) samples that each domain gave before.
-            owed: (D,) what each is owed (`DomainOrder.counts_and_owed`).
-            asked: (D,) which domains were drawn from before, under the same mix; None: those with weight in it.
+            base: (D,) samples drawn from each domain before `start`.
+            owed: (D,) debt to each domain (`DomainOrder.counts_and_owed`).
+            drawn: (D,) whether each domain was drawn from in the previous segment of the same mix; None: whether it has
+                weight in the mix.
         """
         mix = self.ledger.last.weights()
         used_up = self._limited & (base >= self.num_rows)
         weights = self._effective(mix, used_up)
-        names = tuple(int(i) for i in np.flatnonzero(used_up))
-        asked = mix > 0 if asked is None else asked
-        failed = tuple(i for i in names if self.rules[i] == "error" and asked[i])
+        members = tuple(int(i) for i in np.flatnonzero(used_up))
+        drawn = mix > 0 if drawn is None else drawn
+        # A used-up domain that the mix does not draw from is not a failure.
+        failed = tuple(i for i in members if self.rules[i] == "error" and drawn[i])
         if weights is None or failed:
-            return _Segment(start, None, base, safe=start, used_up=names, failed=failed)
+            return _Segment(start, None, base, safe=start, used_up=members, failed=failed)
         quanta = in_quanta(weights)
         safe = start + self._safe_length(quanta, base)
-        return _Segment(start, quanta.astype(np.int32), base, owed, safe, names)
+        return _Segment(start, quanta.astype(np.int32), base, owed, safe, members)
 
     def _order(self, segment: _Segment) -> DomainOrder:
-        """The order of domains in a segment, made anew if it was not asked for lately."""
+        """The order of domains in a segment, rebuilt if it is no longer in memory."""
         order = self._orders.get(segment.start)
         if order is None:
             assert segment.quanta is not None
@@ -233,6 +238,7 @@ class Plan:
         """Adds segments until one holds the sample `index`; None: until no domain runs out any more."""
         while (last := self._segments[-1]).quanta is not None:
             if not last.settled:
+                # Finding the exact stop is costly, so it waits until `index` comes near it.
                 if index is not None and index < last.safe:
                     return
                 length = self._until_used_up(self._order(last), last.base)
@@ -241,12 +247,12 @@ class Plan:
             if last.stop is None or (index is not None and index < last.stop):
                 return
             assert last.quanta is not None
-            given, owed = self._order(last).counts_and_owed(last.stop - last.start)
-            self._segments.append(self._segment(last.stop, last.base + given, owed, last.quanta > 0))
+            counts, owed = self._order(last).counts_and_owed(last.stop - last.start)
+            self._segments.append(self._segment(last.stop, last.base + counts, owed, last.quanta > 0))
             self._starts.append(last.stop)
 
     def _effective(self, mix: FloatArray, used_up: np.ndarray) -> FloatArray | None:
-        """The mix after the weights of used-up domains went elsewhere; None: the run ends here."""
+        """The mix after the weights of used-up domains moved to others; None: the run ends here."""
         if not used_up.any():
             return mix
         weights = np.where(used_up, 0.0, mix)
@@ -266,7 +272,7 @@ class Plan:
         return None if total <= 0 else weights / total
 
     def _safe_length(self, quanta: IntArray, base: IntArray) -> int:
-        """Samples before which no limited domain can have given its last row: cheap, and off by a few."""
+        """Lower bound on `_until_used_up`: cheap, and a few samples below it."""
         waiting = self._limited & (quanta > 0)
         if not waiting.any():
             return int(_NEVER)
@@ -275,7 +281,7 @@ class Plan:
         return max(0, int(min(soonest, _NEVER)))
 
     def _until_used_up(self, order: DomainOrder, base: IntArray) -> int | None:
-        """Samples until the first limited domain with weight has given its last row; None: never."""
+        """Samples until the first limited domain with weight is used up; None: never."""
         waiting = self._limited & (order.quanta > 0)
         if not waiting.any():
             return None
@@ -293,9 +299,10 @@ class Plan:
             domain, rank = order.locate(np.arange(low, high))
             last = np.full(len(self.space), -1, dtype=np.int64)
             last[waiting] = left - 1
-            found = np.flatnonzero(rank == last[domain])
-            if len(found):
-                return low + int(found[0]) + 1
+            last_rows = np.flatnonzero(rank == last[domain])
+            if len(last_rows):
+                return low + int(last_rows[0]) + 1
+        # Both bounds are estimates: make sure that `low` is not reached and `high` is, then bisect.
         low = low if low and not reached(low) else 0
         while not reached(high):
             low, high = high, 2 * high
@@ -306,19 +313,19 @@ class Plan:
 
     @property
     def end(self) -> int | None:
-        """Global index at which the run ends because data are used up, under the present ledger; None: never."""
+        """Global index at which the data are used up and the run ends, under the present ledger; None: never."""
         self._extend(None)
         return self._ended()
 
     def ends_by(self, index: int) -> int | None:
-        """`end` if it is at or before a global index, else None; cheaper than `end` where many domains run out."""
+        """`end` if it is at or before a global index, else None; cheaper than `end` if many domains run out."""
         self._extend(index)
         end = self._ended()
         return end if end is not None and end <= index else None
 
     @property
     def failure(self) -> tuple[int, tuple[str, ...]] | None:
-        """Global index at which a domain with rule ``error`` runs out, and which; None: none does."""
+        """Global index at which domains with rule ``error`` run out, and their names; None: none does."""
         self._extend(None)
         last = self._segments[-1]
         return (last.start, tuple(self.space.names[i] for i in last.failed)) if last.failed else None
@@ -364,14 +371,14 @@ class Plan:
             raise ExhaustedError(f"the plan ends at sample {segment.start}: {names} are used up")
 
     def counts(self, index: int) -> IntArray:
-        """Samples that each domain has given before a global index: (D,) int64, sums to the index."""
+        """Samples drawn from each domain before a global index: (D,) int64, sums to the index."""
         segment = self._at(index)
         if segment.quanta is None or index == segment.start:
             return segment.base.copy()
         return segment.base + self._order(segment).counts(index - segment.start)
 
     def mix_at(self, index: int) -> FloatArray:
-        """The effective mix at a global index, after used-up domains gave their weight away: (D,)."""
+        """The effective mix at a global index, without used-up domains: (D,)."""
         segment = self._at(index)
         if segment.quanta is None:
             return np.zeros(len(self.space))
@@ -383,14 +390,14 @@ class Plan:
         return tuple(self.space.names[i] for i in segment.used_up)
 
     def changes(self) -> list[tuple[int, tuple[str, ...]]]:
-        """Where domains run out, under the present ledger: (global index, names used up from there on)."""
+        """Every index at which domains run out, under the present ledger: (index, names used up from there on)."""
         self._extend(None)
-        found: list[tuple[int, tuple[str, ...]]] = []
+        changes: list[tuple[int, tuple[str, ...]]] = []
         for segment in self._segments:
             names = tuple(self.space.names[i] for i in segment.used_up)
-            if names and (not found or found[-1][1] != names):
-                found.append((segment.start, names))
-        return found
+            if names and (not changes or changes[-1][1] != names):
+                changes.append((segment.start, names))
+        return changes
 
     def _at(self, index: int) -> _Segment:
         self._extend(index)

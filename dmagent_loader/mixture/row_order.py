@@ -1,11 +1,11 @@
-"""In which order the rows of each domain come: without replacement, shuffled with locality, by position.
+"""The order of the rows of each domain: without replacement, shuffled with locality, and computed by position.
 
-One pass over a domain (an epoch) visits its shards in a random order, joins their rows into one sequence, cuts that
-into windows and shuffles inside each window. So reading stays within a few shards at a time, every row comes once in
-each epoch, and the row of any draw follows from (seed, domain, draw) alone.
+One pass over a domain (an epoch) visits its shards in a random order, joins their rows into one sequence, cuts the
+sequence into windows and shuffles inside each window. Reads stay within a few shards at a time, every row appears once
+in each epoch, and the row of any draw follows from (seed, domain, draw) alone.
 
-The shuffle inside a window is computed for each position by itself (a Feistel network, `scatter`). A rank that reads
-every ten-thousandth sample so pays for its own samples only, and a thousand domains are looked up in one call.
+The shuffle inside a window is computed for each position separately (a Feistel network, `scatter`). A rank that reads
+every ten-thousandth sample pays for its own samples only, and one call looks up a thousand domains.
 
 Shapes: D domains, S shards of all domains, n draws.
 """
@@ -25,20 +25,20 @@ DEFAULT_WINDOW = 8192
 
 _NO_EPOCH = -1
 _SHARDS_AT_A_TIME = 1 << 14
-"""Shards that are ordered in one call: few enough for the caches of a core."""
+"""Shards ordered in one call: few enough for the caches of a core."""
 
 
 class RowOrders:
     """The order of the rows of every domain.
 
     Args:
-        seed: Of the run.
-        domains: (D,) names; the order of a domain does not change when others come or go.
+        seed: Seed of the run.
+        domains: (D,) names; adding or removing a domain does not change the order of the others.
         shard_rows: For each domain, the rows of each of its shards.
         window: Rows per shuffle window; 1 keeps the rows of a shard in their order.
 
     Raises:
-        ConfigurationError: A window below 1.
+        ConfigurationError: The window is below 1.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class RowOrders:
         self.num_rows: IntArray = np.array([rows.sum() for rows in shard_rows], dtype=np.int64)
         """(D,) rows of each domain."""
         self._first_row: IntArray = np.cumsum(self.num_rows) - self.num_rows
-        # The shards of all domains in the order of the epoch that each domain is in, and how many rows of all domains
-        # come before each. One shard has but one order, which holds in any epoch.
+        # The shards of all domains, each domain in the order of its present epoch, and the number of rows (over all
+        # domains) before each shard. A single shard has only one order, valid in any epoch.
         self._order: IntArray = np.arange(len(self._rows)) - np.repeat(self._first_shard[:-1], num_shards)
         self._starts: IntArray = np.cumsum(self._rows) - self._rows
         self._epoch: IntArray = np.full(len(self._domains), _NO_EPOCH, dtype=np.int64)
@@ -67,8 +67,8 @@ class RowOrders:
         """Shard and row in the shard of each draw.
 
         Args:
-            domain: (n,) int64.
-            draw: (n,) int64; draw k is the k-th sample ever taken from its domain. Epoch = k // rows of the domain.
+            domain: (n,) int64 domain numbers.
+            draw: (n,) int64; draw k is the k-th sample ever drawn from its domain. Epoch = k // rows of the domain.
 
         Returns:
             Shard numbers within the domain (n,) and row numbers (n,).
@@ -90,7 +90,8 @@ class RowOrders:
             left = np.flatnonzero(waiting)
             if not len(left):
                 return shard, row
-            # Every domain that waits goes on to the earliest epoch that is asked of it.
+            # The shard order of a domain is kept for one epoch only: each waiting domain moves to its earliest
+            # requested epoch, and the loop repeats until no draw waits.
             by_epoch = left[np.lexsort((epoch[left], domain[left]))]
             earliest = by_epoch[np.flatnonzero(np.diff(domain[by_epoch], prepend=-1))]
             self._begin_epochs(domain[earliest].tolist(), epoch[earliest].tolist())
@@ -98,20 +99,20 @@ class RowOrders:
             waiting[ready] = False
 
     def _in_epoch(self, domain: IntArray, sequential: IntArray) -> tuple[IntArray, IntArray]:
-        """Shards and rows of positions in the epoch that each domain is in."""
+        """Shards and rows of positions in the present epoch of each domain."""
         sequential = sequential + self._first_row[domain]
-        # Domain by domain, because each search then stays near the one before it, in the cache: 3 times as fast in
-        # 10**6 shards. Of 16 bits, numpy sorts by counting.
+        # Searching domain by domain keeps each search near the previous one, in the cache: 3 times as fast for
+        # 10**6 shards. The narrow type matters: numpy sorts 16-bit integers by counting.
         gathered = np.argsort(domain.astype(self._domain_type), kind="stable")
         sequential = sequential[gathered]
-        place = np.searchsorted(self._starts, sequential, side="right") - 1
+        found = np.searchsorted(self._starts, sequential, side="right") - 1
         shard, row = np.empty_like(domain), np.empty_like(domain)
-        shard[gathered] = self._order[place]
-        row[gathered] = sequential - self._starts[place]
+        shard[gathered] = self._order[found]
+        row[gathered] = sequential - self._starts[found]
         return shard, row
 
     def _begin_epochs(self, domains: Sequence[int], epochs: Sequence[int]) -> None:
-        """Orders the shards of domains anew, several domains at a time: most have too few for numpy to be fast."""
+        """Reorders the shards of domains, many domains per call: most have too few shards for numpy to be fast."""
         first = 0
         while first < len(domains):
             last, num_shards = first, 0
@@ -132,9 +133,9 @@ class RowOrders:
         starts = np.cumsum(rows) - rows
         begin = 0
         for domain, epoch, length in zip(domains, epochs, lengths.tolist(), strict=True):
-            its = slice(begin, begin + length)
-            own = slice(int(self._first_shard[domain]), int(self._first_shard[domain + 1]))
-            self._order[own] = order[its]
-            np.add(starts[its], self._first_row[domain] - starts[begin], out=self._starts[own])
+            computed = slice(begin, begin + length)
+            stored = slice(int(self._first_shard[domain]), int(self._first_shard[domain + 1]))
+            self._order[stored] = order[computed]
+            np.add(starts[computed], self._first_row[domain] - starts[begin], out=self._starts[stored])
             self._epoch[domain] = epoch
             begin += length

@@ -17,7 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 SUM_TOLERANCE = 1e-6
-"""How far the sum of a mix may be from 1 before it is refused; within it, the mix is divided by its sum."""
+"""Largest accepted difference between the sum of a mix and 1; an accepted mix is divided by its sum."""
 
 
 def validate_mix(
@@ -80,17 +80,19 @@ def numbers(weights: object) -> FloatArray:
     """Weights as floats: (n,).
 
     Raises:
-        MixError: They are no numbers, too large, or no flat list.
+        MixError: They are not a flat list of numbers, or too large for a float.
     """
     if isinstance(weights, (str, bytes)):
         raise MixError(f"the mix is {shown(weights)}: give a weight for each domain")
     try:
-        found = np.array(weights, dtype=np.float64)
+        values = np.array(weights, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise MixError(f"the mix is {shown(weights)}, which are no numbers ({error})") from error
-    if found.ndim != 1:
-        raise MixError(f"the mix has shape {found.shape}: give one weight for each domain")
-    return found
+        raise MixError(
+            f"the mix is {shown(weights)}, not a list of numbers ({error}): give one number for each domain"
+        ) from error
+    if values.ndim != 1:
+        raise MixError(f"the mix has shape {values.shape}: give one weight for each domain")
+    return values
 
 
 def largest_remainder(mix: FloatArray, total: int) -> IntArray:
@@ -167,7 +169,7 @@ def em_projection(composition: FloatArray, target: FloatArray, start: FloatArray
         composition: (U, C), rows sum to 1: P(canonical domain | user domain).
         target: (C,), the canonical mix a.
         start: (U,), the natural shares; a domain that starts at 0 stays at 0.
-        iterations: How many steps.
+        iterations: Number of EM steps.
 
     Returns:
         (U,), sums to 1.
@@ -188,7 +190,7 @@ def em_projection(composition: FloatArray, target: FloatArray, start: FloatArray
         previous, mix = mix, mix * (composition @ ratio)
         mix = mix / mix.sum()
         if np.array_equal(mix, previous):
-            break  # to the last bit: the steps that are left would change nothing
+            break  # equal to the last bit: further steps would change nothing
     return np.asarray(mix, dtype=np.float64)
 
 

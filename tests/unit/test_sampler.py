@@ -235,7 +235,7 @@ def test_persistent_workers_refuse_to_go_on_with_an_older_ledger(build):
     loader = MixingDataLoader(sampler, batch_size=4, num_workers=1, persistent_workers=True)
     next(iter(loader))
     sampler.load_state_dict(sampler.state_dict(consumed=4))
-    with pytest.raises(StateError, match="build the DataLoader anew"):
+    with pytest.raises(StateError, match="rebuild the DataLoader"):
         next(iter(loader))
 
 
@@ -265,8 +265,8 @@ def test_an_iterator_in_use_does_not_go_on_after_a_state_was_loaded(build, num_w
         ({"agent": 5}, "agent is 5"),
         ({"exhausted": ["stop"]}, "exhausted is"),
         ({"initial_mix": "half"}, "the mix is 'half'"),
-        ({"initial_mix": {"source": "a", "target": 1.0}}, "no numbers"),
-        ({"initial_mix": {"source": 10**400}}, "no numbers"),
+        ({"initial_mix": {"source": "a", "target": 1.0}}, "not a list of numbers"),
+        ({"initial_mix": {"source": 10**400}}, "not a list of numbers"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )

@@ -60,7 +60,7 @@ def test_a_look_while_workers_read_stops_them(build, look_workers):
     next(stream)
     look = MixingDataLoader(sampler, batch_size=4, num_workers=look_workers, collate_fn=indices)
     assert list(itertools.islice(look, 3)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    with pytest.raises(StateError, match="look at samples through a sampler of their own"):
+    with pytest.raises(StateError, match="use a separate sampler to look at samples"):
         list(itertools.islice(stream, 10))
 
 
@@ -69,7 +69,7 @@ def test_a_look_with_workers_stops_the_main_process(build):
     stream = iter(sampler)
     next(stream)
     next(iter(MixingDataLoader(sampler, batch_size=4, num_workers=1, collate_fn=indices)))
-    with pytest.raises(StateError, match="look at samples through a sampler of their own"):
+    with pytest.raises(StateError, match="use a separate sampler to look at samples"):
         next(stream)
 
 
