@@ -149,10 +149,10 @@ def displaceable(parameters: Parameters) -> Iterator[Callable[[Flat | None, floa
 
     @torch.no_grad()
     def move(direction: Flat | None, factor: float) -> None:
-        for tensor, start, part in zip(local, saved, direction or [None] * len(local), strict=True):
+        for tensor, start in zip(local, saved, strict=True):
             tensor.copy_(start)
-            if part is not None:
-                tensor.add_(part.view_as(tensor), alpha=factor)
+        for tensor, part in zip(local, direction or [], strict=direction is not None):
+            tensor.add_(part.view_as(tensor), alpha=factor)
         parameters.reshard()
 
     try:

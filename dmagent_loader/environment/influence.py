@@ -31,7 +31,6 @@ from dmagent_loader.environment.influence_ways import (
     gradient_way,
     reverse_way,
 )
-from dmagent_loader.environment.questions import evenly_spaced
 from dmagent_loader.environment.scoring import Model, Scorer, unwrap
 from dmagent_loader.errors import ConfigurationError, InfluenceError
 from dmagent_loader.mixture.influence import Influence, estimate, scores_from
@@ -132,7 +131,7 @@ def measure(
     model = unwrap(model)
     with together(STEP) as facts:
         parameters = Parameters(model)
-        asked = [evenly_spaced(list(listed), settings.max_questions) for listed in questions.values()]
+        asked = [spread(listed, settings.max_questions) for listed in questions.values()]
         count = min(settings.question_groups, *map(len, asked))
         groups = [[listed[number::count] for number in range(count)] for listed in asked]
         if is_active():
@@ -210,6 +209,13 @@ def _samples(probe: Probe, way: Way, settings: InfluenceSettings, optimizer: obj
     if way == "gradient":
         return gradient_way(probe, denominators, settings.row_groups), moments is not None
     return reverse_way(probe, denominators, settings.step), moments is not None
+
+
+def spread(windows: Sequence[ScoredWindow], most: int | None) -> list[ScoredWindow]:
+    """At most so many windows, evenly spaced."""
+    if most is None or most >= len(windows):
+        return list(windows)
+    return [windows[number * len(windows) // most] for number in range(most)]
 
 
 def _tokens(
