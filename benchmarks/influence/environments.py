@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionCo
 ROW_TOKENS = 128
 MOST_KEPT, MOST_ACQUIRED = 480, 240
 """Pairs of each set at most, both halves together."""
+AGENT_QUESTIONS = (64, 24)
 PROBE_STREAMS = 5_000_000
 """Streams of probe rows are numbered from here on: other rows than any that a run trains on first."""
 
@@ -91,6 +92,7 @@ class Setting:
         corpus: Tokens of the 52 domains.
         environment: The half that policies and probes read, as users' environments are.
         steering: The same half, for all proxies at once.
+        asked: As many of it as the bundled agent was trained with, which reads them after every step.
         scored: The other half.
     """
 
@@ -98,6 +100,7 @@ class Setting:
     corpus: Corpus
     environment: Environment
     steering: ProxyQuestions
+    asked: ProxyQuestions
     scored: ProxyQuestions
 
     @property
@@ -174,6 +177,7 @@ def setting(keep: str, acquire: str, data: Path, work: Path) -> Setting:
         corpus=found,
         environment=Environment(read, tokenizer, settings),
         steering=ProxyQuestions(read, tokenizer, config),
+        asked=ProxyQuestions(read, tokenizer, replace(config, max_questions=AGENT_QUESTIONS)),
         scored=ProxyQuestions(scored, tokenizer, config),
     )
 
