@@ -7,10 +7,10 @@ The rule, for the domains d of one field of the data:
     z_d    = tau2 / (tau2 + error2_d) (gain_d - mean) / sd(gain)
     weight_d proportional to base_d exp(z_d / temperature)
 
-u_k makes fields comparable: a field's scores count in units of how much domains differ for it. F is the 99% quantile of
-the variance of pure noise, so that scores that noise alone could give leave the base mix as it is: the natural shares,
-or the topics of the questions if these are combined with it. No domain comes more than `most_boost` times as often as in
-its base mix.
+u_k makes fields comparable: a field's scores count in units of how much domains differ for it. F is the 99% quantile
+of the variance of pure noise: scores that noise alone could give leave the base mix as it is. The base mix is that of
+the natural shares, or of the topics of the questions where these are combined with it. No domain comes more than
+`most_boost` times as often as in its base mix.
 
 Shapes: K question fields, D domains.
 """

@@ -1,7 +1,7 @@
 """Policies that decide on more than mixes and feedback: what they need, who gives it, and how a run remembers it.
 
-Before each decision whoever runs the policy (the integrations do) looks at `needed` and passes each piece of evidence to
-`inform`. What was learnt goes into the run's state, so that a resumed run decides the same without asking again.
+Before each decision the integrations look at `needed` and pass each piece of evidence to `inform`. What was learnt goes
+into the run's state: a resumed run decides the same without asking again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Trains on the topics that the questions are about: no model is asked, nothing is measured.
 
-With q_k the shares of topics among the questions of field k (by a classifier of texts), the mix inside each field of the
-data is the one over the run's domains that comes closest to (1 - a) q_k + a natural. It needs to know the topics of the
-domains, by their names or `compositions`; domains of unknown topics are weighted by their rows.
+With q_k the shares of topics among the questions of field k (by a classifier of texts), the weights inside each field
+of the data are (1 - a) w + a natural, where w over the run's domains comes closest to q_k. It needs to know the topics
+of the domains, by their names or `compositions`; domains of unknown topics are weighted by their rows.
 
 Shapes: D domains, T = 26 topics.
 """

@@ -1,7 +1,7 @@
 """The topics of texts: a linear classifier over hashed words, small enough to come with the package.
 
-score(topic | text) = w_topic . x + b_topic, with x_j proportional to (1 + log count_j) idf_j and |x| = 1, j the bucket that
-a word's CRC-32 falls into. Weights are 8-bit integers with one scale per topic. No vocabulary is stored.
+score(topic | text) = w_topic . x + b_topic, with x_j proportional to (1 + log count_j) idf_j and |x| = 1. A word's
+bucket j comes from its CRC-32: no vocabulary is stored. Weights are 8-bit integers with one scale per topic.
 
 Shapes: T topics, H buckets, n texts.
 """
