@@ -20,7 +20,7 @@ from dmagent_loader.training.proxies.model import ProxyTrainer
 
 STEPS, TOKENS_PER_STEP = 80, 2048
 SPREADS = (0.0578, 0.7291)
-"""Spread of the feedback in the bundled record, general and math: the units of the objective (docs/agent-training.md)."""
+"""Spread of the feedback in the bundled record, general and math: units of the objective (docs/agent-training.md)."""
 STREAMS = 4_000_000
 """Streams of runs are numbered from here on: other rows than any proxy's."""
 

@@ -1,4 +1,4 @@
-"""Policies on many question sets: the table of docs/influence.md, made by one command that can be stopped and called again.
+"""Policies on many question sets: the table of docs/influence.md. It can be stopped and called again.
 
     python -m benchmarks.influence.table --data DATA --work build/influence --output benchmarks/results/influence.jsonl
 
@@ -9,6 +9,7 @@ Every policy of an environment and stream starts from the same base model and re
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.policies import AgentPolicy
+from dmagent_loader.policies import AgentPolicy, Policy
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 
@@ -53,9 +54,9 @@ class Policies:
         self._space = DomainSpace.canonical()
         self._natural = 0.5 * (found.corpus.start_state + found.corpus.target_distribution)
 
-    def names(self) -> dict[str, Callable[[], FloatArray | AgentPolicy]]:
+    def names(self) -> dict[str, Callable[[], FloatArray | Policy]]:
         """Name -> what `run` takes; the agent comes before its own mean."""
-        static = {f"natural {share:.0%}": (lambda s=share: self._at(s, self._natural)) for share in SHARES}
+        static = {f"natural {share:.0%}": functools.partial(self._at, share, self._natural) for share in SHARES}
         return {
             **static,
             "uniform 30%": lambda: self._at(0.3, (self._natural > 0).astype(float)),
@@ -131,41 +132,61 @@ def work_list(environments: list[tuple[str, str]], size: str) -> Iterator[tuple[
 def make(arguments: argparse.Namespace) -> None:
     """Runs what is missing from the output, one line after the other."""
     one_thread()
-    done = {key(line) for line in lines(arguments.output)}
     chosen = [pair for pair in TOLD if not arguments.only or "+".join(pair) in arguments.only]
     for size, keep, acquire, stream in work_list(chosen, arguments.size):
         found = setting(keep, acquire, arguments.data, arguments.work)
         weights = base_weights(found.corpus, arguments.work, size=size)
         policies = Policies(found, weights, arguments.work, size=size, stream=stream)
-
-        def record(name: str, choose: Any, steps: int = STEPS) -> None:
-            if (found.name, size, stream, name) in done:
-                return
-            result = run(
-                found, weights, choose() if callable(choose) else choose, size=size, stream=stream, steps=steps
-            )
-            line = {
-                "environment": found.name,
-                "size": size,
-                "stream": stream,
-                "policy": name,
-                "objective": result.objective,
-                "gains": result.gains.tolist(),
-                "steps": steps,
-                "mix": [round(weight, 5) for weight in result.mix.tolist()],
-                "seconds": round(result.seconds, 2),
-            }
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"{found.name} {size} {stream} {name}: {result.objective:.2f}", flush=True)
-
+        recorder = Recorder(arguments.output, found, weights, size=size, stream=stream)
         for name, choose in policies.names().items():
-            record(name, choose)
-        agent = next(line for line in lines(arguments.output) if key(line) == (found.name, size, stream, "dmagent-rl"))
-        record("dmagent-rl's mean, static", np.array(agent["mix"]) / sum(agent["mix"]))
+            recorder.record(name, choose)
+        mean = recorder.mix_of("dmagent-rl")
+        recorder.record("dmagent-rl's mean, static", functools.partial(np.divide, mean, mean.sum()))
         # What the probe read, a backward pass counted as two forward ones, as steps of training.
         extra = -(-policies.probe_tokens() // (3 * TOKENS_PER_STEP))
-        record("natural 30%, probe's tokens more", lambda: policies.names()["natural 30%"](), STEPS + extra)
+        recorder.record("natural 30%, probe's tokens more", policies.names()["natural 30%"], STEPS + extra)
+
+
+class Recorder:
+    """Runs what is not in the output yet, and adds it there.
+
+    Args:
+        output: Lines of JSON.
+        found: The environment.
+        weights: Of the base model.
+        size: Of the model.
+        stream: Number of the repetition.
+    """
+
+    def __init__(self, output: Path, found: Setting, weights: dict[str, Tensor], *, size: str, stream: int) -> None:
+        self._output, self._found, self._weights, self._size, self._stream = output, found, weights, size, stream
+
+    def mix_of(self, name: str) -> FloatArray:
+        """Mean of the mixes of a run that is in the output: (52,)."""
+        return np.array(next(line for line in lines(self._output) if key(line) == self._key(name))["mix"])
+
+    def record(self, name: str, choose: Callable[[], FloatArray | Policy], steps: int = STEPS) -> None:
+        """Runs one policy, unless its run is there."""
+        if self._key(name) in {key(line) for line in lines(self._output)}:
+            return
+        result = run(self._found, self._weights, choose(), size=self._size, stream=self._stream, steps=steps)
+        line = {
+            "environment": self._found.name,
+            "size": self._size,
+            "stream": self._stream,
+            "policy": name,
+            "objective": result.objective,
+            "gains": result.gains.tolist(),
+            "steps": steps,
+            "mix": [round(weight, 5) for weight in result.mix.tolist()],
+            "seconds": round(result.seconds, 2),
+        }
+        with self._output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{self._found.name} {self._size} {self._stream} {name}: {result.objective:.2f}", flush=True)
+
+    def _key(self, name: str) -> tuple[str, str, int, str]:
+        return self._found.name, self._size, self._stream, name
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

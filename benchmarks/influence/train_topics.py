@@ -35,13 +35,14 @@ tags: [text-classification, data-mixing]
 # Topic classifier of questions
 
 Says which of the 26 topics of the NVIDIA domain classifier a text is about. `policies.QuestionTopics` uses it to read
-what the questions of an environment are about, and trains on the same topics. Linear, over hashed words, {buckets:,} buckets,
-8-bit weights, {size:.1f} MB. Made by `python -m benchmarks.influence.train_topics`.
+what the questions of an environment are about, and trains on the same topics. Linear, over words hashed into
+{buckets:,} buckets, 8-bit weights, {size:.1f} MB. Made by `python -m benchmarks.influence.train_topics`.
 
 | | |
 |---|---|
 | trained on | {trained:,} documents with topics from the data sets' own categories, at most {per_topic:,} of a topic |
-| right on {held_out:,} held-out documents | **{accuracy:.1%}** (weights in 32 bits: {full:.1%}; the most frequent topic: {chance:.1%}) |
+| right on {held_out:,} held-out documents | **{accuracy:.1%}** |
+| the same with weights in 32 bits; by always naming the most frequent topic | {full:.1%}; {chance:.1%} |
 | right among its first three guesses | {top3:.1%} |
 | least and most right topics | {worst}; {best} |
 | words of a text that it reads | those in its first {characters:,} characters |
@@ -49,8 +50,8 @@ what the questions of an environment are about, and trains on the same topics. L
 
 ## Limits
 
-- Measured on forum posts, news and articles like those that it was trained on, in English. Nobody has labelled the topics
-  of question sets; what it says of them was only judged by what comes of it (docs/influence.md).
+- Measured on forum posts, news and articles like those that it was trained on, in English. Nobody has labelled the
+  topics of question sets; what it says of them was only judged by what comes of it (docs/influence.md).
 - It always names one of the 26 topics: mathematics, for which there is none, becomes `Science`,
   `Internet_and_Telecom` or `Computers_and_Electronics`.
 

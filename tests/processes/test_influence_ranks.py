@@ -50,7 +50,8 @@ distributed = "RANK" in os.environ
 if distributed:
     dist.init_process_group("gloo")
 rank = dist.get_rank() if distributed else 0
-pairs = {"a": [("why " * (i % 4), "because" + str(i * i)) for i in range(11)], "b": [("q", "a"), ("c", "d"), ("e", "f")]}
+pairs = {"a": [("why " * (i % 4), "because" + str(i * i)) for i in range(11)]}
+pairs["b"] = [("q", "a"), ("c", "d"), ("e", "f")]
 environment = Environment.from_pairs(pairs, lambda t: list(t.encode()), prefix_token_id=0, progress=False)
 rows = {f"d{d}": [[(d * 37 + i * 11 + j * j) % 256 for j in range(9 + i)] for i in range(5)] for d in range(3)}
 report = {}
@@ -126,7 +127,9 @@ def reports(tmp_path_factory):
     return results
 
 
-KINDS = [f"{kind} {way} {knows}" for kind in ("ddp", "fsdp") for way in ("gradient", "reverse") for knows in (True, False)]
+KINDS = [
+    f"{kind} {way} {knows}" for kind in ("ddp", "fsdp") for way in ("gradient", "reverse") for knows in (True, False)
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

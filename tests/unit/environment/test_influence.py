@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -42,8 +43,7 @@ def mean_gradient(pairs, table):
 
 
 def bigrams(text):
-    encoded = tokens(text)
-    return list(zip(encoded[:-1], encoded[1:], strict=True))
+    return list(pairwise(tokens(text)))
 
 
 def unit_adam(model):
@@ -59,7 +59,10 @@ def unit_adam(model):
 
 
 QUESTIONS = {"sums": [("1+1=", "2"), ("2+2=", "4")], "talk": [("good", " day"), ("how are", " you"), ("why", " not")]}
-ROWS = {"source/talk": ["good day to you", "how are you now"], "target/sums": ["1+1=2;2+2=4;3+3=6", "2+2=4;4+4=8;1+1=2"]}
+ROWS = {
+    "source/talk": ["good day to you", "how are you now"],
+    "target/sums": ["1+1=2;2+2=4;3+3=6", "2+2=4;4+4=8;1+1=2"],
+}
 
 
 def environment(**settings):
@@ -98,7 +101,8 @@ def test_a_positive_score_means_that_training_on_the_domain_raises_the_field(way
     for domain, listed in rows().items():
         trained = Bigrams(model.table.weight.detach().clone())
         loss = sum(
-            nn.functional.cross_entropy(trained(torch.tensor([row[:-1]]), None)[0], torch.tensor(row[1:])) for row in listed
+            nn.functional.cross_entropy(trained(torch.tensor([row[:-1]]), None)[0], torch.tensor(row[1:]))
+            for row in listed
         ) / len(listed)
         loss.backward()
         with torch.no_grad():

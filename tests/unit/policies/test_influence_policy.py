@@ -176,7 +176,8 @@ def test_a_measurement_that_lacks_domains_is_refused():
 
 
 QUESTIONS = {
-    "general": ["Which planet orbits the sun in 88 days? Mercury", "What do plants absorb in photosynthesis? Light"] * 5,
+    "general": ["Which planet orbits the sun in 88 days? Mercury", "What do plants absorb in photosynthesis? Light"]
+    * 5,
     "math": ["Solve the quadratic equation x^2 - 4 = 0 for x. x is 2 or -2"] * 5,
 }
 

@@ -47,7 +47,10 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
 
 def history(space):
     return History(
-        domains=space.names, fields=("a", "b"), mixes=np.full((1, len(space)), 1 / len(space)), feedback=np.zeros((1, 2))
+        domains=space.names,
+        fields=("a", "b"),
+        mixes=np.full((1, len(space)), 1 / len(space)),
+        feedback=np.zeros((1, 2)),
     )
 
 
