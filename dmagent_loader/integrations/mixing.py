@@ -33,7 +33,8 @@ class Report:
             ``dmagent/policy_failures`` (steps of the run at which the last good mix was kept),
             ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
             ``dmagent/evaluation_share`` (of the time since training began); where influence was measured for this
-            decision, ``influence/<field>/<domain>``, ``dmagent/influence_seconds`` and ``dmagent/influence_tokens``.
+            decision, ``influence/<field>/<domain>``, ``dmagent/influence_seconds`` and ``dmagent/influence_tokens``;
+            with a policy that asks for evidence, ``dmagent/influence_share`` (of the time since training began).
         decision: What was decided.
     """
 
@@ -64,7 +65,7 @@ class Mixing:
         self.sampler, self.environment = sampler, environment
         self.consumed = 0
         """Samples that training has consumed over all ranks since the run began."""
-        self._started, self._evaluating_seconds = 0.0, 0.0
+        self._started, self._evaluating_seconds, self._measuring_seconds = 0.0, 0.0, 0.0
 
     def begin(self) -> None:
         """Training begins or goes on: starts the clock, and warns about parts that have nothing to do.
@@ -72,7 +73,7 @@ class Mixing:
         Raises:
             ConfigurationError: The environment has other fields than the agent reads.
         """
-        self._started, self._evaluating_seconds = time.perf_counter(), 0.0
+        self._started, self._evaluating_seconds, self._measuring_seconds = time.perf_counter(), 0.0, 0.0
         policy = self.sampler.policy
         has_policy = policy is not None
         if self.environment is not None and isinstance(policy, AgentPolicy):
@@ -107,7 +108,9 @@ class Mixing:
         self._evaluating_seconds += seconds
         policy, influence = self.sampler.policy, None
         if isinstance(policy, InformedPolicy):
+            started = time.perf_counter()
             influence = inform(policy, self.sampler, self.environment, measure)
+            self._measuring_seconds += time.perf_counter() - started
         decision = self.sampler.reweight(feedback, consumed=self.consumed)
         elapsed = time.perf_counter() - self._started
         space = self.sampler.space
@@ -127,6 +130,8 @@ class Mixing:
             "dmagent/evaluation_seconds": seconds,
             "dmagent/evaluation_share": self._evaluating_seconds / elapsed if elapsed > 0 else 0.0,
         }
+        if isinstance(policy, InformedPolicy):
+            full["dmagent/influence_share"] = self._measuring_seconds / elapsed if elapsed > 0 else 0.0
         if influence is not None:
             full |= {
                 f"influence/{field}/{domain}": score.value
