@@ -106,7 +106,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             self._reporters = reporters_of_caller(self)
         self._mixing.begin()
         self._warn_about_epochs(args)
-        self._maybe_reweight(args, state, control, kwargs["model"])
+        self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A new pass begins where training stands: what the last pass had fetched ahead was not trained on."""
@@ -128,7 +128,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             if args.save_strategy == SaveStrategy.STEPS:
                 control.should_save = True  # as the Trainer itself does at its last step
             return
-        self._maybe_reweight(args, state, control, kwargs["model"])
+        self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into its checkpoint."""
@@ -160,10 +160,15 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """Samples that training has consumed over all ranks since the run began."""
         return self._mixing.consumed
 
-    def _maybe_reweight(self, args: Any, state: Any, control: Any, model: Any) -> None:
+    def _maybe_reweight(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any) -> None:
         if not self._mixing.due():
             return
-        report = self._mixing.reweight(lambda environment: environment.evaluate(model))
+        report = self._mixing.reweight(
+            lambda environment: environment.evaluate(model),
+            measure=lambda environment, rows, settings: environment.influence(
+                model, rows, optimizer=optimizer, **settings
+            ),
+        )
         state.log_history.append({**report.full, "epoch": state.epoch, "step": state.global_step})
         for reporter in self._reporters or ():
             console = isinstance(reporter, (ProgressCallback, PrinterCallback))
