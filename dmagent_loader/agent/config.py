@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmagent_loader._validation import is_finite_number, shown
-from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.errors import ConfigurationError, MixError
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS, DomainSpace
 from dmagent_loader.mixture.history import STANDARDIZATIONS, FeedbackStatistics, Standardization
+from dmagent_loader.mixture.simplex import validate_mix
 
 SCHEMA_VERSION = 1
 """Version of the JSON form; increased when an older reader would misunderstand a newer file."""
@@ -42,6 +43,8 @@ class AgentConfig:
         prior_weight: Number of observations that the training spread counts for in mode ``anchored``.
         statistics: Statistics of the training trajectories' feedback. An agent without them can be trained, but can
             neither propose nor be saved.
+        keep_topics: (26,) shares of the canonical topics among the questions to keep, by the bundled classifier. With
+            questions of other topics the agent may do harm, so its policy warns. None: unknown.
 
     Raises:
         ConfigurationError: A value is outside its range.
@@ -59,6 +62,7 @@ class AgentConfig:
     standardization: Standardization = "anchored"
     prior_weight: float = 10.0
     statistics: FeedbackStatistics | None = None
+    keep_topics: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("d_model", "num_layers", "num_heads", "d_ff", "max_steps"):
@@ -90,6 +94,12 @@ class AgentConfig:
                 f"statistics are for {len(self.statistics.mean)} feedback values, but the roles are "
                 f"{self.feedback_roles}"
             )
+
+        if self.keep_topics is not None:
+            try:
+                validate_mix(self.keep_topics, CANONICAL_TOPICS)
+            except MixError as error:
+                raise ConfigurationError(f"keep_topics are not shares of the {NUM_TOPICS} topics: {error}") from error
 
     @property
     def num_domains(self) -> int:
@@ -152,6 +162,10 @@ class AgentConfig:
                 values["statistics"] = FeedbackStatistics(
                     mean=tuple(map(float, mean)), std=tuple(map(float, std)), count=count
                 )
+            if (topics := values["keep_topics"]) is not None:
+                if not all(map(is_finite_number, _list("keep_topics", topics))):
+                    raise ConfigurationError(f"keep_topics are not finite numbers: {shown(topics)}")
+                values["keep_topics"] = tuple(map(float, topics))
             return cls(**values)
         except (TypeError, KeyError, ValueError) as error:
             if isinstance(error, ConfigurationError):

@@ -16,7 +16,7 @@ from dmagent_loader import _distributed as distributed
 from dmagent_loader._validation import shown
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.integrations._evidence import Measure, inform
+from dmagent_loader.integrations._evidence import Measure, inform, texts
 from dmagent_loader.policies import AgentPolicy, InformedPolicy
 from dmagent_loader.sampler import AgentWeightedSampler, Decision
 
@@ -80,6 +80,7 @@ class Mixing:
         has_policy = policy is not None
         if self.environment is not None and isinstance(policy, AgentPolicy):
             policy.check_fields(self.environment.fields)
+            policy.check_questions(texts(self.environment))
         if has_policy and self.environment is None:
             logger.warning("the sampler has a policy, but no environment was given: it is never asked")
         if self.environment is not None and not has_policy:

@@ -13,10 +13,18 @@ from dmagent_loader.agent.model import MixingAgent
 from dmagent_loader.errors import ConfigurationError, DomainError
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainMap, DomainSpace, Projection
 from dmagent_loader.mixture.history import STANDARDIZATIONS, History, Standardization
-from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.mixture.simplex import FloatArray, total_variation
 from dmagent_loader.policies.static import Weights
+from dmagent_loader.policies.topic_classifier import TopicClassifier
 
 logger = logging.getLogger(__name__)
+
+_OTHER_TOPICS = 0.3
+"""Total variation between the topics of two question sets: 0.10 to 0.18 between parts of MMLU, 0.34 and more between
+MMLU and the 22 other sets that were compared (docs/influence.md)."""
+
+_OUT_OF_RANGE = 4.0
+"""Standard deviations of the training's feedback, beyond which the agent extrapolates."""
 
 
 class AgentPolicy:
@@ -73,6 +81,7 @@ class AgentPolicy:
         self._roles = None if roles is None else dict(roles)
         self._standardization = standardization
         self._projection: Projection | None = None
+        self._range_reported = False
         _report_unknown_topics(space)
         logger.info(
             "agent %s: %d domains, feedback standardised as %r",
@@ -99,6 +108,7 @@ class AgentPolicy:
                 f"the history is over {list(history.domains)}, but this policy was built for "
                 f"{list(self.map.space.names)}"
             )
+        self._report_range(history)
         canonical = History(
             domains=self._agent.config.domains,
             fields=history.fields if self._roles is None else self._agent.config.feedback_roles,
@@ -108,6 +118,36 @@ class AgentPolicy:
         proposal = self._agent.propose(canonical, standardization=self._standardization)
         self._projection = self.map.to_user(proposal)
         return self._projection.mix
+
+    def check_questions(self, questions: Mapping[str, Sequence[str]]) -> None:
+        """Warns where the questions to keep are of other topics than those that the agent was trained on.
+
+        An agent learns which topics help its own questions. With questions of other topics it can do worse than a
+        constant natural mix (docs/influence.md).
+
+        Args:
+            questions: Field of the environment -> texts of its questions and answers.
+        """
+        known = self._agent.config.keep_topics
+        if known is None or not questions:
+            return
+        keep = list(questions)[self._columns(tuple(questions))[0]]
+        shares = TopicClassifier.bundled().shares(questions[keep])
+        distance = float(total_variation(shares, np.array(known)))
+        if distance <= _OTHER_TOPICS:
+            return
+        most = [CANONICAL_TOPICS[i] for i in np.argsort(-shares)[:3]]
+        logger.warning(
+            "the questions of %r are mostly about %s: their topics differ by %.2f (total variation, at most %.2f among "
+            "questions of one kind) from those that agent %r was trained on, and with other questions it can do worse "
+            "than a constant mix; use AgentWeightedSampler(policy='influence'), which measures what helps these "
+            "questions",
+            keep,
+            ", ".join(most),
+            distance,
+            _OTHER_TOPICS,
+            self.name,
+        )
 
     def check_fields(self, fields: Sequence[str]) -> None:
         """Checks, before anything is trained, that the agent can read feedback on these fields.
@@ -123,6 +163,27 @@ class AgentPolicy:
                 "AgentWeightedSampler(roles=...), or give the environment these fields"
             )
         self._columns(tuple(fields))
+
+    def _report_range(self, history: History) -> None:
+        """Warns once where feedback has moved further in the run than nearly all feedback of the training did."""
+        statistics = self._agent.config.statistics
+        if self._range_reported or statistics is None or len(history.feedback) < 2:
+            return
+        columns = self._columns(history.fields)
+        moved = (history.feedback[-1] - history.feedback[0])[columns] / np.array(statistics.std)
+        furthest = int(np.argmax(np.abs(moved)))
+        if abs(moved[furthest]) <= _OUT_OF_RANGE:
+            return
+        self._range_reported = True
+        logger.warning(
+            "the feedback of %r has moved by %.3g since the first step, which is %.1f of the training's standard "
+            "deviations: agent %r has hardly seen such feedback and reacts no further to it; "
+            "AgentWeightedSampler(policy='influence') does not depend on this range",
+            history.fields[columns[furthest]],
+            moved[furthest] * statistics.std[furthest],
+            abs(moved[furthest]),
+            self.name,
+        )
 
     def _columns(self, fields: tuple[str, ...]) -> list[int]:
         if self._roles is None:

@@ -25,7 +25,9 @@ from dmagent_loader._files import write_atomically
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.agent.checkpoint import bundled_roots
 from dmagent_loader.agent.critic import save_critics
+from dmagent_loader.environment.questions import read_questions
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError, StateError
+from dmagent_loader.policies.topic_classifier import TopicClassifier
 from dmagent_loader.training.cards import cql_card, cql_report, sft_card, sft_report
 from dmagent_loader.training.cql.config import CQLConfig
 from dmagent_loader.training.cql.train import train_cql
@@ -296,7 +298,7 @@ class Pipeline:
         record = self.record()
         self._claim(directory, self.config.sft)
         # The longest recorded history; the agent warns about longer ones.
-        agent_config = AgentConfig(max_steps=record.trajectories.config.steps)
+        agent_config = AgentConfig(max_steps=record.trajectories.config.steps, keep_topics=self._keep_topics())
         with tqdm(total=self.config.sft.updates, desc="sft", disable=not self.progress) as bar:
             result = train_sft(record, self.config.sft, agent_config, on_update=lambda: bar.update())
         result.agent.save_pretrained(directory, card=sft_card(record, result, self.notes))
@@ -334,6 +336,14 @@ class Pipeline:
             settings["sft"] = asdict(self.config.sft)
         settings["recorded"] = str(self.recorded) if self.recorded else "collected"
         claim(directory, settings, "an agent")
+
+    def _keep_topics(self) -> tuple[float, ...] | None:
+        """Topics of the questions to keep; None: without a data directory they are unknown."""
+        if self.data is None:
+            return None
+        listed = read_questions(self.data / next(iter(self.config.questions.values())))
+        shares = TopicClassifier.bundled().shares([f"{q.question} {q.answer}" for q in listed])
+        return tuple(float(share) for share in shares)
 
     def _data(self) -> Path:
         if self.data is None:
