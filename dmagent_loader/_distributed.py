@@ -1,7 +1,7 @@
-"""The only file that touches `torch.distributed`; without a process group every function is the one-process case.
+"""The only file that touches `torch.distributed`; without a process group every function acts for one process.
 
-A rank that fails must not leave the others waiting, and ranks that differ must not train on: so whatever can fail or
-differ on one rank is done in a step that all ranks end `together`.
+A rank that fails must not leave the others waiting, and ranks that differ must not continue training. Any work that can
+fail or differ on one rank is therefore a step that all ranks end `together`.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def get_world_size() -> int:
 
 @contextmanager
 def together(step: str) -> Iterator[dict[str, Any]]:
-    """A step that succeeds on all ranks or on none, and in which they find out whether they agree.
+    """A step that succeeds on all ranks or on none, and compares facts between them.
 
     Args:
-        step: What is done, for messages; the same on all ranks.
+        step: Description of the step, for messages; the same on all ranks.
 
     Yields:
-        A dictionary for what must be the same on all ranks: name -> value, compared as text.
+        A dictionary for facts that must be the same on all ranks: name -> value, compared as text.
 
     Raises:
-        RankError: Another rank failed, differs, does something else, or does not answer. A rank that failed itself
+        RankError: Another rank failed, differs, is at another step, or does not answer. A rank that failed itself
             raises its own error.
 
     Example:
@@ -94,20 +94,20 @@ def _refuse_differences(step: str, reports: list[tuple[str, str | None, dict[str
         for rank, (_, _, facts) in enumerate(reports):
             by_value.setdefault(facts.get(name, "missing"), []).append(rank)
         if len(by_value) > 1:
-            told = "; ".join(f"{_ranks(ranks)}: {_short(value)}" for value, ranks in by_value.items())
+            values = "; ".join(f"{_ranks(ranks)}: {_short(value)}" for value, ranks in by_value.items())
             raise RankError(
-                f"{step}: the ranks differ in {name} ({told}). Each would train on other samples than the rest "
-                "expects: start all ranks with the same shards, settings and state"
+                f"{step}: the ranks differ in {name} ({values}), so they would train on samples twice or never: start "
+                "all ranks with the same shards, settings and state"
             )
 
 
 def broadcast_object(value: T, step: str, source: int = 0) -> T:
-    """The value of the `source` rank, on every rank. Only small, trusted objects of our own processes.
+    """The value of the `source` rank, on every rank. For small, trusted objects only: they are pickled.
 
     Args:
-        value: Of this rank; only that of `source` counts.
-        step: What is done, for the message if other ranks are gone.
-        source: The rank whose value it is.
+        value: Value of this rank; only that of `source` counts.
+        step: Description of the step, for the message if other ranks are gone.
+        source: Rank that provides the value.
 
     Raises:
         RankError: Another rank does not answer.
@@ -159,7 +159,7 @@ def barrier(step: str) -> None:
 def _all_reduce(tensor: torch.Tensor, operation: Any, step: str) -> torch.Tensor:
     def reduce() -> torch.Tensor:
         dist.all_reduce(tensor, op=operation)
-        return tensor.cpu()  # on a GPU a failure comes up only here
+        return tensor.cpu()  # on a GPU, a failure surfaces only here
 
     return _collective(step, reduce)
 
@@ -171,15 +171,15 @@ def _collective(step: str, action: Callable[[], T]) -> T:
     except RuntimeError as error:
         seconds = time.monotonic() - started
         raise RankError(
-            f"{step}: rank {get_rank()} of {get_world_size()} waited {seconds:.1f} s for the other ranks, and one does "
+            f"{step}: rank {get_rank()} of {get_world_size()} waited {seconds:.1f} s for the other ranks, but one does "
             "not answer: it has died, hangs, or is elsewhere in the program. Look for the first error in the logs of "
             "all ranks, then start the run again from its newest checkpoint; init_process_group(timeout=...) bounds "
-            f"the wait. The process group says: {_short(str(error).strip().splitlines()[0])}"
+            f"the wait. Error of the process group: {_short(str(error).strip().splitlines()[0])}"
         ) from error
 
 
 def _device() -> torch.device:
-    """Where collectives run: NCCL needs tensors on the GPU, gloo takes the CPU."""
+    """Device of the collectives: NCCL needs tensors on the GPU, gloo uses the CPU."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

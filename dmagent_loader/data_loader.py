@@ -1,4 +1,4 @@
-"""`MixingDataLoader`: a torch `DataLoader` that tells the sampler how it reads."""
+"""`MixingDataLoader`: a torch `DataLoader` that describes itself to the sampler."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ _built = itertools.count()
 
 
 class MixingDataLoader(DataLoader[Any]):
-    """Batches of one rank, with a known delay of new mixes.
+    """Batches of one rank, with a bounded delay of new mixes.
 
-    The sampler has to know batch size, data workers and prefetch, because batches are dealt to workers in the order of
-    the run, and because a new mix can hold only for samples that no worker has fetched. This loader describes itself
-    to the sampler; everything else is torch's.
+    The sampler has to know batch size, data workers and prefetch: batches are dealt to workers in the order of the run,
+    and a new mix can start only at samples that no worker has fetched. This loader describes itself to the sampler, and
+    is otherwise a plain torch `DataLoader`.
 
     Args:
-        sampler: Shards in a mix.
+        sampler: Sampler to read.
         batch_size: Samples of one rank in one batch; None: single samples, not batched.
-        samples_per_step: Samples of one rank to a multiple of which the run is cut, for example micro-batch size times
-            gradient accumulation; 1 delivers a last batch that may be smaller.
-        num_workers: Data workers of this process. Without them a new mix holds from the next batch on.
+        samples_per_step: Samples of one rank in one step, for example micro-batch size times gradient accumulation; the
+            run is cut to whole steps. With 1, the last batch may be smaller.
+        num_workers: Data workers of this process. Without workers a new mix takes effect with the next batch.
         prefetch_factor: Batches that each worker prepares ahead; None: 2 with workers.
-        collate_fn: From samples to a batch; None: torch's default.
-        generator: Source of the workers' base seed; None: one of its own, so that the loader does not draw from the
-            model's random state.
+        collate_fn: Function from samples to a batch; None: torch's default.
+        generator: Source of the workers' base seed; None: a separate one, because drawing from the global random state
+            would change the training of the model.
         pin_memory: See `torch.utils.data.DataLoader`.
         persistent_workers: See `torch.utils.data.DataLoader`; only with workers.
-        by_trainer: An integration counts consumed samples and decides; set by integrations.
+        by_trainer: Whether an integration counts consumed samples and decides; set by integrations.
         **settings: Further arguments of `torch.utils.data.DataLoader`.
 
     Raises:
-        ConfigurationError: Not a sampler, sizes below 1, or an argument that contradicts the order of a run.
+        ConfigurationError: `sampler` is not a sampler, a size is below 1, or an argument contradicts the order of a
+            run.
 
     Example:
         >>> import tempfile
@@ -73,8 +74,8 @@ class MixingDataLoader(DataLoader[Any]):
         refused = sorted({"shuffle", "sampler", "batch_sampler", "drop_last", "in_order"} & set(settings))
         if refused:
             raise ConfigurationError(
-                f"MixingDataLoader does not take {', '.join(refused)}: the sampler's plan is the order of samples; for "
-                "whole steps only, pass samples_per_step="
+                f"MixingDataLoader does not take {', '.join(refused)}, because the sampler's plan fixes the order of "
+                "samples: leave it out; to end the run with a whole step, pass samples_per_step="
             )
         samples = 1 if batch_size is None else whole_number("batch_size", batch_size, least=1)
         factor = whole_number("prefetch_factor", prefetch_factor or DEFAULT_PREFETCH_FACTOR, least=1)
@@ -101,5 +102,5 @@ class MixingDataLoader(DataLoader[Any]):
 
 
 def _own_generator(sampler: AgentWeightedSampler) -> torch.Generator:
-    """Another seed for each loader of a process: workers of an older loader are recognised by it."""
+    """A generator with a different seed for each loader of a process: it identifies workers of older loaders."""
     return torch.Generator().manual_seed((sampler.plan.seed * 1_000_003 + next(_built)) & 0x7FFF_FFFF_FFFF_FFFF)

@@ -1,4 +1,4 @@
-"""Every error that the package raises on purpose.
+"""The errors that the package raises on purpose.
 
     DMAgentError
     ├── ConfigurationError (ValueError)      a setting that cannot work
@@ -11,7 +11,7 @@
     │   ├── ShardLayoutError                 a tar whose members cannot be read as samples by position
     │   └── DecodeError                      a member that cannot be, or must not be, decoded
     ├── StateError (ValueError)              a saved state that does not belong to this run
-    ├── RankError (RuntimeError)             other ranks that failed, are gone, or are in another run
+    ├── RankError (RuntimeError)             other ranks that failed, are gone, or belong to another run
     ├── ExhaustedError                       a domain ran out and its rule is ``error``
     ├── EnvironmentDataError (ValueError)    question files that cannot be used
     ├── FeedbackError (ValueError)           feedback that is not finite or has the wrong fields
@@ -20,7 +20,7 @@
     ├── CheckpointError                      agent weights that are missing, changed or of another shape
     └── MissingExtraError (ImportError)      an optional package that is not installed
 
-A message says what is wrong (with its values), what follows, and what to do about it.
+Each message states the fault with its values, the consequence, and the remedy.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class MixError(ConfigurationError):
 
 
 class ShardError(DMAgentError):
-    """Something about the shards on disk or behind a URL."""
+    """A fault of the shards on disk or behind a URL."""
 
 
 class ShardNotFoundError(ShardError, FileNotFoundError):
@@ -83,7 +83,7 @@ class DamagedShardError(ShardError):
 
 
 class ShardLayoutError(ShardError):
-    """A whole shard that cannot be read as samples by position: compressed, links, keys that come back."""
+    """An intact shard that cannot be read as samples by position: compressed, with links, or with repeated keys."""
 
 
 class DecodeError(ShardError):
@@ -91,15 +91,15 @@ class DecodeError(ShardError):
 
 
 class StateError(DMAgentError, ValueError):
-    """A saved state that does not belong to this run, or cannot be understood."""
+    """A saved state that does not belong to this run, or cannot be read."""
 
 
 class RankError(DMAgentError, RuntimeError):
-    """Other ranks failed, do not answer, or have other data, settings or mixes than this one."""
+    """Other ranks that failed, do not answer, or have other data, settings or mixes than this one."""
 
 
 class ExhaustedError(DMAgentError):
-    """A domain was used up and its exhaustion rule is ``error``."""
+    """A domain that is used up, with the exhaustion rule ``error``."""
 
 
 class EnvironmentDataError(DMAgentError, ValueError):
@@ -127,7 +127,7 @@ class MissingExtraError(DMAgentError, ImportError):
 
 
 def require_extra(module: str, extra: str) -> ModuleType:
-    """Imports an optional module, or says which extra brings it.
+    """Imports an optional module; the error names the extra that installs it.
 
     Args:
         module: Name of the module, for example ``"transformers"``.

@@ -1,8 +1,8 @@
-"""`AgentWeightedSampler`: shards per domain in, samples in a mix that a policy decides while training continues.
+"""`AgentWeightedSampler`: shards per domain in; out come samples in a mix that a policy changes during training.
 
 The order of samples is a pure function of the seed and the ledger, so global batches do not depend on ranks or workers,
-and a run resumes exactly from a small JSON state. The class composes and delegates: `_loading.feed` holds what a
-process needs to read, `_run.decisions` asks the policy, `_run.state` saves, `_run.rank_check` compares ranks.
+and a run resumes exactly from a small JSON state. The class composes and delegates: `_loading.feed` reads samples,
+`_run.decisions` queries the policy, `_run.state` saves, `_run.rank_check` compares ranks.
 """
 
 from __future__ import annotations
@@ -40,37 +40,38 @@ _BUILDING = "building the sampler"
 class AgentWeightedSampler(FeedDataset):
     """A torch `IterableDataset` over WebDataset shards of several domains, in a mix that a policy or you decide.
 
-    Iterating continues where the last iterator stopped. With data workers only the training loop knows its progress: a
+    Iteration continues where the last iterator stopped. With data workers, only the training loop knows its progress: a
     new pass begins after the samples last reported as consumed (`reweight_due`, `reweight`, `seek`).
 
     Args:
         shards: Domain name -> URL, brace pattern or list of these; or the path of a ``manifest.json`` written by
-            ``dmagent shard``. A domain's name begins with its field: ``source/...`` is kept, ``target/...`` is learnt.
+            ``dmagent shard``. A domain name begins with its field: the model must not forget ``source/...``, and should
+            learn ``target/...``.
         agent: Name, path or Hub id of an agent checkpoint, or a loaded `MixingAgent`.
-        policy: Any other policy in place of the agent: ``"influence"`` (trains on domains that help the questions, as
-            measured on the model), ``"question-topics"``, or an object.
+        policy: Another policy instead of an agent: ``"influence"`` (trains on domains that help the questions, as
+            measured on the model), ``"question-topics"``, or an object with `propose`.
         samples_per_reweight: Samples, over all ranks, between two decisions (64,000 in the paper).
         seed: Seed of the sample order.
-        initial_mix: Mix until the first decision: domain -> weight, or field -> weight, split by rows. None: the
+        initial_mix: Mix until the first decision: domain -> weight, or field -> weight (split by rows). None: the
             domains' shares of rows.
         start_state: Mix of the base model's own training data (paper, 3.1), the first mix in the policy's history.
             None: the source domains' shares of rows.
-        exhausted: Rule for a domain that has given all its rows: see `mixture.plan.exhaustion_rules`.
+        exhausted: Rule for domains whose rows are used up: see `mixture.plan.exhaustion_rules`.
         rank: Data-parallel rank of this process; None: from `torch.distributed`.
         world_size: Number of data-parallel processes; None: from `torch.distributed`.
-        decode: ``"default"`` (allow-listed decoders), ``"lazy"`` (the same, but rows of local shards are read when one
-            of their values is asked for; `transforms.collate_packed` reads a batch at once), ``None`` (raw bytes),
+        decode: ``"default"`` (allow-listed decoders), ``"lazy"`` (the same, but rows of local shards are read on the
+            first access to a value; `transforms.collate_packed` reads a batch at once), ``None`` (raw bytes),
             extension -> decoder, or a function of a row.
-        transform: Function from sample to sample, for example tokenisation. Tags that it drops are put back.
+        transform: Function from sample to sample, for example tokenisation. Dropped tags are restored.
         fields: Field of each domain whose name does not begin with it.
         compositions: P(topic | domain) over the 26 canonical topics, by domain.
         reading: Settings of the reader: workers, shuffling, threads, damage, index cache.
         deciding: Settings of decisions: guard, shadow mode, roles and standardisation of an agent.
 
     Raises:
-        ConfigurationError: Settings that cannot work; `DomainError` and `MixError` are kinds of it.
-        ShardError: Shards that are missing, empty or damaged.
-        CheckpointError: An agent that cannot be loaded.
+        ConfigurationError: A setting is invalid; `DomainError` and `MixError` are subclasses.
+        ShardError: Shards are missing, empty or damaged.
+        CheckpointError: The agent cannot be loaded.
         RankError: Another rank failed, or has other shards or settings.
 
     Example:
@@ -117,9 +118,9 @@ class AgentWeightedSampler(FeedDataset):
             deciding = _config("deciding", deciding, DecisionConfig)
             if transform is not None and not callable(transform):
                 raise ConfigurationError(f"transform is {shown(transform)}; it must be a function of a sample")
-            found = shards if isinstance(shards, Mapping) else load_manifest(shards)
-            space = DomainSpace.from_names(found, fields=fields, compositions=compositions)
-        collection = open_on_all_ranks(found, reading)
+            by_domain = shards if isinstance(shards, Mapping) else load_manifest(shards)
+            space = DomainSpace.from_names(by_domain, fields=fields, compositions=compositions)
+        collection = open_on_all_ranks(by_domain, reading)
         with distributed.together(_BUILDING) as facts:
             rows = [collection.shard_rows(d) for d in range(len(space))]
             plan = Plan(space, rows, seed=seed, exhausted=exhausted, window=reading.shuffle_window)
@@ -147,22 +148,26 @@ class AgentWeightedSampler(FeedDataset):
         return super().__iter__()
 
     def set_mix(self, weights: Mapping[str, float], *, renormalize: bool = False) -> LedgerEntry:
-        """Changes the mix by hand, from the first sample on that nobody has fetched. All ranks call it together, and
-        rank 0's weights hold for all.
+        """Changes the mix by hand, from the first sample that no iterator has fetched.
+
+        All ranks call it together, and the weights of rank 0 apply to all.
 
         Args:
-            weights: Domain -> weight (those left out get 0), or field -> weight, split over its domains by rows.
+            weights: Domain -> weight (domains left out get 0), or field -> weight (split over its domains by rows).
             renormalize: Divide by the sum, whatever it is.
 
         Raises:
-            DomainError: An unknown domain.
+            DomainError: A domain is unknown.
             MixError: The weights are not a distribution.
             RankError: Another rank failed, has another ledger or other settings, or does not answer.
         """
         return self._deciding().set_mix(weights, renormalize=renormalize)
 
     def reweight_due(self, consumed: int) -> bool:
-        """Whether a decision is due after so many samples consumed by all ranks; the first is due before any.
+        """Whether a decision is due; the first is due before any sample.
+
+        Args:
+            consumed: Samples consumed over all ranks since the run began; recorded as the progress of training.
 
         Raises:
             ConfigurationError: `consumed` is not a whole number of 0 or more.
@@ -170,15 +175,15 @@ class AgentWeightedSampler(FeedDataset):
         return self._deciding().reweight_due(consumed)
 
     def reweight(self, feedback: Mapping[str, float], *, consumed: int) -> Decision:
-        """Asks the policy for the next mix. All ranks call it together; rank 0's policy decides for all.
+        """Queries the policy for the next mix. All ranks call it together; the policy of rank 0 decides for all.
 
         Args:
             feedback: Field -> mean log-probability per answer token, the same on all ranks.
-            consumed: Samples that training has consumed, over all ranks, since the run began.
+            consumed: Samples consumed over all ranks since the run began.
 
         Raises:
-            FeedbackError: Not finite, or other fields than before.
-            ConfigurationError: No policy, or `consumed` cannot be.
+            FeedbackError: The feedback is not finite, or has other fields than before.
+            ConfigurationError: There is no policy, or `consumed` is impossible.
             RankError: Another rank failed, has another ledger or other settings, or does not answer.
         """
         return self._deciding().reweight(feedback, consumed)
@@ -202,24 +207,24 @@ class AgentWeightedSampler(FeedDataset):
     # State
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
-        """The run's state as JSON values.
+        """The state of the run as JSON values.
 
         Args:
-            consumed: Samples that training has consumed over all ranks; None: all that this iterator has handed out.
+            consumed: Samples consumed over all ranks since the run began; None: all samples handed out.
 
         Raises:
-            ConfigurationError: `consumed` cannot be: more than this sampler, which is read, has handed out.
-            StateError: `consumed` is None although data workers read, so only the trainer knows it; or a data worker
-                is asked, as torchdata's StatefulDataLoader does.
+            ConfigurationError: `consumed` is larger than the number of samples that a sampler in use has handed out.
+            StateError: `consumed` is None although data workers read ahead, so only the training loop knows it; or this
+                is the copy of a data worker, which torchdata's StatefulDataLoader asks for a state.
         """
         return self._deciding().state_dict(consumed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues after the samples that a saved state counts as consumed; ranks and workers may be others than then.
+        """Continues after the consumed samples of a saved state. Numbers of ranks and workers may differ from then.
 
         Raises:
-            StateError: The state is of another schema, seed or shard set, or damaged. Nothing is changed then.
-            RankError: Another rank could not load its state, has another one, or does not answer.
+            StateError: The state has another schema, seed or shard set, or is damaged. The sampler stays unchanged.
+            RankError: Another rank could not load its state, has a different state, or does not answer.
         """
         self._deciding().load_state_dict(state)
 
@@ -228,7 +233,7 @@ class AgentWeightedSampler(FeedDataset):
         """The policy that decides; None: mixes change by hand only.
 
         Raises:
-            StateError: This is a copy, made for a data worker or by pickle.
+            StateError: This is a copy made for a data worker or by pickle.
         """
         return self._deciding().decider.policy
 
@@ -259,18 +264,18 @@ class AgentWeightedSampler(FeedDataset):
         return self._run
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a spawned data worker: the feed, without whatever decides."""
+        """State for a spawned data worker: the feed, without the deciding half."""
         return {**super().__getstate__(), "_run": None}
 
 
-def _config(name: str, given: Any, kind: type[Any]) -> Any:
+def _config(name: str, config: Any, kind: type[Any]) -> Any:
     """A config object, or the default.
 
     Raises:
-        ConfigurationError: Something else was given.
+        ConfigurationError: It is an object of another type.
     """
-    if given is None:
+    if config is None:
         return kind()
-    if not isinstance(given, kind):
-        raise ConfigurationError(f"{name} is {shown(given)}; it must be a {kind.__name__}")
-    return given
+    if not isinstance(config, kind):
+        raise ConfigurationError(f"{name} is {shown(config)}; it must be a {kind.__name__}")
+    return config

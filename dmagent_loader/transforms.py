@@ -1,7 +1,7 @@
-"""From decoded rows to what a causal language model trains on.
+"""Conversions of decoded rows to the inputs of a causal language model.
 
-Pass one as ``transform=`` of the sampler; or, for packed rows, `collate_packed` as ``collate_fn=`` of the loader, which
-is faster because it converts a batch at once, and with ``decode="lazy"`` reads it at once, too.
+Pass one as ``transform=`` of the sampler. For packed rows, `collate_packed` as ``collate_fn=`` of the loader is faster:
+it converts a whole batch at once, and with ``decode="lazy"`` also reads it at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dmagent_loader.shards.writing.packing import PACKED_MEMBER
 __all__ = ["IGNORED_LABEL", "PACKED_MEMBER", "ShiftedTokens", "TokenizeText", "collate_packed", "packed_tokens"]
 
 IGNORED_LABEL = -100
-"""Labels of padding, which the losses of transformers and torch leave out."""
+"""Label of padding, ignored by the losses of transformers and torch."""
 
 
 def packed_tokens(sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -38,17 +38,17 @@ def packed_tokens(sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 def collate_packed(samples: Sequence[Mapping[str, Any]], *, labels: bool = True) -> dict[str, Any]:
     """A batch of packed rows: ``input_ids`` and ``labels``, both (B, T) int64; the model shifts the labels.
 
-    Rows of a sampler with ``decode="lazy"`` are read here, all of them into one array.
+    Rows of a sampler with ``decode="lazy"`` are read here, all into one array.
 
-    The tags stay: ``__key__`` and ``__domain__`` as lists, ``__index__`` (B,) int64.
+    The batch keeps the tags: ``__key__`` and ``__domain__`` as lists, ``__index__`` (B,) int64.
 
     Args:
         samples: B rows.
-        labels: False leaves them out, for a training step that takes the tokens themselves as labels: data workers then
-            hand over half as much (``collate_fn=functools.partial(collate_packed, labels=False)``).
+        labels: Whether to add labels. A training step that uses the tokens themselves as labels can do without, and
+            data workers then transfer half as much (``collate_fn=functools.partial(collate_packed, labels=False)``).
 
     Raises:
-        DecodeError: A row holds no packed tokens, or rows are of different lengths.
+        DecodeError: A row holds no packed tokens, or the rows have different lengths.
     """
     together = read_together(samples, PACKED_MEMBER)
     if together is not None:
@@ -56,7 +56,7 @@ def collate_packed(samples: Sequence[Mapping[str, Any]], *, labels: bool = True)
     else:
         tags = {name: [sample[name] for sample in samples] for name in ("__key__", "__domain__", "__index__")}
         stacked = _stacked(samples)
-    # One piece of memory for both: half the work to allocate it, and to hand it from a worker to the trainer.
+    # One block of memory for both: half the cost of allocating it, and of passing it from a worker to the trainer.
     wide = np.empty((1 + labels, *stacked.shape), np.int64)
     wide[:] = stacked
     names = ("input_ids", "labels")[: len(wide)]
@@ -78,8 +78,8 @@ def _stacked(samples: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, Any]:
 def _packed(sample: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     if PACKED_MEMBER not in sample and "input_ids" in sample:
         raise DecodeError(
-            f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} was transformed already: leave out the "
-            "sampler's transform=, collate_packed converts rows as they are stored"
+            f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} was already transformed, but "
+            "collate_packed converts rows as they are stored: leave out the sampler's transform="
         )
     if PACKED_MEMBER not in sample:
         raise DecodeError(
@@ -92,10 +92,10 @@ def _packed(sample: Mapping[str, Any]) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftedTokens:
-    """Packed rows as the models of Megatron-core take them: labels already shifted, a mask of the loss, positions.
+    """Packed rows as inputs of Megatron-core models: tokens, shifted labels, loss mask and positions.
 
-    A row of `length` + 1 tokens is used up to its last token. Of a row of `length` tokens the last position has no next
-    token: its label is 0 and it does not count in the loss.
+    A row of `length` + 1 tokens is used in full. In a row of `length` tokens the last position has no next token: its
+    label is 0, and the loss ignores it.
 
     Args:
         length: T, tokens that the model reads.
@@ -110,7 +110,7 @@ class ShiftedTokens:
         """``tokens``, ``labels`` and ``position_ids``, (T,) int64, and ``loss_mask``, (T,) float32.
 
         Raises:
-            DecodeError: The row holds no packed tokens, or of another length.
+            DecodeError: The row holds no packed tokens, or has another length.
         """
         row = packed_tokens(sample)["input_ids"]
         if len(row) not in (self.length, self.length + 1):
@@ -134,13 +134,13 @@ class TokenizeText:
     """Tokenises text rows, cut and padded to a fixed length.
 
     Args:
-        encode: Text to token ids: ``tokenizer.encode`` of transformers, for example.
+        encode: Function from text to token ids, for example ``tokenizer.encode`` of transformers.
         length: T, tokens of a row.
-        pad_token: Fills short rows; the end-of-text token of a tokenizer without one.
-        member: The text member.
+        pad_token: Token id that fills short rows; for a tokenizer without one, that of the end-of-text token.
+        member: Name of the text member.
 
     Raises:
-        ConfigurationError: `pad_token` is None, or `encode` gives no token ids.
+        ConfigurationError: `pad_token` is None, or `encode` does not return token ids.
     """
 
     encode: Callable[[str], Sequence[int]]
@@ -152,25 +152,25 @@ class TokenizeText:
         whole_number("length", self.length, least=1)
         if self.pad_token is None:
             raise ConfigurationError(
-                "pad_token is None: the tokenizer has no padding of its own; pass the id of its end-of-text token "
-                "(tokenizer.eos_token_id), labels of padding do not count"
+                "pad_token is None: the tokenizer has no padding token; pass the id of its end-of-text token "
+                "(tokenizer.eos_token_id), the loss ignores padding"
             )
         whole_number("pad_token", self.pad_token, least=0)
         try:
-            known = all(isinstance(token, Integral) for token in self.encode("a"))
+            valid = all(isinstance(token, Integral) for token in self.encode("a"))
         except TypeError:
-            known = False
-        if not known:
+            valid = False
+        if not valid:
             raise ConfigurationError(
-                "encode gives no list of token ids: pass tokenizer.encode of transformers, or a function from text to "
-                "ids"
+                "encode does not return a list of token ids: pass tokenizer.encode of transformers, or a function from "
+                "text to ids"
             )
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels``, all (T,) int64; labels of padding are -100.
 
         Raises:
-            DecodeError: The row holds no such member.
+            DecodeError: The row does not have the text member.
         """
         if self.member not in sample:
             raise DecodeError(

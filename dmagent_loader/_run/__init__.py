@@ -1,4 +1,4 @@
-"""What only the main process of a rank does: decisions, saved state, and the check that all ranks agree.
+"""Work of the main process of a rank only: decisions, saved state, and the check that all ranks agree.
 
 Nothing here knows a trainer or a torch `DataLoader`.
 """

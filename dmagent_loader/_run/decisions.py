@@ -1,7 +1,7 @@
 """Decisions: feedback -> history -> policy -> guard -> the next mix, the same on all ranks.
 
-Rank 0 decides, the others receive its decision. The history is derived from the plan (the samples trained on) and the
-recorded feedback, so it survives a restart unchanged.
+Rank 0 decides, and the others receive its decision. The history is derived from the plan (the samples trained on) and
+the recorded feedback, so it survives a restart unchanged.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ HistoryMix = Literal["achieved", "requested"]
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionConfig:
-    """How mixes are decided.
+    """Settings of decisions.
 
     Args:
         roles: Field of the environment for each role of the agent, for example ``{"keep": "general", "acquire":
             "code"}``; None: the environment's fields are in the order keep, acquire. Only with an agent.
         standardization: Standardisation of feedback for the agent: ``"frozen"``, ``"running"`` or ``"anchored"``; None:
-            as its checkpoint says. Only with an agent.
+            the mode in its checkpoint. Only with an agent.
         guard: Limits on proposals.
-        shadow: Log proposals and keep the mix.
+        shadow: Whether to log proposals only, and keep the mix.
         history_mix: Mixes that the policy sees: those ``"achieved"``, or those ``"requested"`` (parity with the paper,
             where both are the same up to sampling noise).
 
     Raises:
-        ConfigurationError: A value that cannot work.
+        ConfigurationError: A value is invalid.
     """
 
     roles: Mapping[str, str] | None = None
@@ -66,7 +66,7 @@ class DecisionConfig:
 class Measurement:
     """Feedback of the environment after a number of consumed samples.
 
-    The order of the fields matters: an agent's roles go by it.
+    The order of the fields matters: it determines the roles that an agent sees.
     """
 
     consumed: int
@@ -84,12 +84,12 @@ class Decision:
 
     Attributes:
         policy: Name of the policy.
-        measurement: The feedback it rests on.
+        measurement: Feedback behind the decision.
         domains: (D,) names.
         outcome: Answer of the policy, after the guard.
-        shadow: Whether it is only logged.
-        entry: The newest ledger entry; None until the decision is in the ledger.
-        failures: Steps of the run so far at which the policy gave no usable mix.
+        shadow: Whether the decision is only logged.
+        entry: Newest ledger entry; None until the decision is in the ledger.
+        failures: Number of steps so far at which the policy gave no usable mix.
     """
 
     policy: str
@@ -107,33 +107,33 @@ class Decision:
 
     @property
     def in_force(self) -> bool:
-        """Whether the proposal holds: False in shadow mode, or when the policy failed."""
+        """Whether the proposal takes effect: False in shadow mode, or if the policy failed."""
         return self.outcome.accepted and not self.shadow
 
     @property
     def staleness(self) -> int:
-        """Samples that are trained under the old mix after the decision."""
+        """Samples trained under the old mix after the decision."""
         return 0 if self.shadow or self.entry is None else self.entry.start - self.measurement.consumed
 
     @property
     def seconds(self) -> float:
-        """Time that the policy took."""
+        """Duration of the policy's answer."""
         return self.outcome.seconds
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Changes by the guard, or the reason why the last good mix was kept."""
+        """Changes made by the guard, or the reason why the last good mix was kept."""
         return self.outcome.notes if self.outcome.error is None else (self.outcome.error,)
 
 
 @dataclass(kw_only=True)
 class Decider:
-    """Keeps the feedback of a run and asks the policy.
+    """Keeps the feedback of a run and queries the policy.
 
     Args:
-        policy: None: mixes change by hand only.
+        policy: Policy that proposes mixes; None: mixes change by hand only.
         guard: Limits on proposals.
-        plan: Samples that were trained on.
+        plan: Plan of the run, which counts the samples trained on.
         start_state: (D,) mix of the base model's own training data (paper, 3.1).
         shadow: Whether decisions are only logged.
         history_mix: See `DecisionConfig`.
@@ -147,21 +147,21 @@ class Decider:
     history_mix: HistoryMix = "achieved"
     measurements: list[Measurement] = field(default_factory=list)
     failures: int = 0
-    """Steps of the run at which the policy gave no usable mix."""
+    """Number of steps at which the policy gave no usable mix."""
     _counts: list[IntArray] = field(default_factory=list)
-    """(D,) samples that each domain had given by the measurements: the past does not change, so it is asked once."""
+    """(D,) samples drawn from each domain up to each measurement; cached, because the past does not change."""
 
     @classmethod
     def configured(cls, config: DecisionConfig, policy: Policy | None, plan: Plan, start_state: FloatArray) -> Decider:
-        """A decider as a user configured it.
+        """A decider with the settings of a user.
 
         Raises:
-            ConfigurationError: A guard or shadow mode without a policy to limit or to follow.
+            ConfigurationError: There is a guard or shadow mode, but no policy.
         """
         if policy is None and (config.shadow or config.guard != GuardConfig()):
             raise ConfigurationError(
                 "deciding= sets a guard or shadow mode, but there is neither agent nor policy, so it would have no "
-                "effect: pass agent= or policy=, or leave it out"
+                "effect: pass agent= or policy=, or leave deciding= out"
             )
         guard = Guard(config.guard, plan.space.names)
         return cls(
@@ -194,14 +194,14 @@ class Decider:
 
     @property
     def policy_name(self) -> str | None:
-        """Who decides; None: nobody."""
+        """Name of the policy; None: there is no policy."""
         return None if self.policy is None else name_of(self.policy)
 
     def history(self, newest: Measurement | None = None) -> History:
         """All steps so far: row 0 is the start state with the first feedback.
 
         Args:
-            newest: Feedback that is not among `measurements` yet.
+            newest: Feedback that is not in `measurements` yet.
         """
         measurements = self.measurements if newest is None else [*self.measurements, newest]
         fields = measurements[0].fields
@@ -218,16 +218,16 @@ class Decider:
         return History(domains=self.plan.space.names, fields=fields, mixes=np.array(mixes), feedback=feedback)
 
     def decide(self, feedback: Mapping[str, float], consumed: int) -> Decision:
-        """Checks the feedback of one reweighting step and asks the policy; only rank 0 does.
+        """Checks the feedback of one reweighting step and queries the policy, on rank 0 only.
 
-        Nothing is changed by it; `accept` does that, on all ranks.
+        This changes nothing; `accept` records the step, on all ranks.
 
         Args:
             feedback: Field -> number.
             consumed: Samples that training has consumed.
 
         Raises:
-            FeedbackError: Not finite, no field at all, or other fields than before.
+            FeedbackError: The feedback is not finite, is empty, or has other fields than before.
             ConfigurationError: No sample was trained on since the last step.
         """
         assert self.policy is not None
@@ -242,14 +242,14 @@ class Decider:
         )
 
     def accept(self, decision: Decision, entry: LedgerEntry) -> Decision:
-        """On all ranks: records the step, whatever came of it.
+        """Records the step, on all ranks and whatever the outcome.
 
         Args:
-            decision: Rank 0's.
-            entry: The newest ledger entry.
+            decision: Decision of rank 0.
+            entry: Newest ledger entry.
 
         Returns:
-            The decision with the ledger entry and the failures so far.
+            The decision with the ledger entry and the number of failures so far.
         """
         self.measurements.append(decision.measurement)
         self.failures += not decision.outcome.accepted
@@ -264,8 +264,8 @@ class Decider:
         values = validate_feedback(feedback, fields)
         if not self.measurements and (values > 0).any():
             logger.warning(
-                "the feedback is %s, but mean log-probabilities are never above 0, and higher is better: the policy "
-                "reads losses the wrong way round (pass -loss)",
+                "the feedback is %s, but mean log-probabilities are never above 0, and higher is better: if these are "
+                "losses, the policy would read them the wrong way round (pass -loss)",
                 dict(feedback),
             )
         if self.measurements and consumed <= self.measurements[-1].consumed:
@@ -278,7 +278,7 @@ class Decider:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The environment's fields, in its order; none before the first feedback."""
+        """The environment's fields, in its order; empty before the first feedback."""
         return self.measurements[0].fields if self.measurements else ()
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -287,15 +287,15 @@ class Decider:
 
 
 def measurements_from_json(saved: Any, fields: Any, consumed: int) -> list[Measurement]:
-    """Recorded feedback as `Decider.to_json` wrote it.
+    """Recorded feedback from the JSON values of `Decider.to_json`.
 
     Args:
         saved: The JSON value.
-        fields: Their names in the environment's order, which objects of JSON need not keep: the Trainer sorts them.
+        fields: Names of the fields in the environment's order. JSON objects need not keep it: the Trainer sorts them.
         consumed: Samples that had been consumed when the state was saved.
 
     Raises:
-        StateError: It cannot be read, or is of no run.
+        StateError: The value cannot be read, or contradicts the run.
     """
     if not isinstance(fields, list) or not all(isinstance(field, str) for field in fields):
         raise StateError(f"the saved fields are {shown(fields)}, not a list of names: the state is damaged")
@@ -313,8 +313,8 @@ def measurements_from_json(saved: Any, fields: Any, consumed: int) -> list[Measu
         before = measurements[-1].consumed if measurements else -1
         if not is_count(at) or not before < at <= consumed:
             raise StateError(
-                f"entry {number} of the saved feedback is of sample {shown(at)}, after one of sample "
-                f"{before} and in a run of {consumed}: the state is damaged or was edited; load an older one"
+                f"entry {number} of the saved feedback is at sample {shown(at)}, after an entry at sample {before} and "
+                f"in a run of {consumed} samples: the state is damaged or was edited; load an older one"
             )
         if not values or len(values) < len(feedback) or sorted(values) != sorted(fields):
             raise StateError(

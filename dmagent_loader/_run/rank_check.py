@@ -1,4 +1,4 @@
-"""The check that all ranks of a run agree, whenever they meet: at the start, at a decision, at a restore."""
+"""The check that all ranks of a run agree: at the start, at each decision, and at a restore."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def together(step: str, settings: Callable[[], RunSettings], rank: int) -> Itera
 
     Args:
         step: Name of the step, for messages.
-        settings: Gives the settings of this rank's run; asked only where there are several ranks.
+        settings: Function that returns the settings of the run on this rank; called only if there are several ranks.
         rank: Data-parallel rank of this process.
 
     Raises:
-        RankError: Another rank failed, differs, does something else, or does not answer.
+        RankError: Another rank failed, differs, is at another step, or does not answer.
     """
     with distributed.together(step) as facts:
         if distributed.is_active():
@@ -33,15 +33,15 @@ def together(step: str, settings: Callable[[], RunSettings], rank: int) -> Itera
 
 
 def digest(value: Any) -> str:
-    """A short text that differs where values differ."""
+    """A short text that differs between different values."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def check_ranks(step: str, rank: int, world_size: int) -> None:
-    """Several processes may share a data-parallel rank (they hold parts of one model), but none may be without one.
+    """Checks that every data-parallel rank has a process. Several may share one, each with a part of one model.
 
     Raises:
-        RankError: A rank is missing.
+        RankError: No process has one of the ranks.
     """
     if not distributed.is_active():
         return
@@ -50,6 +50,6 @@ def check_ranks(step: str, rank: int, world_size: int) -> None:
     if missing:
         raise RankError(
             f"{step}: no process has data-parallel rank {', '.join(map(str, missing[:8]))} of {world_size} "
-            f"(the processes have {ranks[:16]}), so its samples would never be trained on: give each process its own "
+            f"(the processes have {ranks[:16]}), so its samples would never be trained on: pass each process its own "
             "rank= and the same world_size=, or neither"
         )

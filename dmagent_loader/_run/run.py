@@ -1,4 +1,4 @@
-"""A run in the main process: decisions change the feed's plan, and the state saves both."""
+"""A run in the main process: decisions change the plan of the feed, and the state saves both."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _LOADING = "loading a state"
 
 
 class Run:
-    """The part of a sampler that only the main process of a rank has. `AgentWeightedSampler` documents its methods.
+    """The deciding half of a sampler, in the main process of a rank. `AgentWeightedSampler` documents its methods.
 
     Args:
         feed: The samples.
-        decider: Feedback so far, and the policy.
+        decider: The policy, with the feedback so far.
         samples_per_reweight: Samples, over all ranks, between two decisions.
     """
 
@@ -78,13 +78,13 @@ class Run:
         return consumed >= (done[-1].consumed // interval + 1) * interval if done else True
 
     def reweight(self, feedback: Mapping[str, float], consumed: int) -> Decision:
-        """Asks the policy for the next mix."""
+        """Queries the policy for the next mix."""
         decision: Decision | None = None
         with self._together(_DECIDING) as facts:
             if self.decider.policy is None:
                 raise ConfigurationError(
                     "reweight() needs a policy, but this sampler has none: pass agent= or policy=, or change the mix "
-                    "by set_mix()"
+                    "with set_mix()"
                 )
             consumed = whole_number("consumed", consumed, least=0)
             self.feed.check_consumed(consumed)
@@ -104,7 +104,7 @@ class Run:
                 accepted=decision.outcome.accepted,
                 note="; ".join(decision.notes),
             )
-        # Only now: where no new mix can hold, the decision is still due.
+        # Only now: if the ledger entry fails, no feedback is recorded and the decision is still due.
         decision = self.decider.accept(decision, entry)
         logger.info(
             "mix after %d samples%s: %s",
@@ -120,8 +120,8 @@ class Run:
         if consumed is None:
             if workers:
                 raise StateError(
-                    "torch workers read ahead of training, so that only the trainer knows what was consumed: pass "
-                    "consumed=, the number of samples trained on by all ranks"
+                    "torch workers read ahead of training, so only the training loop knows how many samples were "
+                    "consumed: pass consumed=, the number of samples trained on by all ranks"
                 )
             consumed = cursor.handed_out
         else:
@@ -145,14 +145,17 @@ class Run:
         )
 
     def warn_if_nobody_decides(self) -> None:
-        """A forgotten callback or call would train on the initial mix to the end, in silence."""
+        """Warns, once, if samples are drawn before the first decision.
+
+        Without a warning, a run with a forgotten callback or call would train on the initial mix to the end.
+        """
         decider = self.decider
         if decider.policy is None or decider.measurements or self.feed.loader.by_trainer or self._silence_reported:
             return
         self._silence_reported = True
         logger.warning(
-            "the sampler has policy %r, but samples are drawn before it was asked once: without "
-            "DataMixingCallback(sampler, environment) in the trainer's callbacks, or sampler.reweight(...) in your "
-            "loop (the first time before the data are read), the initial mix holds to the end",
+            "the sampler has policy %r, but samples are drawn before its first decision, so the initial mix may stay "
+            "to the end of the run: add DataMixingCallback(sampler, environment) to the trainer's callbacks, or call "
+            "sampler.reweight(...) in your loop (the first time before you read any data)",
             decider.policy_name,
         )

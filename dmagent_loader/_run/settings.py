@@ -1,7 +1,7 @@
-"""The settings of a run, written down once.
+"""The settings of a run, in one place.
 
-Each entry says what happens when a saved state has another value, and all of them are compared between ranks: ranks
-that differ would continue without an error and train on samples twice or never.
+Each entry declares how a restore treats a saved state with a different value. All entries are compared between ranks:
+without that, ranks that differ would continue without an error and train on samples twice or never.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Restore = Literal["refuse", "warn", "free"]
 
 
 _REFUSE: dict[str, Restore] = {"restore": "refuse"}
-"""Another value would give another order of samples: a state with it is refused."""
+"""A different value would change the order of samples: the state is refused."""
 _WARN: dict[str, Restore] = {"restore": "warn"}
-"""Decisions would differ: a state with another value is loaded with a warning."""
+"""A different value would change decisions: the state is loaded with a warning."""
 _FREE: dict[str, Restore] = {"restore": "free"}
-"""May change at a restore, and is not saved."""
+"""The value may change at a restore, and is not saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class RunSettings:
         history_mix: Mixes that the policy sees, ``"achieved"`` or ``"requested"``.
         start_state: Digest of the start state, which a saved state carries itself.
         world_size: Number of data-parallel processes.
-        loader: The loader that reads the run.
+        loader: Loader that reads the run.
     """
 
     seed: int = field(metadata=_REFUSE)
@@ -66,10 +66,10 @@ class RunSettings:
 
     def to_compare(self) -> dict[str, Any]:
         """All entries, by the names that messages between ranks use."""
-        return {_SPOKEN.get(name, name): getattr(self, name) for name in RESTORE}
+        return {_LABELS.get(name, name): getattr(self, name) for name in RESTORE}
 
 
 RESTORE: dict[str, Restore] = {entry.name: entry.metadata["restore"] for entry in fields(RunSettings)}
-"""Setting -> what a restore does about another value."""
-_SPOKEN = {"domains": "the domains", "fingerprint": "the contents of the shards", "loader": "the loader"}
-"""Names in messages between ranks, where they differ from the attribute's."""
+"""Setting -> treatment of a different value at a restore."""
+_LABELS = {"domains": "the domains", "fingerprint": "the contents of the shards", "loader": "the loader"}
+"""Names in messages between ranks, if they differ from the name of the attribute."""

@@ -1,4 +1,4 @@
-"""The saved state of a run: small JSON, checked against the run that it is loaded into."""
+"""The saved state of a run: a small JSON object, checked against the run that loads it."""
 
 from __future__ import annotations
 
@@ -60,17 +60,19 @@ def write_state(settings: RunSettings, decider: Decider, consumed: int) -> dict[
     """The state of a run after `consumed` samples, as JSON values.
 
     Raises:
-        StateError: No run can have consumed so many.
+        StateError: `consumed` contradicts the run.
     """
     plan = decider.plan
     end = plan.ends_by(max(0, consumed))
     if consumed < 0 or (end is not None and consumed > end):
-        raise StateError(f"consumed is {consumed}, but the run has {end} samples")
+        raise StateError(
+            f"consumed is {consumed}, but the run has {end} samples: count the samples of all ranks since the run began"
+        )
     measured = decider.measurements
     if measured and consumed < measured[-1].consumed:
         raise StateError(
-            f"consumed is {consumed}, but a decision was made after {measured[-1].consumed} samples, so that no run "
-            "could go on from this state: count the samples of all ranks since the run began"
+            f"consumed is {consumed}, but a decision was made after {measured[-1].consumed} samples, so no run could "
+            "resume from this state: count the samples of all ranks since the run began"
         )
     counts = plan.counts(consumed)
     return {
@@ -91,51 +93,54 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
     """Checks a saved state against a run and rebuilds its plan.
 
     Args:
-        state: As `write_state` made it.
+        state: Return value of `write_state`.
         settings: Settings of this run.
-        decider: Its plan and start state.
+        decider: Decider of this run, with its plan and start state.
 
     Raises:
-        StateError: The state belongs to another run, or cannot be understood; the message says what differs.
+        StateError: The state belongs to another run, or cannot be read; the message names the difference.
     """
     if not isinstance(state, Mapping) or "schema" not in state:
-        raise StateError("this is not the state of a sampler: it has no 'schema'; pass what state_dict() returned")
+        raise StateError(
+            "this is not the state of a sampler: it has no 'schema'; pass the return value of state_dict()"
+        )
     if state["schema"] != SCHEMA:
         raise StateError(
-            f"the state has schema {shown(state['schema'])}, this version of dmagent_loader reads schema {SCHEMA}: "
-            "install the version that wrote it"
+            f"the state has schema {shown(state['schema'])}, but this version of dmagent_loader reads schema {SCHEMA}: "
+            "install the version that wrote the state"
         )
     missing = sorted(_KEYS - set(state))
     if missing:
         raise StateError(f"the state lacks {missing}: it is damaged or was edited; load an older one")
     unknown = sorted(shown(key) for key in set(state) - _KEYS - {_POLICY_STATE})
     if unknown:
-        logger.warning("the state has %s, which this version does not know and leaves aside", ", ".join(unknown[:10]))
+        logger.warning("the state has %s, which this version does not know and ignores", ", ".join(unknown[:10]))
     plan, present = decider.plan, settings.saved()
     for key in (name for name, restore in RESTORE.items() if restore == "refuse" and state[name] != present[name]):
         if key == "fingerprint":
             raise StateError(
-                f"the state is of another shard set: fingerprint {shown(state[key])}, here {shown(present[key])}; "
-                "names, order, row counts and contents of the shards must be the same (their folder may differ)"
+                f"the state belongs to another shard set: its fingerprint is {shown(state[key])}, the one of this run "
+                f"{shown(present[key])}; load it with the same shards: names, order, row counts and contents must be "
+                "the same (their folder may differ)"
             )
         raise StateError(
-            f"the state is of a run with {key} {shown(state[key])}, this run has {shown(present[key])}: with another "
-            f"{key} the order of samples would be another; build the sampler as it was"
+            f"the state is of a run with {key} {shown(state[key])}, this run has {shown(present[key])}: a different "
+            f"{key} would change the order of samples; build the sampler with the saved value"
         )
     restored = plan.empty_copy()
     for entry in Ledger.from_json(plan.space.names, state["ledger"]):
         restored.append(entry)
     consumed, counts = state["consumed"], state["counts"]
-    whole = is_count(consumed)
-    end = restored.ends_by(consumed) if whole else None
-    if not whole or (end is not None and consumed > end):
+    valid = is_count(consumed)
+    end = restored.ends_by(consumed) if valid else None
+    if not valid or (end is not None and consumed > end):
         raise StateError(
             f"the state's consumed is {shown(consumed)}, which is not an index of this run: the state is damaged or "
             "was edited; load an older one"
         )
     for key in (name for name, restore in RESTORE.items() if restore == "warn" and state[name] != present[name]):
         logger.warning(
-            "the state was saved with %s %s, this run has %r: decisions will differ",
+            "the state was saved with %s %s, but this run has %r: decisions will differ",
             key,
             shown(state[key]),
             present[key],
@@ -145,7 +150,8 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
         raise StateError(
             f"the state's counts at sample {consumed} do not follow from its ledger (differences: "
             f"{shown([n for n in expected if not isinstance(counts, Mapping) or counts.get(n) != expected[n]])}): "
-            "it is damaged, or was written by a version with another order"
+            "it is damaged, or was written by a version with another order of samples; load an older state, or install "
+            "that version"
         )
     weights = state["start_state"]
     if not isinstance(weights, list) or not all(map(is_finite_number, weights)):
@@ -155,7 +161,7 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
     except MixError as error:
         raise StateError(f"the state's start_state is not a mix: {error}") from error
     if not np.allclose(start_state, decider.start_state, rtol=0, atol=1e-9):
-        logger.warning("the state was saved with another start_state than this run's: the saved one holds")
+        logger.warning("the state was saved with another start_state than that of this run: the saved one is used")
     failures = state["policy_failures"]
     if not is_count(failures):
         raise StateError(f"the state's policy_failures is {shown(failures)}, not a count: it is damaged")
@@ -183,19 +189,19 @@ def _policy_state(state: Mapping[str, Any], decider: Decider) -> Mapping[str, An
 
 
 def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Writes a state, or anything made of JSON values that holds one, to a file: whole or not at all.
+    """Writes a state, or JSON values that contain one, to a file: completely or not at all.
 
-    For loops of your own. A process that is killed while it writes leaves the file as it was.
+    This is for hand-written loops. A process that is killed while it writes leaves the old file unchanged.
 
     Args:
         path: The file; its folder must exist.
-        state: What `state_dict()` of a sampler or of `Mixing` returned, alone or among other JSON values.
+        state: Return value of `state_dict()` of a sampler or of `Mixing`, alone or among other JSON values.
     """
     write_atomically(path, json.dumps(state, allow_nan=False).encode())
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `save_state` wrote.
+    """Reads a file of `save_state`.
 
     Raises:
         StateError: There is no such file, or it was not written by `save_state`.
@@ -205,8 +211,11 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise StateError(
             f"the state {os.fspath(path)} cannot be read ({error}): it is missing, or was not written by save_state, "
-            "which writes it whole or not at all; go on from an older one"
+            "which never leaves a partial file; resume from an older state"
         ) from error
     if not isinstance(state, dict):
-        raise StateError(f"the state {os.fspath(path)} holds a {type(state).__name__}, not what save_state writes")
+        raise StateError(
+            f"the state {os.fspath(path)} holds a JSON {type(state).__name__}, not an object: pass a file written by "
+            "save_state"
+        )
     return state

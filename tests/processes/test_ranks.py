@@ -52,7 +52,7 @@ REFUSED = {
 GONE = {
     "rank 3 dies before a decision": ("deciding on the next mix", 3),
     "rank 0 dies in its policy": ("deciding on the next mix", 0),
-    "rank 2 dies before publication": ("agreeing from which sample on a new mix holds", 2),
+    "rank 2 dies before publication": ("agreeing on the first sample of a new mix", 2),
     "rank 1 dies in the evaluation": ("evaluating the model", 1),
     "rank 0 dies at the start": ("building the sampler", 0),
     "rank 1 dies in a restore": ("loading a state", 1),

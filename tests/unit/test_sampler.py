@@ -520,7 +520,7 @@ def test_a_policy_that_is_never_asked_is_warned_of(build, caplog):
         sampler = build(policy=policy)
         sample_ids(sampler, 5)
         sample_ids(sampler, 5)
-    assert caplog.text.count("before it was asked once") == 1
+    assert caplog.text.count("before its first decision") == 1
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         sampler = build(policy=policy)

@@ -82,7 +82,7 @@ def test_a_tokenizer_without_padding_is_refused_before_the_first_short_row():
     with pytest.raises(ConfigurationError, match=r"pad_token is None.*eos_token_id"):
         TokenizeText(encode=lambda text: [1], length=4, pad_token=None)
     for encode in (lambda text: {"input_ids": [1]}, lambda text: 7, lambda text: text):
-        with pytest.raises(ConfigurationError, match="no list of token ids"):
+        with pytest.raises(ConfigurationError, match="does not return a list of token ids"):
             TokenizeText(encode=encode, length=4, pad_token=0)
 
 
