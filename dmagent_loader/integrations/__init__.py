@@ -1,1 +1,1 @@
-"""Trainers: each module needs its own extra and is imported on its own."""
+"""Integrations with trainers: each module needs its own extra and is imported separately."""

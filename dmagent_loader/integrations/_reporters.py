@@ -1,8 +1,8 @@
-"""The one place that looks at stack frames: a stock Trainer gives a callback no way to its reporters.
+"""The reporters of a stock Trainer, found by inspecting stack frames: the only place that does so.
 
-`Trainer.log` is out of a callback's reach, and a callback added by a user is called after the reporters. So metrics of
-a decision could not reach TensorBoard, W&B and the rest through the Trainer's own writers. `DataMixingTrainerMixin`
-hands its callback handler over and needs no frames.
+A callback cannot call `Trainer.log`, and a callback added by a user is called after the reporters. Without this module,
+metrics of a decision could not reach TensorBoard, W&B and other writers of the Trainer. `DataMixingTrainerMixin` passes
+its callback handler on and needs no frames.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-def reporters_of_caller(own: Any) -> list[Any]:
-    """The callbacks beside `own` in the Trainer's callback handler that is calling it.
+def reporters_of_caller(called: Any) -> list[Any]:
+    """The other callbacks in the callback handler that is calling one.
 
     Args:
-        own: The callback that is being called.
+        called: The callback that is being called.
 
     Returns:
-        Empty, with a warning, where no handler is found.
+        The other callbacks; empty, with a warning, if no handler is found.
     """
     frame = sys._getframe(1)
     while frame is not None:
         handler = frame.f_locals.get("self")
         callbacks = getattr(handler, "callbacks", None)
-        if isinstance(callbacks, list) and any(callback is own for callback in callbacks):
-            return [callback for callback in callbacks if callback is not own]
+        if isinstance(callbacks, list) and any(callback is called for callback in callbacks):
+            return [callback for callback in callbacks if callback is not called]
         frame = frame.f_back  # type: ignore[assignment]
     logger.warning(
         "the Trainer's reporters were not found, so metrics of the mix are only in its log_history: use "
-        "DataMixingTrainerMixin, which hands them over"
+        "DataMixingTrainerMixin, which passes them on"
     )
     return []

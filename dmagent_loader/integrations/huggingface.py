@@ -2,15 +2,16 @@
 
     Trainer(model, args, train_dataset=sampler, callbacks=[DataMixingCallback(sampler, environment)])
 
-A stock Trainer reads an iterable dataset in one of three ways, and the callback tells the sampler which:
+A stock Trainer reads an iterable dataset in one of three ways. The callback finds out which, and reports it to the
+sampler:
 
 - one process: the stream as it is;
 - several processes, by default: rank 0 reads one whole stream and sends each rank its slice (`DataLoaderDispatcher`);
 - several processes, ``accelerator_config={"dispatch_batches": False}``: every rank reads the whole stream and keeps its
-  slice (`IterableDatasetShard`), so that each row is read once for every rank.
+  slice (`IterableDatasetShard`), and each row is read once by every rank.
 
-In all of them accelerate fetches one batch more than is trained on. `DataMixingTrainerMixin` gives the sampler's own
-loader instead: each rank reads only its share, and a new mix holds from the next step on.
+In all three, accelerate fetches one batch more than is trained on. `DataMixingTrainerMixin` uses `MixingDataLoader`
+instead: each rank reads only its share, and a new mix takes effect with the next step.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ logger = logging.getLogger(__name__)
 class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Evaluates the environment when a decision is due, and lets the sampler's policy choose the next mix.
 
-    Before the first step the base model is evaluated. After every ``sampler.samples_per_reweight`` samples the model is
-    evaluated again. The state goes into the Trainer's checkpoints (``trainer_state.json``) and comes back with
-    ``resume_from_checkpoint``; the Trainer's own skipping of batches is switched off, because the sampler goes on at
-    the right sample by itself. Training stops when the plan ends.
+    The base model is evaluated before the first step, and the model again after every ``sampler.samples_per_reweight``
+    samples. The Trainer's checkpoints (``trainer_state.json``) contain the state, and ``resume_from_checkpoint``
+    restores it. The callback switches off the Trainer's own skipping of batches, because the sampler itself resumes at
+    the right sample. Training stops when the plan ends.
 
-    Metrics go to the Trainer's reporters and its ``log_history``: see `dmagent_loader.integrations.mixing.Report`.
+    The Trainer's reporters and its ``log_history`` get the metrics: see `dmagent_loader.integrations.mixing.Report`.
 
     Args:
-        sampler: The Trainer's `train_dataset`.
+        sampler: Sampler that is the Trainer's `train_dataset`.
         environment: Question sets; None: no decisions, mixes change by `set_mix` only.
     """
 
@@ -68,7 +69,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._resuming = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the Trainer measures the loader: the kind of stream, and no skipping at resume."""
+        """Binds the sampler before the Trainer asks for its length, and switches off skipping of batches at resume."""
         if args.restore_callback_states_from_checkpoint:
             raise ConfigurationError(
                 "restore_callback_states_from_checkpoint=True makes the Trainer build a new DataMixingCallback "
@@ -99,7 +100,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if state.global_step > 0:
             self._restore(args, state, saved)
             self._resuming = True
-        # A checkpoint made without this callback has no place for its state, which the Trainer needs when it saves.
+        # A checkpoint made without this callback has no entry for it, and the Trainer needs one when it saves.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._begin_step, self._begin_consumed = state.global_step, self.consumed
         if self._reporters is None:
@@ -109,18 +110,18 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A new pass begins where training stands: what the last pass had fetched ahead was not trained on."""
+        """Begins a new pass after the consumed samples: those prefetched by the last pass were not trained on."""
         self.sampler.seek(self.consumed)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a resumption, undoes what making the loader's iterator did to the random state."""
+        """After a resumption, restores the random state from before the loader's iterator was made."""
         if self._random_state is not None:
             torch.set_rng_state(self._random_state)
             self._random_state = None
         self._resuming = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Counts what was consumed, decides when it is time, and stops at the end of the plan."""
+        """Counts consumed samples, decides when a decision is due, and stops training at the end of the plan."""
         trained = (state.global_step - self._begin_step) * self._samples_per_step
         self._mixing.consumed = self._begin_consumed + trained
         if self._mixing.finished():
@@ -131,14 +132,14 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer writes into its checkpoint."""
+        """State for the Trainer's checkpoint."""
         return {
             "args": {},
             "attributes": {**self._mixing.state_dict(), "samples_per_step": self._samples_per_step},
         }
 
     def report_to(self, callbacks: Sequence[TrainerCallback]) -> None:
-        """Names the callbacks whose `on_log` receives the metrics; without it they are found at the start."""
+        """Sets the callbacks whose `on_log` receives the metrics; without a call they are found at the start."""
         self._reporters = [callback for callback in callbacks if callback is not self]
 
     @property
@@ -176,7 +177,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             reporter.on_log(args, state, control, logs=logs)
 
     def _recognise(self, args: Any, loader: Any) -> None:
-        """Finds out how the Trainer reads the sampler, and tells it."""
+        """Finds out how the Trainer reads the sampler, and reports it to the sampler."""
         sliced_by_rank = isinstance(loader.dataset, IterableDatasetShard)
         dataset = loader.dataset.dataset if sliced_by_rank else loader.dataset
         if dataset is not self.sampler:
@@ -198,7 +199,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             if sliced_by_rank:
                 logger.warning(
                     "dispatch_batches=False: each of the %d ranks reads and decodes every row, and discards %d of %d; "
-                    "leave dispatch_batches at its default, or use DataMixingTrainerMixin, and each row is read once",
+                    "to read each row once, leave dispatch_batches at its default, or use DataMixingTrainerMixin",
                     world,
                     world - 1,
                     world,
@@ -221,21 +222,23 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         )
 
     def _refuse_rows_without_columns(self, loader: Any) -> None:
-        """Rows as they are stored lose all their columns to the Trainer, which then finds no batch size in nothing."""
+        """Refuses rows as stored if the Trainer would remove all their columns: its own error would be obscure."""
         collate = loader.collate_fn
         if self.sampler.transform is not None or not isinstance(collate, RemoveColumnsCollator):
             return
         columns = sorted(self.sampler.peek())
         if set(columns).isdisjoint(collate.signature_columns):
             raise ConfigurationError(
-                f"the rows have {columns}, none of which the model takes, and the Trainer removes what it does not "
-                "take: pass transform= to the sampler (transforms.packed_tokens for packed rows, "
-                "transforms.TokenizeText for text), or set remove_unused_columns=False and a data_collator of your own"
+                f"the rows have {columns}, but the model takes none of these, and the Trainer would remove them all: "
+                "pass transform= to the sampler (transforms.packed_tokens for packed rows, transforms.TokenizeText for "
+                "text), or set remove_unused_columns=False and a data_collator of your own"
             )
 
     def _keep_random_state(self) -> None:
-        """Called after the Trainer restored it: making the loader's iterator then draws a seed from it, and dropout
-        would differ from the run that was not interrupted."""
+        """Keeps the random state that the Trainer has restored.
+
+        Making the loader's iterator draws a seed from it, so dropout would differ from an uninterrupted run.
+        """
         if self._resuming:
             self._random_state = torch.get_rng_state()
 
@@ -256,21 +259,20 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if not args.ignore_data_skip:
             args.ignore_data_skip = True
             logger.warning(
-                "the callback was added after the Trainer was built: its skipping of batches is switched off, but the "
+                "the callback was added after the Trainer was built: skipping of batches is switched off, but the "
                 "random state of the checkpoint is not restored; pass the callback to Trainer(callbacks=[...])"
             )
 
     def _check_steps(self, args: Any, state: Any, samples_per_step: int) -> None:
-        """The Trainer counts the steps of an epoch in batches of now, and the steps done in batches of then."""
+        """Refuses a changed step size: the Trainer measures an epoch in new steps, but counts old steps as done."""
         end = self.sampler.end
         if end is None or args.max_steps > 0 or samples_per_step == self._samples_per_step:
             return
         needed = state.global_step + -(-(end - self.consumed) // self._samples_per_step)
         raise ConfigurationError(
-            f"the checkpoint was made with {samples_per_step} samples in a step, this run has "
-            f"{self._samples_per_step}; "
-            f"with num_train_epochs the Trainer would stop at step {state.max_steps}, whatever data are left: pass "
-            f"max_steps={needed}"
+            f"the checkpoint was made with {samples_per_step} samples in a step, but this run has "
+            f"{self._samples_per_step}: with num_train_epochs the Trainer would stop at step {state.max_steps}, even "
+            f"with data left; pass max_steps={needed}"
         )
 
     def _warn_about_epochs(self, args: Any) -> None:
@@ -278,8 +280,8 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if end is not None and args.max_steps <= 0 and args.num_train_epochs > 1:
             steps = -(-end // self._samples_per_step)
             logger.warning(
-                "num_train_epochs=%g asks for %g passes, but the run ends when data are used up, after about %d "
-                "steps; the learning rate schedule is planned for %g times as many: set num_train_epochs=1 or "
+                "num_train_epochs=%g asks for %g passes, but the run ends when the data are used up, after about %d "
+                "steps, and the learning rate schedule is planned for %g times as many: set num_train_epochs=1 or "
                 "max_steps=%d, or let the target field repeat (exhausted='repeat')",
                 args.num_train_epochs,
                 args.num_train_epochs,
@@ -290,15 +292,15 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
 
 class DataMixingTrainerMixin:
-    """Gives a Trainer the sampler's own loader, which fetches nothing beyond the step in hand (without torch workers).
+    """Makes a Trainer read through `MixingDataLoader`, which fetches nothing beyond the present step without workers.
 
         class MyTrainer(DataMixingTrainerMixin, Trainer): ...
 
-    Each rank reads only its share, and a new mix holds from the very next step.
+    Each rank reads only its share, and a new mix takes effect with the next step.
     """
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The loader of the Trainer's sampler; any other dataset gets the Trainer's own loader."""
+        """A `MixingDataLoader` for a sampler; the Trainer's own loader for any other dataset."""
         trainer: Any = self
         if not isinstance(trainer.train_dataset, AgentWeightedSampler):
             return super().get_train_dataloader()  # type: ignore[misc, no-any-return]
@@ -331,36 +333,36 @@ class DataMixingTrainerMixin:
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end, for ``resume_from_checkpoint`` after a crash.
+    """The newest complete checkpoint, for ``resume_from_checkpoint`` after a crash.
 
-    The Trainer writes ``trainer_state.json`` last; a folder without one that can be read was cut off.
+    The Trainer writes ``trainer_state.json`` last; a folder without a readable one is incomplete.
 
     Args:
-        output_dir: The Trainer's.
+        output_dir: Output folder of the Trainer.
 
     Returns:
-        Path of the checkpoint, or None.
+        Path of the checkpoint; None if there is none.
     """
-    found: list[tuple[int, Path]] = []
+    complete: list[tuple[int, Path]] = []
     for folder in Path(output_dir).glob("checkpoint-*"):
         try:
             step = int(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        found.append((step, folder))
-    return str(max(found)[1]) if found else None
+        complete.append((step, folder))
+    return str(max(complete)[1]) if complete else None
 
 
 def _whole_steps(args: Any) -> bool:
-    """Whether a step is made of several batches, so that a run has to end with a whole one."""
+    """Whether a step consists of several batches; a run then has to end with a whole step."""
     return bool(args.world_size > 1 or args.gradient_accumulation_steps > 1)
 
 
 def _samples_per_step(args: Any, batch_size: int) -> int:
-    """Samples of one rank to a multiple of which the run is cut.
+    """Samples of one rank in one step; the run is cut to whole steps.
 
-    Known before the Trainer asks for the length: it plans the last step of an epoch by it, and counts that step as
-    whole even if the run has become longer since.
+    The number must be known before the Trainer asks for the length. The Trainer plans the last step of an epoch by it,
+    and counts that step as whole even if the run has become longer since.
     """
     return batch_size * int(args.gradient_accumulation_steps) if _whole_steps(args) else 1
 

@@ -4,9 +4,9 @@
     trainer = Trainer(max_epochs=-1, callbacks=[DataMixingCallback(sampler, environment)])
     trainer.fit(module, loader)
 
-Lightning makes the loader's iterator, and may fetch a batch, before `on_train_start`; so the base model is measured in
-`on_fit_start`. It ends an epoch at the length that the loader had when the fit began, whatever the mixes have become
-since: the next epoch goes on at the sample after the last one trained on, until data are used up.
+Lightning makes the loader's iterator, and may fetch a batch, before `on_train_start`. The base model is therefore
+evaluated in `on_fit_start`. Lightning ends an epoch at the length that the loader had when the fit began, even if mixes
+have changed since. The next epoch continues after the last sample trained on, until the data are used up.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ logger = logging.getLogger(__name__)
 class DataMixingCallback(Callback):  # type: ignore[misc]
     """Evaluates the environment when a decision is due, and lets the sampler's policy choose the next mix.
 
-    Before the first step the base model is evaluated. After every ``sampler.samples_per_reweight`` samples the model is
-    evaluated again, at the end of an optimizer step. The state goes into Lightning's checkpoints and comes back with
-    ``fit(ckpt_path=...)``. Training stops when the plan ends.
+    The base model is evaluated before the first step, and the model again after every ``sampler.samples_per_reweight``
+    samples, at the end of an optimizer step. Lightning's checkpoints contain the state, and ``fit(ckpt_path=...)``
+    restores it. Training stops when the plan ends.
 
-    Metrics go to the Trainer's loggers: see `dmagent_loader.integrations.mixing.Report`.
+    The Trainer's loggers get the metrics: see `dmagent_loader.integrations.mixing.Report`.
 
     Args:
-        sampler: The dataset of a DataLoader that the Trainer trains on, alone or beside others in a dict or list.
+        sampler: Dataset of a DataLoader that the Trainer trains on, alone or beside others in a dict or list.
         environment: Question sets; None: no decisions, mixes change by `set_mix` only.
-        model: From the LightningModule to what is called as ``model(input_ids, attention_mask=...)`` and returns
-            logits, for example ``lambda module: module.network``. None: the LightningModule itself.
+        model: Function from the LightningModule to a model that is called as ``model(input_ids, attention_mask=...)``
+            and returns logits, for example ``lambda module: module.network``. None: the LightningModule itself.
     """
 
     def __init__(
@@ -65,7 +65,10 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         self._restored = self._used_up = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Before the loader's iterator is made: the ranks, the length; what an earlier fit fetched ahead is dropped."""
+        """Before the loader's iterator is made: sets ranks and length, and drops samples prefetched by an earlier fit.
+
+        The length stays fixed for the fit, because Lightning ends an epoch by it.
+        """
         if stage != "fit":
             return
         self._check(pl_module)
@@ -80,7 +83,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         self._mixing.begin()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Evaluates the base model; a checkpoint, if there is one, has been restored but for the Trainer's counters."""
+        """Evaluates the base model. A checkpoint, if any, has been restored, except for the Trainer's counters."""
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._begin(trainer)
 
@@ -93,10 +96,10 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         self._stop_at_the_end(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Ends training when data are used up and Lightning would go on.
+        """Ends training when the data are used up and Lightning would continue.
 
         Raises:
-            StopIteration: How a hook ends Lightning's loop over epochs.
+            StopIteration: Always when the data are used up: this is how a hook ends Lightning's loop over epochs.
         """
         if self._used_up:
             logger.warning(
@@ -110,7 +113,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
             raise StopIteration
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Counts what was consumed; after a whole optimizer step decides when it is time, and stops at the end."""
+        """Counts consumed samples; after a whole optimizer step, decides if a decision is due, and stops at the end."""
         if self._used_up:
             return
         self._mixing.consumed += self._samples_per_batch
@@ -123,12 +126,12 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
             self._maybe_reweight(trainer, self._step)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """The next epoch begins where training stands: what was fetched ahead was not trained on."""
+        """Begins the next epoch after the consumed samples: prefetched samples were not trained on."""
         self.sampler.seek(self.consumed)
         self._stop_at_the_end(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Warns about data that the number of epochs left out."""
+        """Warns of data left over because the number of epochs was reached first."""
         end = self.sampler.end
         epochs_are_over = 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= trainer.current_epoch
         steps_are_over = 0 <= trainer.max_steps <= trainer.global_step
@@ -138,17 +141,17 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         logger.warning(
             "training ended after max_epochs=%d with %d samples left before the data are used up: Lightning ends an "
             "epoch at the length that the loader had under the first mix, and the mix has changed since. Pass "
-            "max_epochs=-1, and training stops when the data are used up; or go on from the last checkpoint",
+            "max_epochs=-1 to train until the data are used up, or resume from the last checkpoint to use the rest",
             trainer.max_epochs,
             end - self.consumed,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning writes into its checkpoints."""
+        """State for Lightning's checkpoints."""
         return self._mixing.state_dict()
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Goes on where a checkpoint was saved.
+        """Resumes from the state in a checkpoint.
 
         Raises:
             StateError: The state cannot be read, or belongs to other shards or another seed.
@@ -157,7 +160,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         self._restored = True
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Before Lightning restores its counters from the checkpoint."""
+        """Reads the step, and corrects the counters of old versions, before Lightning restores them."""
         self._loaded_step = int(checkpoint["global_step"])
         if not hasattr(trainer.fit_loop.epoch_loop, "restarted_on_train_batch_end"):
             _count_last_batch(checkpoint)
@@ -212,53 +215,54 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
             _ = self.sampler.policy
         except StateError as error:
             raise ConfigurationError(
-                "this process has a pickled copy of the sampler, which decides nothing: strategies that spawn their "
+                "this process has a pickled copy of the sampler, which cannot decide: strategies that spawn their "
                 "processes (ddp_spawn) are not supported; use strategy='ddp', or start the program with torchrun"
             ) from error
         if "dataloader_iter" in inspect.signature(module.training_step).parameters:
             raise ConfigurationError(
-                f"{type(module).__name__}.training_step takes dataloader_iter, so that Lightning does not know how "
-                "many batches a step reads, and consumed samples cannot be counted: let it take batch"
+                f"{type(module).__name__}.training_step takes dataloader_iter, so Lightning does not know how many "
+                "batches a step reads, and consumed samples cannot be counted: make it take batch instead"
             )
         if self.environment is not None and self._model is None and type(module).forward is LightningModule.forward:
             raise ConfigurationError(
-                f"{type(module).__name__} has no forward(input_ids, attention_mask), so that the environment cannot "
-                "score it: write one that returns logits, or pass DataMixingCallback(..., model=lambda module: "
+                f"{type(module).__name__} has no forward(input_ids, attention_mask), so the environment cannot score "
+                "it: write one that returns logits, or pass DataMixingCallback(..., model=lambda module: "
                 "module.network)"
             )
 
     def _recognise(self, trainer: Any) -> None:
-        """Finds the loader that reads the sampler among those of the Trainer, and tells the sampler about it."""
-        found = list(_leaves(trainer.train_dataloader))
-        own = [leaf for leaf in found if leaf is self.sampler or getattr(leaf, "dataset", None) is self.sampler]
-        if len(own) != 1:
-            shown = ", ".join(f"{type(x).__name__} of {type(getattr(x, 'dataset', x)).__name__}" for x in found)
+        """Finds the loader that reads the sampler among those of the Trainer, and describes it to the sampler."""
+        loaders = list(_leaves(trainer.train_dataloader))
+        readers = [leaf for leaf in loaders if leaf is self.sampler or getattr(leaf, "dataset", None) is self.sampler]
+        if len(readers) != 1:
+            shown = ", ".join(f"{type(x).__name__} of {type(getattr(x, 'dataset', x)).__name__}" for x in loaders)
             raise ConfigurationError(
-                f"{len(own) or 'none'} of the Trainer's {len(found)} training loaders ({shown}) read the sampler of "
-                "this DataMixingCallback, but one must: train on DataLoader(sampler, ...), with the same sampler"
+                f"{len(readers) or 'none'} of the Trainer's {len(loaders)} training loaders ({shown}) read the sampler "
+                "of this DataMixingCallback, but exactly one must: train on DataLoader(sampler, ...), with the same "
+                "sampler"
             )
-        loader = own[0]
+        loader = readers[0]
         if loader is not self.sampler and hasattr(loader, "load_state_dict"):
             raise ConfigurationError(
                 f"the sampler is read by a {type(loader).__name__}, whose own state Lightning would restore after that "
-                "of DataMixingCallback, with the batch fetched ahead counted as trained on: use "
+                "of DataMixingCallback. That state counts the prefetched batch as trained on: use "
                 "torch.utils.data.DataLoader"
             )
         if not getattr(loader, "in_order", True):
             raise ConfigurationError(
-                "the DataLoader has in_order=False, so that its workers' batches come in the order in which they are "
-                "ready, and what was consumed would be another set of samples than the count says: leave it True"
+                "the DataLoader has in_order=False, so batches arrive in the order in which workers finish them, and "
+                "the number of consumed samples no longer identifies the samples: leave in_order at True"
             )
         batch_size, workers = getattr(loader, "batch_size", None) or 1, getattr(loader, "num_workers", 0)
         factor = getattr(loader, "prefetch_factor", None) or 1
         world = self.sampler.world_size
         if not workers and not self.sampler.is_iterated:
             raise StateError(
-                "the loader's iterator was made before the checkpoint's state was restored, and would train on other "
+                "the loader's iterator was made before the checkpoint's state was restored, so it would deliver other "
                 "samples: do not use trainer.estimated_stepping_batches in configure_optimizers with this strategy"
             )
         self._samples_per_batch = batch_size * world
-        # Without a length Lightning fetches one batch ahead, to know which is the last.
+        # Without a length, Lightning prefetches one batch to recognise the last one.
         ahead = workers * factor + (1 if math.isinf(trainer.num_training_batches) else 0)
         self.sampler.bind(
             LoaderSettings(
@@ -273,7 +277,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
 
 
 def _leaves(loaders: Any) -> Iterator[Any]:
-    """The loaders in what a user passed: one, or a list or mapping of them, or of lists and mappings."""
+    """The loaders in a nested structure of lists and mappings, or the single loader itself."""
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     if isinstance(loaders, (list, tuple)):
@@ -286,8 +290,8 @@ def _leaves(loaders: Any) -> Iterator[Any]:
 def _count_last_batch(checkpoint: dict[str, Any]) -> None:
     """Counts the batch at whose end a checkpoint was saved as done, as Lightning does from version 2.5.
 
-    Before, a resumed run took it for one still to be trained on, and with gradient accumulation its first step was made
-    from one batch less. At the last batch of an epoch Lightning is left to itself.
+    Older versions treat it as a batch still to be trained on. With gradient accumulation, the first step of a resumed
+    run would then have one batch less. At the last batch of an epoch nothing is changed.
     """
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
     if progress is not None and not progress["is_last_batch"]:

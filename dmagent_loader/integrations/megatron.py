@@ -1,4 +1,4 @@
-"""Megatron-core: an external data iterator, the evaluation of a model that lies on several ranks, and the run's state.
+"""Megatron-core: an external data iterator, the evaluation of a distributed model, and the run's state.
 
     mixing = MegatronMixing(sampler, environment, micro_batch_size=..., global_batch_size=..., max_length=...)
     mixing.begin(model)
@@ -7,9 +7,9 @@
         optimizer.step()
         mixing.step_end(model, iteration=...)
 
-Every process of the run builds the sampler, with ``**data_parallel_ranks()``, and makes the same calls. Rank 0 of the
-run decides, and all ranks get the decision: tensor- and pipeline-parallel peers hold the same mix. Only processes that
-ask the data iterator for micro-batches read shards.
+Every process of the run builds the sampler with ``**data_parallel_ranks()``, and makes the same calls. Rank 0 of the
+run decides, and all ranks receive the decision: tensor- and pipeline-parallel peers hold the same mix. Only processes
+that take micro-batches from the data iterator read shards.
 
 Shapes: B rows of a micro-batch, T tokens of a row.
 """
@@ -44,22 +44,22 @@ logger = logging.getLogger(__name__)
 
 
 class Ranks(TypedDict):
-    """Place of a process among those that read different data."""
+    """Data-parallel rank of a process, and the number of such ranks."""
 
     rank: int
     world_size: int
 
 
 def data_parallel_ranks() -> Ranks:
-    """What `AgentWeightedSampler` needs to know: peers that hold parts of one model have the same place.
+    """Rank and world size for `AgentWeightedSampler`; processes that hold parts of one model have the same rank.
 
     Raises:
         ConfigurationError: Megatron's process groups do not exist yet.
     """
     if not parallel_state.model_parallel_is_initialized():
         raise ConfigurationError(
-            "Megatron's process groups do not exist yet, so that the data-parallel rank is unknown: call "
-            "parallel_state.initialize_model_parallel() before the sampler is built"
+            "Megatron's process groups do not exist yet, so the data-parallel rank is unknown: call "
+            "parallel_state.initialize_model_parallel() before you build the sampler"
         )
     return {
         "rank": parallel_state.get_data_parallel_rank(),
@@ -68,12 +68,13 @@ def data_parallel_ranks() -> Ranks:
 
 
 class MicroBatches(Iterator[dict[str, Any]]):
-    """The external data iterator: micro-batches of this data-parallel rank, without end until the plan ends.
+    """The external data iterator: micro-batches of this data-parallel rank, until the plan ends.
 
-    Peers that hold parts of one model may all ask it, and get the same micro-batches, or one may ask and send them on.
+    All processes that hold parts of one model may read it, and get the same micro-batches; or one may read it and send
+    them on.
 
     Args:
-        sampler: Its transform gives what the forward step needs, see `transforms.ShiftedTokens`.
+        sampler: Sampler whose transform returns the inputs of the forward step, for example `transforms.ShiftedTokens`.
         micro_batch_size: B.
         samples_per_step: Samples of one data-parallel rank in one global batch.
         num_workers: Data workers.
@@ -102,7 +103,7 @@ class MicroBatches(Iterator[dict[str, Any]]):
         self.begin = 0
         """Samples consumed over all data-parallel ranks before the first micro-batch."""
         self.given = 0
-        """Samples over all data-parallel ranks in the micro-batches that this process was given."""
+        """Samples over all data-parallel ranks in the micro-batches delivered to this process."""
 
     def __next__(self) -> dict[str, Any]:
         if self._batches is None:
@@ -113,14 +114,14 @@ class MicroBatches(Iterator[dict[str, Any]]):
 
 
 class ParallelModel(nn.Module):
-    """A Megatron-core model as `Environment` asks it: by its own parallel forward, whatever rank holds its output.
+    """A Megatron-core model for `Environment`, scored by its own parallel forward on whichever rank holds its output.
 
-    Logits are never gathered: the model's vocabulary-parallel cross entropy gives one loss for each token.
+    Logits are never gathered: the model's vocabulary-parallel cross entropy returns one loss for each token.
 
     Args:
-        chunks: The model of this process, as Megatron's schedules take it: one module, or several with an interleaved
+        chunks: Model of this process, as Megatron's schedules take it: one module, or several with an interleaved
             pipeline; wrapped in Megatron's DistributedDataParallel or not.
-        max_length: The most tokens that it reads.
+        max_length: Largest number of tokens that the model reads.
 
     Raises:
         ConfigurationError: The run is context-parallel.
@@ -130,14 +131,14 @@ class ParallelModel(nn.Module):
         super().__init__()
         if parallel_state.get_context_parallel_world_size() > 1:
             raise ConfigurationError(
-                "the evaluation of a context-parallel model is not supported, because each rank would see a part of "
-                "each question only: set context_parallel_size to 1"
+                "the evaluation of a context-parallel model is not supported, because each rank would see only a part "
+                "of each question: set context_parallel_size to 1"
             )
-        given = list(chunks) if isinstance(chunks, Sequence) else [chunks]
-        self.chunks = nn.ModuleList(given)
-        self.config = SimpleNamespace(max_position_embeddings=max_length, vocab_size=_vocabulary(given))
+        modules = list(chunks) if isinstance(chunks, Sequence) else [chunks]
+        self.chunks = nn.ModuleList(modules)
+        self.config = SimpleNamespace(max_position_embeddings=max_length, vocab_size=_vocabulary(modules))
         # Sequence-parallel regions are split evenly over the tensor-parallel ranks.
-        parallel = get_model_config(given[0])
+        parallel = get_model_config(modules[0])
         self._multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
     def token_log_probs(self, input_ids: Tensor, following: Tensor) -> Tensor | None:
@@ -145,13 +146,13 @@ class ParallelModel(nn.Module):
 
         Args:
             input_ids: (B, T), padded on the right.
-            following: (B, T), the token after each of them.
+            following: (B, T), the token after each input token.
 
         Returns:
             (B, T); None on ranks without the last stage of the pipeline.
         """
         rows, tokens = input_ids.shape
-        # A pipeline works on as many micro-batches as it has stages; an interleaved one needs them.
+        # One micro-batch per stage keeps a pipeline busy; an interleaved pipeline requires it.
         num_microbatches = parallel_state.get_pipeline_model_parallel_world_size()
         size = -(-rows // num_microbatches)
         padding = (0, -tokens % self._multiple, 0, size * num_microbatches - rows)
@@ -184,12 +185,12 @@ class ParallelModel(nn.Module):
 def evaluate(environment: Environment, model: nn.Module | Sequence[nn.Module], *, max_length: int) -> dict[str, float]:
     """The feedback of a Megatron-core model, the same on every rank; all ranks call it together.
 
-    Questions are dealt over the data-parallel ranks; peers that hold parts of one model work on the same ones.
+    Questions are dealt over the data-parallel ranks; processes that hold parts of one model work on the same questions.
 
     Args:
         environment: Question sets.
         model: See `ParallelModel`.
-        max_length: The most tokens that the model reads.
+        max_length: Largest number of tokens that the model reads.
     """
     return environment.evaluate(ParallelModel(model, max_length=max_length), **data_parallel_ranks())
 
@@ -197,25 +198,26 @@ def evaluate(environment: Environment, model: nn.Module | Sequence[nn.Module], *
 class MegatronMixing:
     """The sampler, the environment and the data iterator of one Megatron-core run.
 
-    Decisions are made between optimizer steps. Nothing is fetched ahead without `num_workers`, so a new mix holds from
-    the next step on.
+    Decisions are made between optimizer steps. Without data workers nothing is prefetched, so a new mix takes effect
+    with the next step.
 
     Args:
-        sampler: Built with ``**data_parallel_ranks()`` on every process.
+        sampler: Sampler, built with ``**data_parallel_ranks()`` on every process.
         environment: Question sets; None: no decisions, mixes change by `set_mix` only.
         micro_batch_size: Rows of one forward step.
         global_batch_size: Rows of one optimizer step over all data-parallel ranks; the run ends with the last whole
-            one.
-        max_length: The most tokens that the model reads.
+            step.
+        max_length: Largest number of tokens that the model reads.
         num_workers: Torch data workers of each process that reads.
         prefetch_factor: Micro-batches that each worker prepares ahead; None: 2.
-        writer: Has ``add_scalar(name, value, step)``, as TensorBoard's; None on processes that do not write.
+        writer: Object with a method ``add_scalar(name, value, step)``, such as a TensorBoard writer; None on processes
+            that do not write.
 
     Raises:
-        ConfigurationError: Batch sizes that do not fit, or a sampler with other ranks than the data-parallel ones.
+        ConfigurationError: The batch sizes do not fit, or the ranks of the sampler are not the data-parallel ranks.
 
     Attributes:
-        data_iterator: For ``forward_backward_func(data_iterator=...)``.
+        data_iterator: Argument for ``forward_backward_func(data_iterator=...)``.
     """
 
     def __init__(
@@ -239,7 +241,7 @@ class MegatronMixing:
             )
         if global_batch_size % (micro_batch_size * sampler.world_size):
             raise ConfigurationError(
-                f"a global batch of {global_batch_size} rows is no multiple of {micro_batch_size} rows on each of "
+                f"a global batch of {global_batch_size} rows is not a multiple of {micro_batch_size} rows on each of "
                 f"{sampler.world_size} data-parallel ranks: choose batch sizes that fit"
             )
         self.sampler, self.environment, self.writer = sampler, environment, writer
@@ -270,12 +272,17 @@ class MegatronMixing:
         iteration: int = 0,
         base_feedback: Mapping[str, float] | None = None,
     ) -> Report | None:
-        """Before the first step, after a checkpoint was loaded: measures the base model, unless that was done.
+        """Begins or resumes training: evaluates the base model, if that was not done before.
+
+        Call it before the first step, and after a checkpoint was loaded.
 
         Args:
-            model: See `ParallelModel`; None: nothing is measured now.
+            model: See `ParallelModel`; None: nothing is evaluated now.
             iteration: Optimizer steps so far.
-            base_feedback: Feedback of the base model, where it was measured before.
+            base_feedback: Feedback of the base model, if it was measured before; None: it is measured now.
+
+        Returns:
+            The metrics, if a decision was due.
         """
         self._mixing.begin()
         if model is None and base_feedback is None:
@@ -285,43 +292,48 @@ class MegatronMixing:
     def step_end(
         self, model: nn.Module | Sequence[nn.Module], *, iteration: int, consumed: int | None = None
     ) -> Report | None:
-        """After each optimizer step; all processes call it together.
+        """Counts consumed samples after an optimizer step, and decides if a decision is due.
+
+        All processes call it together, after each step.
 
         Args:
             model: See `ParallelModel`.
             iteration: Optimizer steps so far.
-            consumed: Samples consumed over all ranks; None: those of the micro-batches that were given, as long as this
-                process or another has asked for all of them.
+            consumed: Samples consumed over all ranks since the run began; None: the samples of all delivered
+                micro-batches, counted on the process that took the most.
 
         Returns:
-            The metrics, where a decision was due.
+            The metrics, if a decision was due.
         """
-        given = self.data_iterator.begin + distributed.all_reduce_max(self.data_iterator.given, "counting samples")
-        self._mixing.consumed = given if consumed is None else consumed
+        delivered = self.data_iterator.begin + distributed.all_reduce_max(self.data_iterator.given, "counting samples")
+        self._mixing.consumed = delivered if consumed is None else consumed
         return self._maybe_reweight(model, iteration)
 
     def state_dict(self, *, consumed: int | None = None) -> dict[str, str]:
-        """For Megatron's distributed checkpoint: one text entry of its common state, the same on every rank.
+        """State for Megatron's distributed checkpoint: one text entry of its common state, the same on every rank.
 
-        In the checkpoint, and not in a file beside it, because both are then complete together or not at all.
+        The state belongs in the checkpoint, not in a file beside it: then both are complete, or neither is.
 
         Args:
-            consumed: Samples consumed over all ranks; None: as `step_end` was told.
+            consumed: Samples consumed over all ranks since the run began; None: as last reported to `step_end`.
         """
         if consumed is not None:
             self._mixing.consumed = consumed
         return {"json": json.dumps(self._mixing.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken, before the first micro-batch; ranks may be others than then.
+        """Resumes from a saved state, before the first micro-batch. The number of ranks may differ from then.
+
+        Args:
+            state: Return value of `state_dict`.
 
         Raises:
-            StateError: The state cannot be read, belongs to other shards or another seed, or comes too late.
+            StateError: The state cannot be read, belongs to other shards or another seed, or is loaded too late.
         """
         if self.data_iterator.given:
             raise StateError(
-                f"micro-batches of {self.data_iterator.given} samples were given before the state was loaded: load it "
-                "before the first step"
+                f"micro-batches of {self.data_iterator.given} samples were delivered before the state was loaded: load "
+                "it before the first step"
             )
         try:
             restored = json.loads(state["json"])
@@ -352,7 +364,7 @@ class MegatronMixing:
 
 
 def _vocabulary(chunks: Sequence[nn.Module]) -> int | None:
-    """The model's number of tokens, where a chunk says it."""
+    """Vocabulary size of the model; None if no chunk states it."""
     for chunk in chunks:
         for module in chunk.modules():
             size = getattr(module, "vocab_size", None)

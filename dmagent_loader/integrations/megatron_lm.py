@@ -1,15 +1,15 @@
-"""Megatron-LM's ``pretrain()``: what to pass it so that it trains on the sampler and evaluates the model.
+"""Megatron-LM's ``pretrain()``: hooks that make it train on the sampler and evaluate the model.
 
     hooks = PretrainHooks(build, base_feedback="runs/first/base.json", validation=batches)
     pretrain(
         hooks.datasets_provider, ..., extra_args_provider=add_arguments, non_loss_data_func=hooks.non_loss_data_func
     )
 
-with ``--dataloader-type external --dataloader-save FOLDER --eval-interval N --eval-iters 1``, where N is the number of
-steps between two decisions: ``pretrain()`` hands out its model in evaluations only.
+Run it with ``--dataloader-type external --dataloader-save FOLDER --eval-interval N --eval-iters 1``. N is the number of
+steps between two decisions, because ``pretrain()`` gives access to its model in evaluations only.
 
-Its first evaluation comes after N steps. To measure the base model before them, run the same command once with
-``--skip-train``: that writes the file `base_feedback`, and the run then begins with it.
+The first evaluation comes after N steps. To measure the base model before them, run the same command once with
+``--skip-train``. This writes the file `base_feedback`, and the run then begins with it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SavableIterator(Iterator[dict[str, Any]]):
     """The external data iterator, with the method that Megatron-LM calls when it saves a checkpoint.
 
     Args:
-        mixing: Of this process.
+        mixing: Mixing of this process.
     """
 
     def __init__(self, mixing: MegatronMixing) -> None:
@@ -48,15 +48,15 @@ class SavableIterator(Iterator[dict[str, Any]]):
         return next(self._mixing.data_iterator)
 
     def save_state(self) -> dict[str, str]:
-        """What Megatron-LM writes as ``train_dataloader_dprank*.pt``, one for each data-parallel rank."""
+        """State that Megatron-LM writes to ``train_dataloader_dprank*.pt``, one file for each data-parallel rank."""
         iterator = self._mixing.data_iterator
         return self._mixing.state_dict(consumed=iterator.begin + iterator.given)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The ``extra_args_provider``: Megatron-LM acts on ``--dataloader-save``, but leaves it to users to define it."""
+    """The ``extra_args_provider``: Megatron-LM reads ``--dataloader-save``, but leaves its definition to users."""
     group = parser.add_argument_group("data mixing")
-    group.add_argument("--dataloader-save", help="folder for the state of the data; the one of --save, best")
+    group.add_argument("--dataloader-save", help="folder for the state of the data; preferably that of --save")
     return parser
 
 
@@ -64,13 +64,13 @@ class PretrainHooks:
     """Two of the functions that ``pretrain()`` takes.
 
     Args:
-        build: Makes the sampler and the environment; called on every process when Megatron-LM has built the model and
-            loaded its checkpoint.
+        build: Function that makes the sampler and the environment; called on every process after Megatron-LM has built
+            the model and loaded its checkpoint.
         base_feedback: File with the feedback of the base model; written by a run with ``--skip-train``.
-        validation: Micro-batches for the validation loss that Megatron-LM computes before it asks us; without end.
+        validation: Endless micro-batches for the validation loss that Megatron-LM computes before each evaluation.
 
     Attributes:
-        mixing: From the moment at which `build` was called.
+        mixing: Return value of `build`; None before it was called.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class PretrainHooks:
         args, mixing = _args(), self.mixing
         if mixing is None or mixing.environment is None:
             raise ConfigurationError(
-                "there is nothing to evaluate: pass hooks.datasets_provider to pretrain(), and give MegatronMixing an "
-                "environment"
+                "there is nothing to evaluate: pass hooks.datasets_provider to pretrain(), and environment= to "
+                "MegatronMixing"
             )
         if args.skip_train:
             self._write_base(evaluate(mixing.environment, model, max_length=mixing.max_length))
@@ -104,7 +104,7 @@ class PretrainHooks:
 
     def _provider(self) -> Callable[[Any], tuple[Any, Any, Any]]:
         def datasets_provider(num_samples: Any) -> tuple[Any, Any, Any]:
-            """Training and validation iterators; the arguments of the built-in data sets do not matter."""
+            """Training and validation iterators; arguments for the built-in data sets have no effect."""
             args = _args()
             if args.dataloader_type != "external":
                 raise ConfigurationError(
@@ -122,13 +122,15 @@ class PretrainHooks:
         return datasets_provider
 
     def _bound(self, args: Any, mixing: MegatronMixing) -> None:
-        """Lets Megatron-LM stop with the last whole global batch, if data end before the next decision."""
+        """Makes Megatron-LM stop after the last whole global batch, if the data end before the next decision."""
         if mixing.sampler.end is None:
             return
         last = mixing.sampler.end // mixing.global_batch_size
         done = mixing.consumed // mixing.global_batch_size
         if last < args.train_iters and last <= done + (args.eval_interval or args.train_iters):
-            logger.warning("data end after %d of %d iterations: train_iters is now %d", last, args.train_iters, last)
+            logger.warning(
+                "the data end after %d of %d iterations: train_iters is now %d", last, args.train_iters, last
+            )
             args.train_iters = last
 
     def _write_base(self, feedback: dict[str, float]) -> None:
@@ -147,7 +149,7 @@ class PretrainHooks:
             return None
         if not self._base.exists():
             logger.warning(
-                "there is no %s: the first decision is made at the first evaluation, and its model taken for the base "
+                "there is no %s: the first decision is made at the first evaluation, and takes its model for the base "
                 "model; to measure the base model, run the same command once with --skip-train",
                 self._base,
             )
@@ -166,22 +168,22 @@ class PretrainHooks:
 
 
 def _saved(args: Any) -> dict[str, Any]:
-    """What `SavableIterator.save_state` gave at the iteration of the loaded checkpoint; any rank's file will do.
+    """State of `SavableIterator.save_state` at the iteration of the loaded checkpoint, from the file of any rank.
 
     Raises:
-        StateError: There is none, or it cannot be read.
+        StateError: There is no such state, or it cannot be read.
     """
     folder = Path(args.dataloader_save or ".") / f"iter_{args.iteration:07d}"
     files = sorted(folder.rglob("train_dataloader_dprank*.pt")) if args.dataloader_save else []
     if not files:
         raise StateError(
             f"the checkpoint of iteration {args.iteration} has no state of the data in {folder}: pass the "
-            "--dataloader-save of the run that wrote it, or start anew with --finetune"
+            "--dataloader-save of the run that wrote it, or start a new run with --finetune"
         )
     try:
         saved = torch.load(files[0], weights_only=True)["dataloader_state_dict"]
     except Exception as error:
-        raise StateError(f"{files[0]} cannot be read: {error!r}") from error
+        raise StateError(f"{files[0]} cannot be read: {error!r}; load an older checkpoint") from error
     return dict(saved)
 
 
@@ -196,7 +198,7 @@ def _args() -> Any:
         from megatron.training import get_args
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            "megatron.training is not importable: it is not in the megatron-core package; put a checkout of "
-            "Megatron-LM on PYTHONPATH"
+            "megatron.training cannot be imported, because the megatron-core package does not contain it: put a "
+            "checkout of Megatron-LM on PYTHONPATH"
         ) from error
     return get_args()

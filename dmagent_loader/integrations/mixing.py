@@ -1,7 +1,7 @@
-"""What every integration does between two training steps, whatever the trainer.
+"""The work of every integration between two training steps, independent of the trainer.
 
 An integration knows its trainer: when a step ends, how many samples were consumed, where metrics and checkpoints go.
-Everything else is here, so that a run decides, logs, saves and ends in the same way in all of them.
+Everything else is here, so a run decides, logs, saves and ends in the same way with every trainer.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Report:
     """The metrics of one decision.
 
     Attributes:
-        short: For a console: ``env/<field>``, ``mix/<field>``, ``dmagent/staleness_samples``.
-        full: Those, ``mix/<domain>`` (the new mix), ``achieved/<domain>`` (shares trained on since the last decision),
-            ``dmagent/policy_failures`` (steps of the run at which the last good mix was kept),
-            ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
-            ``dmagent/evaluation_share`` (of the time since training began); where influence was measured for this
-            decision, ``influence/<field>/<domain>``, ``dmagent/influence_seconds`` and ``dmagent/influence_tokens``;
-            with a policy that asks for evidence, ``dmagent/influence_share`` (of the time since training began).
-        decision: What was decided.
+        short: Metrics for a console: ``env/<field>``, ``mix/<field>``, ``dmagent/staleness_samples``.
+        full: All metrics: those in `short`, ``mix/<domain>`` (the new mix), ``achieved/<domain>`` (shares trained on
+            since the last decision), ``dmagent/policy_failures`` (steps of the run at which the last good mix was
+            kept), ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
+            ``dmagent/evaluation_share`` (share of the time since training began). Where influence was measured for this
+            decision: ``influence/<field>/<domain>``, ``dmagent/influence_seconds``, ``dmagent/influence_tokens``. With
+            a policy that asks for evidence: ``dmagent/influence_share`` (share of the time since training began).
+        decision: The decision itself.
     """
 
     short: Mapping[str, float]
@@ -46,14 +46,14 @@ class Report:
 
 
 class Mixing:
-    """The sampler and the environment of one run, and how far it is.
+    """The sampler and the environment of one run, and the progress of its training.
 
     Args:
-        sampler: That the trainer reads.
+        sampler: Sampler that the trainer reads.
         environment: Question sets; None: no decisions, mixes change by `set_mix` only.
 
     Raises:
-        ConfigurationError: One of them is not what it should be.
+        ConfigurationError: An argument has the wrong type.
     """
 
     def __init__(self, sampler: AgentWeightedSampler, environment: Environment | None) -> None:
@@ -70,10 +70,10 @@ class Mixing:
         self._started, self._evaluating_seconds, self._measuring_seconds = 0.0, 0.0, 0.0
 
     def begin(self) -> None:
-        """Training begins or goes on: starts the clock, and warns about parts that have nothing to do.
+        """Begins or resumes training: starts the clock, and warns of a policy or environment that has no effect.
 
         Raises:
-            ConfigurationError: The environment has other fields than the agent reads.
+            ConfigurationError: The fields of the environment are not those that the agent reads.
         """
         self._started, self._evaluating_seconds, self._measuring_seconds = time.perf_counter(), 0.0, 0.0
         policy = self.sampler.policy
@@ -82,13 +82,18 @@ class Mixing:
             policy.check_fields(self.environment.fields)
             policy.check_questions(texts(self.environment))
         if has_policy and self.environment is None:
-            logger.warning("the sampler has a policy, but no environment was given: it is never asked")
+            logger.warning(
+                "the sampler has a policy, but there is no environment, so it never decides: pass environment="
+            )
         if self.environment is not None and not has_policy:
-            logger.warning("an environment was given, but the sampler has neither agent nor policy: nothing is decided")
+            logger.warning(
+                "there is an environment, but the sampler has neither agent nor policy, so the mix never changes: pass "
+                "agent= or policy= to the sampler"
+            )
 
     def due(self) -> bool:
-        """Whether the model is to be evaluated now; all ranks get the same answer."""
-        due = self.sampler.reweight_due(self.consumed)  # also tells it where a new pass of data workers begins
+        """Whether an evaluation is due; the same on all ranks."""
+        due = self.sampler.reweight_due(self.consumed)  # also records where a new pass of data workers begins
         return due and self.environment is not None and self.sampler.policy is not None
 
     def reweight(
@@ -146,7 +151,7 @@ class Mixing:
         return Report(short=short, full=full, decision=decision)
 
     def finished(self) -> bool:
-        """Whether data are used up; then `consumed` is cut to where they ended."""
+        """Whether the data are used up; if so, `consumed` is cut to the end of the data."""
         if not self.sampler.finished(self.consumed):
             return False
         self.consumed = self.sampler.end or self.consumed
@@ -162,7 +167,10 @@ class Mixing:
         }
 
     def load_state_dict(self, state: Any) -> None:
-        """Goes on where `state_dict` was taken.
+        """Resumes from a saved state.
+
+        Args:
+            state: Return value of `state_dict`.
 
         Raises:
             StateError: The state cannot be read, or belongs to other shards or another seed.
@@ -173,18 +181,18 @@ class Mixing:
                 consumed = int(restored["consumed"])
             except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise StateError(
-                    f"the saved state of the mixing cannot be read ({error!r}): pass what state_dict() of Mixing or "
-                    "DataMixingCallback returned, not the sampler's alone"
+                    f"the saved state of the mixing cannot be read ({error!r}): pass the return value of state_dict() "
+                    "of Mixing or DataMixingCallback, not that of the sampler alone"
                 ) from error
         self.sampler.load_state_dict(restored)
         self.consumed = consumed
         self.compare_environment(questions)
 
     def compare_environment(self, saved: str | None) -> None:
-        """Warns if feedback from before a checkpoint cannot be compared with what comes now.
+        """Warns if feedback before and after a checkpoint cannot be compared.
 
         Args:
-            saved: The environment's fingerprint in the checkpoint; None: there was no environment.
+            saved: Fingerprint of the environment in the checkpoint; None: there was no environment.
         """
         present = None if self.environment is None else self.environment.fingerprint
         if saved != present:

@@ -4,12 +4,12 @@
     trainer = nl.Trainer(..., callbacks=[DataMixingCallback(environment=environment)])
     llm.pretrain(model, data, trainer, ...)
 
-NeMo builds its process groups inside `trainer.fit`. The data module then tells the sampler its data-parallel place, so
-that tensor-, pipeline- and context-parallel peers get the same samples. What NeMo counts as consumed (global steps
-times the global batch) is what the sampler counts as consumed.
+NeMo builds its process groups inside `trainer.fit`. The data module then sets the data-parallel rank of the sampler:
+tensor-, pipeline- and context-parallel peers get the same samples. NeMo and the sampler count consumed samples alike:
+global steps times the global batch.
 
-NeMo describes trainer and data module in the ``context`` folder of its checkpoints, and builds them from there. The
-description has no sampler and no environment: it stays small, and `io.load_context` works where the shards are not.
+NeMo describes trainer and data module in the ``context`` folder of its checkpoints, and rebuilds them from there. The
+description contains neither sampler nor environment: it stays small, and `io.load_context` works without the shards.
 """
 
 from __future__ import annotations
@@ -51,31 +51,31 @@ _NEEDED = ("tokens", "labels", "loss_mask", "position_ids")
 class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[misc]
     """The data module of a NeMo LLM recipe, in place of `PreTrainingDataModule` or `MockDataModule`.
 
-    A sampler without a transform gets `ShiftedTokens`: rows of `seq_length` + 1 packed tokens are used in full, of rows
-    of `seq_length` tokens the last position does not count in the loss. A transform of your own gives ``tokens``,
-    ``labels``, ``position_ids``, (T,) int64, and ``loss_mask``, (T,) float32. The tags ``__key__``, ``__domain__`` and
-    ``__index__`` are in each micro-batch that the loader gives; NeMo's own ``gpt_data_step`` empties them, one of your
-    own (``GPTConfig.data_step_fn``) can read them.
+    A sampler without a transform gets `ShiftedTokens`. Rows of `seq_length` + 1 packed tokens are used in full; in rows
+    of `seq_length` tokens, the loss ignores the last position. A custom transform must return ``tokens``, ``labels``,
+    ``position_ids``, (T,) int64, and ``loss_mask``, (T,) float32. Each micro-batch of the loader has the tags
+    ``__key__``, ``__domain__`` and ``__index__``. NeMo's own ``gpt_data_step`` empties them; a custom step
+    (``GPTConfig.data_step_fn``) can read them.
 
-    The run ends with the last whole global batch. For validation override `val_dataloader` in a subclass.
+    The run ends with the last whole global batch. For validation, override `val_dataloader` in a subclass.
 
     Args:
-        sampler: Shards in a mix. None: as NeMo builds it from a checkpoint's context; it cannot give data.
+        sampler: Sampler to read. None: NeMo rebuilds the module from a checkpoint's context; it has no data then.
         seq_length: T, tokens that the model reads.
         micro_batch_size: Rows of one forward step of one data-parallel rank.
         global_batch_size: Rows of one optimizer step over all data-parallel ranks. NeMo's ramp-up of the batch size is
             not supported.
-        tokenizer: The one the shards were packed with, as a NeMo tokenizer; `llm.pretrain` gives it to the model.
-        num_workers: Torch data workers of each process. Without them a new mix holds from the next step on.
+        tokenizer: NeMo tokenizer equal to that of the packed shards; `llm.pretrain` passes it to the model.
+        num_workers: Torch data workers of each process. Without workers a new mix takes effect with the next step.
         prefetch_factor: Micro-batches that each worker prepares ahead; None: 2.
         pin_memory: See `torch.utils.data.DataLoader`.
         persistent_workers: See `torch.utils.data.DataLoader`.
-        create_attention_mask: Add the causal mask, (B, 1, T, T) bool, True where nothing is to be seen. Without
-            Transformer Engine NeMo's forward step asks for it, and it is added in any case.
-        output_log: Log ``consumed_samples`` and ``global_batch_size``, as NeMo does.
+        create_attention_mask: Whether to add the causal mask, (B, 1, T, T) bool, True at masked positions. It is always
+            added without Transformer Engine, because NeMo's forward step then requires it.
+        output_log: Whether to log ``consumed_samples`` and ``global_batch_size``, as NeMo does.
 
     Raises:
-        ConfigurationError: Batch sizes that do not fit.
+        ConfigurationError: The batch sizes do not fit.
     """
 
     def __init__(
@@ -111,15 +111,15 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
 
     @property
     def sampler(self) -> AgentWeightedSampler:
-        """Shards in a mix.
+        """Sampler to read.
 
         Raises:
-            ConfigurationError: There is none.
+            ConfigurationError: There is no sampler.
         """
         if self._sampler is None:
             raise ConfigurationError(
                 "this AgentWeightedDataModule has no sampler, because it was built from the context of a checkpoint, "
-                "which does not describe the shards: build it anew with AgentWeightedDataModule(sampler, ...)"
+                "which does not describe the shards: build a new one with AgentWeightedDataModule(sampler, ...)"
             )
         return self._sampler
 
@@ -131,24 +131,24 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
         return self.consumed_after(self.trainer.global_step)
 
     def consumed_after(self, global_step: int) -> int:
-        """Samples consumed after so many optimizer steps, as NeMo counts them."""
+        """Samples consumed after `global_step` optimizer steps, as NeMo counts them."""
         return int(self.data_sampler.compute_consumed_samples(global_step - self.data_sampler.init_global_step))
 
     # Called by the trainer, in this order
 
     def setup(self, stage: str = "") -> None:
-        """NeMo's process groups exist now: tells the sampler its place and how it is read."""
+        """Binds the sampler to its data-parallel rank: NeMo's process groups exist by now."""
         sampler, ranks = self.sampler, data_parallel_ranks()
         data_ranks = ranks["world_size"]
         if self.global_batch_size % (self.micro_batch_size * data_ranks):
             raise ConfigurationError(
-                f"a global batch of {self.global_batch_size} rows is no multiple of {self.micro_batch_size} rows on "
+                f"a global batch of {self.global_batch_size} rows is not a multiple of {self.micro_batch_size} rows on "
                 f"each of {data_ranks} data-parallel ranks: choose batch sizes that fit"
             )
         sampler.bind(**ranks, transform=ShiftedTokens(length=self.seq_length) if sampler.transform is None else None)
 
     def reconfigure_limit_batches(self) -> None:
-        """Lightning counts micro-batches: turns the trainer's limits in steps into limits in micro-batches."""
+        """Converts the trainer's limits from steps to micro-batches, the unit of Lightning."""
         for name in ("limit_train_batches", "limit_val_batches"):
             limit = getattr(self.trainer, name)
             if isinstance(limit, int):
@@ -156,7 +156,7 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
         self.trainer.num_sanity_val_steps *= get_num_microbatches()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on after the samples that the checkpoint says were consumed; ranks and workers may be others than then.
+        """Resumes after the consumed samples of the checkpoint. Numbers of ranks and workers may differ from then.
 
         Raises:
             StateError: The state cannot be read, or belongs to other shards or another seed.
@@ -170,10 +170,12 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
         self.data_sampler.if_first_step = 1
         update_num_microbatches(consumed_samples=consumed, consistency_check=False)
         self._begun, self._restored = False, True
-        logger.info("data go on at sample %d; Lightning's warning that the loader is not resumable is wrong", consumed)
+        logger.info(
+            "the data resume at sample %d; ignore Lightning's warning that the loader is not resumable", consumed
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Micro-batches of this data-parallel rank, from the next sample that was not trained on."""
+        """Micro-batches of this data-parallel rank, from the first sample that was not trained on."""
         step = self.trainer.global_step
         if step and not (self._restored or self._begun):
             logger.warning(
@@ -197,33 +199,33 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """For NeMo's checkpoint, the same on every rank. Its last one, without the optimizer, has it too."""
+        """State for NeMo's checkpoints, the same on every rank. The last one, without the optimizer, has it too."""
         consumed = self.consumed
         return {
             "consumed_samples": consumed,
-            # Text, because distributed checkpoints look for tensors in every list and dictionary.
+            # As text, because distributed checkpoints look for tensors in every list and dictionary.
             "sampler": json.dumps(self.sampler.state_dict(consumed=consumed)),
         }
 
     def io_transform_args(self, init_fn: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """For the context of NeMo's checkpoints: all settings but the sampler, which cannot be written there."""
+        """Settings for the context of NeMo's checkpoints: all but the sampler, which cannot be written there."""
         settings = super().io_transform_args(init_fn, *args, **kwargs)
         settings.pop("sampler", None)
         if not hasattr(kwargs.get("tokenizer"), "__io__"):
-            settings.pop("tokenizer", None)  # not one of NeMo's: NeMo would give up writing the context
+            settings.pop("tokenizer", None)  # with another kind of tokenizer, NeMo would fail to write the context
         return settings  # type: ignore[no-any-return]
 
 
 class DataMixingCallback(pl.Callback, IOMixin):  # type: ignore[misc]
     """Evaluates the environment when a decision is due, and lets the sampler's policy choose the next mix.
 
-    Before the first step the base model is evaluated, by Megatron's own parallel forward. After every
-    ``sampler.samples_per_reweight`` samples the model is evaluated again, between two optimizer steps. The sampler's
-    state is in the data module's part of the checkpoint. Metrics go to the trainer's loggers: see
+    The base model is evaluated before the first step, by Megatron's own parallel forward, and the model again after
+    every ``sampler.samples_per_reweight`` samples, between two optimizer steps. The data module's part of the
+    checkpoint contains the sampler's state. The trainer's loggers get the metrics: see
     `dmagent_loader.integrations.mixing.Report`.
 
     Args:
-        sampler: That of the data module. None: the data module's, whichever it is.
+        sampler: Sampler of the data module, to be checked against it. None: any sampler of the data module.
         environment: Question sets; None: no decisions, mixes change by `set_mix` only.
     """
 
@@ -241,39 +243,39 @@ class DataMixingCallback(pl.Callback, IOMixin):  # type: ignore[misc]
         """Finds the data module's sampler.
 
         Raises:
-            ConfigurationError: Another data module, or one with another sampler.
+            ConfigurationError: The data module is of another type, or has another sampler.
         """
         data = trainer.datamodule
         if stage != "fit":
             return
         if not isinstance(data, AgentWeightedDataModule):
             raise ConfigurationError(
-                f"the trainer's data module is a {type(data).__name__}, whose samples nobody re-weights: pass an "
+                f"the trainer's data module is a {type(data).__name__}, whose samples cannot be re-weighted: pass an "
                 "AgentWeightedDataModule to trainer.fit() or llm.pretrain(data=...)"
             )
         if self.sampler is not None and self.sampler is not data.sampler:
             raise ConfigurationError(
-                "AgentWeightedDataModule and DataMixingCallback were given two samplers, so that "
-                "decisions would not reach the data: pass the same to both, or none to the callback"
+                "AgentWeightedDataModule and DataMixingCallback have two different samplers, so decisions would not "
+                "reach the data: pass the same sampler to both, or none to the callback"
             )
         self._mixing = Mixing(data.sampler, self.environment)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluates the base model, before the loader starts its workers; a checkpoint is restored only after this."""
+        """Evaluates the base model, before the loader starts its workers. A checkpoint is restored only later."""
         if trainer.ckpt_path is None:
             self._begin(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After a checkpoint was restored."""
+        """Begins after a checkpoint was restored."""
         if trainer.ckpt_path is not None:
             self._begin(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """After an optimizer step; NeMo writes its checkpoint of the step after this."""
+        """Decides, if a decision is due, after an optimizer step and before NeMo writes the checkpoint of the step."""
         self._maybe_reweight(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """For NeMo's checkpoint."""
+        """State for NeMo's checkpoints."""
         return {"environment": None if self.environment is None else self.environment.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -282,11 +284,11 @@ class DataMixingCallback(pl.Callback, IOMixin):  # type: ignore[misc]
             self._mixing.compare_environment(state_dict["environment"])
 
     def io_transform_args(self, init_fn: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """For the context of NeMo's checkpoints: sampler and environment cannot be written there."""
+        """No settings for the context of NeMo's checkpoints: sampler and environment cannot be written there."""
         return {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DataMixingCallback:
-        """Itself: NeMo copies a trainer's arguments to describe them, and there is one sampler in a run."""
+        """The callback itself: NeMo copies a trainer's arguments to describe them, but a run has only one sampler."""
         return self
 
     def _begin(self, trainer: pl.Trainer) -> None:
@@ -306,10 +308,10 @@ class DataMixingCallback(pl.Callback, IOMixin):  # type: ignore[misc]
 
 
 class _ExternalDataSampler(MegatronDataSampler):  # type: ignore[misc]
-    """NeMo's bookkeeping of consumed samples and micro-batches, for a loader that NeMo does not have to split.
+    """NeMo's bookkeeping of consumed samples and micro-batches, for a loader that is already split.
 
     Args:
-        data: The data module it belongs to.
+        data: Data module that it belongs to.
     """
 
     def __init__(self, data: AgentWeightedDataModule, **settings: Any) -> None:
@@ -317,13 +319,13 @@ class _ExternalDataSampler(MegatronDataSampler):  # type: ignore[misc]
         self._data = data
 
     def transform_dataloader(self, dataloader: DataLoader[Any], consumed_samples: int = 0) -> DataLoader[Any]:
-        """The sampler's own loader as it is; others, for validation, get NeMo's sampler."""
+        """The loader of the sampler unchanged; other loaders, for validation, with NeMo's sampler."""
         if isinstance(dataloader, _Loader):
             return dataloader
         return super().transform_dataloader(dataloader, consumed_samples)  # type: ignore[no-any-return]
 
     def on_megatron_step_end(self, step: Any) -> None:
-        """Tells the sampler what was consumed, and stops training where no whole global batch is left."""
+        """Reports consumed samples to the sampler, and stops training if no whole global batch is left."""
         super().on_megatron_step_end(step)
         if not step.trainer.training:
             return
@@ -334,18 +336,21 @@ class _ExternalDataSampler(MegatronDataSampler):  # type: ignore[misc]
 
 
 class _Loader(MixingDataLoader):
-    """A loader without a length: the sampler's follows from the mix so far, and Lightning would stop or begin anew at
-    the one it saw first."""
+    """A loader without a length.
+
+    The length of the sampler follows from the mixes so far. Lightning would end or restart an epoch at the length that
+    it saw first.
+    """
 
     def __len__(self) -> int:
-        raise TypeError("the number of micro-batches depends on mixes that are not decided yet")
+        raise TypeError("the number of micro-batches is unknown, because it depends on future mixes")
 
 
 class _Collate:
-    """Samples to a micro-batch; can be sent to data workers.
+    """Collates samples to a micro-batch; picklable for data workers.
 
     Args:
-        length: T.
+        length: T, tokens of a row.
         attention_mask: Whether to add a causal mask.
     """
 
@@ -356,13 +361,13 @@ class _Collate:
         missing = [name for name in _NEEDED if name not in samples[0]]
         if missing:
             raise ConfigurationError(
-                f"the sampler's transform gives {sorted(samples[0])}, but NeMo's GPT step needs {missing} too: leave "
+                f"the sampler's transform returns {sorted(samples[0])}, but NeMo's GPT step needs {missing} too: leave "
                 "transform out for packed shards, or end yours with dmagent_loader.transforms.ShiftedTokens"
             )
         batch: dict[str, Any] = default_collate(list(samples))
         if self._attention_mask and "attention_mask" not in batch:
-            seen = torch.ones(self._length, self._length, dtype=torch.bool).tril()
-            batch["attention_mask"] = ~seen.expand(len(samples), 1, -1, -1)
+            visible = torch.ones(self._length, self._length, dtype=torch.bool).tril()
+            batch["attention_mask"] = ~visible.expand(len(samples), 1, -1, -1)
         return batch
 
 
@@ -370,5 +375,5 @@ def _feedback(environment: Environment, trainer: pl.Trainer, max_length: int) ->
     """The feedback of the trainer's model, by Megatron's parallel forward; all ranks call it together."""
     parallel = trainer.strategy.megatron_parallel
     if getattr(parallel.ddp_config, "overlap_param_gather", False):
-        parallel.force_param_sync()  # weights of the last step are still on their way
+        parallel.force_param_sync()  # the updated weights may not have arrived yet
     return evaluate(environment, [chunk.module for chunk in parallel], max_length=max_length)

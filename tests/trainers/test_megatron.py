@@ -94,6 +94,6 @@ def test_what_cannot_work_is_refused_with_the_remedy():
     assert "ConfigurationError" in lines[0]
     assert "initialize_model_parallel" in lines[0]
     assert "no process has data-parallel rank 0 of 2" in lines[1]
-    assert "no multiple of 3 rows" in lines[2]
+    assert "not a multiple of 3 rows" in lines[2]
     assert "StateError" in lines[3]
     assert "load it before the first step" in lines[4]

@@ -226,7 +226,7 @@ def test_an_environment_without_a_policy_and_the_other_way_round_are_warned_abou
     trainer, callback, _ = parts({"max_steps": 1})
     callback.environment = None
     trainer.train()
-    assert "it is never asked" in caplog.text
+    assert "so it never decides" in caplog.text
     trainer, _, _ = parts({"max_steps": 1}, policy=None)
     trainer.train()
     assert "neither agent nor policy" in caplog.text

@@ -179,7 +179,7 @@ def test_other_questions_than_before_the_checkpoint_are_said(trained, caplog):
 
 
 def test_a_global_batch_must_fit(trained, shards):
-    with pytest.raises(ConfigurationError, match="4 rows is no multiple of 3 rows on each of 1"):
+    with pytest.raises(ConfigurationError, match="4 rows is not a multiple of 3 rows on each of 1"):
         build_data(build_sampler(shards), micro_batch_size=3).setup("fit")
 
 
@@ -232,7 +232,7 @@ def test_rows_without_what_the_model_needs_are_refused(shards):
 
 def test_the_callback_needs_the_data_modules_sampler(shards):
     sampler, other = build_sampler(shards), build_sampler(shards)
-    with pytest.raises(ConfigurationError, match="were given two samplers"):
+    with pytest.raises(ConfigurationError, match="have two different samplers"):
         build_trainer(DataMixingCallback(other, build_environment())).fit(build_model(), build_data(sampler))
 
 
