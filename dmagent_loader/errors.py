@@ -39,6 +39,7 @@ __all__ = [
     "EnvironmentDataError",
     "ExhaustedError",
     "FeedbackError",
+    "InfluenceError",
     "MissingExtraError",
     "MixError",
     "PolicyError",

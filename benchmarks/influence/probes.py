@@ -19,7 +19,8 @@ from dmagent_loader._files import write_atomically
 from dmagent_loader.mixture.domains import FIELDS, DomainSpace
 from dmagent_loader.mixture.influence import Influence, scores_from
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer
+from dmagent_loader.training.proxies.model import ProxyConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 CLONE_ROWS = 32
 """Rows that a clone is trained on: 8 updates of 4 rows."""

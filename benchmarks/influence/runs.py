@@ -16,7 +16,7 @@ from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies import Policy
 from dmagent_loader.training.data.streams import MixStream
-from dmagent_loader.training.proxies.model import ProxyTrainer
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 STEPS, TOKENS_PER_STEP = 80, 2048
 SPREADS = (0.0578, 0.7291)

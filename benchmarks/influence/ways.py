@@ -38,7 +38,8 @@ from dmagent_loader.mixture.domains import FIELDS
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.data.streams import MixStream
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer
+from dmagent_loader.training.proxies.model import ProxyConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 ENVIRONMENTS = (("piqa", "gsm8k"), ("mmlu", "math"))
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
