@@ -155,7 +155,7 @@ def base_weights(
         BaseConfig(models=1, tokens=tokens, seed=seed),
         ProxyConfig(**{**vars(proxy_config(size)), "seed": seed}),
         row_tokens=ROW_TOKENS,
-        path=work / f"base-{setting_corpus.fingerprint[:8]}-{size}-{tokens}-{seed}.safetensors",
+        directory=work / f"base-{setting_corpus.fingerprint[:8]}-{size}-{tokens}-{seed}",
         progress=False,
     )
 

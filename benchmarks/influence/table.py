@@ -74,7 +74,7 @@ class Policies:
         source, target = within.copy(), within.copy()
         source[len(source) // 2 :] = 0
         target[: len(target) // 2] = 0
-        return (1 - share) * source / source.sum() + share * target / target.sum()
+        return np.asarray((1 - share) * source / source.sum() + share * target / target.sum(), dtype=np.float64)
 
     def _probe(self, rows: int = ROWS) -> Influence:
         return measured(self._setting, self._weights, self._work, size=self._size, stream=self._stream, rows=rows)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.agent.rank_correlation import spearman
 from benchmarks.influence.environments import (
     ROW_TOKENS,
     SIZES,
@@ -58,19 +59,13 @@ MARKS = (0, 10, 20, 40, 80)
 """Steps of a run on the natural mix after which influence is measured again."""
 
 
-def ranks(values: FloatArray) -> FloatArray:
-    """Ranks of distinct numbers."""
-    return np.argsort(np.argsort(values)).astype(np.float64)
-
-
 def correlations(one: FloatArray, other: FloatArray, domains: list[str]) -> dict[str, float]:
     """Spearman's rank correlation of two (K, D) scores, for each question field over the domains of each data field."""
     found = {}
     for k, question_field in enumerate(("keep", "acquire")):
         for field in FIELDS:
             here = [i for i, name in enumerate(domains) if name.startswith(f"{field}/")]
-            pair = np.corrcoef(ranks(one[k, here]), ranks(other[k, here]))
-            found[f"{question_field}, {field} domains"] = round(float(pair[0, 1]), 3)
+            found[f"{question_field}, {field} domains"] = round(float(spearman(one[k, here], other[k, here])), 3)
     return found
 
 
@@ -133,7 +128,7 @@ def compare(found: Setting, weights: dict[str, Tensor], work: Path, output: Path
             size=size,
             way=name,
             against_clones={part: round(float(np.mean([one[part] for one in each])), 3) for part in each[0]},
-            between_draws=correlations(*values, domains),
+            between_draws=correlations(values[0], values[1], domains),
             error_over_spread=[
                 round(float(e.mean() / v.std()), 3)
                 for e, v in zip(draws[0][0].errors(), draws[0][0].values(), strict=True)
@@ -152,7 +147,7 @@ def compare(found: Setting, weights: dict[str, Tensor], work: Path, output: Path
             size=size,
             way="clones, 32 rows",
             against_clones={part: round(float(np.mean([one[part] for one in each])), 3) for part in each[0]},
-            between_draws=correlations(*gains, domains),
+            between_draws=correlations(gains[0], gains[1], domains),
             seconds=round((time.perf_counter() - started) / 2, 2),
             tokens=len(domains) * (3 * CLONE_ROWS * ROW_TOKENS + found.steering.num_tokens),
         )

@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; an error of this package is a line on stderr and exit status 2."""
+    """Runs one command; an error of this package becomes one line on stderr and exit status 2."""
     args = build_parser().parse_args(arguments)
     try:
         return int(args.run(args) or 0)
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dmagent {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader of our output went away, as `head` does: not an error. Python would complain again at exit.
+        # The reader of the output is gone, as after `head`: not an error. Without the redirection, Python would report
+        # it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""``dmagent demo``: a language model continually pre-trained in three ways, in a few minutes, on text that is there."""
+"""``dmagent demo``: continual pre-training of a small language model in three ways, in minutes, without downloads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_demo_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         "demo",
         help="watch the agent re-weight domains while a small model trains: a few minutes on two CPU cores",
         description=(
-            "Trains a small language model on the documentation of this Python installation, then goes on in three "
+            "Trains a small language model on the documentation of this Python installation, then continues in three "
             "ways with the same token budget: on source code only, half and half, and in the mix that the agent "
             "chooses. Writes a table, a chart and an HTML page. Downloads nothing."
         ),
@@ -31,16 +31,16 @@ def add_demo_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
             "DATA/env/general.jsonl(.gz) and DATA/env/<target>.jsonl(.gz) with the columns 'question' and 'answer'"
         ),
     )
-    parser.add_argument("--target", help="with --data: which target folder, if there are several (the first)")
+    parser.add_argument("--target", help="with --data: the target folder to use (default: the first)")
     parser.add_argument("--agent", default=DEFAULT_AGENT, help="name or folder of the agent (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that everything works")
+    parser.add_argument("--quick", action="store_true", help="tiny run that only checks that everything works")
     parser.set_defaults(run=run_demo_command)
 
 
 def run_demo_command(args: argparse.Namespace) -> int:
-    """Runs the demo and prints the table and where the report is."""
+    """Runs the demo, and prints the table and the paths of the report."""
     transformers = require_extra("transformers", "demo")
-    # Here, because it loads torch, which the other commands' help should not wait for.
+    # Imported here, because it loads torch, which would delay the help of the other commands.
     from dmagent_loader._demo.run import run_demo
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -57,6 +57,6 @@ def run_demo_command(args: argparse.Namespace) -> int:
     for note in report.notes:
         print(textwrap.fill(note, width=79, subsequent_indent="  "))
     print(f"\nDone in {report.seconds:.0f} seconds.")
-    for what in ("report", "chart", "numbers"):
-        print(f"  {what:<8} {report.files[what].resolve()}")
+    for name in ("report", "chart", "numbers"):
+        print(f"  {name:<8} {report.files[name].resolve()}")
     return 0

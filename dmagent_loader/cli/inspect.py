@@ -1,4 +1,4 @@
-"""``dmagent inspect``: what an agent checkpoint is."""
+"""``dmagent inspect``: a summary of an agent checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dmagent replay`` lists the samples of a finished run, ``dmagent simulate`` predicts those of one to come."""
+"""``dmagent replay`` lists the samples of a run; ``dmagent simulate`` predicts those of a planned run."""
 
 from __future__ import annotations
 
@@ -45,21 +45,22 @@ def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("--start", type=int, default=0, metavar="N", help="first global index (default: 0)")
     parser.add_argument(
-        "--stop", type=int, metavar="N", help="global index to stop before (default: what was consumed)"
+        "--stop", type=int, metavar="N", help="global index to stop before (default: the consumed samples)"
     )
-    parser.add_argument("--rank", type=int, default=0, help="only the samples of this rank")
-    parser.add_argument("--world-size", type=int, default=1)
-    parser.add_argument("--cache-dir", metavar="DIR", help="where shard indexes are kept")
+    parser.add_argument("--rank", type=int, default=0, help="data-parallel rank to list (default: %(default)s)")
+    parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default: %(default)s)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
     parser.set_defaults(run=replay)
 
 
 def _add_simulate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "simulate",
-        help="predict when domains run out, before any GPU is used",
+        help="predict when domains run out, before you spend GPU time",
         description=(
-            "Plays the plan of a run with a fixed mix, or one that changes linearly, and prints what each domain "
-            "gives. A mix is NAME=WEIGHT,...; a name is a domain, or a field, whose weight is split by rows."
+            "Simulates the plan of a run with a fixed mix, or a mix that changes linearly, and prints the number of "
+            "samples of each domain. A mix is NAME=WEIGHT,...; a name is a domain, or a field, whose weight is split "
+            "by rows."
         ),
     )
     parser.add_argument(
@@ -72,10 +73,10 @@ def _add_simulate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
         "--samples-per-reweight", type=int, default=64_000, metavar="N", help="samples per step (default: %(default)s)"
     )
     parser.add_argument(
-        "--exhausted", choices=EXHAUSTION_RULES, help="for all domains (default: repeat source, stop target)"
+        "--exhausted", choices=EXHAUSTION_RULES, help="rule for all domains (default: repeat source, stop target)"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache-dir", metavar="DIR", help="where shard indexes are kept")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample order (default: %(default)s)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
     parser.set_defaults(run=simulate)
 
 
@@ -85,8 +86,8 @@ def replay(args: argparse.Namespace) -> int:
     shards = load_manifest(args.shards)
     if list(shards) != state.get("domains"):
         raise StateError(
-            f"the state is of a run with the domains {shown(state.get('domains'))}, {args.shards} has "
-            f"{shown(list(shards))}: give the manifest of the run's shards"
+            f"the state is of a run with the domains {shown(state.get('domains'))}, but {args.shards} has "
+            f"{shown(list(shards))}: pass the manifest of the run's shards"
         )
     sampler = AgentWeightedSampler(
         shards,
@@ -95,16 +96,18 @@ def replay(args: argparse.Namespace) -> int:
         exhausted=dict(zip(state.get("domains", []), state.get("exhausted", []), strict=False)),
         reading=ReadingConfig(shuffle_window=state.get("shuffle_window", 1), cache_dir=args.cache_dir),
     )
-    with _without_warnings("dmagent_loader._run.state"):  # of decisions that will differ: none are taken
+    with _without_warnings("dmagent_loader._run.state"):  # they warn of different decisions, but none are made here
         sampler.load_state_dict(state)
     if not 0 <= args.rank < args.world_size:
-        raise ConfigurationError(f"rank {args.rank} does not lie in a world of {args.world_size}")
+        raise ConfigurationError(
+            f"rank {args.rank} is outside a world of {args.world_size} ranks: pass a smaller --rank, or --world-size"
+        )
     if args.start < 0:
         raise ConfigurationError(f"--start is {args.start}; the first sample is number 0")
     stop = state["consumed"] if args.stop is None else args.stop
     end = sampler.plan.ends_by(stop)
     if end is not None and end < stop:
-        print(f"the run ends at sample {end}, where its data are used up", file=sys.stderr)
+        print(f"the run ends at sample {end}, because its data are used up", file=sys.stderr)
         stop = end
     first = args.start + (args.rank - args.start) % args.world_size
     for begin in range(first, stop, _BATCH * args.world_size):
@@ -129,7 +132,7 @@ def _without_warnings(name: str) -> Iterator[None]:
 
 
 def simulate(args: argparse.Namespace) -> int:
-    """Prints what each domain gives."""
+    """Prints the number of samples of each domain."""
     for option in ("steps", "samples_per_reweight"):
         if getattr(args, option) < 1:
             raise ConfigurationError(f"--{option.replace('_', '-')} is {getattr(args, option)}; it must be at least 1")
@@ -160,30 +163,30 @@ def simulate(args: argparse.Namespace) -> int:
     for name, total, count in zip(space.names, plan.num_rows, counts, strict=True):
         used_up = f"{ends[name]:,}" if name in ends else "-"
         print(f"{name:{width}}  {total:>12,}  {count:>12,}  {count / stop:>7.2%}  {count / total:>8.2f}  {used_up}")
-    why = "a field is used up" if stop < budget else f"the budget of {args.steps} steps is spent"
+    reason = "a field is used up" if stop < budget else f"the budget of {args.steps} steps is spent"
     if failure is not None and failure[0] < budget:
-        why = f"the run fails there, because {', '.join(failure[1])} are used up and the rule is 'error'"
-    print(f"the run ends after {stop:,} samples (step {stop / args.samples_per_reweight:.1f}): {why}")
+        reason = f"the run fails there, because {', '.join(failure[1])} are used up and the rule is 'error'"
+    print(f"the run ends after {stop:,} samples (step {stop / args.samples_per_reweight:.1f}): {reason}")
     return 0 if failure is None or failure[0] >= budget else 1
 
 
 def read_saved_state(path: Path) -> Mapping[str, Any]:
-    """The sampler's state, or that of `Mixing`, in a file of its own, or in a Trainer's checkpoint.
+    """The state of a sampler or of `Mixing`, from a separate file or from a Trainer's checkpoint.
 
     Raises:
-        StateError: There is none.
+        StateError: There is no such state.
     """
     if path.is_dir():
         checkpoints = [found.parent.name for found in sorted(path.glob("*/trainer_state.json"))]
         if checkpoints and not (path / "trainer_state.json").exists():
-            raise StateError(f"{path} holds checkpoints, {shown(checkpoints)}: pass the folder of one")
+            raise StateError(f"{path} holds checkpoints, {shown(checkpoints)}: pass the folder of one of them")
         path = path / "trainer_state.json"
     try:
         saved = json.loads(read_regular(path, MAX_STATE_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise StateError(
-            f"{path} cannot be read as JSON: {error}; give a file that save_state() wrote, a Trainer's checkpoint, or "
-            "what state_dict() returned, as JSON"
+            f"{path} cannot be read as JSON: {error}; pass a file of save_state(), a Trainer's checkpoint, or the "
+            "return value of state_dict() as JSON"
         ) from error
     if isinstance(saved, Mapping) and "stateful_callbacks" in saved:
         try:
@@ -191,12 +194,16 @@ def read_saved_state(path: Path) -> Mapping[str, Any]:
             saved = (held[-1] if isinstance(held, list) else held)["attributes"]["sampler"]
         except (LookupError, TypeError) as error:
             raise StateError(
-                f"{path} was saved without DataMixingCallback: it says nothing about the order of samples"
+                f"{path} was saved without DataMixingCallback, so it does not contain the order of samples: pass a "
+                "checkpoint of a run with the callback"
             ) from error
     elif isinstance(saved, Mapping) and isinstance(saved.get("sampler"), Mapping):
-        saved = saved["sampler"]  # of `Mixing`
+        saved = saved["sampler"]  # the state of `Mixing`
     if not isinstance(saved, Mapping) or "ledger" not in saved:
-        raise StateError(f"{path} holds no sampler state: pass what state_dict() returned, or a Trainer's checkpoint")
+        raise StateError(
+            f"{path} does not contain the state of a sampler: pass the return value of state_dict() as JSON, or a "
+            "Trainer's checkpoint"
+        )
     return saved
 
 
@@ -204,17 +211,19 @@ def parse_mix(text: str, space: DomainSpace, rows: FloatArray) -> FloatArray:
     """``NAME=WEIGHT,...`` over domains and fields as a mix: (D,), sums to 1.
 
     Raises:
-        ConfigurationError: It cannot be read, names nothing, or does not sum to 1.
+        ConfigurationError: The text cannot be read, has an unknown name, or does not sum to 1.
     """
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, separator, value = part.partition("=")
         if name.strip() in weights:
-            raise ConfigurationError(f"mix {text!r} names {name.strip()!r} twice")
+            raise ConfigurationError(f"mix {text!r} names {name.strip()!r} twice: name it once")
         try:
             weights[name.strip()] = float(value)
         except ValueError:
             separator = ""
         if not separator:
-            raise ConfigurationError(f"mix {text!r}: {part!r} is not NAME=WEIGHT")
+            raise ConfigurationError(
+                f"mix {text!r}: {part!r} is not NAME=WEIGHT; write for example source=0.6,target=0.4"
+            )
     return space.mix(weights, shares=rows)

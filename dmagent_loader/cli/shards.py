@@ -1,4 +1,4 @@
-"""``dmagent shard`` writes shards, ``dmagent index`` says what is in them."""
+"""``dmagent shard`` writes shards; ``dmagent index`` lists their contents."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "shard",
         help="write shards per domain from jsonl(.gz) or text files",
         description=(
-            "Writes OUTPUT/<field>/<domain>/<domain>-000000.tar ... and OUTPUT/manifest.json, which the sampler takes. "
-            "Without --tokenizer: a row per document. With it: packed rows of --sequence-length tokens, documents "
-            "separated by the end-of-text token; the tokens at the end that do not fill a row are dropped and counted. "
+            "Writes OUTPUT/<field>/<domain>/<domain>-000000.tar ... and OUTPUT/manifest.json for the sampler. Without "
+            "--tokenizer, every document is a row. With it, rows are packed with --sequence-length tokens, and the "
+            "end-of-text token separates documents; tokens at the end that do not fill a row are dropped and counted. "
             "Run it again with other domains to add them."
         ),
     )
@@ -41,18 +41,22 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "repeatable",
     )
     where.add_argument(
-        "--input", metavar="DIR", help="every file in DIR is a domain, named after the file; with --field"
+        "--input", metavar="DIR", help="every file in DIR is a domain, named after the file; needs --field"
     )
-    parser.add_argument("--field", choices=["source", "target"], help="field of domains that do not name it")
+    parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--text-key", default=defaults.text_key, help="column with the text (default: %(default)s)")
     parser.add_argument("--keep-columns", nargs="+", default=[], metavar="COLUMN", help="columns kept as a json member")
-    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder that save_pretrained wrote")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder written by save_pretrained")
     parser.add_argument("--eos-token", metavar="TOKEN", help="end-of-text token (default: the tokenizer's)")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens per packed row")
-    parser.add_argument("--rows-per-shard", type=int, metavar="N", help="most rows in a shard")
+    parser.add_argument("--rows-per-shard", type=int, metavar="N", help="maximum rows per shard")
     parser.add_argument(
-        "--max-shard-bytes", type=int, default=defaults.max_shard_bytes, metavar="N", help="default: %(default)s"
+        "--max-shard-bytes",
+        type=int,
+        default=defaults.max_shard_bytes,
+        metavar="N",
+        help="maximum bytes per shard (default: %(default)s)",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=shard)
@@ -62,7 +66,7 @@ def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "index",
         help="index shards and list rows, bytes and damage",
-        description="Indexes every shard (or reads the cached index) and prints a table. Exits with 1 on damage.",
+        description="Indexes every shard (or reads its cached index) and prints a table. Exits with 1 on damage.",
     )
     parser.add_argument(
         "shards",
@@ -70,13 +74,13 @@ def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SHARDS",
         help="a manifest.json or its folder, NAME=PATTERN, or a path, brace pattern, glob or URL",
     )
-    parser.add_argument("--cache-dir", metavar="DIR", help="where indexes are kept (default: $DMAGENT_CACHE_DIR)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=index)
 
 
 def shard(args: argparse.Namespace) -> int:
-    """Writes the shards and prints what was written."""
+    """Writes the shards and prints a summary."""
     config = ShardingConfig(
         text_key=args.text_key,
         keep_columns=tuple(args.keep_columns),
@@ -107,16 +111,16 @@ def index(args: argparse.Namespace) -> int:
     """Indexes the shards and prints the table; 1 if any is damaged."""
     shards: dict[str, list[str]] = {}
     manifests: list[Manifest] = []
-    for given in args.shards:
-        name, separator, pattern = given.partition("=")
-        if given.endswith(".json") or os.path.isfile(os.path.join(given, MANIFEST_NAME)):
-            manifests.append(load_manifest(given))
+    for argument in args.shards:
+        name, separator, pattern = argument.partition("=")
+        if argument.endswith(".json") or os.path.isfile(os.path.join(argument, MANIFEST_NAME)):
+            manifests.append(load_manifest(argument))
             for domain, paths in manifests[-1].items():
                 shards.setdefault(domain, []).extend(paths)
-        elif separator and "://" not in name and not os.path.exists(given):
+        elif separator and "://" not in name and not os.path.exists(argument):
             shards.setdefault(name, []).append(pattern)
         else:
-            shards.setdefault("(shards)", []).append(given)
+            shards.setdefault("(shards)", []).append(argument)
     collection = ShardCollection.open(
         shards, on_damage="skip", cache_dir=args.cache_dir, progress=not args.no_progress, manifests=manifests
     )
@@ -128,7 +132,7 @@ def index(args: argparse.Namespace) -> int:
 
 def _domains_of_folder(folder: str) -> dict[str, list[str]]:
     if not os.path.isdir(folder):
-        raise ConfigurationError(f"--input {folder!r} is not a folder")
+        raise ConfigurationError(f"--input {folder!r} is not a folder: pass a folder, or use --domain for a file")
     domains: dict[str, list[str]] = {}
     for path in sorted(Path(folder).iterdir()):
         if path.is_file() and not path.name.startswith("."):
@@ -136,20 +140,20 @@ def _domains_of_folder(folder: str) -> dict[str, list[str]]:
             if name in domains:
                 raise ConfigurationError(
                     f"--input {folder!r}: {Path(domains[name][0]).name!r} and {path.name!r} would both be domain "
-                    f"{name!r}, which is what comes before the first dot: rename one, or name the domains by --domain"
+                    f"{name!r}, the part before the first dot: rename one, or name the domains with --domain"
                 )
             domains[name] = [str(path)]
     if not domains:
-        raise ConfigurationError(f"--input {folder!r} holds no files")
+        raise ConfigurationError(f"--input {folder!r} holds no files: pass a folder with one file per domain")
     return domains
 
 
-def _named_domains(given: list[str]) -> dict[str, list[str]]:
+def _named_domains(arguments: list[str]) -> dict[str, list[str]]:
     domains: dict[str, list[str]] = {}
-    for item in given:
-        name, _, paths = item.partition("=")
+    for argument in arguments:
+        name, _, paths = argument.partition("=")
         if not name or not paths:
-            raise ConfigurationError(f"--domain {item!r}: write NAME=PATH, for example source/web=web.jsonl.gz")
+            raise ConfigurationError(f"--domain {argument!r}: write NAME=PATH, for example source/web=web.jsonl.gz")
         if name in domains:
             raise ConfigurationError(f"--domain {name!r} is given twice: list its files once, separated by commas")
         domains[name] = paths.split(",")
@@ -160,7 +164,5 @@ def _with_field(name: str, field: str | None) -> str:
     if "/" in name:
         return name
     if field is None:
-        raise ConfigurationError(
-            f"domain {name!r} names no field: write source/{name} or target/{name}, or pass --field"
-        )
+        raise ConfigurationError(f"domain {name!r} has no field: write source/{name} or target/{name}, or pass --field")
     return f"{field}/{name}"
