@@ -24,7 +24,7 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := $(filter $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)), \
 	throughput dynamics resume scale environment)
 
-.PHONY: demo test test-all test-nemo lint bench bench-quick fuzz clean
+.PHONY: demo test test-all test-nemo lint docs bench bench-quick fuzz clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,10 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The site, into build/site. Every warning is an error: links, anchors, and names in the reference that do not exist.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # The loaders that ours is measured against, where they do not fit into the environment of the tests. litdata and
 # mosaicml-streaming go without what they declare, torchvision (whose build wants CUDA) and the clients of all clouds.

@@ -175,13 +175,13 @@ def section(results: dict[str, Any]) -> str:
     """Markdown of all tables."""
     parts = [
         "## Changing the mix while training",
-        f"Packed rows of {TOKENS:,} tokens (uint16) in 52 domains, batches of {BATCH_SIZE}, the page cache warm; a new "
-        f"mix every {INTERVAL} samples. *Lost* is what that costs a loader that runs as fast as it can, with nothing "
-        "being trained, and *a change* the time behind it. *While training*: the same where each batch is followed by "
-        f"{1000 * STEP_SECONDS:g} ms in which the loop sleeps, as it waits for an accelerator; data workers then plan "
-        "and read anew beside it (below zero: less than the noise). From that follows the share of a run.",
+        f"Packed rows of {TOKENS:,} tokens (uint16) in 52 domains, batches of {BATCH_SIZE}, a warm page cache; a new "
+        f"mix every {INTERVAL} samples. *Lost* is the cost for a loader at full speed, with nothing being trained; *a "
+        "change* is the time behind it. *While training*: the same if the loop sleeps "
+        f"{1000 * STEP_SECONDS:g} ms after each batch, as if it waited for an accelerator; data workers then plan and "
+        "read in parallel (below zero: less than the noise). The share of a run follows from that.",
         _throughput(results),
-        "![what a change costs](images/bench_dynamics.png)",
+        "![Cost of a change](images/bench_dynamics.png)",
         "The agent's proposal alone, one core, against one forward pass of a plain two-layer torch Transformer of its "
         "width:",
         table(
@@ -192,12 +192,12 @@ def section(results: dict[str, Any]) -> str:
             ],
         ),
         "A whole decision (`sampler.reweight`), ms: history, proposal, translation to the run's domains, guard, "
-        "ledger, and with two processes the agreement over gloo.",
+        "ledger, and with two processes the exchange over gloo.",
         _decisions(results["decisions"]),
-        "Where the time of decisions 41 to 80 goes, and of 64 samples after each, the new plan among it (52 domains, "
-        "one process, cProfile, own time of each function):",
+        "Profile of decisions 41 to 80 and of 64 samples after each, including the new plan (52 domains, one process, "
+        "cProfile, own time of each function):",
         results["profile"],
-        "Staleness: samples of all ranks that are still trained under the old mix. In a bare `DataLoader`:",
+        "Staleness: samples of all ranks that are trained on the old mix after a decision. In a bare `DataLoader`:",
         table(
             ("torch workers", "prefetch_factor", "batch size", "samples late"),
             [

@@ -172,11 +172,11 @@ def section(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## Evaluation",
-            "The same requests to the same model on one thread, each side at the fastest of its settings. Ours applies "
-            "the output layer to scored positions alone, so the gain is large where questions are long and answers "
-            "short, and the vocabulary is large beside the model. *In layers*: share of the time that the model's own "
-            "layers take; the rest of ours is mostly the output layer at the scored positions, with its softmax. "
-            "Where most positions are scored, neither can be left out.",
+            "The same requests to the same model on one thread, each side with its fastest settings. This package "
+            "applies the output layer to scored positions alone, so it gains most if questions are long, answers are "
+            "short, and the vocabulary is large compared with the model. *In layers*: share of the time spent in the "
+            "model's own layers; the rest of ours is mostly the output layer at the scored positions, with softmax. "
+            "If most positions are scored, neither can be avoided.",
             table(header, rows),
             aims_table(aims(results)),
         ]

@@ -25,9 +25,10 @@ DOCS = Path(__file__).parent.parent / "docs"
 HEAD = """\
 # Benchmarks
 
-Written by `make bench` from what the programs in `benchmarks/` measured; the raw repeats lie in `benchmarks/results/`.
-Rates and ratios are medians of at least five repeats, ratios between measurements of the same run and machine. First
-calls, what is built once, and the runs of the Trainer were measured once.
+Written by `make bench` from the measurements of the programs in `benchmarks/`; the raw repeats are in
+`benchmarks/results/`. Rates and ratios are medians of at least five repeats; ratios compare measurements of the same
+run on the same machine. First calls, one-time builds and the runs of the Trainer were measured once. Profiles name
+functions as they were called at the time of the run.
 """
 
 

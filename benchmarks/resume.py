@@ -114,17 +114,18 @@ def section(results: dict[str, Any]) -> str:
     """Markdown of all tables."""
     parts = [
         "## Resuming",
-        "Seconds from a saved state to the first sample, inside a process, the shards open. A decision every 64,000 "
-        f"samples up to {MOST_DECISIONS} (the paper's number), later spread evenly. The peers read the same 52 domains "
-        "with a mix that cannot change; what is marked ~ follows the straight line through a peer's last two points.",
-        "![seconds to resume](images/bench_resume.png)",
+        "Seconds from a saved state to the first sample, inside a process, with the shards open. A decision every "
+        f"64,000 samples up to {MOST_DECISIONS} (the paper's number), later spread evenly. The other loaders read the "
+        "same 52 domains with a mix that cannot change; values marked ~ are extrapolated along the straight line "
+        "through a loader's last two points.",
+        "![Seconds to resume](images/bench_resume.png)",
         _against_peers(results),
-        "Our steps, seconds. *Open* builds the sampler with the shards' indexes in their cache; *load* reads the JSON "
+        "The steps of this package, in seconds. *Open* builds the sampler from cached indexes; *load* reads the JSON "
         "state, checks it against the shards, and replays the ledger.",
         _steps([*results["few_domains"], *results["many_domains"]]),
         f"After {CONSUMED[-1]:.0e} samples, by the number of decisions in the ledger:",
         _steps(results["long_ledgers"]),
-        "Where the time of the last line goes (inside a process, cProfile, own time of each function):",
+        "Profile of the last line (inside a process, cProfile, own time of each function):",
         results["long_ledgers"][-1]["profile"],
     ]
     return "\n\n".join([*parts, aims_table(aims(results))])
@@ -155,7 +156,7 @@ def _against_peers(results: dict[str, Any]) -> str:
         rows.append((f"{consumed:.0e}", *cells))
     text = table(("consumed", *ours, *measured), rows)
     straight = [
-        f"{name}: {1e6 * line[0]:.3g} µs a sample, the increase before that {line[1]:.2f} times as steep"
+        f"{name}: {1e6 * line[0]:.3g} µs per sample; the slope before that was {line[1]:.2f} times as steep"
         for name, points in measured.items()
         if (line := straight_line(name, points)) is not None
     ]

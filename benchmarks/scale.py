@@ -99,12 +99,12 @@ def section(results: dict[str, Any]) -> str:
     """Markdown of all tables."""
     parts = [
         "## Scale",
-        "1,000 domains, 1,000,000 shards of 500 to 1,500 rows, 10,000 ranks, 80 decisions, and from there one size at "
-        "a time. Milliseconds for 1,024 samples of one rank, which lie 10,000 apart, long after the start (sample "
-        "1,000,000,000): as a loader in full run plans them, 16,384 in a call; 1,024 in a call; and the first call. "
-        "(With 10,000 shards 16,384 samples of one rank span 16 passes over all data, and each begins with an order "
-        "of the shards of every domain.)",
-        "![planning as each size grows](images/bench_scale.png)",
+        "The base case has 1,000 domains, 1,000,000 shards of 500 to 1,500 rows, 10,000 ranks and 80 decisions; each "
+        "row changes one size. Milliseconds for 1,024 samples of one rank, 10,000 apart, long after the start "
+        "(sample 1,000,000,000): as a running loader plans them, 16,384 per call; 1,024 per call; and the first call. "
+        "(With 10,000 shards, 16,384 samples of one rank span 16 passes over all data, each of which begins with an "
+        "order of the shards of every domain.)",
+        "![Planning time as each size grows](images/bench_scale.png)",
     ]
     header = ("", "in full run", "in one call", "first call", "a new mix", "building the plan")
     rows = []
@@ -113,7 +113,7 @@ def section(results: dict[str, Any]) -> str:
             cells = (median(p["own_ms"]), median(p["call_ms"]), p["first_ms"], p["append_ms"], p["build_ms"])
             rows.append((f"{p[name]:,} {name}", *cells))
     profile = (
-        "Where the time of planning in full run goes, at these sizes (cProfile, own time of each function):\n\n"
+        "Profile of planning in a running loader, at these sizes (cProfile, own time of each function):\n\n"
         + results["profile"]
     )
     parts += [table(header, rows), profile, _peers(results["peers"]), _memory(results), _index(results["index"])]
@@ -129,8 +129,8 @@ def _peers(peers: list[dict[str, Any]]) -> str:
         rows.append(cells)
     header = ("domains", "plan", "numpy draws", "plan / draws", "Megatron-core blend", "plan / blend")
     return (
-        "1,024 samples in a row, ms. Independent draws by numpy keep no mix, name no row and cannot be resumed. The "
-        "blend (`build_blending_indices`, C++) is fixed for all samples before the run begins and names no row "
+        "1,024 consecutive samples, ms. Independent draws by numpy keep no mix, name no row and cannot be resumed. The "
+        "blend (`build_blending_indices`, C++) is fixed for all samples before the run begins, and names no row "
         "either.\n\n" + table(header, rows)
     )
 
@@ -149,10 +149,10 @@ def _memory(results: dict[str, Any]) -> str:
     sizes = results["plan_memory"][0]
     return (
         "Opening real shards of 4 rows of 200 bytes, in 1,000 domains, each time in a new process; after the first "
-        "time the indexes are in their cache. Memory: the peak of the collection and of reading 1,024 rows, above the "
-        "imports. The last line is of links to a few such shards: a whole sampler, with "
-        f"{first['decisions']} changes of the mix. Where every shard's own index has to be read, because the overviews "
-        f"are missing, it took {number(first['open_seconds'])} s and {number(first['peak_mb'])} MB, measured once.\n\n"
+        "time the indexes are cached. Memory: the peak of the collection and of reading 1,024 rows, above the imports. "
+        "The last line opens links to a few such shards, as a whole sampler with "
+        f"{first['decisions']} changes of the mix. If every shard's own index has to be read, because the overviews "
+        f"are missing, it takes {number(first['open_seconds'])} s and {number(first['peak_mb'])} MB, measured once.\n\n"
         + table(header, rows)
         + f"\n\nThe plan alone, with {sizes['shards']:,} shards, {sizes['domains']:,} domains and "
         f"{sizes['decisions']} decisions, after 64 x 1,024 samples of one of {sizes['ranks']:,} ranks: "
@@ -180,9 +180,9 @@ def _index(kinds: list[dict[str, Any]]) -> str:
             )
     header = ("rows", "MB/s, 1 thread", "MB/s, 8 threads", "shards/s", "rows/s", "x tarfile", "of reading")
     return (
-        "Indexing (every byte is read and checked), from the disk and from the page cache. *x tarfile*: how many times "
-        "as fast as listing the members with Python's tarfile, which leaves the payloads out. *Of reading*: share of "
-        "the speed at which one thread reads the same bytes and does nothing.\n\n" + table(header, rows)
+        "Indexing (every byte is read and checked), from the disk and from the page cache. *x tarfile*: speed relative "
+        "to listing the members with Python's tarfile, which skips the payloads. *Of reading*: share of the speed at "
+        "which one thread reads the same bytes and does nothing else.\n\n" + table(header, rows)
     )
 
 

@@ -172,13 +172,13 @@ def _bound(results: dict[str, Any]) -> str:
     read, hand_over = (1e6 / measuring.median(found[1]) for found in rates.values() if found)
     own = 1e6 / measuring.median(ours[1])
     return (
-        f"A row in a batch takes us {own:.1f} us. A bare `preadv` of it takes {read:.1f} us, and torch's loader, which "
-        f"hands the same ready rows over again and again, {hand_over:.1f} us. So through that loader no more than "
-        f"{read / (read + hand_over):.0%} of the limit can be had by anyone, without a plan, a checksum or a decoder; "
-        f"ours has {(read + hand_over) / own:.0%} of that. Reading ahead in another thread is slower: it needs the "
-        "interpreter back after each `preadv`, which the thread that hands out rows holds. Mapped files need no call "
-        "for each row, but one that is cut while it is mapped kills the process, where `preadv` gives an error that "
-        "names the shard."
+        f"A row in a batch takes this package {own:.1f} us. A bare `preadv` of it takes {read:.1f} us, and torch's "
+        f"loader, passing the same ready rows again and again, {hand_over:.1f} us. So nobody can reach more than "
+        f"{read / (read + hand_over):.0%} of the limit through that loader, even without a plan, a checksum or a "
+        f"decoder; this package reaches {(read + hand_over) / own:.0%} of that. Reading ahead in another thread is "
+        "slower: after each `preadv` it needs the interpreter lock, which the delivering thread holds. Mapped files "
+        "need no call per row, but a file that is truncated while it is mapped kills the process, where `preadv` "
+        "raises an error that names the shard."
     )
 
 
@@ -199,7 +199,7 @@ def section(results: dict[str, Any]) -> str:
             reasons = "; ".join(f"`{name}` ({reason})" for name, reason in refused.items())
             parts.append(f"Failed the check, so not measured: {reasons}.")
         if "profile" in measured:
-            parts.append("Where our time goes (batches without workers, cProfile, own time of each function):")
+            parts.append("Profile of this package (batches without workers, cProfile, own time of each function):")
             parts.append(measured["profile"])
         if kind == "packed" and (bound := _bound(measured)):
             parts.append(bound)
@@ -209,15 +209,15 @@ def section(results: dict[str, Any]) -> str:
 def _method(seconds: set[float]) -> str:
     timed = " or ".join(f"{each:g}" for each in sorted(seconds, reverse=True))
     return f"""\
-All loaders deliver the same rows in the same unequal, static mix; files are in the page cache. Before, each was
-checked: what it delivers are rows of the shards, recognised by their whole content, in the mix that was asked for. A
-measurement is a process of its own, warmed up and then timed for {timed} seconds; every round goes through all of
-them in another random order.
+All loaders deliver the same rows in the same unequal, static mix; files are in the page cache. Each loader was checked
+first: it delivers rows of the shards, recognised by their whole content, in the requested mix. Each measurement is a
+separate process, warmed up and then timed for {timed} seconds; every round goes through all of them in another random
+order.
 
-- *rows/s*: single decoded rows out of the loader's iterator, without workers.
+- *rows/s*: single decoded rows from the loader's iterator, without workers.
 - *batches, N workers*: rows per second in batches of 32 from the loader's own DataLoader, texts as a list, tokens as
   one int64 tensor. All collate alike: rows are stacked as they are stored and widened at once.
-- *ours / it*: ours over this loader, batches with the workers that suit each; the median of the ratios of the rounds.
+- *ours / it*: this package over that loader, each with the workers that suit it; median of the ratios of the rounds.
 - *spread*: largest minus smallest over the median, the worst of the row. *first*: seconds from opening the data to the
   first batch, without workers."""
 
@@ -251,20 +251,21 @@ def _table(kind: str, results: dict[str, Any]) -> str:
 
 
 FAIRNESS = """\
-What to know when reading this:
+How to read this table:
 
-- In favour of the peers: ours shuffles, verifies a checksum for each row, and keeps the mix exactly at every prefix;
-  the tar readers, litdata and the Arrow copies run without a shuffle. That litdata stops at the end of its first domain
-  and is begun again is not counted. Formats of their own, and energon's index files, were written before.
-- In favour of ours: no peer's shuffle buffer or cache was tuned, and one machine with local files is measured; reading
-  from remote storage is another matter.
-- Ours reads packed rows a batch at a time (`decode="lazy"` with `collate_packed`, see docs/plain-loop.md); *rows/s*
-  is without that. Texts are read row by row.
-- With workers, what torch takes to hand a batch from process to process bounds every loader: the limit *by torch* is
-  the same ready batch again and again.
-- Ours gives keys, domains and indices with each batch, Megatron-core labels, a loss mask and positions, which it does
-  not collate in one step; the others only tokens. Megatron-core and the Arrow copies compute the order of the
-  whole run first.
+- In favour of the others: this package shuffles, verifies a checksum for each row, and keeps the mix exactly at every
+  prefix; the tar readers, litdata and the Arrow copies run without a shuffle. litdata stops at the end of its first
+  domain; the time to restart it is not counted. Their own formats, and energon's index files, were written beforehand.
+- In favour of this package: no other shuffle buffer or cache was tuned, and only one machine with local files was
+  measured; reading from remote storage is another matter.
+- This package reads packed rows a batch at a time (`decode="lazy"` with `collate_packed`, see
+  [A loop of your own](trainers/plain-loop.md#faster-batches-of-packed-rows)); *rows/s* is without that. Texts are read
+  row by row.
+- With workers, the time that torch takes to pass a batch from process to process bounds every loader: the limit *by
+  torch* passes the same ready batch again and again.
+- This package adds keys, domains and indices to each batch; Megatron-core adds labels, a loss mask and positions, which
+  it does not collate in one step; the others deliver only tokens. Megatron-core and the Arrow copies compute the order
+  of the whole run first.
 """
 
 

@@ -7,7 +7,7 @@ fail or differ on one rank is therefore a step that all ranks end `together`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -134,6 +134,12 @@ def all_reduce_sum(values: NDArray[np.float64], step: str) -> NDArray[np.float64
         return values
     tensor = torch.from_numpy(np.array(values, dtype=np.float64)).to(_device())
     return np.asarray(_all_reduce(tensor, dist.ReduceOp.SUM, step).numpy(), dtype=np.float64)
+
+
+def sum_over_ranks(tensors: Sequence[torch.Tensor], step: str) -> None:
+    """Replaces each tensor by its sum over all ranks, where it lies; errors as in `broadcast_object`."""
+    if is_active():
+        _collective(step, lambda: [dist.all_reduce(tensor) for tensor in tensors])
 
 
 def all_reduce_max(value: int, step: str) -> int:

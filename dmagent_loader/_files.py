@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever kills the process that writes them."""
+"""Atomic writes and lock files: a killed process leaves neither half a file nor a stale lock."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 _SUFFIX = ".partial"
-_LEFT_FOR_SECONDS = 3600.0
+_ABANDONED_AFTER_SECONDS = 3600.0
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes, *, durable: bool = True) -> None:
-    """Writes a file under another name, flushes it to the disk, then renames it.
+    """Writes a temporary file, flushes it to disk and renames it to its final name.
 
-    A killed process leaves at most one file under that other name, which the next attempt overwrites: kills do not fill
-    a disk. Several processes may write the same file at once: one of them comes last, whole.
+    A killed process leaves at most one temporary file, which the next attempt overwrites, so kills do not fill a disk.
+    Several processes may write the same file at once: the last rename wins, and every version is complete.
 
     Args:
-        path: The file.
+        path: Path of the file.
         data: Its content.
-        durable: Wait until it is on the disk. Without, it survives a kill of the process, but not a loss of power.
+        durable: Wait until the data is on disk. If False, the file survives a kill of the process but not a power
+            failure.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     target = Path(path)
     with _temporary(target) as (descriptor, temporary):
@@ -36,7 +42,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, durable: bool
         os.replace(temporary, target)
     if not durable:
         return
-    with contextlib.suppress(OSError):  # a folder that cannot be opened: the name may then be lost with the power
+    with contextlib.suppress(OSError):  # if the folder cannot be opened, a power failure may still lose the name
         directory = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -45,14 +51,16 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, durable: bool
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files of `write_atomically` that nobody has touched for an hour and nobody holds."""
+    """Removes temporary files of `write_atomically` that are an hour old and not in use."""
     try:
-        found = [entry for entry in os.scandir(folder) if entry.name.startswith(".") and entry.name.endswith(_SUFFIX)]
+        leftovers = [
+            entry for entry in os.scandir(folder) if entry.name.startswith(".") and entry.name.endswith(_SUFFIX)
+        ]
     except OSError:
         return
-    for entry in found:
+    for entry in leftovers:
         with contextlib.suppress(OSError):
-            if time.time() - entry.stat().st_mtime < _LEFT_FOR_SECONDS:
+            if time.time() - entry.stat().st_mtime < _ABANDONED_AFTER_SECONDS:
                 continue
             descriptor = os.open(entry.path, os.O_WRONLY | os.O_CLOEXEC)
             try:
@@ -63,15 +71,43 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(target: Path) -> Iterator[tuple[int, Path]]:
-    """An empty file beside the target that is ours alone; removed if an error comes before the rename.
+def locked(
+    path: Path, *, timeout_seconds: float = 0.0, is_cancelled: Callable[[], bool] | None = None
+) -> Iterator[None]:
+    """Holds a lock file, which exists only while it is held.
 
-    Its name is the same at every attempt, on one machine: locks may not reach others. A lock, which the system takes
-    from the dead, says whether it is in use; then, and where there are no locks, we take a name by lot.
+    The system releases the lock when its holder dies, and forked children do not inherit it (`filelock` since 3.30).
+
+    Args:
+        path: Path of the lock file; its folder is created.
+        timeout_seconds: Longest wait; 0 makes one attempt.
+        is_cancelled: Ends the wait when it returns True.
+
+    Raises:
+        TimeoutError: Someone else held the lock until the timeout, or the wait was cancelled.
+        OSError: The file system has no locks, or the file cannot be created.
     """
-    shared = target.with_name(f".{target.name}.{platform.node()}{_SUFFIX}")
-    descriptor = _locked(shared)
-    path = shared
+    # No fallback to a marker file, which would outlive a killed holder.
+    lock = FileLock(path, fallback_to_soft=False)
+    with lock.acquire(timeout=timeout_seconds, cancel_check=is_cancelled):
+        try:
+            yield
+        finally:
+            # Before the release: a waiter that opened this file sees that it has no name any more, and opens a new one.
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[tuple[int, Path]]:
+    """Yields the descriptor and path of an empty file beside the target, which is removed on an error.
+
+    Every attempt on one machine uses the same name; a lock on the file shows whether it is in use, and the system
+    releases it when its holder dies. If the file is in use, or locks are not supported, the name is random. The host
+    name is part of the name because locks may not reach other machines.
+    """
+    path = target.with_name(f".{target.name}.{platform.node()}{_SUFFIX}")
+    descriptor = _open_exclusively(path)
     if descriptor is None:
         path = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_SUFFIX}")
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -86,17 +122,17 @@ def _temporary(target: Path) -> Iterator[tuple[int, Path]]:
         os.close(descriptor)
 
 
-def _locked(path: Path) -> int | None:
-    """A descriptor of the file that nobody else has; None: someone has it, or the file system has no locks."""
+def _open_exclusively(path: Path) -> int | None:
+    """A locked descriptor of the file; None if it is in use or the file system has no locks."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError:
-        return None  # another user's
+        return None  # another user's file
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor
     except OSError:
         pass
-    os.close(descriptor)  # in use, or renamed by its writer between our two calls
+    os.close(descriptor)  # in use, or renamed by its writer between the two calls
     return None

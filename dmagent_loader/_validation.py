@@ -1,4 +1,4 @@
-"""What others wrote: read with limits, checked before it is used, shown in messages without flooding them."""
+"""Validation of untrusted input: bounded reads, type checks, and short representations for messages."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 
 from dmagent_loader.errors import ConfigurationError
 
-_SHOWN = reprlib.Repr()
-_SHOWN.maxlevel = 3
-_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 100
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
 
 
 def read_regular(path: str | os.PathLike[str], most_bytes: int) -> bytes:
-    """The bytes of a regular file.
+    """Reads a regular file of limited size.
 
-    A downloaded folder may hold a named pipe, which makes readers wait for ever, or a link to ``/dev/zero``, which
+    A downloaded folder may hold a named pipe, which blocks its readers for ever, or a link to ``/dev/zero``, which
     never ends.
 
     Args:
-        path: The file; links are followed.
-        most_bytes: A larger file is refused before it is read.
+        path: Path of the file; links are followed.
+        most_bytes: Largest size in bytes; a larger file is refused before it is read.
 
     Raises:
-        OSError: It cannot be read, is no regular file, or is too large (``EFBIG``).
+        OSError: The file cannot be read, is not a regular file, or is too large (``EFBIG``).
     """
     with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
@@ -44,7 +44,7 @@ def read_regular(path: str | os.PathLike[str], most_bytes: int) -> bytes:
 
 
 def kind_of(mode: int) -> str:
-    """What a file is, from its mode, for messages."""
+    """The kind of a file, for messages, from its mode."""
     kinds = (
         (stat.S_ISREG, "a regular file"),
         (stat.S_ISDIR, "a folder"),
@@ -56,8 +56,24 @@ def kind_of(mode: int) -> str:
     return next((name for is_kind, name in kinds if is_kind(mode)), "no file")
 
 
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds a JSON object whose names are distinct; an ``object_pairs_hook`` for `json.loads`.
+
+    Parsers differ in which of two entries of the same name they keep, and the other one is lost in silence.
+
+    Raises:
+        ValueError: A name comes twice.
+    """
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ValueError(f"the name {name[:100]!r} comes twice")
+        members[name] = value
+    return members
+
+
 def is_finite_number(value: Any) -> bool:
-    """Whether a JSON value is a number that a float holds: JSON allows integers of any size."""
+    """Whether a JSON value is a number that fits a float; JSON allows integers of any size."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
@@ -67,20 +83,20 @@ def is_finite_number(value: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a JSON value is a whole number from 0 up to what an index of samples can be."""
+    """Whether a JSON value is a whole number from 0 to the largest sample index."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
-    """A setting that is a whole number, as a plain int: numpy's integers hash and serialise in other ways.
+    """Converts a setting to a plain int; numpy's integers hash and serialise differently.
 
     Args:
-        name: Of the setting, for messages.
-        value: What was given.
-        least: Its smallest value; None: any, of any size.
+        name: Name of the setting, for messages.
+        value: Value as passed by the user.
+        least: Smallest allowed value; None allows any.
 
     Raises:
-        ConfigurationError: It is no whole number, too small, or larger than an index of samples can be.
+        ConfigurationError: The value is not a whole number, too small, or larger than any sample index.
     """
     if isinstance(value, bool):
         raise ConfigurationError(f"{name} is {value}; it must be a whole number")
@@ -96,9 +112,9 @@ def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its `repr`, cut if it is long or deep."""
+    """The `repr` of a value for a message, shortened if it is long or deeply nested."""
     try:
-        return _SHOWN.repr(value)
+        return _SHORT.repr(value)
     except (ValueError, RecursionError):
         return f"a {type(value).__name__} too large to show"
 

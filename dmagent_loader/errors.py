@@ -16,6 +16,7 @@
     ├── EnvironmentDataError (ValueError)    question files that cannot be used
     ├── FeedbackError (ValueError)           feedback that is not finite or has the wrong fields
     ├── PolicyError                          a policy that did not give a usable mix
+    ├── InfluenceError (RuntimeError)        influence that cannot be measured on this model
     ├── CheckpointError                      agent weights that are missing, changed or of another shape
     └── MissingExtraError (ImportError)      an optional package that is not installed
 
@@ -26,6 +27,28 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "DMAgentError",
+    "DamagedShardError",
+    "DecodeError",
+    "DomainError",
+    "EmptyShardError",
+    "EnvironmentDataError",
+    "ExhaustedError",
+    "FeedbackError",
+    "InfluenceError",
+    "MissingExtraError",
+    "MixError",
+    "PolicyError",
+    "RankError",
+    "ShardError",
+    "ShardLayoutError",
+    "ShardNotFoundError",
+    "StateError",
+]
 
 
 class DMAgentError(Exception):
@@ -90,6 +113,10 @@ class FeedbackError(DMAgentError, ValueError):
 
 class PolicyError(DMAgentError):
     """A policy that raised, was late, or proposed something that is not a mix."""
+
+
+class InfluenceError(DMAgentError, RuntimeError):
+    """The influence of the domains cannot be measured here: lack of memory, or a model that gives no gradients."""
 
 
 class CheckpointError(DMAgentError):

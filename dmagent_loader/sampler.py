@@ -19,6 +19,7 @@ from dmagent_loader._loading.dataset import FeedDataset
 from dmagent_loader._loading.feed import Feed, validated_ranks
 from dmagent_loader._loading.lazy import Sample
 from dmagent_loader._loading.open_shards import open_on_all_ranks
+from dmagent_loader._loading.probe import probe_rows
 from dmagent_loader._run import rank_check
 from dmagent_loader._run.decisions import Decider, Decision, DecisionConfig, Measurement
 from dmagent_loader._run.run import Run
@@ -47,7 +48,8 @@ class AgentWeightedSampler(FeedDataset):
             ``dmagent shard``. A domain name begins with its field: the model must not forget ``source/...``, and should
             learn ``target/...``.
         agent: Name, path or Hub id of an agent checkpoint, or a loaded `MixingAgent`.
-        policy: Another policy instead of an agent.
+        policy: Another policy instead of an agent: ``"influence"`` (trains on domains that help the questions, as
+            measured on the model), ``"question-topics"``, or an object with `propose`.
         samples_per_reweight: Samples, over all ranks, between two decisions (64,000 in the paper).
         seed: Seed of the sample order.
         initial_mix: Mix until the first decision: domain -> weight, or field -> weight (split by rows). None: the
@@ -90,7 +92,7 @@ class AgentWeightedSampler(FeedDataset):
         agent: str | os.PathLike[str] | MixingAgent | None = None,
         *,
         samples_per_reweight: int,
-        policy: Policy | None = None,
+        policy: Policy | str | None = None,
         seed: int = 0,
         initial_mix: Mapping[str, float] | None = None,
         start_state: Mapping[str, float] | None = None,
@@ -185,6 +187,22 @@ class AgentWeightedSampler(FeedDataset):
             RankError: Another rank failed, has another ledger or other settings, or does not answer.
         """
         return self._deciding().reweight(feedback, consumed)
+
+    def probe_rows(self, rows: int, *, probe: int = 0) -> dict[str, list[Sample]]:
+        """Rows of each domain to measure influence on, read by position: none of them counts as consumed.
+
+        Args:
+            rows: Rows of each domain, evenly spaced over its shards; all of a domain that has fewer.
+            probe: Number of the probe: another one reads other rows, the same one always the same.
+
+        Returns:
+            Domain -> rows, decoded and transformed as samples are, with ``__index__`` -1. Equal on all ranks.
+
+        Raises:
+            ShardError: A row that is damaged or cannot be decoded.
+        """
+        count, number = whole_number("rows", rows, least=1), whole_number("probe", probe, least=0)
+        return probe_rows(self._feed, count, number)
 
     # State
 

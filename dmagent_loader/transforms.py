@@ -17,9 +17,9 @@ import torch
 from dmagent_loader._loading.lazy import read_together
 from dmagent_loader._validation import whole_number
 from dmagent_loader.errors import ConfigurationError, DecodeError
+from dmagent_loader.shards.writing.packing import PACKED_MEMBER
 
-PACKED_MEMBER = "input_ids.npy"
-"""Name of the member that ``dmagent shard --tokenizer`` writes."""
+__all__ = ["IGNORED_LABEL", "PACKED_MEMBER", "ShiftedTokens", "TokenizeText", "collate_packed", "packed_tokens"]
 
 IGNORED_LABEL = -100
 """Label of padding, ignored by the losses of transformers and torch."""

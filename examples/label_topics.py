@@ -1,7 +1,7 @@
-"""Gives unlabelled documents one of the 26 topics, and trains a tokenizer: what `dmagent shard` needs for 52 domains.
+"""Labels documents with one of the 26 topics and trains a tokenizer: the input of `dmagent shard` for 52 domains.
 
-A linear classifier is trained on documents whose topic is known (files named after their topic) and its accuracy on
-held-out ones is printed. Then:
+A linear classifier is trained on documents of known topics (files named after their topic), and its accuracy on
+held-out documents is printed. Then:
 
     python examples/label_topics.py --labelled DATA/source --input DATA/target_math --output WORK
     PACK="--tokenizer WORK/tokenizer.json --sequence-length 128 --output WORK/shards"
@@ -18,8 +18,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from dmagent_loader.training.data.corpus import read_documents, train_tokenizer
-from dmagent_loader.training.data.topics import TopicClassifier, TopicClassifierConfig
+from dmagent_loader.training import TopicClassifier, TopicClassifierConfig, read_documents, train_tokenizer
 
 
 def main() -> None:
@@ -28,7 +27,10 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="folder of .jsonl.gz files to label")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
-        "--piece", type=int, default=600, help="characters that get one label: a page may cover several topics"
+        "--piece",
+        type=int,
+        default=600,
+        help="characters per label, because a page may cover several topics (default: %(default)s)",
     )
     parser.add_argument("--vocabulary", type=int, default=4096, help="size of the tokenizer (default: %(default)s)")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Continual pre-training in a Megatron-core loop while an agent re-weights the domains: a complete script.
+"""Continual pre-training in a Megatron-core loop while an agent changes the mix of domains: a complete script.
 
     torchrun --nproc-per-node 8 examples/megatron_pretrain.py --shards SHARDS --tokenizer tokenizer.json \
         --environment general=mmlu.jsonl math=math.jsonl --tensor-parallel 2 --pipeline-parallel 2 --output runs/first
 
-The same command again goes on from the newest whole checkpoint.
+After a crash the same command resumes from the newest whole checkpoint.
 
 SHARDS is the folder that `dmagent shard --tokenizer ... --sequence-length N` wrote, with `source/...` domains to keep
 and `target/...` domains to learn, and N one more than --sequence-length. The model is small and starts from random
@@ -41,7 +41,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--shards", required=True, help="manifest.json of packed shards, or its folder")
-    data.add_argument("--environment", nargs="+", required=True, metavar="FIELD=FILE", help="question sets, keep first")
+    data.add_argument(
+        "--environment", nargs="+", required=True, metavar="FIELD=FILE", help="question sets, the field to keep first"
+    )
     data.add_argument("--tokenizer", required=True, help="tokenizer.json that the shards were packed with")
     data.add_argument("--sequence-length", type=int, default=1024, help="tokens that the model reads")
     mixing = parser.add_argument_group("mixing")
@@ -49,9 +51,13 @@ def parse() -> argparse.Namespace:
     mixing.add_argument("--samples-per-reweight", type=int, default=64_000)
     training = parser.add_argument_group("training")
     training.add_argument("--output", required=True, type=Path)
-    training.add_argument("--steps", type=int, default=1000, help="at most; the run also ends with the target data")
+    training.add_argument(
+        "--steps", type=int, default=1000, help="limit on the steps; the run also ends with the target data"
+    )
     training.add_argument("--micro-batch-size", type=int, default=8)
-    training.add_argument("--micro-batches", type=int, default=1, help="of a step, on each data-parallel rank")
+    training.add_argument(
+        "--micro-batches", type=int, default=1, help="micro-batches per step on each data-parallel rank"
+    )
     training.add_argument("--learning-rate", type=float, default=1e-3)
     training.add_argument("--save-every", type=int, default=500, help="steps")
     training.add_argument("--tensor-parallel", type=int, default=1)
@@ -93,7 +99,7 @@ def build_model(args: argparse.Namespace, vocabulary: int) -> tuple[GPTModel, Tr
 
 
 def forward_step(data_iterator: MegatronMixing, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """One micro-batch. All processes of a pipeline's ends read it; the stages between them read nothing."""
+    """One micro-batch, read by the first and the last stage of a pipeline; the stages between read nothing."""
     batch = {}
     if parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage():
         read = next(data_iterator)

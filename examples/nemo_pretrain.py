@@ -1,15 +1,15 @@
-"""Continual pre-training with a NeMo LLM recipe while an agent re-weights the domains: a complete script.
+"""Continual pre-training with a NeMo LLM recipe while an agent changes the mix of domains: a complete script.
 
 NeMo 2.7.3, the newest with `nemo.collections.llm` (pip install 'dmagent-loader[nemo]' in an environment of its own).
 
     torchrun --nproc-per-node 8 examples/nemo_pretrain.py --shards SHARDS --tokenizer TOKENIZER \
         --environment general=mmlu.jsonl math=math.jsonl --model nemo_checkpoint --output runs/first
 
-After a crash the same command goes on from the newest whole checkpoint.
+After a crash the same command resumes from the newest whole checkpoint.
 
 SHARDS is the folder that `dmagent shard --tokenizer ... --sequence-length N` wrote, with N one more than --seq-length
 here, `source/...` domains to keep and `target/...` domains to learn. Without --model, a small Llama is trained from
-scratch, to try things.
+scratch, to try things out.
 """
 
 from __future__ import annotations
@@ -40,26 +40,28 @@ def parse() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FIELD=FILE",
-        help="question sets, the "
-        "field to keep first, then the one to learn: JSON lines with the columns question and answer",
+        help="question sets: first the field to keep, then the one to learn; JSON lines with the columns question "
+        "and answer",
     )
-    data.add_argument("--tokenizer", required=True, help="folder or Hub id of the one the shards were packed with")
-    data.add_argument("--max-questions", type=int, help="most questions of each field")
+    data.add_argument("--tokenizer", required=True, help="tokenizer that the shards were packed with: folder or Hub id")
+    data.add_argument("--max-questions", type=int, help="limit on the questions of each field")
     mixing = parser.add_argument_group("mixing")
     mixing.add_argument("--agent", default="dmagent-rl", help="name, path or Hub id (default: %(default)s)")
-    mixing.add_argument("--static-target", type=float, metavar="SHARE", help="no agent: this share of target data")
+    mixing.add_argument(
+        "--static-target", type=float, metavar="SHARE", help="fixed share of target data, without an agent"
+    )
     mixing.add_argument("--samples-per-reweight", type=int, default=64_000)
     mixing.add_argument("--exhausted", choices=["repeat", "stop", "redistribute", "error"])
     training = parser.add_argument_group("training")
-    training.add_argument("--model", type=Path, help="folder of a NeMo checkpoint to go on with")
-    training.add_argument("--hidden-size", type=int, default=256, help="of the model from scratch")
-    training.add_argument("--layers", type=int, default=4, help="of the model from scratch")
+    training.add_argument("--model", type=Path, help="NeMo checkpoint to continue from: folder (default: from scratch)")
+    training.add_argument("--hidden-size", type=int, default=256, help="width of the model from scratch")
+    training.add_argument("--layers", type=int, default=4, help="layers of the model from scratch")
     training.add_argument("--seq-length", type=int, default=2048)
     training.add_argument("--output", required=True)
     training.add_argument("--max-steps", type=int, default=-1, help="default: until the target data are used up")
     training.add_argument("--micro-batch-size", type=int, default=1)
     training.add_argument("--global-batch-size", type=int, default=256)
-    training.add_argument("--workers", type=int, default=0, help="torch data workers of each process")
+    training.add_argument("--workers", type=int, default=0, help="torch data workers per process")
     training.add_argument("--learning-rate", type=float, default=1e-4)
     training.add_argument("--save-steps", type=int, default=500)
     training.add_argument("--devices", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -67,7 +69,7 @@ def parse() -> argparse.Namespace:
     training.add_argument("--tensor-parallel", type=int, default=1)
     training.add_argument("--pipeline-parallel", type=int, default=1)
     training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--cpu", action="store_true", help="settings of the tests; NeMo itself needs a GPU")
+    training.add_argument("--cpu", action="store_true", help="settings for tests; NeMo itself needs a GPU")
     return parser.parse_args()
 
 
@@ -151,7 +153,7 @@ def main() -> None:
                 monitor="reduced_train_loss",
                 every_n_train_steps=args.save_steps,
                 save_top_k=1,
-                save_optim_on_train_end=True,  # or a run that is made longer could not go on
+                save_optim_on_train_end=True,  # or a longer run could not continue from there
             ),
         ),
         resume=nl.AutoResume(

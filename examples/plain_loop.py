@@ -1,16 +1,16 @@
-"""Continual pre-training in a plain PyTorch loop while an agent re-weights the domains: a complete script.
+"""Continual pre-training in a plain PyTorch loop while an agent changes the mix of domains: a complete script.
 
 One process:
 
     python examples/plain_loop.py --shards SHARDS --environment general=mmlu.jsonl math=math.jsonl \
         --tokenizer tokenizer.json --output runs/first
 
-Several, and on after a crash (the same command again finds the last checkpoint):
+Several processes; after a crash the same command resumes from the last checkpoint:
 
     torchrun --nproc-per-node 2 examples/plain_loop.py ... --resume
 
 SHARDS is the folder that `dmagent shard --tokenizer ... --sequence-length N` wrote, with `source/...` domains to keep
-and `target/...` domains to learn. Without --model, a small LLaMA-style model is trained from scratch, to try things.
+and `target/...` domains to learn. Without --model, a small LLaMA-style model is trained from scratch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dmagent_loader import AgentWeightedSampler, Environment, MixingDataLoader
-from dmagent_loader.integrations.mixing import Mixing
+from dmagent_loader import AgentWeightedSampler, Environment, Mixing, MixingDataLoader
 from dmagent_loader.transforms import packed_tokens
 
 
@@ -43,27 +42,27 @@ def parse() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FIELD=FILE",
-        help="question sets, the "
-        "field to keep first, then the one to learn: JSON lines with the columns question and answer",
+        help="question sets: first the field to keep, then the one to learn; JSON lines with the columns question "
+        "and answer",
     )
-    data.add_argument("--tokenizer", required=True, help="the one the shards were packed with")
-    data.add_argument("--max-questions", type=int, help="most questions of each field")
+    data.add_argument("--tokenizer", required=True, help="tokenizer that the shards were packed with")
+    data.add_argument("--max-questions", type=int, help="limit on the questions of each field")
     mixing = parser.add_argument_group("mixing")
     mixing.add_argument("--agent", default="dmagent-rl", help="name, path or Hub id (default: %(default)s)")
     mixing.add_argument("--samples-per-reweight", type=int, default=64_000)
     mixing.add_argument("--exhausted", choices=["repeat", "stop", "redistribute", "error"])
     training = parser.add_argument_group("training")
-    training.add_argument("--model", help="folder or Hub id of a model to go on with")
-    training.add_argument("--hidden-size", type=int, default=128, help="of the model from scratch")
-    training.add_argument("--layers", type=int, default=2, help="of the model from scratch")
+    training.add_argument("--model", help="model to continue from: folder or Hub id (default: from scratch)")
+    training.add_argument("--hidden-size", type=int, default=128, help="width of the model from scratch")
+    training.add_argument("--layers", type=int, default=2, help="layers of the model from scratch")
     training.add_argument("--output", required=True, type=Path)
     training.add_argument("--max-steps", type=int, help="default: until the target data are used up")
-    training.add_argument("--batch-size", type=int, default=8, help="of each process")
+    training.add_argument("--batch-size", type=int, default=8, help="batch size per process")
     training.add_argument("--accumulation", type=int, default=1)
-    training.add_argument("--workers", type=int, default=0, help="torch data workers of each process")
+    training.add_argument("--workers", type=int, default=0, help="torch data workers per process")
     training.add_argument("--learning-rate", type=float, default=1e-3)
     training.add_argument("--save-steps", type=int, default=500)
-    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if any")
+    training.add_argument("--resume", action="store_true", help="resume from the last checkpoint, if any")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--cpu", action="store_true")
     return parser.parse_args()
@@ -122,7 +121,7 @@ def main() -> None:
         step = saved["step"]
 
     def save() -> None:
-        """On rank 0; whole or not at all."""
+        """Writes the checkpoint on rank 0, whole or not at all."""
         state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save({**state, "mixing": mixing.state_dict()}, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
@@ -132,7 +131,7 @@ def main() -> None:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def decide() -> None:
-        """On all ranks together."""
+        """Evaluates and decides if it is time; all ranks call it together."""
         if mixing.due():
             report = mixing.reweight(lambda environment: environment.evaluate(model))
             if rank == 0:
@@ -141,7 +140,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     loader = MixingDataLoader(sampler, batch_size=args.batch_size, num_workers=args.workers)
     mixing.begin()
-    decide()  # on the base model, before data workers begin to read
+    decide()  # on the base model, before data workers start reading
     batches = iter(loader)
     while step != args.max_steps and not mixing.finished():
         group = list(islice(batches, args.accumulation))

@@ -1,15 +1,15 @@
-"""Train your own mixing agent on your own text, look at what it learnt, and ask it for a mix: a complete script.
+"""Trains a mixing agent on your own text, shows what it learnt, and asks it for a mix: a complete script.
 
     python examples/train_your_own_agent.py --data DATA --target target_law --questions general=env/mmlu.jsonl \
         law=env/bar_exam.jsonl --output runs/law-agent
 
-DATA holds `source/<Topic>.jsonl(.gz)`, one file for each topic that you have text of (names: dmagent_loader's
-CANONICAL_TOPICS), `<target>/*.jsonl(.gz)`, all with a column `text`, and the question files with the columns `question`
-and `answer`, the field to keep first. Run it again to continue after a break.
+DATA holds `source/<Topic>.jsonl(.gz)`, one file per topic (names: dmagent_loader.mixture.CANONICAL_TOPICS), and
+`<target>/*.jsonl(.gz)`, all with a column `text`, and the question files with the columns `question` and `answer`, the
+field to keep first. Run it again to continue after a break.
 
-With --small it takes minutes and makes an agent that is good for nothing but seeing that all works; without, it makes
-384 trajectories: about an hour on two cores with --workers 2. `dmagent train-agent` does the same from the command
-line. To train an agent on a recorded set without any text:
+With --small it takes minutes and makes an agent that only shows that everything works; without, it makes 384
+trajectories: about an hour on two cores with --workers 2. `dmagent train-agent` does the same from the command line. To
+train an agent on a recorded set, without any text:
 
     dmagent train-agent cql --recorded recorded-math --output runs/again
 """
@@ -22,22 +22,20 @@ import logging
 from pathlib import Path
 
 from dmagent_loader import MixingAgent
-from dmagent_loader.mixture.history import History
-from dmagent_loader.training.proxies.workers import Workers
-from dmagent_loader.training.record import FeedbackRecord
-from dmagent_loader.training.stages import CONFIGS, Pipeline, with_settings
+from dmagent_loader.mixture import History
+from dmagent_loader.training import CONFIGS, FeedbackRecord, Pipeline, Workers, with_settings
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--target", default="target_math", help="folder of the target documents below DATA")
+    parser.add_argument("--target", default="target_math", help="folder of the target documents in DATA")
     parser.add_argument(
         "--questions",
         nargs=2,
         metavar="FIELD=FILE",
         default=["general=env/mmlu_val.jsonl.gz", "math=env/math_train_500.jsonl.gz"],
-        help="below DATA; the field to keep, then the one to learn",
+        help="question files in DATA: the field to keep, then the one to learn",
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
@@ -48,7 +46,7 @@ def parse() -> argparse.Namespace:
 
 
 def look_at(record: FeedbackRecord) -> None:
-    """Prints how the feedback of the best and the worst trajectories came about."""
+    """Prints the feedback and the mix of the worst, the median and the best trajectory."""
     gains = record.statistics().std
     lengths = record.trajectories.lengths
     rows = range(len(lengths))
@@ -94,7 +92,7 @@ def main() -> None:
     look_at(record)
     agent = pipeline.cql()
     ask(agent, record)
-    print(f"use it: AgentWeightedSampler(shards, agent={str(args.output / 'rl')!r}, ...)")
+    print(f"to use it: AgentWeightedSampler(shards, agent={str(args.output / 'rl')!r}, ...)")
 
 
 if __name__ == "__main__":

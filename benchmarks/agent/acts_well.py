@@ -1,14 +1,15 @@
-"""Do the agents act well? Continual pre-training of a larger model under each policy, over several seeds.
+"""Trial of agents: continual pre-training of a larger model under each policy, over several seeds.
 
     python -m benchmarks.agent.acts_well --run runs/full --data data --output runs/trial \
         --agents rl=runs/full/rl sft=runs/full/sft
 
-Runs the agents, the target distribution alone (naive), half of it, the start state alone, and 16 random static mixes,
-from base models that are pre-trained on the source field for each seed. Results are kept in the output directory: a
-second call, with more agents too, does not run again what is there. Prints the tables and writes `tables.md`,
-`trial.safetensors`, `mixes.png` and `coverage.png` beside them.
+The policies are the agents, the target distribution alone (naive), half of it, the start state alone, and 16 random
+static mixes. For each seed, a base model is pre-trained on the source field. Results are kept in the output directory:
+a second call, also with more agents, does not repeat finished runs. The program prints the tables and writes
+`tables.md`, `trial.safetensors`, `mixes.png` and `coverage.png`.
 
-Without a recorded set in `--run`, which holds the unit of the objective, the runs are made for a later call to read.
+The unit of the objective is taken from the recorded set in `--run`. If it does not exist yet, the runs are made and a
+later call writes the tables.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
 from dmagent_loader.training.proxies.workers import Workers
 from dmagent_loader.training.record import FeedbackRecord
+from dmagent_loader.training.stages import full_config
 
-READ = {"general": "env/mmlu_val.jsonl.gz", "math": "env/math_train_500.jsonl.gz"}
 UNSEEN = {"general": "env/mmlu_test_sample.jsonl.gz", "math": "env/math_test_sample.jsonl.gz"}
 QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(64, 24), batch_tokens=512)
 UNSEEN_QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(150, 60), batch_tokens=512)
@@ -59,7 +60,7 @@ def tables(trial: TrialRecord, record: FeedbackRecord, agents: dict[str, MixingA
         parts.append(f"# At equal target tokens: {level:,.0f}")
         ended = [name for name in others if name not in chosen]
         parts.append(
-            f"Ended with fewer: {', '.join(ended) or 'none'}; random static mixes that got there: {len(static)}."
+            f"Ended with fewer: {', '.join(ended) or 'none'}; random static mixes that reached it: {len(static)}."
         )
         if static:
             best_here = trial.best(static, statistics, target_tokens=level)
@@ -68,7 +69,7 @@ def tables(trial: TrialRecord, record: FeedbackRecord, agents: dict[str, MixingA
         else:
             parts += read_at(trial, record, chosen, agents, None, level)
     if agents:
-        parts += ["# How much the feedback changes an agent's mind", mind_table(trial, agents)]
+        parts += ["# Effect of the feedback on the agents' proposals", feedback_effect_table(trial, agents)]
     return "\n\n".join([*parts, "# The recorded sets", set_table(record)]) + "\n"
 
 
@@ -80,19 +81,19 @@ def read_at(
     best: str | None,
     target_tokens: float | None,
 ) -> list[str]:
-    """Three tables of the same readings: feedback, feedback on unseen questions, and what was trained on."""
+    """Three tables of the same readings: feedback, feedback on unseen questions, and training data."""
     read = readings(trial, names, record.statistics(), target_tokens=target_tokens)
     references = [*([best] if best else []), *(name for name in agents if "sft" in name.lower() and name in names)]
     return [
         feedback_table(read, trial.fields, references),
-        "On questions that nothing was trained or chosen on:",
+        "On unseen questions, used neither to train nor to choose anything:",
         feedback_table(read, trial.fields, references, unseen=True),
         run_table(read),
     ]
 
 
-def mind_table(trial: TrialRecord, agents: dict[str, MixingAgent]) -> str:
-    """Total variation to the proposals that an agent would make if the feedback never moved."""
+def feedback_effect_table(trial: TrialRecord, agents: dict[str, MixingAgent]) -> str:
+    """Total variation between each agent's proposals and those that it would make if the feedback stayed constant."""
     rows = []
     for name, agent in agents.items():
         number = trial.names.index(name)
@@ -108,7 +109,7 @@ def mind_table(trial: TrialRecord, agents: dict[str, MixingAgent]) -> str:
 
 
 def pictures(trial: TrialRecord, record: FeedbackRecord, agents: dict[str, MixingAgent], output: Path) -> None:
-    """The mixes of the agents' first runs, and the coverage of the recorded sets."""
+    """Draws the mixes of the agents' first runs, and the coverage of the recorded sets."""
     space = DomainSpace.canonical()
     trajectories = record.trajectories
     chart = coverage_chart(
@@ -141,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder with corpus/ and recorded.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="folder with the question files")
-    parser.add_argument("--agents", nargs="*", default=[], metavar="NAME=PATH", help="checkpoints to try")
+    parser.add_argument("--agents", nargs="*", default=[], metavar="NAME=PATH", help="checkpoints of the agents")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -149,7 +150,8 @@ def main() -> None:
     if arguments.workers == 1:
         torch.set_num_threads(1)
     corpus = Corpus.load(arguments.run / "corpus")
-    read = ProxyQuestions.from_files({k: arguments.data / v for k, v in READ.items()}, corpus.tokenizer(), QUESTIONS)
+    files = {field: arguments.data / name for field, name in full_config().questions.items()}
+    read = ProxyQuestions.from_files(files, corpus.tokenizer(), QUESTIONS)
     unseen = ProxyQuestions.from_files(
         {k: arguments.data / v for k, v in UNSEEN.items()}, corpus.tokenizer(), UNSEEN_QUESTIONS
     )
@@ -170,7 +172,7 @@ def main() -> None:
     print(f"{len(trial.names)} policies, {trial.seconds / 60:.0f} minutes of runs")
     recorded = arguments.run / "recorded.safetensors"
     if not recorded.exists():
-        print(f"{recorded} is not there yet: call again when it is, for the tables")
+        print(f"{recorded} does not exist yet: call again when it does, for the tables")
         return
     record = FeedbackRecord.load(recorded)
     if record.settings["questions"] != read.fingerprint or record.settings["corpus"] != corpus.fingerprint:

@@ -1,14 +1,14 @@
-"""Which settings of the warm-up and of Conservative Q-Learning make an agent that acts well?
+"""Comparison of settings of the warm-up and of Conservative Q-Learning.
 
     python -m benchmarks.agent.agent_search --run DIR --data DIR --output DIR [--variants NAME ...] [--table]
 
-Trains agents of different settings on a recorded set without 12 trajectories of each of its sets. Then it asks two
-things that the training did not see: how the critics rank the held-out trajectories, and what the agent does when it
-steers eight proxies (two streams of rows, which no trajectory read, from each of the four base models). The runs of
-`acts_well.py` have no part in it: what is chosen here can be tested there.
+Trains agents with different settings on a recorded set, without 12 trajectories of each of its sets. Two measurements
+are independent of the training: how the critics rank the held-out trajectories, and what the agent achieves when it
+steers eight proxies (two streams of new rows from each of the four base models). The runs of `acts_well` are not used,
+so that settings chosen here can be tested there.
 
 `--run` is the output of ``dmagent train-agent feedback`` with the full settings, `--data` holds the question files.
-Results are kept in `--output`, one file for each variant: a second call goes on where the first one stood.
+`--output` keeps one file for each variant: a second call continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -25,29 +25,28 @@ import torch
 
 from benchmarks.agent.held_out_q import held_out_q
 from benchmarks.agent.rollout import ClosedLoop, LoopConfig
+from benchmarks.agent.stream_numbers import SEARCH
 from dmagent_loader import DomainSpace, MixingAgent
+from dmagent_loader._files import write_atomically
 from dmagent_loader.agent import AgentConfig
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.policies import Policy, StaticPolicy
 from dmagent_loader.training.cql.train import train_cql
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.bases import start_states, train_bases
-from dmagent_loader.training.proxies.model import ProxyTrainer
 from dmagent_loader.training.proxies.questions import ProxyQuestions
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.record import FeedbackRecord
-from dmagent_loader.training.run_folder import write_bytes
 from dmagent_loader.training.sft import train_sft
-from dmagent_loader.training.stages import PipelineConfig, full_config, with_settings
+from dmagent_loader.training.stages import BASES, PipelineConfig, full_config, with_settings
 
 HELD_OUT_PER_SET = 12
 STREAMS = 2
 SHOWN_STEPS = (1, 20, 60)
-# Above any number of a recorded trajectory's stream.
-FIRST_NUMBER = 6_000_000
-# 400 updates of the 1,200 that the bundled agent was trained for: settings are compared at the same length.
+# 400 updates instead of the bundled agent's 1,200, to compare all settings at the same length.
 SHORT = {"updates": 400, "warmup_updates": 100}
 
-# Warm-up alone, changed in one thing each. "frozen" reads feedback without the run's own first one as its zero.
+# Warm-up alone, with one change each. "frozen" standardises feedback without the run's first feedback as origin.
 SFT: dict[str, dict[str, Any]] = {
     "sft": {},
     "sft N=10000": {"sft": {"expert_share": None}},
@@ -76,14 +75,14 @@ CQL: dict[str, dict[str, Any]] = {
     "cql 1200, seed 1": {"cql": {"seed": 1}},
     "cql trace 0.9 1200": {"cql": {"trace": 0.9}},
 }
-# The agents that come with the package, which were trained on the held-out trajectories too.
+# The agents that come with the package; their training included the held-out trajectories.
 BUNDLED = {"bundled sft": "dmagent-sft", "bundled rl": "dmagent-rl"}
 TARGET_SHARES = {"static 25%": 0.25, "static 50%": 0.5, "static 75%": 0.75, "naive": 1.0}
 VARIANTS = [*TARGET_SHARES, *SFT, *CQL, *BUNDLED]
 
 
 class Search:
-    """What all variants share: the record, the held-out trajectories, and the proxies to steer."""
+    """Data that all variants share: the record, the held-out trajectories, and the proxies to steer."""
 
     def __init__(self, run: Path, data: Path, output: Path) -> None:
         self.config, self.output = full_config(), output
@@ -98,8 +97,8 @@ class Search:
             self.starts,
             feedback.bases,
             feedback.proxy,
+            run / BASES,
             row_tokens=feedback.row_tokens,
-            path=run / "bases.safetensors",
         )
         trajectories = self.record.trajectories
         draw = np.random.default_rng(5)
@@ -141,6 +140,7 @@ class Search:
         return facts | self.steer(agent)
 
     def warm_up(self, config: PipelineConfig, shape: AgentConfig) -> tuple[MixingAgent, dict[str, Any]]:
+        """Trains an agent by imitation; returns it with its figures."""
         started = time.process_time()
         result = train_sft(self.training, config.sft, shape)
         facts = {
@@ -151,7 +151,7 @@ class Search:
         return result.agent, facts
 
     def steer(self, policy: Policy) -> dict[str, Any]:
-        """What the policy reaches: changes of feedback in units of their spread in the record."""
+        """Results of a policy that steers the proxies: changes of feedback in units of their spread in the record."""
         feedback, numbers = self.config.feedback, len(self.starts)
         runs = STREAMS * numbers
         start = np.tile(self.starts, (STREAMS, 1))
@@ -170,7 +170,7 @@ class Search:
                 row_tokens=feedback.row_tokens,
                 seed=9,
             ),
-            numbers=[FIRST_NUMBER + number for number in range(runs)],
+            numbers=[SEARCH + number for number in range(runs)],
             start_state=start[0],
             fields=tuple(self.config.questions),
             base_feedback=first,
@@ -186,7 +186,7 @@ class Search:
         return {
             "gains": gains.tolist(),
             "nats": last.tolist(),
-            # Of the runs that have not ended by then.
+            # Mean over the runs that have not ended by then.
             "target_share": [
                 float(shares[lengths >= step, step].mean()) for step in SHOWN_STEPS if (lengths >= step).any()
             ],
@@ -195,7 +195,7 @@ class Search:
 
 
 def table(output: Path) -> str:
-    """All results so far, as Markdown; ± is the standard error over the eight proxies, base models apart."""
+    """All results so far as a Markdown table; ± is the standard error of the paired differences over eight proxies."""
     rows = [
         "| variant | objective | minus static 50% | general | math | target share at step 1, 20, 60 "
         "| critics: rank correlation | within steps | advantage |",
@@ -214,7 +214,7 @@ def table(output: Path) -> str:
         if reference is None:
             cells.append("")
         else:
-            # The same base model and the same rows: differences are paired.
+            # Both ran from the same base models on the same rows: the differences are paired.
             difference = objective - reference
             cells.append(f"{difference.mean():+.2f} ± {difference.std(ddof=1) / np.sqrt(len(difference)):.2f}")
         cells += [f"{value:.2f}" for value in gains.mean(axis=0)]
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME")
-    parser.add_argument("--table", action="store_true", help="only print the table of what is done")
+    parser.add_argument("--table", action="store_true", help="only print the table of finished variants")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if not args.table:
@@ -242,7 +242,7 @@ def main() -> None:
                 continue
             started = time.perf_counter()
             facts = search.measure(name)
-            write_bytes(path, json.dumps(facts, indent=1).encode())
+            write_atomically(path, json.dumps(facts, indent=1).encode())
             print(f"{name}: {np.mean(facts['gains']):.2f} ({time.perf_counter() - started:.0f} s)", flush=True)
     print(table(args.output))
 

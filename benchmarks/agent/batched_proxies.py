@@ -1,9 +1,9 @@
-"""Tokens a second of many proxies trained as one batched model, against the same proxies one after another.
+"""Throughput of many proxies trained as one batched model, compared with the same proxies one after another.
 
     python -m benchmarks.agent.batched_proxies [--proxies 1 4 16] [--device cuda]
 
-Both ways do the same work on the same rows in the same run, and end with the same losses. In turn, several times over;
-the fastest round of each counts, so that a busy machine hurts both alike. Set OMP_NUM_THREADS to the cores to use.
+Both ways do the same work on the same rows and end with the same losses. They alternate for several rounds and the
+fastest round of each counts, so that a busy machine affects both alike. Set OMP_NUM_THREADS to the cores to use.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import time
 
 import torch
 
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer
+from dmagent_loader.training.proxies.model import ProxyConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
         alone = [ProxyTrainer(1, config, device=args.device) for _ in range(count)]
         batched = ProxyTrainer(count, config, device=args.device)
         best = {"alone": float("inf"), "batched": float("inf")}
-        # The first round warms up and does not count.
+        # The first round is a warm-up and does not count.
         for number in range(args.rounds + 1):
             started = time.perf_counter()
             losses = torch.cat([trainer.train(rows[i : i + 1]) for i, trainer in enumerate(alone)])

@@ -1,4 +1,4 @@
-"""How far the sets of recorded trajectories differ: in their mixes, and in what the proxies learnt from them."""
+"""Differences between the sets of recorded trajectories, in their mixes and in the feedback."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dmagent_loader.training.record import FeedbackRecord
 
 
 def set_table(record: FeedbackRecord) -> str:
-    """A row for each set: steps, target share, effective domains, and the feedback at the ends of its trajectories.
+    """A Markdown table with a row for each set: steps, target share, effective domains, and feedback at the end.
 
-    The objective is the gain of the standardised feedback over the base model's, mean over the fields: what agents are
-    trained for. Every figure is mean ± std over the trajectories of the set.
+    The objective is the return that agents are trained for: the gain of the standardised feedback over the base
+    model's, mean over the fields. Every figure is the mean ± std over the trajectories of the set.
     """
     trajectories = record.trajectories
     lengths, every = trajectories.lengths, np.arange(len(trajectories.lengths))

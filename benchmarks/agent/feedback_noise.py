@@ -1,11 +1,11 @@
-"""How far do differences between mixes stand out of the noise, for each way of scoring?
+"""Signal-to-noise ratio of the feedback for each way of scoring.
 
     python -m benchmarks.agent.feedback_noise --corpus DIR --data DIR [--steps 20] [--base-tokens 500000]
 
-Trains one base model on the source field, then 5 target shares x 4 runs at once, which differ in their rows only, and
-prints for each way of scoring (answer or pair, choices listed or left out, raw or averaged weights, number of
-questions) the standard deviation between mixes over that between runs of one mix. `--corpus` is the folder ``corpus/``
-that ``dmagent train-agent`` leaves, `--data` holds the question files. The defaults take a few minutes on one core.
+Trains one base model on the source field, then 4 runs for each of 5 target shares, which differ only in their rows. For
+each way of scoring (answer or pair, choices listed or left out, raw or averaged weights, number of questions) it prints
+the standard deviation between mixes over that between runs of one mix. `--corpus` is the folder ``corpus/`` that
+``dmagent train-agent`` writes, `--data` holds the question files. The defaults take a few minutes on one core.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from tqdm import tqdm
 from benchmarks.agent.noise import NoiseConfig, measure_noise, noise_table
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.bases import BaseConfig, train_bases
-
-FILES = {"general": "env/mmlu_val.jsonl.gz", "math": "env/math_train_500.jsonl.gz"}
+from dmagent_loader.training.stages import full_config
 
 
 def main() -> None:
@@ -47,11 +46,11 @@ def main() -> None:
             corpus.start_state[None],
             BaseConfig(models=1, tokens=args.base_tokens),
             config.proxy,
+            Path(folder),
             row_tokens=config.row_tokens,
-            path=Path(folder) / "base.safetensors",
             device=args.device,
         )
-    files = {field: args.data / name for field, name in FILES.items()}
+    files = {field: args.data / name for field, name in full_config().questions.items()}
     with tqdm(total=config.steps, desc="runs", unit="step") as bar:
         measured = measure_noise(corpus, files, base, config, device=args.device, on_step=bar.update)
     print(

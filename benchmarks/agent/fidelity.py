@@ -1,9 +1,9 @@
-"""Proxy fidelity: do proxies of different size rank the same trajectories alike (extension, not in the paper)?
+"""Proxy fidelity: agreement of proxies of different sizes about the ranking of trajectories (extension).
 
-An agent learns from proxies far smaller than the models it is used on. That is sound only if what is better for a small
-proxy is better for a larger one. Here proxies of several sizes are trained along the same trajectories, each size from
-base models and on rows of its own, and the ranks of their scores are correlated. The same size on other rows says how
-much of a low correlation is noise.
+An agent learns from proxies far smaller than the models it is used on. This is sound only if a mix that is better for a
+small proxy is also better for a larger one. Proxies of several sizes are trained along the same trajectories, each size
+from its own base models and on its own rows, and the ranks of their scores are correlated. The same size on other rows
+shows how much of a low correlation is noise.
 
 Shapes: M trajectories, T steps, K fields, R resamples.
 """
@@ -11,24 +11,22 @@ Shapes: M trajectories, T steps, K fields, R resamples.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from scipy import stats
 
+from benchmarks.agent.rank_correlation import spearman
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS
+from dmagent_loader.mixture.domains import NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.bases import train_bases
 from dmagent_loader.training.proxies.feedback import Collection, FeedbackConfig
 from dmagent_loader.training.proxies.questions import ProxyQuestions
 from dmagent_loader.training.proxies.workers import Workers
-from dmagent_loader.training.run_folder import claim
 from dmagent_loader.training.trajectories import Trajectories
-
-NUM_TOPICS = len(CANONICAL_TOPICS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +34,8 @@ class FidelityConfig:
     """Settings of one size.
 
     Args:
-        feedback: Proxies, base models, questions and data streams, as in a collection.
-        evaluate_every: Score after each how many-th step, and after the last.
+        feedback: Settings of proxies, base models, questions and data streams, as in a collection.
+        evaluate_every: Number of steps between two scores; the last step is always scored.
     """
 
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
@@ -45,22 +43,22 @@ class FidelityConfig:
 
 
 def spread_sample(trajectories: Trajectories, per_set: int) -> IntArray:
-    """Numbers of a few trajectories of each set, spread over start states and over each set's lengths.
+    """Numbers of some trajectories of each set, spread over start states and over each set's lengths.
 
     Args:
-        trajectories: M of them.
-        per_set: How many of each set.
+        trajectories: M trajectories.
+        per_set: Number of trajectories to choose from each set.
 
     Returns:
         (sets * per_set,), ascending.
 
     Raises:
-        ConfigurationError: A set has fewer.
+        ConfigurationError: A set has fewer trajectories.
     """
     if not 1 <= per_set <= trajectories.config.trajectories_per_set:
         raise ConfigurationError(
-            f"{per_set} trajectories of each set are asked for, but a set has "
-            f"{trajectories.config.trajectories_per_set}: choose from 1 to that"
+            f"{per_set} trajectories of each set were requested, but a set has "
+            f"{trajectories.config.trajectories_per_set}: request 1 to {trajectories.config.trajectories_per_set}"
         )
     states = np.unique(trajectories.starts)
     chosen: list[int] = []
@@ -69,54 +67,11 @@ def spread_sample(trajectories: Trajectories, per_set: int) -> IntArray:
         members = members[np.argsort(trajectories.lengths[members], kind="stable")]
         left = [list(members[trajectories.starts[members] == state]) for state in states]
         for i in range(per_set):
-            # The next set goes on with the next state: over all sets, states come equally often.
+            # Each set starts at the state after the last one of the previous set, so that states are equally frequent.
             turn = (number * per_set + i) % len(states)
             queue = next(q for q in left[turn:] + left[:turn] if q)
             chosen.append(int(queue.pop(i * len(queue) // per_set)))
     return np.array(sorted(chosen), dtype=np.int64)
-
-
-def bases_of_size(
-    corpus: Corpus,
-    states: FloatArray,
-    config: FidelityConfig,
-    directory: Path,
-    *,
-    device: str = "cpu",
-    progress: bool = True,
-) -> dict[str, Tensor]:
-    """Base models of one size, trained once; see `dmagent_loader.training.proxies.bases.train_bases`.
-
-    Args:
-        corpus: Tokens of the 52 domains.
-        states: (S, 52) start states.
-        config: The size.
-        directory: For the state of the training; a second call goes on from it.
-        device: See `ProxyTrainer`.
-        progress: Whether to show a progress bar.
-
-    Raises:
-        StateError: `directory` holds base models of other settings or data.
-    """
-    feedback = config.feedback
-    settings = {
-        "bases": asdict(feedback.bases),
-        "proxy": asdict(feedback.proxy),
-        "row_tokens": feedback.row_tokens,
-        "corpus": corpus.fingerprint,
-        "states": states.tolist(),
-    }
-    claim(directory, settings, "base models")
-    return train_bases(
-        corpus,
-        states,
-        feedback.bases,
-        feedback.proxy,
-        row_tokens=feedback.row_tokens,
-        path=directory / "bases.safetensors",
-        device=device,
-        progress=progress,
-    )
 
 
 def score_trajectories(
@@ -133,25 +88,35 @@ def score_trajectories(
     """Trains proxies of one size along trajectories, from base models of that size.
 
     Args:
-        trajectories: M of them; see `Trajectories.subset` and `spread_sample`.
+        trajectories: M trajectories; see `Trajectories.subset` and `spread_sample`.
         corpus: Tokens of the 52 domains.
-        questions: Asked after some of the steps.
-        config: The size, and what goes with it.
-        directory: For partial results; a second call with the same arguments goes on from them.
-        workers: Who trains along the trajectories; None: this process.
+        questions: Question sets that score the proxies.
+        config: Settings of the size.
+        directory: Folder for partial results; a second call with the same arguments continues from them.
+        workers: Number and place of the workers; None: this process.
         device: See `ProxyTrainer`.
         progress: Whether to show progress bars.
 
     Returns:
-        (M, T + 1, K) feedback in nats; NaN after the end and where no score was taken.
+        (M, T + 1, K), feedback in nats; NaN after the end and at steps without a score.
 
     Raises:
         StateError: `directory` holds partial results of other settings or data.
     """
-    # Only the states that these trajectories start from, renumbered.
+    # Only the start states of these trajectories, renumbered.
     _, firsts, starts = np.unique(trajectories.starts, return_index=True, return_inverse=True)
     states = trajectories.mixes[firsts, 0]
-    weights = bases_of_size(corpus, states, config, directory / "bases", device=device, progress=progress)
+    feedback = config.feedback
+    weights = train_bases(
+        corpus,
+        states,
+        feedback.bases,
+        feedback.proxy,
+        directory / "bases",
+        row_tokens=feedback.row_tokens,
+        device=device,
+        progress=progress,
+    )
     collection = Collection(
         trajectories=replace(trajectories, starts=starts.astype(np.int64)),
         corpus=corpus,
@@ -162,25 +127,22 @@ def score_trajectories(
         device=device,
         evaluate_every=config.evaluate_every,
     )
-    groups = collection.groups
-    sizes = [int(trajectories.lengths[members].sum()) for members in groups]
-    parts = (workers or Workers()).run(collection, sizes, progress=progress)
-    order = np.argsort(np.concatenate(groups))
-    return np.asarray(np.concatenate([part["feedback"].numpy() for part in parts])[order], dtype=np.float64)
+    scores, _, _ = collection.collect(workers, progress=progress)
+    return scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How alike two sizes rank trajectories.
+    """Rank correlations of two scores of the same trajectories.
 
     Args:
-        count: Trajectories that were compared.
-        spearman: Rank correlation.
+        count: Number of trajectories.
+        spearman: Spearman's rank correlation.
         low: Lower end of its 95% bootstrap interval over trajectories.
-        high: Upper end.
-        kendall: tau-b.
-        partial: Spearman's with a third quantity's ranks taken out of both; here the share of target data, which
-            explains much of any score.
+        high: Upper end of that interval.
+        kendall: Kendall's tau-b.
+        partial: Spearman's partial correlation given a third quantity; here the share of target data, which explains
+            much of any score.
     """
 
     count: int
@@ -192,24 +154,24 @@ class Agreement:
 
 
 def agreement(x: FloatArray, y: FloatArray, third: FloatArray, *, resamples: int = 2000, seed: int = 0) -> Agreement:
-    """Rank correlations of two scores of the same trajectories.
+    """Correlates two scores of the same trajectories; trajectories where either is NaN are left out.
 
     Args:
-        x: (M,) scores by one size; trajectories where either is NaN are left out.
-        y: (M,) by the other.
-        third: (M,) what is taken out of the partial correlation.
+        x: (M,), scores of one size.
+        y: (M,), scores of the other size.
+        third: (M,), quantity that the partial correlation controls for.
         resamples: R.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ConfigurationError: Fewer than 4 trajectories are left.
+        ConfigurationError: Fewer than 4 trajectories have both scores.
     """
     both = np.isfinite(x) & np.isfinite(y)
     x, y, third = x[both], y[both], third[both]
     if len(x) < 4:
-        raise ConfigurationError(f"{len(x)} trajectories have both scores: ranks of fewer than 4 say nothing")
+        raise ConfigurationError(f"{len(x)} trajectories have both scores: ranks need 4 or more")
     drawn = np.random.default_rng(seed).integers(0, len(x), size=(resamples, len(x)))
-    # A resample of one trajectory only has no correlation.
+    # A resample that consists of copies of one trajectory has no correlation.
     low, high = np.nanpercentile(spearman(x[drawn], y[drawn]), [2.5, 97.5])
     xy, xz, yz = (float(spearman(a, b)) for a, b in ((x, y), (x, third), (y, third)))
     rest = (1 - xz**2) * (1 - yz**2)
@@ -218,38 +180,16 @@ def agreement(x: FloatArray, y: FloatArray, third: FloatArray, *, resamples: int
         spearman=xy,
         low=float(low),
         high=float(high),
-        kendall=kendall(x, y),
+        kendall=float(stats.kendalltau(x, y).statistic),
         partial=(xy - xz * yz) / rest**0.5 if rest > 0 else float("nan"),
     )
 
 
-def spearman(x: FloatArray, y: FloatArray) -> FloatArray:
-    """Spearman's rank correlation over the last axis, ties at their mean rank; NaN where all values are equal."""
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(axis=-1, keepdims=True), b - b.mean(axis=-1, keepdims=True)
-    scale = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
-    with np.errstate(invalid="ignore"):
-        return np.asarray((a * b).sum(axis=-1) / scale, dtype=np.float64)
-
-
-def kendall(x: FloatArray, y: FloatArray) -> float:
-    """Kendall's tau-b of two (M,) scores."""
-    a, b = (np.sign(values[:, None] - values[None]) for values in (x, y))
-    with np.errstate(invalid="ignore"):
-        return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
-
-
-def _ranks(values: FloatArray) -> FloatArray:
-    below = (values[..., :, None] > values[..., None, :]).sum(axis=-1)
-    equal = (values[..., :, None] == values[..., None, :]).sum(axis=-1)
-    return np.asarray(below + (equal - 1) / 2, dtype=np.float64)
-
-
 def with_mean(feedback: FloatArray) -> FloatArray:
-    """Appends the mean over fields of the standardised feedback, what the agent is rewarded with.
+    """Appends the mean over fields of the standardised feedback, which the agent's reward is made of.
 
     Args:
-        feedback: (M, T + 1, K); each field is standardised over all that is not NaN.
+        feedback: (M, T + 1, K); each field is standardised over all values that are not NaN.
 
     Returns:
         (M, T + 1, K + 1).
@@ -265,16 +205,17 @@ def fidelity_table(
     *,
     steps: tuple[int, ...] = (),
 ) -> str:
-    """A Markdown table of the agreement between each two sizes.
+    """A Markdown table of the agreement between each pair of sizes.
 
-    Three kinds of score: the last one, the gain over the base model's at the end (trajectories from different base
-    models start at different scores, and those alone are ranked alike), and the gain at equal steps.
+    There are three kinds of score: the last one, the gain over the base model's at the end, and the gain at equal
+    steps. Gains are needed because different base models start at different scores, which by themselves rank the
+    trajectories alike.
 
     Args:
-        trajectories: M of them.
+        trajectories: M trajectories.
         feedback: Name of a size -> (M, T + 1, K); only steps that all sizes have scored are used.
-        fields: K names.
-        steps: Equal steps to compare at.
+        fields: Names of the K fields.
+        steps: Steps at which gains are compared.
     """
     shared = np.all([np.isfinite(scores).all(axis=-1) for scores in feedback.values()], axis=0)
     scores = {name: with_mean(np.where(shared[..., None], values, np.nan)) for name, values in feedback.items()}

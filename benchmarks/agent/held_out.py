@@ -1,4 +1,4 @@
-"""Held-out loss of each field: how well a model predicts text of the fields that it was never trained on.
+"""Loss of each field on held-out text.
 
 Shapes: P proxies, R rows, L tokens of a row, F = 2 fields, D = 52 domains.
 """
@@ -10,25 +10,25 @@ import torch
 from torch.nn import functional
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, NUM_CANONICAL
+from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import deliverable
 from dmagent_loader.training.proxies.model import StackedProxies
 
-NUM_TOPICS = len(CANONICAL_TOPICS)
 ROWS_AT_ONCE = 16
 
 
 class HeldOutRows:
-    """Rows of the documents that are kept from training, each field's by the natural shares of its topics.
+    """Rows of the held-out documents; the topics of a field have their natural shares.
 
     Attributes:
-        num_rows: (52,) rows of each domain.
+        num_rows: (52,), number of rows of each domain.
 
     Args:
-        corpus: With held-out tokens.
-        rows_per_field: About how many rows of each field; a domain with less text gives what it has, at its share.
+        corpus: Corpus with held-out tokens.
+        rows_per_field: Approximate number of rows of each field. A domain with too little text contributes all of it
+            and keeps its share.
         row_tokens: L.
 
     Raises:
@@ -44,7 +44,7 @@ class HeldOutRows:
                     f"field {name!r} has no held-out row of {row_tokens} tokens: keep more documents from training "
                     "(held_out_every), or choose shorter rows"
                 )
-        # deliverable() takes one distribution; the two fields' shares sum to 2.
+        # deliverable() expects a distribution, but the shares of the two fields sum to 2.
         shares = 2 * deliverable(shares / 2, available)
         self.num_rows = np.minimum(np.ceil(rows_per_field * shares).astype(np.int64), available)
         starts, weights, fields = [], [], []
@@ -62,7 +62,7 @@ class HeldOutRows:
 
     @torch.no_grad()
     def losses(self, proxies: StackedProxies) -> FloatArray:
-        """Mean next-token loss in nats on each field's held-out text, topics by their natural shares: (P, F)."""
+        """Mean next-token loss in nats on each field's held-out text, with natural shares of the topics: (P, F)."""
         rows = []
         for part in torch.split(self._tokens.to(proxies.embedding.device), ROWS_AT_ONCE):
             logits = proxies.logits(proxies.hidden(part[None, :, :-1])).float()

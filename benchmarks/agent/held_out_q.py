@@ -1,7 +1,8 @@
-"""How far critics and actor are to be believed, on trajectories that neither was trained on (extension).
+"""Evaluation of critics and actor on held-out trajectories (extension).
 
-No environment is at hand when hyperparameters are chosen, and running one would turn the test into training. What can
-be asked of recorded trajectories is whether the critics rank what happened as it turned out, and where the actor goes.
+Hyperparameters are chosen without running an environment, which would turn the test into training. Recorded
+trajectories can still show whether the critics rank the recorded steps by their later returns, and what the actor
+proposes.
 
 Shapes: M trajectories, T steps, D = 52 domains.
 """
@@ -14,33 +15,41 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from benchmarks.agent.rank_correlation import spearman
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.agent.critic import MixingCritic
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
-from dmagent_loader.training.cql import rewards as process
+from dmagent_loader.training.cql.rewards import (
+    agent_states,
+    checked_numbers,
+    required_statistics,
+    returns_to_go,
+    rewards,
+)
 from dmagent_loader.training.record import FeedbackRecord
 
 FEWEST_IN_A_STEP = 4
-"""A rank correlation of fewer trajectories at a step says nothing, and the step is left out."""
+"""Smallest number of trajectories at a step for a meaningful rank correlation; steps with fewer are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutQ:
-    """What critics and actor do on held-out trajectories.
+    """Figures of critics and actor on held-out trajectories.
 
     Args:
-        bellman_error: Root mean square of Q(s_t, a_t) less its one-step target, in units of the standardised reward.
-        rank_correlation: Spearman's, of Q(s_t, a_t) with the discounted return that followed, over all steps. Most of
-            it is the time trend: little is to be gained near the end of any run.
-        rank_correlation_within_steps: The same among the trajectories at one step number, averaged over the steps with
-            their numbers of trajectories as weights. NaN where no step has enough.
-        advantage: Mean of u(s, pi(s)) - u(s, a), the lower of the critics' logits: how much better than the recorded
-            mix the actor's is held to be. Large values without a gain in a real run mean that it deceives its critics.
+        bellman_error: Root mean square of Q(s_t, a_t) minus its one-step target, in units of the standardised reward.
+        rank_correlation: Spearman's correlation of Q(s_t, a_t) with the later discounted return, over all steps. Most
+            of it is the time trend: little can be gained near the end of any run.
+        rank_correlation_within_steps: The same correlation among the trajectories at one step number, averaged over the
+            steps in proportion to their numbers of trajectories. NaN if no step has enough.
+        advantage: Mean of u(s, pi(s)) - u(s, a), with u the lowest logit of the critics: their estimate of how much the
+            actor's mix is better than the recorded one. A large value without a gain in a real run means that the actor
+            exploits errors of its critics.
         target_share: Mean weight of the target field in pi(s).
         effective_domains: Mean of exp(entropy) of pi(s).
-        steps: How many (s, a) were looked at.
+        steps: Number of pairs (s, a).
     """
 
     bellman_error: float
@@ -61,26 +70,26 @@ def held_out_q(
     *,
     discount: float,
 ) -> HeldOutQ:
-    """Judges critics and actor on some trajectories.
+    """Evaluates critics and actor on some trajectories.
 
     Args:
         record: Trajectories with feedback.
         agent: The actor pi.
-        critics: Of its training; where there are several, the lower value counts, as in training.
-        numbers: Trajectories that were not trained on.
+        critics: Critics of its training; the lowest of their values counts, as in training.
+        numbers: Numbers of trajectories that were not trained on.
         discount: gamma of the training.
 
     Raises:
-        ConfigurationError: Trajectories that cannot be used, see `rewards.usable`, or no critics.
+        ConfigurationError: There are no critics, or a trajectory cannot be used, see `rewards.checked_numbers`.
     """
     if not critics:
-        raise ConfigurationError("there are no critics to judge: pass those of the CQLResult")
-    statistics = process.required_statistics(agent.config)
+        raise ConfigurationError("there are no critics to evaluate: pass those of the CQLResult")
+    statistics = required_statistics(agent.config)
     is_target = np.array([name.startswith(f"{TARGET}/") for name in agent.config.domains])
     values, returns, errors, advantages, mixes, steps = [], [], [], [], [], []
-    for number in process.usable(record, agent.config, np.asarray(numbers, dtype=np.int64)):
-        received = process.rewards(record, int(number), statistics)
-        inputs = torch.from_numpy(process.agent_states(record, int(number), agent.config)).float()[None]
+    for number in checked_numbers(record, agent.config, np.asarray(numbers, dtype=np.int64)):
+        received = rewards(record, int(number), statistics)
+        inputs = torch.from_numpy(agent_states(record, int(number), agent.config)).float()[None]
         actions = torch.from_numpy(record.trajectories.mixes[number, 1 : len(received) + 1]).float()[None]
         proposed = agent(inputs)
         candidates = torch.stack([actions, proposed], dim=2)
@@ -88,7 +97,7 @@ def held_out_q(
         q = critics[0].values(logits).double().numpy()
         following = np.append(q[1:, 1], 0.0)
         values.append(q[:, 0])
-        returns.append(process.returns_to_go(received, discount))
+        returns.append(returns_to_go(received, discount))
         errors.append(q[:, 0] - (received + discount * following))
         advantages.append((logits[:, 1] - logits[:, 0]).double().numpy())
         mixes.append(proposed[0].double().numpy())
@@ -99,7 +108,7 @@ def held_out_q(
         entropy = -np.where(mix > 0, mix * np.log(mix), 0.0).sum(axis=1)
     return HeldOutQ(
         bellman_error=float(np.sqrt(np.square(np.concatenate(errors)).mean())),
-        rank_correlation=rank_correlation(value, followed),
+        rank_correlation=float(spearman(value, followed)),
         rank_correlation_within_steps=_within_steps(value, followed, step),
         advantage=float(np.concatenate(advantages).mean()),
         target_share=float(mix[:, is_target].sum(axis=1).mean()),
@@ -108,31 +117,12 @@ def held_out_q(
     )
 
 
-def rank_correlation(x: FloatArray, y: FloatArray) -> float:
-    """Spearman's rank correlation; equal values share their mean rank; NaN if all values of a side are equal.
-
-    Example:
-        >>> round(rank_correlation(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.3, 0.2])), 3)
-        0.5
-    """
-    a, b = (_ranks(values) for values in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 0 else float("nan")
-
-
-def _ranks(values: FloatArray) -> FloatArray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2.0)[place], dtype=np.float64)
-
-
 def _within_steps(values: FloatArray, returns: FloatArray, steps: IntArray) -> float:
     total, weight = 0.0, 0
     for step in np.unique(steps):
         here = steps == step
         count = int(here.sum())
-        correlation = rank_correlation(values[here], returns[here]) if count >= FEWEST_IN_A_STEP else float("nan")
+        correlation = float(spearman(values[here], returns[here])) if count >= FEWEST_IN_A_STEP else float("nan")
         if np.isfinite(correlation):
             total, weight = total + count * correlation, weight + count
     return total / weight if weight else float("nan")

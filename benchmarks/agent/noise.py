@@ -1,7 +1,7 @@
-"""How noisy is the feedback, and which way of scoring lets differences between mixes stand out (extension)?
+"""Signal-to-noise ratio of the feedback for several ways of scoring (extension).
 
-The same few mixes, several runs of each that differ in their rows only: what differs between runs of one mix is noise,
-what differs between mixes is signal. Measured for each way of scoring, because a way with less noise costs nothing.
+Several runs of each of a few mixes differ only in their rows. Differences between runs of one mix are noise,
+differences between mixes are signal. A way of scoring with less noise costs nothing.
 
 Shapes: S target shares, R runs of each, P = S * R proxies, K fields.
 """
@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.agent.stream_numbers import NOISE
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import TrajectoryStream
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer
+from dmagent_loader.training.proxies.model import ProxyConfig
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
-
-STREAM_NUMBERS = 3_000_000
-"""Streams of these runs are numbered from here on: other rows than any trajectory's or base model's."""
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +32,18 @@ class NoiseConfig:
     """Settings of the measurement.
 
     Args:
-        shares: S target shares of mixes between start state and target distribution.
+        shares: Target shares of the S mixes between start state and target distribution.
         runs: R, runs of each mix.
-        steps: Reweighting steps; the mix stays the same.
-        tokens_per_step: Of a step.
-        row_tokens: Of a training row.
-        proxy: Size and optimiser; must average its weights.
-        num_questions: How many questions of a field are asked, at most; each number is measured.
-        question_tokens: Longer pairs are left out.
-        seed: Of the rows.
+        steps: Number of steps, all with the same mix.
+        tokens_per_step: Tokens of a step.
+        row_tokens: Tokens of a training row.
+        proxy: Size and optimiser of a proxy, which must average its weights.
+        num_questions: Largest numbers of questions of a field; each of them is measured.
+        question_tokens: Longest pair; longer ones are left out.
+        seed: Seed of the rows.
+
+    Raises:
+        ConfigurationError: There are fewer than two shares or runs, or the proxy does not average its weights.
     """
 
     shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -62,7 +64,9 @@ class NoiseConfig:
                 f"{len(self.shares)} shares with {self.runs} runs each: spread needs two or more of both"
             )
         if not self.proxy.averaging:
-            raise ConfigurationError("averaging is 0: raw and averaged weights would be the same")
+            raise ConfigurationError(
+                "averaging is 0: raw and averaged weights would be the same; give a positive value"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +74,12 @@ class Measured:
     """Signal and noise of one way of scoring.
 
     Args:
-        field: What was asked.
+        field: Field of the questions.
         cloze: Whether choices were left out.
-        score: What of a pair was scored.
-        num_questions: How many there were.
+        score: Scored part of a pair.
+        num_questions: Number of questions.
         averaged: Whether averaged weights were scored.
-        means: (S,) mean feedback at each share in nats.
+        means: (S,), mean feedback at each share in nats.
         between: Standard deviation of those means.
         within: Standard deviation between runs of one mix.
     """
@@ -91,7 +95,7 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Signal over noise; infinite where runs do not differ at all."""
+        """Signal over noise; infinite if the runs do not differ."""
         return self.between / self.within if self.within > 0 else float("inf")
 
 
@@ -124,7 +128,7 @@ def measure_noise(
             rows_per_step=config.tokens_per_step // config.row_tokens,
             row_tokens=config.row_tokens,
             seed=config.seed,
-            number=STREAM_NUMBERS + i * config.runs + run,
+            number=NOISE + i * config.runs + run,
         )
         for i, share in enumerate(config.shares)
         for run in range(config.runs)
@@ -169,7 +173,7 @@ def _measured(
 
 
 def noise_table(measured: Sequence[Measured], shares: Sequence[float]) -> str:
-    """A Markdown table, the clearest way of each field first; equal ways (a file without choices) once."""
+    """A Markdown table, ordered by ratio within each field; duplicate ways (a file without choices) appear once."""
     header = "".join(f" at {share:g} |" for share in shares)
     lines = [
         f"| field | choices | scored | questions | weights |{header} between mixes | within a mix | ratio |",

@@ -1,14 +1,14 @@
-"""Do proxies of different size rank the same trajectories alike?
+"""Agreement of proxies of different sizes about the ranking of the same trajectories.
 
     python -m benchmarks.agent.proxy_fidelity --run DIR --data DIR --output DIR [--sizes 0.06M 0.5M ...] [--table]
 
-Takes 24 trajectories of a recorded set, 6 of each of its sets, and trains proxies of other sizes along them: each from
-base models of its own size, on rows of its own. Then it prints the rank correlations of their scores, with each other
-and with the recorded ones. The recorded size once more, on other rows, shows how far noise alone lowers them.
+Takes 24 trajectories of a recorded set, 6 of each of its sets, and trains proxies of other sizes along them, from base
+models of their own size and on new rows. It prints the rank correlations of their scores with each other and with the
+recorded ones. The recorded size is trained again on new rows, to show how much noise alone lowers the correlations.
 
 `--run` is the output of ``dmagent train-agent feedback``: ``corpus/``, ``trajectories.safetensors`` and, for the table,
-``recorded.safetensors``. `--data` holds the question files. A run that is killed goes on where it stood. ``--table``
-prints the table of what is done so far and trains nothing. Steps are scored every tenth time only.
+``recorded.safetensors``. `--data` holds the question files. A run that was killed continues where it stopped.
+``--table`` prints the table of the finished sizes and trains nothing. Only every tenth step is scored.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from dmagent_loader.training.proxies.feedback import FeedbackConfig
 from dmagent_loader.training.proxies.model import ProxyConfig
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
 from dmagent_loader.training.record import FeedbackRecord
+from dmagent_loader.training.stages import full_config
 from dmagent_loader.training.trajectories import Trajectories
 
-FILES = {"general": "env/mmlu_val.jsonl.gz", "math": "env/math_train_500.jsonl.gz"}
+FILES = full_config().questions
 QUESTIONS = QuestionConfig(max_tokens=128, max_questions=(64, 24), batch_tokens=256)
 SMALL = ProxyConfig(rows_per_update=4, learning_rate=1.5e-3, warmup_updates=20, averaging=0.95, seed=1)
-# Base models that have seen as much text as each other, and a fifth of what the recorded ones saw: 3.7M costs the most.
+# All base models are trained on the same number of tokens, a fifth of that of the recorded ones, to limit the cost.
 SIZES = {
     "0.06M": (
         replace(SMALL, width=32, heads=2, feed_forward=84, learning_rate=2e-3),
@@ -62,9 +63,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--per-set", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=30, help="of each trajectory, at most (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="most steps of a trajectory (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--table", action="store_true", help="only print the table of what is done")
+    parser.add_argument("--table", action="store_true", help="only print the table of finished sizes")
     args = parser.parse_args()
 
     everything = Trajectories.load(args.run / "trajectories.safetensors")

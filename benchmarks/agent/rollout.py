@@ -1,6 +1,6 @@
-"""What policies do when they steer: models trained under their control, with real feedback.
+"""Closed loop: models that are trained under the control of policies, with real feedback.
 
-The recorded trajectories show what mixes do; only a closed loop shows what a policy does with them.
+Recorded trajectories show the effect of mixes; only a closed loop shows the effect of a policy.
 
 Shapes: P runs, T steps, D = 52 domains, K fields.
 """
@@ -14,28 +14,29 @@ import numpy as np
 import torch
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_CANONICAL, DomainSpace
+from dmagent_loader.mixture.domains import NUM_CANONICAL, NUM_TOPICS, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, total_variation, validate_mix
 from dmagent_loader.policies import Policy
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import MixStream
-from dmagent_loader.training.proxies.model import ProxyTrainer
-
-NUM_TOPICS = len(CANONICAL_TOPICS)
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long a run lasts, and what it reads.
+    """Length and data of a run.
 
     Args:
-        steps: T, reweighting steps at most.
+        steps: T, largest number of reweighting steps.
         tokens_per_step: Tokens trained between two decisions.
-        target_tokens: Target-field tokens that there are; a run ends with the step that uses up the last, as recorded
+        target_tokens: Number of target-field tokens; a run ends with the step that uses up the last, as recorded
             trajectories do (paper, section 2).
         row_tokens: Tokens of a training row.
-        seed: Of the data streams.
+        seed: Seed of the data streams.
+
+    Raises:
+        ConfigurationError: There is no step, no row in a step, or no target token.
     """
 
     steps: int
@@ -50,27 +51,28 @@ class LoopConfig:
 
 
 class ClosedLoop:
-    """P runs trained at once as one batched model, each under a policy of its own.
+    """P runs that are trained as one batched model, each under its own policy.
 
-    `advance` trains one step; the caller writes what it measures into `feedback` before the next, wherever a policy
-    reads it.
+    `advance` trains one step. Before the next step the caller writes its measurements into `feedback`, for every run
+    whose policy reads it.
 
     Attributes:
-        trainer: Holds the runs that trained in the last step, in the order of `active`.
+        trainer: Models of the runs that trained in the last step, in the order of `active`.
         mixes: (P, T + 1, 52); row 0 is the start state, rows after the end of a run are 0.
         feedback: (P, T + 1, K) in nats; NaN where nothing was measured.
-        step: Steps done.
+        step: Number of steps so far.
         active: Numbers of the runs that trained in the last step.
 
     Args:
-        policies: One for each run.
-        trainer: P models to start from.
+        policies: One policy for each run.
+        trainer: The P initial models.
         corpus: Tokens of the 52 domains.
         config: Settings.
-        numbers: Stream of each run; runs of one number read the same rows of a domain first, see `MixStream`.
+        numbers: Stream number of each run; runs with the same number read the same rows of a domain first, see
+            `MixStream`.
         start_state: (52,).
-        fields: K names.
-        base_feedback: (P, K), before the first step.
+        fields: Names of the K fields.
+        base_feedback: (P, K), feedback before the first step.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class ClosedLoop:
 
     @property
     def target_tokens(self) -> FloatArray:
-        """(P, T + 1) target-field tokens used up to each step; constant after the end of a run."""
+        """Target-field tokens used up to each step: (P, T + 1), constant after the end of a run."""
         return used_target_tokens(self.mixes, self._config.tokens_per_step)
 
     @property
@@ -118,16 +120,16 @@ class ClosedLoop:
         return np.asarray(self.active[remaining], dtype=np.int64)
 
     def propose(self, run: int) -> FloatArray:
-        """The mix (52,) that a run's policy proposes for the next step.
+        """The mix that a run's policy proposes for the next step: (52,).
 
         Raises:
-            MixError: It is no distribution.
+            MixError: The proposal is not a distribution.
         """
         past = slice(self.step + 1)
         return proposal(self._policies[run], self._fields, self.mixes[run, past], self.feedback[run, past])
 
     def advance(self) -> bool:
-        """Trains one step of all runs that have not ended; False if there is none left."""
+        """Trains one step of all runs that have not ended; returns False if all have ended."""
         staying = self.staying
         if not len(staying):
             return False
@@ -141,7 +143,7 @@ class ClosedLoop:
         return True
 
     def restore(self, mixes: FloatArray, feedback: FloatArray, step: int) -> None:
-        """Goes on where another loop of the same settings stood; the trainer's state is the caller's to restore."""
+        """Continues from the step of another loop with the same settings; the caller restores the trainer's state."""
         self.mixes, self.feedback, self.step = mixes.copy(), feedback.copy(), step
         trained = mixes.sum(axis=-1) > 0
         for stream, path, known in zip(self._streams, mixes, trained, strict=True):
@@ -151,10 +153,10 @@ class ClosedLoop:
 
 
 def proposal(policy: Policy, fields: tuple[str, ...], mixes: FloatArray, feedback: FloatArray) -> FloatArray:
-    """The mix (52,) of the next step, after mixes (t, 52) and feedback (t, K).
+    """The policy's mix of the next step, (52,), after mixes (t, 52) and feedback (t, K).
 
     Raises:
-        MixError: The policy proposes no distribution.
+        MixError: The proposal is not a distribution.
     """
     domains = DomainSpace.canonical().names
     history = History(domains=domains, fields=fields, mixes=mixes, feedback=feedback)
@@ -169,16 +171,16 @@ def used_target_tokens(mixes: FloatArray, tokens_per_step: int) -> FloatArray:
 
 
 def change_by_feedback(policy: Policy, fields: tuple[str, ...], mixes: FloatArray, feedback: FloatArray) -> FloatArray:
-    """How much the feedback changes a policy's mind.
+    """Effect of the feedback on a policy's proposals.
 
     Args:
-        policy: That steered the run.
-        fields: K names.
-        mixes: (T + 1, 52) of one run.
-        feedback: (T + 1, K), after each step.
+        policy: The policy that steered the run.
+        fields: Names of the K fields.
+        mixes: (T + 1, 52), mixes of one run.
+        feedback: (T + 1, K), feedback after each step.
 
     Returns:
-        (T,) total variation between each proposal and the one with all feedback at the base model's.
+        (T,), total variation between each proposal and the one with all feedback equal to the base model's.
     """
     blind = np.tile(feedback[0], (len(feedback), 1))
 

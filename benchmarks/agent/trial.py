@@ -1,10 +1,10 @@
-"""Trial of policies: continual pre-training of a larger model under each of them (design section 8; paper, section 4).
+"""Trial of policies: continual pre-training of a larger model under each of them (paper, section 4).
 
-For each seed a base model is pre-trained on the source field. From its weights one run goes on under every policy; the
+For each seed a base model is pre-trained on the source field. Every policy continues training from its weights. The
 runs of a seed read the same rows of a domain in the same order, so that their differences come from the mixes alone.
 
-Runs are worked off in batches, one batched model for each. A batch of one seed is a unit of work, as in the collection
-of feedback: killed, it goes on from its file; policies that are added later get batches of their own.
+Several runs of a seed are trained as one batched model. Such a batch is a unit of work, as in the collection of
+feedback: after a kill it continues from its file. Policies that are added later are put into new batches.
 
 Shapes: P runs of a batch, T steps, D = 52 domains, K fields of the environment, F = 2 fields of the corpus.
 """
@@ -25,25 +25,26 @@ from torch import Tensor
 
 from benchmarks.agent.held_out import HeldOutRows
 from benchmarks.agent.rollout import ClosedLoop, LoopConfig, proposal
+from benchmarks.agent.stream_numbers import TRIAL
 from benchmarks.agent.trial_record import TrialRecord
 from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL
+from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, total_variation
 from dmagent_loader.policies import Policy, StaticPolicy
-from dmagent_loader.training.data.corpus import NUM_TOPICS, Corpus
+from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.bases import BaseConfig, train_bases
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer, StackedProxies
+from dmagent_loader.training.proxies.model import ProxyConfig, StackedProxies
 from dmagent_loader.training.proxies.questions import ProxyQuestions
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.proxies.workers import Workers
 from dmagent_loader.training.run_folder import claim, save_tensors
 from dmagent_loader.training.trajectories import propose
 
-STREAM_NUMBERS = 3_000_000
-"""Streams of a trial's runs are numbered from here on, one for each seed: other rows than any proxy's."""
 SAVE_EVERY = 5
+"""Steps between two saves of a batch."""
 RANDOM = "random "
-"""What the names of the random static mixes begin with."""
+"""Prefix of the names of the random static mixes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +52,25 @@ class TrialConfig:
     """Settings of a trial.
 
     Args:
-        model: Size and optimiser of the target model: larger than the proxies that the agents learnt from.
-        base: How the base models are pre-trained; one is trained for each seed.
-        seeds: Repetitions with other base models and other data streams.
-        steps: T, reweighting steps at most.
+        model: Size and optimiser of the target model, which is larger than the agents' proxies.
+        base: Pre-training of the base models; one is trained for each seed.
+        seeds: Number of repetitions, each with another base model and other data streams.
+        steps: T, largest number of reweighting steps.
         tokens_per_step: Tokens trained between two decisions.
-        target_tokens: Target-field tokens that there are.
+        target_tokens: Number of target-field tokens.
         row_tokens: Tokens of a training row.
-        random_mixes: Random static mixes to choose the best static one from.
-        smoothing: Of the random mixes, see `TrajectoryConfig`.
-        runs_at_once: Runs in one batched model, at most.
-        evaluate_every: Steps between two evaluations of runs whose policy does not read the feedback; the others are
+        random_mixes: Number of random static mixes, among which the best static one is chosen.
+        smoothing: Smoothing of the random mixes, see `TrajectoryConfig`.
+        runs_at_once: Largest number of runs in one batched model.
+        evaluate_every: Steps between two evaluations of runs whose policy does not read the feedback; other runs are
             evaluated after each step.
-        marks: Shares of the target tokens; when a run has used up one of them, and when it ends, it is evaluated in
-            full: also on the unseen questions and the held-out text.
-        held_out_rows: Of each field.
-        seed: Of the random mixes and, with the number of the repetition, of all else.
+        marks: Shares of the target tokens. When a run has used up one of them, and when it ends, it is also evaluated
+            on the unseen questions and the held-out text.
+        held_out_rows: Approximate number of held-out rows of each field.
+        seed: Seed of the random mixes and, with the number of the repetition, of everything else.
+
+    Raises:
+        ConfigurationError: A number is not positive, or a step does not divide into updates.
     """
 
     model: ProxyConfig = field(
@@ -103,7 +107,7 @@ class TrialConfig:
         rows, rest = divmod(self.tokens_per_step, self.row_tokens)
         if rest or rows % self.model.rows_per_update:
             raise ConfigurationError(
-                f"tokens_per_step {self.tokens_per_step} is no multiple of row_tokens {self.row_tokens} x "
+                f"tokens_per_step {self.tokens_per_step} is not a multiple of row_tokens {self.row_tokens} x "
                 f"rows_per_update {self.model.rows_per_update}: choose one that is"
             )
 
@@ -120,15 +124,15 @@ class TrialConfig:
 
 
 def static_policies(corpus: Corpus, config: TrialConfig) -> dict[str, StaticPolicy]:
-    """What agents are compared with.
+    """Static mixes to compare agents with.
 
-    ``naive``: the target distribution (paper, D.2); ``static 50/50``: half of it, half the start state; ``source
-    only``: the start state, as if pre-training went on; and random mixes, whose target share is uniform and whose
-    topics are drawn as those of the recorded trajectories are.
+    ``naive``: the target distribution (paper, D.2). ``static 50/50``: half the target distribution, half the start
+    state. ``source only``: the start state, as in continued pre-training on the source. The others are random mixes,
+    with uniform target shares and topics drawn as in the recorded trajectories.
     """
     start, target = corpus.start_state, corpus.target_distribution
     mixes = {"naive": target, "static 50/50": 0.5 * (start + target), "source only": start}
-    # A step away from nothing is the proposal itself, up to its length.
+    # From an empty present mix, a proposal is the random mix itself, up to its sum.
     drawn = propose(
         np.random.default_rng([config.seed, 1]),
         np.zeros(NUM_CANONICAL),
@@ -153,29 +157,31 @@ def run_trial(
     device: str = "cpu",
     progress: bool = True,
 ) -> TrialRecord:
-    """Pre-trains the base models and goes on from each under every policy.
+    """Pre-trains the base models and continues training from each under every policy.
 
     Args:
         policies: Name -> policy over the canonical domains, a pure function of the history.
         corpus: Tokens of the 52 domains.
-        questions: The environment, which policies read.
-        unseen: Questions of the same fields that nothing was trained or chosen on.
+        questions: Question sets whose feedback the policies read.
+        unseen: Questions of the same fields that were used neither to train nor to choose anything.
         config: Settings.
-        directory: For results. A second call with the same settings goes on from them, also with other policies.
-        workers: Who does the work; None: this process.
+        directory: Folder for results. A second call with the same settings continues from them, also with other
+            policies.
+        workers: Number and place of the workers; None: this process.
         device: See `ProxyTrainer`.
         progress: Whether to show progress bars.
 
     Raises:
         StateError: `directory` holds results of other settings or data, or of another policy of the same name.
-        ConfigurationError: Questions of other fields; no policy; a batch that was broken off lacks a policy.
+        ConfigurationError: The two question sets have different fields, there is no policy, or a policy of an
+            unfinished batch is missing.
     """
     if questions.fields != unseen.fields or not policies:
         raise ConfigurationError(
             f"{len(policies)} policies with questions of {questions.fields} and unseen ones of {unseen.fields}: give "
             "one policy or more, and both question sets for the same fields"
         )
-    # More seeds may be asked for later, and batches of another size: neither changes the runs that are there.
+    # Neither more seeds nor another batch size in a later call changes the existing runs.
     identity = {
         "trial": {name: value for name, value in asdict(config).items() if name not in ("seeds", "runs_at_once")},
         "corpus": corpus.fingerprint,
@@ -221,14 +227,14 @@ def run_trial(
 
 
 def _batches(policies: Mapping[str, Policy], config: TrialConfig, directory: Path) -> dict[int, tuple[str, ...]]:
-    """Number -> names of the batches that hold the given policies.
+    """Batches that contain the given policies, as number -> names of policies.
 
-    A policy stays in the batch that it was first put into: results are filed by batch.
+    A policy stays in its first batch, because results are stored by batch.
     """
     path = directory / "batches.json"
     batches: list[list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     known = {name for batch in batches for name in batch}
-    # Apart, because a batch is evaluated as often as any of its policies needs it.
+    # Static policies separately, because a batch is evaluated as often as its most demanding policy needs.
     for steering in (False, True):
         new = [n for n, p in policies.items() if n not in known and isinstance(p, StaticPolicy) != steering]
         batches += [new[i : i + config.runs_at_once] for i in range(0, len(new), config.runs_at_once)]
@@ -238,7 +244,7 @@ def _batches(policies: Mapping[str, Policy], config: TrialConfig, directory: Pat
 
 @dataclass(frozen=True, kw_only=True)
 class _Bases:
-    """Base models as units of work, one for each seed."""
+    """The base models as units of work, one for each seed."""
 
     corpus: Corpus
     config: TrialConfig
@@ -252,8 +258,8 @@ class _Bases:
             self.corpus.start_state[None],
             replace(self.config.base, models=1, seed=seed),
             replace(self.config.model, seed=seed),
+            self.directory / f"base-{number}",
             row_tokens=self.config.row_tokens,
-            path=self.directory / f"base-{number}.safetensors",
             device=self.device,
             progress=False,
         )
@@ -261,13 +267,14 @@ class _Bases:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRuns:
-    """All runs as units of work: each batch for the first seed, then each for the second, and so on.
+    """The runs as units of work: all batches of the first seed, then those of the second, and so on.
+
+    See `run_trial` for the arguments that are not described here.
 
     Args:
         policies: Name -> policy.
-        batches: Number -> names of its policies.
-        corpus, questions, unseen, config, directory, device: See `run_trial`.
-        bases: Weights of each seed's base model, (1, ...) each.
+        batches: Number of a batch -> names of its policies.
+        bases: Weights of the base model of each seed, (1, ...) each.
     """
 
     policies: Mapping[str, Policy]
@@ -281,7 +288,7 @@ class TrialRuns:
     device: str
 
     def work(self, number: int) -> dict[str, Tensor]:
-        """Works off one batch from where its file stands; returns the finished file's tensors."""
+        """Trains one batch, starting from the state in its file if there is one; returns the tensors of its result."""
         seed, position = divmod(number, len(self.batches))
         batch, names = list(self.batches.items())[position]
         path = self.directory / f"seed-{seed}-batch-{batch:03d}.safetensors"
@@ -292,8 +299,8 @@ class TrialRuns:
         missing = [name for name in names if name not in self.policies]
         if missing:
             raise ConfigurationError(
-                f"the runs of {', '.join(names)} were broken off, and {', '.join(missing)} is not given any more: give "
-                "the same policies again, or use another directory"
+                f"the runs of {', '.join(names)} are unfinished, but {', '.join(missing)} is missing: pass the same "
+                "policies again, or use another directory"
             )
         return self._run(seed, names, path, saved)
 
@@ -306,7 +313,7 @@ class TrialRuns:
             if total_variation(first, mixes[1]) > 1e-6:
                 raise StateError(
                     f"policy {name!r} begins with another mix than the run of that name in {self.directory}: it is "
-                    "another policy; give it another name, or use another directory"
+                    "a different policy; give it another name, or use another directory"
                 )
 
     def _run(self, seed: int, names: Sequence[str], path: Path, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -321,7 +328,7 @@ class TrialRuns:
             trainer,
             self.corpus,
             config.loop,
-            numbers=[STREAM_NUMBERS + seed] * len(names),
+            numbers=[TRIAL + seed] * len(names),
             start_state=self.corpus.start_state,
             fields=self.questions.fields,
             base_feedback=self.questions.feedback(base),
@@ -363,7 +370,7 @@ class TrialRuns:
         return dict(saved)
 
     def _due(self, loop: ClosedLoop) -> npt.NDArray[np.bool_]:
-        """Which of the active runs are evaluated in full after this step."""
+        """Mask of the active runs that are evaluated in full after this step."""
         marks = np.array(self.config.marks) * self.config.target_tokens
         used = loop.target_tokens[loop.active, loop.step - 1 : loop.step + 1, None]
         passed = (used >= marks).sum(axis=-1)
@@ -371,7 +378,7 @@ class TrialRuns:
 
 
 def _selected(proxies: StackedProxies, positions: IntArray) -> StackedProxies:
-    """A copy of some of the stacked models."""
+    """Copies some of the stacked models."""
     chosen = StackedProxies(len(positions), proxies.config).to(proxies.embedding.device)
     index = torch.from_numpy(positions).to(proxies.embedding.device)
     chosen.load_state_dict({name: tensor[index] for name, tensor in proxies.state_dict().items()})

@@ -1,4 +1,4 @@
-"""What a trial of policies measured, and how it is read: at the end of the runs, or at equal target tokens.
+"""Measurements of a trial of policies, which are read at the end of the runs or at equal target tokens.
 
 Shapes: R policies, S seeds, T steps, D = 52 domains, K fields of the environment, F = 2 fields of the corpus.
 """
@@ -21,24 +21,24 @@ from dmagent_loader.mixture.history import FeedbackStatistics
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, effective_domains
 
 SCHEMA = "trial/1"
-"""Kind and version of the file; raised when an older reader would misunderstand a newer one."""
+"""Kind and version of the file; increased when an older reader would misunderstand a newer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One policy's runs at one moment; the first axis of every array is the seed.
+    """Runs of one policy at one moment; the first axis of every array is the seed.
 
     Args:
-        objective: (S,) gain of the standardised feedback over the base model's, mean over the fields: the return that
+        objective: (S,), gain of the standardised feedback over the base model's, mean over the fields: the return that
             agents are trained for.
-        feedback: (S, K) in nats.
-        unseen_objective: (S,) as `objective`, on the unseen questions.
-        unseen: (S, K) feedback on the unseen questions in nats.
-        held_out: (S, F) loss on the held-out text in nats.
-        target_tokens: (S,) of the target field, so far.
-        source_tokens: (S,) of the source field, so far.
-        steps: (S,) so far; between two steps where target tokens are prescribed.
-        effective_domains: (S,) exp(entropy) of the mixes, mean over the steps so far.
+        feedback: (S, K), in nats.
+        unseen_objective: (S,), objective on the unseen questions.
+        unseen: (S, K), feedback on the unseen questions in nats.
+        held_out: (S, F), loss on the held-out text in nats.
+        target_tokens: (S,), tokens of the target field so far.
+        source_tokens: (S,), tokens of the source field so far.
+        steps: (S,), steps so far; fractional at a given number of target tokens.
+        effective_domains: (S,), exp(entropy) of the mixes, mean over the steps so far.
     """
 
     objective: FloatArray
@@ -53,24 +53,24 @@ class Reading:
 
     @property
     def target_share(self) -> FloatArray:
-        """(S,) share of the target field in all tokens so far."""
+        """Share of the target field in all tokens so far: (S,)."""
         return self.target_tokens / (self.target_tokens + self.source_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """Runs of R policies over S seeds. Step 0 is the base model; where nothing was measured, values are NaN.
+    """Runs of R policies over S seeds. Step 0 is the base model; values that were not measured are NaN.
 
     Args:
-        names: Of the policies.
-        fields: K names.
+        names: Names of the R policies.
+        fields: Names of the K fields.
         tokens_per_step: Tokens trained between two decisions.
         mixes: (R, S, T + 1, 52); rows after the end of a run are 0.
-        lengths: (R, S) steps of each run.
-        feedback: (R, S, T + 1, K) in nats.
-        unseen: (R, S, T + 1, K) feedback on the unseen questions in nats.
-        held_out: (R, S, T + 1, F) loss on the held-out text in nats.
-        seconds: Spent on training and scoring.
+        lengths: (R, S), number of steps of each run.
+        feedback: (R, S, T + 1, K), in nats.
+        unseen: (R, S, T + 1, K), feedback on the unseen questions in nats.
+        held_out: (R, S, T + 1, F), loss on the held-out text in nats.
+        seconds: Time spent on training and scoring.
     """
 
     names: tuple[str, ...]
@@ -84,20 +84,20 @@ class TrialRecord:
     seconds: float
 
     def target_tokens(self, names: Sequence[str]) -> float:
-        """The most target tokens that all runs of some policies used up: where they can be compared at equal ones."""
+        """Largest number of target tokens that all runs of some policies used up, at which they can be compared."""
         return float(min(self._used(name)[..., -1].min() for name in names))
 
     def read(self, name: str, statistics: FeedbackStatistics, *, target_tokens: float | None = None) -> Reading:
         """Reads the runs of a policy.
 
         Args:
-            name: Of the policy.
-            statistics: Of the recorded set that agents are trained on; their std is the unit of the objective.
-            target_tokens: Read where a run had used up so many target tokens, by a straight line between the two
-                nearest measurements; None: at the end.
+            name: Name of the policy.
+            statistics: Feedback statistics of the recorded set; their std is the unit of the objective.
+            target_tokens: Number of target tokens at which the runs are read, by linear interpolation between the two
+                nearest measurements; None: they are read at the end.
 
         Raises:
-            ConfigurationError: No such policy, or a run that used fewer target tokens.
+            ConfigurationError: There is no such policy, or a run used fewer target tokens.
         """
         number, used = self._number(name), self._used(name)
         lengths = self.lengths[number]
@@ -107,7 +107,7 @@ class TrialRecord:
                 f"a run of {name!r} ended after {used[:, -1].min():.0f} target tokens, so it cannot be read at "
                 f"{level[0]:.0f}: leave the policy out, or read at fewer"
             )
-        # At the end by its step, not by its tokens: a run without target data has used none at every step.
+        # The end is found by its step and not by its tokens: a run without target data has 0 tokens at every step.
         if target_tokens is None:
             steps = lengths.astype(np.float64)
         else:
@@ -139,10 +139,10 @@ class TrialRecord:
         )
 
     def best(self, names: Sequence[str], statistics: FeedbackStatistics, *, target_tokens: float | None = None) -> str:
-        """The policy with the highest mean objective over the seeds, on the questions that policies may read.
+        """The policy with the highest mean objective over the seeds, on the questions whose feedback policies read.
 
         Raises:
-            ConfigurationError: No name, or see `read`.
+            ConfigurationError: There is no name, or see `read`.
         """
         if not names:
             raise ConfigurationError("there is no policy to choose from: give at least one name")
@@ -170,10 +170,10 @@ class TrialRecord:
 
     @classmethod
     def load(cls, path: Path) -> TrialRecord:
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            StateError: Another schema.
+            StateError: The file has another schema.
         """
         with safe_open(str(path), framework="numpy") as file:
             meta = file.metadata() or {}
@@ -194,5 +194,5 @@ class TrialRecord:
         return self.names.index(name)
 
     def _used(self, name: str) -> FloatArray:
-        """(S, T + 1) target tokens used up to each step."""
+        """Target tokens used up to each step: (S, T + 1)."""
         return used_target_tokens(self.mixes[self._number(name)], self.tokens_per_step)

@@ -22,7 +22,7 @@ def readings(
     *,
     target_tokens: float | None = None,
 ) -> dict[str, Reading]:
-    """Name -> reading of some policies, see `TrialRecord.read`."""
+    """Readings of some policies by name, see `TrialRecord.read`."""
     return {name: record.read(name, statistics, target_tokens=target_tokens) for name in names}
 
 
@@ -33,16 +33,16 @@ def feedback_table(
     *,
     unseen: bool = False,
 ) -> str:
-    """Objective, its differences to some policies, and the feedback, best policy first.
+    """Table of the objective, its differences to some policies, and the feedback; the best policy comes first.
 
-    A difference is taken within each seed, whose runs read the same data, so that its spread is far smaller than that
-    of the objectives.
+    Differences are taken within each seed, whose runs read the same data. So their spread is much smaller than that of
+    the objectives.
 
     Args:
-        read: Name -> reading.
-        fields: K names.
-        references: Policies to compare with.
-        unseen: On the unseen questions.
+        read: Name of a policy -> its reading.
+        fields: Names of the K fields.
+        references: Names of the policies to compare with.
+        unseen: Whether to use the unseen questions.
     """
 
     def objective(reading: Reading) -> FloatArray:
@@ -69,7 +69,7 @@ def feedback_table(
 
 
 def run_table(read: Mapping[str, Reading]) -> str:
-    """Held-out losses, and what was trained on, in the order of `read`."""
+    """Table of held-out losses and training data, in the order of `read`."""
     columns = [
         "policy",
         *(f"held-out loss, {name}" for name in FIELDS),
@@ -95,7 +95,7 @@ def run_table(read: Mapping[str, Reading]) -> str:
 
 
 def spread(values: FloatArray, *, digits: int = 3, signed: bool = False) -> str:
-    """Mean ± std over the seeds (of the sample: divided by S - 1); the mean alone for one seed."""
+    """Mean ± sample standard deviation over the seeds; the mean alone for one seed."""
     sign = "+" if signed else ""
     mean = f"{values.mean():{sign}.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"

@@ -25,7 +25,7 @@ MAX_NAMED_DOMAINS = 16
 
 _FIELD_SHADES = {SOURCE: ("#0b3c6f", "#c3dcf2"), "other": ("#7a2e00", "#fdd3a6")}
 _RUN_STYLES = (("#b8488f", "o", "--"), ("#00785a", "s", "-."), ("#111111", "D", "-"), ("#7a5c00", "^", ":"))
-_TEXT, _MUTED, _GRID = "#222222", "#555555", "#dddddd"
+TEXT, MUTED, _GRID = "#222222", "#555555", "#dddddd"
 
 
 def overview_chart(runs: Sequence[RunRecord], space: DomainSpace, *, x_label: str, title: str) -> Figure:
@@ -41,10 +41,10 @@ def overview_chart(runs: Sequence[RunRecord], space: DomainSpace, *, x_label: st
         MissingExtraError: matplotlib is not installed.
         ConfigurationError: There is no run, or a run without a step or without feedback.
     """
-    _check(runs)
-    figure = _figure(11.5, 7.6)
+    check_drawable(runs)
+    figure = new_figure(11.5, 7.6)
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.05, 1.0])
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_TEXT)
+    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=TEXT)
     draw_mixes(parts[0], runs, space, x_label=x_label)
     draw_feedback(parts[1], runs, x_label=x_label)
     return figure
@@ -60,15 +60,15 @@ def draw_mixes(figure: Any, runs: Sequence[RunRecord], space: DomainSpace, *, x_
         shares = np.concatenate([shares, shares[:, -1:]], axis=1)
         panel.stackplot(edges, shares, colors=colors, step="post", edgecolor="white", linewidth=0.4)
         panel.set(xlim=(edges[0], edges[-1]), ylim=(0, 1))
-        panel.set_title(f"mix: {run.name}", loc="left", fontsize=10, color=_TEXT)
-        panel.set_xlabel(x_label, fontsize=9, color=_MUTED)
+        panel.set_title(f"mix: {run.name}", loc="left", fontsize=10, color=TEXT)
+        panel.set_xlabel(x_label, fontsize=9, color=MUTED)
         panel.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
-        _plain(panel)
-    panels[0].set_ylabel("share of the training tokens", fontsize=9, color=_MUTED)
+        style_axes(panel)
+    panels[0].set_ylabel("share of the training tokens", fontsize=9, color=MUTED)
     handles = _legend(space, colors)
     # In the order of the stacked areas from top to bottom, beside the last panel.
     figure.legend(
-        handles=handles[::-1], loc="outside right center", frameon=False, fontsize=8, labelcolor=_TEXT, handlelength=1.1
+        handles=handles[::-1], loc="outside right center", frameon=False, fontsize=8, labelcolor=TEXT, handlelength=1.1
     )
 
 
@@ -78,7 +78,7 @@ def draw_feedback(figure: Any, runs: Sequence[RunRecord], *, x_label: str) -> No
     panels = figure.subplots(1, len(fields), squeeze=False)[0]
     for panel, field in zip(panels, fields, strict=True):
         base = runs[0].feedback[0]["feedback"][field]
-        panel.axhline(base, color=_MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
+        panel.axhline(base, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
         ends = []
         for position, run in enumerate(runs):
             color, marker, line = _RUN_STYLES[position % len(_RUN_STYLES)]
@@ -90,12 +90,12 @@ def draw_feedback(figure: Any, runs: Sequence[RunRecord], *, x_label: str) -> No
         first = min(point["at"] for run in runs for point in run.feedback)
         panel.set_xlim(first - 0.02 * (last - first), last + 0.02 * (last - first))
         panel.margins(y=0.1)
-        panel.set_title(f"feedback: {field} (higher is better)", loc="left", fontsize=10, color=_TEXT)
-        panel.set_xlabel(x_label, fontsize=9, color=_MUTED)
+        panel.set_title(f"feedback: {field} (higher is better)", loc="left", fontsize=10, color=TEXT)
+        panel.set_xlabel(x_label, fontsize=9, color=MUTED)
         panel.grid(axis="y", color=_GRID, linewidth=0.6)
-        _plain(panel)
-        _label_ends(panel, [*ends, (base, "base model", _MUTED)])
-    panels[0].set_ylabel("mean log-probability\nper answer token (nats)", fontsize=9, color=_MUTED)
+        style_axes(panel)
+        _label_ends(panel, [*ends, (base, "base model", MUTED)])
+    panels[0].set_ylabel("mean log-probability\nper answer token (nats)", fontsize=9, color=MUTED)
 
 
 def png_bytes(figure: Figure, *, dots_per_inch: int = 130) -> bytes:
@@ -105,15 +105,25 @@ def png_bytes(figure: Figure, *, dots_per_inch: int = 130) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
-    # A figure made without pyplot draws with Agg and does not touch the user's backend.
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    # Figures created without pyplot draw with Agg and do not change the user's backend.
     figures = require_extra("matplotlib.figure", "demo")
     figure: Figure = figures.Figure(figsize=(width, height), layout="constrained", facecolor="white")
     figure.set_layout_engine("constrained", wspace=0.06)
     return figure
 
 
-def _check(runs: Sequence[RunRecord]) -> None:
+def check_drawable(runs: Sequence[RunRecord]) -> None:
+    """Checks that there is a run and that every run has steps and feedback.
+
+    Raises:
+        ConfigurationError: It is not so.
+    """
     if not runs:
         raise ConfigurationError("there is no run to draw: pass at least one")
     for run in runs:
@@ -188,7 +198,8 @@ def _span(group: Sequence[float], gap: float) -> tuple[float, float]:
     return center - half, center + half
 
 
-def _plain(panel: Axes) -> None:
+def style_axes(panel: Axes) -> None:
+    """Mutes the axes of a panel and hides its upper and right border."""
     panel.spines[["top", "right"]].set_visible(False)
-    panel.spines[["left", "bottom"]].set_color(_MUTED)
-    panel.tick_params(labelsize=8, colors=_MUTED)
+    panel.spines[["left", "bottom"]].set_color(MUTED)
+    panel.tick_params(labelsize=8, colors=MUTED)

@@ -25,8 +25,8 @@ class Phase:
     Example:
         >>> with Phase("reading", total=2) as phase:
         ...     phase.update(2)
-        ...     phase.note("2 files")  # doctest: +ELLIPSIS
-        reading                  ... 2 files  (0 s)
+        ...     phase.note("2 files")
+        reading                  2 files  (0 s)
     """
 
     def __init__(self, name: str, *, total: int | None = None, stream: TextIO | None = None) -> None:

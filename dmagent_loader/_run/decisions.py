@@ -20,7 +20,7 @@ from dmagent_loader.mixture.history import History, Standardization, validate_fe
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
-from dmagent_loader.policies import Guard, GuardConfig, Outcome, Policy, name_of, propose_guarded
+from dmagent_loader.policies import Guard, GuardConfig, InformedPolicy, Outcome, Policy, name_of, propose_guarded
 
 logger = logging.getLogger(__name__)
 
@@ -173,10 +173,24 @@ class Decider:
             history_mix=config.history_mix,
         )
 
-    def restore(self, plan: Plan, start_state: FloatArray, measurements: list[Measurement], failures: int) -> None:
+    def restore(
+        self,
+        plan: Plan,
+        start_state: FloatArray,
+        measurements: list[Measurement],
+        failures: int,
+        policy_state: Mapping[str, Any] | None = None,
+    ) -> None:
         """Continues from a saved state."""
         self.plan, self.start_state, self.measurements, self.failures = plan, start_state, measurements, failures
         self._counts = []
+        if policy_state is not None and isinstance(self.policy, InformedPolicy):
+            self.policy.load_state_dict(policy_state)
+
+    @property
+    def policy_state(self) -> dict[str, Any] | None:
+        """What the policy has learnt, as JSON values; None: it does not learn."""
+        return self.policy.state_dict() if isinstance(self.policy, InformedPolicy) else None
 
     @property
     def policy_name(self) -> str | None:

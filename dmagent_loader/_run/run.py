@@ -136,7 +136,13 @@ class Run:
             restored = read_state(state, self.settings, self.decider)
             facts |= restored.to_compare()
         self.feed.restore(restored.plan, restored.consumed)
-        self.decider.restore(restored.plan, restored.start_state, restored.measurements, restored.policy_failures)
+        self.decider.restore(
+            restored.plan,
+            restored.start_state,
+            restored.measurements,
+            restored.policy_failures,
+            restored.policy_state,
+        )
 
     def warn_if_nobody_decides(self) -> None:
         """Warns, once, if samples are drawn before the first decision.

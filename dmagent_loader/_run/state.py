@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from dmagent_loader.errors import MixError, StateError
 from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
+from dmagent_loader.policies import InformedPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ SCHEMA = 4
 MAX_STATE_BYTES = 1 << 32
 
 _RUN = {"consumed", "counts", "start_state", "ledger", "fields", "measurements", "policy_failures"}
+_POLICY_STATE = "policy_state"
+"""What an informed policy has learnt; only states of runs with such a policy have it."""
 _KEYS = {"schema", *_RUN, *(name for name, restore in RESTORE.items() if restore != "free")}
 
 
@@ -39,6 +43,7 @@ class RestoredState:
     start_state: FloatArray
     measurements: list[Measurement]
     policy_failures: int
+    policy_state: Mapping[str, Any] | None = None
 
     def to_compare(self) -> dict[str, Any]:
         """Contents that must be the same on all ranks: name -> value."""
@@ -47,6 +52,7 @@ class RestoredState:
             "the state's mixes": self.plan.ledger.summary(),
             "the state's feedback": f"{len(self.measurements)} steps, digest {digest(self.measurements)}",
             "the state's start_state": digest(self.start_state.tolist()),
+            "the state of the policy": digest(json.dumps(self.policy_state)),
         }
 
 
@@ -79,6 +85,7 @@ def write_state(settings: RunSettings, decider: Decider, consumed: int) -> dict[
         "fields": list(decider.fields),
         "measurements": decider.to_json(),
         "policy_failures": decider.failures,
+        **({} if decider.policy_state is None else {_POLICY_STATE: decider.policy_state}),
     }
 
 
@@ -105,7 +112,7 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
     missing = sorted(_KEYS - set(state))
     if missing:
         raise StateError(f"the state lacks {missing}: it is damaged or was edited; load an older one")
-    unknown = sorted(shown(key) for key in set(state) - _KEYS)
+    unknown = sorted(shown(key) for key in set(state) - _KEYS - {_POLICY_STATE})
     if unknown:
         logger.warning("the state has %s, which this version does not know and ignores", ", ".join(unknown[:10]))
     plan, present = decider.plan, settings.saved()
@@ -164,7 +171,21 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
         start_state=start_state,
         measurements=measurements_from_json(state["measurements"], state["fields"], consumed),
         policy_failures=failures,
+        policy_state=_policy_state(state, decider),
     )
+
+
+def _policy_state(state: Mapping[str, Any], decider: Decider) -> Mapping[str, Any] | None:
+    """What the policy had learnt, tried on a copy of the policy; None: it is another policy, or learns nothing.
+
+    Raises:
+        StateError: The policy cannot take it.
+    """
+    saved, policy = state.get(_POLICY_STATE), decider.policy
+    if saved is None or state["policy"] != decider.policy_name or not isinstance(policy, InformedPolicy):
+        return None
+    copy.deepcopy(policy).load_state_dict(saved)
+    return saved  # type: ignore[no-any-return]
 
 
 def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:

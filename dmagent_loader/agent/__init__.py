@@ -1,4 +1,4 @@
-"""The agent: a small Transformer that reads mixes and feedback so far and writes the next mix."""
+"""The agent: a small Transformer that maps the mixes and the feedback so far to the next mix."""
 
 from dmagent_loader.agent.checkpoint import list_bundled
 from dmagent_loader.agent.config import AgentConfig

@@ -1,6 +1,7 @@
-"""Checkpoints: a directory with ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
+"""Checkpoint folders: ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
 
-Loading never unpickles. What was saved is what is loaded: the weights' sha256 lies in ``config.json`` and is verified.
+This module reads and writes the files; `MixingAgent.from_pretrained` and `critic.load_critics` build the networks.
+Loading never unpickles. The sha256 of the weights is stored in ``config.json`` and verified on loading.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from dmagent_loader._files import write_atomically
-from dmagent_loader._validation import read_regular
+from dmagent_loader._validation import read_regular, without_repeats
 from dmagent_loader.agent.config import AgentConfig
-from dmagent_loader.agent.model import MixingAgent
 from dmagent_loader.errors import CheckpointError, ConfigurationError, require_extra
 
 CONFIG_FILE = "config.json"
@@ -29,13 +30,13 @@ WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 
 MAX_HEADER_BYTES = 1 << 20
-"""Limit on config.json and on the header of the weights; both are a few kilobytes."""
+"""Size limit of config.json and of the header of the weights; both are a few kilobytes."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def bundled_roots() -> list[Path]:
-    """Folders of what comes with the package: an installed package has it inside itself, a checkout beside itself."""
+    """Folders of the bundled checkpoints: inside an installed package, beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     roots = [package / "agent_checkpoints"]
     if (package.parent / "setup.cfg").is_file():
@@ -44,7 +45,7 @@ def bundled_roots() -> list[Path]:
 
 
 def list_bundled() -> dict[str, Path]:
-    """The checkpoints that come with the package: name to directory."""
+    """The checkpoints that come with the package, as name -> directory."""
     found: dict[str, Path] = {}
     for root in bundled_roots():
         for config in sorted(root.glob(f"*/{CONFIG_FILE}")):
@@ -56,13 +57,13 @@ def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None
     """Directory of a checkpoint.
 
     Args:
-        name_or_path: The name of a bundled checkpoint (it wins over a folder of the same name in the working
-            directory: write ``./name`` for that one), a directory, or a Hub id ``org/name``.
-        revision: Branch, tag or commit on the Hub; pass a commit to be sure of what you get.
+        name_or_path: The name of a bundled checkpoint, a directory, or a Hub id ``org/name``. A bundled name takes
+            precedence over a folder of that name in the working directory: write ``./name`` for the folder.
+        revision: Branch, tag or commit on the Hub; a commit is the only one that cannot change.
 
     Raises:
-        CheckpointError: Nothing of that name, or the Hub cannot be reached.
-        MissingExtraError: A Hub id without ``huggingface_hub`` installed.
+        CheckpointError: No checkpoint has that name, or the Hub cannot be reached.
+        MissingExtraError: ``huggingface_hub``, which a Hub id needs, is not installed.
     """
     name = os.fspath(name_or_path)
     bundled = list_bundled()
@@ -78,33 +79,23 @@ def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None
     )
 
 
-def load(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> MixingAgent:
-    """Loads an agent on the CPU in float32, without touching any random generator.
+def name_of(name_or_path: str | os.PathLike[str], directory: Path) -> str:
+    """Name of an agent in messages and ledgers: its Hub id, or the name of its folder.
 
     Args:
-        name_or_path: See `resolve`.
-        revision: See `resolve`.
-
-    Raises:
-        CheckpointError: Missing, changed, truncated or ill-shaped files, weights that are not finite, or a newer
-            schema.
-        MissingExtraError: A Hub id without ``huggingface_hub`` installed.
+        name_or_path: The argument of `resolve`.
+        directory: Its result.
     """
-    directory = resolve(name_or_path, revision=revision)
-    config, sha256 = read_agent_config(directory)
-    # Parameters on the meta device take neither memory nor random numbers; `assign` then puts the loaded ones in place.
-    with torch.device("meta"):
-        agent = MixingAgent(config, name=_name(name_or_path, directory))
-    weights = read_weights(directory / WEIGHTS_FILE, sha256, agent.state_dict())
-    agent.load_state_dict(weights, assign=True)
-    return agent.eval()
+    name = os.fspath(name_or_path)
+    is_hub_id = isinstance(name_or_path, str) and not Path(name).is_dir() and _HUB_ID.fullmatch(name)
+    return name if is_hub_id else directory.resolve().name
 
 
 def read_agent_config(directory: Path) -> tuple[AgentConfig, str]:
     """The config of an agent, and the sha256 of its weights.
 
     Raises:
-        CheckpointError: They are missing, or cannot be.
+        CheckpointError: ``config.json`` is missing, is not JSON, or does not describe an agent.
     """
     values = read_config(directory)
     sha256 = values.pop("weights_sha256", None)
@@ -120,13 +111,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The contents of ``config.json``.
 
     Raises:
-        CheckpointError: It is missing or no JSON object.
+        CheckpointError: The file is missing or does not hold a JSON object.
     """
     path = directory / CONFIG_FILE
     try:
         values = json.loads(read_regular(path, MAX_HEADER_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} is no agent checkpoint: it has no {CONFIG_FILE}") from error
+        raise CheckpointError(f"{directory} is not an agent checkpoint: it has no {CONFIG_FILE}") from error
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror or error}; fetch the checkpoint again"
@@ -138,61 +129,58 @@ def read_config(directory: Path) -> dict[str, Any]:
     return values
 
 
-def save(agent: MixingAgent, directory: str | os.PathLike[str], *, card: str | None = None) -> None:
-    """Writes a checkpoint; weights are stored as float32.
+def write_checkpoint(
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    owner: str,
+    card: str | None = None,
+) -> None:
+    """Writes a checkpoint folder; weights are stored as float32.
 
-    Each file is written beside its place, flushed to disk and renamed, the config last. A crash leaves the old
-    checkpoint, or one whose digest does not match and which is refused; never one that loads and is wrong.
+    Each file is written under a temporary name, flushed to disk and renamed, the config last. After a crash the folder
+    holds the old checkpoint, or new weights whose digest does not match the old config: loading refuses these.
 
     Args:
-        agent: With feedback statistics.
-        directory: Created if missing; files of an older checkpoint are replaced.
-        card: Text of ``README.md``; None: a short generated one.
+        directory: Created if missing; the files of an older checkpoint are replaced.
+        config: JSON-serialisable contents of ``config.json``; ``weights_sha256`` is added.
+        weights: Parameter name -> values.
+        owner: Name of the model in the error message.
+        card: Text of ``README.md``; None: the file is not written.
 
     Raises:
-        CheckpointError: The agent has no statistics, or weights that are not finite.
+        CheckpointError: A weight is not finite.
     """
-    if agent.config.statistics is None:
-        raise CheckpointError(
-            f"agent {agent.name!r} has no feedback statistics, so that it could not propose after loading: "
-            "set AgentConfig(statistics=...)"
-        )
-    weights = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in agent.state_dict().items()
-    }
-    refuse_non_finite(weights, f"agent {agent.name!r}", "it is not saved, because it diverged in training")
-    data = safetensors.torch.save(weights, metadata={"format": "pt"})
-    config = {**agent.config.to_dict(), "weights_sha256": hashlib.sha256(data).hexdigest()}
+    stored = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in weights.items()}
+    _refuse_non_finite(stored, owner, "it is not saved, because it diverged in training")
+    data = safetensors.torch.save(stored, metadata={"format": "pt"})
+    text = json.dumps({**config, "weights_sha256": hashlib.sha256(data).hexdigest()}, indent=2) + "\n"
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / WEIGHTS_FILE, data)
-    write_atomically(target / CARD_FILE, (card if card is not None else _default_card(agent, target)).encode())
-    write_atomically(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    if card is not None:
+        write_atomically(target / CARD_FILE, card.encode())
+    write_atomically(target / CONFIG_FILE, text.encode())
 
 
-def _name(name_or_path: str | os.PathLike[str], directory: Path) -> str:
-    """The Hub id as it is; of bundled names and of paths, the folder's name."""
-    name = os.fspath(name_or_path)
-    is_hub_id = isinstance(name_or_path, str) and not Path(name).is_dir() and _HUB_ID.fullmatch(name)
-    return name if is_hub_id else directory.resolve().name
-
-
-def read_weights(path: Path, sha256: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, sha256: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Reads and verifies weights.
 
     Args:
         path: A safetensors file.
-        sha256: Of the file, in hex.
-        expected: Tensors with the names and shapes that the config describes.
+        sha256: Digest of the file, in hex.
+        expected: Tensors, on any device, with the names and shapes that the config describes.
 
     Raises:
-        CheckpointError: The file is missing, damaged, changed, of other shapes or not finite.
+        CheckpointError: The file is missing, damaged or changed, or its tensors have other names, shapes or types, or
+            hold values that are not finite.
     """
     needed = sum(4 * tensor.numel() for tensor in expected.values())
     try:
         data = read_regular(path, needed + MAX_HEADER_BYTES)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} is no complete checkpoint: it has no {path.name}") from error
+        raise CheckpointError(f"{path.parent} is not a complete checkpoint: it has no {path.name}") from error
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise CheckpointError(
@@ -209,23 +197,23 @@ def read_weights(path: Path, sha256: str, expected: Mapping[str, torch.Tensor]) 
             "after they were saved, or a save was interrupted; fetch the checkpoint again"
         )
     try:
-        weights: dict[str, torch.Tensor] = safetensors.torch.load(data)
+        weights: dict[str, Tensor] = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is no valid safetensors file: {error}; fetch the checkpoint again") from error
-    refuse_non_finite(weights, str(path), "the model diverged in training or the file was damaged")
+        raise CheckpointError(f"{path} is not a valid safetensors file: {error}; fetch the checkpoint again") from error
+    _refuse_non_finite(weights, str(path), "the model diverged in training or the file was damaged")
     return weights
 
 
-def _check_layout(path: Path, data: bytes, expected: Mapping[str, torch.Tensor]) -> None:
-    """Checks header, size, names, dtypes and shapes, for messages that say more than that the digest differs."""
+def _check_layout(path: Path, data: bytes, expected: Mapping[str, Tensor]) -> None:
+    """Checks header, size, names, dtypes and shapes, whose faults a mismatch of digests alone would not explain."""
     header_size = int.from_bytes(data[:8], "little") if len(data) >= 8 else 0
     if len(data) < 8 or header_size > len(data) - 8 or header_size > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{path} has {len(data)} bytes and declares a header of {header_size}: it is truncated or no "
-            "safetensors file"
+            f"{path} has {len(data)} bytes and declares a header of {header_size}: it is truncated or not "
+            "a safetensors file"
         )
     try:
-        header = json.loads(data[8 : 8 + header_size], object_pairs_hook=_without_repeats)
+        header = json.loads(data[8 : 8 + header_size], object_pairs_hook=without_repeats)
         header.pop("__metadata__", None)
         tensors = {
             name: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1]) for name, entry in header.items()
@@ -256,15 +244,7 @@ def _check_layout(path: Path, data: bytes, expected: Mapping[str, torch.Tensor])
             )
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a name that comes twice, readers differ in which one they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name comes twice")
-    return found
-
-
-def refuse_non_finite(weights: Mapping[str, torch.Tensor], owner: str, reason: str) -> None:
+def _refuse_non_finite(weights: Mapping[str, Tensor], owner: str, reason: str) -> None:
     """Raises CheckpointError, with `owner` and `reason` in its message, if a weight is infinite or NaN."""
     bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
@@ -277,16 +257,16 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(
             hub.snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE])
         )
-    except Exception as error:  # the Hub client raises its own, requests', httpx's and the system's errors
+    except Exception as error:  # the Hub client raises errors of its own, of requests, of httpx and of the system
         reason = (str(error).strip().splitlines() or ["no details"])[0]
         raise CheckpointError(
-            f"agent {name!r} is no local directory and cannot be fetched from the Hub ({type(error).__name__}: {reason}"
-            "): check the name and the network, or download the folder elsewhere and pass its path"
+            f"agent {name!r} is not a local directory and cannot be fetched from the Hub ({type(error).__name__}: "
+            f"{reason}): check the name and the network, or download the folder elsewhere and pass its path"
         ) from error
 
 
-def _default_card(agent: MixingAgent, directory: Path) -> str:
-    config = agent.config
+def default_card(config: AgentConfig, title: str, num_parameters: int) -> str:
+    """A model card with nothing but the facts of the config, which must have statistics."""
     assert config.statistics is not None
     rows = "\n".join(
         f"| {role} | {mean:.6g} | {std:.6g} |"
@@ -297,13 +277,13 @@ library_name: dmagent-loader
 tags: [data-mixing, continual-pre-training]
 ---
 
-# {directory.resolve().name}
+# {title}
 
-A data mixing agent: {agent.num_parameters():,} parameters, {config.num_layers} decoder layers of width
-{config.d_model}, {config.num_domains} domains, histories of up to {config.max_steps} steps. How it was trained was not
-described when it was saved.
+A data mixing agent: {num_parameters:,} parameters, {config.num_layers} decoder layers of width {config.d_model},
+{config.num_domains} domains, histories of up to {config.max_steps} steps. Its training was not described when it was
+saved.
 
-Feedback of the training trajectories, {config.statistics.count} values per role; standardised at use as
+Feedback of the training trajectories, {config.statistics.count} values per role; standardised in use as
 `{config.standardization}`:
 
 | role | mean | std |

@@ -1,4 +1,4 @@
-"""Shape of the agent, the domains and feedback it was trained for, and their JSON form."""
+"""Shape of an agent, its domains and its feedback statistics, with their JSON form."""
 
 from __future__ import annotations
 
@@ -8,43 +8,46 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmagent_loader._validation import is_finite_number, shown
-from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.errors import ConfigurationError, MixError
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS, DomainSpace
 from dmagent_loader.mixture.history import STANDARDIZATIONS, FeedbackStatistics, Standardization
+from dmagent_loader.mixture.simplex import validate_mix
 
 SCHEMA_VERSION = 1
-"""Version of the JSON form; raised when an older reader would misunderstand a newer file."""
+"""Version of the JSON form; increased when an older reader would misunderstand a newer file."""
 
 MAX_LAYERS = 128
-"""No agent is deeper; the limit keeps a hostile config.json from building a model for hours."""
+"""Limit on the depth, so that building the model of a hostile config.json does not take hours."""
 
 MAX_WIDTH = 1 << 26
-"""Nor is any wider; beyond this the number of weights no longer fits the integers of tensor libraries."""
+"""Limit on widths, beyond which the number of weights overflows the integers of tensor libraries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """Everything about an agent but its weights.
+    """Everything that defines an agent except its weights.
 
     The paper gives 2 decoder layers and 2.1M parameters; width, heads and block are reconstructed (LLaMA-style).
 
     Args:
         d_model: Width of the residual stream.
-        num_layers: Decoder blocks.
-        num_heads: Attention heads; the width of a head must be even (rotary embedding).
-        d_ff: Inner width of the SwiGLU feed-forward.
-        max_steps: The longest history, in reweighting steps, that the agent was trained on (80 in the paper).
+        num_layers: Number of decoder blocks.
+        num_heads: Number of attention heads; the width of a head must be even (rotary embedding).
+        d_ff: Inner width of the SwiGLU feed-forward layer.
+        max_steps: Longest history in the training, in reweighting steps (80 in the paper).
         rope_theta: Base of the rotary embedding.
         norm_eps: Epsilon of RMSNorm.
         domains: Names of the domains of a mix, in order; the 52 canonical ones for every bundled agent.
-        feedback_roles: What each feedback value is about, in order: the field to keep, the field to acquire.
-        standardization: How feedback is standardised unless the caller says otherwise; see `history.standardize`.
-        prior_weight: For ``anchored``: how many observations the training spread counts for.
-        statistics: Of the feedback of the training trajectories; an agent without them can be trained, but can neither
-            propose nor be saved.
+        feedback_roles: Role of each feedback value, in order: the field to keep, the field to acquire.
+        standardization: Default mode of standardising feedback; see `mixture.history.standardize`.
+        prior_weight: Number of observations that the training spread counts for in mode ``anchored``.
+        statistics: Statistics of the training trajectories' feedback. An agent without them can be trained, but can
+            neither propose nor be saved.
+        keep_topics: (26,) shares of the canonical topics among the questions to keep, by the bundled classifier. With
+            questions of other topics the agent may do harm, so its policy warns. None: unknown.
 
     Raises:
-        ConfigurationError: A value that cannot work.
+        ConfigurationError: A value is outside its range.
     """
 
     d_model: int = 256
@@ -59,6 +62,7 @@ class AgentConfig:
     standardization: Standardization = "anchored"
     prior_weight: float = 10.0
     statistics: FeedbackStatistics | None = None
+    keep_topics: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("d_model", "num_layers", "num_heads", "d_ff", "max_steps"):
@@ -91,6 +95,12 @@ class AgentConfig:
                 f"{self.feedback_roles}"
             )
 
+        if self.keep_topics is not None:
+            try:
+                validate_mix(self.keep_topics, CANONICAL_TOPICS)
+            except MixError as error:
+                raise ConfigurationError(f"keep_topics are not shares of the {NUM_TOPICS} topics: {error}") from error
+
     @property
     def num_domains(self) -> int:
         """D, the length of a mix."""
@@ -112,7 +122,7 @@ class AgentConfig:
         return self.d_model // self.num_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable form with its schema version."""
+        """JSON-serialisable form, including the schema version."""
         return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
 
     @classmethod
@@ -120,7 +130,8 @@ class AgentConfig:
         """Reads what `to_dict` wrote.
 
         Raises:
-            ConfigurationError: Another schema version, missing or unknown keys, or values that cannot work.
+            ConfigurationError: The schema version differs, keys are missing or unknown, or a value is outside its
+                range.
         """
         values = dict(values)
         version = values.pop("schema_version", None)
@@ -135,8 +146,8 @@ class AgentConfig:
         missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
         if missing or unknown:
             raise ConfigurationError(
-                f"the agent's config lacks {missing} and has unknown {shown(unknown)}: it was edited or is of another "
-                "model"
+                f"the agent's config lacks {missing} and has unknown {shown(unknown)}: it was edited, or belongs to "
+                "another model"
             )
         try:
             for name in ("domains", "feedback_roles"):
@@ -147,10 +158,14 @@ class AgentConfig:
                     raise ConfigurationError(f"the statistics' count is {shown(count)}; it must be a whole number")
                 mean, std = (_list(name, statistics[name]) for name in ("mean", "std"))
                 if not all(map(is_finite_number, [*mean, *std])):
-                    raise ConfigurationError(f"the statistics are no finite numbers: {shown([mean, std])}")
+                    raise ConfigurationError(f"the statistics are not finite numbers: {shown([mean, std])}")
                 values["statistics"] = FeedbackStatistics(
                     mean=tuple(map(float, mean)), std=tuple(map(float, std)), count=count
                 )
+            if (topics := values["keep_topics"]) is not None:
+                if not all(map(is_finite_number, _list("keep_topics", topics))):
+                    raise ConfigurationError(f"keep_topics are not finite numbers: {shown(topics)}")
+                values["keep_topics"] = tuple(map(float, topics))
             return cls(**values)
         except (TypeError, KeyError, ValueError) as error:
             if isinstance(error, ConfigurationError):

@@ -1,6 +1,7 @@
-"""The critic of the agent's training: how much feedback is to be gained after a mix (paper, Eq. 7; reconstructed).
+"""The critic of the agent's training, which predicts the gain of feedback after a mix (paper, Eq. 7; reconstructed).
 
-The loader does not need it. It is trained beside the agent, and shipped so that training can be judged and continued.
+It is trained beside the agent and not needed to use it. Checkpoints contain it so that a training can be judged and
+continued.
 
 Shapes: B batch, T steps, W of them with candidates, N candidates of a step, D domains, K feedback values, d width.
 """
@@ -8,27 +9,17 @@ Shapes: B batch, T steps, W of them with candidates, N candidates of a step, D d
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dmagent_loader._files import write_atomically
 from dmagent_loader._validation import is_finite_number, shown
-from dmagent_loader.agent.checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    read_config,
-    read_weights,
-    refuse_non_finite,
-)
+from dmagent_loader.agent.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config, read_weights, write_checkpoint
 from dmagent_loader.agent.config import MAX_WIDTH, AgentConfig
 from dmagent_loader.agent.layers import DecoderBlock, initialize, rotary_tables
 from dmagent_loader.errors import CheckpointError, ConfigurationError
@@ -42,21 +33,21 @@ MAX_CRITICS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """Everything about a critic but its weights.
+    """Everything that defines a critic except its weights.
 
     Args:
         num_domains: D.
         num_fields: K.
         d_model: Width of the residual stream.
-        num_heads: Attention heads; the width of a head must be even.
-        d_ff: Inner width of the SwiGLU feed-forward.
+        num_heads: Number of attention heads; the width of a head must be even.
+        d_ff: Inner width of the SwiGLU feed-forward layer.
         rope_theta: Base of the rotary embedding.
         norm_eps: Epsilon of RMSNorm.
-        low: The least value: Q = low + span * sigmoid(u), in units of the standardised reward.
-        span: Distance from the least to the greatest value.
+        low: Lowest value, in units of the standardised reward: Q = low + span * sigmoid(u).
+        span: Highest value minus lowest.
 
     Raises:
-        ConfigurationError: A value that cannot work.
+        ConfigurationError: A value is outside its range.
     """
 
     num_domains: int = 52
@@ -108,7 +99,7 @@ class CriticConfig:
         """Reads the form of `dataclasses.asdict`.
 
         Raises:
-            ConfigurationError: Missing or unknown keys, or values that cannot work.
+            ConfigurationError: Keys are missing or unknown, or a value is outside its range.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
@@ -122,10 +113,10 @@ class CriticConfig:
 class MixingCritic(nn.Module):
     """Q(s_t, a_t) = low + span * sigmoid(u), u = w . Decoder_1(x_0 .. x_{t-1}, a_t) + b (Eq. 7; range an extension).
 
-    The sequence is the history's tokens, followed by one token for each candidate mix. A candidate attends to the
-    history before its step and to itself, never to another candidate, so that all steps and all candidates take one
-    pass. Candidates have an embedding of their own, because a mix that may be trained on next is another thing than
-    one that was. With the agent's default widths it has 1,076,737 parameters.
+    The sequence consists of the history's tokens and one token for each candidate mix. A candidate attends to the
+    history before its step and to itself, never to another candidate, so one pass serves all steps and candidates.
+    Candidates have a separate embedding, because they are mixes that have not been trained on. With the agent's default
+    widths the critic has 1,076,737 parameters.
 
     Example:
         >>> sum(p.numel() for p in MixingCritic(CriticConfig()).parameters())
@@ -148,17 +139,17 @@ class MixingCritic(nn.Module):
         """Logits u of the candidates' values.
 
         Args:
-            inputs: (B, T, D + K), mix and standardised feedback of each step, as the agent gets them.
-            candidates: (B, W, N, D), W <= T: the candidates at [:, w] may follow row T - W + w of the history, and see
-                it and the rows before.
+            inputs: (B, T, D + K), mix and standardised feedback of each step, as in `MixingAgent.logits`.
+            candidates: (B, W, N, D) with W <= T. The candidates at [:, w] would follow row T - W + w of the history;
+                they see this row and the earlier ones.
             valid: (B, T) bool, False on padding; None: no padding.
-            positions: (B, T) int64, the absolute step of each row; None: count the valid rows from 0.
+            positions: (B, T) int64, the absolute step of each row; None: the valid rows are counted from 0.
 
         Returns:
-            (B, W, N); at rows of padding finite, without meaning.
+            (B, W, N); values at rows of padding are finite but meaningless.
 
         Raises:
-            ConfigurationError: Shapes that do not fit the config or each other.
+            ConfigurationError: The shapes do not match the config or each other.
         """
         batch, length = inputs.shape[:2]
         window, count = candidates.shape[1:3]
@@ -183,48 +174,36 @@ class MixingCritic(nn.Module):
         return logits
 
     def values(self, logits: Tensor) -> Tensor:
-        """Q from the logits u, in units of the standardised reward."""
+        """Converts logits u to Q, in units of the standardised reward."""
         return self.config.low + self.config.span * logits.sigmoid()
 
 
 def save_critics(critics: Sequence[MixingCritic], directory: str | os.PathLike[str]) -> None:
-    """Writes the critics of one training, which share their config, as ``config.json`` and ``model.safetensors``.
-
-    Weights are stored as float32, their sha256 in the config, which is written last: see `agent.checkpoint.save`.
+    """Writes the critics of one training, which share their config; see `agent.checkpoint.write_checkpoint`.
 
     Raises:
-        CheckpointError: Weights that are not finite.
-        ConfigurationError: No critics, too many, or critics of different configs.
+        CheckpointError: A weight is not finite.
+        ConfigurationError: There are none, too many, or their configs differ.
     """
     if not 1 <= len(critics) <= MAX_CRITICS or any(critic.config != critics[0].config for critic in critics):
         raise ConfigurationError(
             f"{len(critics)} critics with {len({critic.config for critic in critics})} configs cannot be saved in one "
             f"folder: give 1 to {MAX_CRITICS} of one config"
         )
-    weights = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in nn.ModuleList(critics).state_dict().items()
-    }
-    refuse_non_finite(weights, "the critic", "it is not saved, because it diverged in training")
-    data = safetensors.torch.save(weights, metadata={"format": "pt"})
     config = {
         "schema_version": SCHEMA_VERSION,
         **dataclasses.asdict(critics[0].config),
         "num_critics": len(critics),
-        "weights_sha256": hashlib.sha256(data).hexdigest(),
     }
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / WEIGHTS_FILE, data)
-    write_atomically(target / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    write_checkpoint(directory, config, nn.ModuleList(critics).state_dict(), owner="the critic")
 
 
 def load_critics(directory: str | os.PathLike[str]) -> tuple[MixingCritic, ...]:
-    """Reads what `save_critics` wrote, on the CPU; never unpickles, and verifies the digest.
+    """Loads critics that `save_critics` wrote onto the CPU; never unpickles, and verifies the digest.
 
     Raises:
-        CheckpointError: Missing, changed, truncated or ill-shaped files, weights that are not finite, or another
-            schema.
+        CheckpointError: Files are missing, changed, truncated, ill-shaped or of another schema, or a weight is not
+            finite.
     """
     folder = Path(directory)
     values = read_config(folder)
@@ -232,7 +211,7 @@ def load_critics(directory: str | os.PathLike[str]) -> tuple[MixingCritic, ...]:
     if version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} has schema version {shown(version)}, but this version reads {SCHEMA_VERSION}: "
-            "it is no critic, or of another dmagent-loader"
+            "it is not a critic, or was written by another version of dmagent-loader"
         )
     if not isinstance(count, int) or not 1 <= count <= MAX_CRITICS or not isinstance(sha256, str):
         raise CheckpointError(
@@ -250,9 +229,9 @@ def load_critics(directory: str | os.PathLike[str]) -> tuple[MixingCritic, ...]:
 
 
 def _candidate_mask(valid: Tensor, window: int, count: int) -> Tensor:
-    """Which token may attend to which: a candidate to the valid history before its step and to itself.
+    """Attention mask: a candidate attends to the valid history before its step and to itself.
 
-    Rows of history tokens, whose output nobody reads, are left at False; the block never computes them.
+    The rows of history tokens stay False, because the block never computes their output.
 
     Args:
         valid: (B, T) bool.

@@ -20,7 +20,7 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
         positions: (B, T) int64, the absolute step of each token.
         head_dim: h, even.
         theta: Base of the frequencies.
-        dtype: Of the result; angles are computed in float64, so that long runs lose no precision.
+        dtype: Type of the result; angles are computed in float64, so that long runs lose no precision.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
     angles = positions[:, None, :, None] * theta**-exponents
@@ -29,18 +29,18 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 
 
 def causal_mask(length: int, valid: Tensor | None, device: torch.device) -> Tensor:
-    """Which token may attend to which: earlier valid tokens and itself.
+    """Attention mask: a token attends to itself and to earlier valid tokens.
 
-    A padded token may attend to itself: a softmax over nothing is NaN in the kernels of torch before 2.5, and a NaN in
-    a row that nobody reads still spoils the gradient.
+    This includes padded tokens: a softmax over nothing is NaN in the kernels of torch before 2.5, and a NaN in an
+    unused row still spoils the gradient.
 
     Args:
         length: T.
         valid: (B, T) bool, False on padding; None: no padding.
-        device: Where the result lies.
+        device: Device of the result.
 
     Returns:
-        (B or 1, 1, T, T) bool, True where row attends to column.
+        (B or 1, 1, T, T) bool, True where the row attends to the column.
     """
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None]
     if valid is not None:
@@ -56,7 +56,7 @@ def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with rotary embedding, without bias."""
+    """Multi-head attention with rotary embedding and without bias."""
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class SelfAttention(nn.Module):
         Args:
             x: (B, T, d).
             rotary: See `rotary_tables`.
-            mask: (B or 1, 1, T, T) bool, True where row attends to column. None: each token attends to itself and to
-                all earlier ones, which costs half as much where no mask has to be read.
-            tail: Give only the last `tail` tokens; None: all.
+            mask: (B or 1, 1, T, T) bool, True where the row attends to the column. None: each token attends to itself
+                and to all earlier ones, which is twice as fast because no mask is read.
+            tail: Number of tokens to return, from the end; None: all.
 
         Returns:
             (B, tail or T, d).
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
         cos, sin = rotary
         query, key = _rotate(query, (cos[:, :, start:], sin[:, :, start:])), _rotate(key, rotary)
         allowed = None if mask is None else mask[:, :, start:]
-        # The last token alone attends to everything; "is_causal" would count it as the first.
+        # A single query, the last token, attends to everything; "is_causal" would treat it as the first.
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, is_causal=mask is None and start == 0
         )
@@ -99,7 +99,7 @@ class SelfAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward, without bias."""
+    """Gated feed-forward layer without bias."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class DecoderBlock(nn.Module):
         self.feed_forward = SwiGLU(d_model, d_ff)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, tail: int | None = None) -> Tensor:
-        """(B, T, d) to (B, tail or T, d); `rotary`, `mask` and `tail` as in `SelfAttention`."""
+        """(B, T, d) to (B, tail or T, d); see `SelfAttention` for `rotary`, `mask` and `tail`."""
         start = 0 if tail is None else x.shape[1] - tail
         x = x[:, start:] + self.attention(self.attention_norm(x), rotary, mask, tail)
         out: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
@@ -134,7 +134,7 @@ class DecoderBlock(nn.Module):
 def initialize(module: nn.Module, std: float = 0.02) -> None:
     """Draws every linear layer from N(0, std) with the global torch generator, as LLaMA does.
 
-    Layers on the meta device have no values to draw; torch would take a second for a deep model all the same.
+    Layers on the meta device are skipped: they have no values, but torch would spend a second on a deep model.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear) and not part.weight.is_meta:

@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmagent_loader.agent.checkpoint import (
+    WEIGHTS_FILE,
+    default_card,
+    name_of,
+    read_agent_config,
+    read_weights,
+    resolve,
+    write_checkpoint,
+)
 from dmagent_loader.agent.config import AgentConfig
 from dmagent_loader.agent.layers import DecoderBlock, causal_mask, initialize, rotary_tables
-from dmagent_loader.errors import ConfigurationError, DomainError, FeedbackError
+from dmagent_loader.errors import CheckpointError, ConfigurationError, DomainError, FeedbackError
 from dmagent_loader.mixture.history import FeedbackStatistics, History, Standardization, standardize
 from dmagent_loader.mixture.simplex import FloatArray
 
 
 class MixingAgent(nn.Module):
-    """Reads the mix and the standardised feedback of each step so far, and writes the next mix.
+    """Maps the mix and the standardised feedback of each step so far to the next mix.
 
     x_i = [a_i ; f_i], h = CausalDecoder(W_in x_0 .. W_in x_{t-1}), a_t = softmax(W_out h_{t-1}) (Eq. 3). With the
     default configuration it has exactly 2,125,568 parameters; the paper says 2.1M.
@@ -56,16 +66,16 @@ class MixingAgent(nn.Module):
 
         Args:
             inputs: (B, T, D + K), mix and standardised feedback of each step.
-            mask: (B, T) bool, False on padding, which may lie anywhere and is usually on the left; None: no padding.
-            positions: (B, T) int64, the absolute step of each row; None: count the valid rows from 0.
-            tail: Give only the last `tail` rows, which saves most of the last block's work; None: all.
+            mask: (B, T) bool, False on padding, which is usually on the left but may be anywhere; None: no padding.
+            positions: (B, T) int64, the absolute step of each row; None: the valid rows are counted from 0.
+            tail: Number of rows to return, from the end, which saves most of the last block's work; None: all.
 
         Returns:
-            (B, tail or T, D); row t is about step t + 1 and depends on no later row. Rows of padding are finite and
-            mean nothing.
+            (B, tail or T, D); row t scores the mix of step t + 1 and depends on no later row. Rows of padding are
+            finite but meaningless.
 
         Raises:
-            ConfigurationError: `inputs` has another width.
+            ConfigurationError: The width of `inputs` is not D + K.
         """
         if inputs.ndim != 3 or inputs.shape[-1] != self.config.input_dim:
             raise ConfigurationError(
@@ -90,23 +100,24 @@ class MixingAgent(nn.Module):
         return out
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Mixes of the next steps, (B, T, D), each summing to 1; arguments as in `logits`."""
+        """Mixes of the next steps, (B, T, D), each summing to 1; see `logits` for the arguments."""
         return self.logits(inputs, mask, positions).softmax(dim=-1)
 
     def encode(self, history: History, *, standardization: Standardization | None = None) -> FloatArray:
-        """The inputs of a history: mixes joined with standardised feedback.
+        """Network inputs of a history: mixes joined with standardised feedback.
 
         Args:
-            history: Over the agent's own domains, feedback in the order of `config.feedback_roles`.
-            standardization: None: as the checkpoint says.
+            history: Mixes over the agent's own domains, feedback in the order of `config.feedback_roles`.
+            standardization: Mode of `mixture.history.standardize`; None: that of the checkpoint.
 
         Returns:
             (T, D + K) float64.
 
         Raises:
             DomainError: The history is over other domains.
-            FeedbackError: Feedback that is not finite.
-            ConfigurationError: Another number of feedback values, no steps, or an agent without statistics.
+            FeedbackError: A feedback value or a weight is not finite.
+            ConfigurationError: The number of feedback values differs, the history is empty, or the agent has no
+                statistics.
         """
         if history.domains != self.config.domains:
             raise DomainError(
@@ -135,12 +146,12 @@ class MixingAgent(nn.Module):
     def propose(self, history: History, *, standardization: Standardization | None = None) -> FloatArray:
         """The mix of the next step.
 
-        A history longer than `config.max_steps` is cut to its last `max_steps` rows, which keep their absolute steps
-        (feedback is standardised over all of it first): the agent never saw longer ones.
+        A history longer than `config.max_steps`, which the agent never saw in training, is cut to its last `max_steps`
+        rows. They keep their absolute steps, and feedback is standardised over the whole history first.
 
         Args:
             history: See `encode`.
-            standardization: None: as the checkpoint says.
+            standardization: See `encode`.
 
         Returns:
             (D,) float64, sums to 1.
@@ -160,24 +171,52 @@ class MixingAgent(nn.Module):
         weight = self.embed.weight
         inputs = torch.from_numpy(rows[first:])[None].to(weight.device, weight.dtype)
         positions = torch.arange(first, len(rows), device=weight.device)[None]
-        # Called from inside a training loop, where autocast may be on: the mix should not be rounded to bfloat16.
+        # The training loop that calls this may have autocast on; the mix must not be rounded to bfloat16.
         with torch.autocast(weight.device.type, enabled=False):
             scores = self.logits(inputs, None, positions, tail=1)[0, -1]
         mix = scores.double().softmax(dim=-1).cpu().numpy()
         return np.asarray(mix / mix.sum(), dtype=np.float64)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, card: str | None = None) -> None:
-        """Writes a checkpoint: see `agent.checkpoint.save`."""
-        from dmagent_loader.agent import checkpoint
+        """Writes a checkpoint; see `agent.checkpoint.write_checkpoint`.
 
-        checkpoint.save(self, directory, card=card)
+        Args:
+            directory: Created if missing; the files of an older checkpoint are replaced.
+            card: Text of ``README.md``; None: a short generated one.
+
+        Raises:
+            CheckpointError: The agent has no feedback statistics, or a weight is not finite.
+        """
+        if self.config.statistics is None:
+            raise CheckpointError(
+                f"agent {self.name!r} has no feedback statistics, so that it could not propose after loading: "
+                "set AgentConfig(statistics=...)"
+            )
+        if card is None:
+            card = default_card(self.config, Path(directory).resolve().name, self.num_parameters())
+        write_checkpoint(directory, self.config.to_dict(), self.state_dict(), owner=f"agent {self.name!r}", card=card)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> MixingAgent:
-        """Loads a bundled agent by name, or one from a directory or the Hub: see `agent.checkpoint.load`."""
-        from dmagent_loader.agent import checkpoint
+        """Loads an agent on the CPU in float32, without touching any random generator.
 
-        return checkpoint.load(name_or_path, revision=revision)
+        Args:
+            name_or_path: A bundled name, a directory or a Hub id; see `agent.checkpoint.resolve`.
+            revision: Branch, tag or commit on the Hub.
+
+        Raises:
+            CheckpointError: Files are missing, changed, truncated, ill-shaped or of a newer schema, or a weight is not
+                finite.
+            MissingExtraError: ``huggingface_hub``, which a Hub id needs, is not installed.
+        """
+        directory = resolve(name_or_path, revision=revision)
+        config, sha256 = read_agent_config(directory)
+        # Meta parameters take neither memory nor random numbers; `assign` then puts the loaded ones in their place.
+        with torch.device("meta"):
+            agent = cls(config, name=name_of(name_or_path, directory))
+        weights = read_weights(directory / WEIGHTS_FILE, sha256, agent.state_dict())
+        agent.load_state_dict(weights, assign=True)
+        return agent.eval()
 
     def _statistics(self) -> FeedbackStatistics:
         if self.config.statistics is None:

@@ -15,6 +15,8 @@ from dmagent_loader.cli.shards import add_shard_commands
 from dmagent_loader.cli.train_agent import add_train_agent_command
 from dmagent_loader.errors import DMAgentError
 
+__all__ = ["build_parser", "main"]
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from dmagent_loader.agent.checkpoint import CARD_FILE, list_bundled, load, read_config, resolve
+from dmagent_loader.agent import MixingAgent
+from dmagent_loader.agent.checkpoint import CARD_FILE, list_bundled, read_config, resolve
 
 CARD_LINES = 12
 
@@ -21,7 +22,7 @@ def add_inspect_command(subparsers: argparse._SubParsersAction[argparse.Argument
 
 def inspect(args: argparse.Namespace) -> int:
     """Verifies the checkpoint by loading it, and prints it."""
-    agent = load(args.name_or_path)
+    agent = MixingAgent.from_pretrained(args.name_or_path)
     directory = resolve(args.name_or_path)
     values = read_config(directory)
     domains = values.pop("domains")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.collection import ShardCollection
-from dmagent_loader.shards.manifest import MANIFEST_NAME, load_manifest
+from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
 from dmagent_loader.shards.writing.documents import domain_name
 from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
 
@@ -110,16 +110,20 @@ def shard(args: argparse.Namespace) -> int:
 def index(args: argparse.Namespace) -> int:
     """Indexes the shards and prints the table; 1 if any is damaged."""
     shards: dict[str, list[str]] = {}
+    manifests: list[Manifest] = []
     for argument in args.shards:
         name, separator, pattern = argument.partition("=")
         if argument.endswith(".json") or os.path.isfile(os.path.join(argument, MANIFEST_NAME)):
-            for domain, paths in load_manifest(argument).items():
+            manifests.append(load_manifest(argument))
+            for domain, paths in manifests[-1].items():
                 shards.setdefault(domain, []).extend(paths)
         elif separator and "://" not in name and not os.path.exists(argument):
             shards.setdefault(name, []).append(pattern)
         else:
             shards.setdefault("(shards)", []).append(argument)
-    collection = ShardCollection.open(shards, on_damage="skip", cache_dir=args.cache_dir, progress=not args.no_progress)
+    collection = ShardCollection.open(
+        shards, on_damage="skip", cache_dir=args.cache_dir, progress=not args.no_progress, manifests=manifests
+    )
     print(collection.describe())
     for damage in collection.damage:
         print(damage)

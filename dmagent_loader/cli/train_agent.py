@@ -1,4 +1,4 @@
-"""``dmagent train-agent``: train agents offline, from text files to checkpoints."""
+"""``dmagent train-agent``: trains agents offline, from text files to checkpoints."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 STAGES = {
     "trajectories": "text files -> corpus, start states, mixing trajectories (Algorithm 1)",
-    "feedback": "trajectories -> base models, proxies trained along them, the recorded set",
+    "feedback": "trajectories -> base models, proxies trained along the trajectories, recorded set",
     "sft": "recorded set -> agent that imitates the expert trajectories",
-    "cql": "recorded set and that agent -> agent trained further with Conservative Q-Learning",
-    "all": "everything, from text files to both agents",
+    "cql": "recorded set and imitating agent -> agent trained further with Conservative Q-Learning",
+    "all": "all stages, from text files to both agents",
 }
 
 
 def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``train-agent`` and its stages."""
+    """Adds ``train-agent`` with one command for each stage."""
     parser = subparsers.add_parser("train-agent", help="train an agent on trajectories of small proxy models")
     commands = parser.add_subparsers(dest="stage", required=True)
     for stage, text in STAGES.items():
         command = commands.add_parser(
             stage,
             help=text,
-            description=f"{text[0].upper()}{text[1:]}. A stage first does the stages before it, unless their results "
-            "are in the output folder. Run it again to continue after a break.",
+            description=f"{text[0].upper()}{text[1:]}. A stage first runs the earlier stages whose results are not in "
+            "the output folder. Repeat the command to continue after an interruption.",
         )
         command.add_argument("--output", type=Path, required=True, help="folder for the results of all stages")
         command.add_argument(
@@ -44,17 +44,17 @@ def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.Argu
         command.add_argument(
             "--config",
             default="full",
-            help="'full' (the bundled agents', hours), 'small' (minutes), or a JSON file with settings that replace "
-            "those of 'full', nested as in pipeline.stages.PipelineConfig (default: %(default)s)",
+            help="'full' (for the bundled agents, hours), 'small' (minutes), or a JSON file with settings that replace "
+            "those of 'full', nested as in dmagent_loader.training.stages.PipelineConfig (default: %(default)s)",
         )
         if stage in ("sft", "cql"):
             command.add_argument(
-                "--recorded", help="a recorded set to train on, instead of collecting one: a file, or 'recorded-math'"
+                "--recorded", help="a recorded set to train on instead of collecting one: a file, or 'recorded-math'"
             )
         if stage != "trajectories":
             _add_worker_arguments(command)
         command.add_argument(
-            "--notes", type=Path, help="Markdown sections for the model cards: what the text is, under which licences"
+            "--notes", type=Path, help="Markdown sections for the model cards: description of the text, licences"
         )
         command.add_argument("--no-progress", action="store_true", help="no progress bars")
         command.set_defaults(run=run_stage)
@@ -62,23 +62,27 @@ def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.Argu
 
 def _add_worker_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--workers", type=int, help="processes that train proxies (default: 1; with Ray: all that the cluster has)"
+        "--workers", type=int, help="processes that train proxies (default: 1; on Ray: as many as the cluster allows)"
     )
     command.add_argument(
         "--backend", choices=("local", "ray"), default="local", help="this machine, or a Ray cluster (extra [ray])"
     )
-    command.add_argument("--gpus-per-worker", type=float, default=0.0, help="with Ray (default: %(default)s)")
-    command.add_argument("--device", default="cpu", help="where proxies are trained: cpu, cuda (default: %(default)s)")
-    command.add_argument("--proxies-at-once", type=int, help="proxies in one batched model (cuda: as many as fit)")
+    command.add_argument(
+        "--gpus-per-worker", type=float, default=0.0, help="GPUs of each worker on Ray (default: %(default)s)"
+    )
+    command.add_argument("--device", default="cpu", help="device of the proxies: cpu, cuda (default: %(default)s)")
+    command.add_argument(
+        "--proxies-at-once", type=int, help="proxies in one batched model (on a GPU: as many as its memory holds)"
+    )
 
 
 def run_stage(args: argparse.Namespace) -> int:
-    """Runs a stage and prints where its results are.
+    """Runs a stage and prints the paths of its results.
 
     Raises:
         ConfigurationError: The settings file is not a JSON object of known settings.
     """
-    # Here, because it loads torch, which the other commands' help should not wait for.
+    # Imported here, because it loads torch and the help of other commands should not wait for it.
     from dmagent_loader.training.proxies.workers import Workers
     from dmagent_loader.training.stages import RECORDED, RL, SFT, TRAJECTORIES, Pipeline, with_settings
 
@@ -122,7 +126,7 @@ def run_stage(args: argparse.Namespace) -> int:
 
 
 def read_config(name: str) -> PipelineConfig:
-    """Settings by name, or the full ones with those of a JSON file in their place.
+    """Settings of a name in `CONFIGS`, or the full settings with replacements from a JSON file.
 
     Raises:
         ConfigurationError: The file cannot be read, or is not a JSON object of known settings.

@@ -7,8 +7,9 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,9 @@ from dmagent_loader.environment.batches import (
     window,
 )
 from dmagent_loader.environment.encoding import PairEncoder, Tokenizer, request, tokenizer_max_length
+from dmagent_loader.environment.influence import InfluenceSettings, measure
+from dmagent_loader.environment.influence_ways import STEP
+from dmagent_loader.environment.probe_rows import Row, probe_windows
 from dmagent_loader.environment.questions import (
     Paths,
     Question,
@@ -41,6 +45,7 @@ from dmagent_loader.environment.scoring import (
     unwrap,
 )
 from dmagent_loader.errors import ConfigurationError, EnvironmentDataError, FeedbackError
+from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
@@ -309,6 +314,71 @@ class Environment:
             start += count
         return results
 
+    def influence(
+        self,
+        model: Model,
+        rows_by_domain: Mapping[str, Sequence[Row]],
+        *,
+        optimizer: object = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **settings: Any,
+    ) -> Influence:
+        """How much training on each domain would raise each field, without training on any.
+
+        Field -> domain -> score with a standard error, in nats of the field's mean answer log-probability per unit of
+        learning rate; positive: training on the domain helps the field. The model, its gradients, the optimizer and all
+        random states are left as they were, bit for bit. All ranks call it together, with the same rows, and share the
+        work; all get the same result.
+
+        Args:
+            model: As in `evaluate`, and a module with trainable parameters; only these count (LoRA, frozen parts).
+                DistributedDataParallel and FSDP 2 are supported.
+            rows_by_domain: Domain -> training rows: token ids, or mappings with ``input_ids`` and perhaps
+                ``attention_mask`` and ``labels``. Several rows for each domain; 32 or more make the errors small.
+            optimizer: The one that trains the model: its second moments say how it would scale an update. Without
+                them the mean squared gradients of mixed batches do.
+            rank: See `evaluate`.
+            world_size: See `evaluate`.
+            **settings: The arguments of `InfluenceSettings`, for example ``way="reverse"``.
+
+        Raises:
+            InfluenceError: It cannot be measured on this model, or memory is short even for the way that needs least.
+            ConfigurationError: Rows, a model or settings that cannot work.
+            RankError: Another rank failed, or has other questions or rows.
+
+        Example:
+            >>> import torch
+            >>> class Bigrams(torch.nn.Module):  # logits of the next byte, from this one
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.table = torch.nn.Embedding(256, 256, _weight=torch.zeros(256, 256))
+            ...     def forward(self, input_ids, attention_mask):
+            ...         return self.table(input_ids)
+            >>> environment = Environment.from_pairs({"sums": [("1+1=", "2")] * 4}, lambda text: list(text.encode()))
+            >>> rows = {"source/talk": [b"hello world"] * 2, "target/sums": [b"1+1=2 2+2=4"] * 2}
+            >>> influence = environment.influence(Bigrams(), {n: [list(r) for r in rows[n]] for n in rows})
+            >>> influence["sums"]["target/sums"].value > influence["sums"]["source/talk"].value
+            True
+        """
+        given = InfluenceSettings.of(settings)
+        if (rank is None) != (world_size is None):
+            raise ConfigurationError(f"rank is {rank} and world_size is {world_size}: give both or neither")
+        model = unwrap(model)
+        with together(STEP) as facts:
+            if is_active():
+                facts["the environment's questions"] = self.fingerprint
+            windows = iter(self._windows_for(model))
+            questions = {field: [next(windows) for _ in range(n)] for field, n in self.num_questions.items()}
+            rows = probe_windows(
+                rows_by_domain,
+                max_length=min(self._max_length(model), given.max_row_tokens or sys.maxsize),
+                vocabulary=model_vocabulary(model),
+            )
+        if given.batch_tokens is None and self.settings.batch_tokens is not None:
+            given = dataclasses.replace(given, batch_tokens=self.settings.batch_tokens)
+        return measure(model, questions, rows, given, optimizer=optimizer, rank=rank, world_size=world_size)
+
     def _score(
         self,
         model: Model,
@@ -356,15 +426,17 @@ class Environment:
                 f"the questions hold token {self._largest_token}, but the model knows only {vocabulary} tokens: "
                 "make the environment with the model's own tokenizer"
             )
-        max_length = (
-            self.settings.max_length or model_max_length(model) or self._tokenizer_max_length or DEFAULT_MAX_LENGTH
-        )
+        max_length = self._max_length(model)
         if max_length not in self._windows:
             self._windows[max_length] = [
                 window(encoded, max_length, whole_pair=self.settings.score == "pair") for encoded in self._encoded
             ]
             self._report_cuts(max_length)
         return self._windows[max_length]
+
+    def _max_length(self, model: Model) -> int:
+        """The most tokens that the model reads."""
+        return self.settings.max_length or model_max_length(model) or self._tokenizer_max_length or DEFAULT_MAX_LENGTH
 
     def _report_cuts(self, max_length: int) -> None:
         cut = sum(len(encoded.tokens) > max_length + 1 for encoded in self._encoded)

@@ -41,6 +41,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback  # n
 from transformers.trainer_callback import ExportableState  # noqa: E402
 from transformers.trainer_utils import RemoveColumnsCollator, SaveStrategy  # noqa: E402
 
+__all__ = ["DataMixingCallback", "DataMixingTrainerMixin", "last_whole_checkpoint"]
+
 logger = logging.getLogger(__name__)
 
 
@@ -105,7 +107,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             self._reporters = reporters_of_caller(self)
         self._mixing.begin()
         self._warn_about_epochs(args)
-        self._maybe_reweight(args, state, control, kwargs["model"])
+        self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins a new pass after the consumed samples: those prefetched by the last pass were not trained on."""
@@ -127,7 +129,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             if args.save_strategy == SaveStrategy.STEPS:
                 control.should_save = True  # as the Trainer itself does at its last step
             return
-        self._maybe_reweight(args, state, control, kwargs["model"])
+        self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
 
     def state(self) -> dict[str, Any]:
         """State for the Trainer's checkpoint."""
@@ -159,10 +161,15 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """Samples that training has consumed over all ranks since the run began."""
         return self._mixing.consumed
 
-    def _maybe_reweight(self, args: Any, state: Any, control: Any, model: Any) -> None:
+    def _maybe_reweight(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any) -> None:
         if not self._mixing.due():
             return
-        report = self._mixing.reweight(lambda environment: environment.evaluate(model))
+        report = self._mixing.reweight(
+            lambda environment: environment.evaluate(model),
+            measure=lambda environment, rows, settings: environment.influence(
+                model, rows, optimizer=optimizer, **settings
+            ),
+        )
         state.log_history.append({**report.full, "epoch": state.epoch, "step": state.global_step})
         for reporter in self._reporters or ():
             console = isinstance(reporter, (ProgressCallback, PrinterCallback))

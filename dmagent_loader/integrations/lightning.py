@@ -14,10 +14,10 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dmagent_loader.environment import Environment
+from dmagent_loader.environment import Environment, Influence
 from dmagent_loader.environment.scoring import Model
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing
@@ -26,6 +26,8 @@ from dmagent_loader.sampler import AgentWeightedSampler, LoaderSettings
 require_extra("lightning.pytorch", "lightning")
 
 from lightning.pytorch import Callback, LightningModule  # noqa: E402
+
+__all__ = ["DataMixingCallback"]
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +185,10 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
     def _maybe_reweight(self, trainer: Any, step: int) -> None:
         if not self._mixing.due():
             return
-        report = self._mixing.reweight(lambda environment: self._evaluate(trainer, environment))
+        report = self._mixing.reweight(
+            lambda environment: self._evaluate(trainer, environment),
+            measure=lambda environment, rows, settings: self._measure(trainer, environment, rows, settings),
+        )
         for writer in trainer.loggers:
             writer.log_metrics(dict(report.full), step=step)
 
@@ -191,6 +196,18 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         model = trainer.model if self._model is None else self._model(trainer.lightning_module)
         with trainer.precision_plugin.forward_context():
             return environment.evaluate(model, **self._ranks)
+
+    def _measure(
+        self,
+        trainer: Any,
+        environment: Environment,
+        rows: Mapping[str, Sequence[Any]],
+        settings: Mapping[str, Any],
+    ) -> Influence:
+        model = trainer.model if self._model is None else self._model(trainer.lightning_module)
+        optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+        with trainer.precision_plugin.forward_context():
+            return environment.influence(model, rows, optimizer=optimizer, **settings, **self._ranks)
 
     def _check(self, module: Any) -> None:
         """Refuses what cannot work, before anything is computed."""

@@ -38,6 +38,8 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
+__all__ = ["MegatronMixing", "MicroBatches", "ParallelModel", "Ranks", "data_parallel_ranks", "evaluate"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -29,6 +29,8 @@ from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.megatron import MegatronMixing, evaluate
 
+__all__ = ["PretrainHooks", "SavableIterator", "add_arguments"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -16,8 +16,11 @@ from dmagent_loader import _distributed as distributed
 from dmagent_loader._validation import shown
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.policies import AgentPolicy
+from dmagent_loader.integrations._evidence import Measure, inform, texts
+from dmagent_loader.policies import AgentPolicy, InformedPolicy
 from dmagent_loader.sampler import AgentWeightedSampler, Decision
+
+__all__ = ["Mixing", "Report"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,9 @@ class Report:
         full: All metrics: those in `short`, ``mix/<domain>`` (the new mix), ``achieved/<domain>`` (shares trained on
             since the last decision), ``dmagent/policy_failures`` (steps of the run at which the last good mix was
             kept), ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
-            ``dmagent/evaluation_share`` (share of the time since training began).
+            ``dmagent/evaluation_share`` (share of the time since training began). Where influence was measured for this
+            decision: ``influence/<field>/<domain>``, ``dmagent/influence_seconds``, ``dmagent/influence_tokens``. With
+            a policy that asks for evidence: ``dmagent/influence_share`` (share of the time since training began).
         decision: The decision itself.
     """
 
@@ -62,7 +67,7 @@ class Mixing:
         self.sampler, self.environment = sampler, environment
         self.consumed = 0
         """Samples that training has consumed over all ranks since the run began."""
-        self._started, self._evaluating_seconds = 0.0, 0.0
+        self._started, self._evaluating_seconds, self._measuring_seconds = 0.0, 0.0, 0.0
 
     def begin(self) -> None:
         """Begins or resumes training: starts the clock, and warns of a policy or environment that has no effect.
@@ -70,11 +75,12 @@ class Mixing:
         Raises:
             ConfigurationError: The fields of the environment are not those that the agent reads.
         """
-        self._started, self._evaluating_seconds = time.perf_counter(), 0.0
+        self._started, self._evaluating_seconds, self._measuring_seconds = time.perf_counter(), 0.0, 0.0
         policy = self.sampler.policy
         has_policy = policy is not None
         if self.environment is not None and isinstance(policy, AgentPolicy):
             policy.check_fields(self.environment.fields)
+            policy.check_questions(texts(self.environment))
         if has_policy and self.environment is None:
             logger.warning(
                 "the sampler has a policy, but there is no environment, so it never decides: pass environment="
@@ -90,11 +96,16 @@ class Mixing:
         due = self.sampler.reweight_due(self.consumed)  # also records where a new pass of data workers begins
         return due and self.environment is not None and self.sampler.policy is not None
 
-    def reweight(self, evaluate: Callable[[Environment], Mapping[str, float]]) -> Report:
+    def reweight(
+        self, evaluate: Callable[[Environment], Mapping[str, float]], *, measure: Measure | None = None
+    ) -> Report:
         """Evaluates the model and lets the policy decide. All ranks call it together.
 
         Args:
-            evaluate: Function from the environment to the feedback of the trainer's model.
+            evaluate: From the environment to the feedback of the trainer's model.
+            measure: From environment, rows by domain and settings to the influence of the domains on the trainer's
+                model, for policies that need it: ``lambda environment, rows, settings: environment.influence(model,
+                rows, optimizer=optimizer, **settings)``. None: they decide without.
         """
         assert self.environment is not None
         before = self.sampler.measurements
@@ -103,6 +114,11 @@ class Mixing:
         feedback = evaluate(self.environment)
         seconds = time.perf_counter() - started
         self._evaluating_seconds += seconds
+        policy, influence = self.sampler.policy, None
+        if isinstance(policy, InformedPolicy):
+            started = time.perf_counter()
+            influence = inform(policy, self.sampler, self.environment, measure)
+            self._measuring_seconds += time.perf_counter() - started
         decision = self.sampler.reweight(feedback, consumed=self.consumed)
         elapsed = time.perf_counter() - self._started
         space = self.sampler.space
@@ -122,6 +138,16 @@ class Mixing:
             "dmagent/evaluation_seconds": seconds,
             "dmagent/evaluation_share": self._evaluating_seconds / elapsed if elapsed > 0 else 0.0,
         }
+        if isinstance(policy, InformedPolicy):
+            full["dmagent/influence_share"] = self._measuring_seconds / elapsed if elapsed > 0 else 0.0
+        if influence is not None:
+            full |= {
+                f"influence/{field}/{domain}": score.value
+                for field, scores in influence.scores.items()
+                for domain, score in scores.items()
+            }
+            full["dmagent/influence_seconds"] = influence.seconds
+            full["dmagent/influence_tokens"] = float(influence.tokens)
         return Report(short=short, full=full, decision=decision)
 
     def finished(self) -> bool:

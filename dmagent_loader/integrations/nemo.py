@@ -39,6 +39,8 @@ from nemo.utils.import_utils import safe_import  # noqa: E402
 
 from dmagent_loader.integrations.megatron import data_parallel_ranks, evaluate  # noqa: E402
 
+__all__ = ["AgentWeightedDataModule", "DataMixingCallback"]
+
 logger = logging.getLogger(__name__)
 
 _, HAVE_TE = safe_import("transformer_engine")

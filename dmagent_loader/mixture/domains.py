@@ -52,7 +52,8 @@ CANONICAL_TOPICS = (
 )
 """The 26 topics of the NVIDIA domain classifier, in the order that the agent uses (paper, Fig. 1)."""
 
-NUM_CANONICAL = len(FIELDS) * len(CANONICAL_TOPICS)
+NUM_TOPICS = len(CANONICAL_TOPICS)
+NUM_CANONICAL = len(FIELDS) * NUM_TOPICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +95,11 @@ class Domain:
                 return validate_mix(self.composition, CANONICAL_TOPICS)
             except MixError as error:
                 raise MixError(f"the composition of domain {self.name!r} is not a distribution: {error}") from error
-        topics = np.zeros(len(CANONICAL_TOPICS))
+        topics = np.zeros(NUM_TOPICS)
         if self.topic is not None:
             topics[CANONICAL_TOPICS.index(self.topic)] = 1.0
         else:
-            topics[:] = 1.0 / len(CANONICAL_TOPICS)
+            topics[:] = 1.0 / NUM_TOPICS
         return topics
 
 
@@ -306,8 +307,8 @@ class DomainMap:
             object.__setattr__(self, "natural", natural)
         composition = np.zeros((len(self.space), NUM_CANONICAL))
         for row, domain in enumerate(self.space.domains):
-            start = FIELDS.index(domain.field) * len(CANONICAL_TOPICS)
-            composition[row, start : start + len(CANONICAL_TOPICS)] = domain.topic_distribution()
+            start = FIELDS.index(domain.field) * NUM_TOPICS
+            composition[row, start : start + NUM_TOPICS] = domain.topic_distribution()
         object.__setattr__(self, "composition", composition)
 
     def to_canonical(self, mix: FloatArray) -> FloatArray:
@@ -331,7 +332,7 @@ class DomainMap:
         mix = np.zeros(len(self.space))
         reached = kl = 0.0
         for position, field_name in enumerate(FIELDS):
-            topics = slice(position * len(CANONICAL_TOPICS), (position + 1) * len(CANONICAL_TOPICS))
+            topics = slice(position * NUM_TOPICS, (position + 1) * NUM_TOPICS)
             members = list(self.space.members(field_name))
             mass = float(canonical[topics].sum())
             if mass <= 0:

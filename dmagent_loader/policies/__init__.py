@@ -1,9 +1,12 @@
-"""What turns the history of a run into its next mix, and the guard between a policy and the data."""
+"""Policies, which map the history of a run to its next mix, and the guard that checks their proposals."""
 
 from dmagent_loader.policies.agent import AgentPolicy
 from dmagent_loader.policies.base import Policy, name_of
 from dmagent_loader.policies.choice import make_policy
 from dmagent_loader.policies.guard import Guard, GuardConfig, Outcome, propose_guarded
+from dmagent_loader.policies.influence import InfluencePolicy
+from dmagent_loader.policies.informed import INFLUENCE, QUESTIONS, InformedPolicy
+from dmagent_loader.policies.question_topics import QuestionTopics
 from dmagent_loader.policies.schedule import LinearSchedule
 from dmagent_loader.policies.static import StaticPolicy
 
@@ -11,9 +14,14 @@ __all__ = [
     "AgentPolicy",
     "Guard",
     "GuardConfig",
+    "INFLUENCE",
+    "InfluencePolicy",
+    "InformedPolicy",
     "LinearSchedule",
     "Outcome",
     "Policy",
+    "QUESTIONS",
+    "QuestionTopics",
     "StaticPolicy",
     "make_policy",
     "name_of",

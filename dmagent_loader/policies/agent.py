@@ -13,30 +13,39 @@ from dmagent_loader.agent.model import MixingAgent
 from dmagent_loader.errors import ConfigurationError, DomainError
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainMap, DomainSpace, Projection
 from dmagent_loader.mixture.history import STANDARDIZATIONS, History, Standardization
-from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.mixture.simplex import FloatArray, total_variation
 from dmagent_loader.policies.static import Weights
+from dmagent_loader.policies.topic_classifier import TopicClassifier
 
 logger = logging.getLogger(__name__)
 
+_OTHER_TOPICS = 0.3
+"""Total variation between the topics of two question sets: 0.10 to 0.18 between parts of MMLU, 0.34 and more between
+MMLU and the 22 other sets that were compared (docs/influence.md)."""
+
+_OUT_OF_RANGE = 4.0
+"""Standard deviations of the training's feedback, beyond which the agent extrapolates."""
+
 
 class AgentPolicy:
-    """Translates a run's history for the agent, and the agent's mix for the run (paper, D.6; compositions: extension).
+    """Maps a run's history to the agent's domains, and its mix to the run's (paper, D.6; compositions: extension).
 
     Past mixes p become pC over the canonical domains; the agent's mix a becomes the user mix w that minimises
     KL(a || wC). Nothing is retrained.
 
     Args:
-        agent: Trained on the canonical domains.
+        agent: An agent that was trained on the canonical domains.
         space: The run's domains, in both fields.
-        natural: Natural share of each domain, from which the projection starts: the shares of rows, say. None: equal.
-        roles: Name of the environment's field for each of the agent's roles, for example
-            ``{"keep": "general", "acquire": "code"}``. None: the fields are in the order of the roles already.
+        natural: Natural share of each domain, from which the projection starts, such as its share of rows. None: equal
+            shares.
+        roles: Role of the agent -> field of the environment, for example ``{"keep": "general", "acquire": "code"}``.
+            None: the fields are in the order of the roles.
         iterations: Steps of the projection; 1 is the Bayes split.
-        standardization: None: as the checkpoint says.
+        standardization: Mode of `mixture.history.standardize`; None: that of the checkpoint.
 
     Raises:
         DomainError: The agent is not over the canonical domains, or the space lacks one of the two fields.
-        ConfigurationError: Other roles than the agent's, or an unknown standardization.
+        ConfigurationError: The roles differ from the agent's, or the standardization is unknown.
     """
 
     always_answers = True
@@ -54,12 +63,12 @@ class AgentPolicy:
         if agent.config.domains != DomainSpace.canonical().names:
             raise DomainError(
                 f"agent {agent.name!r} was trained on {agent.config.num_domains} domains of its own, not on the 52 "
-                "canonical ones, so that no map to your domains exists: call agent.propose with its own domains"
+                "canonical ones, so there is no map to your domains: call agent.propose with its own domains"
             )
         if roles is not None and set(roles) != set(agent.config.feedback_roles):
             raise ConfigurationError(
                 f"roles names {sorted(roles)}, but agent {agent.name!r} reads {sorted(agent.config.feedback_roles)}: "
-                "give the name of one of the environment's fields for each"
+                "give each of these the name of one of the environment's fields"
             )
         if standardization is not None and standardization not in STANDARDIZATIONS:
             raise ConfigurationError(
@@ -72,7 +81,8 @@ class AgentPolicy:
         self._roles = None if roles is None else dict(roles)
         self._standardization = standardization
         self._projection: Projection | None = None
-        _say_what_is_unknown(space)
+        self._range_reported = False
+        _report_unknown_topics(space)
         logger.info(
             "agent %s: %d domains, feedback standardised as %r",
             agent.name,
@@ -82,7 +92,7 @@ class AgentPolicy:
 
     @property
     def projection(self) -> Projection | None:
-        """What was lost in translating the latest proposal; None before the first."""
+        """Projection of the latest proposal onto the run's domains; None before the first."""
         return self._projection
 
     def propose(self, history: History) -> FloatArray:
@@ -91,13 +101,14 @@ class AgentPolicy:
         Raises:
             DomainError: The history is over other domains.
             ConfigurationError: The environment lacks the field of a role.
-            FeedbackError: Feedback that is not finite.
+            FeedbackError: A feedback value is not finite.
         """
         if history.domains != self.map.space.names:
             raise DomainError(
                 f"the history is over {list(history.domains)}, but this policy was built for "
                 f"{list(self.map.space.names)}"
             )
+        self._report_range(history)
         canonical = History(
             domains=self._agent.config.domains,
             fields=history.fields if self._roles is None else self._agent.config.feedback_roles,
@@ -108,20 +119,71 @@ class AgentPolicy:
         self._projection = self.map.to_user(proposal)
         return self._projection.mix
 
+    def check_questions(self, questions: Mapping[str, Sequence[str]]) -> None:
+        """Warns where the questions to keep are of other topics than those that the agent was trained on.
+
+        An agent learns which topics help its own questions. With questions of other topics it can do worse than a
+        constant natural mix (docs/influence.md).
+
+        Args:
+            questions: Field of the environment -> texts of its questions and answers.
+        """
+        known = self._agent.config.keep_topics
+        if known is None or not questions:
+            return
+        keep = list(questions)[self._columns(tuple(questions))[0]]
+        shares = TopicClassifier.bundled().shares(questions[keep])
+        distance = float(total_variation(shares, np.array(known)))
+        if distance <= _OTHER_TOPICS:
+            return
+        most = [CANONICAL_TOPICS[i] for i in np.argsort(-shares)[:3]]
+        logger.warning(
+            "the questions of %r are mostly about %s: their topics differ by %.2f (total variation, at most %.2f among "
+            "questions of one kind) from those that agent %r was trained on, and with other questions it can do worse "
+            "than a constant mix; use AgentWeightedSampler(policy='influence'), which measures what helps these "
+            "questions",
+            keep,
+            ", ".join(most),
+            distance,
+            _OTHER_TOPICS,
+            self.name,
+        )
+
     def check_fields(self, fields: Sequence[str]) -> None:
-        """Makes sure that feedback on these fields can be given to the agent, before anything is trained.
+        """Checks, before anything is trained, that the agent can read feedback on these fields.
 
         Raises:
-            ConfigurationError: They are not as many as the agent's roles, or lack one that `roles` names.
+            ConfigurationError: Their number differs from that of the agent's roles, or a field of `roles` is missing.
         """
         roles = self._agent.config.feedback_roles
         if self._roles is None and len(fields) != len(roles):
             raise ConfigurationError(
                 f"the environment has {len(fields)} field(s) {list(fields)}, but agent {self.name!r} reads "
-                f"{len(roles)}, one for each role {list(roles)}: name the field of each by "
+                f"{len(roles)}, one for each role {list(roles)}: map roles to fields by "
                 "AgentWeightedSampler(roles=...), or give the environment these fields"
             )
         self._columns(tuple(fields))
+
+    def _report_range(self, history: History) -> None:
+        """Warns once where feedback has moved further in the run than nearly all feedback of the training did."""
+        statistics = self._agent.config.statistics
+        if self._range_reported or statistics is None or len(history.feedback) < 2:
+            return
+        columns = self._columns(history.fields)
+        moved = (history.feedback[-1] - history.feedback[0])[columns] / np.array(statistics.std)
+        furthest = int(np.argmax(np.abs(moved)))
+        if abs(moved[furthest]) <= _OUT_OF_RANGE:
+            return
+        self._range_reported = True
+        logger.warning(
+            "the feedback of %r has moved by %.3g since the first step, which is %.1f of the training's standard "
+            "deviations: agent %r has hardly seen such feedback and reacts no further to it; "
+            "AgentWeightedSampler(policy='influence') does not depend on this range",
+            history.fields[columns[furthest]],
+            moved[furthest] * statistics.std[furthest],
+            abs(moved[furthest]),
+            self.name,
+        )
 
     def _columns(self, fields: tuple[str, ...]) -> list[int]:
         if self._roles is None:
@@ -131,17 +193,18 @@ class AgentPolicy:
             field = self._roles[role]
             if field not in fields:
                 raise ConfigurationError(
-                    f"role {role!r} is to be read from field {field!r}, but the environment's fields are {list(fields)}"
+                    f"role {role!r} reads field {field!r}, but the environment's fields are {list(fields)}: name one "
+                    "of them"
                 )
             columns.append(fields.index(field))
         return columns
 
 
-def _say_what_is_unknown(space: DomainSpace) -> None:
-    """A domain whose topics are not known counts as one that is spread over all 26 of them.
+def _report_unknown_topics(space: DomainSpace) -> None:
+    """Logs the domains whose topics are unknown, which are treated as evenly spread over all 26 topics.
 
-    Where no topic is known, the agent chooses between the fields, and rows decide within. Beside such a domain, one of
-    a known topic is needed only for what exceeds an even spread, which may be nothing.
+    If all domains of a field are unknown, the agent sets the weight of the field, and row counts split it. If only some
+    are, a domain with a known topic is needed only for the excess over an even spread, which may be zero: a warning.
     """
     for field in space.fields:
         members = [domain for domain in space.domains if domain.field == field]
@@ -150,8 +213,8 @@ def _say_what_is_unknown(space: DomainSpace) -> None:
             continue
         if len(unknown) == len(members):
             logger.info(
-                "the topics of %s are not known: the agent chooses how much of the field %r comes, rows how it is "
-                "split (compositions= tells their topics)",
+                "the topics of %s are unknown: the agent sets the total weight of the field %r, and row counts split "
+                "it (compositions= states their topics)",
                 shown(unknown),
                 field,
             )
@@ -159,8 +222,8 @@ def _say_what_is_unknown(space: DomainSpace) -> None:
         alike = {name: get_close_matches(name.rsplit("/", 1)[-1].title(), CANONICAL_TOPICS, 1) for name in unknown}
         meant = ", ".join(f"{name!r} for {found[0]!r}" for name, found in alike.items() if found)
         logger.warning(
-            "the topics of %s are not known, those of other domains of the field %r are: what is not known counts as "
-            "an even spread over all topics, and may leave the others without weight; tell the topics by "
+            "the topics of %s are unknown, but those of other domains of the field %r are known: unknown topics count "
+            "as an even spread over all topics, which may leave the other domains without weight; state the topics by "
             "compositions=, or name each domain after one of dmagent_loader.mixture.domains.CANONICAL_TOPICS%s",
             shown(unknown),
             field,

@@ -1,4 +1,4 @@
-"""The one interface of the agent and every baseline."""
+"""The interface of all policies: the agent and every baseline."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dmagent_loader.mixture.simplex import FloatArray
 class Policy(Protocol):
     """Anything that proposes mixes.
 
-    A class that says ``always_answers = True``, as those of this package do, ends soon whatever it is given: it is
-    called directly. Any other one, also one that inherits from it, is called in a thread that is left behind when its
-    time is over (`GuardConfig.timeout_seconds`).
+    A class that sets ``always_answers = True`` in its own body, as the policies of this package do, promises to return
+    quickly on any input and is called directly. Any other policy, including its subclasses, is called in a thread that
+    is abandoned after `GuardConfig.timeout_seconds`.
 
     Attributes:
-        name: Written beside each decision in the ledger and in logs; a policy without one goes by its class.
+        name: Name in the ledger and in logs; default: the name of the class.
     """
 
     name: str
@@ -26,14 +26,14 @@ class Policy(Protocol):
         """The mix of the next step.
 
         Args:
-            history: All steps so far, the start state first. Its arrays are read-only.
+            history: All steps so far, beginning with the start state. Its arrays are read-only.
 
         Returns:
-            (D,) over `history.domains`, sums to 1. The caller guards it: see `policies.guard`.
+            (D,) over `history.domains`, sums to 1. The caller checks it, see `policies.guard`.
         """
         ...
 
 
 def name_of(policy: Policy) -> str:
-    """What a policy is called in the ledger and in logs."""
+    """Name of a policy in the ledger and in logs."""
     return str(getattr(policy, "name", type(policy).__name__))

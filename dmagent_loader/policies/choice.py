@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from dmagent_loader._validation import shown
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.domains import FIELDS, DomainSpace
 from dmagent_loader.mixture.history import Standardization
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.agent import AgentPolicy
 from dmagent_loader.policies.base import Policy
+from dmagent_loader.policies.influence import InfluencePolicy
+from dmagent_loader.policies.question_topics import QuestionTopics
 
 
 def make_policy(
     agent: str | os.PathLike[str] | MixingAgent | None,
-    policy: Policy | None,
+    policy: Policy | str | None,
     space: DomainSpace,
     natural: FloatArray,
     *,
@@ -28,7 +30,7 @@ def make_policy(
 
     Args:
         agent: Name, path or Hub id of a checkpoint, or a loaded agent.
-        policy: Any other policy in its place.
+        policy: Any other policy in its place, or the name of one: ``"influence"``, ``"question-topics"``.
         space: Domains of the run.
         natural: (D,) each domain's share of all rows.
         roles: See `AgentPolicy`; only with an agent.
@@ -45,6 +47,8 @@ def make_policy(
             "roles and standardization are for an agent, but none was given, so they would have no effect: pass agent= "
             "or leave them out"
         )
+    if isinstance(policy, str):
+        return named_policy(policy, space, natural)
     if policy is not None and (isinstance(policy, type) or not callable(getattr(policy, "propose", None))):
         raise ConfigurationError(f"policy is {shown(policy)}; it must be an object with a method propose(history)")
     if agent is None:
@@ -53,3 +57,22 @@ def make_policy(
         raise ConfigurationError(f"agent is {shown(agent)}; it must be a name, a path, a Hub id or a MixingAgent")
     loaded = agent if isinstance(agent, MixingAgent) else MixingAgent.from_pretrained(agent)
     return AgentPolicy(loaded, space, natural, roles=roles, standardization=standardization)
+
+
+def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
+    """A policy with its default settings.
+
+    ``"influence"`` falls back to the topics of the questions where influence cannot be measured, if the domains are of
+    the fields source and target.
+
+    Raises:
+        ConfigurationError: There is no policy of that name.
+    """
+    if name == "question-topics":
+        return QuestionTopics(space, natural)
+    if name == "influence":
+        topics = QuestionTopics(space, natural) if set(space.fields) == set(FIELDS) else None
+        return InfluencePolicy(space, natural, topics=topics)
+    raise ConfigurationError(
+        f"there is no policy named {shown(name)}: choose 'influence' or 'question-topics', or pass a policy object"
+    )

@@ -1,4 +1,4 @@
-"""What stands between a policy and the data: a bad proposal leaves the mix in force, loudly.
+"""The guard between a policy and the data: a bad proposal leaves the previous mix in force and is logged as an error.
 
 Shapes: D domains.
 """
@@ -23,24 +23,28 @@ from dmagent_loader.policies.limited import LimitedCaller
 logger = logging.getLogger(__name__)
 
 SUM_TOLERANCE = 1e-3
-"""How far the sum of a proposal may be from 1; float16 arithmetic over 52 domains stays within it."""
+"""Largest distance of a proposal's sum from 1; float16 arithmetic over 52 domains stays within it."""
 
 NEGATIVE_TOLERANCE = 1e-9
-"""Weights above minus this are rounding errors and become 0."""
+"""Negative weights down to minus this value are rounding errors and become 0."""
 
 Bound = float | Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Limits on what a policy may do.
+    """Limits on the proposals of a policy.
 
     Args:
-        floor: Least weight of every domain, or of those named.
-        ceiling: Largest weight of every domain, or of those named.
-        max_change: Largest total variation distance between two successive mixes, in (0, 1]; None: any.
-        timeout_seconds: How long a policy may think; None: as long as it likes. With a limit it runs in a thread, if it
-            is none that always answers. Keep it below the timeout of the process group, in which the other ranks wait.
+        floor: Smallest weight of every domain, or of the named ones.
+        ceiling: Largest weight of every domain, or of the named ones.
+        max_change: Largest total variation distance between two successive mixes, in (0, 1]; None: no limit.
+        timeout_seconds: Time limit of a proposal; None: no limit. With a limit the policy runs in a thread, unless it
+            sets `always_answers` (see `Policy`). Keep the limit below the timeout of the process group, because the
+            other ranks wait for the proposal.
+
+    Raises:
+        ConfigurationError: `max_change` or `timeout_seconds` is outside its range.
     """
 
     floor: Bound = 0.0
@@ -61,14 +65,14 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of one call of a policy.
+    """Result of one call of a policy.
 
     Attributes:
         mix: (D,), sums to 1: the guarded proposal, or the previous mix.
-        accepted: Whether the policy gave a usable proposal.
-        notes: What the guard changed about it, in words.
-        seconds: How long it took.
-        error: Why the previous mix stays in force; None if `accepted`.
+        accepted: Whether the policy returned a usable proposal.
+        notes: Changes that the guard made to the proposal, in words.
+        seconds: Duration of the call.
+        error: Reason why the previous mix stays in force; None if `accepted`.
     """
 
     mix: FloatArray
@@ -86,8 +90,8 @@ class Guard:
         domains: D names.
 
     Raises:
-        DomainError: A bound for no domain.
-        ConfigurationError: Bounds outside [0, 1], or that no mix can satisfy.
+        DomainError: A bound names an unknown domain.
+        ConfigurationError: A bound is outside [0, 1], or no mix can satisfy all bounds.
 
     Example:
         >>> guard = Guard(GuardConfig(floor={"source/web": 0.2}), ["source/web", "target/math"])
@@ -116,20 +120,20 @@ class Guard:
         self._caller = LimitedCaller()
 
     def check(self, proposed: object, previous: FloatArray) -> tuple[FloatArray, tuple[str, ...]]:
-        """A proposal within the limits.
+        """Limits a proposal.
 
-        If the previous mix lies outside the bounds (an initial mix below a new floor), `max_change` comes first:
-        the mix then moves toward the bounds as fast as it may.
+        If the previous mix violates the bounds (an initial mix below a new floor), `max_change` takes precedence: the
+        mix moves toward the bounds as fast as allowed.
 
         Args:
-            proposed: What the policy returned.
+            proposed: The return value of the policy.
             previous: (D,), the mix in force.
 
         Returns:
             The mix, (D,), sums to 1; and a note on each change that was made to the proposal.
 
         Raises:
-            PolicyError: The proposal is no mix.
+            PolicyError: The proposal is not a mix.
         """
         mix = self._as_mix(proposed)
         notes = []
@@ -146,11 +150,11 @@ class Guard:
         return bounded, tuple(notes)
 
     def call(self, policy: Policy, history: History) -> object:
-        """What the policy returns, within the time limit.
+        """Returns the policy's proposal, within the time limit.
 
         Raises:
-            PolicyError: The policy is late, or still busy with an earlier step.
-            BaseException: Whatever the policy raises.
+            PolicyError: The policy exceeds the limit, or is still busy with an earlier step.
+            BaseException: Any error of the policy.
         """
         limit = self.config.timeout_seconds
         if limit is None or vars(type(policy)).get("always_answers", False):
@@ -162,7 +166,7 @@ class Guard:
             unknown = [name for name in bound if name not in self.domains]
             if unknown:
                 raise DomainError(
-                    f"the {label} names {unknown}, which are no domains; the domains are {list(self.domains)}"
+                    f"the {label} names {unknown}, which are not domains; the domains are {list(self.domains)}"
                 )
             values = np.array([float(bound.get(name, default)) for name in self.domains], dtype=np.float64)
         else:
@@ -175,8 +179,8 @@ class Guard:
     def _as_mix(self, proposed: object) -> FloatArray:
         try:
             array = np.asarray(proposed)
-        except Exception as error:  # tensors that need grad or lie on a GPU raise their own kinds
-            raise PolicyError(f"it returned a {type(proposed).__name__} that is no array: {error}") from error
+        except Exception as error:  # tensors that require grad or are on a GPU raise errors of their own
+            raise PolicyError(f"it returned a {type(proposed).__name__} that is not an array: {error}") from error
         if array.dtype.kind not in "fiu":
             raise PolicyError(
                 f"it returned {type(proposed).__name__} of {array.dtype}, not an array of numbers, one "
@@ -197,10 +201,10 @@ class Guard:
 
 
 def project_to_bounds(mix: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
-    """The mix w within the bounds that is closest in KL(w || mix): clip(s mix, low, high) with s so that it sums to 1.
+    """The mix w within the bounds that minimises KL(w || mix): clip(s mix, low, high), with s such that it sums to 1.
 
-    The domains that touch no bound keep their proportions. If even then weight is left over, because all of it may only
-    go to domains of weight 0, these share it by the room that they have.
+    Domains that touch no bound keep their proportions. Weight that only domains of weight 0 can take is shared among
+    them in proportion to the distance between their bounds.
 
     Args:
         mix: (D,), sums to 1.
@@ -213,7 +217,7 @@ def project_to_bounds(mix: FloatArray, low: FloatArray, high: FloatArray) -> Flo
     if (mix >= low).all() and (mix <= high).all():
         return mix
     positive = mix > 1e-300  # below, a quotient could overflow
-    # The sum rises with s, in straight pieces between the values of s at which a weight meets a bound.
+    # The sum is piecewise linear in s and does not decrease; its knots are where a weight meets a bound.
     knots = np.unique(np.concatenate([low[positive] / mix[positive], high[positive] / mix[positive]]))
     first, last = 0, len(knots)
     while first < last:
@@ -237,16 +241,16 @@ def project_to_bounds(mix: FloatArray, low: FloatArray, high: FloatArray) -> Flo
 
 
 def propose_guarded(policy: Policy, history: History, previous: FloatArray, guard: Guard) -> Outcome:
-    """Asks a policy for the next mix; if it raises, is late or returns nonsense, the previous mix stays in force.
+    """Asks a policy for the next mix; if it raises, is late or proposes no mix, the previous mix stays in force.
 
     Args:
-        policy: Gets a read-only view of the history.
+        policy: The policy, which receives a read-only view of the history.
         history: All steps so far.
         previous: (D,), the mix in force.
         guard: The limits.
 
     Returns:
-        The outcome; a failure is logged as an error, never raised.
+        The outcome. A failure is logged as an error and never raised.
     """
     started = time.perf_counter()
     try:

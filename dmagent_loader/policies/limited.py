@@ -1,4 +1,4 @@
-"""Asking a policy in a thread of its own, so that one that takes too long can be left behind."""
+"""Calls with a time limit, in a thread that is abandoned if the limit is exceeded."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dmagent_loader.errors import PolicyError
 
 
 class LimitedCaller:
-    """Calls functions one after the other in one thread, and waits for each only so long.
+    """Calls functions one after another in one thread, with a time limit for each.
 
-    A thread cannot be stopped. A late call goes on in the background, its answer is dropped, and until it ends no other
-    call is made: two at once could spoil the policy's own state. The thread ends with the caller. It is kept between
-    calls, because each new thread would make torch start its own threads again.
+    A thread cannot be stopped. A late call continues in the background and its result is dropped. No other call is made
+    until it ends, because two calls at once could corrupt the policy's state. The thread is reused, because torch would
+    start its own threads again for each new one, and ends with this object.
     """
 
     def __init__(self) -> None:
@@ -23,14 +23,18 @@ class LimitedCaller:
         self._late: _Call | None = None
 
     def call(self, function: Callable[[], object], seconds: float) -> object:
-        """What a function returns.
+        """Returns the result of a function.
+
+        Args:
+            function: Called in the thread.
+            seconds: Time limit.
 
         Raises:
-            PolicyError: It is late, or an earlier one still runs.
-            BaseException: Whatever the function raises.
+            PolicyError: The function exceeds the limit, or an earlier one still runs.
+            BaseException: Any error of the function.
         """
         if self._thread is None or not self._thread.is_alive():
-            self._start()  # the first call, or the first one after a fork
+            self._start()  # the first call, or the first call after a fork
         if self._late is not None and not self._late.done.is_set():
             raise PolicyError("it is still busy with an earlier step, whose answer came too late")
         self._late = None
@@ -51,7 +55,7 @@ class LimitedCaller:
         try:
             raise error
         finally:
-            del error  # else it would be held by its own traceback, and with it all that the function has allocated
+            del error  # its traceback would keep it alive, and with it everything that the function has allocated
 
     def _start(self) -> None:
         self._late = None
@@ -73,7 +77,7 @@ def _serve(calls: queue.SimpleQueue[_Call | None]) -> None:
     while (call := calls.get()) is not None:
         try:
             call.value = call.function()
-        except BaseException as error:  # passed on to the waiting caller
+        except BaseException as error:  # raised again in the waiting caller
             call.error = error
         call.done.set()
-        del call  # an answer, or what an error holds on to, may be large
+        del call  # its result or error may be large

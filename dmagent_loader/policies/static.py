@@ -1,4 +1,4 @@
-"""One mix for the whole run."""
+"""A constant mix."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class StaticPolicy:
     """Proposes the same mix at every step.
 
     Args:
-        weights: Weight by domain name (domains left out get 0), or one weight for each domain in order.
+        weights: Domain name -> weight (omitted domains get 0), or one weight for each domain in order.
         name: See `policies.base.Policy`.
 
     Raises:
-        MixError: The weights are no distribution.
+        MixError: The weights are not a distribution.
 
     Example:
         >>> policy = StaticPolicy({"source/web": 0.25, "target/math": 0.75})
@@ -36,14 +36,14 @@ class StaticPolicy:
         """The mix over the domains of the history.
 
         Raises:
-            DomainError: The mix names a domain that the run does not have.
-            MixError: One weight for each domain was given, and the number differs.
+            DomainError: The weights name a domain that the run does not have.
+            MixError: The number of weights differs from the number of domains.
         """
         return validate_mix(self._weights, history.domains)
 
 
 def checked(weights: Weights) -> Weights:
-    """A copy of the weights, known to be a distribution before the run's domains are known."""
+    """Copies the weights and checks that they are a distribution, before the domains of the run are known."""
     if isinstance(weights, Mapping):
         validate_mix(weights, tuple(weights))
         return dict(weights)

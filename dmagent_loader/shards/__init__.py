@@ -1,13 +1,14 @@
-"""WebDataset tar shards, read by position: index, reader, decoders, writer."""
+"""WebDataset tar shards with random access: index, reader, decoders, writer."""
 
 from dmagent_loader.shards.collection import ShardCollection, ShardSummary
 from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, decode_npy_rows, make_decoder
-from dmagent_loader.shards.index.shard_index import ShardDamage
-from dmagent_loader.shards.manifest import load_manifest
+from dmagent_loader.shards.manifest import Manifest, load_manifest
+from dmagent_loader.shards.tar import ShardDamage
 from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
 
 __all__ = [
     "Decoder",
+    "Manifest",
     "RawSample",
     "ShardCollection",
     "ShardDamage",

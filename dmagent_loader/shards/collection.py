@@ -1,4 +1,4 @@
-"""The shards of all domains as one thing that is read by position."""
+"""The shards of all domains, with random access to every row."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError
-from dmagent_loader.shards.bounded_cache import Recent
+from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
 from dmagent_loader.shards.index.catalogue import Catalogue
-from dmagent_loader.shards.index.shard_index import ShardDamage
+from dmagent_loader.shards.manifest import Manifest, Manifests
 from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
 from dmagent_loader.shards.sources.urls import base_name, display_url, expand_shards, is_local
 from dmagent_loader.shards.table import ChangedRow, RowTable
+from dmagent_loader.shards.tar import ShardDamage
 
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 OnDamage = Literal["raise", "skip"]
 
 _LISTED_DAMAGES, _LISTED_COPIES = 20, 5
-_MOST_TABLE_BYTES = 512 << 20
-"""Of indexes in memory, in each process; about 30 bytes for each row of the shards read lately."""
+_MAX_TABLE_BYTES = 512 << 20
+"""Memory for row tables in each process, at about 30 bytes per row of the shards read lately."""
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSummary:
-    """One line of `ShardCollection.summaries`.
+    """Facts about one shard, from `ShardCollection.summaries`.
 
     Attributes:
         domain: Name of the domain.
-        shard: URL.
-        rows, members: Counts.
-        payload_bytes, file_bytes: Bytes of the members, and of the file with its headers.
+        shard: URL of the shard.
+        rows, members: Number of rows, and of members.
+        payload_bytes, file_bytes: Size of all payloads, and of the file with its headers.
         extensions: Distinct extensions.
-        damage: What could not be read.
+        damage: Places that could not be read.
     """
 
     domain: str
@@ -60,10 +61,10 @@ class ShardSummary:
 
 
 class ShardCollection:
-    """All shards of all domains, indexed, readable by (domain, shard, row).
+    """The indexed shards of all domains, readable by (domain, shard, row). Made by `open`.
 
-    Reading is safe from many threads and after a fork, and the object can be pickled (for workers that are spawned):
-    files are opened per process, at most `max_open_files` at once. Made by `open`.
+    Reading is safe from many threads and after a fork. The object can be pickled for spawned workers. Each process
+    opens the files itself, at most `max_open_files` at once.
 
     Example:
         >>> from dmagent_loader.shards.collection import ShardCollection
@@ -78,10 +79,12 @@ class ShardCollection:
         self._start()
 
     def _start(self) -> None:
-        # Of the catalogue alone: with a way back to this object, its files would stay open until the garbage collector
-        # comes by.
-        self._open = Recent(partial(_open_one, self._catalogue), self._max_open_files)
-        self._tables = Recent(partial(_load_table, self._catalogue), _MOST_TABLE_BYTES, lambda table: table.num_bytes)
+        # The functions refer to the catalogue only: a cycle with this object would keep its files open until the
+        # garbage collector runs.
+        self._sources = BoundedCache(partial(_open_one, self._catalogue), self._max_open_files)
+        self._tables = BoundedCache(
+            partial(_load_table, self._catalogue), _MAX_TABLE_BYTES, weigh=lambda table: table.num_bytes
+        )
 
     @classmethod
     def open(
@@ -93,24 +96,27 @@ class ShardCollection:
         progress: bool = True,
         verify: bool = True,
         max_open_files: int = MAX_OPEN_FILES,
+        manifests: Iterable[Manifest] = (),
     ) -> ShardCollection:
-        """Finds the shards, and indexes those that the cache does not know yet.
+        """Finds the shards and indexes those that are not in the cache.
 
         Args:
-            shards: Domain name to path, URL, pattern, or list of these (`sources.urls.expand_shards`).
-            on_damage: ``"raise"``: refuse damaged shards. ``"skip"``: use the rows that are whole, and log what is
-                lost.
-            cache_dir: Where indexes are kept; None: ``$DMAGENT_CACHE_DIR``, else ``~/.cache/dmagent_loader``.
+            shards: Domain name -> path, URL, pattern or list of these (`sources.urls.expand_shards`).
+            on_damage: ``"raise"`` refuses damaged shards; ``"skip"`` uses their intact rows and logs the losses.
+            cache_dir: Folder for indexes; None: ``$DMAGENT_CACHE_DIR``, or else ``~/.cache/dmagent_loader``.
             progress: Show a progress bar while shards are indexed.
-            verify: Check every row that is read against its checksum (about 0.5 us per KB).
-            max_open_files: Most files open at once in this process.
+            verify: Compare every row with its checksum when it is read (about 0.5 us per KB).
+            max_open_files: Largest number of open files in each process.
+            manifests: Manifests of remote shards that `shards` lists without being a `Manifest` itself, for example
+                because it was put together from several. Local shards are compared with the manifest above them anyway.
 
         Raises:
             ShardNotFoundError: A pattern matches nothing, or a shard does not exist.
-            EmptyShardError: A domain without rows.
-            DamagedShardError: Damage, with ``on_damage="raise"``.
-            ShardLayoutError: A shard that cannot be read by position.
-            ConfigurationError: No domains, a shard listed twice in a domain, a shell pipe, a wrong `on_damage`.
+            EmptyShardError: A domain has no rows.
+            DamagedShardError: A shard is damaged, and `on_damage` is ``"raise"``.
+            ShardLayoutError: The samples of a shard cannot be read by position.
+            ConfigurationError: There are no domains, a domain lists a shard twice or a shell pipe, or `on_damage` is
+                neither of the two.
         """
         if on_damage not in ("raise", "skip"):
             raise ConfigurationError(f"on_damage={on_damage!r}: it is 'raise' or 'skip'")
@@ -118,44 +124,45 @@ class ShardCollection:
             raise ConfigurationError("no domains: pass a mapping from domain name to shards")
         urls = ((domain, expand_shards(domain, patterns)) for domain, patterns in shards.items())
         cache = IndexCache(Path(cache_dir) if cache_dir is not None else default_cache_dir())
-        catalogue = Catalogue(urls, cache, progress)
+        given = (*manifests, shards) if isinstance(shards, Manifest) else tuple(manifests)
+        catalogue = Catalogue(urls, cache, Manifests(given), progress)
         collection = cls(catalogue, verify=verify, max_open_files=max_open_files)
-        collection._judge_damage(on_damage)
-        collection._judge_emptiness()
-        collection._judge_copies()
+        collection._check_damage(on_damage)
+        collection._check_emptiness()
+        collection._check_copies()
         return collection
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names, in the order of their numbers."""
+        """Names of the domains, in the order of their numbers."""
         return self._catalogue.domains
 
     @property
     def is_local(self) -> bool:
-        """Whether all shards are files, so that no row has to cross a network protocol."""
+        """Whether all shards are local files."""
         return self._catalogue.is_local
 
     @property
     def num_rows(self) -> NDArray[np.int64]:
-        """(D,) rows of each domain."""
+        """(D,) number of rows of each domain."""
         return np.array([rows.sum() for rows in self._rows], np.int64)
 
     def shard_rows(self, domain: int) -> NDArray[np.int64]:
-        """(S,) rows of each shard of one domain, in listed order."""
+        """(S,) number of rows of each shard of a domain, in listed order."""
         return self._rows[domain]
 
     @property
     def damage(self) -> tuple[ShardDamage, ...]:
-        """All damage that was found, in order of domains and shards."""
+        """All damage, in the order of domains and shards."""
         return tuple(damage for _, found in sorted(self._catalogue.damage.items()) for damage in found)
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 over domain names and, per shard, file name, rows and content; folders and hosts do not matter."""
+        """Hex sha256 over domain names and, per shard, file name, rows and content, but not folders and hosts."""
         return self._catalogue.fingerprint
 
     def read(self, domain: int, shard: int, row: int) -> RawSample:
-        """Reads one row, in one piece.
+        """Reads one row with a single read of its shard.
 
         Args:
             domain: Number of the domain.
@@ -164,7 +171,7 @@ class ShardCollection:
 
         Raises:
             IndexError: There is no such row.
-            DamagedShardError: The shard changed since it was indexed.
+            DamagedShardError: The shard has changed since it was indexed.
         """
         first, end = self._spans[domain]
         number = first + shard
@@ -174,14 +181,14 @@ class ShardCollection:
         if not 0 <= row < table.num_rows:
             raise IndexError(f"row {row} of shard {self._display(number)}, which has {table.num_rows} rows")
         try:
-            return table.read(self._open.get(number), row, self._verify)
+            return table.read(self._sources.get(number), row, self._verify)
         except ChangedRow as change:
             remedy = "give it a new modification time (touch)"
             if not is_local(self._catalogue.url(number)):
                 remedy = f"remove its cached index {self._catalogue.cached_index(number)}"
-                # The bytes may have changed on their way: a second look tells.
+                # The bytes may have changed in transit: read them once more.
                 with contextlib.suppress(ChangedRow):
-                    return table.read(self._open.get(number), row, self._verify)
+                    return table.read(self._sources.get(number), row, self._verify)
             raise DamagedShardError(
                 f"row {row} (key {table.key(row)!r}) of shard {self._display(number)} changed since it was indexed "
                 f"({change}): the file was overwritten or its disk is failing; restore it, or, if it was replaced on "
@@ -191,38 +198,38 @@ class ShardCollection:
     def read_equal(
         self, rows: Sequence[tuple[int, int, int]], extension: str
     ) -> tuple[list[str], NDArray[np.uint8]] | None:
-        """Reads rows of equal size into one array, in less time than one by one.
+        """Reads rows of equal size into one array, which takes less time than reading them one by one.
 
         Args:
-            rows: (domain, shard, row) of each, all of which exist.
-            extension: Of the only member of each row.
+            rows: (domain, shard, row) of each row; all of them exist.
+            extension: Extension of the only member of each row.
 
         Returns:
-            Keys, and the bytes of the members, (n, size). None: a row has other members or another size than the first,
-            or shards are remote.
+            Keys, and the bytes of the members, (n, size) uint8. None if a row has other members or another size than
+            the first row, or if shards are remote.
 
         Raises:
-            DamagedShardError: A shard changed since it was indexed.
+            DamagedShardError: A shard has changed since it was indexed.
         """
         if not self.is_local or not rows:
             return None
-        spans, table_of, source_of, verify = self._spans, self._tables.get, self._open.get, self._verify
+        spans, table_of, source_of, verify = self._spans, self._tables.get, self._sources.get, self._verify
         numbers = [spans[domain][0] + shard for domain, shard, _ in rows]
         tables = [table_of(number) for number in numbers]
         size = tables[0].size[rows[0][2]]
-        # All of them before any memory is taken: the first row may be large and the others of another kind.
+        # Check all rows before allocating: the first one may be large and the others of another kind.
         for table, (_, _, row) in zip(tables, rows, strict=True):
             if table.only != extension or table.size[row] != size:
                 return None
         data = np.empty((len(rows), size), np.uint8)
         memory = memoryview(data.reshape(-1))  # type: ignore[arg-type]
         keys, end = [], 0
-        for number, table, place in zip(numbers, tables, rows, strict=True):
-            begin, end, row = end, end + size, place[2]
+        for number, table, address in zip(numbers, tables, rows, strict=True):
+            begin, end, row = end, end + size, address[2]
             view = memory[begin:end]
             source_of(number).read_into(view, table.offset[row])
             if verify and crc32(view) != table.crc[row]:
-                view[:] = self.read(*place).members[extension]
+                view[:] = self.read(*address).members[extension]
             keys.append(table.key(row))
         return keys, data
 
@@ -231,12 +238,12 @@ class ShardCollection:
         return self._display(self._spans[domain][0] + shard)
 
     def summaries(self) -> tuple[ShardSummary, ...]:
-        """What is known of every shard, in order of domains and shards."""
-        found = []
+        """Facts about every shard, in the order of domains and shards."""
+        summaries = []
         for domain, span in zip(self.domains, self._spans, strict=True):
             for number in range(*span):
                 index = self._catalogue.index(number)
-                found.append(
+                summaries.append(
                     ShardSummary(
                         domain=domain,
                         shard=self._catalogue.url(number),
@@ -248,10 +255,10 @@ class ShardCollection:
                         damage=self._catalogue.damage.get(number, ()),
                     )
                 )
-        return tuple(found)
+        return tuple(summaries)
 
     def describe(self) -> str:
-        """A table of all shards, for people."""
+        """A table of all shards, as text."""
         lines = [("domain / shard", "rows", "members", "bytes", "extensions", "damage")]
         summaries = self.summaries()
         for domain, (first, end) in zip(self.domains, self._spans, strict=True):
@@ -271,12 +278,12 @@ class ShardCollection:
         )
 
     def close(self) -> None:
-        """Closes the open files; reading opens them again."""
-        self._open.clear()
+        """Closes the open files; a later read opens them again."""
+        self._sources.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files and tables, which another process cannot use."""
-        return {**self.__dict__, "_open": None, "_tables": None}
+        """Leaves out open files and tables, which another process cannot use."""
+        return {**self.__dict__, "_sources": None, "_tables": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -285,7 +292,7 @@ class ShardCollection:
     def _display(self, number: int) -> str:
         return display_url(self._catalogue.url(number))
 
-    def _judge_damage(self, on_damage: OnDamage) -> None:
+    def _check_damage(self, on_damage: OnDamage) -> None:
         damage = self.damage
         if not damage:
             return
@@ -299,22 +306,22 @@ class ShardCollection:
                 f"{len(damage)} damaged place(s):\n  {report}\nRestore the shards, or pass on_damage='skip' to train "
                 "on the rows that are whole."
             )
-        _logger.warning("damaged shards, using the rows that are whole:\n  %s", report)
+        logger.warning("damaged shards, using the rows that are whole:\n  %s", report)
 
     def _damage_effect(self, domain: int) -> str:
-        """What damage does to the size of a domain; shards that were cut are judged by the whole shards beside them."""
-        own = range(*self._spans[domain])
-        damaged = {number: found for number, found in self._catalogue.damage.items() if number in own}
+        """The loss of rows in a domain, as text; a shard that was cut is compared with the intact ones beside it."""
+        shards = range(*self._spans[domain])
+        damaged = {number: damage for number, damage in self._catalogue.damage.items() if number in shards}
         if not damaged:
             return ""
         kept = int(self._rows[domain].sum())
-        whole = [int(self._catalogue.rows[number]) for number in own if number not in damaged]
+        intact = [int(self._catalogue.rows[number]) for number in shards if number not in damaged]
         lost, certain = 0, True
-        for number, found in damaged.items():
-            estimate = sum(item.rows_lost for item in found)
-            if any(item.at_least for item in found):
-                certain = certain and bool(whole)
-                missing = round(float(np.median(whole))) - int(self._catalogue.rows[number]) if whole else 0
+        for number, damage in damaged.items():
+            estimate = sum(item.rows_lost for item in damage)
+            if any(item.at_least for item in damage):
+                certain = certain and bool(intact)
+                missing = round(float(np.median(intact))) - int(self._catalogue.rows[number]) if intact else 0
                 estimate = max(estimate, missing)
             lost += estimate
         return (
@@ -322,7 +329,7 @@ class ShardCollection:
             f"lost ({lost / max(1, kept + lost):.1%} of the domain), so at equal weight its rows repeat sooner"
         )
 
-    def _judge_emptiness(self) -> None:
+    def _check_emptiness(self) -> None:
         for number, (domain, rows) in enumerate(zip(self.domains, self._rows, strict=True)):
             first = self._spans[number][0]
             empty = [self._display(first + int(shard)) for shard in np.flatnonzero(rows == 0)]
@@ -333,7 +340,7 @@ class ShardCollection:
                     "shards or take it out"
                 )
             if empty:
-                _logger.warning(
+                logger.warning(
                     "domain %r: %d of %d shards hold no sample (%s); the other shards have %d rows",
                     domain,
                     len(empty),
@@ -342,7 +349,7 @@ class ShardCollection:
                     rows.sum(),
                 )
 
-    def _judge_copies(self) -> None:
+    def _check_copies(self) -> None:
         count, some = self._catalogue.copies(_LISTED_COPIES)
         if not count:
             return
@@ -351,7 +358,7 @@ class ShardCollection:
             " and ".join(f"{self._display(shard)} of {self.domains[bisect_right(ends, shard)]!r}" for shard in pair)
             for pair in some
         ]
-        _logger.warning(
+        logger.warning(
             "%d shard(s) hold the same rows as another one, which are so trained on more than once a pass, or in two "
             "domains: %s%s; list each shard once, in one domain",
             count,

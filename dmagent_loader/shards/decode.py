@@ -1,17 +1,17 @@
-"""From the bytes of a row to values, by an allow-list of formats that cannot execute code.
+"""Decoding of rows by an allow-list of formats that cannot execute code.
 
 | extension | value |
 |---|---|
 | txt, text, transcript | str |
-| json, jsn | what `json.loads` gives |
+| json, jsn | result of `json.loads` |
 | jsonl | list, one value per line |
 | npy | array; writable, shares the row's memory |
-| npz, safetensors | dict of arrays (npz: stored or deflated, as numpy writes them) |
+| npz, safetensors | dict of arrays (npz: stored or deflated, as numpy writes it) |
 | cls, cls2, index, inx, id | int |
 | anything else | bytes, as stored |
 
 The whole extension is looked up first, then its last part: ``input_ids.npy`` is an ``npy``. A trailing ``.gz`` is
-unpacked (at most `MAX_UNPACKED_BYTES`). Names and rules are webdataset's; what differs is that formats that can execute
+unpacked (at most `MAX_UNPACKED_BYTES`). Names and rules are those of webdataset, except that formats that can execute
 code, or have no decoder here, are errors.
 """
 
@@ -43,8 +43,8 @@ class RawSample(NamedTuple):
     """A row as it is stored.
 
     Attributes:
-        key: The common part of its members' names.
-        members: Extension to bytes, in the order of the shard; views of memory that belongs to this row alone.
+        key: Common part of the names of its members.
+        members: Extension -> bytes, in the order of the shard; views of memory that only this row uses.
     """
 
     key: str
@@ -59,8 +59,8 @@ class Decoder:
     """Decodes the members of a row.
 
     Args:
-        overrides: Extension to a decoder of your own (bytes to value), which comes before the allow-list. This is the
-            way to read formats that can execute code, if you trust whoever wrote the shards.
+        overrides: Extension -> function from bytes to a value; these come before the allow-list. This is how to read
+            formats that can execute code, if you trust the author of the shards.
 
     Example:
         >>> Decoder()(RawSample("a", {"txt": memoryview(b"hello"), "cls": memoryview(b"3")}))
@@ -75,7 +75,7 @@ class Decoder:
         """Decodes all members of a row.
 
         Raises:
-            DecodeError: A member is malformed, or of a kind that is not decoded.
+            DecodeError: A member is malformed, or its format is refused.
         """
         values = {}
         for extension, data in sample.members.items():
@@ -96,8 +96,8 @@ class Decoder:
         last = extension.rpartition(".")[2]
         for name in (extension, last):
             if name in self._overrides:
-                own = self._overrides[name]
-                return lambda data: own(bytes(data))
+                override = self._overrides[name]
+                return lambda data: override(bytes(data))
         if last == "gz":
             packed = extension.rpartition(".")[0]
             if packed.endswith(".gz") or packed == "gz":
@@ -107,7 +107,7 @@ class Decoder:
         if last in _UNSAFE:
             return _refuse(
                 f"{last!r} files can execute code when they are read, so they are not read by default; if you trust "
-                f"whoever wrote the shards, pass decode={{{last!r}: your_function}} (bytes to value), else store .npy "
+                f"the author of the shards, pass decode={{{last!r}: your_function}} (bytes to value), else store .npy "
                 "or .safetensors"
             )
         if last in _NOT_INCLUDED:
@@ -124,19 +124,19 @@ class Decoder:
 
 
 def raw_bytes(sample: RawSample) -> dict[str, Any]:
-    """No decoding: every member as `bytes`."""
+    """Returns every member as `bytes`, without decoding."""
     return {extension: bytes(data) for extension, data in sample.members.items()}
 
 
 def make_decoder(decode: str | Mapping[str, MemberDecoder] | SampleDecoder | None = "default") -> SampleDecoder:
-    """The decoder that a user asks for.
+    """Makes a decoder from the ``decode`` argument of a sampler.
 
     Args:
-        decode: ``"default"``: the allow-list. None: bytes. A mapping from extension to function (bytes to value): these
-            first, then the allow-list. A function: takes a `RawSample`, returns a dict.
+        decode: ``"default"``: the allow-list. None: no decoding. A mapping of extension -> function from bytes to a
+            value: these first, then the allow-list. A function that takes a `RawSample` and returns a dict.
 
     Raises:
-        ConfigurationError: None of these.
+        ConfigurationError: `decode` is none of these.
     """
     if decode is None:
         return raw_bytes
@@ -154,12 +154,12 @@ def make_decoder(decode: str | Mapping[str, MemberDecoder] | SampleDecoder | Non
 
 
 def decode_npy(data: Buffer) -> np.ndarray[Any, Any]:
-    """An array from a npy file in memory, without a copy; writable if `data` is.
+    """Decodes a npy file in memory without a copy; the array is writable if `data` is.
 
-    Headers are parsed once each: the rows of a shard mostly share one.
+    Parsed headers are cached, because most rows of a shard have the same one.
 
     Raises:
-        DecodeError: Not a npy file, objects inside, or a size that is not that of the data.
+        DecodeError: The data is not a npy file, holds Python objects, or has another size than its header declares.
     """
     view = memoryview(data)
     parsed = _npy_headers.get(bytes(view[:_USUAL_NPY_HEADER]))
@@ -178,16 +178,16 @@ def decode_npy(data: Buffer) -> np.ndarray[Any, Any]:
 
 
 def decode_npy_rows(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-    """The arrays of many npy files of one dimension at once, without a copy.
+    """Decodes many npy files of one-dimensional arrays at once, without a copy.
 
     Args:
-        data: (n, size) uint8, a file in each row; at least one.
+        data: (n, size) uint8, one file per row; n is at least 1.
 
     Returns:
-        (n, T); None: their headers differ, or are not of so many elements of one dimension.
+        (n, T) array; None if the headers differ, or the arrays are empty or not one-dimensional.
 
     Raises:
-        DecodeError: The first is malformed.
+        DecodeError: The first file is malformed.
     """
     first = decode_npy(data[0])
     begin = data.shape[1] - first.nbytes
@@ -198,13 +198,13 @@ def decode_npy_rows(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
 
 
 _NpyHeader = tuple[np.dtype[Any], tuple[int, ...], Any, int, int, int]
-"""dtype, shape, order, elements, bytes before them, bytes of them"""
+"""dtype, shape, order, number of elements, bytes of the header, bytes of the elements."""
 
 _USUAL_NPY_HEADER = 128
-"""Bytes of the header of nearly every file: numpy fills it up to a multiple of 64."""
+"""Bytes of nearly every header: numpy pads it to a multiple of 64."""
 
 _npy_headers: dict[bytes, _NpyHeader] = {}
-"""By the first `_USUAL_NPY_HEADER` bytes; only headers that are just so long."""
+"""Parsed headers of exactly `_USUAL_NPY_HEADER` bytes, by these bytes."""
 
 
 def _read_npy_header(view: memoryview) -> _NpyHeader:
@@ -220,7 +220,7 @@ def _read_npy_header(view: memoryview) -> _NpyHeader:
     return parsed
 
 
-_MOST = 1 << 62
+_MAX_EXTENT = 1 << 62
 _NPY_READERS = {
     (1, 0): npy_format.read_array_header_1_0,
     (2, 0): npy_format.read_array_header_2_0,
@@ -246,7 +246,11 @@ def _parse_npy_header(header: bytes) -> _NpyHeader:
     if dtype.subdtype is not None:
         raise DecodeError(f"the npy header declares elements that are arrays themselves ({dtype}): numpy writes none")
     count = math.prod(shape)
-    if any(extent < 0 for extent in shape) or max(shape, default=0) > _MOST or count * dtype.itemsize > _MOST:
+    if (
+        any(extent < 0 for extent in shape)
+        or max(shape, default=0) > _MAX_EXTENT
+        or count * dtype.itemsize > _MAX_EXTENT
+    ):
         raise DecodeError("the npy header declares a shape that is negative or larger than any file")
     return dtype, shape, "F" if fortran else "C", count, len(header), count * dtype.itemsize
 
@@ -270,7 +274,7 @@ def _integer(data: memoryview) -> int:
 
 
 def _npz(data: memoryview) -> dict[str, Any]:
-    """Not `numpy.load`: it takes the memory that a header declares, and other methods than deflate unpack at once."""
+    """Like `numpy.load`, which however allocates the memory that a header declares and unpacks some methods at once."""
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()

@@ -1,6 +1,6 @@
-"""``manifest.json``: which shards belong to which domain, and what is in them.
+"""``manifest.json``: the shards of each domain, and a record of each shard as it was written.
 
-``{"schema": 1, "domains": {"source/web": {"rows": ..., "shards": [{"path": ..., "sha256": ...}, ...]}}}``; paths are
+``{"schema": 1, "domains": {"source/web": {"rows": ..., "shards": [{"path": ..., "sha256": ...}, ...]}}}``. Paths are
 relative to the manifest, so the folder can be moved or uploaded as it is.
 """
 
@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import posixpath
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dmagent_loader._validation import read_regular
+from dmagent_loader._validation import read_regular, without_repeats
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
+from dmagent_loader.shards import forks
 from dmagent_loader.shards.sources.local import open_source, shard_version
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
@@ -25,18 +27,21 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 1 << 30
 
-_logger = logging.getLogger(__name__)
+_FOLDERS_ABOVE_SHARDS = 2
+_PATTERN = re.compile(r"[{}*?\[\]\\\0]|::|^\s*(pipe:|\|)")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """One written shard.
+    """A shard as it was written.
 
     Attributes:
-        path: Relative to the manifest, with forward slashes.
-        rows: Samples.
+        path: Path relative to the manifest, with forward slashes.
+        rows: Number of samples.
         bytes: Size of the file.
-        sha256: Of the whole file.
+        sha256: Hex sha256 of the whole file.
     """
 
     path: str
@@ -47,15 +52,15 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DomainRecord:
-    """What was written for one domain.
+    """A domain as it was written.
 
     Attributes:
-        rows: Samples.
-        documents: Documents that were read, empty ones not counted.
-        empty_documents: Documents without text, left out.
-        tokens: Tokens in all rows, end-of-document tokens included; None for raw text.
-        dropped_tokens: Tokens at the end that did not fill a row, left out; None for raw text.
-        settings: How the domain was written.
+        rows: Number of samples.
+        documents: Number of documents with text.
+        empty_documents: Number of documents without text, which are left out.
+        tokens: Tokens in all rows, including end-of-text tokens; None for raw text.
+        dropped_tokens: Tokens at the end that did not fill a row and are left out; None for raw text.
+        settings: Settings of the writer.
         shards: The files, in order.
     """
 
@@ -69,31 +74,143 @@ class DomainRecord:
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Total size of the files."""
         return sum(shard.bytes for shard in self.shards)
+
+
+class Manifest(dict[str, list[str]]):
+    """Domain name -> URLs of its shards, with the records of these shards. Made by `load_manifest`.
+
+    Args:
+        url: URL of the manifest.
+        entries: Domain name -> the entries of its shards, as they stand in the file.
+        version: Size and modification time of a local manifest when it was read.
+    """
+
+    def __init__(
+        self, url: str, entries: Mapping[str, list[dict[str, Any]]], version: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.url, self.version = url, version
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._is_warned = False
+        for domain, shards in entries.items():
+            self[domain] = [_beside(url, str(shard["path"])) for shard in shards]
+            self._entries.update((posixpath.normpath(str(shard["path"])), shard) for shard in shards)
+
+    def record(self, path: str) -> ShardRecord | None:
+        """The record of a shard; None if the manifest has none, or only part of one.
+
+        Args:
+            path: Path of the shard, relative to the manifest.
+        """
+        entry = self._entries.get(posixpath.normpath(path))
+        if entry is None:
+            return None
+        name, rows, size, sha256 = (entry.get(field) for field in ("path", "rows", "bytes", "sha256"))
+        if type(rows) is int and type(size) is int and isinstance(name, str) and isinstance(sha256, str):
+            return ShardRecord(path=name, rows=rows, bytes=size, sha256=sha256)
+        if not self._is_warned:
+            logger.warning(
+                "%s does not say how many rows and bytes %s has, and its sha256, as `dmagent shard` writes them: this "
+                "shard, and others like it, are not compared with the manifest",
+                display_url(self.url),
+                path,
+            )
+        self._is_warned = True
+        return None
+
+
+class Manifests:
+    """The manifests that a collection compares its shards with.
+
+    A local shard is compared with the ``manifest.json`` two folders above it, where `dmagent shard` writes it. A remote
+    shard is compared with the manifests that were passed in, so no request goes out for a manifest that may not exist.
+
+    A manifest above local shards is read once, and again after it has changed. Unpickled copies, as in spawned data
+    workers, have no other manifests: they may be large, and the index of a shard that the main process opened is found
+    by its checksum.
+
+    Args:
+        given: Manifests that were loaded for these shards.
+    """
+
+    def __init__(self, given: Iterable[Manifest] = ()) -> None:
+        self._remote: dict[str, Manifest] = {}
+        self._above: dict[str, Manifest] = {}
+        for manifest in given:
+            if is_local(manifest.url):
+                self._above[_absolute(manifest.url)] = manifest
+            else:
+                self._remote[_beside(manifest.url, "")] = manifest
+        self._lock = threading.Lock()
+        forks.register(self)
+
+    def record(self, url: str) -> ShardRecord | None:
+        """The record of a shard as it was written; None if no manifest has one."""
+        if not is_local(url):
+            records = (
+                manifest.record(url.removeprefix(folder))
+                for folder, manifest in self._remote.items()
+                if url.startswith(folder)
+            )
+            return next((record for record in records if record is not None), None)
+        root, *names = _absolute(local_path(url)).rsplit(os.sep, _FOLDERS_ABOVE_SHARDS + 1)
+        if len(names) <= _FOLDERS_ABOVE_SHARDS:
+            return None
+        manifest = self._read(f"{root}{os.sep}{MANIFEST_NAME}")
+        return None if manifest is None else manifest.record("/".join(names))
+
+    def release(self) -> None:
+        """Frees the manifests above local shards; they are read again when they are needed."""
+        with self._lock:
+            self._above.clear()
+
+    def reset_after_fork(self) -> None:
+        """Replaces the lock, which a thread of the parent may hold."""
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Manifests], tuple[()]]:
+        return Manifests, ()
+
+    def _read(self, path: str) -> Manifest | None:
+        """A local manifest, if there is one; one that cannot be used counts as empty."""
+        version = _version_of(path)
+        if version is None:
+            return None
+        with self._lock:
+            manifest = self._above.get(path)
+            if manifest is None or manifest.version != version:
+                try:
+                    manifest = parse_manifest(path, _bytes_of(path), version)
+                except (ShardError, OSError) as error:
+                    logger.warning("%s is not used to check the shards below it: %s", path, error)
+                    manifest = Manifest(path, {}, version)
+                self._above[path] = manifest
+            return manifest
 
 
 def manifest_text(domains: Mapping[str, DomainRecord], kept: Mapping[str, Any]) -> str:
     """The text of a manifest.
 
     Args:
-        domains: The domains that were written.
-        kept: Entries of an earlier manifest, as they stand there.
+        domains: Domains that were written now.
+        kept: Entries of an earlier manifest, as they stand in the file.
     """
     entries = {**kept, **{domain: asdict(record) for domain, record in domains.items()}}
     return json.dumps({"schema": SCHEMA, "domains": entries}, indent=1, ensure_ascii=False) + "\n"
 
 
-def load_manifest(path: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """Domain name -> shards, as a sampler takes them.
+def load_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Loads the shards of each domain, in the form that a sampler or `ShardCollection.open` takes.
 
     Args:
-        path: A manifest, or the folder that holds one; local or an fsspec URL.
+        path: Path or fsspec URL of a manifest or of its folder.
 
     Raises:
-        ConfigurationError: It is a shard.
-        ShardNotFoundError: There is none.
-        ShardError: It is not a manifest, or of another schema.
+        ConfigurationError: The path is that of a shard.
+        ShardNotFoundError: There is no manifest.
+        ShardError: The file is not a manifest, or has another schema.
     """
     url = os.fspath(path)
     if url.endswith(".tar"):
@@ -108,33 +225,36 @@ def load_manifest(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     elif not url.endswith(".json"):
         url = f"{url.rstrip('/')}/{MANIFEST_NAME}"
     try:
-        manifest = parse_manifest(url, _read(url))
+        # The version first: a change while the file is read then makes the result out of date.
+        version = _version_of(url) if is_local(url) else None
+        return parse_manifest(url, _bytes_of(url), version)
     except FileNotFoundError as error:
         raise ShardNotFoundError(
             f"there is no manifest {display_url(url)}: `dmagent shard` writes one beside the shards"
         ) from error
     except OSError as error:
         raise ShardError(f"manifest {display_url(url)} cannot be read: {error}") from error
-    listing = {domain: [_beside(url, str(shard["path"])) for shard in shards] for domain, shards in manifest.items()}
-    if not is_local(url):
-        _remote[url] = _Records(url, manifest)
-    return listing
 
 
-def parse_manifest(url: str, data: bytes) -> dict[str, list[dict[str, Any]]]:
-    """Domain name -> records of its shards, from the bytes of a manifest.
+def parse_manifest(url: str, data: bytes, version: tuple[int, int] | None = None) -> Manifest:
+    """Parses the bytes of a manifest. The records of its shards are only checked when they are used.
+
+    Args:
+        url: URL of the manifest.
+        data: Its content.
+        version: Size and modification time of a local manifest.
 
     Raises:
-        ShardError: It is not a manifest, or of another schema.
+        ShardError: The file is not a manifest, or has another schema.
     """
     try:
-        manifest = json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats)
-        if manifest["schema"] != SCHEMA:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=without_repeats)
+        if content["schema"] != SCHEMA:
             raise ShardError(
-                f"manifest {display_url(url)} has schema {repr(manifest['schema'])[:50]}, but this version reads "
+                f"manifest {display_url(url)} has schema {repr(content['schema'])[:50]}, but this version reads "
                 f"schema {SCHEMA}: write the shards again with this version, or list them yourself"
             )
-        domains = {domain: list(entry["shards"]) for domain, entry in manifest["domains"].items()}
+        domains = {domain: list(entry["shards"]) for domain, entry in content["domains"].items()}
         for domain, shards in domains.items():
             for shard in shards:
                 name = shard["path"]
@@ -148,97 +268,19 @@ def parse_manifest(url: str, data: bytes) -> dict[str, list[dict[str, Any]]]:
             f"{display_url(url)} is not a manifest of shards ({type(error).__name__}: {error}); `dmagent shard` "
             "writes one"
         ) from error
-    return domains
+    return Manifest(url, domains, version)
 
 
-def recorded(url: str) -> ShardRecord | None:
-    """What the manifest above a shard says of it; None if there is no manifest, or nothing in it about the shard.
-
-    `dmagent shard` writes ``manifest.json`` two folders above the shards. A remote one counts only if `load_manifest`
-    read it in this process: no request goes out that nobody asked for.
-    """
-    if is_local(url):
-        shard = _absolute(local_path(url))
-        if shard.count(os.sep) <= _DEPTH:
-            return None
-        records = _local_records(os.path.join(shard.rsplit(os.sep, _DEPTH + 1)[0] or os.sep, MANIFEST_NAME))
-        return records.get(shard) if records is not None else None
-    for records in _remote.values():
-        record = records.get(url)
-        if record is not None:
-            return record
-    return None
-
-
-def _absolute(path: str) -> str:
-    """The path from the root; what ``..`` is above depends on links."""
-    if os.pardir not in path.split(os.sep):
-        return os.path.abspath(path)
-    folder, name = os.path.split(path)
-    return os.path.join(os.path.realpath(folder), name)
-
-
-class _Records:
-    """Shards by URL; each entry is checked only when it is asked for."""
-
-    def __init__(self, url: str, manifest: Mapping[str, list[dict[str, Any]]]) -> None:
-        self._url, self._warned = url, False
-        self._entries = {_beside(url, str(shard["path"])): shard for shards in manifest.values() for shard in shards}
-
-    def get(self, url: str) -> ShardRecord | None:
-        entry = self._entries.get(url)
-        if entry is None:
-            return None
-        path, rows, size, sha256 = (entry.get(name) for name in ("path", "rows", "bytes", "sha256"))
-        if not (type(rows) is int and type(size) is int and isinstance(path, str) and isinstance(sha256, str)):
-            if not self._warned:
-                _logger.warning(
-                    "%s does not say how many rows and bytes %s has, and its sha256, in the way of `dmagent shard`: "
-                    "this shard, and others like it, are not compared with it",
-                    display_url(self._url),
-                    display_url(url),
-                )
-            self._warned = True
-            return None
-        return ShardRecord(path=path, rows=rows, bytes=size, sha256=sha256)
-
-
-_DEPTH = 2
-_PATTERN = re.compile(r"[{}*?\[\]\\\0]|::|^\s*(pipe:|\|)")
-_remote: dict[str, _Records] = {}
-_reading = threading.Lock()
-_local: dict[str, tuple[tuple[int, int], _Records]] = {}
-
-
-def _after_fork() -> None:
-    global _reading
-    _reading = threading.Lock()  # a thread that held it is not in the child
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _local_records(path: str) -> _Records | None:
+def _version_of(path: str) -> tuple[int, int] | None:
+    """Size and modification time in ns of a local file; None if there is none."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    version = (status.st_size, status.st_mtime_ns)
-    with _reading:
-        known = _local.get(path)
-        if known is not None and known[0] == version:
-            return known[1]
-        try:
-            manifest = parse_manifest(path, _read(path))
-        except (ShardError, OSError) as error:
-            _logger.warning("%s is not used to check the shards below it: %s", path, error)
-            manifest = {}
-        records = _Records(path, manifest)
-        _local[path] = (version, records)
-        return records
+    return status.st_size, status.st_mtime_ns
 
 
-def _read(url: str) -> bytes:
+def _bytes_of(url: str) -> bytes:
     if is_local(url):
         return read_regular(url, MAX_MANIFEST_BYTES)
     size = shard_version(url).size
@@ -247,23 +289,22 @@ def _read(url: str) -> bytes:
     return bytes(open_source(url).read(0, size))
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one that has a name twice would silently lose what stands under the first."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name[:100]!r} stands in it twice")
-        found[name] = value
-    return found
-
-
 def _is_inside(name: str) -> bool:
-    """Whether a path stays below the manifest, and is no pattern that would be expanded."""
+    """Whether a path stays below the manifest and is not a pattern that would be expanded."""
     parts = name.split("/")
     return bool(name) and not name.startswith("/") and ".." not in parts and not _PATTERN.search(name)
 
 
 def _beside(manifest: str, name: str) -> str:
+    """The URL of a path that is relative to a manifest."""
     if is_local(manifest):
         return str(Path(manifest).parent / name)
     return f"{manifest.rsplit('/', 1)[0]}/{name}"
+
+
+def _absolute(path: str) -> str:
+    """The absolute path. Parents are resolved where the path contains ``..``, whose meaning depends on links."""
+    if os.pardir not in path.split(os.sep):
+        return os.path.abspath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)

@@ -1,4 +1,4 @@
-"""The index of a shard as it is looked up: row by row, in plain numbers."""
+"""The index of a shard in a form for fast look-ups of single rows."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import Source
 
 _new_tuple = tuple.__new__
-"""A named tuple's own constructor is a Python function and takes four times as long."""
-
+"""The constructor of a named tuple is a Python function and takes four times as long."""
 
 _FIXED_BYTES = 2048
-"""What a table takes besides its columns."""
+"""Memory of a table besides its columns."""
 
 
 class ChangedRow(Exception):
-    """The bytes of a row are not those that were indexed; the message has both checksums."""
+    """The bytes of a row are not those that were indexed; the message holds both checksums."""
 
 
 class RowTable:
-    """Where the rows of one shard are.
+    """The positions of the rows of one shard.
 
-    The columns of `ShardIndex` as memoryviews: reading one number of a numpy array takes longer.
+    It holds the columns of a `ShardIndex` as memoryviews: reading a single number from a numpy array takes longer.
 
     Args:
-        index: Of the shard.
+        index: Index of the shard.
 
     Attributes:
-        num_rows: R.
-        num_bytes: Memory that it takes.
-        only: Extension of the member that every row has and nothing else; None: rows have others.
-        offset, size: Of the members: (M,), and so of the rows where each has but one.
-        crc: (R,) of the rows.
+        num_rows: R, the number of rows.
+        num_bytes: Memory of the table in bytes.
+        only: Extension of the only member of every row; None if rows have other members.
+        offset, size: (M,) span of each payload in bytes; one per row if `only` is set.
+        crc: (R,) crc32 of each row.
     """
 
     __slots__ = (
@@ -78,15 +77,15 @@ class RowTable:
         return self._keys[key_end[row] : key_end[row + 1]].decode("utf-8", "surrogateescape")
 
     def read(self, source: Source, row: int, verify: bool) -> RawSample:
-        """One row, in one piece.
+        """Reads one row with a single read of its shard.
 
         Args:
             source: The open shard.
-            row: Below `num_rows`.
-            verify: Whether to compare its checksum.
+            row: Number of the row, below `num_rows`.
+            verify: Compare the checksum.
 
         Raises:
-            ChangedRow: The checksum is another.
+            ChangedRow: The checksum differs.
             DamagedShardError: The shard has become shorter.
         """
         members: dict[str, memoryview] = {}

@@ -1,4 +1,4 @@
-"""The recorded set: trajectories with the feedback after each of their steps, which agents are trained on.
+"""The recorded set: the training data of agents.
 
 Shapes: M trajectories, T steps, K fields.
 """
@@ -21,21 +21,21 @@ from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.trajectories import Trajectories, TrajectoryConfig
 
 SCHEMA = "feedback/2"
-"""Kind and version of the file; raised when an older reader would misunderstand a newer one."""
+"""Kind and version of the file; increased when an older reader would misunderstand a newer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedbackRecord:
-    """Trajectories with the feedback after each step: what agents are trained on.
+    """Trajectories with the feedback after each of their steps.
 
     Args:
         trajectories: The mixes.
-        fields: K names.
-        feedback: (M, T + 1, K) mean log-probability per scored token in nats; row 0 is the base model's, rows after the
-            end of a trajectory are NaN.
-        losses: (M, T + 1) mean training loss of each step in nats per token; NaN at row 0 and after the end.
-        seconds: Time spent on training and scoring proxies.
-        settings: How it was collected, with the fingerprints of corpus and questions.
+        fields: Names of the K fields.
+        feedback: (M, T + 1, K), mean log-probability per scored token in nats; row 0 is the base model's, rows after
+            the end of a trajectory are NaN.
+        losses: (M, T + 1), mean training loss of each step in nats per token; NaN in row 0 and after the end.
+        seconds: Time spent on training and scoring the proxies.
+        settings: Settings of the collection, with the fingerprints of corpus and questions.
     """
 
     trajectories: Trajectories
@@ -47,7 +47,7 @@ class FeedbackRecord:
 
     @property
     def num_feedbacks(self) -> int:
-        """Evaluations of trained proxies; the base models' are not counted."""
+        """Number of evaluations of trained proxies, without those of the base models."""
         return int(self.trajectories.lengths.sum())
 
     def statistics(self) -> FeedbackStatistics:
@@ -57,7 +57,7 @@ class FeedbackRecord:
     def save(self, path: Path) -> None:
         """Writes one safetensors file; settings are JSON in its header, mixes are rounded to float32."""
         arrays = {
-            # Half the size, and what agents are trained in.
+            # Agents are trained in float32, and the file has half the size.
             "mixes": self.trajectories.mixes.astype(np.float32),
             "lengths": self.trajectories.lengths,
             "candidates": self.trajectories.candidates,
@@ -77,10 +77,10 @@ class FeedbackRecord:
 
     @classmethod
     def load(cls, path: Path) -> FeedbackRecord:
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            StateError: Another schema.
+            StateError: The file has another schema.
         """
         with safe_open(str(path), framework="numpy") as file:
             meta = file.metadata() or {}

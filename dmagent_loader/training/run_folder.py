@@ -1,4 +1,4 @@
-"""Folders of partial results: each belongs to one set of settings, and no file in it is ever half-written."""
+"""Folders of partial results: each belongs to one set of settings, and its files are never half-written."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import StateError
 
 SETTINGS = "settings.json"
-"""Name of the file that says to which settings a folder belongs."""
+"""Name of the file with the settings of a folder."""
 
 
 def claim(directory: Path, settings: Mapping[str, Any], what: str) -> None:
-    """Makes a folder the place of one computation, or refuses one that belongs to another.
+    """Reserves a folder for one computation, or refuses one that belongs to another.
 
     Args:
-        directory: Created if missing.
-        settings: JSON-serialisable; everything that the results depend on.
-        what: The results, for the message.
+        directory: The folder, created if missing.
+        settings: Everything that the results depend on, JSON-serialisable.
+        what: Name of the results in the error message.
 
     Raises:
         StateError: The folder holds results of other settings or data.
@@ -37,7 +37,7 @@ def claim(directory: Path, settings: Mapping[str, Any], what: str) -> None:
         if differing:
             raise StateError(
                 f"{directory} holds {what} of other {', '.join(differing)}: continuing would mix two computations; "
-                "use the old settings, or another directory"
+                "use the old settings or another directory"
             )
         return
     write_atomically(path, text.encode())

@@ -1,4 +1,4 @@
-"""Supervised warm-up of the agent: predict the next mix of the expert trajectories (Eq. 4).
+"""Supervised warm-up of the agent, which learns to predict the next mix of expert trajectories (paper, Eq. 4).
 
 Shapes: M trajectories, T steps, D = 52 domains, K feedback values.
 """
@@ -27,17 +27,17 @@ class SFTConfig:
 
     Args:
         expert_candidates: N of the set to imitate; the paper uses the one with the most candidates.
-        expert_share: Imitate so large a share of all trajectories instead, those with the highest return among the
-            trajectories of the same start state (extension); None: the set.
-        updates: Optimiser updates at most.
-        evaluate_every: Updates between two looks at the validation trajectories; the weights with the lowest validation
-            error are kept (extension).
+        expert_share: Share of all trajectories to imitate instead of a set: those with the highest return among the
+            trajectories of the same start state (extension). None: the set is imitated.
+        updates: Number of optimiser updates.
+        evaluate_every: Updates between two evaluations on the validation trajectories; the weights with the lowest
+            validation error are kept (extension).
         batch_size: Trajectories of an update.
-        learning_rate: Of AdamW; falls to 0 along a half cosine.
-        weight_decay: Of AdamW.
-        validation: Trajectories kept from training, to choose the weights.
-        test: Trajectories kept from both, to report the error.
-        seed: Of the split, the weights and the batches.
+        learning_rate: Initial learning rate of AdamW; falls to 0 along a half cosine.
+        weight_decay: Weight decay of AdamW.
+        validation: Number of trajectories excluded from training, which select the weights.
+        test: Number of trajectories excluded from training and selection, which measure the error.
+        seed: Seed of the split, the weights and the batches.
     """
 
     expert_candidates: int = 10_000
@@ -54,15 +54,15 @@ class SFTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutError:
-    """Next-mix mean squared error on the test trajectories, which nothing was fitted or chosen on.
+    """Next-mix mean squared error on the test trajectories, which were used neither to train nor to select weights.
 
     The error of a step is the squared Euclidean distance between the predicted and the actual mix; it is averaged over
-    the steps of each trajectory. Each entry: (trajectories,).
+    the steps of each trajectory. Each entry has shape (trajectories,).
 
     Args:
-        agent: Of the agent.
-        repeat_last: Of proposing the present mix again.
-        mean_at_step: Of proposing the mean of the training trajectories' mixes at that step.
+        agent: Error of the agent.
+        repeat_last: Error of proposing the present mix again.
+        mean_at_step: Error of proposing the mean mix of the training trajectories at that step.
     """
 
     agent: FloatArray
@@ -72,14 +72,16 @@ class HeldOutError:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTResult:
-    """A trained agent and what was measured.
+    """A trained agent and its errors.
 
     Args:
-        agent: With the feedback statistics of the record.
-        error: On the test trajectories.
-        validation_curve: (updates so far, training loss, validation error), one for each look.
-        best_update: After how many updates the weights were kept.
-        training, validation, test: Numbers of the trajectories of each part.
+        agent: The agent, with the feedback statistics of the record.
+        error: Errors on the test trajectories.
+        validation_curve: (updates so far, training loss, validation error) of each evaluation.
+        best_update: Number of updates after which the weights were kept.
+        training: Numbers of the training trajectories.
+        validation: Numbers of the validation trajectories.
+        test: Numbers of the test trajectories.
     """
 
     agent: MixingAgent
@@ -96,17 +98,19 @@ def agent_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, next mixes and validity of some trajectories, padded on the right.
 
-    A causal agent's answer at a step does not depend on later rows, so padding on the right needs no mask inside it.
-    Feedback is standardised as the agent will do it at inference, with the statistics of the whole record (paper, C.3).
+    The agent is causal, so padding on the right needs no attention mask. Feedback is standardised as at inference, with
+    the statistics of the whole record (paper, C.3).
 
     Args:
         record: Trajectories and feedback.
-        statistics: Of the feedback.
-        numbers: Which trajectories.
-        standardization: The agent's.
+        statistics: Feedback statistics.
+        numbers: Numbers of the trajectories.
+        standardization: Mode of the agent.
 
     Returns:
-        inputs (M, T, D + K), targets (M, T, D): row t of the targets is the mix of step t + 1; valid (M, T).
+        inputs: (M, T, D + K).
+        targets: (M, T, D), row t is the mix of step t + 1.
+        valid: (M, T) bool.
     """
     longest = int(record.trajectories.lengths[numbers].max())
     mixes = record.trajectories.mixes[numbers, : longest + 1]
@@ -130,13 +134,13 @@ def train_sft(
     """Trains an agent from scratch to predict the next mix of the expert set.
 
     Args:
-        record: Trajectories with feedback; all sets enter the feedback statistics, the expert set is imitated.
+        record: Trajectories with feedback. All sets enter the feedback statistics; the experts are imitated.
         config: Settings.
-        agent_config: Shape of the agent; the statistics are filled in.
+        agent_config: Shape of the agent; its statistics are replaced by those of the record.
         on_update: Called after each update, for a progress bar.
 
     Raises:
-        ConfigurationError: Too few expert trajectories for the split.
+        ConfigurationError: There are too few expert trajectories for the split.
     """
     if config.expert_share is None:
         experts = record.trajectories.members(config.expert_candidates)
@@ -168,10 +172,10 @@ def train_sft(
 
 
 def highest_returns(record: FeedbackRecord, share: float) -> IntArray:
-    """Numbers of the trajectories with the highest return, so large a share of those of each start state.
+    """Numbers of the trajectories with the highest return, as a share of those of each start state.
 
-    The return is the change of feedback from start to end in units of its spread, mean over the fields: the sum of the
-    rewards of Eq. 6. Start states are kept apart, because a base model that knows less gains more.
+    The return is the change of feedback from start to end in units of its spread, averaged over the fields: the sum of
+    the rewards of Eq. 6. Start states are ranked separately, because a base model that knows less gains more.
     """
     lengths, starts = record.trajectories.lengths, record.trajectories.starts
     change = record.feedback[np.arange(len(lengths)), lengths] - record.feedback[:, 0]
@@ -195,7 +199,7 @@ def held_out_error(
     means = np.zeros((targets.shape[1], targets.shape[2]))
     for step in range(1, len(means) + 1):
         reached = training[lengths[training] >= step]
-        # Past the end of every training trajectory the last mean stands.
+        # Beyond the end of all training trajectories the last mean is used.
         means[step - 1] = mixes[reached, step].mean(axis=0) if len(reached) else means[step - 2]
     return HeldOutError(
         agent=_errors(predicted, targets, valid),
@@ -213,7 +217,7 @@ def _fit(
     validation: IntArray,
     on_update: Callable[[], object] | None,
 ) -> tuple[list[tuple[int, float, float]], int, dict[str, Tensor]]:
-    """Returns the validation curve, the best update and the weights after it."""
+    """Trains the agent; returns the validation curve, the best update and the weights after it."""
     inputs, targets, valid = agent_inputs(record, statistics, training, agent.config.standardization)
     unseen_inputs, unseen_targets, unseen_valid = agent_inputs(
         record, statistics, validation, agent.config.standardization

@@ -1,10 +1,12 @@
-"""The whole pipeline, stage by stage: text files to agent checkpoints.
+"""The whole training, stage by stage: from text files to agent checkpoints.
 
-Every stage leaves its result in the output directory and is skipped when its result is there, so a run that was killed
-goes on where it stood. A result of other settings is refused, not mixed in.
+- trajectories: corpus, start states, Algorithm 1.
+- feedback: base models, proxies, the recorded set.
+- sft: supervised warm-up.
+- cql: Conservative Q-Learning of the warmed-up agent.
 
-trajectories: corpus, start states, Algorithm 1. feedback: base models, proxies, the recorded set. sft: the supervised
-warm-up. cql: Conservative Q-Learning from there.
+Each stage writes its result into the output directory and is skipped if the result exists, so a run that was killed
+continues where it stopped. A result of other settings is refused.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ from dmagent_loader._files import write_atomically
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.agent.checkpoint import bundled_roots
 from dmagent_loader.agent.critic import save_critics
+from dmagent_loader.environment.questions import read_questions
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError, StateError
-from dmagent_loader.training import cards as card
-from dmagent_loader.training.cql.train import CQLConfig, train_cql
+from dmagent_loader.policies.topic_classifier import TopicClassifier
+from dmagent_loader.training.cards import cql_card, cql_report, sft_card, sft_report
+from dmagent_loader.training.cql.config import CQLConfig
+from dmagent_loader.training.cql.train import train_cql
 from dmagent_loader.training.data.corpus import Corpus, CorpusConfig, build_corpus
 from dmagent_loader.training.proxies.bases import BaseConfig, start_states, train_bases
 from dmagent_loader.training.proxies.feedback import FeedbackConfig, collect_feedback
@@ -53,7 +58,7 @@ CORPUS, BASES, TRAJECTORIES, FEEDBACK, RECORDED, SFT, RL = (
     "sft",
     "rl",
 )
-"""What the stages leave in the output directory."""
+"""Names of the stages' results in the output directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +66,15 @@ class PipelineConfig:
     """All settings of a run; the defaults are those of the bundled agents.
 
     Args:
-        target: Folder of the target documents below the data directory; source documents lie in
-            ``source/<Topic>.jsonl`` or ``.jsonl.gz``.
-        questions: Field -> question file below the data directory; first the field to keep, then the one to learn.
-        corpus: Tokenizer, topics, tokens.
-        trajectories: Algorithm 1. The target field has 52% of the tokens of a full trajectory, as in the paper.
-        feedback: Base models, proxies and questions.
-        sft: The warm-up.
-        cql: Conservative Q-Learning.
+        target: Folder of the target documents in the data directory; source documents are in ``source/<Topic>.jsonl``
+            or ``.jsonl.gz``.
+        questions: Field -> question file in the data directory; the field to keep comes first, then the one to learn.
+        corpus: Settings of tokenizer, topics and tokens.
+        trajectories: Settings of Algorithm 1. The target field has 52% of the tokens of a full trajectory, as in the
+            paper.
+        feedback: Settings of base models, proxies and questions.
+        sft: Settings of the supervised warm-up.
+        cql: Settings of Conservative Q-Learning.
     """
 
     target: str = "target_math"
@@ -93,12 +99,12 @@ class PipelineConfig:
 
 
 def full_config() -> PipelineConfig:
-    """The bundled agents': 384 trajectories of up to 80 steps; hours on two CPU cores."""
+    """Settings of the bundled agents: 384 trajectories of up to 80 steps; hours on two CPU cores."""
     return PipelineConfig()
 
 
 def small_config() -> PipelineConfig:
-    """Everything, minutes on two CPU cores: to see that it works and to change it; its agents are no good."""
+    """Settings for a trial of all stages in minutes on two CPU cores; the resulting agents are not usable."""
     return with_settings(
         PipelineConfig(),
         {
@@ -117,10 +123,10 @@ CONFIGS = {"full": full_config, "small": small_config}
 
 
 def with_settings(config: T, values: Mapping[str, Any]) -> T:
-    """A config with some settings replaced, from nested mappings as in a JSON file.
+    """Replaces some settings of a config by the values of nested mappings, as in a JSON file.
 
     Raises:
-        ConfigurationError: A name that is no setting.
+        ConfigurationError: A name is not a setting.
 
     Example:
         >>> with_settings(PipelineConfig(), {"trajectories": {"steps": 5}}).trajectories.steps
@@ -141,10 +147,10 @@ def with_settings(config: T, values: Mapping[str, Any]) -> T:
 
 
 def bundled_record(name_or_path: str | Path) -> Path:
-    """File of a recorded set: a path, or the name of one that comes with the package.
+    """File of a recorded set, from its path or from the name of a set that comes with the package.
 
     Raises:
-        StateError: Neither.
+        StateError: There is neither a file nor a bundled set of that name.
     """
     if Path(name_or_path).is_file():
         return Path(name_or_path)
@@ -163,13 +169,13 @@ class Pipeline:
 
     Args:
         config: Settings.
-        output: For the results of all stages.
-        data: Folder with ``source/<Topic>.jsonl(.gz)``, the target folder and the question files; None: only stages
-            whose inputs are in `output` already.
+        output: Folder for the results of all stages.
+        data: Folder with ``source/<Topic>.jsonl(.gz)``, the target folder and the question files; None: only the stages
+            whose inputs are already in `output` can run.
         recorded: A recorded set to train on instead of collecting one: a file, or the name of a bundled one.
-        notes: For the model cards: what the text is and under which licences; Markdown sections.
-        workers: Who collects the feedback.
-        device: Where the proxies lie, see `ProxyTrainer`.
+        notes: Description of the text and its licences for the model cards: Markdown sections.
+        workers: Number and place of the workers that collect the feedback.
+        device: Device of the proxies, see `ProxyTrainer`.
         progress: Whether to show progress bars.
     """
 
@@ -183,11 +189,11 @@ class Pipeline:
     progress: bool = True
 
     def corpus(self) -> Corpus:
-        """The corpus, built from the text files unless it is there.
+        """The corpus, built from the text files unless it exists.
 
         Raises:
-            ShardNotFoundError: The data directory has not the layout.
-            StateError: There is a corpus of other settings.
+            ShardNotFoundError: The data directory does not have the expected layout.
+            StateError: The existing corpus has other settings.
         """
         directory = self.output / CORPUS
         if (directory / "corpus.json").exists():
@@ -211,7 +217,7 @@ class Pipeline:
         return corpus
 
     def trajectories(self) -> Trajectories:
-        """The trajectories, drawn unless they are there.
+        """The trajectories, drawn unless they exist.
 
         Raises:
             ShardNotFoundError, StateError: See `corpus`.
@@ -234,12 +240,12 @@ class Pipeline:
         return trajectories
 
     def questions(self, corpus: Corpus) -> ProxyQuestions:
-        """The environment of the proxies."""
+        """The question sets that score the proxies."""
         files = {name: self._data() / relative for name, relative in self.config.questions.items()}
         return ProxyQuestions.from_files(files, corpus.tokenizer(), self.config.feedback.questions)
 
     def record(self) -> FeedbackRecord:
-        """The recorded set: the one that was given, or the collected one, collected unless it is there.
+        """The recorded set: the given one, or else one that is collected unless it exists.
 
         Raises:
             ShardNotFoundError, StateError: See `corpus`.
@@ -255,20 +261,13 @@ class Pipeline:
         trajectories, corpus, config = self.trajectories(), self.corpus(), self.config.feedback
         questions = self.questions(corpus)
         states = start_states(corpus.start_state, config.bases)
-        settings = {
-            "bases": asdict(config.bases),
-            "proxy": asdict(config.proxy),
-            "row_tokens": config.row_tokens,
-            "corpus": corpus.fingerprint,
-        }
-        claim(self.output / BASES, settings, "base models")
         bases = train_bases(
             corpus,
             states,
             config.bases,
             config.proxy,
+            self.output / BASES,
             row_tokens=config.row_tokens,
-            path=self.output / BASES / "state.safetensors",
             device=self.device,
             progress=self.progress,
         )
@@ -284,11 +283,11 @@ class Pipeline:
             progress=self.progress,
         )
         record.save(path)
-        # As a later call will read it: mixes are rounded in the file.
+        # Mixes are rounded in the file: the first call must return the same as later ones.
         return FeedbackRecord.load(path)
 
     def sft(self) -> MixingAgent:
-        """The agent after the supervised warm-up, trained unless it is there.
+        """The agent after the supervised warm-up, trained unless it exists.
 
         Raises:
             ShardNotFoundError, StateError: See `record`.
@@ -298,16 +297,16 @@ class Pipeline:
             return MixingAgent.from_pretrained(directory)
         record = self.record()
         self._claim(directory, self.config.sft)
-        # No longer history was recorded; the agent says so when it is given one.
-        agent_config = AgentConfig(max_steps=record.trajectories.config.steps)
+        # The longest recorded history; the agent warns about longer ones.
+        agent_config = AgentConfig(max_steps=record.trajectories.config.steps, keep_topics=self._keep_topics())
         with tqdm(total=self.config.sft.updates, desc="sft", disable=not self.progress) as bar:
             result = train_sft(record, self.config.sft, agent_config, on_update=lambda: bar.update())
-        result.agent.save_pretrained(directory, card=card.sft_card(record, result, self.notes))
-        write_atomically(self.output / "sft.md", card.sft_report(record, result).encode())
+        result.agent.save_pretrained(directory, card=sft_card(record, result, self.notes))
+        write_atomically(self.output / "sft.md", sft_report(record, result).encode())
         return result.agent
 
     def cql(self) -> MixingAgent:
-        """The agent after Conservative Q-Learning, trained unless it is there; its critics lie in ``critic``.
+        """The agent after Conservative Q-Learning, trained unless it exists; its critics are saved in ``critic``.
 
         Raises:
             ShardNotFoundError, StateError: See `record`.
@@ -320,28 +319,36 @@ class Pipeline:
         self._claim(directory, self.config.cql)
         result = train_cql(record, warm, self.config.cql, progress=self.progress)
         save_critics(result.critics, directory / "critic")
-        result.agent.save_pretrained(directory, card=card.cql_card(record, self.config.cql, result, self.notes))
-        write_atomically(self.output / "cql.md", card.cql_report(result).encode())
+        result.agent.save_pretrained(directory, card=cql_card(record, self.config.cql, result, self.notes))
+        write_atomically(self.output / "cql.md", cql_report(result).encode())
         return result.agent
 
     def _is_done(self, directory: Path, config: SFTConfig | CQLConfig) -> bool:
-        """Whether the checkpoint is there, of these settings."""
+        """Whether the checkpoint exists; refuses one of other settings."""
         if (directory / SETTINGS).exists():
             self._claim(directory, config)
         return (directory / "config.json").exists()
 
     def _claim(self, directory: Path, config: SFTConfig | CQLConfig) -> None:
-        """Only when what the agent is trained from is there: a mistyped name must not claim the place."""
+        """Reserves a checkpoint's folder. Called after its inputs exist: a mistyped name must not reserve it."""
         settings: dict[str, Any] = {"training": asdict(config)}
         if isinstance(config, CQLConfig):
             settings["sft"] = asdict(self.config.sft)
         settings["recorded"] = str(self.recorded) if self.recorded else "collected"
         claim(directory, settings, "an agent")
 
+    def _keep_topics(self) -> tuple[float, ...] | None:
+        """Topics of the questions to keep; None: without a data directory they are unknown."""
+        if self.data is None:
+            return None
+        listed = read_questions(self.data / next(iter(self.config.questions.values())))
+        shares = TopicClassifier.bundled().shares([f"{q.question} {q.answer}" for q in listed])
+        return tuple(float(share) for share in shares)
+
     def _data(self) -> Path:
         if self.data is None:
             raise ConfigurationError(
-                f"{self.output} lacks what this stage builds on, and there is no data directory to build it from: "
+                f"{self.output} lacks the inputs of this stage, and there is no data directory to build them from: "
                 "pass --data, or --recorded for the stages that train an agent"
             )
         return self.data

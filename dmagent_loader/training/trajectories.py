@@ -1,8 +1,8 @@
 """Mixing trajectories by Algorithm 1 (paper, C.1; body reconstructed, weights and proposal are extensions).
 
-At each step N candidate mixes are drawn around the present one, and the best by a score of inductive biases is kept:
-little change, nearness to the target distribution that grows over time, and distance from what earlier trajectories did
-at the same step. With N = 1 the score has no say, with N = 10,000 it decides: the sets range from random to good.
+At each step N candidate mixes are drawn around the present one. The candidate with the best score is kept: it changes
+the mix little, is close to the target distribution (which counts more over time), and differs from the mixes of earlier
+trajectories at the same step. With N = 1 the score has no effect, with N = 10,000 it decides.
 
 Shapes: M trajectories, T steps, D = 52 domains, N candidates of one step.
 """
@@ -21,12 +21,11 @@ from safetensors.numpy import save as serialize
 
 from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_CANONICAL
+from dmagent_loader.mixture.domains import NUM_CANONICAL, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, js_divergence
 
 SCHEMA = "trajectories/2"
-"""Kind and version of the file; raised when an older reader would misunderstand a newer one."""
-NUM_TOPICS = len(CANONICAL_TOPICS)
+"""Kind and version of the file; increased when an older reader would misunderstand a newer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +34,18 @@ class TrajectoryConfig:
 
     Args:
         candidates_per_step: N of each set (paper: "path sampling number").
-        trajectories_per_set: 96 in the paper.
-        steps: T, the most reweighting steps of a trajectory; 80 in the paper.
+        trajectories_per_set: Number of trajectories of each set; 96 in the paper.
+        steps: T, largest number of reweighting steps of a trajectory; 80 in the paper.
         tokens_per_step: Tokens trained between two reweighting steps.
-        target_tokens: Target-field tokens that there are; a trajectory ends with the step that uses up the last.
+        target_tokens: Number of target-field tokens; a trajectory ends with the step that uses up the last.
         change_weight: Weight of -JS(candidate, previous mix).
         target_weight: Weight of -(t / T) JS(candidate, target distribution).
         diversity_weight: Weight of the mean total variation to earlier trajectories at the same step.
-        smoothing: Added to every Dirichlet parameter of the proposal, so that no domain is out of reach.
-        seed: Of all draws.
+        smoothing: Constant added to every Dirichlet parameter of the proposal, so that every domain can be reached.
+        seed: Seed of all draws.
+
+    Raises:
+        ConfigurationError: A number is not positive.
     """
 
     candidates_per_step: tuple[int, ...] = (1, 100, 1000, 10_000)
@@ -72,21 +74,21 @@ class TrajectoryConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrajectoryConfig:
-        """Settings from the JSON form of `dataclasses.asdict`."""
+        """Reads the JSON form of `dataclasses.asdict`."""
         values = json.loads(text)
         return cls(**{**values, "candidates_per_step": tuple(values["candidates_per_step"])})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectories:
-    """M trajectories in one space, in the order in which they were drawn.
+    """M trajectories over the canonical domains, in the order in which they were drawn.
 
     Args:
         mixes: (M, T + 1, 52); row 0 is the start state, row t the mix of step t; rows after the end are 0.
-        lengths: (M,) steps of each trajectory, at most T.
-        candidates: (M,) N of the set that each belongs to.
-        starts: (M,) number of the start state that each begins with.
-        target_distribution: (52,) that the score pulls to.
+        lengths: (M,), number of steps, at most T.
+        candidates: (M,), N of the trajectory's set.
+        starts: (M,), number of the trajectory's start state.
+        target_distribution: (52,), distribution that the score favours.
         config: Settings.
     """
 
@@ -105,7 +107,10 @@ class Trajectories:
         return digest.hexdigest()
 
     def members(self, candidates: int) -> IntArray:
-        """Numbers of the trajectories of the set with that many candidates per step.
+        """Numbers of the trajectories of one set.
+
+        Args:
+            candidates: N of the set.
 
         Raises:
             ConfigurationError: There is no such set.
@@ -122,21 +127,21 @@ class Trajectories:
         """Some of the trajectories, in their order, as if only they had been drawn.
 
         Args:
-            numbers: Which; equally many of each set that remains.
+            numbers: Numbers of the trajectories, equally many of each set that remains.
 
         Raises:
-            ConfigurationError: Numbers that do not exist, come twice, or are not equally many of each set.
+            ConfigurationError: A number does not exist or is repeated, or the sets would differ in size.
         """
         kept = np.sort(np.asarray(numbers, dtype=np.int64))
         if not len(kept) or len(set(kept.tolist())) < len(kept) or kept[0] < 0 or kept[-1] >= len(self.lengths):
             raise ConfigurationError(
-                f"{kept.tolist()} are no numbers of {len(self.lengths)} trajectories: give each once, from 0 to "
-                f"{len(self.lengths) - 1}"
+                f"{kept.tolist()} are not distinct numbers of {len(self.lengths)} trajectories: give each once, from 0 "
+                f"to {len(self.lengths) - 1}"
             )
         counts = {n: int((self.candidates[kept] == n).sum()) for n in self.config.candidates_per_step}
         counts = {n: count for n, count in counts.items() if count}
         if len(set(counts.values())) > 1:
-            raise ConfigurationError(f"the sets would have {counts} trajectories: choose equally many of each")
+            raise ConfigurationError(f"the sets would have {counts} trajectories: choose the same number of each")
         return replace(
             self,
             mixes=self.mixes[kept],
@@ -152,7 +157,7 @@ class Trajectories:
         """The first steps of each trajectory.
 
         Raises:
-            ConfigurationError: Fewer than one step.
+            ConfigurationError: `steps` is less than 1.
         """
         if steps < 1:
             raise ConfigurationError(f"trajectories cannot be shortened to {steps} steps: keep one or more")
@@ -161,13 +166,13 @@ class Trajectories:
         return replace(self, mixes=mixes, lengths=np.minimum(self.lengths, config.steps), config=config)
 
     def target_share(self) -> FloatArray:
-        """(M, T + 1) weight of the target field; NaN after the end."""
+        """Weight of the target field: (M, T + 1), NaN after the end."""
         share = self.mixes[:, :, NUM_TOPICS:].sum(axis=-1)
         steps = np.arange(self.mixes.shape[1])
         return np.where(steps[None] <= self.lengths[:, None], share, np.nan)
 
     def save(self, path: Path) -> None:
-        """Writes one safetensors file; the settings are JSON in its header."""
+        """Writes one safetensors file with the settings as JSON in its header."""
         arrays = {
             "mixes": self.mixes,
             "lengths": self.lengths,
@@ -180,10 +185,10 @@ class Trajectories:
 
     @classmethod
     def load(cls, path: Path) -> Trajectories:
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            StateError: Another schema.
+            StateError: The file has another schema.
         """
         with safe_open(str(path), framework="numpy") as file:
             meta = file.metadata() or {}
@@ -196,18 +201,18 @@ class Trajectories:
 def propose(
     rng: np.random.Generator, present: FloatArray, source: FloatArray, target: FloatArray, count: int, smoothing: float
 ) -> FloatArray:
-    """Random mixes around the present one (extension).
+    """Draws random mixes around the present one (extension).
 
     c = (1 - w) a + w u with w ~ Beta(1, 1.5), u = [(1 - s) Dir(k p_source + smoothing), s Dir(k q + smoothing)],
-    s ~ U(0, 1), k ~ U(2, 40): most stay near, some go far, and every target share is proposed.
+    s ~ U(0, 1), k ~ U(2, 40). Most mixes stay near the present one, some are far away, and every target share occurs.
 
     Args:
         rng: Source of randomness.
-        present: (52,), the mix of the step before.
-        source: (26,) topic shares of the source field in the start state.
-        target: (26,) topic shares of the target field.
+        present: (52,), mix of the previous step.
+        source: (26,), topic shares of the source field in the start state.
+        target: (26,), topic shares of the target field.
         count: N.
-        smoothing: Added to the Dirichlet parameters.
+        smoothing: Constant added to the Dirichlet parameters.
 
     Returns:
         (N, 52), rows sum to 1.
@@ -234,11 +239,11 @@ def score(
 
     Args:
         candidates: (N, 52).
-        previous: (52,).
-        target: (52,), the target distribution.
-        earlier: (m, 52) mixes of the set's earlier trajectories at the same step; m may be 0.
+        previous: (52,), mix of the previous step.
+        target: (52,), target distribution.
+        earlier: (m, 52), mixes of the set's earlier trajectories at the same step; m may be 0.
         progress: t / T.
-        config: The weights.
+        config: Weights of the terms.
 
     Returns:
         (N,), higher is better.
@@ -253,8 +258,8 @@ def score(
 def mean_total_variation(candidates: FloatArray, earlier: FloatArray) -> FloatArray:
     """Mean total variation of each candidate to all earlier mixes: (N, D), (m, D) -> (N,).
 
-    In each domain the sum of |c - e| over the sorted e is c * (2 below - m) + (sum of all) - 2 (sum of those below): a
-    search for each candidate instead of a pass over all pairs, which made this the slowest part of the drawing.
+    In each domain the sum of |c - e| over the sorted e is c * (2 below - m) + (sum of all) - 2 (sum of those below).
+    So a binary search per candidate replaces the pass over all pairs, which was the slowest part of the sampling.
     """
     ordered = np.sort(earlier, axis=0)
     sums = np.vstack([np.zeros(ordered.shape[1]), np.cumsum(ordered, axis=0)])
@@ -275,13 +280,13 @@ def sample_trajectories(
     """Draws all sets of trajectories (Algorithm 1).
 
     Args:
-        start_states: (S, 52), 0 on the target domains; the trajectories of a set take them in turn (the paper has one).
+        start_states: (S, 52), 0 on the target domains; the trajectories of a set use them in turn (the paper has one).
         target_distribution: (52,), 0 on the source domains.
         config: Settings.
         on_trajectory: Called after each trajectory, for a progress bar.
 
     Raises:
-        ConfigurationError: A start state or the target distribution is not one.
+        ConfigurationError: A start state or the target distribution has the wrong shape or does not sum to 1.
     """
     target = target_distribution[NUM_TOPICS:]
     if start_states.ndim != 2 or start_states.shape[1] != NUM_CANONICAL or len(target_distribution) != NUM_CANONICAL:
@@ -302,7 +307,7 @@ def sample_trajectories(
     mixes[:, 0] = start_states[starts]
     lengths = np.zeros(total, dtype=np.int64)
     for number in range(total):
-        # A generator for each trajectory: a set is the same whatever other sets are drawn beside it.
+        # A generator for each trajectory, so that a set does not depend on the other sets.
         within = number % config.trajectories_per_set
         rng = np.random.default_rng([config.seed, int(candidates[number]), within])
         first = number - within

@@ -15,7 +15,7 @@ from fuzz.inputs import Choices, edit_seeds, edited, expect, folder, json_seeds
 
 from dmagent_loader import ReadingConfig
 from dmagent_loader.agent import AgentConfig, MixingAgent
-from dmagent_loader.agent.checkpoint import load, read_agent_config, read_weights
+from dmagent_loader.agent.checkpoint import read_agent_config, read_weights
 from dmagent_loader.errors import CheckpointError, StateError
 from dmagent_loader.mixture.history import FeedbackStatistics
 from dmagent_loader.policies import StaticPolicy
@@ -47,7 +47,11 @@ def check_checkpoint(data: bytes) -> None:
     (home / "model.safetensors").write_bytes(weights)
     try:
         found, sha256 = read_agent_config(home)
-        loaded = load(home).state_dict() if whole else read_weights(home / "model.safetensors", sha256, expected)
+        loaded = (
+            MixingAgent.from_pretrained(home).state_dict()
+            if whole
+            else read_weights(home / "model.safetensors", sha256, expected)
+        )
     except CheckpointError as error:
         expect(error)
         return

@@ -21,10 +21,10 @@ from dmagent_loader.errors import DamagedShardError, DecodeError, ShardError, Sh
 from dmagent_loader.shards import Decoder, RawSample, decode, load_manifest
 from dmagent_loader.shards.decode import decode_npy
 from dmagent_loader.shards.index.cache import IndexCache, parse_entry
-from dmagent_loader.shards.index.columns_file import seal_of
+from dmagent_loader.shards.index.columns_file import checksum_of
 from dmagent_loader.shards.index.overview import KnownShard, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex, build_index
-from dmagent_loader.shards.manifest import DomainRecord, ShardRecord, manifest_text, recorded
+from dmagent_loader.shards.manifest import DomainRecord, ShardRecord, manifest_text
 from dmagent_loader.shards.sources.local import ShardVersion
 from dmagent_loader.shards.table import ChangedRow, RowTable
 from dmagent_loader.shards.tar.header import BLOCK
@@ -112,7 +112,7 @@ def check_manifest(data: bytes) -> None:
     for shards in listing.values():
         for shard in shards:
             assert Path(shard).is_relative_to(home)
-            recorded(shard)
+            listing.record(Path(shard).relative_to(home).as_posix())
 
 
 def check_cache(data: bytes) -> None:
@@ -193,7 +193,7 @@ def _edited_entry(entry: bytes, choices: Choices) -> bytes:
         metadata = {
             str(name): value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()
         }
-        metadata["crc32"] = str(seal_of(columns, metadata))
+        metadata["crc32"] = str(checksum_of(columns, metadata))
     else:
         metadata = None
     try:
@@ -236,7 +236,7 @@ def _overview() -> bytes:
     for place, tag in enumerate(_OVERVIEW_TAGS[:2]):
         version = ShardVersion(size=10240, tag=tag)
         sha256 = "ab" * 32 if place else None
-        overview.note(place, KnownShard(version=version, rows=place, checksum=bytes(range(32)), sha256=sha256))
+        overview.add(place, KnownShard(version=version, rows=place, checksum=bytes(range(32)), sha256=sha256))
     return overview.to_bytes("1")
 
 

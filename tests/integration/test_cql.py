@@ -11,7 +11,8 @@ from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.mixture.domains import NUM_CANONICAL
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray, effective_domains
-from dmagent_loader.training.cql.train import CQLConfig, train_cql
+from dmagent_loader.training.cql.config import CQLConfig
+from dmagent_loader.training.cql.train import train_cql
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.sft import SFTConfig, train_sft
 from dmagent_loader.training.trajectories import TrajectoryConfig, sample_trajectories

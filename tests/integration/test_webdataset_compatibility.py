@@ -12,6 +12,7 @@ import pytest
 import webdataset
 
 from dmagent_loader.shards import Decoder, ShardCollection, load_manifest, shard_files
+from dmagent_loader.testing import write_toy_shards
 
 SAMPLES: list[dict[str, Any]] = [
     {"__key__": "000001", "txt": "plain", "cls": 7},
@@ -104,3 +105,17 @@ def test_shards_written_here_are_read_by_webdataset(tmp_path: Path) -> None:
     shard_files({"source/web": [tmp_path / "web.txt"]}, tmp_path / "out", progress=False)
     (shard,) = load_manifest(tmp_path / "out")["source/web"]
     assert by_webdataset(shard, decode=True) == [{"__key__": "000000000", "txt": "one text\n"}]
+
+
+@pytest.mark.parametrize("tokens", [None, 12])
+def test_toy_shards_are_read_by_webdataset_and_have_equal_bytes(tmp_path: Path, tokens: int | None) -> None:
+    rows = {"source/web": 7, "target/math/algebra": 3, "target/none": 0}
+    toys, again = (write_toy_shards(tmp_path / name, rows, rows_per_shard=3, tokens=tokens) for name in ("a", "b"))
+    assert [len(paths) for paths in toys.values()] == [3, 1, 1]
+    for domain, paths in toys.items():
+        assert [Path(path).read_bytes() for path in paths] == [Path(path).read_bytes() for path in again[domain]]
+        if rows[domain]:
+            theirs = by_webdataset("::".join(paths), decode=True)
+            ours = [sample for path in paths for sample in by_position(path, tmp_path / "cache", Decoder())]
+            assert len(theirs) == rows[domain]
+            assert all(equal(a, b) for a, b in zip(ours, theirs, strict=True))

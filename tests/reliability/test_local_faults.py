@@ -212,7 +212,7 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(
     assert [path.name for path in cache.rglob("*") if path.is_file()] == []
     filling.unlink()
     opened(shard, cache=cache)
-    assert IndexCache(cache).load(str(shard), shard_version(str(shard))) is not None
+    assert IndexCache(cache).load(str(shard), shard_version(str(shard)), None) is not None
 
 
 def test_a_full_disk_while_shards_are_written_leaves_the_folder_as_it_was(small_disk: Path, tmp_path: Path) -> None:

@@ -143,19 +143,20 @@ def test_a_shard_that_shrinks_behind_the_url_is_damaged_not_unreachable(tmp_path
             collection.read(0, 0, 29)
 
 
-def test_a_shard_that_is_replaced_while_it_is_indexed_is_refused(tmp_path: Path) -> None:
+def test_a_shard_that_is_replaced_while_it_is_indexed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The index would hold rows of both."""
     with serving(["x" * (3 << 20)] * 4) as server:
-        whole = server.data
+        whole, take_fault = server.data, server.take_fault
 
-        def replace() -> None:
-            while server.requests < 3:
-                time.sleep(0.01)
-            server.data = whole[:-10240]
+        def replace_in_the_middle() -> str:
+            fault = take_fault()
+            if server.requests == 4:  # after two for size and version, and one for the first bytes
+                server.data = whole[:-10240]
+            return fault
 
-        thread = threading.Thread(target=replace)
-        thread.start()
-        server.begin("", 0)
+        monkeypatch.setattr(server, "take_fault", replace_in_the_middle)
         with pytest.raises(DamagedShardError, match=r"shard-000\.tar.*changed"):
             ShardCollection.open({"source/a": server.url}, progress=False, cache_dir=tmp_path)
-        thread.join()
+        assert server.requests > 4

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dmagent_loader._files import remove_leftovers, write_atomically
+from dmagent_loader._files import locked, remove_leftovers, write_atomically
 
 
 def test_a_reader_sees_one_whole_file_whoever_writes_it(tmp_path: Path) -> None:
@@ -122,3 +122,28 @@ def test_the_file_is_as_readable_as_any_other_of_the_user(tmp_path: Path) -> Non
     write_atomically(tmp_path / "whole", b"")
     modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("plain", "whole")}
     assert len(modes) == 1
+
+
+def test_a_lock_file_has_one_holder_and_is_gone_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / ".lock"
+    with locked(path):
+        with pytest.raises(TimeoutError), locked(path, timeout_seconds=0.1):
+            pytest.fail("held twice")
+        with pytest.raises(TimeoutError), locked(path, timeout_seconds=60, is_cancelled=lambda: True):
+            pytest.fail("held twice")
+    assert list(path.parent.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), locked(path):
+        raise ZeroDivisionError
+    with locked(path):
+        pass
+
+
+def test_a_lock_is_refused_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A marker file in its place would outlive a killed holder."""
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match="not implemented"), locked(tmp_path / ".lock"):
+        pytest.fail("held without a lock")

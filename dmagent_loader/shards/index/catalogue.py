@@ -1,7 +1,7 @@
-"""Which shards there are, and what is known of each, in so little memory that there may be a million.
+"""All shards and the essential facts about each, in little enough memory for a million shards.
 
-Of a shard that the cache knows, only its URL, rows, checksum and damage stay in memory; its index is read again when
-its rows are (`Catalogue.index`). An index that could not be cached stays.
+For a shard whose index is cached, only URL, rows, checksum and damage stay in memory; the index is loaded when rows are
+read (`Catalogue.index`). An index that could not be cached stays in memory.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from dmagent_loader.errors import DamagedShardError
-from dmagent_loader.shards.index.cache import IndexCache, build_and_cache, is_vouched_for, with_content
+from dmagent_loader.shards.index.cache import IndexCache, build_and_cache
 from dmagent_loader.shards.index.overview import SHARDS_OF_OVERVIEW, KnownShard, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex
+from dmagent_loader.shards.index.verify import is_verified, with_content
+from dmagent_loader.shards.manifest import Manifests
 from dmagent_loader.shards.sources.local import ShardVersion, shard_version
 from dmagent_loader.shards.sources.urls import absolute, base_name, display_url, is_local
-from dmagent_loader.shards.tar.damage import ShardDamage
+from dmagent_loader.shards.tar import ShardDamage
 
-# Threads, not processes: reading and the checksums of large rows run outside the interpreter lock, two processes were
-# no faster on two cores, and spawned ones would run a script without a main guard again. Small rows keep one core busy.
+# Threads, not processes: reads and checksums of large rows release the interpreter lock, two processes were not faster
+# on two cores, and spawned processes would run a script without a main guard again. Small rows keep one core busy.
 _INDEX_THREADS = 8
-_AT_A_TIME = 512
-"""Tasks that wait together: a thread pool keeps a kilobyte for each, and the overviews that they look into stay."""
-_LOOKED_UP_TOGETHER = 16
-"""Shards of one task: looking one up takes no longer than handing it to a thread."""
+_TASKS_AT_A_TIME = 512
+"""Tasks submitted together: a pending task takes a kilobyte and keeps its overview in memory."""
+_SHARDS_PER_TASK = 16
+"""Shards of one look-up task: one look-up takes no longer than handing a task to a thread."""
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -46,7 +48,7 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What is remembered of a shard; `index` only if it is not in the cache."""
+    """The facts about a shard that stay in memory; `index` only if it is not cached."""
 
     known: KnownShard
     damage: tuple[ShardDamage, ...] = ()
@@ -62,7 +64,7 @@ class _Facts:
 
 @dataclass(frozen=True, slots=True)
 class _LookUp:
-    """Shards that one thread looks up; they lie within one group (`Catalogue._groups`)."""
+    """Shards that one thread looks up, all of one group (`Catalogue._groups`)."""
 
     group: int
     shards: range
@@ -70,20 +72,29 @@ class _LookUp:
 
 
 class Catalogue:
-    """All shards of all domains, numbered through in the order of domains and lists.
+    """All shards of all domains, numbered consecutively in the order of domains and lists.
 
     Args:
-        urls: Each domain with the URLs of its shards; the list of one is dropped before the next is asked for.
+        urls: Each domain with the URLs of its shards. Only one list is in memory at a time.
         cache: Where indexes are kept.
+        manifests: Manifests that shards are compared with.
         progress: Show a progress bar while shards are indexed.
+
+    Attributes:
+        domains: (D,) names of the domains.
+        spans: (D,) number of the first shard of each domain, and of the first one after it.
+        rows: (S,) rows of each shard.
+        damage: Damage of each damaged shard, by its number.
 
     Raises:
         ShardNotFoundError: A shard does not exist.
         ShardLayoutError: A shard that cannot be read by position.
     """
 
-    def __init__(self, urls: Iterable[tuple[str, Sequence[str]]], cache: IndexCache, progress: bool) -> None:
-        self._cache = cache
+    def __init__(
+        self, urls: Iterable[tuple[str, Sequence[str]]], cache: IndexCache, manifests: Manifests, progress: bool
+    ) -> None:
+        self._cache, self._manifests = cache, manifests
         self._names = bytearray()
         domains, name_end, span_end = [], array("q", [0]), [0]
         for domain, listed in urls:
@@ -94,15 +105,13 @@ class Catalogue:
             span_end.append(len(name_end) - 1)
         self.domains: tuple[str, ...] = tuple(domains)
         self.spans: list[tuple[int, int]] = list(pairwise(span_end))
-        """(D,) the number of the first shard of each domain, and that after its last."""
         self._name_end: NDArray[np.int64] = np.array(name_end, np.int64)
         self.rows: NDArray[np.int64] = np.zeros(len(self), np.int64)
-        """(S,) rows of each shard."""
         self._checksums = bytearray(len(self) * hashlib.sha256().digest_size)
         self.damage: dict[int, tuple[ShardDamage, ...]] = {}
-        """By shard; whole ones are left out."""
         self._uncached: dict[int, ShardIndex] = {}
         self._find_or_build(progress)
+        manifests.release()
 
     def __len__(self) -> int:
         return len(self._name_end) - 1
@@ -117,12 +126,12 @@ class Catalogue:
 
     @cached_property
     def is_local(self) -> bool:
-        """Whether all shards are files, so that no row has to cross a network protocol."""
+        """Whether all shards are local files."""
         return all(is_local(self.url(number)) for number in range(len(self)))
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 over domain names and, per shard, file name, rows and content; folders and hosts do not matter."""
+        """Hex sha256 over domain names and, per shard, file name, rows and content, but not folders and hosts."""
         digest = hashlib.sha256()
         for domain, span in zip(self.domains, self.spans, strict=True):
             digest.update(json.dumps(domain).encode())
@@ -132,29 +141,37 @@ class Catalogue:
         return digest.hexdigest()
 
     def copies(self, most: int) -> tuple[int, list[tuple[int, int]]]:
-        """How many shards have rows of the same content as an earlier one, and some of them, each with that one."""
+        """Finds shards with the same rows as another one.
+
+        Args:
+            most: Largest number of pairs to list.
+
+        Returns:
+            The number of such shards, and pairs of shards with the same rows.
+        """
         begins = np.frombuffer(self._checksums, np.uint64)[:: hashlib.sha256().digest_size // 8]
         rising = np.argsort(begins, kind="stable")
         begins = begins[rising]
         later = np.flatnonzero((begins[1:] == begins[:-1]) & (self.rows[rising[1:]] > 0)) + 1
-        return len(later), [(int(rising[place]), int(rising[place - 1])) for place in later[:most]]
+        return len(later), [(int(rising[position]), int(rising[position - 1])) for position in later[:most]]
 
     def index(self, number: int) -> ShardIndex:
-        """The index of a shard, from the cache, or built anew if it is not there any more.
+        """The index of a shard, from the cache, or built again if the cache has lost it.
 
         Raises:
-            DamagedShardError: The shard is another than when the catalogue was made.
+            DamagedShardError: The shard was replaced since the catalogue was made.
         """
-        kept = self._uncached.get(number)
-        if kept is not None:
-            return kept
+        uncached = self._uncached.get(number)
+        if uncached is not None:
+            return uncached
         url, checksum = self.url(number), self._checksum(number).hex()
-        # The same rows may lie elsewhere in another version. To ask a server would take a request for each shard.
+        # The same rows may lie at other offsets in another version. A server is not asked: one request per shard.
         version = shard_version(url) if is_local(url) else None
         index = self._cache.find(url, version, checksum)
         if index is None:
             version, stop = version or shard_version(url), threading.Event()
-            built, cached = build_and_cache(url, version, self._cache, advance=lambda _: None, stop=stop)
+            record = self._manifests.record(url)
+            built, cached = build_and_cache(url, version, self._cache, record, advance=lambda _: None, stop=stop)
             index = self._cache.find(url, version, checksum) if cached else with_content(built, checksum)
         if index is None:
             self._cache.forget_overview(map(self.url, self._groups[self._group_of(number)]))
@@ -165,7 +182,7 @@ class Catalogue:
         return index
 
     def cached_index(self, number: int) -> Path:
-        """The file that holds the index of a shard."""
+        """The file for the index of a shard."""
         return self._cache.entry(self.url(number))
 
     def _checksum(self, number: int) -> bytes:
@@ -184,7 +201,7 @@ class Catalogue:
     def _group_of(self, number: int) -> int:
         return bisect_right(self._groups, number, key=lambda shards: shards.start) - 1
 
-    def _note(self, number: int, facts: _Facts) -> None:
+    def _add(self, number: int, facts: _Facts) -> None:
         self.rows[number] = facts.known.rows
         size = len(facts.known.checksum)
         self._checksums[number * size : (number + 1) * size] = facts.known.checksum
@@ -195,14 +212,14 @@ class Catalogue:
 
     def _find_or_build(self, progress: bool) -> None:
         stop = threading.Event()
-        missing = array("q")  # of shards; what is known of each would take ten times as much
+        missing = array("q")  # numbers of shards to index
         missing_bytes = 0
         missing_of_group: Counter[int] = Counter()
         waiting: Counter[int] = Counter()
         for task, found in _in_threads(self._look_up, self._look_ups(waiting), stop):
             for number, facts in zip(task.shards, found, strict=True):
                 if isinstance(facts, _Facts):
-                    self._note(number, facts)
+                    self._add(number, facts)
                 else:
                     missing.append(number)
                     missing_of_group[task.group] += 1
@@ -214,33 +231,32 @@ class Catalogue:
             self._build(missing, missing_bytes, missing_of_group, progress, stop)
 
     def _look_ups(self, waiting: Counter[int]) -> Iterator[_LookUp]:
-        """All shards, dealt to threads; `waiting` counts the tasks of each group."""
+        """All shards, in tasks for threads; `waiting` counts the pending tasks of each group."""
         for group, shards in enumerate(self._groups):
             overview = self._load_overview(group)
-            parts = [
-                shards[first : first + _LOOKED_UP_TOGETHER] for first in range(0, len(shards), _LOOKED_UP_TOGETHER)
-            ]
+            parts = [shards[first : first + _SHARDS_PER_TASK] for first in range(0, len(shards), _SHARDS_PER_TASK)]
             waiting[group] = len(parts)
             yield from (_LookUp(group, part, overview) for part in parts)
 
     def _look_up(self, task: _LookUp) -> list[_Facts | int]:
-        """Facts of each shard, or its bytes if it has to be indexed."""
+        """Facts about each shard, or its size in bytes if it has to be indexed."""
         found: list[_Facts | int] = []
         start = self._groups[task.group].start
         for number in task.shards:
             url = self.url(number)
             version = shard_version(url)
+            record = self._manifests.record(url)
             known = task.overview.find(number - start, version)
-            if known is not None and is_vouched_for(url, known):
+            if known is not None and is_verified(known, record):
                 found.append(_Facts(known))
                 continue
-            index = self._cache.load(url, version)
+            index = self._cache.load(url, version, record)
             if index is None:
                 found.append(version.size)
                 continue
             facts = _Facts.of(version, index, cached=True)
             if not facts.damage:
-                task.overview.note(number - start, facts.known)
+                task.overview.add(number - start, facts.known)
             found.append(facts)
         return found
 
@@ -252,12 +268,13 @@ class Catalogue:
         progress: bool,
         stop: threading.Event,
     ) -> None:
-        """Indexes shards, about in their order, so that few overviews are in memory at a time."""
+        """Indexes shards, roughly in their order, so that few overviews are in memory at a time."""
 
         def build(number: int) -> _Facts:
             url = self.url(number)
             version = shard_version(url)
-            index, cached = build_and_cache(url, version, self._cache, advance=bar.update, stop=stop)
+            record = self._manifests.record(url)
+            index, cached = build_and_cache(url, version, self._cache, record, advance=bar.update, stop=stop)
             return _Facts.of(version, index, cached=cached)
 
         overviews: dict[int, Overview] = {}
@@ -270,13 +287,13 @@ class Catalogue:
             disable=not progress,
         ) as bar:
             for number, facts in _in_threads(build, missing, stop):
-                self._note(number, facts)
+                self._add(number, facts)
                 group = self._group_of(number)
                 overview = overviews.get(group)
                 if overview is None:
                     overview = overviews[group] = self._load_overview(group)
                 if not facts.damage and facts.index is None:
-                    overview.note(number - self._groups[group].start, facts.known)
+                    overview.add(number - self._groups[group].start, facts.known)
                 missing_of_group[group] -= 1
                 if not missing_of_group[group]:
                     self._save_overview(group, overviews.pop(group))
@@ -292,15 +309,15 @@ class Catalogue:
 
 
 def _in_threads(work: Callable[[_T], _R], tasks: Iterable[_T], stop: threading.Event) -> Iterator[tuple[_T, _R]]:
-    """Every task with its result; on an error or Ctrl-C what runs is told to stop and what waits is dropped."""
+    """Yields every task with its result. An error or Ctrl-C stops running tasks and drops pending ones."""
     tasks = iter(tasks)
     with ThreadPoolExecutor(max_workers=_INDEX_THREADS, thread_name_prefix="dmagent-index") as pool:
         try:
-            while batch := list(islice(tasks, _AT_A_TIME)):
+            while batch := list(islice(tasks, _TASKS_AT_A_TIME)):
                 futures = {pool.submit(work, task): task for task in batch}
                 for future in as_completed(futures):
                     yield futures[future], future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # first, or threads that stop would take more tasks
+            pool.shutdown(wait=False, cancel_futures=True)  # first, so that stopped threads take no more tasks
             stop.set()
             raise

@@ -1,4 +1,4 @@
-"""Columns of numbers in one safetensors file (nothing in it can execute), with a checksum over everything."""
+"""A safetensors file of numeric columns and texts, with a checksum over both. Reading it cannot execute code."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from dmagent_loader.shards.sources.checksum import crc32
 
 Columns = dict[str, NDArray[Any]]
 
+_CHECKSUM = "crc32"
 
-def seal(columns: Columns, metadata: dict[str, str]) -> bytes:
-    """The bytes of a file that holds these columns and texts."""
+
+def write_columns(columns: Columns, metadata: dict[str, str]) -> bytes:
+    """The bytes of a file with these columns and texts."""
     columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
-    data: bytes = save_tensors(columns, {**metadata, "crc32": str(seal_of(columns, metadata))})
+    data: bytes = save_tensors(columns, {**metadata, _CHECKSUM: str(checksum_of(columns, metadata))})
     return data
 
 
-def metadata_in(data: bytes) -> dict[str, Any]:
-    """The texts in a file of `seal`, which are not checked yet.
+def read_metadata(data: bytes) -> dict[str, Any]:
+    """The texts of a file, not yet verified.
 
     Raises:
         Exception: Of any kind, if the file is damaged.
@@ -34,21 +36,25 @@ def metadata_in(data: bytes) -> dict[str, Any]:
     return metadata
 
 
-def columns_in(data: bytes, metadata: dict[str, str]) -> Columns:
-    """The columns, after columns and texts were checked.
+def read_columns(data: bytes, metadata: dict[str, str]) -> Columns:
+    """The columns of a file, after the checksum over columns and texts was verified.
+
+    Args:
+        data: The whole file.
+        metadata: Its texts, from `read_metadata`.
 
     Raises:
         Exception: Of any kind, if the file is damaged.
     """
     columns: Columns = load_tensors(data)
-    if str(seal_of(columns, metadata)) != metadata["crc32"]:
+    if str(checksum_of(columns, metadata)) != metadata[_CHECKSUM]:
         raise ValueError("its checksum is wrong")
     return columns
 
 
-def seal_of(columns: Columns, metadata: dict[str, str]) -> int:
-    """crc32 over all texts but the one named so, and all columns in the order of their names."""
-    crc = crc32(json.dumps({name: text for name, text in sorted(metadata.items()) if name != "crc32"}).encode())
+def checksum_of(columns: Columns, metadata: dict[str, str]) -> int:
+    """The crc32 over all texts except the checksum, and all columns in the order of their names."""
+    crc = crc32(json.dumps({name: text for name, text in sorted(metadata.items()) if name != _CHECKSUM}).encode())
     for name in sorted(columns):
         crc = crc32(columns[name].tobytes(), crc)
     return crc

@@ -1,7 +1,7 @@
-"""What a start has to know of many shards, in one file: a million indexes would take ten minutes to read.
+"""The facts about many shards that a start needs, in one file: reading a million indexes would take ten minutes.
 
-An overview holds for consecutive shards of one list, each with its version, what `catalogue`
-keeps of a whole shard. Whoever finds another version, or damage, or nothing, looks at the shard's own index.
+An overview covers consecutive shards of one list. It holds the version of each intact shard and the facts that
+`catalogue` keeps about it. Without an entry of the present version, the caller reads the index of the shard.
 
 Shapes: S shards.
 """
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmagent_loader.shards.index.columns_file import columns_in, metadata_in, seal
+from dmagent_loader.shards.index.columns_file import read_columns, read_metadata, write_columns
 from dmagent_loader.shards.sources.local import ShardVersion
 
 SHARDS_OF_OVERVIEW = 1024
-"""So that it stays small in memory, and that a list which grows at its end keeps most of its overviews."""
+"""Small enough for memory, and a list that grows at its end keeps most of its overviews."""
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _COLUMNS = ("size", "rows", "checksum", "sha256", "has_sha256")
@@ -28,13 +28,13 @@ _UNKNOWN = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownShard:
-    """A whole shard.
+    """An intact shard.
 
     Attributes:
-        version: The one that was indexed.
-        rows: In it.
-        checksum: Of its content (`dmagent_loader.shards.index.shard_index.ShardIndex.checksum`), as bytes.
-        sha256: Of the whole file, in hex; None: it was not computed.
+        version: Version that was indexed.
+        rows: Number of rows.
+        checksum: Checksum of its content, as bytes (`dmagent_loader.shards.index.shard_index.ShardIndex.checksum`).
+        sha256: Hex sha256 of the whole file; None if it was not computed.
     """
 
     version: ShardVersion
@@ -44,10 +44,13 @@ class KnownShard:
 
 
 class Overview:
-    """Whole shards by their place in a list.
+    """Intact shards by their position in a list.
 
     Args:
-        num_shards: S, in the list.
+        num_shards: S, the length of the list.
+
+    Attributes:
+        is_changed: The overview differs from its file.
     """
 
     def __init__(self, num_shards: int) -> None:
@@ -60,45 +63,46 @@ class Overview:
         self._tags = [""] * num_shards
         self._changed = [""] * num_shards
 
-    def find(self, place: int, version: ShardVersion) -> KnownShard | None:
-        """The shard at a place of the list; None: it is not known, or may have been changed since."""
-        rows = self._rows.item(place)
-        if rows == _UNKNOWN or self._size.item(place) != version.size or not version.is_sure:
+    def find(self, position: int, version: ShardVersion) -> KnownShard | None:
+        """The shard at a position of the list; None if it is unknown or may have changed since."""
+        rows = self._rows.item(position)
+        if rows == _UNKNOWN or self._size.item(position) != version.size or not version.is_sure:
             return None
-        if self._tags[place] != version.tag or self._changed[place] != version.changed:
+        if self._tags[position] != version.tag or self._changed[position] != version.changed:
             return None
-        sha256 = self._sha256[place].tobytes().hex() if self._has_sha256[place] else None
-        return KnownShard(version=version, rows=rows, checksum=self._checksum[place].tobytes(), sha256=sha256)
+        sha256 = self._sha256[position].tobytes().hex() if self._has_sha256[position] else None
+        return KnownShard(version=version, rows=rows, checksum=self._checksum[position].tobytes(), sha256=sha256)
 
-    def note(self, place: int, shard: KnownShard) -> None:
-        """Takes in the shard at a place of the list."""
+    def add(self, position: int, shard: KnownShard) -> None:
+        """Sets the shard at a position of the list."""
         version = shard.version
-        self._size[place], self._tags[place], self._changed[place] = version.size, version.tag, version.changed
-        self._rows[place] = shard.rows
-        self._checksum[place] = np.frombuffer(shard.checksum, np.uint8)
-        self._has_sha256[place] = shard.sha256 is not None
+        self._size[position], self._tags[position] = version.size, version.tag
+        self._changed[position] = version.changed
+        self._rows[position] = shard.rows
+        self._checksum[position] = np.frombuffer(shard.checksum, np.uint8)
+        self._has_sha256[position] = shard.sha256 is not None
         if shard.sha256 is not None:
-            self._sha256[place] = np.frombuffer(bytes.fromhex(shard.sha256), np.uint8)
+            self._sha256[position] = np.frombuffer(bytes.fromhex(shard.sha256), np.uint8)
         self.is_changed = True
 
     def to_bytes(self, format: str) -> bytes:
-        """The file of this overview."""
+        """The file of this overview, marked with the format of the indexes."""
         columns = {name: getattr(self, f"_{name}") for name in _COLUMNS}
         texts = {name: json.dumps(getattr(self, f"_{name}")) for name in _TEXTS}
-        return seal(columns, {"format": format, **texts})
+        return write_columns(columns, {"format": format, **texts})
 
     @classmethod
     def from_bytes(cls, data: bytes, num_shards: int, format: str) -> Overview:
-        """The overview in a file; an empty one if the file has another format.
+        """The overview in a file; empty if the file has another format.
 
         Raises:
             Exception: Of any kind, if the file is damaged.
         """
-        metadata = metadata_in(data)
+        metadata = read_metadata(data)
         overview = cls(num_shards)
         if metadata["format"] != format:
             return overview
-        columns = columns_in(data, metadata)
+        columns = read_columns(data, metadata)
         for name in _TEXTS:
             texts = json.loads(metadata[name])
             if not isinstance(texts, list) or len(texts) != num_shards or not all(isinstance(t, str) for t in texts):
@@ -108,8 +112,7 @@ class Overview:
             column, expected = columns[name], getattr(overview, f"_{name}")
             if (column.shape, column.dtype) != (expected.shape, expected.dtype):
                 raise ValueError(f"its column {name} is another one")
-            # A copy, which can be written to.
-            setattr(overview, f"_{name}", column.copy())
+            setattr(overview, f"_{name}", column.copy())  # a copy is writable
         if overview._rows.min(initial=0) < _UNKNOWN:
             raise ValueError("its rows are fewer than none")
         return overview

@@ -1,6 +1,6 @@
-"""The index of one shard: where every row is, what it is called, and its checksum.
+"""The index of one shard: position, key and checksum of every row.
 
-About 30 bytes per row of one member, in a handful of arrays; no Python object per row.
+It takes about 30 bytes per row of one member, in a handful of arrays, without a Python object per row.
 
 Shapes: R rows, M members (files in the tar that belong to a row), E distinct extensions.
 """
@@ -19,21 +19,26 @@ from numpy.typing import NDArray
 from dmagent_loader.errors import ShardLayoutError
 from dmagent_loader.shards.sources.local import Source
 from dmagent_loader.shards.sources.urls import display_url
-from dmagent_loader.shards.tar.damage import ShardDamage, account, broken_rows
-from dmagent_loader.shards.tar.header import BLOCK
-from dmagent_loader.shards.tar.members import MemberTable, shown
-from dmagent_loader.shards.tar.scan import scan
-
-__all__ = ["MAX_ROW_BYTES", "ShardDamage", "ShardIndex", "build_index"]
+from dmagent_loader.shards.tar import (
+    BLOCK,
+    Gap,
+    MemberTable,
+    ShardDamage,
+    assess_damage,
+    incomplete_rows,
+    scan,
+    shown,
+    stored_before,
+)
 
 IntArray = NDArray[np.integer[Any]]
 
 MAX_ROW_BYTES = 1 << 31
-"""A row is read in one piece; one that is larger would take the memory of the process."""
+"""Largest row: a row is read in one piece, and a larger one would exhaust the memory of the process."""
 
 _MAX_BETWEEN_MEMBERS = 1 << 20
 _EXTENDED_HEADERS = 4 * BLOCK
-"""What the extended headers of one member may take: names and times, in the ways of GNU and pax."""
+"""Bytes that the extended headers of one member may take: names and times, as GNU and pax store them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +46,18 @@ class ShardIndex:
     """Positions, keys and checksums of all rows of one shard.
 
     Attributes:
-        file_size: Bytes of the tar.
+        file_size: Size of the tar in bytes.
         extensions: (E,) distinct extensions, lower-cased.
-        offset, size: (M,) payload positions in bytes.
-        extension: (M,) positions in `extensions`.
+        offset, size: (M,) span of each payload in bytes.
+        extension: (M,) index into `extensions`.
         row_first: (R+1,) first member of each row, then M.
-        row_crc: (R,) crc32 over the payloads of a row, in order.
-        keys: (bytes,) the keys of all rows, joined, utf-8.
-        key_end: (R+1,) where the key before each row ends: 0 first.
-        checksum: Hex sha256 over keys, extensions, sizes and row checksums: the content, not where or when it was
-            written.
-        damage: What could not be read.
-        sha256: Of the whole file, in hex; None: it was not computed.
+        row_crc: (R,) crc32 over the payloads of each row, in order.
+        keys: (bytes,) keys of all rows, concatenated, in UTF-8.
+        key_end: (R+1,) 0, then the end of each key in `keys`.
+        checksum: Hex sha256 over keys, extensions, sizes and row checksums. It identifies the content, wherever and
+            whenever it was written.
+        damage: Places that could not be read.
+        sha256: Hex sha256 of the whole file; None if it was not computed.
     """
 
     file_size: int
@@ -70,21 +75,26 @@ class ShardIndex:
 
     @property
     def num_rows(self) -> int:
-        """R."""
+        """R, the number of rows."""
         return len(self.row_crc)
 
     @property
     def num_members(self) -> int:
-        """M."""
+        """M, the number of members."""
         return len(self.offset)
 
     @property
     def payload_bytes(self) -> int:
-        """Sum of the sizes of all members."""
+        """Total size of all payloads, in bytes."""
         return int(self.size.sum(dtype=np.int64))
 
+    @property
+    def end_of_members(self) -> int:
+        """End of the last payload in the file, in bytes; 0 without members."""
+        return int(self.offset[-1]) + int(self.size[-1]) if self.num_members else 0
+
     def check(self) -> None:
-        """Makes sure that no row reaches outside the file or the columns, whoever wrote the index.
+        """Checks that no row reaches outside the file or the columns, as an index from elsewhere might.
 
         Raises:
             ValueError: The columns contradict each other.
@@ -107,7 +117,7 @@ class ShardIndex:
             raise ValueError("its checksum of the rows is none")
         if members:
             end = self.offset + self.size.astype(np.int64)
-            # The largest first: a sum of two that are too large may wrap around to one that is not.
+            # Each addend is checked, too: the sum of two that are too large may wrap around.
             largest = max(int(self.offset.max()), int(self.size.max()))
             inside = self.offset.min() >= 0 and self.size.min() >= 0 and largest <= self.file_size
             if not inside or end.max() > self.file_size or not (self.offset[1:] >= end[:-1]).all():
@@ -130,35 +140,36 @@ def build_index(
     stop: threading.Event | None = None,
     with_sha256: bool = False,
 ) -> ShardIndex:
-    """Reads a shard once and indexes every row that is whole; damage is noted, not raised.
+    """Reads a shard once and indexes every intact row; damage is recorded, not raised.
 
     Args:
-        url: For messages.
+        url: URL of the shard, for messages.
         source: The open shard.
-        size: Its length in bytes.
-        advance: Called with the number of bytes passed since the last call.
-        stop: When set, the work ends with `dmagent_loader.shards.tar.scan.ScanStopped`.
-        with_sha256: Compute the checksum of the whole file, too.
+        size: Length of the shard in bytes.
+        advance: Called with the number of bytes scanned since the last call.
+        stop: Ends the work with `ScanStopped` when set.
+        with_sha256: Also compute the sha256 of the whole file.
 
     Raises:
-        ShardLayoutError: The shard cannot be read as samples by position: compressed, links, a key that comes back,
-            rows that are too large or spread over the file.
+        ScanStopped: `stop` was set.
+        ShardLayoutError: The samples of the shard cannot be read by position: it is compressed or contains links, a key
+            comes back after other rows, or a row is too large or spread over the file.
     """
     digest = hashlib.sha256() if with_sha256 else None
-    table = scan(url, source, size, advance=advance, stop=stop, digest=digest)
-    index = _from_table(url, table, size)
+    members, gaps = scan(url, source, size, advance=advance, stop=stop, digest=digest)
+    index = _from_members(url, members, gaps, size)
     return index if digest is None else replace(index, sha256=digest.hexdigest())
 
 
 def without_rows(index: ShardIndex, rows: Sequence[int]) -> ShardIndex:
-    """The index of the same shard, less some of its rows."""
+    """The index of the same shard without some of its rows."""
     if not rows:
         return index
     keep = np.ones(index.num_rows, bool)
     keep[list(rows)] = False
     row_sizes, key_sizes = np.diff(index.row_first), np.diff(index.key_end)
     members = np.repeat(keep, row_sizes)
-    return _sealed(
+    return _with_checksum(
         replace(
             index,
             offset=index.offset[members],
@@ -172,8 +183,8 @@ def without_rows(index: ShardIndex, rows: Sequence[int]) -> ShardIndex:
     )
 
 
-def _sealed(index: ShardIndex) -> ShardIndex:
-    """The index with the checksum of its content."""
+def _with_checksum(index: ShardIndex) -> ShardIndex:
+    """The index with the checksum of its content filled in."""
     names = [name.encode("utf-8", "surrogateescape") for name in index.extensions]
     digest = hashlib.sha256(repr(names).encode())
     for column, kind in (
@@ -188,47 +199,49 @@ def _sealed(index: ShardIndex) -> ShardIndex:
     return replace(index, checksum=digest.hexdigest())
 
 
-def _from_table(url: str, table: MemberTable, file_size: int) -> ShardIndex:
-    num_rows = len(table.row_first)
-    offset = np.frombuffer(table.offset, np.int64)
-    size = np.frombuffer(table.size, np.int64)
-    extension = np.frombuffer(table.extension, np.uint16)
-    first = np.append(np.frombuffer(table.row_first, np.int64), len(offset))
-    key_end = np.append(0, np.frombuffer(table.key_end, np.int64))
-    _refuse_returning_keys(url, table, key_end)
+def _from_members(url: str, members: MemberTable, gaps: list[Gap], file_size: int) -> ShardIndex:
+    num_rows = len(members.row_first)
+    offset = np.frombuffer(members.offset, np.int64)
+    size = np.frombuffer(members.size, np.int64)
+    extension = np.frombuffer(members.extension, np.uint16)
+    first = np.append(np.frombuffer(members.row_first, np.int64), len(offset))
+    key_end = np.append(0, np.frombuffer(members.key_end, np.int64))
+    _refuse_returning_keys(url, members, key_end)
     keep = np.ones(num_rows, bool)
-    if table.gaps:
-        keep[broken_rows(table.gaps, first, extension, offset)] = False
-    _refuse_large_rows(url, table, first, offset, size, keep)
+    if gaps:
+        keep[incomplete_rows(gaps, first, extension, offset)] = False
+    _refuse_large_rows(url, members, first, offset, size, keep)
     index = ShardIndex(
         file_size=file_size,
-        extensions=tuple(name.decode("utf-8", "surrogateescape") for name in table.extensions),
+        extensions=tuple(name.decode("utf-8", "surrogateescape") for name in members.extensions),
         checksum="",
         offset=offset,
         size=_narrow(size),
         extension=_narrow(extension),
         row_first=_narrow(first),
-        row_crc=np.frombuffer(table.row_crc, np.uint32),
-        keys=np.frombuffer(bytes(table.keys), np.uint8),
+        row_crc=np.frombuffer(members.row_crc, np.uint32),
+        keys=np.frombuffer(bytes(members.keys), np.uint8),
         key_end=_narrow(key_end),
-        damage=account(url, table.gaps, keep, first, size, file_size),
+        damage=assess_damage(url, gaps, keep, first, size, file_size),
     )
-    return _sealed(index) if keep.all() else without_rows(index, np.flatnonzero(~keep).tolist())
+    return _with_checksum(index) if keep.all() else without_rows(index, np.flatnonzero(~keep).tolist())
 
 
 def _narrow(values: IntArray) -> IntArray:
+    """The same values in the smallest unsigned type that holds them."""
     largest = int(values.max(initial=0))
     return values.astype(np.min_scalar_type(largest))
 
 
-def _refuse_returning_keys(url: str, table: MemberTable, key_end: NDArray[np.int64]) -> None:
-    hashes = np.frombuffer(table.key_hash, np.int64)
+def _refuse_returning_keys(url: str, members: MemberTable, key_end: NDArray[np.int64]) -> None:
+    """Raises ShardLayoutError if two rows have the same key. Only rows of equal hashes are compared."""
+    hashes = np.frombuffer(members.key_hash, np.int64)
     order = np.argsort(hashes, kind="stable")
     same = np.flatnonzero(np.diff(hashes[order]) == 0)
-    for place in same:
-        first, again = sorted((int(order[place]), int(order[place + 1])))
-        key = table.keys[key_end[first] : key_end[first + 1]]
-        if key == table.keys[key_end[again] : key_end[again + 1]]:
+    for position in same:
+        first, again = sorted((int(order[position]), int(order[position + 1])))
+        key = members.keys[key_end[first] : key_end[first + 1]]
+        if key == members.keys[key_end[again] : key_end[again + 1]]:
             raise ShardLayoutError(
                 f"shard {display_url(url)}: rows {first} and {again} both have the key "
                 f"{shown(bytes(key))!r}, with other rows between them, so the members of one sample "
@@ -238,15 +251,16 @@ def _refuse_returning_keys(url: str, table: MemberTable, key_end: NDArray[np.int
 
 def _refuse_large_rows(
     url: str,
-    table: MemberTable,
+    members: MemberTable,
     first: NDArray[np.int64],
     offset: NDArray[np.int64],
     size: NDArray[np.int64],
     keep: NDArray[np.bool_],
 ) -> None:
+    """Raises ShardLayoutError if a row that is kept spans too many bytes, or too many that are not its own."""
     if not len(keep):
         return
-    stored = np.append(0, np.cumsum(BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK))
+    stored = stored_before(size)
     last = first[1:] - 1
     span = offset[last] + size[last] - offset[first[:-1]]
     between = span - (stored[first[1:]] - stored[first[:-1]])
@@ -258,9 +272,9 @@ def _refuse_large_rows(
     for rows, fault in ((large, f"more than {MAX_ROW_BYTES}"), (spread, "most of them of files between its members")):
         if rows.any():
             row = int(np.argmax(rows))
-            start = table.key_end[row - 1] if row else 0
+            start = members.key_end[row - 1] if row else 0
+            key = shown(bytes(members.keys[start : members.key_end[row]]))
             raise ShardLayoutError(
-                f"shard {display_url(url)}: row {row} (key {shown(bytes(table.keys[start : table.key_end[row]]))!r}) "
-                f"takes {span[row]} bytes, {fault}, and a row is read in one piece: split it, or leave other files "
-                "out when the shard is written"
+                f"shard {display_url(url)}: row {row} (key {key!r}) takes {span[row]} bytes, {fault}, and a row is "
+                "read in one piece: split it, or leave other files out when the shard is written"
             )

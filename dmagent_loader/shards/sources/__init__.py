@@ -1,1 +1,1 @@
-"""Where the bytes come from: local files and remote objects. The only folder that opens shards or sockets."""
+"""Sources of bytes: local files and remote objects. Only this folder opens shards for reading, or sockets."""

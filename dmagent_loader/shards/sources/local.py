@@ -1,6 +1,6 @@
-"""Bytes of shards by position: local files by ``preadv``, everything else by `dmagent_loader.shards.sources.remote`.
+"""Bytes of shards by position: local files by ``preadv``, all others by `dmagent_loader.shards.sources.remote`.
 
-`preadv` was chosen over `mmap`: a mapping saves about 0.5 us per row, but a file that shrinks under a mapping kills the
+`preadv` was chosen over `mmap`. A mapping saves about 0.5 us per row, but a file that shrinks under a mapping kills the
 process with SIGBUS, whereas a short read is an error that names the shard.
 """
 
@@ -18,7 +18,7 @@ from dmagent_loader.shards.sources.remote import RemoteSource, ends_early, remot
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 MAX_OPEN_FILES = min(1024, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
-"""Default bound on open shards per process and collection: a quarter of the descriptors that the process may have."""
+"""Default limit on open shards per process and collection: a quarter of the file descriptors of the process."""
 
 _CONTENT_KEYS = ("ETag", "etag", "version_id", "generation", "md5Hash", "Content-MD5")
 _TIME_KEYS = ("Last-Modified", "LastModified", "last_modified", "mtime", "modified", "created")
@@ -26,16 +26,16 @@ _TIME_KEYS = ("Last-Modified", "LastModified", "last_modified", "mtime", "modifi
 
 @dataclass(frozen=True, kw_only=True)
 class ShardVersion:
-    """What tells one version of a shard from the next.
+    """Identity of one version of a shard.
 
     Attributes:
-        size: Bytes.
+        size: Size in bytes.
         tag: Modification time in ns of a local file; etag, checksum or times of a remote one.
-        changed: The file itself, and the time in ns at which it was last changed in any way; of a local shard. A copy
-            can be given the modification time of what it replaces, but not this. Rights and links change it, too, so
-            that a shard which differs in nothing else is looked at, but not read through again.
-        is_sure: Whether other content of this size would have another tag; not so with a server that tells times only,
-            in whole seconds, or nothing.
+        changed: Inode and change time in ns of a local shard. Unlike the modification time, a copy cannot take it over
+            from the file that it replaces. New permissions and links change it, too, so a shard that differs in nothing
+            else is looked at, but not read through again.
+        is_sure: Other content of this size would have another tag. False if a server reports only times, in whole
+            seconds, or nothing.
     """
 
     size: int
@@ -56,7 +56,7 @@ class Source(Protocol):
         ...
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """The same, into memory that is there.
+        """Fills `view` with the bytes from `offset`.
 
         Raises:
             DamagedShardError: The shard ends before that.
@@ -65,8 +65,7 @@ class Source(Protocol):
 
 
 class LocalSource:
-    """A local file. The descriptor is closed when the last reference goes, so that a thread that is reading keeps
-    it."""
+    """A local file, closed when the last reference goes, so that a reading thread keeps it open."""
 
     __slots__ = ("_fd", "_url")
 
@@ -74,7 +73,7 @@ class LocalSource:
         self._fd = -1
         self._url = url
         try:
-            # A pipe that has taken the place of the shard would be waited for.
+            # Without O_NONBLOCK, opening a pipe that has taken the place of the shard would wait for a writer.
             self._fd = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise ShardNotFoundError(f"shard {display_url(url)} does not exist (any more)") from error
@@ -102,7 +101,7 @@ class LocalSource:
             if os.preadv(self._fd, (view,), offset) == len(view):
                 return
         except OSError:
-            pass  # `read` tries again, and says what is wrong
+            pass  # `read` tries again, and names the fault
         view[:] = self.read(offset, len(view))
 
     def __del__(self) -> None:
@@ -124,7 +123,7 @@ def shard_version(url: str) -> ShardVersion:
 
     Raises:
         ShardNotFoundError: There is no such file.
-        ShardError: It cannot be reached, or the server does not say how large it is.
+        ShardError: The shard cannot be reached, or the server does not report its size.
     """
     if is_local(url):
         try:
@@ -146,6 +145,6 @@ def shard_version(url: str) -> ShardVersion:
             f"the server does not say how large {display_url(url)} is, so it cannot be read by position: "
             "serve it with a Content-Length, or copy it to a local disk"
         )
-    told = [key for key in (*_CONTENT_KEYS, *_TIME_KEYS) if info.get(key) is not None]
-    tag = ";".join(f"{key}={info[key]}" for key in told)
-    return ShardVersion(size=int(info["size"]), tag=tag, is_sure=not set(told).isdisjoint(_CONTENT_KEYS))
+    keys = [key for key in (*_CONTENT_KEYS, *_TIME_KEYS) if info.get(key) is not None]
+    tag = ";".join(f"{key}={info[key]}" for key in keys)
+    return ShardVersion(size=int(info["size"]), tag=tag, is_sure=not set(keys).isdisjoint(_CONTENT_KEYS))

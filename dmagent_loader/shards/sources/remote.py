@@ -1,12 +1,11 @@
-"""Byte ranges of shards behind URLs: every request has a time limit, and failures are tried again.
+"""Byte ranges of remote shards, with a time limit for each request and retries.
 
-A server that stalls, resets, sends less or other bytes than asked for, or answers 429 or 503 is asked again; one that
-ignores ranges, or refuses access, is an error at once. All errors name the shard.
+A request is repeated if the server stalls, resets the connection, sends fewer or other bytes than requested, or answers
+429 or 503. A server that ignores ranges or refuses access is an error at once. All errors name the shard.
 """
 
 from __future__ import annotations
 
-import asyncio
 import email.utils
 import logging
 import os
@@ -26,22 +25,22 @@ from dmagent_loader.shards.sources.urls import display_url
 REMOTE_ATTEMPTS = 6
 REMOTE_BACKOFF_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 30.0
-"""Longest pause before another attempt, whatever the server asks for in ``Retry-After``."""
+"""Longest pause before another attempt, whatever ``Retry-After`` says."""
 
 TIMEOUT_VARIABLE = "DMAGENT_REMOTE_TIMEOUT"
 REMOTE_TIMEOUT_SECONDS = 60.0
 SLOWEST_BYTES_PER_SECOND = 1 << 18
-"""A request may take ``$DMAGENT_REMOTE_TIMEOUT`` seconds (default 60), and what its bytes take at this rate."""
+"""A request may take ``$DMAGENT_REMOTE_TIMEOUT`` seconds (default 60), plus the time for its bytes at this rate."""
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _jitter = random.SystemRandom()
 _T = TypeVar("_T")
 
-_KEPT_FILESYSTEMS: set[Any] = set()
-"""Every filesystem that was ever used, kept alive.
+_USED_FILESYSTEMS: set[Any] = set()
+"""Every filesystem that was ever used, to keep it alive.
 
-A forked child would otherwise finalise its copies, and closing their connections there can take them out of the event
-queue that it shares with its parent, which then waits for ever.
+Otherwise a forked child would finalise its copies. Closing their connections there can remove them from the event queue
+that the child shares with its parent, which then waits for ever.
 """
 
 
@@ -67,7 +66,7 @@ class RemoteSource:
         return with_retries(self._url, limit, lambda: self._fetch(offset, length, limit))
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """The same, into memory that is there."""
+        """Fills `view` with the bytes from `offset`; raises as `read`."""
         view[:] = self.read(offset, len(view))
 
     def _fetch(self, offset: int, length: int, limit: float) -> bytearray:
@@ -85,11 +84,11 @@ class RemoteSource:
 
 
 def remote_info(url: str) -> dict[str, Any]:
-    """What the filesystem knows of a shard, asked anew.
+    """Information of the filesystem about a shard, not from its cache.
 
     Raises:
         ShardNotFoundError: There is no such file.
-        ShardError: It cannot be reached.
+        ShardError: The shard cannot be reached.
     """
     filesystem, path = filesystem_of(url)
     limit = timeout_seconds()
@@ -102,10 +101,10 @@ def remote_info(url: str) -> dict[str, Any]:
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a URL and the path in it.
+    """The fsspec filesystem of a URL, and the path in it.
 
     Raises:
-        ShardError: The package for it is not installed.
+        ShardError: The package for the protocol is not installed.
     """
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
@@ -114,7 +113,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
             f"{display_url(url)}: no access to {urlsplit(url).scheme!r} URLs ({error}); install the fsspec package "
             "for it"
         ) from error
-    _KEPT_FILESYSTEMS.add(filesystem)
+    _USED_FILESYSTEMS.add(filesystem)
     return filesystem, path
 
 
@@ -122,7 +121,7 @@ def timeout_seconds() -> float:
     """Seconds that one request may take, besides the time for its bytes.
 
     Raises:
-        ConfigurationError: ``$DMAGENT_REMOTE_TIMEOUT`` is no positive number.
+        ConfigurationError: ``$DMAGENT_REMOTE_TIMEOUT`` is not a positive number.
     """
     given = os.environ.get(TIMEOUT_VARIABLE)
     if not given:
@@ -137,10 +136,10 @@ def timeout_seconds() -> float:
 
 
 def call(filesystem: Any, name: str, *arguments: Any, limit: float, **settings: Any) -> Any:
-    """Calls a method of a filesystem and waits no longer than `limit` seconds for it.
+    """Calls a method of a filesystem, with a time limit in seconds.
 
     Raises:
-        TimeoutError: It took longer.
+        TimeoutError: The call took longer.
     """
     if getattr(filesystem, "async_impl", False):
         method = getattr(filesystem, f"_{name}")
@@ -165,17 +164,17 @@ def call(filesystem: Any, name: str, *arguments: Any, limit: float, **settings: 
 
 
 def with_retries(url: str, limit: float, action: Callable[[], _T]) -> _T:
-    """Does something that may fail for a while, a few times.
+    """Repeats an action after temporary failures, up to `REMOTE_ATTEMPTS` times.
 
     Args:
-        url: For messages.
-        limit: The time limit of one attempt, for messages.
-        action: What to do.
+        url: URL of the shard, for messages.
+        limit: Time limit of one attempt in seconds, for messages.
+        action: Function to call.
 
     Raises:
         ShardNotFoundError: There is no such file.
-        DamagedShardError: The shard ends before the bytes that were asked for.
-        ShardError: It may not be read, or all attempts failed.
+        DamagedShardError: The shard ends before the requested bytes.
+        ShardError: Access is refused, or all attempts failed.
     """
     shard = display_url(url)
     for attempt in range(1, REMOTE_ATTEMPTS + 1):
@@ -205,7 +204,7 @@ def with_retries(url: str, limit: float, action: Callable[[], _T]) -> _T:
                     f"{_describe(fault, limit)}"
                 ) from error
             pause = _pause(fault, attempt)
-            _logger.warning(
+            logger.warning(
                 "shard %s: attempt %d of %d failed with %s; again in %.1f s",
                 shard,
                 attempt,
@@ -218,7 +217,7 @@ def with_retries(url: str, limit: float, action: Callable[[], _T]) -> _T:
 
 
 def ends_early(url: str, detail: str) -> DamagedShardError:
-    """The error for a shard that is shorter than its index says."""
+    """Makes the error for a shard that is shorter than its index says."""
     return DamagedShardError(
         f"shard {display_url(url)} changed since it was indexed: {detail}; open the shards again to index the new "
         "version, or restore the file"
@@ -239,7 +238,7 @@ class _OtherRange(Exception):
 
 
 async def _http_range(filesystem: Any, url: str, offset: int, length: int) -> bytearray:
-    """A byte range by HTTP, with the checks that ``cat_file`` leaves out: status, range, and no more than was asked."""
+    """A byte range by HTTP, with checks that ``cat_file`` leaves out: status, range and number of bytes."""
     session = await filesystem.set_session()
     settings = dict(filesystem.kwargs)
     last = offset + length - 1
@@ -250,7 +249,7 @@ async def _http_range(filesystem: Any, url: str, offset: int, length: int) -> by
             raise _IgnoresRanges
         sent = re.match(r"\s*bytes\s+(\d+)-(\d+)/", response.headers.get("Content-Range", ""))
         if sent is not None and (int(sent[1]) != offset or int(sent[2]) > last):
-            raise _OtherRange(f"bytes {sent[1]} to {sent[2]} where {offset} to {last} were asked for")
+            raise _OtherRange(f"bytes {sent[1]} to {sent[2]} where {offset} to {last} were requested")
         data = bytearray()
         async for part in response.content.iter_any():
             data += part
@@ -260,17 +259,17 @@ async def _http_range(filesystem: Any, url: str, offset: int, length: int) -> by
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What is behind fsspec's FileNotFoundError: its HTTP filesystem raises it for a server that is busy, too."""
+    """The cause of fsspec's FileNotFoundError, which its HTTP filesystem also raises for a busy server."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None:
-        is_busy = isinstance(cause, (ConnectionError, TimeoutError, asyncio.TimeoutError))
+        is_busy = isinstance(cause, (ConnectionError, TimeoutError))
         if is_busy or type(cause).__module__.startswith("aiohttp"):
             return cause
     return error
 
 
 def _pause(fault: BaseException, attempt: int) -> float:
-    """Seconds until the next attempt: longer each time, not the same for all ranks, at least what the server asks."""
+    """Seconds until the next attempt: growing, different on each rank, and at least ``Retry-After``."""
     pause: float = REMOTE_BACKOFF_SECONDS * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.5)
     headers: Any = getattr(fault, "headers", None)
     asked = headers.get("Retry-After") if hasattr(headers, "get") else None
@@ -287,6 +286,6 @@ def _pause(fault: BaseException, attempt: int) -> float:
 
 
 def _describe(fault: BaseException, limit: float) -> str:
-    if isinstance(fault, (TimeoutError, asyncio.TimeoutError)):
+    if isinstance(fault, TimeoutError):
         return f"no answer within {limit:.0f} s (the limit is {TIMEOUT_VARIABLE})"
     return f"{type(fault).__name__}: {display_url(str(fault))}"

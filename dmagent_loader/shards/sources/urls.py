@@ -1,4 +1,4 @@
-"""From what a user writes for a domain's shards to a list of URLs."""
+"""Expansion of paths, URLs and patterns to the list of shards of a domain."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
 _GLOB = re.compile(r"[*?\[]")
 _RANGE = re.compile(r"\{([+-]?\d{1,18})\.\.([+-]?\d{1,18})(?:\.\.([+-]?\d{1,18}))?\}")
 MAX_SHARDS = 10_000_000
-"""Of one pattern: ten times as many as the loader was measured with."""
+"""Limit for one pattern: ten times the number of shards that the loader was measured with."""
 
 
 def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The shards of one domain, in order.
+    """Lists the shards of one domain, in order.
 
     Brace notation is expanded as webdataset does (``a-{000..015}.tar``, ``{a,b}.tar``, several patterns joined by
-    ``::``); for local paths also globs (sorted) and folders (their ``*.tar``, sorted). A local file whose name is
-    exactly the pattern is taken as it is.
+    ``::``). Local paths may also be globs or folders, which stand for their ``*.tar``; both are sorted. A pattern that
+    is the exact name of a local file stands for this file.
 
     Args:
         domain: Name of the domain, for messages.
         shards: A path, URL or pattern, or several of them.
 
     Raises:
-        ConfigurationError: A shell pipe, a shard that is listed twice, what is no path or URL, or far too many shards.
-        ShardNotFoundError: A pattern that matches no file.
+        ConfigurationError: An entry is a shell pipe, or neither path nor URL; a shard is listed twice; or a pattern
+            names far too many shards.
+        ShardNotFoundError: A pattern matches no file.
 
     Example:
         >>> expand_shards("source/web", "s3://corpus/web-{00..02}.tar")
@@ -78,22 +79,22 @@ def local_path(url: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """The same shard, also after the working folder was changed."""
+    """The URL of a shard, independent of the working folder."""
     return url if not is_local(url) or _SCHEME.match(url) or os.path.isabs(url) else os.path.join(os.getcwd(), url)
 
 
 def base_name(url: str) -> str:
-    """The file name of a shard, without folders and without query."""
+    """The file name of a shard, without folders and query string."""
     return os.path.basename(local_path(url) if is_local(url) else urlsplit(url).path)
 
 
 def display_url(text: str) -> str:
-    """A URL for messages: passwords and query strings (signatures, tokens) are left out."""
+    """A text with URLs for a message, without passwords and query strings (signatures, tokens)."""
 
     def clean(match: re.Match[str]) -> str:
         try:
             parts = urlsplit(match[0])
-        except ValueError:  # it may hold a password wherever it cannot be taken apart
+        except ValueError:  # a URL that cannot be parsed may hold a password anywhere
             return f"{match[0].split('://')[0]}://..."
         host = parts.netloc.rsplit("@", 1)[-1]
         return urlunsplit((parts.scheme, host, parts.path, "", "")) + ("?..." if parts.query else "")
@@ -102,7 +103,7 @@ def display_url(text: str) -> str:
 
 
 def _real_path(path: str, folders: dict[str, str]) -> str:
-    """`os.path.realpath` of a file; `folders` remembers those of folders, which take most of the time."""
+    """`os.path.realpath` of a file; `folders` caches those of folders, which take most of the time."""
     folder, name = os.path.split(path)
     if folder not in folders:
         folders[folder] = os.path.realpath(folder)

@@ -1,4 +1,30 @@
-"""The tar format: one pass over a file finds its members and every gap between them.
+"""The tar format. `scan` reads a file once and finds its members and every gap between them.
 
-Damage is loud: a zeroed header or a cut at a record boundary is reported, never taken for the end of the file.
+Damage is reported: a zeroed header or a cut at a record boundary is never mistaken for the end of the file.
 """
+
+from dmagent_loader.shards.tar.damage import (
+    ShardDamage,
+    assess_damage,
+    incomplete_rows,
+    rows_that_lack_members,
+    stored_before,
+)
+from dmagent_loader.shards.tar.header import BLOCK, padded
+from dmagent_loader.shards.tar.members import Gap, MemberTable, shown
+from dmagent_loader.shards.tar.scanner import ScanStopped, scan
+
+__all__ = [
+    "BLOCK",
+    "Gap",
+    "MemberTable",
+    "ScanStopped",
+    "ShardDamage",
+    "assess_damage",
+    "incomplete_rows",
+    "padded",
+    "rows_that_lack_members",
+    "scan",
+    "shown",
+    "stored_before",
+]

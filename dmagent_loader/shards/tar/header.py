@@ -1,4 +1,4 @@
-"""One tar header: name, size and kind of a member, and the sample that it belongs to."""
+"""Tar headers: name, size and type of a member, and the sample that it belongs to."""
 
 from __future__ import annotations
 
@@ -20,16 +20,24 @@ REFUSED_TYPES = {
 }
 
 _FIELDS = struct.Struct("100s 24x 12s 12x 8s 1s 188x 1s")
-"""name, size, checksum, type, first byte of the prefix"""
-_MOST_REMEMBERED = 4096
+"""Name, size, checksum, type, first byte of the prefix."""
+_MAX_CACHED_FIELDS = 4096
 _CHECKSUM_FIELD = re.compile(rb"[0-7 ]{6}[0-7 \0]{2}")
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
 _META = re.compile(r"__[^/]*__($|/)")
 
 
 class QuickHeaders:
-    """Reads headers of regular files with short names and of pax headers, which are nearly all headers of a shard.
+    """Fast parser for regular files with short names and for pax headers: nearly all headers of a shard.
 
-    `tarfile` takes ten times as long. Size and checksum fields repeat from row to row, so their values are remembered.
+    It takes a tenth of the time of `tarfile`. Size and checksum fields repeat from row to row, so parsed values are
+    cached.
     """
 
     def __init__(self) -> None:
@@ -37,35 +45,35 @@ class QuickHeaders:
         self._sums: dict[bytes, int] = {}
 
     def parse(self, buffer: memoryview, offset: int) -> tuple[bytes, bytes, int] | None:
-        """Type, name and size; None for all other headers, valid or not."""
+        """Type, name and size; None for any other header, valid or not."""
         name, size_field, sum_field, kind, prefix = _FIELDS.unpack_from(buffer, offset)
         if prefix != b"\0" or (kind != tarfile.REGTYPE and kind != tarfile.XHDTYPE):
             return None
         try:
             size = self._sizes.get(size_field)
             if size is None:
-                size = _remember(self._sizes, size_field, int(size_field.rstrip(b"\0 "), 8))
+                size = _cache(self._sizes, size_field, int(size_field.rstrip(b"\0 "), 8))
             expected = self._sums.get(sum_field)
             if expected is None:
                 total = int(sum_field[:6], 8) + sum(sum_field) - 8 * 32
-                expected = _remember(self._sums, sum_field, (total + 1) % 65521)
+                expected = _cache(self._sums, sum_field, (total + 1) % 65521)
         except ValueError:
             return None
-        # The low half of adler32 is 1 + the sum of the bytes: the header checksum at the speed of C.
+        # The low half of adler32 is 1 + the sum of the bytes, which is the header checksum, computed in C.
         if (zlib.adler32(buffer[offset : offset + BLOCK]) & 0xFFFF) != expected or size < 0:
             return None
         return kind, name.partition(b"\0")[0], size
 
 
-def _remember(values: dict[bytes, int], field: bytes, value: int) -> int:
-    if len(values) >= _MOST_REMEMBERED:
+def _cache(values: dict[bytes, int], field: bytes, value: int) -> int:
+    if len(values) >= _MAX_CACHED_FIELDS:
         values.clear()
     values[field] = value
     return value
 
 
 def parse_header(block: bytes | bytearray) -> tarfile.TarInfo | None:
-    """Any header, as `tarfile` reads it; None if its checksum or a number in it is wrong."""
+    """Parses any header with `tarfile`; None if its checksum or one of its numbers is invalid."""
     try:
         header = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -74,7 +82,7 @@ def parse_header(block: bytes | bytearray) -> tarfile.TarInfo | None:
 
 
 def may_be_header(buffer: bytes | bytearray | memoryview, offset: int) -> bool:
-    """Whether the 512 bytes at `offset` have the checksum of a header; a hundredth of the time of `parse_header`."""
+    """Whether the 512 bytes at `offset` have a header checksum; takes a hundredth of the time of `parse_header`."""
     field = _CHECKSUM_FIELD.match(buffer, offset + 148)
     if field is None or offset + BLOCK > len(buffer):
         return False
@@ -90,15 +98,15 @@ def may_be_header(buffer: bytes | bytearray | memoryview, offset: int) -> bool:
 
 
 def concerns_layout(pax: bytes | bytearray) -> bool:
-    """Whether a pax header may say something about name, size or layout; most hold only times and owners."""
+    """Whether a pax header may concern name, size or layout; most hold only times and owners."""
     return b"path=" in pax or b"size=" in pax or b"GNU." in pax
 
 
 def pax_records(data: bytes) -> dict[bytes, bytes]:
-    """The records of a pax header: lines of ``length key=value``.
+    """Parses the records of a pax header, lines of ``length key=value``.
 
     Raises:
-        ValueError: They are malformed.
+        ValueError: A record is malformed.
     """
     records = {}
     position = 0
@@ -120,8 +128,13 @@ def pax_records(data: bytes) -> dict[bytes, bytes]:
     return records
 
 
+def compression_of(start: bytes) -> str | None:
+    """The compression of a file that starts with these bytes; None if it has none that is known."""
+    return next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None)
+
+
 def split_name(name: bytes) -> tuple[bytes, bytes] | None:
-    """Key and lower-cased extension of a member, or None if it belongs to no sample: webdataset's rules.
+    """Key and lower-cased extension of a member by webdataset's rules; None if it belongs to no sample.
 
     Example:
         >>> split_name(b"a.b/c.seg.PNG"), split_name(b"__meta__/x.txt"), split_name(b"README")
@@ -139,9 +152,9 @@ def split_name(name: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _key_end(name: bytes) -> int | None:
-    """Where webdataset's ``^((?:.*/|)[^.]+)[.]([^/]*)$`` ends the key, in one pass.
+    """End of the key by webdataset's ``^((?:.*/|)[^.]+)[.]([^/]*)$``, found in one pass.
 
-    The regular expression itself takes hours for a name of a million slashes.
+    The regular expression itself takes hours on a name of a million slashes.
     """
     line_end = name.find(b"\n")
     reach = name.rfind(b"/", 0, line_end if line_end >= 0 else len(name))
@@ -149,7 +162,7 @@ def _key_end(name: bytes) -> int | None:
     if dot < 0 or name.find(b"/", dot) >= 0:
         return None
     if dot == reach + 1:
-        # Nothing stands between the slash and the dot: the key reaches back over the folder, if that has no dot.
+        # The slash is followed by the dot: the key includes the folder, provided that has no dot.
         before = name.rfind(b"/", 0, max(reach, 0))
         if reach < 0 or name.find(b".", before + 1) < dot:
             return None
@@ -157,5 +170,5 @@ def _key_end(name: bytes) -> int | None:
 
 
 def padded(size: int) -> int:
-    """A size rounded up to whole blocks."""
+    """A size in bytes, rounded up to whole blocks."""
     return (size + BLOCK - 1) // BLOCK * BLOCK

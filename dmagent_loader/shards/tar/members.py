@@ -1,4 +1,4 @@
-"""What one pass over a tar file finds: the members that belong to samples, and the places where it is damaged."""
+"""The result of a scan: members that belong to samples, and gaps where the file is damaged."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CUT_PAYLOAD = "cut inside a member"
 TRAILING = "bytes after the end of the archive"
 ZEROED_TAIL = "zeros up to the end of the file"
 NO_BLOCKS = f"its size is no multiple of {BLOCK} bytes"
-"""A tar is written in blocks: bytes are missing, or were inserted, in the last member or behind it."""
+"""A tar consists of whole blocks, so bytes were lost or inserted in the last member or after it."""
 CUTS = (NO_END, CUT_HEADER, CUT_PAYLOAD, ZEROED_TAIL, NO_BLOCKS)
-"""Kinds of damage after which nobody can say how much the file once held."""
+"""Kinds of damage that hide how large the file once was."""
 
 _MAX_EXTENSIONS = 1 << 16
 _SHOWN_BYTES = 100
@@ -26,13 +26,13 @@ _SHOWN_BYTES = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """A stretch of a shard without a readable member.
+    """A stretch of a file without a readable member.
 
     Attributes:
-        kind: One of the kinds named in this file.
-        start, end: Byte span.
-        rows_before: Rows that begin before it.
-        may_hide_rows: Members can be read in it, but nobody knows whether they belong to the shard.
+        kind: One of the kinds above.
+        start, end: Span in bytes.
+        rows_before: Number of rows that begin before the gap.
+        may_hide_rows: The gap contains readable members that may or may not belong to the shard.
     """
 
     kind: str
@@ -43,15 +43,17 @@ class Gap:
 
 
 class MemberTable:
-    """All members of a shard that belong to a sample, column by column (M members, R rows).
+    """The members of a shard that belong to samples, in columns (M members, R rows).
 
     Attributes:
-        offset, size: (M,) payload positions in bytes.
-        extension: (M,) positions in `extensions`.
+        offset, size: (M,) span of each payload in bytes.
+        extension: (M,) index into `extensions`.
+        extensions: Distinct extensions, lower-cased.
         row_first: (R,) first member of each row.
-        row_crc: (R,) crc32 over the payloads of a row, in order.
-        keys: The keys of all rows, joined; `key_end`: (R,) where each ends; `key_hash`: (R,) their hashes.
-        gaps: The damage, in order.
+        row_crc: (R,) crc32 over the payloads of each row, in order.
+        keys: Keys of all rows, concatenated.
+        key_end: (R,) end of each key in `keys`.
+        key_hash: (R,) hash of each key.
     """
 
     def __init__(self, url: str) -> None:
@@ -59,24 +61,31 @@ class MemberTable:
         self.extensions: list[bytes] = []
         self.row_first, self.row_crc, self.key_end, self.key_hash = array("q"), array("I"), array("q"), array("q")
         self.keys = bytearray()
-        self.gaps: list[Gap] = []
         self._url = url
         self._numbers: dict[bytes, int] = {}
         self._key: bytes | None = None
         self._seen: set[int] = set()
 
     def add(self, key: bytes, extension: bytes, offset: int, size: int) -> int:
-        """Notes a member; returns the crc32 of its row so far.
+        """Adds a member.
+
+        Args:
+            key: Key of its sample.
+            extension: Its extension, lower-cased.
+            offset, size: Span of its payload in bytes.
+
+        Returns:
+            The crc32 of the row before this member.
 
         Raises:
-            ShardLayoutError: The row has that extension already, it is reserved, or there are too many different ones.
+            ShardLayoutError: The row already has this extension, the extension is reserved, or there are too many.
         """
         number = self._numbers.get(extension)
         if number is None:
             if extension.startswith(b"__") and extension.endswith(b"__"):
                 raise ShardLayoutError(
-                    f"shard {self._url}: key {shown(key)!r} has a member {shown(extension)!r}, a name that is kept for "
-                    "what is said about a sample, such as __index__: rename it when the shard is written"
+                    f"shard {self._url}: key {shown(key)!r} has a member {shown(extension)!r}, a name that is "
+                    "reserved for tags of a sample, such as __index__: rename it when the shard is written"
                 )
             if len(self.extensions) == _MAX_EXTENSIONS:
                 raise ShardLayoutError(
@@ -109,5 +118,5 @@ class MemberTable:
 
 
 def shown(name: bytes) -> str:
-    """A name for a message, cut if it is long."""
+    """A member name for a message, shortened if it is long."""
     return (name if len(name) <= _SHOWN_BYTES else name[:_SHOWN_BYTES] + b"...").decode("utf-8", "replace")

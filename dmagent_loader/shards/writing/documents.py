@@ -16,18 +16,18 @@ from dmagent_loader._validation import shown
 from dmagent_loader.errors import ShardError, ShardNotFoundError
 
 JSON_LINES = tuple(
-    f"{ending}{packed}" for ending in (".jsonl", ".ndjson", ".jsonlines", ".json") for packed in ("", ".gz")
+    f"{suffix}{packed}" for suffix in (".jsonl", ".ndjson", ".jsonlines", ".json") for packed in ("", ".gz")
 )
-"""Endings of files that hold a JSON object in each line; C4 and Dolma call theirs ``.json.gz``."""
+"""Suffixes of files with a JSON object in each line; C4 and Dolma call theirs ``.json.gz``."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and the columns that are kept with it.
+    """A text and the columns that are kept with it.
 
     Attributes:
-        text: Not empty.
-        columns: Name to value, as in the JSON line.
+        text: Text of the document.
+        columns: Column name -> value, as in the JSON line.
     """
 
     text: str
@@ -36,13 +36,17 @@ class Document:
 
 @dataclass
 class DocumentReader:
-    """Reads the documents of one domain: a JSON line each, or a text file each; ``.gz`` is unpacked.
+    """Reads the documents of one domain. A document is a JSON line or a text file; ``.gz`` is unpacked.
 
     Args:
-        files: In order.
+        files: Files to read, in order.
         text_key: Column of a JSON line that holds the text.
-        keep_columns: Columns that are kept with it.
-        advance: Called with the number of bytes read (as stored) since the last call.
+        keep_columns: Columns to keep with the text.
+        advance: Called with the number of stored bytes read since the last call.
+
+    Attributes:
+        num_documents: Documents with text, so far.
+        num_empty: Documents without text, which are left out, so far.
     """
 
     files: Sequence[Path]
@@ -112,20 +116,24 @@ class DocumentReader:
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether a file holds one JSON object per line, by its name."""
+    """Whether a file holds a JSON object per line, by its name."""
     return path.name.lower().endswith(JSON_LINES)
 
 
 def domain_name(path: Path) -> str:
-    """The domain that a file is named after: ``Science.jsonl.gz`` -> ``Science``."""
+    """The name of the domain of a file: ``Science.jsonl.gz`` -> ``Science``."""
     return path.name.split(".")[0]
 
 
 def find_files(domain: str, paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files of a domain: files, globs, and folders (every file in them that is not hidden, sorted).
+    """Lists the files of a domain.
+
+    Args:
+        domain: Name of the domain, for messages.
+        paths: Files, globs or folders; a folder stands for all files in it that are not hidden, sorted.
 
     Raises:
-        ShardNotFoundError: A path that matches no file.
+        ShardNotFoundError: A path matches no file.
     """
     files: list[Path] = []
     for path in (os.fspath(given) for given in paths):

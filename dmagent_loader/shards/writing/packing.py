@@ -1,13 +1,13 @@
-"""Documents to packed rows of tokens: all tokens of a domain one after another, cut into rows of equal length.
+"""Packing of documents: the tokens of a domain, concatenated and cut into rows of equal length.
 
-After every document comes the end-of-text token. What is left at the end and does not fill a row is dropped and
-counted,
-never padded: padding would have to be masked out of every loss.
+Every document ends with the end-of-text token. Tokens at the end that do not fill a row are dropped and counted, not
+padded: padding would have to be masked out of every loss.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,11 @@ from numpy.typing import NDArray
 
 from dmagent_loader.errors import ConfigurationError, require_extra
 
+PACKED_MEMBER = "input_ids.npy"
+"""The member that holds the tokens of a packed row."""
+
 BATCH_CHARACTERS = 1 << 20
+"""Length of the texts that are passed to the tokenizer together."""
 COMMON_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 TokenArray = NDArray[np.unsignedinteger[Any]]
@@ -27,13 +31,14 @@ TokenArray = NDArray[np.unsignedinteger[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizer:
-    """A tokenizer reduced to what packing needs.
+    """The parts of a tokenizer that packing needs.
 
     Attributes:
-        encode: Texts to token ids, without special tokens; many at once, because the tokenizer is then parallel.
-        eos_id: The end-of-text token.
-        dtype: uint16 if all ids fit, else uint32.
-        vocabulary: Hex sha256 of the tokens and their ids: most tokenizers come in files of one name.
+        encode: Function from texts to token ids, without special tokens. It takes many texts at once, which tokenizers
+            encode in parallel.
+        eos_id: Id of the end-of-text token.
+        dtype: uint16 if all ids fit, otherwise uint32.
+        vocabulary: Hex sha256 of the tokens and their ids, because the files of most tokenizers have the same name.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -46,12 +51,12 @@ class TextTokenizer:
         """Loads a ``tokenizer.json`` (package tokenizers), or a folder or Hub name (package transformers).
 
         Args:
-            path: Where it is.
-            eos_token: The end-of-text token; None: the one that the tokenizer declares or, in a bare
-                ``tokenizer.json``, the first of `COMMON_END_TOKENS` that it knows.
+            path: Path or Hub name of the tokenizer.
+            eos_token: The end-of-text token; None: the one that the tokenizer declares, or for a bare
+                ``tokenizer.json`` the first of `COMMON_END_TOKENS` in its vocabulary.
 
         Raises:
-            ConfigurationError: It cannot be loaded, or has no such token.
+            ConfigurationError: The tokenizer cannot be loaded, or has no such token.
             MissingExtraError: The package is not installed.
         """
         name = os.fspath(path)
@@ -97,11 +102,11 @@ class Packer:
     """Packs the documents of one domain.
 
     Args:
-        tokenizer: Its ids go into the rows.
+        tokenizer: Tokenizer of the rows.
         sequence_length: Tokens per row.
 
     Attributes:
-        num_dropped: Tokens that did not fill the last row; known when `rows` is exhausted.
+        num_dropped: Tokens that did not fill the last row; set when `rows` is exhausted.
     """
 
     def __init__(self, tokenizer: TextTokenizer, sequence_length: int) -> None:
@@ -110,7 +115,7 @@ class Packer:
         self.num_dropped = 0
 
     def rows(self, texts: Iterable[str]) -> Iterator[TokenArray]:
-        """The packed rows: (sequence_length,) each."""
+        """Yields the packed rows, (sequence_length,) each."""
         left = np.zeros(0, self._tokenizer.dtype)
         length = self._sequence_length
         for batch in _batches(texts):
@@ -123,6 +128,13 @@ class Packer:
             yield from left[:whole].reshape(-1, length)
             left = left[whole:]
         self.num_dropped = len(left)
+
+
+def encode_npy(array: np.ndarray[Any, Any]) -> bytes:
+    """The bytes of a npy file."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

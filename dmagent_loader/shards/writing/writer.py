@@ -1,19 +1,15 @@
-"""Writes shards from documents: raw text, or tokenised and packed rows.
+"""Writes shards from documents, as raw text or as tokenised and packed rows.
 
-The bytes depend only on the documents and the settings (times and owners are zero), so equal input gives equal shards.
+The bytes depend only on the documents and the settings, so equal input gives equal shards.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import io
 import json
 import os
 import re
 import shutil
-import tarfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,32 +17,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
-from dmagent_loader._files import write_atomically
+from dmagent_loader._files import locked, write_atomically
 from dmagent_loader.errors import ConfigurationError, DomainError, EmptyShardError
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, load_manifest, manifest_text
 from dmagent_loader.shards.writing.documents import DocumentReader, find_files
-from dmagent_loader.shards.writing.packing import Packer, TextTokenizer, TokenArray
+from dmagent_loader.shards.writing.packing import PACKED_MEMBER, Packer, TextTokenizer, encode_npy
+from dmagent_loader.shards.writing.tar_writer import TarWriter
 
-PACKED_MEMBER = "input_ids.npy"
 _PARTIAL = ".partial"
 _NAME = re.compile(r"[\w+-][\w+.-]*/[\w+-][\w+. -]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingConfig:
-    """How shards are written.
+    """Settings of `shard_files`.
 
     Args:
         text_key: Column of a JSON line that holds the text.
         keep_columns: Other columns to keep, as a ``json`` member beside ``txt``; raw text only.
-        tokenizer: A ``tokenizer.json``, a folder or a Hub name: rows are tokenised and packed. None: raw text.
-        eos_token: End-of-text token between packed documents; None: the tokenizer's.
+        tokenizer: A ``tokenizer.json``, a folder or a Hub name, for packed rows; None: raw text.
+        eos_token: End-of-text token between packed documents; None: that of the tokenizer.
         sequence_length: Tokens per packed row.
-        rows_per_shard: Most rows in one shard; None: no limit.
-        max_shard_bytes: A shard is closed once it is this large.
+        rows_per_shard: Largest number of rows in a shard; None: no limit.
+        max_shard_bytes: Size in bytes at which a shard is closed.
     """
 
     text_key: str = "text"
@@ -82,85 +77,41 @@ class DomainWriter:
     """Writes the rows of one domain into numbered shards.
 
     Args:
-        folder: Where; must exist.
-        name: Begin of the file names.
-        config: When to begin the next shard.
+        folder: Existing folder of the shards.
+        name: Prefix of the file names.
+        config: Limits on the size of a shard.
+
+    Attributes:
+        records: Records of the shards that are complete.
     """
 
     def __init__(self, folder: Path, name: str, config: ShardingConfig) -> None:
         self._folder = folder
         self._name = name
         self._config = config
-        self._shard: _TarShard | None = None
+        self._shard: TarWriter | None = None
         self._row = 0
         self.records: list[ShardRecord] = []
 
     def write(self, members: Mapping[str, bytes]) -> None:
-        """Adds a row: extension to bytes."""
+        """Adds a row, given as extension -> bytes."""
         if self._shard is None:
-            self._shard = _TarShard(self._folder / f"{self._name}-{len(self.records):06d}.tar")
+            self._shard = TarWriter(self._folder / f"{self._name}-{len(self.records):06d}.tar")
         self._shard.add(f"{self._row:09d}", members)
         self._row += 1
         if self._shard.rows == self._config.rows_per_shard or self._shard.size >= self._config.max_shard_bytes:
             self.finish()
 
     def finish(self) -> None:
-        """Closes the shard that is being written and makes it durable."""
+        """Completes the current shard."""
         if self._shard is not None:
             self.records.append(self._shard.close())
             self._shard = None
 
     def abandon(self) -> None:
-        """Lets go of the shard that is being written, if any; its file is not complete."""
+        """Closes the current shard, if there is one; its file stays incomplete."""
         if self._shard is not None:
             self._shard.abandon()
-
-
-class _HashingFile(io.FileIO):
-    """A new file whose sha256 is known as it is written."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "wb")
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        written = super().write(data) or 0
-        self.digest.update(memoryview(data)[:written])
-        return written
-
-
-class _TarShard:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._raw = _HashingFile(path)
-        self._file = io.BufferedWriter(self._raw, 1 << 20)
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
-        self.rows = 0
-
-    @property
-    def size(self) -> int:
-        """Bytes so far."""
-        return self._tar.offset
-
-    def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        for extension, data in members.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size = len(data)
-            self._tar.addfile(info, io.BytesIO(data))
-        self._tar.getmembers().clear()  # tarfile keeps every header for a listing that nobody asks for
-        self.rows += 1
-
-    def close(self) -> ShardRecord:
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._raw.fileno())
-        self._file.close()
-        return ShardRecord(
-            path=self._path.name, rows=self.rows, bytes=self._path.stat().st_size, sha256=self._raw.digest.hexdigest()
-        )
-
-    def abandon(self) -> None:
-        self._file.close()
 
 
 def shard_files(
@@ -172,25 +123,26 @@ def shard_files(
 ) -> dict[str, DomainRecord]:
     """Writes shards for every domain: ``OUTPUT/<field>/<domain>/<domain>-000000.tar`` and ``OUTPUT/manifest.json``.
 
-    Domains can be added to a folder by later calls. A call that fails leaves the folder as it was.
+    Later calls can add domains to the same folder. A call that fails leaves the folder as it was.
 
     Args:
-        domains: ``"source/Science"`` -> files, globs or folders. ``.jsonl`` and ``.ndjson`` hold a document per line,
-            every other file is one document; ``.gz`` is unpacked.
-        output: Folder of the shards; made if need be.
-        config: None: raw text with the defaults.
+        domains: Domain, such as ``"source/Science"`` -> files, globs or folders. A file named ``.jsonl``, ``.ndjson``,
+            ``.jsonlines`` or ``.json`` holds one document per line; any other file is one document. ``.gz`` is
+            unpacked.
+        output: Folder of the shards; created if missing.
+        config: Settings; None: raw text with the defaults.
         progress: Show a progress bar over the bytes of the input.
 
     Returns:
-        What was written, per domain.
+        A record of each domain.
 
     Raises:
-        DomainError: A name that is not ``field/domain``, or a domain that is in the folder already.
-        ConfigurationError: The folder cannot be written to, or holds rows of another kind: text beside packed rows, or
-            packed rows of another length or tokenizer.
-        ShardNotFoundError: A path that matches no file.
-        ShardError: An input file that cannot be used.
-        EmptyShardError: A domain without a single row.
+        DomainError: A name is not ``field/domain``, or the folder already holds the domain.
+        ConfigurationError: The folder cannot be written to, another process writes to it, or it holds rows of another
+            kind: text beside packed rows, or packed rows of another length or tokenizer.
+        ShardNotFoundError: A path matches no file.
+        ShardError: An input file cannot be used.
+        EmptyShardError: A domain has no rows.
     """
     config = config or ShardingConfig()
     root = Path(output)
@@ -211,7 +163,7 @@ def shard_files(
             for domain in domains:
                 final = root / domain
                 if final.exists():
-                    shutil.rmtree(final)  # left by a call that was killed before its manifest was written
+                    shutil.rmtree(final)  # from a call that was killed before it wrote the manifest
                 final.parent.mkdir(exist_ok=True)
                 os.replace(partial / domain, final)
             write_atomically(root / MANIFEST_NAME, manifest_text(records, kept).encode())
@@ -267,7 +219,7 @@ def _write_domain(
     try:
         if packer is not None:
             for row in packer.rows(document.text for document in reader):
-                writer.write({PACKED_MEMBER: _npy(row)})
+                writer.write({PACKED_MEMBER: encode_npy(row)})
         else:
             for document in reader:
                 members = {"txt": document.text.encode("utf-8", "surrogatepass")}
@@ -313,31 +265,22 @@ def _settings(config: ShardingConfig, tokenizer: TextTokenizer | None) -> dict[s
     }
 
 
-def _npy(row: TokenArray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, row, allow_pickle=False)
-    return stream.getvalue()
-
-
 @contextlib.contextmanager
 def _exclusive(root: Path) -> Iterator[None]:
-    """One writer per folder at a time; also removes what a killed one left."""
-    lock = root / ".lock"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise ConfigurationError(f"shards cannot be written to {str(root)!r}: {error}") from error
-    with file:
+    """Admits one writer per folder at a time, and removes the partial shards of a killed one."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(root / ".lock"))
+        except TimeoutError as error:
             raise ConfigurationError(f"another process is writing shards to {str(root)!r}: wait for it") from error
+        except OSError as error:
+            raise ConfigurationError(
+                f"shards cannot be written to {str(root)!r}: {error}; choose a folder that can be written to, on a "
+                "file system with locks"
+            ) from error
         shutil.rmtree(root / _PARTIAL, ignore_errors=True)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        yield
 
 
 def _earlier_entries(root: Path, domains: Sequence[str]) -> dict[str, Any]:
@@ -356,7 +299,7 @@ def _earlier_entries(root: Path, domains: Sequence[str]) -> dict[str, Any]:
 
 
 def _refuse_other_rows(root: Path, kept: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Rows of two kinds cannot be put into one batch, which would be noticed only while training."""
+    """Raises ConfigurationError if the folder holds rows of another kind: a batch of both fails only in training."""
     for domain, entry in kept.items():
         earlier = entry.get("settings") or {}
         identity = "vocabulary" if "vocabulary" in earlier else "tokenizer"

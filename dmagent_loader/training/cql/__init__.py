@@ -1,1 +1,1 @@
-"""Conservative Q-Learning on the simplex (paper, C.4): rewards, algorithm, training."""
+"""Conservative Q-Learning on the simplex (paper, C.4): settings, rewards, algorithm, training."""

@@ -1,20 +1,20 @@
-"""Conservative Q-learning on the simplex as a d3rlpy algorithm (paper, C.4, Eq. 5-7).
+"""Conservative Q-Learning on the simplex as a d3rlpy algorithm (paper, C.4, Eq. 5-7).
 
-What is d3rlpy's: episodes, replay buffer, the slicer that pads fragments on the left with masks and timesteps, the
-training loop, loggers, optimizers and their wrapper, the Polyak update, configs that serialise.
+From d3rlpy: episodes, replay buffer, the slicer that pads fragments on the left with masks and timesteps, the training
+loop, loggers, optimizers and their wrapper, the Polyak update, configs that serialise.
 
-What it cannot express, and so is ours:
+Written here, because d3rlpy cannot express it:
 
-- Its CQL extends SAC: Gaussians squashed into a box, proposals drawn uniformly from that box, and an entropy target
-  that no distribution over 52 domains can reach. Here an action is a point of the simplex, the actor is the agent with
-  its softmax, and proposals are Dirichlet.
-- Its Q-learning algorithms see single transitions. The agent needs the whole history, so the parent is the base class
-  of the transformer algorithms, which has no critics: those, their targets and the update are here.
-- Its buffer draws from numpy's global generator, and seldom the steps at the end of an episode, where the return is
-  decided; `FragmentBuffer` has a generator of its own and draws every step at least equally often.
-- Its ``.d3`` files are pickles: nothing here is stored in them.
+- d3rlpy's CQL extends SAC: Gaussians squashed into a box, proposals drawn uniformly from that box, and an entropy
+  target that no distribution over 52 domains can reach. Here an action is a point of the simplex, the actor is the
+  agent with its softmax, and proposals are Dirichlet.
+- d3rlpy's Q-learning algorithms see single transitions. The agent needs the whole history, so the parent class is the
+  base of the transformer algorithms. It has no critics: they, their targets and the update are defined here.
+- d3rlpy's buffer draws from numpy's global generator and rarely reaches the end of an episode, where the return is
+  decided. `FragmentBuffer` has its own generator and draws every step at least equally often.
+- d3rlpy's ``.d3`` files are pickles. Nothing is stored in them.
 
-Shapes: B batch, T steps of the longest fragment, W the steps at its end that are trained on (W + 1 rows are looked at),
+Shapes: B batch, T steps of the longest fragment, W trained steps at its end (whose update reads W + 1 rows),
 N candidates, D domains.
 """
 
@@ -34,7 +34,7 @@ from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.agent.critic import CriticConfig, MixingCritic
 from dmagent_loader.errors import require_extra
 from dmagent_loader.mixture.domains import TARGET
-from dmagent_loader.training.cql.train import CQLConfig
+from dmagent_loader.training.cql.config import CQLConfig
 
 require_extra("d3rlpy", "rl")
 
@@ -59,10 +59,17 @@ from d3rlpy.torch_utility import Modules, TorchTrajectoryMiniBatch, soft_sync  #
 
 
 class FragmentBuffer(ReplayBuffer):  # type: ignore[misc]
-    """A replay buffer of whole prefixes, drawn with a generator of its own.
+    """A replay buffer of whole prefixes with its own random generator.
 
-    A fragment is a trajectory's beginning up to a step; its last `window` steps are trained on. Ends are drawn as if
-    each trajectory went on for ``window - 1`` steps, so that the last step is trained on as often as any other.
+    A fragment is the beginning of a trajectory up to some step; its last `window` steps are trained on. The end is
+    drawn as if each trajectory had ``window - 1`` more steps, so that the last step is trained on as often as the
+    others.
+
+    Args:
+        episodes: One for each trajectory.
+        num_domains: D.
+        window: W.
+        rng: Source of the fragments.
     """
 
     def __init__(self, episodes: Sequence[Episode], num_domains: int, window: int, rng: np.random.Generator) -> None:
@@ -70,7 +77,7 @@ class FragmentBuffer(ReplayBuffer):  # type: ignore[misc]
             InfiniteBuffer(),
             trajectory_slicer=BasicTrajectorySlicer(),
             episodes=episodes,
-            # Left to itself d3rlpy takes a first trajectory of one-hot mixes for discrete actions.
+            # Given explicitly, because d3rlpy would infer discrete actions from a first trajectory of one-hot mixes.
             action_space=ActionSpace.CONTINUOUS,
             action_size=num_domains,
         )
@@ -88,10 +95,10 @@ class FragmentBuffer(ReplayBuffer):  # type: ignore[misc]
 
 @dataclasses.dataclass()
 class SimplexCQLConfig(TransformerConfig):  # type: ignore[misc]
-    """d3rlpy's form of the settings, which its loggers write.
+    """The settings in the form that d3rlpy needs and its loggers write.
 
     Args:
-        settings: See `CQLConfig`; `batch_size`, `gamma` and `context_size` are those of the parent.
+        settings: Settings of the training; d3rlpy reads `batch_size`, `gamma` and `context_size` of the parent class.
         agent: `AgentConfig.to_dict` of the actor.
         critic: `dataclasses.asdict` of the critics' `CriticConfig`.
     """
@@ -112,7 +119,7 @@ class SimplexCQLConfig(TransformerConfig):  # type: ignore[misc]
 
 @dataclasses.dataclass(frozen=True)
 class SimplexCQLModules(Modules):  # type: ignore[misc]
-    """Networks and optimizers of one training."""
+    """Networks and optimizers of a training."""
 
     policy: MixingAgent
     critics: nn.ModuleList
@@ -123,17 +130,17 @@ class SimplexCQLModules(Modules):  # type: ignore[misc]
 
 @dataclasses.dataclass(frozen=True)
 class Fragments:
-    """A batch without the columns in which every fragment is padding.
+    """A batch, cut to the columns in which some fragment is not padding.
 
     Args:
-        inputs: (B, T, D + K).
-        valid: (B, T) bool.
+        inputs: (B, T, D + K), mix and standardised feedback of each step.
+        valid: (B, T) bool, False on padding.
         positions: (B, T) int64, absolute steps.
-        actions: (B, W + 1, D) the mixes that followed, of the last rows; so are the rest.
+        actions: (B, W + 1, D), recorded next mixes of the last W + 1 rows. The entries below are of these rows, too.
         rewards: (B, W + 1).
         terminals: (B, W + 1), 1 at the last step of a trajectory.
         acted: (B, W + 1) bool, False on padding.
-        judged: (B, W + 1) bool, True where what came after the action is in the fragment, or nothing came.
+        judged: (B, W + 1) bool, True if the fragment contains the state after the action, or the trajectory ends there.
     """
 
     inputs: Tensor
@@ -147,7 +154,7 @@ class Fragments:
 
     @classmethod
     def of(cls, batch: TorchTrajectoryMiniBatch, window: int) -> Fragments:
-        """From d3rlpy's batch; `window` is W."""
+        """Converts a batch of d3rlpy; `window` is W."""
         valid = batch.masks > 0
         length = int(valid.sum(dim=1).max())
         tail = min(window + 1, length)
@@ -158,7 +165,7 @@ class Fragments:
         return cls(
             inputs=batch.observations[:, -length:],
             valid=valid,
-            # d3rlpy counts from 1, and has 0 on padding.
+            # d3rlpy counts steps from 1 and writes 0 on padding.
             positions=(batch.timesteps[:, -length:] - 1).clamp(min=0),
             actions=batch.actions[:, -tail:],
             rewards=batch.rewards[:, -tail:, 0],
@@ -169,7 +176,7 @@ class Fragments:
 
 
 class SimplexCQLImpl(TransformerAlgoImplBase):  # type: ignore[misc]
-    """One update of critics and actor."""
+    """The update of critics and actor."""
 
     _modules: SimplexCQLModules
 
@@ -193,7 +200,7 @@ class SimplexCQLImpl(TransformerAlgoImplBase):  # type: ignore[misc]
         return logits[0, -1].softmax(dim=-1)
 
     def inner_update(self, batch: TorchTrajectoryMiniBatch, grad_step: int) -> dict[str, float]:
-        """Critics first, then the actor, then the targets; returns what is logged."""
+        """Updates the critics, the actor and the target networks, in this order; returns the logged metrics."""
         data = Fragments.of(batch, self._settings.window)
         acting = grad_step >= self._settings.warmup_updates
         # One pass of the actor serves the Bellman targets, the proposals and its own update.
@@ -206,13 +213,13 @@ class SimplexCQLImpl(TransformerAlgoImplBase):  # type: ignore[misc]
         return metrics
 
     def propose(self, data: Fragments) -> Tensor:
-        """(B, W + 1, D) the actor's mixes after the last rows."""
+        """The actor's mixes after the last rows: (B, W + 1, D)."""
         logits = self._modules.policy.logits(data.inputs, data.valid, data.positions, tail=data.actions.shape[1])
         return logits.softmax(dim=-1)
 
     @torch.no_grad()
     def bellman(self, data: Fragments, mixes: Tensor) -> Tensor:
-        """What the critics should say of the recorded actions: B^pi Q of Eq. 5 as a sigmoid, (B, W + 1) in [0, 1].
+        """Targets for the recorded actions, B^pi Q of Eq. 5 on the sigmoid's scale: (B, W + 1) in [0, 1].
 
         Args:
             data: The fragments.
@@ -224,7 +231,7 @@ class SimplexCQLImpl(TransformerAlgoImplBase):  # type: ignore[misc]
         return ((targets - self._low) / self._span).clamp(0.0, 1.0)
 
     def _update_critics(self, data: Fragments, mixes: Tensor, grad_step: int) -> dict[str, float]:
-        """Eq. 5 in units of the sigmoid, so that alpha does not depend on the scale of the rewards."""
+        """Takes a step on Eq. 5 in units of the sigmoid, so that alpha does not depend on the scale of the rewards."""
         settings, modules = self._settings, self._modules
         targets = self.bellman(data, mixes)
         proposals = draw_proposals(mixes, settings.num_proposals, settings.proposal_sharpness)
@@ -251,12 +258,12 @@ class SimplexCQLImpl(TransformerAlgoImplBase):  # type: ignore[misc]
         return metrics
 
     def _update_actor(self, data: Fragments, mixes: Tensor) -> dict[str, float]:
-        """Raises the least of the critics' logits; unlike their sigmoids, logits do not saturate."""
+        """Takes a step up the lowest of the critics' logits, which do not saturate as their sigmoids do."""
         settings, modules = self._settings, self._modules
         proposed = mixes.detach().requires_grad_()
         logits = torch.stack([_logits(critic, data, proposed[:, :, None]) for critic in modules.critics])
         objective = _mean(logits.amin(dim=0)[..., 0], data.acted)
-        # Only the gradient with respect to the mixes is needed: the critics' weights get none.
+        # The gradient with respect to the mixes is enough; the critics' weights need none.
         (uphill,) = torch.autograd.grad(objective, proposed)
         imitation = settings.bc_weight * _mean((mixes - data.actions).square().sum(dim=-1), data.acted)
         modules.policy_optim.zero_grad()
@@ -265,7 +272,7 @@ class SimplexCQLImpl(TransformerAlgoImplBase):  # type: ignore[misc]
         return {"objective": float(objective.detach())}
 
     def _describe(self, data: Fragments, mixes: Tensor) -> dict[str, float]:
-        """Where the actor's mixes lie, for an eye on collapse."""
+        """Metrics of the actor's mixes that reveal a collapse."""
         share = (mixes * self._is_target).sum(dim=-1)
         entropy = -torch.xlogy(mixes, mixes).sum(dim=-1)
         return {
@@ -278,7 +285,7 @@ class SimplexCQL(TransformerAlgoBase):  # type: ignore[misc]
     """The algorithm: builds networks and optimizers; d3rlpy's `fit` trains them."""
 
     def inner_create_impl(self, observation_shape: Sequence[int], action_size: int) -> None:
-        """Fresh networks; `train_cql` puts the warmed-up agent's weights into the actor."""
+        """Creates networks with random weights; `train_cql` then loads the warmed-up agent into the actor."""
         settings = self._config.settings
         policy = MixingAgent(AgentConfig.from_dict(self._config.agent))
         critic = CriticConfig.from_dict(self._config.critic)
@@ -298,22 +305,22 @@ class SimplexCQL(TransformerAlgoBase):  # type: ignore[misc]
 
 
 class CurveLogger(LoggerAdapter):  # type: ignore[misc]
-    """Keeps in memory what d3rlpy logs, one row for each `log_every` updates."""
+    """Keeps the metrics that d3rlpy logs in memory, one row for each `log_every` updates."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
     def before_write_metric(self, epoch: int, step: int) -> None:
-        """Begins a row."""
+        """Starts a row."""
         self.rows.append({"updates": float(step)})
 
     def write_metric(self, epoch: int, step: int, name: str, value: float) -> None:
-        """Adds to the row."""
+        """Adds a metric to the row."""
         self.rows[-1][name] = float(value)
 
 
 class CurveLoggerFactory(LoggerAdapterFactory):  # type: ignore[misc]
-    """Hands d3rlpy one logger that the caller can read afterwards."""
+    """Gives d3rlpy a logger that the caller can read afterwards."""
 
     def __init__(self) -> None:
         self.logger = CurveLogger()
@@ -326,19 +333,19 @@ class CurveLoggerFactory(LoggerAdapterFactory):  # type: ignore[misc]
 def bellman_targets(rewards: Tensor, values: Tensor, terminals: Tensor, discount: float, trace: float) -> Tensor:
     """Targets of the recorded actions from the values of the states that followed.
 
-    G_t = r_t + discount * ((1 - trace) V_{t+1} + trace * G_{t+1}); with trace 0 the one-step target of Eq. 5. A larger
-    one (extension) carries the end of a run to its beginning in fewer updates, and leans on what the recorded
-    trajectory did next instead of on what the actor would do.
+    G_t = r_t + discount * ((1 - trace) V_{t+1} + trace * G_{t+1}); a trace of 0 gives the one-step target of Eq. 5. A
+    larger trace (extension) propagates the end of a run to its beginning in fewer updates, but relies on the recorded
+    next actions instead of the actor's.
 
     Args:
         rewards: (B, W + 1).
-        values: (B, W + 1) of the state in each row, under the actor.
+        values: (B, W + 1), value of the state in each row under the actor.
         terminals: (B, W + 1), 1 where the trajectory ends with the row's action.
         discount: gamma.
         trace: lambda.
 
     Returns:
-        (B, W + 1); the last entry of a fragment that goes on is its value, no target.
+        (B, W + 1). The last entry of a fragment that does not end the trajectory is its value, not a target.
     """
     following = torch.where(terminals[:, -1] > 0, rewards[:, -1], values[:, -1])
     targets = [following]
@@ -349,15 +356,15 @@ def bellman_targets(rewards: Tensor, values: Tensor, terminals: Tensor, discount
 
 
 def draw_proposals(mixes: Tensor, count: int, sharpness: float) -> Tensor:
-    """The actions a ~ mu that Eq. 5 holds down (extension): half Dir(1), half Dir(1 + sharpness * pi(s)).
+    """Draws the actions a ~ mu whose values Eq. 5 lowers (extension): half Dir(1), half Dir(1 + sharpness * pi(s)).
 
-    Every parameter is at least 1: the mode is exactly pi(s), and no weight collapses to 0. Uniform draws alone would
-    leave out most of the simplex: over 52 domains their target share hardly leaves 0.5.
+    Every parameter is at least 1, so the mode is exactly pi(s) and no weight collapses to 0. Uniform draws alone would
+    miss most of the simplex: over 52 domains their target share stays near 0.5.
 
     Args:
-        mixes: (B, W, D) the actor's proposals pi(s).
-        count: N; with an odd number one more is drawn around pi(s).
-        sharpness: k.
+        mixes: (B, W, D), the actor's proposals pi(s).
+        count: N; if it is odd, the additional action is drawn around pi(s).
+        sharpness: Concentration around pi(s).
 
     Returns:
         (B, W, N, D), drawn with the global torch generator.
@@ -374,7 +381,7 @@ def _logits(critic: Callable[..., Tensor], data: Fragments, candidates: Tensor) 
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean over the rows that count; 0 if there are none."""
+    """Mean over the rows where `where` is True; 0 if there are none."""
     return (values * where).sum() / where.sum().clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""Recorded trajectories as a decision process: states as the agent sees them, rewards, returns (paper, section 2).
+"""Recorded trajectories as a decision process: the agent's states, rewards and returns (paper, section 2).
 
 Shapes: L steps of one trajectory, D = 52 domains, K feedback values.
 """
@@ -16,14 +16,14 @@ from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.training.record import FeedbackRecord
 
 OUTER_PERCENTILES = (0.1, 99.9)
-"""Of the returns in a record; what lies outside is taken for noise of the feedback."""
+"""Percentiles of the recorded returns that bound their range; values outside are treated as noise of the feedback."""
 
 
 def required_statistics(config: AgentConfig) -> FeedbackStatistics:
-    """The agent's feedback statistics.
+    """Feedback statistics of the agent.
 
     Raises:
-        ConfigurationError: It has none.
+        ConfigurationError: The agent has none.
     """
     if config.statistics is None:
         raise ConfigurationError(
@@ -34,18 +34,19 @@ def required_statistics(config: AgentConfig) -> FeedbackStatistics:
 
 
 def agent_states(record: FeedbackRecord, number: int, config: AgentConfig) -> FloatArray:
-    """The rows that the agent and the critic read along one trajectory.
+    """Input rows of agent and critic along one trajectory.
 
-    Feedback is standardised in the mode that the agent uses when it steers, and not always as the paper's (``frozen``):
-    what is learnt on one scale is worth little on another.
+    Feedback is standardised in the mode that the agent uses in a run, which need not be the paper's (``frozen``): a
+    policy learnt on one scale is of little use on another.
 
     Args:
         record: Trajectories and feedback.
-        number: Which trajectory.
-        config: Of the agent.
+        number: Number of the trajectory.
+        config: Config of the agent.
 
     Returns:
-        (L, D + K): row t is the mix of step t and the feedback after it; the last step's is no state to act in.
+        (L, D + K): row t holds the mix of step t and the feedback after it. Nothing follows the last step, so it has no
+        row.
     """
     length = int(record.trajectories.lengths[number])
     feedback = standardize(
@@ -60,8 +61,8 @@ def agent_states(record: FeedbackRecord, number: int, config: AgentConfig) -> Fl
 def rewards(record: FeedbackRecord, number: int, statistics: FeedbackStatistics) -> FloatArray:
     """r_t = sum_k lambda_k (f_t,k - f_{t-1,k}) / std_k with lambda_k = 1 / K (Eq. 6, reconstructed).
 
-    The scale is that of the training trajectories whatever the agent sees, so that a nat is worth the same at every
-    step. Without discount the sum telescopes to the standardised gain of the run.
+    The scale is always that of the training trajectories, so that a nat has the same value at every step. Without
+    discount the sum telescopes to the standardised gain of the run.
 
     Returns:
         (L,): entry t is the reward for the mix of step t + 1.
@@ -71,7 +72,7 @@ def rewards(record: FeedbackRecord, number: int, statistics: FeedbackStatistics)
 
 
 def returns_to_go(received: FloatArray, discount: float) -> FloatArray:
-    """(L,) discounted sum of the rewards from each step on."""
+    """Discounted sum of the rewards from each step on: (L,)."""
     result = np.zeros_like(received)
     following = 0.0
     for step in reversed(range(len(received))):
@@ -81,16 +82,16 @@ def returns_to_go(received: FloatArray, discount: float) -> FloatArray:
 
 
 def value_range(returns: Sequence[FloatArray], margin: float) -> tuple[float, float]:
-    """Least value and span that a critic's sigmoid covers (extension; the paper's has the range 0 to 1).
+    """Lowest value and span of a critic (extension; the paper's sigmoid has the range 0 to 1).
 
     Rewards are signed and have a scale, so a bare sigmoid could not fit them.
 
     Args:
-        returns: Of all steps of the training trajectories.
-        margin: What is added on either side, as a share of the distance between the outer percentiles.
+        returns: Returns of all steps of the training trajectories.
+        margin: Margin on either side, as a share of the distance between the outer percentiles.
 
     Raises:
-        ConfigurationError: All returns are the same.
+        ConfigurationError: All returns are equal.
     """
     low, high = (float(x) for x in np.percentile(np.concatenate(list(returns)), OUTER_PERCENTILES))
     width = high - low
@@ -99,12 +100,12 @@ def value_range(returns: Sequence[FloatArray], margin: float) -> tuple[float, fl
     return low - margin * width, (1.0 + 2.0 * margin) * width
 
 
-def usable(record: FeedbackRecord, config: AgentConfig, numbers: IntArray) -> IntArray:
-    """The same numbers, once it is clear that they can be trained on.
+def checked_numbers(record: FeedbackRecord, config: AgentConfig, numbers: IntArray) -> IntArray:
+    """Returns the numbers of some trajectories after checking that the agent can be trained on them.
 
     Raises:
-        ConfigurationError: None, unknown ones, trajectories without steps, longer than the agent reads, with feedback
-            that is not finite, or over other domains or fields than the agent's.
+        ConfigurationError: There are no numbers or unknown ones, the record has other domains or fields than the agent,
+            or a trajectory has no steps, more than the agent reads, or feedback that is not finite.
     """
     mixes, lengths = record.trajectories.mixes, record.trajectories.lengths
     if mixes.shape[-1] != config.num_domains or len(record.fields) != config.num_fields:

@@ -1,1 +1,1 @@
-"""Text for the proxies: a corpus by domain, its topics, and streams of rows in a mix."""
+"""Training text of the proxies: a corpus by domain, its topics, and streams of rows that follow a mix."""

@@ -1,7 +1,7 @@
-"""Text files -> token arrays of the 52 canonical domains, start state, target distribution (design section 8.1).
+"""The corpus: token arrays of the 52 canonical domains, start state and target distribution (paper, section 3.1, C.1).
 
-Source documents carry their topic (one file or more for each of the 26 topics). Target documents do not: each gets one
-from a classifier that is trained on the labelled source documents.
+Source documents have a topic label (one or more files for each of the 26 topics). Target documents do not: a classifier
+that is trained on the labelled source documents assigns their topics.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from dmagent_loader.errors import ConfigurationError, DomainError, ShardNotFoundError, StateError, require_extra
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, NUM_CANONICAL, SOURCE, TARGET
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, NUM_CANONICAL, NUM_TOPICS, SOURCE, TARGET
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.training.data.topics import TopicClassifier, TopicClassifierConfig
 
 END_OF_TEXT = "<|endoftext|>"
 SCHEMA = 2
-NUM_TOPICS = len(CANONICAL_TOPICS)
 
 TokenArray = npt.NDArray[np.uint16]
 
@@ -35,11 +34,11 @@ class CorpusConfig:
     """Settings of the corpus.
 
     Args:
-        vocab_size: Of the byte-level BPE tokenizer.
-        tokenizer_characters: Characters of each domain that the tokenizer is trained on, at most.
-        max_tokens: Tokens kept of each domain, at most; document counts are of all documents.
-        held_out_every: Each how many-th document of a domain is never trained on, to measure losses with.
-        classifier: Of the topic classifier for target documents.
+        vocab_size: Vocabulary size of the byte-level BPE tokenizer.
+        tokenizer_characters: Largest number of characters of each domain that the tokenizer is trained on.
+        max_tokens: Largest number of tokens kept of each domain; document counts include all documents.
+        held_out_every: n, if every n-th document of a domain is held out from training to measure losses.
+        classifier: Settings of the topic classifier for target documents.
     """
 
     vocab_size: int = 1024
@@ -54,13 +53,13 @@ class Corpus:
     """Tokens of the 52 canonical domains.
 
     Args:
-        tokens: All domains' tokens behind each other; documents end in `END_OF_TEXT`.
-        bounds: (53,) where each domain's tokens begin in `tokens`, and the end.
-        held_out: Tokens of the documents that are kept from training, in the same layout.
-        held_out_bounds: (53,) where each domain's tokens begin in `held_out`, and the end.
-        documents: (52,) documents of each domain in the files, kept or not.
+        tokens: Tokens of all domains, concatenated; documents end in `END_OF_TEXT`.
+        bounds: (53,), position in `tokens` where each domain starts, and the end.
+        held_out: Tokens of the documents held out from training, concatenated.
+        held_out_bounds: (53,), position in `held_out` where each domain starts, and the end.
+        documents: (52,), number of documents of each domain in the files, kept or not.
         tokenizer_json: The trained tokenizer.
-        facts: What was measured while building: files, classifier accuracy, settings.
+        facts: Facts about the build: files, classifier accuracy, settings.
     """
 
     tokens: TokenArray
@@ -73,17 +72,17 @@ class Corpus:
 
     @property
     def num_tokens(self) -> IntArray:
-        """(52,) tokens kept of each domain."""
+        """Number of tokens kept of each domain: (52,)."""
         return np.diff(self.bounds)
 
     @property
     def start_state(self) -> FloatArray:
-        """Mix of the data that a base model would have seen: shares of the source documents, (52,) (paper, 3.1)."""
+        """Mix of a base model's data: shares of the source documents, (52,) (paper, section 3.1)."""
         return self._document_shares(SOURCE)
 
     @property
     def target_distribution(self) -> FloatArray:
-        """0 on source domains, document shares of the topics on target domains, (52,) (paper, C.1)."""
+        """Document shares of the topics on target domains, 0 on source domains: (52,) (paper, C.1)."""
         return self._document_shares(TARGET)
 
     @property
@@ -99,7 +98,7 @@ class Corpus:
         return require_extra("tokenizers", "rl").Tokenizer.from_str(self.tokenizer_json)
 
     def save(self, directory: Path) -> None:
-        """Writes ``corpus.safetensors``, ``tokenizer.json`` and, last, ``corpus.json``, which marks completeness."""
+        """Writes ``corpus.safetensors``, ``tokenizer.json`` and, as the mark of completeness, ``corpus.json``."""
         directory.mkdir(parents=True, exist_ok=True)
         arrays = {
             "tokens": self.tokens,
@@ -115,10 +114,10 @@ class Corpus:
 
     @classmethod
     def load(cls, directory: Path) -> Corpus:
-        """Reads what `save` wrote.
+        """Reads a folder that `save` wrote.
 
         Raises:
-            StateError: Another schema, or files that do not belong together.
+            StateError: The corpus has another schema, or its files do not belong together.
         """
         meta = json.loads((directory / "corpus.json").read_text(encoding="utf-8"))
         if meta["schema"] != SCHEMA:
@@ -142,10 +141,10 @@ class Corpus:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """Texts of a JSON-lines file (``text`` column, plain or gzip), or a plain text file as one document.
+    """Texts of a JSON-lines file (column ``text``, plain or gzip), or of a plain text file as one document.
 
     Raises:
-        ConfigurationError: A line without a text.
+        ConfigurationError: A line has no text.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as stream:
@@ -164,17 +163,19 @@ def build_corpus(source: Mapping[str, Sequence[Path]], target: Sequence[Path], c
 
     Args:
         source: Canonical topic -> files of labelled source documents.
-        target: Files of target documents, of any topic.
+        target: Files of target documents of any topic.
         config: Settings.
 
     Raises:
-        DomainError: A topic that is not canonical.
-        ShardNotFoundError: No source or no target file.
-        ConfigurationError: A vocabulary that does not fit into 16 bits.
+        DomainError: A topic is not canonical.
+        ShardNotFoundError: There is no source file or no target file.
+        ConfigurationError: The vocabulary does not fit into 16 bits, or all documents would be held out.
     """
     unknown = sorted(set(source) - set(CANONICAL_TOPICS))
     if unknown:
-        raise DomainError(f"source files are named after {unknown}, which are no canonical topics: {CANONICAL_TOPICS}")
+        raise DomainError(
+            f"source files are named after {unknown}, which are not canonical topics; these are {CANONICAL_TOPICS}"
+        )
     if not source or not target:
         raise ShardNotFoundError(
             f"there are files for {len(source)} source topics and {len(target)} target files: both fields need text"
@@ -248,7 +249,7 @@ def _tokens(tokenizer: Any, documents: Sequence[str], max_tokens: int) -> TokenA
     end = [tokenizer.token_to_id(END_OF_TEXT)]
     parts: list[TokenArray] = [np.zeros(0, dtype=np.uint16)]
     total = 0
-    # In batches: the tokenizer is far faster on many texts, and most domains reach their limit early.
+    # In batches: the tokenizer is much faster on many texts, and most domains reach their limit early.
     for start in range(0, len(documents), 64):
         for encoding in tokenizer.encode_batch(documents[start : start + 64], add_special_tokens=False):
             parts.append(np.array(encoding.ids + end, dtype=np.uint16))

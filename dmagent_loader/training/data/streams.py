@@ -1,7 +1,7 @@
-"""The training rows of one trajectory: a pure function of (corpus, mixes, seed, trajectory, step).
+"""The training rows of a trajectory: a pure function of (corpus, mixes, seed, stream number, step).
 
-Nothing needs to be saved to continue a stream, and two machines that are given the same trajectory read the same rows.
-`TrajectoryStream` is for mixes that are known beforehand, `MixStream` for those that are decided on the way.
+A stream has no state to save, and two machines read the same rows of a trajectory. `TrajectoryStream` is for mixes that
+are known in advance, `MixStream` for mixes that are decided step by step.
 
 Shapes: D = 52 domains, R rows of a step, L tokens of a row.
 """
@@ -12,27 +12,25 @@ import numpy as np
 import numpy.typing as npt
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, NUM_CANONICAL
+from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.training.data.corpus import Corpus
 
-NUM_TOPICS = len(CANONICAL_TOPICS)
-
 
 def deliverable(mix: FloatArray, available: IntArray) -> FloatArray:
-    """The mix with the weight of empty domains moved inside their field.
+    """Moves the weight of empty domains to other domains of their field.
 
-    It goes to the field's other domains in proportion to their own weights, or, where those are 0, to their data.
+    The other domains receive it in proportion to their weights, or to their data if these weights are 0.
 
     Args:
         mix: (52,), sums to 1.
-        available: (52,) rows of each domain.
+        available: (52,), number of rows of each domain.
 
     Returns:
         (52,), sums to 1.
 
     Raises:
-        ConfigurationError: A field that has weight has no data at all.
+        ConfigurationError: A field with weight has no data.
     """
     result = np.where(available > 0, mix, 0.0)
     for number, name in enumerate(FIELDS):
@@ -40,26 +38,29 @@ def deliverable(mix: FloatArray, available: IntArray) -> FloatArray:
         mass = float(mix[part].sum())
         shares = result[part] if result[part].sum() > 0 else available[part].astype(np.float64)
         if mass > 0 and shares.sum() == 0:
-            raise ConfigurationError(f"the mix gives {mass:.3g} to field {name!r}, whose domains hold no full row")
+            raise ConfigurationError(
+                f"the mix gives {mass:.3g} to field {name!r}, whose domains hold no full row: add text or choose "
+                "shorter rows"
+            )
         if mass > 0:
             result[part] = mass * shares / shares.sum()
     return result
 
 
 class MixStream:
-    """Rows of tokens for one mix after the other, as a closed loop asks for them.
+    """Rows of tokens for one mix after another, as in a closed loop.
 
-    In a step, row counts follow the mix by systematic sampling: each domain's count is its share rounded up or down,
-    with the right expectation even for shares far below one row. Rows of a domain come without replacement in a seeded
-    order of its own, and start over when it is used up. Streams of one seed and number have the same orders, whatever
-    their mixes: two policies that are compared read the same rows of a domain first.
+    The row counts of a step follow its mix by systematic sampling: the count of a domain is its share rounded up or
+    down, with the right expectation even for shares far below one row. Rows of a domain are read without replacement in
+    a seeded order, which is repeated when the domain is used up. Streams with the same seed and number have the same
+    orders whatever their mixes, so two policies that are compared read the same rows of a domain first.
 
     Args:
         corpus: Tokens of the 52 domains.
         rows_per_step: R.
-        row_tokens: L; a row holds one token more, the last to be predicted.
-        seed: Of all streams.
-        number: Which trajectory this is; other numbers give other rows.
+        row_tokens: L; a row has one more token, the last to be predicted.
+        seed: Seed of all streams.
+        number: Number of the stream; streams of different numbers have different orders.
     """
 
     def __init__(self, corpus: Corpus, *, rows_per_step: int, row_tokens: int, seed: int, number: int) -> None:
@@ -68,12 +69,12 @@ class MixStream:
         self._taken = np.zeros(NUM_CANONICAL, dtype=np.int64)
 
     def next(self, mix: FloatArray) -> npt.NDArray[np.int64]:
-        """Tokens of the next step, (R, L + 1), under a mix (52,)."""
+        """Tokens of the next step under a mix: (52,) -> (R, L + 1)."""
         taken = self._taken.copy()
         return self._rows.tokens(self.skip(mix), taken)
 
     def skip(self, mix: FloatArray) -> IntArray:
-        """Passes over a step that was trained on before a run was resumed; domain of each of its rows: (R,)."""
+        """Skips a step that was trained on before a run was resumed; returns the domain of each of its rows: (R,)."""
         self._step += 1
         domains = self._rows.domains(mix, self._step)
         self._taken += np.bincount(domains, minlength=NUM_CANONICAL)
@@ -81,15 +82,15 @@ class MixStream:
 
 
 class TrajectoryStream:
-    """Rows of tokens along the mixes of one trajectory, see `MixStream`; each step can be read alone.
+    """Rows of tokens along the mixes of one trajectory; steps can be read in any order. See `MixStream`.
 
     Args:
         corpus: Tokens of the 52 domains.
         mixes: (steps + 1, 52); row 0, the start state, is not trained on.
         rows_per_step: R.
-        row_tokens: L; a row holds one token more, the last to be predicted.
-        seed: Of all streams.
-        number: Which trajectory this is; other numbers give other rows.
+        row_tokens: L; a row has one more token, the last to be predicted.
+        seed: Seed of all streams.
+        number: Number of the stream; streams of different numbers have different orders.
     """
 
     def __init__(
@@ -101,18 +102,18 @@ class TrajectoryStream:
             self._domains[step] = self._rows.domains(mixes[step], step)
 
     def domains(self, step: int) -> IntArray:
-        """Domain of each row of a step, counted from 1: (R,)."""
+        """Domain of each row of a step, with steps counted from 1: (R,)."""
         domains: IntArray = self._domains[step]
         return domains
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
-        """Tokens of a step, counted from 1: (R, L + 1)."""
+        """Tokens of a step, with steps counted from 1: (R, L + 1)."""
         taken = np.bincount(self._domains[1:step].ravel(), minlength=NUM_CANONICAL)
         return self._rows.tokens(self._domains[step], taken)
 
 
 class _Rows:
-    """What both streams share: which domains a step reads, and which tokens a domain's n-th row holds."""
+    """Common part of both streams: the domains of a step's rows, and the tokens of each domain's n-th row."""
 
     def __init__(self, corpus: Corpus, rows_per_step: int, row_tokens: int, seed: int, number: int) -> None:
         self._corpus = corpus
@@ -129,7 +130,15 @@ class _Rows:
         return np.asarray(rng.permutation(np.searchsorted(edges, points, side="right")), dtype=np.int64)
 
     def tokens(self, domains: IntArray, taken: IntArray) -> npt.NDArray[np.int64]:
-        """Tokens of rows of some domains, (R, L + 1), of which `taken`, (52,), were read before."""
+        """Tokens of the next rows of some domains.
+
+        Args:
+            domains: (R,), domain of each row.
+            taken: (52,), number of rows of each domain that were read before.
+
+        Returns:
+            (R, L + 1).
+        """
         starts = np.zeros(len(domains), dtype=np.int64)
         for d in np.unique(domains):
             here = domains == d

@@ -1,7 +1,7 @@
-"""Topics for documents that carry no label: a linear classifier trained on the documents that do.
+"""Topics of unlabelled documents, by a linear classifier that is trained on labelled ones (extension).
 
-The paper labels documents with the NVIDIA domain classifier. This one is small enough to be trained in a minute
-(extension, not in the paper); its accuracy is measured on labelled documents that it has not seen.
+The paper labels documents with the NVIDIA domain classifier. This one is trained in a minute; its accuracy is measured
+on held-out labelled documents.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ class TopicClassifierConfig:
     """Settings of the topic classifier.
 
     Args:
-        held_out: Share of the labelled documents that is kept from training, to measure the accuracy.
-        max_documents: Labelled documents used for each topic, at most.
-        max_characters: How much of a document the classifier reads.
-        max_features: Words and word pairs in its vocabulary, at most.
-        seed: Of the split and of the training order.
+        held_out: Share of the labelled documents that is held out to measure the accuracy.
+        max_documents: Largest number of labelled documents used for each topic.
+        max_characters: Number of characters that the classifier reads of a document.
+        max_features: Largest number of words in its vocabulary.
+        seed: Seed of the split and of the training order.
+
+    Raises:
+        ConfigurationError: `held_out` is outside (0, 1).
     """
 
     held_out: float = 0.1
@@ -39,23 +42,23 @@ class TopicClassifierConfig:
 
 
 class TopicClassifier:
-    """TF-IDF over words, then logistic regression by stochastic gradient descent.
+    """TF-IDF over words and logistic regression by stochastic gradient descent.
 
     Attributes:
         topics: Topics in the order of the labels that `predict` returns.
-        accuracy: Share of the held-out labelled documents that got their own topic.
-        num_held_out: How many documents that share is of.
+        accuracy: Share of the held-out documents whose topic is predicted correctly.
+        num_held_out: Number of held-out documents.
     """
 
     def __init__(self, labelled: Mapping[str, Sequence[str]], config: TopicClassifierConfig) -> None:
-        """Trains on labelled documents.
+        """Trains the classifier.
 
         Args:
-            labelled: Topic -> its documents, at least two documents for each of at least two topics.
+            labelled: Topic -> its documents; at least two topics with at least two documents each.
             config: Settings.
 
         Raises:
-            ConfigurationError: Too few topics or documents.
+            ConfigurationError: There are too few topics or documents.
             MissingExtraError: scikit-learn is not installed.
         """
         require_extra("sklearn", "rl")

@@ -1,1 +1,1 @@
-"""Small proxy models: pre-trained bases, training along trajectories, feedback on question sets."""
+"""Small proxy models: pre-trained bases, training along trajectories, feedback from question sets."""

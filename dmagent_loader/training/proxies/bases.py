@@ -1,15 +1,15 @@
-"""Base models: what proxies start from, as continual pre-training does (extension; the paper's start from scratch).
+"""Base models, from which proxies continue pre-training (extension; the paper's proxies start from scratch).
 
-An agent decides for models that know the source field already and may forget it. Proxies that start untrained never
-show that: their feedback only rises. So each trajectory starts from a base model, pre-trained on the source field with
-the trajectory's own start state; several start states, so that the agent does not learn one by heart.
+An agent steers models that already know the source field and may forget it. Proxies that start untrained cannot show
+this: their feedback only rises. So each trajectory starts from a base model that was pre-trained on the source field
+with the trajectory's own start state. There are several start states, so that the agent does not memorise one.
 
 Shapes: S base models, D = 52 domains.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_CANONICAL
+from dmagent_loader.mixture.domains import NUM_CANONICAL, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import TrajectoryStream
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer
-from dmagent_loader.training.run_folder import save_tensors
+from dmagent_loader.training.proxies.model import ProxyConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
+from dmagent_loader.training.run_folder import claim, save_tensors
 
-NUM_TOPICS = len(CANONICAL_TOPICS)
-STREAM_NUMBERS = 2_000_000
-"""Streams of base models are numbered from here on: other rows than any trajectory's."""
+FIRST_STREAM = 2_000_000
+"""Stream number of the first base model; trajectories are numbered from 0, so the two read different rows."""
+STATE_FILE = "state.safetensors"
+"""Name of the file that holds the state of the training."""
 SAVE_EVERY = 50
+"""Steps between two saves of that state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,16 @@ class BaseConfig:
     """Settings of the base models.
 
     Args:
-        models: S, base models and start states.
-        tokens: Source tokens that each is trained on; 0: untrained proxies, as in the paper.
-        learning_rate: Of AdamW.
+        models: S, number of base models and of start states.
+        tokens: Source tokens that each model is trained on; 0: untrained proxies, as in the paper.
+        learning_rate: Learning rate of AdamW.
         rows_per_update: Rows of one optimiser update.
-        sharpness: k of the start states after the first, which are Dirichlet(k * 26 * natural shares): small is skewed.
-        seed: Of start states, weights and data.
+        sharpness: k of the start states after the first, drawn from Dirichlet(k * 26 * natural shares); a small k gives
+            skewed states.
+        seed: Seed of start states, weights and data.
+
+    Raises:
+        ConfigurationError: There are no models, tokens are negative, or `sharpness` is not positive.
     """
 
     models: int = 4
@@ -84,33 +91,31 @@ def train_bases(
     states: FloatArray,
     config: BaseConfig,
     proxy: ProxyConfig,
+    directory: Path,
     *,
     row_tokens: int,
-    path: Path,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Trains one base model on each start state; all from the same first weights.
+    """Trains one base model on each start state; all begin with the same random weights.
 
     Args:
         corpus: Tokens of the 52 domains.
         states: (S, 52) start states.
         config: Settings.
-        proxy: Size of a model; its rows per update and learning rate are replaced by those of `config`.
+        proxy: Size of a model; its `rows_per_update` and `learning_rate` are replaced by those of `config`.
+        directory: Folder for the state of the training; a second call with the same arguments continues from it.
         row_tokens: Tokens of a row.
-        path: File for the state of the training; a second call goes on from it. The caller sees to it that it is of
-            the same settings.
         device: See `ProxyTrainer`.
         progress: Whether to show a progress bar.
 
     Returns:
-        Weights, (S, ...) each: the moving averages, where the proxies have them.
+        Weights, (S, ...) each: the moving averages, if the proxies have them.
 
     Raises:
-        ConfigurationError: Fewer tokens than one step takes.
+        StateError: `directory` holds base models of other settings or data.
+        ConfigurationError: `config.tokens` is less than one step takes.
     """
-    settings = {**vars(proxy), "rows_per_update": config.rows_per_update, "learning_rate": config.learning_rate}
-    trainer = ProxyTrainer(len(states), ProxyConfig(**settings), device=device)
     rows_per_step = 4 * config.rows_per_update
     steps = config.tokens // (rows_per_step * row_tokens)
     if config.tokens and not steps:
@@ -118,6 +123,17 @@ def train_bases(
             f"{config.tokens} tokens are less than one step of {rows_per_step * row_tokens}: the base models would not "
             "be trained; give more tokens, or 0 for untrained ones"
         )
+    identity = {
+        "bases": asdict(config),
+        "proxy": asdict(proxy),
+        "row_tokens": row_tokens,
+        "corpus": corpus.fingerprint,
+        "states": states.tolist(),
+    }
+    claim(directory, identity, "base models")
+    proxy = replace(proxy, rows_per_update=config.rows_per_update, learning_rate=config.learning_rate)
+    trainer = ProxyTrainer(len(states), proxy, device=device)
+    path = directory / STATE_FILE
     done = 0
     if path.exists():
         saved = load_file(str(path))
@@ -131,7 +147,7 @@ def train_bases(
                 rows_per_step=rows_per_step,
                 row_tokens=row_tokens,
                 seed=config.seed,
-                number=STREAM_NUMBERS + number,
+                number=FIRST_STREAM + number,
             )
             for number, state in enumerate(states)
         ]

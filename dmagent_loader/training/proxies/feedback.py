@@ -1,8 +1,8 @@
-"""Feedback for every step of every trajectory, from batched proxies (paper, C.2; design section 8.3).
+"""Feedback after every step of every trajectory, from batched proxies (paper, C.2).
 
-Trajectories are worked off in groups, one batched model for each. A group is a unit of work: a pure function of the
-settings, whose file is replaced as a whole after every step. A run that is killed loses one step of the groups that
-were worked on, and continues with the same numbers as without the break; a unit done twice gives the same numbers.
+A group of trajectories is trained as one batched model and is one unit of work: a pure function of the settings, whose
+file is replaced as a whole after every step. A run that is killed loses one step of its unfinished groups and
+continues with the numbers of an uninterrupted run.
 
 Shapes: M trajectories, T steps, K fields, G trajectories of a group.
 """
@@ -23,12 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.simplex import IntArray
+from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import TrajectoryStream
 from dmagent_loader.training.proxies.bases import BaseConfig
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer
+from dmagent_loader.training.proxies.model import ProxyConfig
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.proxies.workers import Workers
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.run_folder import claim, save_tensors
@@ -42,13 +43,13 @@ class FeedbackConfig:
     """Settings of the collection.
 
     Args:
-        bases: What the proxies start from.
+        bases: Base models that the proxies start from.
         proxy: Size and optimiser of a proxy.
-        questions: Which pairs are asked after each step.
+        questions: Selection of the question-answer pairs.
         row_tokens: Tokens of a training row.
         proxies_at_once: Trajectories in one batched model: few on a CPU, whose caches they share, all on a GPU. The
             result does not depend on it, to float tolerance.
-        seed: Of the data streams.
+        seed: Seed of the data streams.
     """
 
     bases: BaseConfig = field(default_factory=BaseConfig)
@@ -61,17 +62,17 @@ class FeedbackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """Everything that a unit of work needs; it is what travels to other processes and machines.
+    """The inputs of all units of work, which are sent to other processes and machines.
 
     Args:
-        trajectories: What to train along.
+        trajectories: Mixes to train on.
         corpus: Tokens of the 52 domains.
-        questions: Asked after each step.
+        questions: Environment that scores the proxies.
         config: Settings.
         bases: Weights of the base models, (S, ...) each; trajectory m starts from number ``trajectories.starts[m]``.
-        directory: For partial results.
+        directory: Folder for partial results.
         device: See `ProxyTrainer`.
-        evaluate_every: Score after each how many-th step, and after the last; the feedback of the others is NaN.
+        evaluate_every: Number of steps between two scores; the last step is always scored, other feedback is NaN.
     """
 
     trajectories: Trajectories
@@ -85,22 +86,22 @@ class Collection:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that the numbers depend on."""
+        """Everything that the results depend on."""
         settings = {
             "collection": asdict(self.config),
             "corpus": self.corpus.fingerprint,
             "trajectories": self.trajectories.fingerprint,
             "questions": self.questions.fingerprint,
         }
-        # Not named where it is 1, as in every recorded set.
+        # Omitted if it is 1, as in every recorded set.
         return settings if self.evaluate_every == 1 else {**settings, "evaluate_every": self.evaluate_every}
 
     @property
     def groups(self) -> list[IntArray]:
         """Trajectory numbers of each unit.
 
-        Trajectories are dealt out over the sets in turn: what is done after a while is a fair sample of all. Within a
-        group, lengths are alike, because a group takes as long as its longest.
+        The sets alternate, so that the finished groups are a fair sample at any time. Trajectories of a group have
+        similar lengths, because the longest determines its time.
         """
         per_set = self.trajectories.config.trajectories_per_set
         at_once = self.config.proxies_at_once
@@ -113,8 +114,8 @@ class Collection:
         return [part for turn in zip(*dealt, strict=True) for part in turn]
 
     def work(self, number: int) -> dict[str, Tensor]:
-        """Works off one group from where its file stands; returns the finished file's tensors."""
-        # Here too: another machine may have a folder of its own at this place, or an old one.
+        """Trains one group, starting from the state in its file if there is one; returns the tensors of its result."""
+        # Checked by each worker: on another machine the folder may be a different one.
         claim(self.directory, self.settings, "feedback")
         members = self.groups[number]
         trajectories, config, questions = self.trajectories, self.config, self.questions
@@ -149,8 +150,7 @@ class Collection:
             )
             for i, number in enumerate(members)
         ]
-        # A proxy leaves the batch when its trajectory ends. A loaded state holds those that were active in its last
-        # step.
+        # A proxy leaves the batch after its trajectory ends. A loaded state holds the proxies of its last step.
         active = np.flatnonzero(lengths >= max(done, 1))
         for step in range(done + 1, last + 1):
             started = time.perf_counter()
@@ -164,19 +164,39 @@ class Collection:
             record["step"] += 1
             record["seconds"] += time.perf_counter() - started
             state = {} if step == last else {f"proxy.{name}": value for name, value in trainer.state().items()}
-            # Waiting for the disk after every step took as long as the step; a lost state only costs its group.
+            # Flushing to disk took as long as a step; losing a state costs only the work of its group.
             save_tensors(path, {**record, **state}, durable=step == last)
         return record
 
+    def collect(self, workers: Workers | None, *, progress: bool) -> tuple[FloatArray, FloatArray, float]:
+        """Computes all units.
+
+        Args:
+            workers: Number and place of the workers; None: this process.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            Feedback (M, T + 1, K), losses (M, T + 1) and seconds as in `FeedbackRecord`, in the order of the
+            trajectories.
+        """
+        groups = self.groups
+        sizes = [int(self.trajectories.lengths[members].sum()) for members in groups]
+        parts = (workers or Workers()).run(self, sizes, progress=progress)
+        order = np.argsort(np.concatenate(groups))
+        feedback, losses = (
+            np.concatenate([part[name].numpy() for part in parts])[order] for name in ("feedback", "losses")
+        )
+        return feedback, losses, sum(float(part["seconds"]) for part in parts)
+
 
 def _saved(path: Path) -> dict[str, Tensor] | None:
-    """What a group's file holds; None where there is none, or one that a loss of power has damaged."""
+    """Contents of a group's file; None if it does not exist or was damaged by a loss of power."""
     if not path.exists():
         return None
     try:
         record: dict[str, Tensor] = load_file(str(path))
     except SafetensorError as error:
-        logger.warning("%s cannot be read (%s): its group begins anew", path, error)
+        logger.warning("%s cannot be read (%s): its group starts from the beginning", path, error)
         return None
     return record
 
@@ -196,25 +216,25 @@ def collect_feedback(
     """Trains a proxy along each trajectory and scores it after every step.
 
     Args:
-        trajectories: What to train along.
+        trajectories: Mixes to train on.
         corpus: Tokens of the 52 domains.
-        questions: Asked after each step; also of the base models.
+        questions: Environment that scores the proxies and the base models.
         bases: Weights of the base models, see `dmagent_loader.training.proxies.bases.train_bases`.
         config: Settings.
-        directory: For partial results; a second call with the same arguments goes on from them.
-        workers: Who does the work; None: this process.
-        device: Where a worker's proxies lie, see `ProxyTrainer`.
+        directory: Folder for partial results; a second call with the same arguments continues from them.
+        workers: Number and place of the workers; None: this process.
+        device: Device of a worker's proxies, see `ProxyTrainer`.
         progress: Whether to show a progress bar.
 
     Raises:
         StateError: `directory` holds partial results of other settings or data.
-        ConfigurationError: Sizes that do not fit each other.
+        ConfigurationError: A step does not divide into updates, or the tokenizer has more tokens than the proxies.
     """
     rows_per_step, rest = divmod(trajectories.config.tokens_per_step, config.row_tokens)
     if rest or rows_per_step % config.proxy.rows_per_update:
         raise ConfigurationError(
-            f"tokens_per_step {trajectories.config.tokens_per_step} is no multiple of row_tokens {config.row_tokens} x "
-            f"rows_per_update {config.proxy.rows_per_update}: choose one that is"
+            f"tokens_per_step {trajectories.config.tokens_per_step} is not a multiple of row_tokens "
+            f"{config.row_tokens} x rows_per_update {config.proxy.rows_per_update}: choose one that is"
         )
     vocabulary = corpus.tokenizer().get_vocab_size()
     if vocabulary > config.proxy.vocab_size:
@@ -232,17 +252,13 @@ def collect_feedback(
     )
     settings = collection.settings
     claim(directory, settings, "feedback")
-    groups = collection.groups
-    sizes = [int(trajectories.lengths[members].sum()) for members in groups]
-    parts = (workers or Workers()).run(collection, sizes, progress=progress)
-    numbers = np.concatenate(groups)
-    order = np.argsort(numbers)
+    feedback, losses, seconds = collection.collect(workers, progress=progress)
     return FeedbackRecord(
         trajectories=trajectories,
         fields=questions.fields,
-        feedback=np.concatenate([part["feedback"].numpy() for part in parts])[order],
-        losses=np.concatenate([part["losses"].numpy() for part in parts])[order],
-        seconds=float(sum(float(part["seconds"]) for part in parts)),
+        feedback=feedback,
+        losses=losses,
+        seconds=seconds,
         settings={
             **settings,
             "corpus_facts": dict(corpus.facts),

@@ -1,47 +1,46 @@
-"""Many nano LLaMA-style proxies trained at once, as one model with stacked weights (design section 8.3).
+"""Many LLaMA-style proxy models as one model with stacked weights (paper, C.2; stacking: extension).
 
-A proxy is trained from scratch along one trajectory. One at a time, models this small leave any machine idle: each
-operation is tiny. Here every weight has a leading axis over proxies and every matrix product is one batched product, so
-that one call works for all of them. No operation mixes two proxies, and the optimiser is elementwise: the result is the
-same as training each alone, to float tolerance.
+Models this small leave a machine idle when they run one at a time, because every operation is tiny. Here each weight
+has a leading axis over proxies and each matrix product is batched over it. No operation mixes two proxies.
 
 Shapes: P proxies, B rows, T tokens of a row, N = B * T, E width, F width of the feed-forward layer, V vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.errors import ConfigurationError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyConfig:
     """Size and optimiser of one proxy.
 
-    The paper's proxies have 50M parameters; these defaults are about 300 times smaller, so that a set of trajectories
-    takes minutes on one CPU core.
+    The paper's proxies have 50M parameters. These defaults are about 300 times smaller: a set of trajectories takes
+    minutes on one CPU core.
 
     Args:
         vocab_size: V.
         width: E.
-        layers: Transformer blocks.
-        heads: Attention heads; must divide `width` into an even number.
-        feed_forward: F, of SwiGLU.
+        layers: Number of Transformer blocks.
+        heads: Number of attention heads; must divide `width` into an even number.
+        feed_forward: F, inner width of SwiGLU.
         rows_per_update: B, rows of one optimiser update.
-        learning_rate: Of AdamW, constant after the warm-up.
+        learning_rate: Learning rate of AdamW, constant after the warm-up.
         warmup_updates: Updates over which the learning rate rises linearly.
-        weight_decay: Of AdamW.
-        averaging: Share of the old average that an update leaves in the moving average of the weights, which is what
-            is scored: steps of a constant learning rate shake the weights, and the scores with them. 0: no averaging.
-        seed: Of the initial weights, which all proxies share: differences between them come from their data alone.
+        weight_decay: Weight decay of AdamW.
+        averaging: Share of the old average that an update leaves in the moving average of the weights; 0: no averaging.
+            The average is scored, because updates at a constant learning rate make the weights and their scores
+            fluctuate.
+        seed: Seed of the initial weights. All proxies share them, so that they differ by their data alone.
+
+    Raises:
+        ConfigurationError: A width does not divide into heads, or `averaging` is outside [0, 1).
     """
 
     vocab_size: int = 1024
@@ -78,7 +77,7 @@ class StackedProxies(nn.Module):
 
     Args:
         num_proxies: P.
-        config: Of one proxy.
+        config: Size of each proxy.
     """
 
     def __init__(self, num_proxies: int, config: ProxyConfig) -> None:
@@ -95,7 +94,7 @@ class StackedProxies(nn.Module):
         def ones() -> nn.Parameter:
             return nn.Parameter(torch.ones(num_proxies, 1, e))
 
-        # The matrices that write into the residual stream start smaller, so that its scale does not grow with depth.
+        # Matrices that write into the residual stream start smaller, so that its scale does not grow with depth.
         std, residual_std = e**-0.5, (2 * config.layers * e) ** -0.5
         self.embedding = matrix(config.vocab_size, e, 0.05)
         self.qkv = nn.ParameterList([matrix(e, 3 * e, std) for _ in range(config.layers)])
@@ -110,7 +109,7 @@ class StackedProxies(nn.Module):
         """Last hidden states.
 
         Args:
-            tokens: (P, B, T) int64, each proxy its own; or (1, B, T), the same rows for all.
+            tokens: (P, B, T) int64, the rows of each proxy; or (1, B, T), the same rows for all.
 
         Returns:
             (P, B * T, E).
@@ -142,7 +141,7 @@ class StackedProxies(nn.Module):
         """Mean next-token loss of each proxy in nats.
 
         Args:
-            tokens: (P, B, T + 1) int64, each proxy its own rows.
+            tokens: (P, B, T + 1) int64, the rows of each proxy.
 
         Returns:
             (P,).
@@ -154,12 +153,12 @@ class StackedProxies(nn.Module):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Root mean square normalisation over the last axis, without weight: (..., E)."""
+    """Root mean square normalisation of (..., E) over the last axis, without weight."""
     return functional.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def scaled(matrix: Tensor, weight: Tensor) -> Tensor:
-    """A matrix that takes in a norm's weight: the product over a few rows is cheaper than over all tokens.
+    """Folds the weight of a norm into a matrix, which is cheaper than scaling all tokens.
 
     (P, E, columns), (P, 1, E) -> (P, E, columns).
     """
@@ -177,147 +176,3 @@ def rotary(length: int, head_width: int, device: torch.device) -> tuple[Tensor, 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding: (..., T, head_width)."""
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
-
-
-class ProxyTrainer:
-    """Trains P stacked proxies, each on its own rows.
-
-    Attributes:
-        model: The proxies.
-        averaged: Proxies with the moving average of the weights; the model itself where `ProxyConfig.averaging` is 0.
-        device: Where both lie.
-
-    Args:
-        num_proxies: P.
-        config: Of each proxy.
-        start: Weights to start from, (P, ...) each; None: drawn from the seed.
-        device: ``"cpu"``, ``"cuda"`` and so on. On CUDA, matrix products are computed in bfloat16.
-    """
-
-    def __init__(
-        self,
-        num_proxies: int,
-        config: ProxyConfig,
-        *,
-        start: Mapping[str, Tensor] | None = None,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        self.config = config
-        self.device = torch.device(device)
-        self.model = StackedProxies(num_proxies, config).to(self.device)
-        if start is not None:
-            self.model.load_state_dict(dict(start))
-        self.averaged = copy.deepcopy(self.model) if config.averaging else self.model
-        self.updates = 0
-        self._optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
-
-    def train(self, rows: Tensor) -> Tensor:
-        """Trains on the rows of one step, `rows_per_update` at a time.
-
-        Args:
-            rows: (P, R, T + 1) int64; R must be a multiple of `rows_per_update`.
-
-        Returns:
-            (P,) mean loss of each proxy in nats.
-
-        Raises:
-            ConfigurationError: A number of rows that does not divide into updates.
-        """
-        if rows.shape[1] % self.config.rows_per_update:
-            raise ConfigurationError(
-                f"a step of {rows.shape[1]} rows does not divide into updates of {self.config.rows_per_update} rows: "
-                "choose tokens_per_step as a multiple of row_tokens * rows_per_update"
-            )
-        mean = torch.zeros(self.model.num_proxies, device=self.device)
-        batches = torch.split(rows.to(self.device), self.config.rows_per_update, dim=1)
-        for batch in batches:
-            self.updates += 1
-            warmup = min(1.0, self.updates / self.config.warmup_updates)
-            for group in self._optimizer.param_groups:
-                group["lr"] = self.config.learning_rate * warmup
-            self._optimizer.zero_grad()
-            with mixed_precision(self.device):
-                losses = self.model.losses(batch)
-            # The sum: each proxy's gradient is that of its own loss, whatever the number of proxies.
-            torch.autograd.backward(losses.sum())
-            self._optimizer.step()
-            mean += losses.detach() / len(batches)
-            self._average()
-        return mean.cpu()
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        if self.averaged is self.model:
-            return
-        # The first averages are over the updates so far: the weights that training started from would linger in them.
-        share = max(1 - self.config.averaging, 1 / (self.updates + 1))
-        averages: list[Tensor] = list(self.averaged.parameters())
-        torch._foreach_lerp_(averages, list(self.model.parameters()), share)
-
-    def keep(self, positions: Sequence[int]) -> None:
-        """Goes on with some of the proxies only, in the given order; the others have ended."""
-        if list(positions) == list(range(self.model.num_proxies)):
-            return
-        index = torch.tensor(list(positions), device=self.device)
-        for parameter in self.model.parameters():
-            state = self._optimizer.state[parameter]
-            for name in _MOMENTS:
-                if name in state:
-                    state[name] = state[name][index]
-            parameter.grad = None
-        for model in {id(self.model): self.model, id(self.averaged): self.averaged}.values():
-            for parameter in model.parameters():
-                parameter.data = parameter.data[index]
-            model.num_proxies = len(index)
-
-    def state(self) -> dict[str, Tensor]:
-        """Weights, averages, moments and update count, as tensors on the CPU under flat names."""
-        result = {"updates": torch.tensor(self.updates)}
-        for name, parameter in self.model.named_parameters():
-            result[name] = parameter.detach()
-            for moment in _MOMENTS:
-                if moment in self._optimizer.state[parameter]:
-                    result[f"{name}.{moment}"] = self._optimizer.state[parameter][moment]
-        if self.averaged is not self.model:
-            result |= {f"{name}.average": parameter.detach() for name, parameter in self.averaged.named_parameters()}
-        return {name: tensor.cpu() for name, tensor in result.items()}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave; the number of proxies becomes the saved one.
-
-        Raises:
-            StateError: The state of proxies of another size.
-        """
-        expected = {name: tuple(parameter.shape[1:]) for name, parameter in self.model.named_parameters()}
-        found = {name: tuple(state[name].shape[1:]) for name in expected if name in state}
-        averaged = self.averaged is not self.model
-        if expected != found or averaged != ("embedding.average" in state):
-            raise StateError(
-                "the saved proxies have another size or averaging: continue with the settings they were started with"
-            )
-        self.updates = int(state["updates"])
-        for name, parameter in self.model.named_parameters():
-            parameter.data = state[name].clone().to(self.device)
-            self.model.num_proxies = len(parameter)
-            if self.updates:
-                moments = {moment: state[f"{name}.{moment}"].clone().to(self.device) for moment in _MOMENTS}
-                step = torch.tensor(float(self.updates), device=self.device)
-                self._optimizer.state[parameter] = {"step": step, **moments}
-        if averaged:
-            for name, parameter in self.averaged.named_parameters():
-                parameter.data = state[f"{name}.average"].clone().to(self.device)
-            self.averaged.num_proxies = self.model.num_proxies
-
-
-def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Matrix products in bfloat16 on CUDA; elsewhere nothing changes."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")

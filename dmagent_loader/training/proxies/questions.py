@@ -1,7 +1,7 @@
-"""Question sets scored by all proxies at once.
+"""Question sets that score all proxies at once.
 
-The same feedback as `dmagent_loader.environment.Environment` gives for each proxy alone (Eq. 1, reconstructed): reading
-and encoding are the environment's, only the scoring is batched over proxies.
+The feedback equals that of `dmagent_loader.environment.Environment` for each proxy alone (Eq. 1, reconstructed).
+Reading and encoding are the environment's; only the scoring is batched over proxies.
 
 Shapes: P proxies, K fields, B pairs of a batch, T tokens, S scored tokens of a batch, V vocabulary.
 """
@@ -28,15 +28,16 @@ from dmagent_loader.training.proxies.model import StackedProxies
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionConfig:
-    """Which pairs are asked.
+    """Selection and scoring of the question-answer pairs.
 
     Args:
-        max_tokens: Pairs with more tokens are left out, so that none is cut; at most the length of a training row.
-        max_questions: Pairs of a field at most, evenly spaced among those that fit; or a number for each field.
-        score: ``"answer"`` or ``"pair"``, as in `EnvironmentSettings`; ``"pair"`` is far less noisy with nano-proxies.
-        cloze: Ask multiple choice questions without the list of choices, see `read_questions`.
-        separator: Between question and answer, scored with the answer, as in `EnvironmentSettings`.
-        batch_tokens: Tokens of one proxy in one call, at most; does not change the feedback.
+        max_tokens: Longest pair, at most the length of a training row; longer ones are left out instead of cut.
+        max_questions: Largest number of pairs of a field, or one number for each field; they are evenly spaced among
+            the pairs that fit.
+        score: ``"answer"`` or ``"pair"``, as in `EnvironmentSettings`; ``"pair"`` is far less noisy with small proxies.
+        cloze: Whether multiple choice questions are asked without the list of choices, see `read_questions`.
+        separator: Text between question and answer, scored with the answer, as in `EnvironmentSettings`.
+        batch_tokens: Largest number of tokens of one proxy in one call; it does not change the feedback.
     """
 
     max_tokens: int = 128
@@ -61,10 +62,9 @@ class ProxyQuestions:
     """Question-answer pairs of K fields, padded into batches of like length.
 
     Attributes:
-        fields: The K names.
-        num_questions: Pairs of each field that are asked.
-        num_available: Pairs of each field in the files.
-        num_tokens: Tokens that each proxy reads for one feedback, padding left out.
+        fields: Names of the K fields.
+        num_questions: Number of pairs asked, by field.
+        num_tokens: Tokens that each proxy reads for one feedback, without padding.
         fingerprint: Hex SHA-256 of all tokens.
     """
 
@@ -78,7 +78,7 @@ class ProxyQuestions:
 
         Raises:
             EnvironmentDataError: No pair of a field is short enough.
-            ConfigurationError: Limits for another number of fields.
+            ConfigurationError: The number of limits differs from the number of fields.
         """
         limits = config.max_questions
         if isinstance(limits, int):
@@ -89,7 +89,6 @@ class ProxyQuestions:
             )
         encoder = PairEncoder(tokenizer)
         self.fields = tuple(questions)
-        self.num_available = {name: len(listed) for name, listed in questions.items()}
         self.num_questions: dict[str, int] = {}
         pairs: list[tuple[int, EncodedQuestion]] = []
         for number, (name, listed) in enumerate(questions.items()):

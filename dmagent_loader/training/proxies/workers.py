@@ -1,15 +1,15 @@
-"""Who works off the units of a collection: this process, several processes, or the machines of a Ray cluster.
+"""Parallel execution of independent units of work: in this process, in several processes, or on a Ray cluster.
 
-A unit's result does not depend on who does it, and a unit that is done twice gives the same file.
+The result of a unit does not depend on the worker that computes it, and computing a unit twice gives the same file.
+
+joblib runs the local processes. Its Ray backend is not used: results would arrive only after the last unit, a single
+worker would be this process instead of a machine of the cluster, and the data would be sent again with each unit.
 """
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -26,23 +26,25 @@ class Units(Protocol):
     """Numbered units of work, picklable."""
 
     def work(self, number: int) -> Result:
-        """Does one unit, or loads it where it is done."""
+        """Computes one unit, or loads its result if it is already done."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """How many work at once, and where.
+    """Number and place of the workers.
 
     Args:
-        count: Processes; with Ray, tasks at once at most, None: as many as the cluster has CPUs (or GPUs) for.
-        backend: ``"local"``: processes of this machine. ``"ray"``: the cluster that `ray.init` finds, else this
-            machine. Workers on other machines need the same installation; where they do not see the folder of partial
-            results, a unit that is broken off begins anew, and nothing else changes.
-        gpus_per_worker: With Ray, GPUs that a task asks for.
+        count: Number of local processes, among which the cores are divided (``OMP_NUM_THREADS`` limits the threads of
+            each further); 1: this process. On Ray, the largest number of simultaneous tasks; None: as many as the
+            cluster has CPUs and GPUs for.
+        backend: ``"local"``: this machine. ``"ray"``: the cluster that `ray.init` finds, or else this machine. The
+            machines of the cluster need the same installation. If they do not share the folder of partial results, a
+            unit that was interrupted starts from the beginning.
+        gpus_per_worker: GPUs that a Ray task requests.
 
     Raises:
-        ConfigurationError: No worker at all, or an unknown backend.
+        ConfigurationError: The number of workers is not positive, or the backend is unknown.
     """
 
     count: int | None = 1
@@ -56,63 +58,51 @@ class Workers:
             raise ConfigurationError(f"{self.count} workers: give a number of at least 1")
 
     def run(self, units: Units, sizes: Sequence[int], *, progress: bool, description: str = "feedback") -> list[Result]:
-        """Works off all units.
+        """Computes all units.
 
         Args:
             units: The work.
-            sizes: Steps of each unit, for the progress bar.
+            sizes: Number of steps of each unit, for the progress bar.
             progress: Whether to show a bar with an estimate of the time left.
-            description: In front of the bar.
+            description: Label of the bar.
 
         Returns:
             The result of each unit, in order.
 
         Raises:
-            MissingExtraError: Ray is asked for and not installed.
+            MissingExtraError: joblib or Ray is not installed.
         """
         results: dict[int, Result] = {}
         with tqdm(total=sum(sizes), desc=description, unit="step", disable=not progress, smoothing=0.1) as bar:
-            for number, result in self._results(units, len(sizes)):
+            for number, result in self.results(units, len(sizes)):
                 results[number] = result
                 bar.update(sizes[number])
         return [results[number] for number in range(len(sizes))]
 
-    def _results(self, units: Units, count: int) -> Iterator[tuple[int, Result]]:
+    def results(self, units: Units, count: int) -> Iterator[tuple[int, Result]]:
+        """Number and result of each unit, in the order in which they finish.
+
+        The first failure is raised at once and ends the other workers. A local process that is killed is a failure; a
+        Ray task whose process is killed is repeated up to three times.
+
+        Args:
+            units: The work.
+            count: Number of units.
+
+        Raises:
+            MissingExtraError: joblib or Ray is not installed.
+        """
         if self.backend == "ray":
             return _with_ray(units, count, self)
-        if self.count == 1:
-            return ((number, units.work(number)) for number in range(count))
-        return _with_processes(units, count, self.count or 1)
+        joblib = require_extra("joblib", "rl")
+        # A unit takes minutes or hours: batches of several would only delay results.
+        parallel = joblib.Parallel(n_jobs=self.count, batch_size=1, return_as="generator_unordered")
+        results: Iterator[tuple[int, Result]] = parallel(joblib.delayed(_work)(units, n) for n in range(count))
+        return results
 
 
-_units: Units | None = None
-"""In a worker process: what it works on, sent once for each process and not with each unit."""
-
-
-def _with_processes(units: Units, count: int, workers: int) -> Iterator[tuple[int, Result]]:
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    # Spawned: a fork of a process that runs torch threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _begin, (units, threads)) as pool:
-        futures = {pool.submit(_work, number): number for number in range(count)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            # Leaving the pool waits for all that is queued: hours, before a failure would be seen.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _begin(units: Units, threads: int) -> None:
-    global _units
-    _units = units
-    torch.set_num_threads(threads)
-
-
-def _work(number: int) -> Result:
-    assert _units is not None
-    return _units.work(number)
+def _work(units: Units, number: int) -> tuple[int, Result]:
+    return number, units.work(number)
 
 
 def _with_ray(units: Units, count: int, workers: Workers) -> Iterator[tuple[int, Result]]:
@@ -122,7 +112,7 @@ def _with_ray(units: Units, count: int, workers: Workers) -> Iterator[tuple[int,
 
     def task(units: Units, number: int) -> tuple[int, Result]:
         torch.set_num_threads(1)
-        return number, units.work(number)
+        return _work(units, number)
 
     remote = ray.remote(num_cpus=1, num_gpus=workers.gpus_per_worker, max_retries=3)(task)
     shared = ray.put(units)

@@ -14,17 +14,15 @@ from benchmarks.agent.fidelity import (
     FidelityConfig,
     agreement,
     fidelity_table,
-    kendall,
     score_trajectories,
-    spearman,
     spread_sample,
     with_mean,
 )
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.feedback import FeedbackConfig
-from dmagent_loader.training.proxies.model import ProxyTrainer
 from dmagent_loader.training.proxies.questions import ProxyQuestions
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.trajectories import Trajectories
 
@@ -49,7 +47,7 @@ def test_the_sample_has_each_set_and_each_start_state_equally_often(trajectories
     assert np.unique(many.starts[numbers], return_counts=True)[1].tolist() == [6, 6, 6, 6]
     assert many.lengths[numbers].std() > 0.5 * many.lengths.std()
     assert np.array_equal(spread_sample(many, 96), np.arange(4 * 96))
-    with pytest.raises(ConfigurationError, match="97 trajectories of each set"):
+    with pytest.raises(ConfigurationError, match="97 trajectories of each set were requested"):
         spread_sample(many, 97)
 
 
@@ -60,9 +58,9 @@ def test_correlations_are_those_of_scipy(ties: bool) -> None:
     y, z = x + rng.normal(size=24), x + rng.normal(size=24)
     if ties:
         x, y = x.round(), y.round()
-    assert np.isclose(spearman(x, y), stats.spearmanr(x, y).statistic)
-    assert np.isclose(kendall(x, y), stats.kendalltau(x, y).statistic)
     found = agreement(x, y, z)
+    assert np.isclose(found.spearman, stats.spearmanr(x, y).statistic)
+    assert np.isclose(found.kendall, stats.kendalltau(x, y).statistic)
     residual = [
         r - np.polyval(np.polyfit(stats.rankdata(z), r, 1), stats.rankdata(z))
         for r in (stats.rankdata(x), stats.rankdata(y))

@@ -19,7 +19,7 @@ from dmagent_loader.training.proxies.feedback import FeedbackConfig
 def config(small: FeedbackConfig) -> NoiseConfig:
     return NoiseConfig(
         shares=(0.0, 0.5, 1.0),
-        runs=2,
+        runs=4,
         steps=6,
         tokens_per_step=128,
         row_tokens=8,

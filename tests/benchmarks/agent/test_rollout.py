@@ -15,8 +15,8 @@ from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.feedback import FeedbackConfig
-from dmagent_loader.training.proxies.model import ProxyTrainer
 from dmagent_loader.training.proxies.questions import ProxyQuestions
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.record import FeedbackRecord
 
 

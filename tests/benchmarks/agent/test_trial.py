@@ -17,9 +17,11 @@ import torch
 from launching import REPOSITORY
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
+from training_fixtures import ROW
 
 from benchmarks.agent.held_out import HeldOutRows
-from benchmarks.agent.trial import STREAM_NUMBERS, TrialConfig, run_trial, static_policies
+from benchmarks.agent.stream_numbers import TRIAL
+from benchmarks.agent.trial import TrialConfig, run_trial, static_policies
 from benchmarks.agent.trial_record import TrialRecord
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.environment.questions import Question
@@ -29,12 +31,12 @@ from dmagent_loader.mixture.history import FeedbackStatistics, History
 from dmagent_loader.policies import LinearSchedule, Policy, StaticPolicy
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import MixStream
-from dmagent_loader.training.proxies.bases import BaseConfig
-from dmagent_loader.training.proxies.model import ProxyConfig, ProxyTrainer, StackedProxies
+from dmagent_loader.training.proxies.bases import STATE_FILE, BaseConfig
+from dmagent_loader.training.proxies.model import ProxyConfig
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.proxies.workers import Workers
 
-ROW = 8
 MODEL = ProxyConfig(vocab_size=104, width=16, layers=2, heads=2, feed_forward=24, warmup_updates=2, averaging=0.8)
 CONFIG = TrialConfig(
     model=MODEL,
@@ -90,7 +92,7 @@ def test_every_policy_runs_from_its_seeds_base_model(
     record, folder = trial
     assert record.feedback.shape == (8, 2, 13, 2)
     for seed in range(2):
-        saved = load_tensors(str(folder / f"base-{seed}.safetensors"))
+        saved = load_tensors(str(folder / f"base-{seed}" / STATE_FILE))
         trainer = ProxyTrainer(1, MODEL)
         trainer.load_state({name: tensor for name, tensor in saved.items() if name != "step"})
         expected = questions.feedback(trainer.averaged)[0]
@@ -150,10 +152,10 @@ def test_runs_of_a_seed_are_paired(
     change a run."""
     record, folder = trial
     number = record.names.index("static 50/50")
-    base = load_tensors(str(folder / "base-1.safetensors"))
+    base = load_tensors(str(folder / "base-1" / STATE_FILE))
     averages = {name.removesuffix(".average"): tensor for name, tensor in base.items() if name.endswith(".average")}
     trainer = ProxyTrainer(1, MODEL, start=averages)
-    stream = MixStream(corpus, rows_per_step=8, row_tokens=ROW, seed=CONFIG.seed, number=STREAM_NUMBERS + 1)
+    stream = MixStream(corpus, rows_per_step=8, row_tokens=ROW, seed=CONFIG.seed, number=TRIAL + 1)
     for step in range(1, 11):
         trainer.train(torch.from_numpy(stream.next(record.mixes[number, 1, step])[None]))
         if step in (4, 8, 10):
@@ -219,7 +221,7 @@ def test_another_policy_or_setting_under_an_old_name_is_refused(
     other = dataclasses.replace(CONFIG, target_tokens=41 * ROW)
     with pytest.raises(StateError, match="runs of other trial"):
         run_trial(policies, corpus, questions, unseen, other, folder, progress=False)
-    with pytest.raises(ConfigurationError, match="no multiple of row_tokens"):
+    with pytest.raises(ConfigurationError, match="not a multiple of row_tokens"):
         dataclasses.replace(CONFIG, row_tokens=7)
 
 
@@ -263,7 +265,7 @@ def test_a_killed_trial_continues_to_the_same_numbers(
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the process ended before it could be killed"
     assert load_file(str(broken))["step"] == 5
-    with pytest.raises(ConfigurationError, match="rising is not given any more"):
+    with pytest.raises(ConfigurationError, match="unfinished, but rising is missing"):
         run_trial({"agent": only["agent"]}, corpus, questions, unseen, CONFIG, folder, progress=False)
     resumed = run_trial(only, corpus, questions, unseen, CONFIG, folder, progress=False)
     numbers = [whole.names.index(name) for name in only]
@@ -286,23 +288,3 @@ def test_random_mixes_have_every_target_share_and_no_favourites(corpus: Corpus) 
     assert np.abs(np.quantile(shares, [0.1, 0.5, 0.9]) - [0.1, 0.5, 0.9]).max() < 0.1
     mean = mixes[:, :26].sum(axis=0) / mixes[:, :26].sum()
     assert np.abs(mean - corpus.start_state[:26]).max() < 0.03
-
-
-def test_held_out_loss_is_on_the_held_out_text_of_each_field_by_natural_shares(corpus: Corpus) -> None:
-    """A model that knows domain 0 only: its loss on the source field falls by what domain 0's share is worth."""
-    rows = HeldOutRows(corpus, rows_per_field=60, row_tokens=ROW)
-    available = np.maximum(np.diff(corpus.held_out_bounds) - 1, 0) // ROW
-    assert (rows.num_rows <= available).all()
-    assert (rows.num_rows[corpus.documents > 0] > 0).all()
-    proxies = StackedProxies(2, MODEL)
-    losses = rows.losses(proxies)
-    assert losses.shape == (2, 2)
-    per_domain = np.zeros(52)
-    for d in np.flatnonzero(rows.num_rows):
-        blocks = np.arange(rows.num_rows[d]) * available[d] // rows.num_rows[d]
-        starts = corpus.held_out_bounds[d] + blocks * ROW
-        tokens = torch.from_numpy(corpus.held_out[starts[:, None] + np.arange(ROW + 1)].astype(np.int64))
-        per_domain[d] = proxies.losses(tokens.expand(2, -1, -1))[0].item()
-    shares = corpus.start_state + corpus.target_distribution
-    expected = [(per_domain * shares)[:26].sum(), (per_domain * shares)[26:].sum()]
-    assert np.allclose(losses, expected, atol=1e-5)

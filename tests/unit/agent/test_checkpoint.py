@@ -7,9 +7,6 @@ import json
 import os
 import random
 import resource
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ import pytest
 import safetensors.torch
 import torch
 
-import dmagent_loader.agent
 from dmagent_loader.agent import AgentConfig, MixingAgent, list_bundled
 from dmagent_loader.agent.config import SCHEMA_VERSION
 from dmagent_loader.errors import CheckpointError
@@ -44,22 +40,6 @@ def put_bytes(directory: Path, data: bytes) -> None:
 def with_header(header: dict[str, Any] | bytes, body: bytes = b"", declared: int | None = None) -> bytes:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(raw) if declared is None else declared).to_bytes(8, "little") + raw + body
-
-
-def _not_python(folder: str, names: list[str]) -> set[str]:
-    return {name for name in names if not name.endswith(".py") and not (Path(folder) / name).is_dir()}
-
-
-def run_python(code: str, *args: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *args],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **environment},
-        timeout=120,
-        check=False,
-    )
 
 
 def test_round_trip_is_bitwise(agent: MixingAgent, saved: Path, make_history: Callable[..., History]) -> None:
@@ -211,7 +191,7 @@ def test_overlapping_tensors_are_refused(saved: Path) -> None:
         "data_offsets"
     ]
     put_bytes(saved, with_header(header, data[8 + size :]))
-    with pytest.raises(CheckpointError, match="no valid safetensors file"):
+    with pytest.raises(CheckpointError, match="not a valid safetensors file"):
         MixingAgent.from_pretrained(saved)
 
 
@@ -298,28 +278,6 @@ def test_files_get_the_users_usual_permissions(saved: Path) -> None:
     assert {(saved / name).stat().st_mode for name in ("config.json", "model.safetensors", "README.md")} == {usual}
 
 
-@pytest.mark.parametrize("layout", ["installed", "checkout"])
-def test_bundled_names_load_and_win_over_folders_of_that_name(saved: Path, tmp_path: Path, layout: str) -> None:
-    """On a copy of the package: checkpoints inside it, as in a wheel, or beside it, as in the repository."""
-    root = tmp_path / "root"
-    shutil.copytree(Path(dmagent_loader.agent.__file__).parents[1], root / "dmagent_loader", ignore=_not_python)
-    inside = root / "dmagent_loader" if layout == "installed" else root
-    shutil.copytree(saved, inside / "agent_checkpoints" / "dmagent-eight")
-    shutil.copytree(saved, root / "agent_checkpoints" / "beside")
-    if layout == "checkout":
-        (root / "setup.cfg").write_text("")
-    (tmp_path / "dmagent-eight").mkdir()
-    code = (
-        "from dmagent_loader.agent import MixingAgent, list_bundled\n"
-        "print(sorted(list_bundled()), MixingAgent.from_pretrained('dmagent-eight').name)\n"
-        "MixingAgent.from_pretrained('./dmagent-eight')"
-    )
-    result = run_python(code, cwd=tmp_path, PYTHONPATH=str(root))
-    names = ["dmagent-eight"] if layout == "installed" else ["beside", "dmagent-eight"]
-    assert result.stdout == f"{names} dmagent-eight\n", result.stderr
-    assert "dmagent-eight is no agent checkpoint: it has no config.json" in result.stderr
-
-
 def test_every_bundled_checkpoint_loads() -> None:
     for name in list_bundled():
         assert MixingAgent.from_pretrained(name).name == name
@@ -337,30 +295,3 @@ def test_an_unknown_name_is_refused_with_the_bundled_ones() -> None:
         MixingAgent.from_pretrained("dmagent-nonesuch")
     with pytest.raises(CheckpointError, match="neither bundled"):
         MixingAgent.from_pretrained(Path("org/name"))
-
-
-def test_the_hub_without_a_network_is_a_clear_error(tmp_path: Path) -> None:
-    pytest.importorskip("huggingface_hub")
-    code = "import sys; from dmagent_loader.agent import MixingAgent; MixingAgent.from_pretrained('nobody/nothing')"
-    result = run_python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert result.returncode != 0
-    assert "CheckpointError: agent 'nobody/nothing' is no local directory and cannot be fetched" in result.stderr
-
-
-def test_the_hub_without_its_client_names_the_extra() -> None:
-    code = (
-        "import sys; sys.modules['huggingface_hub'] = None\n"
-        "from dmagent_loader.agent import MixingAgent; MixingAgent.from_pretrained('nobody/nothing')"
-    )
-    result = run_python(code)
-    assert "MissingExtraError" in result.stderr
-    assert "dmagent-loader[hf]" in result.stderr
-
-
-def test_the_agent_loads_without_transformers_or_the_hub_client(saved: Path) -> None:
-    code = (
-        "import sys; from dmagent_loader.agent import MixingAgent; MixingAgent.from_pretrained(sys.argv[1])\n"
-        "sys.exit(bool({'transformers', 'huggingface_hub'} & set(sys.modules)))"
-    )
-    result = run_python(code, str(saved))
-    assert result.returncode == 0, result.stderr

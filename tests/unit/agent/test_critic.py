@@ -144,7 +144,7 @@ def test_changed_weights_and_configs_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="sha256"):
         load_critics(folder)
-    with pytest.raises(CheckpointError, match="no agent checkpoint"):
+    with pytest.raises(CheckpointError, match="not an agent checkpoint"):
         load_critics(tmp_path / "nothing")
 
 

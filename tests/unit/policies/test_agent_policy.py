@@ -16,6 +16,7 @@ from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainSpace
 from dmagent_loader.mixture.history import FeedbackStatistics, History
 from dmagent_loader.mixture.simplex import total_variation
 from dmagent_loader.policies import AgentPolicy, Policy
+from dmagent_loader.policies.topic_classifier import TopicClassifier
 
 MakeHistory = Callable[..., History]
 TWO = DomainSpace.from_names(["source/web", "target/math"])
@@ -111,17 +112,17 @@ def test_domains_of_unknown_topics_beside_known_ones_are_warned_of(
     with caplog.at_level(logging.INFO):
         AgentPolicy(agent, DomainSpace.from_names(["source/Health", "source/scince", "source/web", "target/math"]))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "['source/scince', 'source/web'] are not known" in warning
+    assert "['source/scince', 'source/web'] are unknown" in warning
     assert "(is 'source/scince' for 'Science' meant?)" in warning
     caplog.clear()
     topics = {"source/web": {"Science": 1.0}}
     with caplog.at_level(logging.INFO):
         AgentPolicy(agent, DomainSpace.from_names(["source/Health", "source/web", "target/math"], compositions=topics))
         AgentPolicy(agent, TWO)
-    assert "not known" not in caplog.text
+    assert "unknown" not in caplog.text
     with caplog.at_level(logging.INFO):
         AgentPolicy(agent, DomainSpace.from_names(["source/web", "source/wiki", "target/math"]))
-    assert "how much of the field 'source' comes" in caplog.text
+    assert "the topics of ['source/web', 'source/wiki'] are unknown: the agent sets the total weight" in caplog.text
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
@@ -168,3 +169,55 @@ def test_a_composition_over_few_topics_covers_only_those(agent: MixingAgent, mak
     target = proposal[26:]
     science, health = target[CANONICAL_TOPICS.index("Science")], target[CANONICAL_TOPICS.index("Health")]
     assert mix[1] / mix[2] == pytest.approx(science / health)
+
+
+LAW = ["Which article of the constitution lets the congress impeach a federal judge? Article one."] * 3
+SCIENCE = ["Which planet of the solar system has the strongest gravity at its surface? Jupiter."] * 3
+COOKING = ["How do you keep a sauce with butter and flour from getting lumps? Whisk it while the milk is warm."] * 6
+
+
+def test_questions_of_other_topics_than_the_trainings_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """An agent that has learnt the topics of one question set by heart does harm with another."""
+    keep = TopicClassifier.bundled().shares([*LAW, *SCIENCE])
+    policy = AgentPolicy(MixingAgent(AgentConfig(keep_topics=tuple(keep.tolist()))), TWO)
+    policy.check_questions({"general": [*LAW, *SCIENCE], "math": COOKING})
+    assert not caplog.records
+    policy.check_questions({"general": COOKING, "math": LAW})
+    assert "the questions of 'general' are mostly about Food_and_Drink" in caplog.text
+    assert "policy='influence'" in caplog.text
+
+
+def test_the_role_and_not_the_order_says_which_questions_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    keep = TopicClassifier.bundled().shares(LAW)
+    agent = MixingAgent(AgentConfig(keep_topics=tuple(keep.tolist())))
+    policy = AgentPolicy(agent, TWO, roles={"keep": "civics", "acquire": "kitchen"})
+    policy.check_questions({"kitchen": COOKING, "civics": LAW})
+    assert not caplog.records
+
+
+def test_the_bundled_agents_know_the_topics_of_their_questions(caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("dmagent-rl", "dmagent-sft"):
+        caplog.clear()
+        AgentPolicy(MixingAgent.from_pretrained(name), TWO).check_questions({"general": COOKING, "math": LAW})
+        assert "it can do worse than a constant mix" in caplog.text
+
+
+def test_feedback_outside_the_range_of_the_training_is_warned_of_once(
+    agent: MixingAgent, make_history: MakeHistory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Standard deviations of the training are 0.1 and 0.5 nats; the first feedback is the middle of the range."""
+    history = make_history(TWO.names, 2)
+    policy = AgentPolicy(agent, TWO)
+    policy.propose(dataclasses.replace(history, feedback=np.array([[-3.0, -4.0], [-3.3, -2.1]])))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    for _ in range(2):
+        policy.propose(dataclasses.replace(history, feedback=np.array([[-3.0, -4.0], [-3.5, -4.0]])))
+    warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warned) == 1
+    assert "'general' has moved by -0.5 since the first step, which is 5.0" in warned[0]
+
+
+@pytest.mark.parametrize("topics", [(0.5, 0.5), (1.0,) * 26, (float("nan"),) * 26])
+def test_topics_that_are_no_shares_are_refused(topics: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigurationError, match="keep_topics"):
+        AgentConfig(keep_topics=topics)

@@ -75,7 +75,7 @@ def test_the_mix_is_a_copy() -> None:
         ({"source/web": 1.0}, "dict of object"),
         ([1 + 1j, 0, 0, 0], "complex128"),
         ([True, False, False, False], "bool"),
-        ([[0.5], [0.25, 0.25]], "no array"),
+        ([[0.5], [0.25, 0.25]], "not an array"),
     ],
 )
 def test_nonsense_is_named(proposed: object, message: str) -> None:
@@ -84,7 +84,7 @@ def test_nonsense_is_named(proposed: object, message: str) -> None:
 
 
 def test_a_tensor_that_needs_grad_is_named() -> None:
-    with pytest.raises(PolicyError, match="no array"):
+    with pytest.raises(PolicyError, match="not an array"):
         guard().check(torch.full((4,), 0.25, requires_grad=True), EVEN)
 
 

@@ -86,7 +86,7 @@ def test_processes_read_what_their_parent_opened(hundred: dict[str, list[str]], 
     read_and_check(collection, 0)
     context = multiprocessing.get_context(method)
     results = context.Queue()
-    with collection._open._lock:
+    with collection._sources._lock:
         workers = [context.Process(target=_child, args=(collection, seed, results)) for seed in range(2)]
         for worker in workers:
             worker.start()
@@ -245,10 +245,10 @@ def test_importing_the_package_loads_no_torch() -> None:
 def test_indexes_that_do_not_fit_into_memory_are_read_again(
     hundred: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dmagent_loader.shards.collection._MOST_TABLE_BYTES", 10_000)
+    monkeypatch.setattr("dmagent_loader.shards.collection._MAX_TABLE_BYTES", 10_000)
     collection = ShardCollection.open(hundred, progress=False)
     read_and_check(collection, 0, 2000)
-    assert len(collection._tables._kept) < 6
+    assert len(collection._tables._entries) < 6
     copy = pickle.loads(pickle.dumps(collection))
     read_and_check(copy, 1)
 

@@ -1,17 +1,20 @@
-"""Which manifest is asked about a shard."""
+"""The manifest that a shard is compared with."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import pickle
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from dmagent_loader.shards import manifest
-from dmagent_loader.shards.manifest import recorded
+from dmagent_loader.errors import DamagedShardError, ShardError
+from dmagent_loader.shards import Manifest, ShardCollection, load_manifest, shard_files
+from dmagent_loader.shards.manifest import Manifests, parse_manifest
 
 
 def write_manifest(folder: Path, rows: int) -> None:
@@ -20,8 +23,8 @@ def write_manifest(folder: Path, rows: int) -> None:
     (folder / "manifest.json").write_text(json.dumps({"schema": 1, "domains": {"source/a": {"shards": [record]}}}))
 
 
-def rows_of(shard: Path) -> int | None:
-    record = recorded(str(shard))
+def rows_of(shard: Path | str, manifests: Manifests | None = None) -> int | None:
+    record = (manifests or Manifests()).record(str(shard))
     return None if record is None else record.rows
 
 
@@ -43,18 +46,59 @@ def test_a_shard_just_below_the_root_does_not_ask_the_working_folder(
     (tmp_path / "manifest.json").write_text("[]")
     monkeypatch.chdir(tmp_path)
     with caplog.at_level(logging.WARNING):
-        assert recorded("/source/a/s.tar") is None
-        assert recorded("/s.tar") is None
+        assert rows_of("/source/a/s.tar") is None
+        assert rows_of("/s.tar") is None
     assert caplog.text == ""
+
+
+def test_a_manifest_that_has_changed_is_read_again(tmp_path: Path) -> None:
+    shard, manifests = tmp_path / "source" / "a" / "s.tar", Manifests()
+    assert rows_of(shard, manifests) is None
+    write_manifest(tmp_path, rows=3)
+    assert rows_of(shard, manifests) == 3
+    write_manifest(tmp_path, rows=40)
+    assert rows_of(shard, manifests) == 40
+    manifests.release()
+    assert rows_of(shard, manifests) == 40
+    (tmp_path / "manifest.json").unlink()
+    assert rows_of(shard, manifests) is None
+
+
+def test_a_manifest_that_was_loaded_for_the_shards_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_manifest(tmp_path / "corpus", rows=3)
+    monkeypatch.chdir(tmp_path)
+    loaded = [load_manifest("corpus"), load_manifest(tmp_path / "corpus" / "manifest.json")]
+    for manifest in loaded:
+        with monkeypatch.context() as patch:
+            patch.setattr("dmagent_loader.shards.manifest.parse_manifest", lambda *_: pytest.fail("read again"))
+            assert rows_of(tmp_path / "corpus" / "source" / "a" / "s.tar", Manifests([manifest])) == 3
+            assert rows_of(Path("corpus/source/a/s.tar"), Manifests([manifest])) == 3
+    write_manifest(tmp_path / "corpus", rows=40)
+    assert rows_of(tmp_path / "corpus" / "source" / "a" / "s.tar", Manifests(loaded)) == 40
+
+
+@pytest.mark.parametrize("name", ["./source/a/s.tar", "source//a/s.tar", "source/./a/s.tar"])
+def test_a_path_in_a_manifest_may_be_written_in_several_ways(tmp_path: Path, name: str) -> None:
+    record = {"path": name, "rows": 3, "bytes": 10240, "sha256": "0" * 64}
+    text = json.dumps({"schema": 1, "domains": {"source/a": {"shards": [record]}}})
+    (tmp_path / "manifest.json").write_text(text)
+    assert load_manifest(tmp_path) == {"source/a": [str(tmp_path / "source" / "a" / "s.tar")]}
+    assert rows_of(tmp_path / "source" / "a" / "s.tar") == 3
+    remote = parse_manifest("memory://corpus/manifest.json", text.encode())
+    (shard,) = remote["source/a"]
+    assert rows_of(shard, Manifests([remote])) == 3
 
 
 def test_a_child_that_is_forked_while_a_manifest_is_read_does_not_wait_for_it(tmp_path: Path) -> None:
     """The thread that reads it is not in the child."""
     write_manifest(tmp_path, rows=3)
-    with manifest._reading:
+    manifests = Manifests()
+    with manifests._lock:
         child = os.fork()
         if child == 0:
-            os._exit(0 if rows_of(tmp_path / "source" / "a" / "s.tar") == 3 else 1)
+            os._exit(0 if rows_of(tmp_path / "source" / "a" / "s.tar", manifests) == 3 else 1)
     ends = time.monotonic() + 20
     while time.monotonic() < ends:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -65,3 +109,53 @@ def test_a_child_that_is_forked_while_a_manifest_is_read_does_not_wait_for_it(tm
     os.kill(child, 9)
     os.waitpid(child, 0)
     pytest.fail("the child hangs")
+
+
+def remote_manifest(rows: int) -> Manifest:
+    shards = [{"path": "source/a/s.tar", "rows": rows, "bytes": 10240, "sha256": "0" * 64}]
+    text = json.dumps({"schema": 1, "domains": {"source/a": {"shards": shards}}})
+    return parse_manifest("memory://corpus/manifest.json", text.encode())
+
+
+def test_a_remote_shard_is_compared_with_the_manifests_that_were_passed_in_and_no_others() -> None:
+    """Catches a register of the whole process: whether a manifest was ever read would change what is refused."""
+    manifest = remote_manifest(rows=5)
+    assert manifest == {"source/a": ["memory://corpus/source/a/s.tar"]}
+    (shard,) = manifest["source/a"]
+    assert rows_of(shard) is None
+    assert rows_of(shard, Manifests([manifest])) == 5
+    assert rows_of("memory://corpus/source/a/other.tar", Manifests([manifest])) is None
+
+
+def test_a_copy_for_a_spawned_worker_is_small_and_reads_the_manifests_above_local_shards(tmp_path: Path) -> None:
+    write_manifest(tmp_path, rows=3)
+    manifest = remote_manifest(rows=5)
+    manifests = Manifests([manifest])
+    assert rows_of(tmp_path / "source" / "a" / "s.tar", manifests) == 3
+    data = pickle.dumps(manifests)
+    assert len(data) < 200
+    assert rows_of(tmp_path / "source" / "a" / "s.tar", pickle.loads(data)) == 3
+    assert pickle.loads(pickle.dumps(manifest)).record("source/a/s.tar").rows == 5
+
+
+def test_remote_shards_of_several_manifests_are_compared_with_all_of_them(tmp_path: Path) -> None:
+    memory, shards, manifests = fsspec.filesystem("memory"), {}, []
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(name)
+        shard_files({f"source/{name}": [tmp_path / f"{name}.txt"]}, tmp_path / name, progress=False)
+        memory.put(str(tmp_path / name), f"/several/{name}", recursive=True)
+        manifests.append(load_manifest(f"memory://several/{name}"))
+        shards |= manifests[-1]
+    assert type(shards) is dict
+    ShardCollection.open(shards, manifests=manifests, progress=False)
+    other = (tmp_path / "two/source/two/two-000000.tar").read_bytes()
+    memory.pipe("/several/one/source/one/one-000000.tar", other)
+    with pytest.raises(DamagedShardError, match=r"one-000000\.tar is not the file that was written"):
+        ShardCollection.open(shards, manifests=manifests, progress=False)
+
+
+def test_a_name_that_comes_twice_is_refused() -> None:
+    """What stands under the first would be lost in silence."""
+    text = b'{"schema": 1, "domains": {"source/a": {"shards": []}, "source/a": {"shards": []}}}'
+    with pytest.raises(ShardError, match="'source/a' comes twice"):
+        parse_manifest("manifest.json", text)

@@ -12,7 +12,7 @@ from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import NUM_CANONICAL
 from dmagent_loader.mixture.history import History
-from dmagent_loader.training.proxies.feedback import FeedbackRecord
+from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.sft import SFTConfig, agent_inputs, held_out_error, highest_returns, train_sft
 from dmagent_loader.training.trajectories import Trajectories, TrajectoryConfig
 

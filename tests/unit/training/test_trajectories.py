@@ -199,9 +199,9 @@ def test_a_subset_is_a_set_of_its_own(drawn: Trajectories) -> None:
     assert (some.config.candidates_per_step, some.config.trajectories_per_set) == ((1, 1000), 2)
     assert some.members(1000).tolist() == [2, 3]
     for wrong in ([], [0, 0], [-1], [18]):
-        with pytest.raises(ConfigurationError, match="no numbers of 18 trajectories"):
+        with pytest.raises(ConfigurationError, match="not distinct numbers of 18 trajectories"):
             drawn.subset(wrong)
-    with pytest.raises(ConfigurationError, match=r"\{1: 2, 100: 1\} trajectories: choose equally many"):
+    with pytest.raises(ConfigurationError, match=r"\{1: 2, 100: 1\} trajectories: choose the same number"):
         drawn.subset([0, 1, 6])
 
 

@@ -85,7 +85,7 @@ def test_a_damaged_entry_is_built_again(
         assert bytes(second.read(0, 0, 19).members["txt"]) == b"T" * 619
     assert "building it again" in caplog.text
     assert second.fingerprint == first.fingerprint
-    assert IndexCache(tmp_path / "cache").load(str(twenty), shard_version(str(twenty))) is not None
+    assert IndexCache(tmp_path / "cache").load(str(twenty), shard_version(str(twenty)), None) is not None
 
 
 def test_damage_is_remembered(twenty: Path) -> None:
@@ -123,7 +123,9 @@ def _index_and_count(path: str, cache: str, start: threading.Event, counts: mult
 
     IndexCache.save = save  # type: ignore[method-assign, assignment]
     start.wait()
-    build_and_cache(path, shard_version(path), IndexCache(Path(cache)), advance=lambda n: None, stop=threading.Event())
+    build_and_cache(
+        path, shard_version(path), IndexCache(Path(cache)), None, advance=lambda n: None, stop=threading.Event()
+    )
     counts.put(bool(built))
 
 
@@ -147,9 +149,9 @@ def test_an_entry_of_another_version_is_not_used(twenty: Path, tmp_path: Path) -
     open_one(twenty)
     cache = IndexCache(tmp_path / "cache")
     version = shard_version(str(twenty))
-    assert cache.load(str(twenty), version) is not None
-    assert cache.load(str(twenty), ShardVersion(size=version.size, tag="other")) is None
-    assert cache.load(str(twenty), ShardVersion(size=version.size + 1, tag=version.tag)) is None
+    assert cache.load(str(twenty), version, None) is not None
+    assert cache.load(str(twenty), ShardVersion(size=version.size, tag="other"), None) is None
+    assert cache.load(str(twenty), ShardVersion(size=version.size + 1, tag=version.tag), None) is None
 
 
 def overviews(tmp_path: Path) -> list[Path]:

@@ -21,7 +21,8 @@ from dmagent_loader.errors import DamagedShardError, ShardLayoutError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.index.shard_index import ShardIndex, build_index
 from dmagent_loader.shards.sources.local import open_source
-from dmagent_loader.shards.tar.scan import (
+from dmagent_loader.shards.tar import ScanStopped
+from dmagent_loader.shards.tar.members import (
     BAD_HEADER,
     CUT_HEADER,
     CUT_PAYLOAD,
@@ -30,7 +31,6 @@ from dmagent_loader.shards.tar.scan import (
     TRAILING,
     ZEROED_HEADER,
     ZEROED_TAIL,
-    ScanStopped,
 )
 
 ROW = 1536

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from dmagent_loader._files import locked
 from dmagent_loader.cli.shards import add_shard_commands
 from dmagent_loader.errors import (
     ConfigurationError,
@@ -286,6 +287,19 @@ def test_a_killed_writer_leaves_no_manifest_and_does_not_hinder_the_next(tmp_pat
     shard_files({"source/x": [path]}, tmp_path / "out", progress=False)
     assert not (tmp_path / "out/.partial").exists()
     assert ShardCollection.open(load_manifest(tmp_path / "out"), progress=False).num_rows.tolist() == [30_000]
+
+
+def test_two_processes_do_not_write_to_one_folder(web: Path, tmp_path: Path) -> None:
+    """The second one would remove the partial shards of the first as those of a killed writer."""
+    with locked(tmp_path / "out" / ".lock"), pytest.raises(ConfigurationError, match="another process is writing"):
+        shard_files({"source/web": [web]}, tmp_path / "out", progress=False)
+    shard_files({"source/web": [web]}, tmp_path / "out", progress=False)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(web: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigurationError, match=r"cannot be written to '.*file/out'"):
+        shard_files({"source/web": [web]}, tmp_path / "file" / "out", progress=False)
 
 
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pickle
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from launching import REPOSITORY
-from safetensors.numpy import load_file
 from torch import Tensor
+from training_fixtures import ROW, Inputs
 
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.streams import TrajectoryStream
 from dmagent_loader.training.proxies.feedback import Collection, FeedbackConfig, collect_feedback
-from dmagent_loader.training.proxies.model import ProxyTrainer, StackedProxies
+from dmagent_loader.training.proxies.model import StackedProxies
 from dmagent_loader.training.proxies.questions import ProxyQuestions
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 from dmagent_loader.training.record import FeedbackRecord
-from dmagent_loader.training.trajectories import Trajectories
-
-ROW = 8
-Inputs = tuple[Trajectories, Corpus, ProxyQuestions, dict[str, Tensor], FeedbackConfig]
-
-
-@pytest.fixture
-def inputs(
-    trajectories: Trajectories,
-    corpus: Corpus,
-    questions: ProxyQuestions,
-    bases: dict[str, Tensor],
-    small: FeedbackConfig,
-) -> Inputs:
-    return trajectories, corpus, questions, bases, small
 
 
 def collection(inputs: Inputs, directory: Path, **changes: Any) -> Collection:
@@ -155,48 +133,6 @@ def test_groups_hold_every_trajectory_once_and_deal_the_sets_in_turn(inputs: Inp
     assert means != sorted(means), "the short ones come first"
 
 
-def test_a_killed_collection_continues_to_the_same_bits_and_does_no_step_again(
-    collected: FeedbackRecord, inputs: Inputs, tmp_path: Path, trained_steps: list[int]
-) -> None:
-    """A process is killed with SIGKILL in the middle of its second unit; the next one goes on from its file."""
-    (tmp_path / "inputs").write_bytes(pickle.dumps(inputs))
-    directory = tmp_path / "feedback"
-    program = (
-        "import pickle, sys, time, torch\n"
-        "from pathlib import Path\n"
-        "torch.set_num_threads(int(sys.argv[3]))\n"
-        "from dmagent_loader.training import feedback\n"
-        "inputs = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
-        "save = feedback.save_tensors\n"
-        "def slowly(*args, **settings):\n"
-        "    save(*args, **settings)\n"
-        "    time.sleep(0.05)\n"
-        "feedback.save_tensors = slowly\n"
-        "feedback.collect_feedback(*inputs, Path(sys.argv[2]), progress=False)\n"
-    )
-    search = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "inputs"), str(directory), str(torch.get_num_threads())],
-        env={**os.environ, "PYTHONPATH": search},
-    )
-    second = directory / "group-0001.safetensors"
-    deadline = time.monotonic() + 120
-    while not second.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the process ended before it could be killed"
-    all_steps = steps_of(collection(inputs, directory))
-    done = int(load_file(str(second))["step"])
-    assert 0 < done < all_steps[1]
-    before = (directory / "group-0000.safetensors").read_bytes()
-
-    resumed = collect_feedback(*inputs, directory, progress=False)
-    assert len(trained_steps) == sum(all_steps) - all_steps[0] - done
-    assert np.array_equal(resumed.feedback, collected.feedback, equal_nan=True)
-    assert np.array_equal(resumed.losses, collected.losses, equal_nan=True)
-    assert (directory / "group-0000.safetensors").read_bytes() == before
-
-
 def test_a_unit_done_twice_gives_the_same_and_works_once(
     inputs: Inputs, tmp_path: Path, trained_steps: list[int]
 ) -> None:
@@ -245,7 +181,7 @@ def test_a_directory_of_another_collection_is_refused(inputs: Inputs, tmp_path: 
 
 def test_sizes_that_do_not_fit_are_refused(inputs: Inputs, tmp_path: Path) -> None:
     small = inputs[-1]
-    with pytest.raises(ConfigurationError, match="tokens_per_step 64 is no multiple"):
+    with pytest.raises(ConfigurationError, match="tokens_per_step 64 is not a multiple"):
         collect_feedback(*inputs[:-1], dataclasses.replace(small, row_tokens=7), tmp_path)
     tiny = dataclasses.replace(small, proxy=dataclasses.replace(small.proxy, vocab_size=50))
     with pytest.raises(ConfigurationError, match="104 tokens, the proxies 50"):

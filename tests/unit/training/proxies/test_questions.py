@@ -16,8 +16,9 @@ from dmagent_loader.errors import ConfigurationError, EnvironmentDataError
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.feedback import FeedbackConfig
-from dmagent_loader.training.proxies.model import ProxyTrainer, StackedProxies
+from dmagent_loader.training.proxies.model import StackedProxies
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 PAIRS = {
     "general": [("1 2 3", "4 5"), ("6", "7 8 9 10 11 12"), ("13 14", "15"), ("16 17 18 19", "20 21 22")],
@@ -104,7 +105,6 @@ def test_feedback_does_not_depend_on_the_batches(corpus: Corpus, proxies: Stacke
 def test_pairs_that_do_not_fit_are_left_out_and_the_rest_is_thinned_evenly(corpus: Corpus) -> None:
     short = questions(corpus, max_tokens=4)
     assert short.num_questions == {"general": 2, "math": 2}
-    assert short.num_available == {"general": 4, "math": 2}
     assert questions(corpus, max_questions=1).num_questions == {"general": 1, "math": 1}
     assert questions(corpus).fingerprint != short.fingerprint
 

@@ -1,0 +1,109 @@
+"""Influence of the 52 domains on one environment's questions, by the package's ways and by training clones.
+
+Kept in files: a second call reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.influence.environments import ROW_TOKENS, ProxyModel, Setting, probe_rows, proxy_config
+from dmagent_loader._files import write_atomically
+from dmagent_loader.mixture.domains import FIELDS, DomainSpace
+from dmagent_loader.mixture.influence import Influence, scores_from
+from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.training.proxies.model import ProxyConfig
+from dmagent_loader.training.proxies.trainer import ProxyTrainer
+
+CLONE_ROWS = 32
+"""Rows that a clone is trained on: 8 updates of 4 rows."""
+CLONE_RATE = 1e-3
+NAMES = DomainSpace.canonical().names
+
+
+def measured(
+    setting: Setting, weights: dict[str, Tensor], work: Path, *, size: str, stream: int, rows: int, **settings: Any
+) -> Influence:
+    """`Environment.influence` on rows of one stream."""
+    label = "-".join(f"{name}={value}" for name, value in settings.items()) or "default"
+    path = work / "probes" / f"{setting.name}-{size}-{stream}-{rows}-{label}.json"
+    if not path.exists():
+        found = probe_rows(setting.corpus, rows=rows, number=stream, domains=setting.domains)
+        influence = setting.environment.influence(
+            ProxyModel(proxy_config(size), weights),
+            {NAMES[domain]: list(listed) for domain, listed in found.items()},
+            **settings,
+        )
+        _write(path, influence)
+    return Influence.from_json(json.loads(path.read_text()))
+
+
+def clone_gains(setting: Setting, weights: dict[str, Tensor], work: Path, *, size: str, stream: int) -> FloatArray:
+    """Gain of each field from training a clone of the model on one domain alone: (domains with rows, K), in nats.
+
+    On the questions that policies read.
+    """
+    path = work / "probes" / f"{setting.name}-{size}-{stream}-clone.json"
+    if not path.exists():
+        config = ProxyConfig(
+            **{**vars(proxy_config(size)), "learning_rate": CLONE_RATE, "warmup_updates": 1, "averaging": 0.0}
+        )
+        started = time.perf_counter()
+        base = setting.steering.feedback(ProxyModel(proxy_config(size), weights).proxies)[0]
+        gains = []
+        rows = probe_rows(setting.corpus, rows=CLONE_ROWS, number=stream, domains=setting.domains)
+        for listed in rows.values():
+            trainer = ProxyTrainer(1, config, start=weights)
+            trainer.train(torch.from_numpy(listed[None]))
+            gains.append((setting.steering.feedback(trainer.model)[0] - base).tolist())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"gains": gains, "seconds": time.perf_counter() - started})
+        write_atomically(path, text.encode())
+    return np.array(json.loads(path.read_text())["gains"])
+
+
+def cloned(
+    setting: Setting, weights: dict[str, Tensor], work: Path, *, size: str, streams: tuple[int, int]
+) -> Influence:
+    """The clones' gains as an influence: the mean of two streams, whose differences say how noisy it is.
+
+    The unit is nats for 8 updates at the clones' learning rate, not nats per unit of learning rate.
+    """
+    first, second = (clone_gains(setting, weights, work, size=size, stream=stream) for stream in streams)
+    error = np.sqrt(((first - second) ** 2).mean(axis=0) / 4)
+    values = (first + second).T / 2
+    domains = [NAMES[domain] for domain in setting.domains.tolist()]
+    tokens = 2 * len(domains) * 3 * (CLONE_ROWS * ROW_TOKENS) + 2 * len(domains) * setting.steering.num_tokens
+    return Influence(
+        scores=scores_from(setting.fields, domains, values, np.repeat(error[:, None], len(domains), axis=1)),
+        way="clone",
+        rows=dict.fromkeys(domains, 2 * CLONE_ROWS),
+        tokens=tokens,
+    )
+
+
+def shuffled(influence: Influence, seed: int) -> Influence:
+    """The same scores with their errors, permuted over the domains of each field of the data: the control."""
+    domains = list(influence.domains)
+    rng = np.random.default_rng([seed, 77])
+    places = list(range(len(domains)))
+    for name in FIELDS:
+        members = [i for i, domain in enumerate(domains) if domain.startswith(f"{name}/")]
+        for place, taken in zip(members, rng.permutation(members), strict=True):
+            places[place] = int(taken)
+    values, errors = influence.values()[:, places], influence.errors()[:, places]
+    return Influence(
+        scores=scores_from(influence.fields, domains, values, errors), way="shuffled", tokens=influence.tokens
+    )
+
+
+def _write(path: Path, influence: Influence) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(influence.to_json()).encode())

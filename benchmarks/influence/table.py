@@ -1,0 +1,253 @@
+"""Policies on many question sets: the table of docs/influence.md. It can be stopped and called again.
+
+    python -m benchmarks.influence.table --data DATA --work build/influence --output benchmarks/results/influence.jsonl
+
+Each finished run is a line of the output; runs that are there are not run again. `--print` only shows the tables.
+Every policy of an environment and stream starts from the same base model and reads the same rows of a domain first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks.influence.environments import SIZES, TOLD, Setting, base_weights, one_thread, setting
+from benchmarks.influence.probes import NAMES, cloned, measured, shuffled
+from benchmarks.influence.runs import STEPS, TOKENS_PER_STEP, run
+from dmagent_loader import MixingAgent
+from dmagent_loader.environment import Question
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.influence import Influence
+from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.policies import AgentPolicy, Policy
+from dmagent_loader.policies.influence import InfluencePolicy
+from dmagent_loader.policies.question_topics import QuestionTopics
+
+SHARES = (0.1, 0.2, 0.3, 0.5, 0.7)
+ROUNDS = ((0, 1), (2, 3, 4))
+"""Streams: two of every environment first, then the rest."""
+ROWS = 32
+LARGER = ("0.7M", (("piqa", "gsm8k"), ("mmlu", "math")))
+
+
+class Policies:
+    """The mixes that are compared in one environment and stream.
+
+    Args:
+        found: The environment.
+        weights: Of the base model.
+        work: For probes.
+        size: Of the model.
+        stream: Number of the repetition.
+    """
+
+    def __init__(self, found: Setting, weights: dict[str, Tensor], work: Path, *, size: str, stream: int) -> None:
+        self._setting, self._weights, self._work, self._size, self._stream = found, weights, work, size, stream
+        self._space = DomainSpace.canonical()
+        self._natural = 0.5 * (found.corpus.start_state + found.corpus.target_distribution)
+
+    def names(self) -> dict[str, Callable[[], FloatArray | Policy]]:
+        """Name -> what `run` takes; the agent comes before its own mean."""
+        static = {f"natural {share:.0%}": functools.partial(self._at, share, self._natural) for share in SHARES}
+        return {
+            **static,
+            "uniform 30%": lambda: self._at(0.3, (self._natural > 0).astype(float)),
+            "question topics": lambda: self._proposed(self._topics()),
+            "influence": lambda: self._influenced(self._probe()),
+            "influence, 8 rows": lambda: self._influenced(self._probe(rows=8)),
+            "influence x topics": lambda: self._influenced(self._probe(), combine=True),
+            "influence shuffled": lambda: self._influenced(shuffled(self._probe(), self._stream)),
+            "clone probe": lambda: self._influenced(self._clones()),
+            "clone x topics": lambda: self._influenced(self._clones(), combine=True),
+            "dmagent-rl": lambda: AgentPolicy(MixingAgent.from_pretrained("dmagent-rl"), self._space, self._natural),
+        }
+
+    def _at(self, share: float, within: FloatArray) -> FloatArray:
+        source, target = within.copy(), within.copy()
+        source[len(source) // 2 :] = 0
+        target[: len(target) // 2] = 0
+        return np.asarray((1 - share) * source / source.sum() + share * target / target.sum(), dtype=np.float64)
+
+    def _probe(self, rows: int = ROWS) -> Influence:
+        return measured(self._setting, self._weights, self._work, size=self._size, stream=self._stream, rows=rows)
+
+    def probe_tokens(self) -> int:
+        """Tokens in one direction that the default probe reads."""
+        return self._probe().tokens
+
+    def _clones(self) -> Influence:
+        streams = (100 + 2 * self._stream, 101 + 2 * self._stream)
+        return cloned(self._setting, self._weights, self._work, size=self._size, streams=streams)
+
+    def _topics(self) -> QuestionTopics:
+        policy = QuestionTopics(self._space, self._natural)
+        policy.inform(
+            "questions", {name: texts(listed) for name, listed in self._setting.environment.questions.items()}
+        )
+        return policy
+
+    def _influenced(self, influence: Influence, combine: bool = False) -> FloatArray:
+        topics = self._topics() if combine else None
+        temperature = 1.0 if combine else 0.5
+        natural = np.where(self._setting.corpus.num_tokens > 0, self._natural, 0.0)
+        natural[[i for i, name in enumerate(NAMES) if name not in influence.domains]] = 0.0
+        policy = InfluencePolicy(
+            self._space, natural / natural.sum(), topics=topics, combine=combine, temperature=temperature
+        )
+        policy.inform("influence", influence)
+        return self._proposed(policy)
+
+    def _proposed(self, policy: Any) -> FloatArray:
+        fields = self._setting.fields
+        start = self._setting.corpus.start_state[None]
+        history = History(domains=self._space.names, fields=fields, mixes=start, feedback=np.zeros((1, len(fields))))
+        return np.asarray(policy.propose(history))
+
+
+def texts(questions: tuple[Question, ...]) -> list[str]:
+    """What the classifier of topics reads."""
+    return [f"{question.question} {question.answer}" for question in questions]
+
+
+def work_list(environments: list[tuple[str, str]], size: str) -> Iterator[tuple[str, str, str, int]]:
+    """Size, keep, acquire and stream of all that is to be run, the most telling first."""
+    for number, streams in enumerate(ROUNDS):
+        for keep, acquire in environments:
+            for stream in streams:
+                yield size, keep, acquire, stream
+        if number == 0 and size == "0.16M":
+            for keep, acquire in LARGER[1]:
+                for stream in streams[:1]:
+                    yield LARGER[0], keep, acquire, stream
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """Runs what is missing from the output, one line after the other."""
+    one_thread()
+    chosen = [pair for pair in TOLD if not arguments.only or "+".join(pair) in arguments.only]
+    for size, keep, acquire, stream in work_list(chosen, arguments.size):
+        found = setting(keep, acquire, arguments.data, arguments.work)
+        weights = base_weights(found.corpus, arguments.work, size=size)
+        policies = Policies(found, weights, arguments.work, size=size, stream=stream)
+        recorder = Recorder(arguments.output, found, weights, size=size, stream=stream)
+        for name, choose in policies.names().items():
+            recorder.record(name, choose)
+        mean = recorder.mix_of("dmagent-rl")
+        recorder.record("dmagent-rl's mean, static", functools.partial(np.divide, mean, mean.sum()))
+        # What the probe read, a backward pass counted as two forward ones, as steps of training.
+        extra = -(-policies.probe_tokens() // (3 * TOKENS_PER_STEP))
+        recorder.record("natural 30%, probe's tokens more", policies.names()["natural 30%"], STEPS + extra)
+
+
+class Recorder:
+    """Runs what is not in the output yet, and adds it there.
+
+    Args:
+        output: Lines of JSON.
+        found: The environment.
+        weights: Of the base model.
+        size: Of the model.
+        stream: Number of the repetition.
+    """
+
+    def __init__(self, output: Path, found: Setting, weights: dict[str, Tensor], *, size: str, stream: int) -> None:
+        self._output, self._found, self._weights, self._size, self._stream = output, found, weights, size, stream
+
+    def mix_of(self, name: str) -> FloatArray:
+        """Mean of the mixes of a run that is in the output: (52,)."""
+        return np.array(next(line for line in lines(self._output) if key(line) == self._key(name))["mix"])
+
+    def record(self, name: str, choose: Callable[[], FloatArray | Policy], steps: int = STEPS) -> None:
+        """Runs one policy, unless its run is there."""
+        if self._key(name) in {key(line) for line in lines(self._output)}:
+            return
+        result = run(self._found, self._weights, choose(), size=self._size, stream=self._stream, steps=steps)
+        line = {
+            "environment": self._found.name,
+            "size": self._size,
+            "stream": self._stream,
+            "policy": name,
+            "objective": result.objective,
+            "gains": result.gains.tolist(),
+            "steps": steps,
+            "mix": [round(weight, 5) for weight in result.mix.tolist()],
+            "seconds": round(result.seconds, 2),
+        }
+        with self._output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{self._found.name} {self._size} {self._stream} {name}: {result.objective:.2f}", flush=True)
+
+    def _key(self, name: str) -> tuple[str, str, int, str]:
+        return self._found.name, self._size, self._stream, name
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of the output; a process that was killed may have left half of one."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def key(line: dict[str, Any]) -> tuple[str, str, int, str]:
+    """What a line is about."""
+    return line["environment"], line["size"], line["stream"], line["policy"]
+
+
+def table(path: Path, size: str) -> str:
+    """Objective of each policy in each environment: mean ± standard error over the streams, and how many these are."""
+    found = [line for line in lines(path) if line["size"] == size]
+    by_cell: dict[tuple[str, str], dict[int, float]] = {}
+    for line in found:
+        by_cell.setdefault((line["environment"], line["policy"]), {})[line["stream"]] = line["objective"]
+    environments = list(dict.fromkeys(environment for environment, _ in by_cell))
+    names = list(dict.fromkeys(policy for _, policy in by_cell))
+    shares = [f"natural {share:.0%}" for share in SHARES]
+    for environment in environments:
+        static = {name: by_cell[environment, name] for name in shares if (environment, name) in by_cell}
+        if len(static) == len(shares):
+            by_cell[environment, "best of shares"] = max(static.values(), key=lambda cell: np.mean(list(cell.values())))
+    names.insert(0, "best of shares")
+    rows = ["| policy | " + " | ".join(environments) + " |", "|---|" + "---:|" * len(environments)]
+    for name in names:
+        cells = []
+        for environment in environments:
+            values = list(by_cell.get((environment, name), {}).values())
+            error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.2f}{error} ({len(values)})" if values else "")
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/influence"), help="for corpora, base models, probes")
+    parser.add_argument("--output", type=Path, default=Path("build/influence/table.jsonl"))
+    parser.add_argument("--size", choices=SIZES, default="0.16M")
+    parser.add_argument("--only", nargs="*", metavar="KEEP+ACQUIRE", help="these environments alone")
+    parser.add_argument("--print", action="store_true", help="show the tables of what is there, run nothing")
+    arguments = parser.parse_args()
+    if not arguments.print:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        make(arguments)
+    for size in SIZES:
+        if any(line["size"] == size for line in lines(arguments.output)):
+            print(f"\n{size} parameters\n\n{table(arguments.output, size)}")
+
+
+if __name__ == "__main__":
+    main()

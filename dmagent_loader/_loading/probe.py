@@ -1,0 +1,66 @@
+"""Rows for a look at each domain, read by position: they do not count as consumed, and come again in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dmagent_loader._loading.feed import Feed
+from dmagent_loader._validation import shown
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.mixture.simplex import IntArray
+
+GOLDEN = 0.6180339887498949
+"""Multiples of it, modulo 1, spread evenly however many are taken: successive probes read other rows."""
+
+NO_INDEX = -1
+"""``__index__`` of such rows: they are no samples of the run."""
+
+
+def probe_rows(feed: Feed, rows: int, probe: int) -> dict[str, list[Any]]:
+    """Rows evenly spaced over all shards of each domain, decoded and transformed as samples are.
+
+    A pure function of the shards and the arguments; the same on all ranks.
+
+    Args:
+        feed: The samples of the run.
+        rows: Rows of each domain; all of a domain that has fewer.
+        probe: Number of the probe, another one reads other rows.
+
+    Returns:
+        Domain -> rows, in the order of the run's domains; domains without rows are left out.
+
+    Raises:
+        ConfigurationError: The transform returns something else than a sample.
+        ShardError: A row that is damaged or cannot be decoded.
+    """
+    found = {}
+    for domain, name in enumerate(feed.plan.space.names):
+        ends = np.cumsum(feed.collection.shard_rows(domain))
+        if not len(ends) or ends[-1] == 0:
+            continue
+        found[name] = [_row(feed, domain, ends, position) for position in positions(int(ends[-1]), rows, probe)]
+    return found
+
+
+def positions(total: int, rows: int, probe: int) -> list[int]:
+    """Distinct row numbers below `total`, evenly spaced and shifted by the number of the probe."""
+    count = min(rows, total)
+    shift = (0.5 + probe * GOLDEN) % 1.0
+    return [int((number + shift) * total / count) for number in range(count)]
+
+
+def _row(feed: Feed, domain: int, ends: IntArray, position: int) -> Any:
+    shard = int(np.searchsorted(ends, position, side="right"))
+    row = position - (int(ends[shard - 1]) if shard else 0)
+    raw = feed.collection.read(domain, shard, row)
+    tags = {"__key__": raw.key, "__domain__": feed.plan.space.names[domain], "__index__": NO_INDEX}
+    sample = {**tags, **feed.decoder(raw)}
+    if feed.transform is None:
+        return sample
+    transformed = feed.transform(sample)
+    if not isinstance(transformed, Mapping):
+        raise ConfigurationError(f"transform returned {shown(transformed)}; it must return a sample, a dict")
+    return {**tags, **transformed}

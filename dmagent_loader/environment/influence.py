@@ -1,0 +1,240 @@
+"""`Environment.influence`: which domain would raise which field, measured on the model as it is now.
+
+The model, its gradients, its modes, the optimizer and all random states are left as they were, bit for bit. Where
+memory is short, smaller calls are tried, then the way that needs less. What was done instead is in the result and the
+log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from dmagent_loader._distributed import get_rank, get_world_size, is_active, together
+from dmagent_loader._validation import is_finite_number, shown, whole_number
+from dmagent_loader.environment.batches import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, ScoredWindow
+from dmagent_loader.environment.gradients import Flat, Parameters, adam_moments, untouched
+from dmagent_loader.environment.influence_ways import (
+    MIXED_ROWS,
+    STEP,
+    Probe,
+    ShortOfMemory,
+    gradient_way,
+    reverse_way,
+)
+from dmagent_loader.environment.scoring import Model, Scorer, unwrap
+from dmagent_loader.errors import ConfigurationError, InfluenceError
+from dmagent_loader.mixture.influence import Influence, estimate, scores_from
+from dmagent_loader.mixture.simplex import FloatArray
+
+logger = logging.getLogger(__name__)
+
+Way = Literal["gradient", "reverse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfluenceSettings:
+    """How influence is measured.
+
+    Args:
+        way: ``"gradient"`` or ``"reverse"``, see `influence_ways`.
+        max_questions: The most questions of a field, evenly spaced. None: all.
+        question_groups: G, groups that the questions of a field are dealt into, for the standard error. The gradient
+            way keeps one gradient of the model for each group and field.
+        row_groups: The most groups that a domain's rows are dealt into, for the standard error of the gradient way:
+            one backward pass or more for each. The reverse way sees each row by itself.
+        max_row_tokens: The most tokens of a row that are read. None: as many as the model reads.
+        batch_tokens: The most tokens in a call of the model, padding included; a longer row goes alone. None: the
+            environment's.
+        step: For the reverse way: root mean square of the virtual change of a parameter.
+        damping: Added to the root second moments of the preconditioner, as a share of their root mean square: it bounds
+            the say of parameters that the rows hardly move.
+
+    Raises:
+        ConfigurationError: A value that cannot work.
+    """
+
+    way: Way = "gradient"
+    max_questions: int | None = 256
+    question_groups: int = 4
+    row_groups: int = 8
+    max_row_tokens: int | None = None
+    batch_tokens: int | None = None
+    step: float = 3e-4
+    damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.way not in get_args(Way):
+            raise ConfigurationError(
+                f"unknown way {shown(self.way)} of measuring influence; choose one of {list(get_args(Way))}"
+            )
+        for name in ("max_questions", "question_groups", "row_groups", "max_row_tokens", "batch_tokens"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least=1)
+        for name in ("question_groups", "row_groups"):
+            whole_number(name, getattr(self, name), least=1)
+        for name, least in (("step", 0.0), ("damping", 0.0)):
+            value = getattr(self, name)
+            if not is_finite_number(value) or value < least or (name == "step" and value == 0):
+                raise ConfigurationError(f"{name} is {shown(value)}; it must be a positive number")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> InfluenceSettings:
+        """The settings with these values, and defaults for the others.
+
+        Raises:
+            ConfigurationError: A value that cannot work, or one for no setting.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise ConfigurationError(f"an influence has no settings {unknown}; it has {names}")
+        return cls(**settings)
+
+
+def measure(
+    model: Model,
+    questions: Mapping[str, Sequence[ScoredWindow]],
+    rows: Mapping[str, Sequence[ScoredWindow]],
+    settings: InfluenceSettings,
+    *,
+    optimizer: object = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> Influence:
+    """Measures the influence of each domain on each field; see `Environment.influence`.
+
+    Args:
+        model: As in `Environment.evaluate`.
+        questions: Field -> its questions.
+        rows: Domain -> its rows.
+        settings: How.
+        optimizer: The one that trains the model; None: unknown.
+        rank: Data-parallel rank of this process; None: its rank in the default process group.
+        world_size: Number of data-parallel ranks; None: the size of the default process group.
+
+    Raises:
+        InfluenceError: It cannot be measured here: see the message, and use question topics instead.
+        ConfigurationError: No trainable parameters, or no domain with several rows.
+        RankError: Another rank failed, or has other questions or rows.
+    """
+    started = time.perf_counter()
+    model = unwrap(model)
+    with together(STEP) as facts:
+        parameters = Parameters(model)
+        asked = [spread(listed, settings.max_questions) for listed in questions.values()]
+        count = min(settings.question_groups, *map(len, asked))
+        groups = [[listed[number::count] for number in range(count)] for listed in asked]
+        if is_active():
+            facts["the rows of the domains"] = [(name, len(r), _digest(r)) for name, r in rows.items()]
+            facts["the settings of the influence"] = settings
+    scorer = Scorer(model)
+    batch_tokens = settings.batch_tokens or BATCH_TOKENS.get(scorer.device.type, DEFAULT_BATCH_TOKENS)
+    longest = max(entry.num_inputs for listed in (*asked, *rows.values()) for entry in listed)
+    way, notes = settings.way, []
+    while True:
+        probe = Probe(
+            parameters=parameters,
+            scorer=scorer,
+            questions=groups,
+            rows=rows,
+            rank=get_rank() if rank is None else rank,
+            world_size=get_world_size() if world_size is None else world_size,
+            batch_tokens=batch_tokens,
+            damping=settings.damping,
+        )
+        try:
+            with untouched(parameters.model):
+                samples, used_moments = _samples(probe, way, settings, optimizer)
+            break
+        except ShortOfMemory:
+            note = f"the {way} way was short of memory with {batch_tokens} tokens in a call"
+        # Outside the handler: the error's traceback holds on to the tensors of the attempt.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if batch_tokens > longest:
+            batch_tokens = max(longest, batch_tokens // 4)
+        elif way == "gradient":
+            way = "reverse"
+        else:
+            raise InfluenceError(
+                f"{note}, the least that there is, so that the influence of the domains is not known: free memory "
+                "(shorter rows by max_row_tokens=, fewer trainable parameters), or use the policy 'question-topics'"
+            )
+        notes.append(note)
+        logger.warning("%s: trying the %s way with %d tokens", note, way, batch_tokens)
+    sizes = [np.array([len(group) for group in listed]) for listed in groups]
+    weights = [size / size.sum() for size in sizes]
+    values, errors = estimate(samples, weights)
+    if not np.isfinite(values).all() or not np.isfinite(errors).all():
+        raise InfluenceError(
+            f"{int((~np.isfinite(values)).sum())} of {values.size} scores are not finite: the model has probably "
+            "diverged, or its gradients overflow; check its loss, and measure in bfloat16 or float32"
+        )
+    influence = Influence(
+        scores=scores_from(tuple(questions), tuple(rows), values, errors),
+        way=way,
+        rows={name: len(listed) for name, listed in rows.items()},
+        questions={name: len(listed) for name, listed in zip(questions, asked, strict=True)},
+        tokens=_tokens(asked, rows, way, count, used_moments),
+        seconds=time.perf_counter() - started,
+        notes=tuple(notes),
+    )
+    logger.info(
+        "influence of %d domains on %s (%s way, preconditioned by %s): %d tokens in %.2f s",
+        len(rows),
+        list(questions),
+        way,
+        "the optimizer's second moments" if used_moments else "mean squared gradients",
+        influence.tokens,
+        influence.seconds,
+    )
+    return influence
+
+
+def _samples(probe: Probe, way: Way, settings: InfluenceSettings, optimizer: object) -> tuple[list[FloatArray], bool]:
+    """Observations of one way, and whether the optimizer's moments were used."""
+    moments: Flat | None = adam_moments(optimizer, probe.parameters)
+    denominators = moments or probe.root_mean_squares()
+    if way == "gradient":
+        return gradient_way(probe, denominators, settings.row_groups), moments is not None
+    return reverse_way(probe, denominators, settings.step), moments is not None
+
+
+def spread(windows: Sequence[ScoredWindow], most: int | None) -> list[ScoredWindow]:
+    """At most so many windows, evenly spaced."""
+    if most is None or most >= len(windows):
+        return list(windows)
+    return [windows[number * len(windows) // most] for number in range(most)]
+
+
+def _tokens(
+    questions: Sequence[Sequence[ScoredWindow]],
+    rows: Mapping[str, Sequence[ScoredWindow]],
+    way: Way,
+    groups: int,
+    used_moments: bool,
+) -> int:
+    """Tokens in one direction, a backward pass counted as two forward ones."""
+    asked = sum(entry.num_inputs for listed in questions for entry in listed)
+    read = sum(entry.num_inputs for listed in rows.values() for entry in listed)
+    mixed = 0 if used_moments else min(read, read * MIXED_ROWS // sum(map(len, rows.values())))
+    forward_only = read * (1 + groups * len(questions))
+    return 3 * (asked + mixed) + (3 * read if way == "gradient" else forward_only)
+
+
+def _digest(windows: Sequence[ScoredWindow]) -> str:
+    digest = hashlib.sha256()
+    for entry in windows:
+        digest.update(entry.num_scored.to_bytes(8, "little") + entry.tokens.tobytes())
+    return digest.hexdigest()[:16]

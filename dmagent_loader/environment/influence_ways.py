@@ -1,0 +1,289 @@
+"""Two ways to the same number: how much a step on each domain would raise each field, to first order.
+
+With a_d the gradient of a domain's mean log-probability per token, q_k that of field k's feedback, and P the diagonal
+preconditioner of the optimizer, an update on domain d with learning rate lr adds lr P a_d to the parameters, and field
+k gains lr <q_k, P a_d>. P is symmetric, so the same product is what the domain would gain from a step along the field:
+
+- `gradient`: one backward pass over each domain's rows, and the inner product with P q_k (Xie et al., DoGE; Xia et al.,
+  LESS, there with projected gradients).
+- `reverse`: one virtual step along P q_k, then forward passes over all rows; their gain over the start, divided by the
+  length of the step. No backward pass over rows, and one number for each row.
+
+Shapes: K fields, G groups of questions, D domains, n groups of a domain's rows, N parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmagent_loader._distributed import all_reduce_max, all_reduce_sum, sum_over_ranks, together
+from dmagent_loader.environment.batches import ScoredWindow, plan_batches
+from dmagent_loader.environment.gradients import Flat, Parameters, displaceable, products
+from dmagent_loader.environment.scoring import Scorer
+from dmagent_loader.errors import InfluenceError
+from dmagent_loader.mixture.simplex import FloatArray
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Windows = Sequence[ScoredWindow]
+
+MIXED_BATCHES = 8
+"""Batches of all domains together, whose mean squared gradient stands in for the optimizer's second moments."""
+
+MIXED_ROWS = 64
+"""Rows in all these batches together, or one of each domain where that is more."""
+
+STEP = "measuring the influence of the domains"
+
+
+class ShortOfMemory(Exception):
+    """A rank had too little memory; every rank raises this one, so that all try the next thing together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What is measured, and by whom.
+
+    Args:
+        parameters: The model's.
+        scorer: Calls the model.
+        questions: For each of K fields: G groups of questions.
+        rows: Domain -> rows.
+        rank: Data-parallel rank of this process.
+        world_size: Number of data-parallel ranks.
+        batch_tokens: The most tokens in a call of the model.
+        damping: Added to the denominators of P, as a share of their root mean square.
+    """
+
+    parameters: Parameters
+    scorer: Scorer
+    questions: Sequence[Sequence[Windows]]
+    rows: Mapping[str, Windows]
+    rank: int
+    world_size: int
+    batch_tokens: int
+    damping: float
+
+    def backward(self, windows: Windows, *, shared: bool) -> None:
+        """Adds to ``.grad`` the gradient of the windows' mean of mean log-probabilities.
+
+        Args:
+            windows: One or more.
+            shared: All ranks call it with the same windows and each takes its share; otherwise this rank takes all.
+        """
+        rank, world_size = (self.rank, self.world_size) if shared else (0, 1)
+        batches, num_calls = self._batches(windows, rank, world_size)
+        # Sharded gradients come as the mean over ranks, which each give a share of one sum.
+        factor = (self.world_size if self.parameters.is_sharded else 1) / len(windows)
+        for batch in batches:
+            chosen = [windows[number] for number in batch]
+            torch.autograd.backward(self._means(chosen).sum() * factor)
+        for _ in range(num_calls - len(batches)):
+            torch.autograd.backward(self._means([min(windows, key=_length)]).sum() * 0.0)
+
+    def gradient(self, windows: Windows, *, shared: bool) -> Flat:
+        """The gradient that `backward` adds; where parameters are not sharded, of this rank's windows alone."""
+        self.parameters.clear_gradient()
+        self.backward(windows, shared=shared)
+        found = self.parameters.gradient()
+        self.parameters.clear_gradient()
+        return found
+
+    @torch.no_grad()
+    def log_probs(self, windows: Windows) -> FloatArray:
+        """Mean log-probability per scored token of each window, computed by all ranks together: (windows,)."""
+        values = np.zeros(len(windows))
+        batches, num_calls = self._batches(windows, self.rank, self.world_size)
+        for batch in batches:
+            values[batch] = self._means([windows[number] for number in batch]).double().cpu().numpy()
+        for _ in range(num_calls - len(batches)):
+            self._means([min(windows, key=_length)])
+        return values
+
+    def question_gradient(self, group: Windows) -> Flat:
+        """The gradient of a group of questions, whole on every rank (or its shards)."""
+        flat = on_all_ranks(lambda: self.gradient(group, shared=True))
+        if not self.parameters.is_sharded and self.world_size > 1:
+            sum_over_ranks(flat, STEP)
+        return flat
+
+    def root_mean_squares(self) -> Flat:
+        """Root of the mean squared gradient of batches that hold rows of all domains, as Adam's moments are."""
+        rows = interleaved(self.rows.values())[: max(MIXED_ROWS, len(self.rows))]
+        count = min(MIXED_BATCHES, len(rows))
+        batches = [rows[number::count] for number in range(count)]
+        alone = self.parameters.is_sharded or self.world_size == 1
+        mine = batches if alone else batches[self.rank :: self.world_size]
+
+        def squares() -> Flat:
+            total = [torch.zeros_like(part) for part in self._zeros()]
+            for batch in mine:
+                for sum_, part in zip(total, self.gradient(batch, shared=self.parameters.is_sharded), strict=True):
+                    sum_.addcmul_(part, part)
+            return total
+
+        total = on_all_ranks(squares)
+        if not self.parameters.is_sharded and self.world_size > 1:
+            sum_over_ranks(total, STEP)
+        return [part.div_(count).sqrt_() for part in total]
+
+    def divided(self, flat: Flat, denominators: Flat) -> Flat:
+        """A gradient times P, in place."""
+        floor = self.damping * self.root_mean_square(denominators)
+        for part, denominator in zip(flat, denominators, strict=True):
+            part.div_(denominator + max(floor, 1e-30))
+        return flat
+
+    def root_mean_square(self, flat: Flat) -> float:
+        """Over all parameters, on whatever ranks they lie."""
+        copies = self.parameters.copies()
+        sums = [float((part.double() ** 2).sum()) / c for part, c in zip(flat, copies, strict=True)]
+        both = np.array([sum(sums), sum(part.numel() / c for part, c in zip(flat, copies, strict=True))])
+        if self.parameters.is_sharded:
+            both = all_reduce_sum(both, STEP)
+        return float(np.sqrt(both[0] / both[1]))
+
+    def _zeros(self) -> Flat:
+        return [torch.zeros(t.numel(), dtype=torch.float32, device=t.device) for t in self.parameters.local()]
+
+    def _batches(self, windows: Windows, rank: int, world_size: int) -> tuple[list[list[int]], int]:
+        lengths = [_length(entry) for entry in windows]
+        size = len(windows)
+        return plan_batches(lengths, rank=rank, world_size=world_size, batch_size=size, batch_tokens=self.batch_tokens)
+
+    def _means(self, windows: Windows) -> Tensor:
+        found = self.scorer.log_probs(windows)
+        if found is None:
+            raise InfluenceError(
+                "the model's output lies on other ranks (pipeline parallelism), which hold other parameters: no rank "
+                "can compare gradients; use the policy 'question-topics'"
+            )
+        counts = [entry.num_scored for entry in windows]
+        return torch.stack([part.mean() for part in torch.split(found, counts)])
+
+
+def gradient_way(probe: Probe, denominators: Flat, row_groups: int) -> list[FloatArray]:
+    """Inner products of P q_k with the gradient of each group of rows.
+
+    Args:
+        probe: What is measured.
+        denominators: Of P, see `Probe.root_mean_squares`.
+        row_groups: The most groups n that a domain's rows are dealt into.
+
+    Returns:
+        For each domain (K, G, n), in nats per unit of learning rate.
+    """
+    shape = (len(probe.questions), len(probe.questions[0]))
+    directions: list[list[Tensor]] = []
+    for groups in probe.questions:
+        for group in groups:
+            direction = probe.divided(probe.question_gradient(group), denominators)
+            directions = directions or [[] for _ in direction]
+            for stack, part in zip(directions, direction, strict=True):
+                stack.append(part)
+    stacked = [torch.stack(stack) for stack in directions]
+    del directions
+    copies = probe.parameters.copies()
+    items = [
+        (domain, number, rows[number::count])
+        for domain, rows in enumerate(probe.rows.values())
+        for count in [min(row_groups, len(rows))]
+        for number in range(count)
+    ]
+
+    def mine() -> FloatArray:
+        values = np.zeros((len(items), shape[0] * shape[1]))
+        for position, (_, _, rows) in enumerate(items):
+            if probe.parameters.is_sharded or position % probe.world_size == probe.rank:
+                gradient = probe.gradient(rows, shared=probe.parameters.is_sharded)
+                values[position] = products(stacked, gradient, copies)
+        return values
+
+    values = on_all_ranks(mine)
+    if probe.world_size > 1:
+        values = all_reduce_sum(values, STEP)
+    return [
+        np.stack([values[i] for i, item in enumerate(items) if item[0] == domain], axis=-1).reshape(*shape, -1)
+        for domain in range(len(probe.rows))
+    ]
+
+
+def reverse_way(probe: Probe, denominators: Flat, step: float) -> list[FloatArray]:
+    """Gain of each row from a virtual step along P q_k, divided by the length of the step.
+
+    Args:
+        probe: What is measured.
+        denominators: Of P, see `Probe.root_mean_squares`.
+        step: Root mean square of the change of a parameter.
+
+    Returns:
+        For each domain (K, G, n), n its rows, in nats per unit of learning rate.
+    """
+    rows = [row for listed in probe.rows.values() for row in listed]
+    ends = np.cumsum([len(listed) for listed in probe.rows.values()])[:-1]
+    shape = (len(probe.questions), len(probe.questions[0]))
+    gains = np.zeros((*shape, len(rows)))
+
+    def scored() -> FloatArray:
+        values = on_all_ranks(lambda: probe.log_probs(rows))
+        return all_reduce_sum(values, STEP) if probe.world_size > 1 else values
+
+    with displaceable(probe.parameters) as move:
+        start = scored()
+        for k, groups in enumerate(probe.questions):
+            for g, group in enumerate(groups):
+                move(None, 0.0)
+                direction = probe.divided(probe.question_gradient(group), denominators)
+                size = probe.root_mean_square(direction)
+                if not size > 0:
+                    continue  # a model that the questions do not move: no influence, and no step to divide by
+                factor = step / size
+                move(direction, factor)
+                gains[k, g] = (scored() - start) / factor
+    return np.split(gains, ends, axis=-1)
+
+
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """An action without communication of its own, after which ranks agree whether it succeeded.
+
+    Raises:
+        ShortOfMemory: This rank or another one had too little memory.
+        RankError: Another rank failed otherwise.
+    """
+    result: list[T] = []
+    short = False
+    with together(STEP):
+        try:
+            result.append(action())
+        except (RuntimeError, MemoryError) as error:
+            if not is_lack_of_memory(error):
+                raise
+            short = True
+    if all_reduce_max(int(short), STEP):
+        raise ShortOfMemory
+    return result[0]
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, CUDA or torch's CPU allocator says that memory is used up."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def interleaved(listed: Collection[Windows]) -> list[ScoredWindow]:
+    """First rows of all domains, then second ones, and so on; domains that have no more are left out."""
+    return [rows[i] for i in range(max(map(len, listed))) for rows in listed if i < len(rows)]
+
+
+def _length(entry: ScoredWindow) -> int:
+    return entry.num_inputs

@@ -1,0 +1,88 @@
+"""What an informed policy needs before it decides, from the sampler's shards and the environment."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dmagent_loader.environment import Environment, Influence
+from dmagent_loader.errors import ConfigurationError, InfluenceError
+from dmagent_loader.policies import INFLUENCE, QUESTIONS, InformedPolicy, name_of
+from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.transforms import PACKED_MEMBER, packed_tokens
+
+logger = logging.getLogger(__name__)
+
+ROWS = 32
+"""Rows of each domain that influence is measured on."""
+MAX_ROW_TOKENS = 1024
+"""Tokens of a row that are read at most: with `ROWS`, 1.7 million tokens of 52 domains."""
+
+Measure = Callable[[Environment, Mapping[str, Sequence[Any]], Mapping[str, Any]], Influence]
+"""From environment, rows by domain and settings of `Environment.influence` to the influence on the trainer's model."""
+
+
+def inform(
+    policy: InformedPolicy,
+    sampler: AgentWeightedSampler,
+    environment: Environment,
+    measure: Measure | None,
+) -> Influence | None:
+    """Gives a policy what it needs before its next decision. All ranks call it together.
+
+    Args:
+        policy: The sampler's.
+        sampler: Has the rows.
+        environment: Has the questions.
+        measure: None: this trainer gives no access to gradients.
+
+    Returns:
+        The influence, if it was measured.
+    """
+    decision = len(sampler.measurements)
+    measured: Influence | None = None
+    # A policy that cannot have what it asked for may ask for something else then.
+    while needs := policy.needed(decision):
+        for need in sorted(needs):
+            if need == INFLUENCE:
+                measured = _influence(policy, sampler, environment, measure)
+                policy.inform(need, measured)
+            elif need == QUESTIONS:
+                policy.inform(need, texts(environment))
+            else:
+                raise ConfigurationError(
+                    f"policy {name_of(policy)!r} needs {need!r}, which no integration provides: it can have "
+                    f"{INFLUENCE!r} and {QUESTIONS!r}"
+                )
+    return measured
+
+
+def texts(environment: Environment) -> dict[str, list[str]]:
+    """Field -> its questions with their answers."""
+    return {field: [f"{q.question} {q.answer}" for q in listed] for field, listed in environment.questions.items()}
+
+
+def _influence(
+    policy: InformedPolicy,
+    sampler: AgentWeightedSampler,
+    environment: Environment,
+    measure: Measure | None,
+) -> Influence | None:
+    try:
+        if measure is None:
+            raise InfluenceError("this trainer gives no access to the model's gradients")
+        rows = sampler.probe_rows(ROWS, probe=len(sampler.measurements))
+        return measure(
+            environment,
+            {domain: [_tokens(row) for row in listed] for domain, listed in rows.items()},
+            {"max_row_tokens": MAX_ROW_TOKENS},
+        )
+    except InfluenceError as error:
+        logger.warning("policy %r decides without influence: %s", name_of(policy), error)
+        return None
+
+
+def _tokens(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rows that only the loader's `collate_packed` would turn into tokens."""
+    return packed_tokens(row) if PACKED_MEMBER in row and "input_ids" not in row else row

@@ -1,0 +1,238 @@
+"""`Influence`: how much training on each domain would raise each benchmark field, with standard errors.
+
+The result of `Environment.influence`, and the evidence on which `policies.InfluencePolicy` decides.
+
+Shapes: K fields of the environment, D domains, G groups of questions, n groups of a domain's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dmagent_loader._validation import is_count, is_finite_number, shown
+from dmagent_loader.errors import ConfigurationError, DomainError, StateError
+from dmagent_loader.mixture.simplex import FloatArray
+
+
+class Score(NamedTuple):
+    """The influence of one domain on one field, in nats per unit of learning rate (see `Influence`).
+
+    Attributes:
+        value: Positive: training on the domain raises the field's mean answer log-probability.
+        error: Standard error of `value`, over the domain's rows and the field's questions.
+    """
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence:
+    """Influence of D domains on K fields: field -> domain -> `Score`.
+
+    Unit: one optimizer update with learning rate lr on rows of the domain alone changes the field's feedback (mean
+    answer log-probability, in nats) by lr x value, to first order. **Positive means that training on the domain helps
+    the field.** Only comparisons inside one measurement are meaningful: the unit depends on the preconditioner.
+
+    Args:
+        scores: Field -> domain -> score; every field has the same domains.
+        way: How it was measured: ``"gradient"``, ``"reverse"`` or another name.
+        rows: Domain -> rows that were read.
+        questions: Field -> questions that were read.
+        tokens: Tokens that went through the model in one direction; a backward pass counts twice.
+        seconds: Time that the measurement took.
+        notes: What was done otherwise than asked, for example after lack of memory.
+
+    Example:
+        >>> influence = Influence(
+        ...     scores={"general": {"source/Science": Score(0.8, 0.1), "source/News": Score(-0.2, 0.1)}}, way="gradient"
+        ... )
+        >>> influence["general"]["source/Science"].value
+        0.8
+    """
+
+    scores: Mapping[str, Mapping[str, Score]]
+    way: str
+    rows: Mapping[str, int] = field(default_factory=dict)
+    questions: Mapping[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.scores or not all(self.scores.values()):
+            raise ConfigurationError("an influence without fields or domains says nothing: give at least one of each")
+        domains = self.domains
+        for name, by_domain in self.scores.items():
+            if tuple(by_domain) != domains:
+                raise ConfigurationError(
+                    f"field {name!r} has scores for {shown(list(by_domain))}, the first field for "
+                    f"{shown(list(domains))}: give every field the same domains in the same order"
+                )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The K fields of the environment."""
+        return tuple(self.scores)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The D domains."""
+        return tuple(next(iter(self.scores.values())))
+
+    def __getitem__(self, field_name: str) -> Mapping[str, Score]:
+        return self.scores[field_name]
+
+    def values(self, domains: Sequence[str] | None = None) -> FloatArray:
+        """The scores as numbers: (K, D), over the given domains or all.
+
+        Raises:
+            DomainError: A domain was not measured.
+        """
+        return self._numbers(domains)[..., 0]
+
+    def errors(self, domains: Sequence[str] | None = None) -> FloatArray:
+        """The standard errors: (K, D); arguments and errors as of `values`."""
+        return self._numbers(domains)[..., 1]
+
+    def averaged(self, others: Sequence[Influence]) -> Influence:
+        """The mean of this and other measurements, each as it is; errors shrink as of independent measurements.
+
+        Args:
+            others: Measurements of the same fields and domains, for example at later points of a run.
+
+        Raises:
+            DomainError: One of them lacks a domain.
+            ConfigurationError: One of them has other fields.
+        """
+        parts = [self, *others]
+        if any(part.fields != self.fields for part in parts):
+            raise ConfigurationError(
+                f"the measurements have fields {[list(part.fields) for part in parts]}: average those of one "
+                "environment"
+            )
+        values = np.mean([part.values(self.domains) for part in parts], axis=0)
+        errors = np.sqrt(np.sum([part.errors(self.domains) ** 2 for part in parts], axis=0)) / len(parts)
+        return Influence(
+            scores=scores_from(self.fields, self.domains, values, errors),
+            way=self.way,
+            rows={name: sum(part.rows.get(name, 0) for part in parts) for name in self.domains},
+            questions=self.questions,
+            tokens=sum(part.tokens for part in parts),
+            seconds=sum(part.seconds for part in parts),
+            notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, from which `from_json` makes an equal object."""
+        return {
+            "scores": {
+                name: {domain: [score.value, score.error] for domain, score in by_domain.items()}
+                for name, by_domain in self.scores.items()
+            },
+            "way": self.way,
+            "rows": dict(self.rows),
+            "questions": dict(self.questions),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Influence:
+        """What `to_json` gave.
+
+        Raises:
+            StateError: It is something else, or holds numbers that are not finite.
+        """
+        try:
+            scores = {
+                str(name): {str(domain): _score(pair) for domain, pair in by_domain.items()}
+                for name, by_domain in value["scores"].items()
+            }
+            counts = [*value["rows"].values(), *value["questions"].values(), value["tokens"]]
+            if not all(map(is_count, counts)) or not is_finite_number(value["seconds"]):
+                raise ValueError("counts or seconds that are not numbers")
+            return cls(
+                scores=scores,
+                way=str(value["way"]),
+                rows=dict(value["rows"]),
+                questions=dict(value["questions"]),
+                tokens=value["tokens"],
+                seconds=float(value["seconds"]),
+                notes=tuple(str(note) for note in value["notes"]),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StateError(
+                f"the saved influence cannot be read ({error!r}): the state is damaged or was edited; load an older one"
+            ) from error
+
+    def _numbers(self, domains: Sequence[str] | None) -> FloatArray:
+        chosen = self.domains if domains is None else tuple(domains)
+        missing = [name for name in chosen if name not in self.domains]
+        if missing:
+            raise DomainError(
+                f"the influence of {shown(missing)} was not measured, only that of {shown(list(self.domains))}: "
+                "measure it on rows of all domains of the run"
+            )
+        return np.array([[self.scores[name][domain] for domain in chosen] for name in self.fields], dtype=np.float64)
+
+
+def scores_from(
+    fields: Sequence[str], domains: Sequence[str], values: FloatArray, errors: FloatArray
+) -> dict[str, dict[str, Score]]:
+    """Field -> domain -> score, from values and errors, (K, D) each."""
+    return {
+        name: {domain: Score(float(values[k, d]), float(errors[k, d])) for d, domain in enumerate(domains)}
+        for k, name in enumerate(fields)
+    }
+
+
+def estimate(samples: Sequence[FloatArray], weights: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:
+    """Scores and standard errors from single observations.
+
+    An observation is the influence of one group of a domain's rows on one group of a field's questions. Rows and
+    questions are both samples, crossed with each other, so that variance = variance over rows / n + variance over
+    question groups / G. The observations share noise of both kinds; leaving out the interaction term, which would be
+    subtracted, makes the error larger than it is, never smaller. The variance over question groups is a mean over all
+    domains, because few groups say little about one; so is the variance over rows of a domain with only one.
+
+    Args:
+        samples: For each of D domains: (K, G, n). The number of row groups n may differ.
+        weights: For each field: (G,) shares of its questions, sum to 1.
+
+    Returns:
+        Values and errors, (K, D) each.
+
+    Raises:
+        ConfigurationError: No domain has more than one group of rows.
+    """
+    if all(part.shape[-1] < 2 for part in samples):
+        raise ConfigurationError(
+            "no domain has more than one row, so that nothing tells how much rows differ: give each domain several rows"
+        )
+    share = np.stack(weights)
+    values = np.stack([np.einsum("kgn,kg->k", part, share) / part.shape[-1] for part in samples], axis=1)
+    by_rows = [np.einsum("kgn,kg->kn", part, share) for part in samples]
+    spreads = [part.var(axis=1, ddof=1) if part.shape[1] > 1 else None for part in by_rows]
+    pooled = np.mean([spread for spread in spreads if spread is not None], axis=0)
+    over_rows = np.stack(
+        [(pooled if s is None else s) / part.shape[1] for s, part in zip(spreads, by_rows, strict=True)], axis=1
+    )
+    groups = share.shape[1]
+    over_questions = np.zeros(len(values))
+    if groups > 1:
+        by_group = np.stack([part.mean(axis=-1) for part in samples], axis=-1)
+        over_questions = (by_group.var(axis=1, ddof=1) / groups).mean(axis=-1)
+    return values, np.sqrt(over_rows + over_questions[:, None])
+
+
+def _score(pair: Any) -> Score:
+    value, error = pair
+    if not is_finite_number(value) or not is_finite_number(error) or error < 0:
+        raise ValueError(f"a score of {shown(pair)}")
+    return Score(float(value), float(error))

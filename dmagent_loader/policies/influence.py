@@ -1,0 +1,282 @@
+"""Trains on what helps: measured influence of each domain on each question set, turned into a mix.
+
+The rule, for the domains d of one field of the data:
+
+    gain_d = sum over question fields k of b_k value_kd / u_k       u_k: standard deviation of value_k over all domains
+    tau2   = var(gain) - F mean(error2)                             0 where that is negative
+    z_d    = tau2 / (tau2 + error2_d) (gain_d - mean) / sd(gain)
+    weight_d proportional to base_d exp(z_d / temperature)
+
+u_k makes fields comparable: a field's scores count in units of how much domains differ for it. F is the 99% quantile
+of the variance of pure noise: scores that noise alone could give leave the base mix as it is. The base mix is that of
+the natural shares, or of the topics of the questions where these are combined with it. No domain comes more than
+`most_boost` times as often as in its base mix.
+
+Shapes: K question fields, D domains.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dmagent_loader._validation import is_finite_number, shown, whole_number
+from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError, StateError
+from dmagent_loader.mixture.domains import TARGET, DomainSpace
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.influence import Influence
+from dmagent_loader.mixture.simplex import FloatArray, validate_mix
+from dmagent_loader.policies.guard import project_to_bounds
+from dmagent_loader.policies.informed import INFLUENCE
+from dmagent_loader.policies.question_topics import DEFAULT_TARGET_SHARE, QuestionTopics
+
+logger = logging.getLogger(__name__)
+
+NORMAL_QUANTILE = 2.326
+"""99% of a standard normal distribution."""
+
+
+class InfluencePolicy:
+    """Proposes the mix that measured influence speaks for; the natural one where it says nothing.
+
+    Args:
+        space: The run's domains, of any fields.
+        natural: (D,) their natural shares, of rows for example, sum to 1.
+        balance: Weight of each field of the data; or the target field's, the rest is natural. None: 0.3 for the field
+            ``target`` if there is one beside others, else the natural shares.
+        temperature: How strongly scores move weights: a domain one standard deviation above the mean gets
+            exp(1 / temperature) times the weight of one at the mean.
+        field_weights: b, weight of each question field; None: equal.
+        most_boost: The most times as often as in the base mix that a domain may come; None: any.
+        every: Decisions between two measurements, which are averaged; None: one measurement, before the first.
+        topics: Its mix becomes the base in place of the natural shares, and the fallback where influence cannot be
+            measured. None: natural shares for both.
+        combine: False: `topics` is the fallback only.
+        name: See `policies.base.Policy`.
+
+    Raises:
+        ConfigurationError: A setting that cannot work.
+        DomainError: A balance for no field of the data.
+    """
+
+    always_answers = True
+
+    def __init__(
+        self,
+        space: DomainSpace,
+        natural: FloatArray,
+        *,
+        balance: float | Mapping[str, float] | None = None,
+        temperature: float = 0.5,
+        field_weights: Mapping[str, float] | None = None,
+        most_boost: float | None = 12.0,
+        every: int | None = None,
+        topics: QuestionTopics | None = None,
+        combine: bool = False,
+        name: str = "influence",
+    ) -> None:
+        if not is_finite_number(temperature) or temperature <= 0:
+            raise ConfigurationError(f"temperature is {shown(temperature)}; it must be a positive number")
+        if most_boost is not None and (not is_finite_number(most_boost) or most_boost < 1):
+            raise ConfigurationError(f"most_boost is {shown(most_boost)}; it must be 1 or more, or None for no limit")
+        if combine and topics is None:
+            raise ConfigurationError("combine=True needs topics=, whose mix is combined with the influence")
+        self.name = name
+        self.needs = frozenset({INFLUENCE}) | (topics.needs if topics is not None else frozenset())
+        self.space = space
+        self.natural = validate_mix(natural, space.names)
+        self._masses = field_masses(space, self.natural, balance)
+        self._temperature, self._most_boost = temperature, most_boost
+        self._field_weights = None if field_weights is None else dict(field_weights)
+        self._every = None if every is None else whole_number("every", every, least=1)
+        self._topics, self._combine = topics, combine
+        self._measured: list[Influence] = []
+        self._is_unavailable = False
+
+    @property
+    def influence(self) -> Influence | None:
+        """The mean of all measurements so far; None: there is none."""
+        return self._measured[0].averaged(self._measured[1:]) if self._measured else None
+
+    def needed(self, decision: int) -> frozenset[str]:
+        """The influence before the first decision, and again as `every` says; the questions where topics are used."""
+        wanted: frozenset[str] = frozenset()
+        due = len(self._measured) if self._every is None else len(self._measured) - decision // self._every
+        if not self._is_unavailable and due <= 0:
+            wanted |= {INFLUENCE}
+        if self._topics is not None and (self._combine or self._is_unavailable):
+            wanted |= self._topics.needed(decision)
+        return wanted
+
+    def inform(self, need: str, evidence: Any) -> None:
+        """Takes a measurement (`Influence`, or None where it cannot be had) or the questions.
+
+        Raises:
+            PolicyError: It is other evidence.
+            DomainError: The measurement lacks a domain of the run.
+        """
+        if need != INFLUENCE and self._topics is not None:
+            self._topics.inform(need, evidence)
+            return
+        if need != INFLUENCE or not (evidence is None or isinstance(evidence, Influence)):
+            raise PolicyError(
+                f"policy {self.name!r} decides on an Influence, but was given {shown(need)}: {shown(evidence)}; pass "
+                "what Environment.influence returns"
+            )
+        if evidence is None:
+            self._is_unavailable = not self._measured
+            return
+        evidence.values(self._measurable())
+        self._measured.append(evidence)
+
+    def propose(self, history: History) -> FloatArray:
+        """The mix of the next step; it changes only with a new measurement.
+
+        Raises:
+            DomainError: The history is over other domains.
+            PolicyError: Nothing was measured yet.
+        """
+        if history.domains != self.space.names:
+            raise DomainError(
+                f"the history is over {shown(list(history.domains))}, but this policy was built for "
+                f"{shown(list(self.space.names))}"
+            )
+        influence = self.influence
+        if influence is None and not self._is_unavailable:
+            raise PolicyError(
+                f"policy {self.name!r} has no measurement yet: use DataMixingCallback or Mixing, which measure before "
+                "the first decision, or call inform('influence', environment.influence(model, rows))"
+            )
+        base = self._base()
+        result = np.zeros(len(self.space))
+        measurable = self._measurable()
+        for name, mass in self._masses.items():
+            members = [i for i in self.space.members(name) if base[i] > 0 or self.natural[i] > 0]
+            shares = base[members] / base[members].sum()
+            known = [self.space.names[i] for i in members]
+            if influence is not None and set(known) <= set(measurable):
+                shares = tilted(
+                    shares,
+                    standardised(influence, known, self._weights(influence)),
+                    temperature=self._temperature,
+                    most_boost=self._most_boost,
+                )
+            result[members] = mass * shares
+        return np.asarray(result / result.sum(), dtype=np.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All measurements, as JSON values."""
+        return {
+            "measured": [influence.to_json() for influence in self._measured],
+            "unavailable": self._is_unavailable,
+            "topics": None if self._topics is None else self._topics.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave.
+
+        Raises:
+            StateError: It is something else.
+        """
+        if not isinstance(state, Mapping) or not {"measured", "unavailable", "topics"} <= set(state):
+            raise StateError(
+                f"the state of policy {self.name!r} is {shown(state)}: it is damaged or of another policy; load an "
+                "older one"
+            )
+        measured = [Influence.from_json(value) for value in state["measured"]]
+        for influence in measured:
+            influence.values(self._measurable())
+        if self._topics is not None and state["topics"] is not None:
+            self._topics.load_state_dict(state["topics"])
+        self._measured, self._is_unavailable = measured, bool(state["unavailable"])
+
+    def _measurable(self) -> list[str]:
+        """Domains that hold rows."""
+        return [name for name, share in zip(self.space.names, self.natural, strict=True) if share > 0]
+
+    def _base(self) -> FloatArray:
+        topics = self._topics
+        if topics is not None and (self._combine or self._is_unavailable) and not topics.needed(0):
+            return topics.within()
+        return self.natural
+
+    def _weights(self, influence: Influence) -> FloatArray:
+        given = self._field_weights
+        if given is None:
+            return np.ones(len(influence.fields))
+        if set(given) != set(influence.fields):
+            raise ConfigurationError(
+                f"field_weights names {sorted(given)}, but the environment's fields are {list(influence.fields)}: give "
+                "each of them a weight"
+            )
+        return np.array([given[name] for name in influence.fields])
+
+
+def standardised(influence: Influence, domains: list[str], weights: FloatArray) -> FloatArray:
+    """z of the module's rule for the domains of one field of the data: (domains,), 0 where noise explains all.
+
+    Args:
+        influence: Over all domains of the run.
+        domains: Those of the field.
+        weights: (K,), b of the rule.
+    """
+    units = influence.values().std(axis=1)
+    scale = np.divide(weights, units, out=np.zeros_like(units), where=units > 0)
+    gain = scale @ influence.values(domains)
+    squared_errors = scale**2 @ influence.errors(domains) ** 2
+    variance = float(gain.var(ddof=1)) if len(domains) > 1 else 0.0
+    signal = variance - noise_quantile(len(domains) - 1) * float(squared_errors.mean())
+    if signal <= 0:
+        return np.zeros(len(domains))
+    return np.asarray(signal / (signal + squared_errors) * (gain - gain.mean()) / np.sqrt(variance), dtype=np.float64)
+
+
+def tilted(base: FloatArray, z: FloatArray, *, temperature: float, most_boost: float | None) -> FloatArray:
+    """base exp(z / temperature), normalised, and no weight above `most_boost` times its base: all (domains,)."""
+    logits = z / temperature
+    weights = base * np.exp(logits - logits.max())
+    weights = weights / weights.sum()
+    if most_boost is None:
+        return np.asarray(weights, dtype=np.float64)
+    return project_to_bounds(weights, np.zeros_like(base), np.minimum(1.0, most_boost * base))
+
+
+def noise_quantile(degrees: int) -> float:
+    """99% quantile of the sample variance of noise of variance 1, by Wilson and Hilferty's approximation."""
+    if degrees < 1:
+        return float("inf")
+    part = 2 / (9 * degrees)
+    return float((1 - part + NORMAL_QUANTILE * np.sqrt(part)) ** 3)
+
+
+def field_masses(
+    space: DomainSpace, natural: FloatArray, balance: float | Mapping[str, float] | None
+) -> dict[str, float]:
+    """Weight of each field of the data, sums to 1; `balance` as in `InfluencePolicy`.
+
+    Raises:
+        ConfigurationError: Weights that are no distribution.
+        DomainError: A balance for no field of the data.
+    """
+    masses = space.field_mass(natural)
+    if balance is None:
+        if TARGET not in masses or len(masses) == 1:
+            return masses
+        balance = DEFAULT_TARGET_SHARE
+    if isinstance(balance, Mapping):
+        mix = validate_mix(balance, space.fields)
+        return {name: float(weight) for name, weight in zip(space.fields, mix, strict=True)}
+    if not is_finite_number(balance) or not 0 <= balance <= 1:
+        raise ConfigurationError(f"balance is {shown(balance)}; a weight of the target field lies between 0 and 1")
+    if TARGET not in masses:
+        raise DomainError(
+            f"balance={balance} is a weight of the field 'target', but the fields are {list(masses)}: map each to its "
+            "weight"
+        )
+    rest = sum(mass for name, mass in masses.items() if name != TARGET)
+    return {
+        name: float(balance) if name == TARGET else (1 - float(balance)) * mass / rest for name, mass in masses.items()
+    }

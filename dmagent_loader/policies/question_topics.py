@@ -1,0 +1,167 @@
+"""Trains on the topics that the questions are about: no model is asked, nothing is measured.
+
+With q_k the shares of topics among the questions of field k (by a classifier of texts), the weights inside each field
+of the data are (1 - a) w + a natural, where w over the run's domains comes closest to q_k. It needs to know the topics
+of the domains, by their names or `compositions`; domains of unknown topics are weighted by their rows.
+
+Shapes: D domains, T = 26 topics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dmagent_loader._validation import is_finite_number, shown
+from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError, StateError
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, SOURCE, TARGET, DomainMap, DomainSpace
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.simplex import FloatArray, validate_mix
+from dmagent_loader.policies.informed import QUESTIONS
+from dmagent_loader.policies.topic_classifier import TopicClassifier
+
+DEFAULT_TARGET_SHARE = 0.3
+"""Weight of the target field. The gain is flat between 0.2 and 0.5 (docs/influence.md)."""
+
+
+class QuestionTopics:
+    """Proposes one mix for the whole run, from the topics of the environment's questions.
+
+    The first field of the environment is the one to keep: its topics decide the mix of the ``source`` domains. The last
+    is the one to acquire, for the ``target`` domains.
+
+    Args:
+        space: The run's domains.
+        natural: (D,) their natural shares, of rows for example, sum to 1.
+        target_share: Weight of the target field.
+        natural_part: a, the part of each field that keeps its natural mix.
+        classifier: Says what a text is about; None: the bundled one.
+        name: See `policies.base.Policy`.
+
+    Raises:
+        DomainError: The domains are not of the fields ``source`` and ``target``.
+        ConfigurationError: A share outside [0, 1].
+    """
+
+    always_answers = True
+    needs = frozenset({QUESTIONS})
+
+    def __init__(
+        self,
+        space: DomainSpace,
+        natural: FloatArray,
+        *,
+        target_share: float = DEFAULT_TARGET_SHARE,
+        natural_part: float = 0.1,
+        classifier: TopicClassifier | None = None,
+        name: str = "question-topics",
+    ) -> None:
+        for label, value in (("target_share", target_share), ("natural_part", natural_part)):
+            if not is_finite_number(value) or not 0 <= value <= 1:
+                raise ConfigurationError(f"{label} is {shown(value)}; it must lie between 0 and 1")
+        self.name = name
+        self.space = space
+        self.natural = validate_mix(natural, space.names)
+        self.map = DomainMap(space, natural=self.natural)
+        self._target_share, self._natural_part = target_share, natural_part
+        self._classifier = classifier
+        self._topics: dict[str, FloatArray] = {}
+
+    @property
+    def topics(self) -> dict[str, dict[str, float]]:
+        """Field of the data -> topic -> share of the questions; empty before `inform`."""
+        return {
+            name: {t: float(s) for t, s in zip(CANONICAL_TOPICS, shares, strict=True) if s > 0}
+            for name, shares in self._topics.items()
+        }
+
+    def needed(self, decision: int) -> frozenset[str]:
+        """The questions, once."""
+        return frozenset() if self._topics else self.needs
+
+    def inform(self, need: str, evidence: Mapping[str, Sequence[str]] | None) -> None:
+        """Reads the questions: field of the environment -> texts.
+
+        Raises:
+            PolicyError: There are none, or it is other evidence.
+        """
+        if need != QUESTIONS or not evidence:
+            raise PolicyError(
+                f"policy {self.name!r} decides on the environment's questions, but was given {shown(need)}: "
+                f"{shown(evidence)}; give the run an Environment"
+            )
+        classifier = self._classifier or TopicClassifier.bundled()
+        listed = list(evidence.values())
+        self._topics = {SOURCE: classifier.shares(listed[0]), TARGET: classifier.shares(listed[-1])}
+
+    def within(self, *, natural_part: float | None = None) -> FloatArray:
+        """Weights of the domains inside each field: (D,), sum to 1 in each field.
+
+        Args:
+            natural_part: In place of the policy's own.
+
+        Raises:
+            PolicyError: The questions are not known yet.
+        """
+        if not self._topics:
+            raise PolicyError(
+                f"policy {self.name!r} does not know the questions yet: use DataMixingCallback or Mixing, or call "
+                "inform('questions', {field: texts}) before the first decision"
+            )
+        part = self._natural_part if natural_part is None else natural_part
+        canonical = np.concatenate([0.5 * self._topics[name] for name in FIELDS])
+        told = self.map.to_user(canonical).mix
+        result = np.zeros(len(self.space))
+        for name in FIELDS:
+            members = list(self.space.members(name))
+            result[members] = (1 - part) * _shares(told[members]) + part * _shares(self.natural[members])
+        return result
+
+    def propose(self, history: History) -> FloatArray:
+        """The mix, the same at every step.
+
+        Raises:
+            DomainError: The history is over other domains.
+            PolicyError: The questions are not known yet.
+        """
+        if history.domains != self.space.names:
+            raise DomainError(
+                f"the history is over {shown(list(history.domains))}, but this policy was built for "
+                f"{shown(list(self.space.names))}"
+            )
+        return self.with_target_share(self.within())
+
+    def with_target_share(self, within: FloatArray) -> FloatArray:
+        """Weights inside the fields, put together: (D,) -> (D,), sums to 1."""
+        mix = np.array(within)
+        for name, share in ((SOURCE, 1 - self._target_share), (TARGET, self._target_share)):
+            mix[list(self.space.members(name))] *= share
+        return np.asarray(mix / mix.sum(), dtype=np.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The topics of the questions, as JSON values."""
+        return {"topics": {name: shares.tolist() for name, shares in self._topics.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave.
+
+        Raises:
+            StateError: It is something else.
+        """
+        try:
+            found = {name: validate_mix(state["topics"][name], CANONICAL_TOPICS) for name in state["topics"]}
+        except (ConfigurationError, KeyError, TypeError) as error:
+            raise StateError(
+                f"the state of policy {self.name!r} cannot be read ({error}): it is damaged or of another policy; load "
+                "an older one"
+            ) from error
+        if set(found) not in (set(), set(FIELDS)):
+            raise StateError(f"the state of policy {self.name!r} has topics of {sorted(found)}: it is damaged")
+        self._topics = found
+
+
+def _shares(weights: FloatArray) -> FloatArray:
+    total = weights.sum()
+    return weights / total if total > 0 else np.full(len(weights), 1 / len(weights))

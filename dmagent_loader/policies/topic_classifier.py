@@ -1,0 +1,143 @@
+"""The topics of texts: a linear classifier over hashed words, small enough to come with the package.
+
+score(topic | text) = w_topic . x + b_topic, with x_j proportional to (1 + log count_j) idf_j and |x| = 1. A word's
+bucket j comes from its CRC-32: no vocabulary is stored. Weights are 8-bit integers with one scale per topic.
+
+Shapes: T topics, H buckets, n texts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from dmagent_loader._validation import read_regular, shown
+from dmagent_loader.errors import CheckpointError, ConfigurationError
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS
+from dmagent_loader.mixture.simplex import FloatArray, IntArray
+
+WEIGHTS_FILE = "model.safetensors"
+BUNDLED = "topics"
+MOST_CHARACTERS = 2000
+"""How much of a text is read, in training as in use."""
+
+MAX_BYTES = 32 << 20
+
+_WORD = re.compile(r"\w\w+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopicClassifier:
+    """Says which of the 26 canonical topics a text is about.
+
+    Args:
+        weights: (T, H) int8.
+        scales: (T,), what a weight of 1 stands for.
+        bias: (T,).
+        idf: (H,), log(texts / texts with a word of the bucket), smoothed; 0 where training saw none.
+    """
+
+    weights: npt.NDArray[np.int8]
+    scales: FloatArray
+    bias: FloatArray
+    idf: FloatArray
+
+    def __post_init__(self) -> None:
+        topics, buckets = len(CANONICAL_TOPICS), len(self.idf)
+        shapes = (self.weights.shape, self.scales.shape, self.bias.shape, self.idf.shape)
+        if shapes != ((topics, buckets), (topics,), (topics,), (buckets,)) or self.weights.dtype != np.int8:
+            raise CheckpointError(
+                f"a topic classifier has weights {shapes[0]} of {self.weights.dtype}, scales {shapes[1]}, bias "
+                f"{shapes[2]} and idf {shapes[3]}; expected int8 weights of ({topics}, buckets) and the rest to fit"
+            )
+        if not all(np.isfinite(array).all() for array in (self.scales, self.bias, self.idf)):
+            raise CheckpointError("a topic classifier holds numbers that are not finite: its file is damaged")
+
+    @classmethod
+    def bundled(cls) -> TopicClassifier:
+        """The one that comes with the package; its card says what it was trained on and how often it is right.
+
+        Raises:
+            CheckpointError: It is missing from this installation.
+        """
+        package = Path(__file__).resolve().parents[1]
+        for root in (package / "agent_checkpoints", package.parent / "agent_checkpoints"):
+            if (root / BUNDLED / WEIGHTS_FILE).is_file():
+                return cls.load(root / BUNDLED)
+        raise CheckpointError(
+            f"the topic classifier agent_checkpoints/{BUNDLED} is missing from this installation: install the package "
+            "again, or give the topics of the questions yourself"
+        )
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> TopicClassifier:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: It cannot be read.
+        """
+        path = Path(directory) / WEIGHTS_FILE
+        try:
+            found = safetensors.numpy.load(read_regular(path, MAX_BYTES))
+            numbers = {name: found[name].astype(np.float64) for name in ("scales", "bias", "idf")}
+            return cls(weights=found["weights"], **numbers)
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"the topic classifier {path} cannot be read ({error}): copy it again") from error
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `WEIGHTS_FILE` into a folder that exists."""
+        arrays = {
+            "weights": self.weights,
+            "scales": self.scales.astype(np.float32),
+            "bias": self.bias.astype(np.float32),
+            "idf": self.idf.astype(np.float16),
+        }
+        safetensors.numpy.save_file(arrays, Path(directory) / WEIGHTS_FILE)
+
+    def scores(self, texts: Sequence[str]) -> FloatArray:
+        """Log-odds of each topic against the rest: (n, T)."""
+        found = np.tile(self.bias, (len(texts), 1))
+        for row, text in enumerate(texts):
+            buckets, values = features(text, self.idf)
+            found[row] += (self.weights[:, buckets].astype(np.float64) @ values) * self.scales
+        return found
+
+    def predict(self, texts: Sequence[str]) -> IntArray:
+        """The most likely topic of each text, as a position in `CANONICAL_TOPICS`: (n,)."""
+        return np.asarray(self.scores(texts).argmax(axis=1), dtype=np.int64)
+
+    def shares(self, texts: Sequence[str]) -> FloatArray:
+        """Share of the texts that is about each topic: (T,), sums to 1.
+
+        Raises:
+            ConfigurationError: There is no text.
+        """
+        if isinstance(texts, str) or not len(texts):
+            raise ConfigurationError(f"the texts are {shown(texts)}: give one or more, there are no shares of none")
+        counts = np.bincount(self.predict(texts), minlength=len(CANONICAL_TOPICS))
+        return np.asarray(counts / counts.sum(), dtype=np.float64)
+
+
+def features(text: str, idf: FloatArray) -> tuple[IntArray, FloatArray]:
+    """The buckets of a text's words and the value of each, of Euclidean length 1 unless there is no word."""
+    counts = bucket_counts(text, len(idf))
+    buckets = np.fromiter(counts, dtype=np.int64, count=len(counts))
+    values = np.array([1.0 + math.log(count) for count in counts.values()]) * idf[buckets]
+    length = float(np.sqrt((values**2).sum()))
+    return buckets, values / length if length > 0 else values
+
+
+def bucket_counts(text: str, buckets: int) -> Mapping[int, int]:
+    """How often the words of each bucket come in the beginning of a text."""
+    words: Iterable[str] = _WORD.findall(text[:MOST_CHARACTERS].lower())
+    return Counter(zlib.crc32(word.encode("utf-8", "replace")) % buckets for word in words)

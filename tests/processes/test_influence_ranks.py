@@ -1,0 +1,160 @@
+"""Influence under a real two-process torchrun (gloo): DDP and FSDP 2 give the numbers of one process, on every rank."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import REPOSITORY, environment, python
+
+WORKER = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from dmagent_loader.environment import Environment
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(256, 8)
+        self.middle, self.dropout, self.head = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 256)
+        self.fails = False
+
+    def forward(self, input_ids, attention_mask):
+        if self.fails:
+            raise ValueError("a broken rank")
+        return self.head(torch.tanh(self.middle(self.dropout(self.embedding(input_ids).cumsum(dim=1)))))
+
+
+def step(model, optimizer, seed):
+    torch.manual_seed(seed)
+    optimizer.zero_grad()
+    batch = torch.randint(0, 256, (4, 12))
+    logits = model(batch[:, :-1], None)
+    nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+    optimizer.step()
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+distributed = "RANK" in os.environ
+if distributed:
+    dist.init_process_group("gloo")
+rank = dist.get_rank() if distributed else 0
+pairs = {"a": [("why " * (i % 4), "because" + str(i * i)) for i in range(11)]}
+pairs["b"] = [("q", "a"), ("c", "d"), ("e", "f")]
+environment = Environment.from_pairs(pairs, lambda t: list(t.encode()), prefix_token_id=0, progress=False)
+rows = {f"d{d}": [[(d * 37 + i * 11 + j * j) % 256 for j in range(9 + i)] for i in range(5)] for d in range(3)}
+report = {}
+for kind in ("ddp", "fsdp"):
+    for way in ("gradient", "reverse"):
+        for knows in (True, False):
+            model = Model().eval()
+            if distributed and kind == "ddp":
+                model = nn.parallel.DistributedDataParallel(model)
+            elif distributed:
+                fully_shard(model.middle)
+                fully_shard(model)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            for seed in range(3):
+                step(model, optimizer, seed)
+            model.train()
+            before = [whole(p) for p in model.parameters()]
+            grads = [p.grad for p in model.parameters()]
+            kept = [whole(g) for g in grads]
+            torch.manual_seed(100 + rank)
+            state = torch.get_rng_state()
+            found = environment.influence(model, rows, optimizer=optimizer if knows else None, way=way)
+            same = torch.equal(state, torch.get_rng_state()) and all(m.training for m in model.modules())
+            same &= all(p.grad is g for p, g in zip(model.parameters(), grads))
+            same &= all(torch.equal(whole(g), k) for g, k in zip(grads, kept))
+            same &= all(torch.equal(whole(p), b) for p, b in zip(model.parameters(), before))
+            model.eval()
+            step(model, optimizer, 7)  # training goes on
+            report[f"{kind} {way} {knows}"] = {
+                "scores": found.values().tolist(), "errors": found.errors().tolist(), "same": same,
+                "after": [whole(p).double().sum().item() for p in model.parameters()],
+            }
+plain = Model()
+plain.fails = rank == 1
+try:
+    environment.influence(plain, rows)
+    report["error"] = None
+except Exception as error:
+    report["error"] = f"{type(error).__name__}: {error}"
+plain.fails = False
+try:
+    environment.influence(plain, {d: r[: 4 + rank] for d, r in rows.items()})
+    report["differ"] = None
+except Exception as error:
+    report["differ"] = f"{type(error).__name__}: {error}"
+with open(f"{sys.argv[1]}/rank{rank}.json", "w") as file:
+    json.dump(report, file)
+if distributed:
+    dist.barrier()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    worker = folder / "worker.py"
+    worker.write_text(WORKER)
+    results = []
+    for name, command in (
+        ("one", [*python(), str(worker)]),
+        ("two", [*python(2), str(worker)]),
+    ):
+        output = folder / name
+        output.mkdir()
+        done = subprocess.run(
+            [*command, str(output)], env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append([json.loads(Path(file).read_text()) for file in sorted(output.glob("rank*.json"))])
+    return results
+
+
+KINDS = [
+    f"{kind} {way} {knows}" for kind in ("ddp", "fsdp") for way in ("gradient", "reverse") for knows in (True, False)
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_measure_what_one_process_measures(reports, kind):
+    (one,), (first, second) = reports
+    assert first[kind]["scores"] == second[kind]["scores"]
+    assert first[kind]["errors"] == second[kind]["errors"]
+    scale = np.abs(one[kind]["scores"]).max()
+    tolerance = 1e-4 if "gradient" in kind else 2e-2
+    np.testing.assert_allclose(first[kind]["scores"], one[kind]["scores"], atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_as_if_nothing_had_been_measured(reports, kind):
+    """Parameters, gradients, modes and random states are the same bits on both ranks, and the wrapper still works."""
+    _, (first, second) = reports
+    assert first[kind]["same"]
+    assert second[kind]["same"]
+    other = kind.replace("gradient", "reverse")
+    np.testing.assert_allclose(first[kind]["after"], first[other]["after"], rtol=0, atol=0)
+
+
+def test_a_rank_that_fails_or_differs_stops_all(reports):
+    _, (first, second) = reports
+    assert "a broken rank" in first["error"]
+    assert second["error"].startswith("ValueError")
+    assert "differ in the rows" in first["differ"]
+    assert first["differ"].startswith("RankError")

@@ -1,0 +1,378 @@
+"""`Environment.influence`: the right sign and size, honest errors, and nothing left behind."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dmagent_loader.environment import Environment
+from dmagent_loader.errors import ConfigurationError, InfluenceError
+from dmagent_loader.mixture.influence import Influence
+
+V = 256
+
+
+def tokens(text):
+    return list(text.encode())
+
+
+class Bigrams(nn.Module):
+    """Logits of the next byte, from this one alone: all gradients are known in closed form."""
+
+    def __init__(self, table=None):
+        super().__init__()
+        self.table = nn.Embedding(V, V, _weight=torch.zeros(V, V) if table is None else table)
+
+    def forward(self, input_ids, attention_mask):
+        return self.table(input_ids)
+
+
+def mean_gradient(pairs, table):
+    """Gradient of the mean log-probability of (this, next) pairs, by hand: one-hot less softmax, in row `this`."""
+    gradient = np.zeros((V, V))
+    for this, following in pairs:
+        gradient[this] -= np.exp(table[this]) / np.exp(table[this]).sum()
+        gradient[this, following] += 1
+    return gradient / len(pairs)
+
+
+def bigrams(text):
+    return list(pairwise(tokens(text)))
+
+
+def unit_adam(model):
+    """AdamW whose second moments are 1 everywhere, so that the preconditioner is the identity."""
+    optimizer = torch.optim.AdamW(model.parameters(), eps=0.0, betas=(0.9, 0.5))
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(1000.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.ones_like(parameter),
+        }
+    return optimizer
+
+
+QUESTIONS = {"sums": [("1+1=", "2"), ("2+2=", "4")], "talk": [("good", " day"), ("how are", " you"), ("why", " not")]}
+ROWS = {
+    "source/talk": ["good day to you", "how are you now"],
+    "target/sums": ["1+1=2;2+2=4;3+3=6", "2+2=4;4+4=8;1+1=2"],
+}
+
+
+def environment(**settings):
+    return Environment.from_pairs(QUESTIONS, tokens, progress=False, separator="", **settings)
+
+
+def rows():
+    return {domain: [tokens(row) for row in listed] for domain, listed in ROWS.items()}
+
+
+@pytest.mark.parametrize(("way", "tolerance"), [("gradient", 1e-5), ("reverse", 2e-3)])
+def test_scores_are_the_inner_products_that_a_linear_model_has_in_closed_form(way, tolerance):
+    torch.manual_seed(0)
+    model = Bigrams(torch.randn(V, V))
+    table = model.table.weight.detach().double().numpy()
+    found = environment().influence(model, rows(), optimizer=unit_adam(model), way=way, damping=0.0)
+    for field, pairs in QUESTIONS.items():
+        asked = np.mean(
+            [mean_gradient(bigrams(question + answer)[-len(answer) :], table) for question, answer in pairs], axis=0
+        )
+        for domain, listed in ROWS.items():
+            update = np.mean([mean_gradient(bigrams(row), table) for row in listed], axis=0)
+            assert found[field][domain].value == pytest.approx((asked * update).sum(), abs=tolerance)
+
+
+@pytest.mark.parametrize("way", ["gradient", "reverse"])
+def test_a_positive_score_means_that_training_on_the_domain_raises_the_field(way):
+    """A swapped sign, or fields and domains exchanged, would pass most other tests."""
+    torch.manual_seed(0)
+    model = Bigrams(0.1 * torch.randn(V, V))
+    found = environment().influence(model, rows(), optimizer=unit_adam(model), way=way)
+    assert found["sums"]["target/sums"].value > 0 > found["sums"]["source/talk"].value - 0.01
+    assert found["talk"]["source/talk"].value > found["talk"]["target/sums"].value
+    before = environment().evaluate(model)
+    rate = 0.05
+    for domain, listed in rows().items():
+        trained = Bigrams(model.table.weight.detach().clone())
+        loss = sum(
+            nn.functional.cross_entropy(trained(torch.tensor([row[:-1]]), None)[0], torch.tensor(row[1:]))
+            for row in listed
+        ) / len(listed)
+        loss.backward()
+        with torch.no_grad():
+            trained.table.weight -= rate * trained.table.weight.grad
+        after = environment().evaluate(trained)
+        for field in QUESTIONS:
+            # The default damping of 0.1 divides all scores by 1.1 here.
+            assert after[field] - before[field] == pytest.approx(rate * 1.1 * found[field][domain].value, abs=2e-4)
+
+
+def test_the_standard_error_covers_what_other_rows_and_questions_would_give():
+    """Too small an error would let noise decide; it may be too large, by design, but not by much."""
+    rng = np.random.default_rng(0)
+
+    def text(length):
+        return bytes(rng.integers(97, 123, length).tolist()).decode()
+
+    model = Bigrams()
+    values, errors = [], []
+    for _ in range(30):
+        asked = Environment.from_pairs({"a": [(text(6), text(4)) for _ in range(24)]}, tokens, progress=False)
+        drawn = {domain: [tokens(text(24)) for _ in range(16)] for domain in ("x", "y", "z")}
+        found = asked.influence(model, drawn, optimizer=unit_adam(model))
+        values.append(found.values()[0])
+        errors.append(found.errors()[0])
+    spread = np.std(values, axis=0, ddof=1).mean()
+    assert 0.7 * spread < np.mean(errors) < 1.8 * spread
+
+
+def llama(**settings):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        attention_dropout=0.1,
+        **settings,
+    )
+    return LlamaForCausalLM(config).train()
+
+
+def plain():
+    return llama()
+
+
+def tied():
+    return llama(tie_word_embeddings=True)
+
+
+def half():
+    return llama().to(torch.bfloat16)
+
+
+def checkpointed():
+    model = llama()
+    model.gradient_checkpointing_enable()
+    return model
+
+
+class LowRank(nn.Module):
+    """A frozen layer with a trainable low-rank part beside it, as adapters are."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.frozen = frozen
+        self.down = nn.Linear(frozen.in_features, 2, bias=False)
+        self.up = nn.Linear(2, frozen.out_features, bias=False)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.frozen(x) + self.up(self.down(self.dropout(x)))
+
+
+def adapted():
+    model = llama()
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
+    return model
+
+
+MODELS = [plain, tied, half, checkpointed, adapted]
+
+
+def snapshot(model, optimizer):
+    """All that training goes on from, as bytes or objects that compare bit for bit."""
+    state = [(name, tensor.detach().clone()) for name, tensor in model.state_dict().items()]
+    moments = [
+        (name, value.clone() if isinstance(value, torch.Tensor) else value)
+        for own in optimizer.state.values()
+        for name, value in own.items()
+    ]
+    grads = [(id(p.grad), None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    return {
+        "tensors": state + moments,
+        "grads": grads,
+        "other": [modes, model.config.use_cache, random.getstate(), torch.is_grad_enabled()],
+        "random": [torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].astype(np.int64))],  # noqa: NPY002
+    }
+
+
+def assert_same(before, after):
+    for (name, one), (_, other) in zip(before["tensors"], after["tensors"], strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other)), name
+    for (which, one), (same, other) in zip(before["grads"], after["grads"], strict=True):
+        assert which == same
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert before["other"] == after["other"]
+    for one, other in zip(before["random"], after["random"], strict=True):
+        assert torch.equal(one, other)
+
+
+def trained(build):
+    """A model with two optimizer steps behind it and gradients of a third in place, and its optimizer."""
+    model = build()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(3):
+        optimizer.zero_grad()
+        batch = torch.randint(0, V, (2, 16))
+        model(input_ids=batch, labels=batch).loss.backward()
+        if step < 2:
+            optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize("way", ["gradient", "reverse"])
+@pytest.mark.parametrize("knows_optimizer", [True, False])
+def test_nothing_is_left_behind(build, way, knows_optimizer):
+    """Parameters put back by subtraction, or a gradient that is left, would train on something else without a word."""
+    model, optimizer = trained(build)
+    before = snapshot(model, optimizer)
+    found = environment().influence(model, rows(), optimizer=optimizer if knows_optimizer else None, way=way)
+    assert_same(before, snapshot(model, optimizer))
+    assert np.isfinite(found.values()).all()
+    assert (found.errors() > 0).all()
+
+
+@pytest.mark.parametrize("way", ["gradient", "reverse"])
+def test_nothing_is_left_behind_by_a_model_that_fails_half_way(way):
+    model, optimizer = trained(plain)
+    calls = []
+
+    def fail(module, inputs):
+        calls.append(1)
+        if len(calls) == 7:  # the reverse way has moved the parameters by then
+            raise RuntimeError("a broken layer")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match="a broken layer"):
+        environment().influence(model, rows(), optimizer=optimizer, way=way)
+    handle.remove()
+    assert_same(before, snapshot(model, optimizer))
+
+
+def test_both_ways_agree_on_a_transformer():
+    """Two programs for one number: forward differences and backward products."""
+    model, optimizer = trained(plain)
+    one, other = (
+        environment().influence(model.double(), rows(), optimizer=optimizer, way=way, step=1e-5)
+        for way in ("gradient", "reverse")
+    )
+    assert np.corrcoef(one.values().ravel(), other.values().ravel())[0, 1] > 0.99
+    np.testing.assert_allclose(one.values(), other.values(), rtol=0.05, atol=0.02 * np.abs(one.values()).max())
+
+
+def test_checkpointing_of_activations_changes_nothing_but_memory():
+    plainly = environment().influence(plain(), rows())
+    saving = environment().influence(checkpointed(), rows())
+    np.testing.assert_allclose(plainly.values(), saving.values(), rtol=1e-4, atol=1e-6)
+
+
+class Narrow(nn.Module):
+    """A model that runs out of memory in calls of more tokens than it has room for."""
+
+    def __init__(self, room, room_with_gradients):
+        super().__init__()
+        self.inner, self.room, self.room_with_gradients = Bigrams(), room, room_with_gradients
+
+    def forward(self, input_ids, attention_mask):
+        room = self.room_with_gradients if torch.is_grad_enabled() else self.room
+        if input_ids.numel() > room:
+            raise torch.cuda.OutOfMemoryError(f"{input_ids.numel()} tokens")
+        return self.inner(input_ids, attention_mask)
+
+
+def test_lack_of_memory_is_met_by_smaller_calls_and_both_are_reported(caplog):
+    wide = {domain: listed * 2 for domain, listed in rows().items()}  # two rows of a group in one call
+    found = environment().influence(Narrow(1000, 20), wide, row_groups=2)
+    assert found.way == "gradient"
+    assert "short of memory" in found.notes[0]
+    assert "short of memory" in caplog.text
+    expected = environment().influence(Bigrams(), wide, row_groups=2)
+    np.testing.assert_allclose(found.values(), expected.values(), rtol=1e-5)
+
+
+def test_lack_of_memory_for_the_least_ends_in_an_error_with_a_way_out():
+    model = Narrow(3, 3)
+    model.inner.table.weight.grad = torch.ones(V, V)
+    with pytest.raises(InfluenceError, match="question-topics"):
+        environment().influence(model, rows())
+    assert torch.equal(model.inner.table.weight.grad, torch.ones(V, V))
+
+
+def test_an_optimizer_that_steps_in_the_backward_pass_is_refused():
+    model = Bigrams()
+    model.table.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(InfluenceError, match="would train the model"):
+        environment().influence(model, rows())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given: {}, "must map each domain"),
+        (lambda given: {**given, "target/none": []}, "'target/none' has the rows"),
+        (lambda given: {**given, "target/short": [[5]]}, "no token to predict"),
+        (lambda given: {**given, "target/text": ["words"]}, "flat list of token ids"),
+        (lambda given: {**given, "target/floats": [[0.5, 1.5]]}, "flat list of token ids"),
+        (lambda given: {**given, "target/raw": [{"txt": "words"}]}, "no 'input_ids'"),
+        (lambda given: {domain: listed[:1] for domain, listed in given.items()}, "more than one row"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(change, message):
+    with pytest.raises(ConfigurationError, match=message):
+        environment().influence(Bigrams(), change(rows()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"way": "sideways"}, "unknown way"),
+        ({"step": 0.0}, "step is 0.0"),
+        ({"damping": -1}, "damping is -1"),
+        ({"question_groups": 0}, "question_groups is 0"),
+        ({"rows": 3}, "no settings"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        environment().influence(Bigrams(), rows(), **settings)
+
+
+def test_a_model_that_nothing_can_move_is_refused():
+    with pytest.raises(ConfigurationError, match="no trainable parameter"):
+        environment().influence(Bigrams().requires_grad_(False), rows())
+    with pytest.raises(ConfigurationError, match="has no parameters"):
+        environment().influence(lambda input_ids, attention_mask: torch.zeros(*input_ids.shape, V), rows())
+
+
+def test_padding_and_ignored_labels_of_a_row_do_not_count():
+    plainly = [1, 2, 3, 4]
+    padded = {
+        "input_ids": torch.tensor([9, *plainly, 0, 0]),
+        "attention_mask": torch.tensor([1, 1, 1, 1, 1, 0, 0]),
+        "labels": torch.tensor([-100, -100, 2, 3, 4, -100, -100]),
+    }
+    given = {"a": [padded, padded], "b": [[5, 6], [6, 7]]}
+    other = {"a": [plainly, plainly], "b": [[5, 6], [6, 7]]}
+    model = Bigrams()
+    optimizer = unit_adam(model)
+    one, two = (environment().influence(model, rows_, optimizer=optimizer) for rows_ in (given, other))
+    np.testing.assert_allclose(one.values(), two.values(), rtol=1e-6)
+
+
+def test_a_result_survives_json():
+    found = environment().influence(Bigrams(), rows())
+    assert Influence.from_json(found.to_json()) == found

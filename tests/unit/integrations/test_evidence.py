@@ -1,0 +1,114 @@
+"""What informed policies are given between two steps, and what happens where it cannot be had."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dmagent_loader import AgentWeightedSampler, Environment, Mixing, ReadingConfig
+from dmagent_loader.errors import ConfigurationError, InfluenceError
+from dmagent_loader.policies import InfluencePolicy
+from dmagent_loader.testing import write_toy_shards
+
+DOMAINS = {"source/Science": 40, "source/Sports": 40, "target/Finance": 40, "target/Health": 40}
+QUESTIONS = {
+    "keep": [("Which planet orbits the sun fastest?", "Mercury"), ("What do cells divide by?", "Mitosis")],
+    "acquire": [("The bank pays 5 percent interest on a loan of 100 dollars. How much?", "5 dollars")] * 2,
+}
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(256, 256)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.table(input_ids)
+
+
+def mixing(tmp_path, policy):
+    sampler = AgentWeightedSampler(
+        write_toy_shards(tmp_path, DOMAINS, tokens=16),
+        policy=policy,
+        samples_per_reweight=10,
+        reading=ReadingConfig(progress=False),
+    )
+    environment = Environment.from_pairs(QUESTIONS, lambda text: list(text.encode()), progress=False)
+    return Mixing(sampler, environment)
+
+
+def test_influence_is_measured_before_the_first_decision_only(tmp_path):
+    run, model, asked = mixing(tmp_path, "influence"), Model(), []
+
+    def measure(environment, rows, settings):
+        asked.append({domain: len(listed) for domain, listed in rows.items()})
+        return environment.influence(model, rows, **settings)
+
+    run.begin()
+    for consumed in (0, 10, 20):
+        run.consumed = consumed
+        list(zip(run.sampler, range(10), strict=False))
+        report = run.reweight(lambda environment: environment.evaluate(model), measure=measure)
+        assert 0 < report.full["dmagent/influence_share"] <= 1
+        assert ("dmagent/influence_seconds" in report.full) == (consumed == 0)
+        assert report.decision.outcome.accepted
+    assert asked == [dict.fromkeys(DOMAINS, 32)]  # rows as they are stored, without transform=
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_where_influence_cannot_be_had_the_topics_of_the_questions_decide_and_the_log_says_so(tmp_path, caplog, fails):
+    run = mixing(tmp_path, "influence")
+
+    def measure(environment, rows, settings):
+        raise InfluenceError("no room at all")
+
+    run.begin()
+    with caplog.at_level(logging.WARNING):
+        report = run.reweight(lambda environment: environment.evaluate(Model()), measure=measure if fails else None)
+    assert "decides without influence" in caplog.text
+    assert ("no room at all" in caplog.text) == fails
+    mix = report.decision.proposed
+    assert mix["source/Science"] > 2 * mix["source/Sports"]
+    assert mix["target/Finance"] > 2 * mix["target/Health"]
+
+
+def test_question_topics_needs_no_gradients(tmp_path, caplog):
+    run = mixing(tmp_path, "question-topics")
+    run.begin()
+    mix = run.reweight(lambda environment: environment.evaluate(Model())).decision.proposed
+    assert mix["source/Science"] > 2 * mix["source/Sports"]
+    assert "without influence" not in caplog.text
+
+
+def test_the_state_has_what_the_policy_learnt_and_another_policy_leaves_it_aside(tmp_path):
+    run = mixing(tmp_path, "question-topics")
+    run.begin()
+    run.reweight(lambda environment: environment.evaluate(Model()))
+    state = run.sampler.state_dict(consumed=0)
+    assert set(state["policy_state"]["topics"]) == {"source", "target"}
+    other = mixing(tmp_path, "influence")
+    other.sampler.load_state_dict(state)
+    assert other.sampler.policy.influence is None
+
+
+def test_a_policy_that_asks_for_what_nobody_has_is_refused(tmp_path):
+    class Wanting(InfluencePolicy):
+        def needed(self, decision):
+            return frozenset({"the moon"})
+
+    run = mixing(tmp_path, None)
+    space = run.sampler.space
+    run = mixing(tmp_path, Wanting(space, np.full(len(space), 1 / len(space))))
+    run.begin()
+    with pytest.raises(ConfigurationError, match="the moon"):
+        run.reweight(lambda environment: environment.evaluate(Model()))
+
+
+def test_an_unknown_name_of_a_policy_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ConfigurationError, match="'influence' or 'question-topics'"):
+        mixing(tmp_path, "influenze")
