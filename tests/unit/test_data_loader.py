@@ -73,7 +73,7 @@ def test_another_batch_size_than_the_loaders_is_refused(build):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_workers": 1.5}, "num_workers is 1.5"),
         ({"samples_per_step": 0}, "samples_per_step is 0"),
-        ({"prefetch_factor": -1}, "prefetch_factor is -1"),
+        ({"prefetch_factor": 0}, "prefetch_factor is 0; it must be at least 1"),
     ],
 )
 def test_a_loader_refuses_settings_that_contradict_the_order(build, settings, message):
