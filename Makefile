@@ -24,7 +24,7 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := $(filter $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)), \
 	throughput dynamics resume scale environment)
 
-.PHONY: demo test test-all test-nemo lint docs bench bench-quick fuzz clean
+.PHONY: demo test test-unit test-all test-nemo lint docs bench bench-quick fuzz clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ demo: $(STAMP)
 DEALT := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest $(DEALT) -m 'not slow' $(PYTEST_ARGS)
+
+# One process; none is started and nothing is waited for (tests/unit/conftest.py).
+test-unit: $(STAMP)
+	$(VENV)/bin/python -m pytest tests/unit -m 'not slow' $(PYTEST_ARGS)
 
 test-all: $(STAMP)
 	$(VENV)/bin/python -m pytest $(DEALT) $(PYTEST_ARGS)

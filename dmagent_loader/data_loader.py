@@ -78,7 +78,8 @@ class MixingDataLoader(DataLoader[Any]):
                 "samples: leave it out; to end the run with a whole step, pass samples_per_step="
             )
         samples = 1 if batch_size is None else whole_number("batch_size", batch_size, least=1)
-        factor = whole_number("prefetch_factor", prefetch_factor or DEFAULT_PREFETCH_FACTOR, least=1)
+        factor = DEFAULT_PREFETCH_FACTOR if prefetch_factor is None else prefetch_factor
+        factor = whole_number("prefetch_factor", factor, least=1)
         description = LoaderSettings(
             batch_size=samples,
             samples_per_fetch=samples,

@@ -74,7 +74,9 @@ class MethodResult:
 
 
 def methods(space: DomainSpace, rows: Mapping[str, int], agent: MixingAgent) -> list[Method]:
-    """Four methods: target only, half and half, agent, influence. Inside a field the static mixes follow the natural shares.
+    """Four methods: target only, half and half, agent, influence.
+
+    Inside a field the static mixes follow the natural shares.
 
     Args:
         space: The domains.

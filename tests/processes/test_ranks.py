@@ -145,16 +145,15 @@ def test_under_torchrun_the_run_ends_with_the_message_of_a_rank_that_waited(tmp_
 TORCHRUN = """
 import os, signal, sys, time
 import torch.distributed as dist
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import write_toy_shards
 
 dist.init_process_group("gloo")
 folder = f"{sys.argv[1]}/{dist.get_rank()}"
 shards = write_toy_shards(folder, {"source/web": 32, "target/math": 32})
-sampler = AgentWeightedSampler(
-    shards, policy=StaticPolicy([0.5, 0.5]), samples_per_reweight=16, progress=False, cache_dir=folder
-)
+reading = ReadingConfig(progress=False, cache_dir=folder)
+sampler = AgentWeightedSampler(shards, policy=StaticPolicy([0.5, 0.5]), samples_per_reweight=16, reading=reading)
 if dist.get_rank() == 3:
     time.sleep(1)
     os.kill(os.getpid(), signal.SIGKILL)

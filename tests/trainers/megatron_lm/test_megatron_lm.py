@@ -1,6 +1,6 @@
 """Megatron-LM's pretrain(), where a checkout is at hand: it is not in any package.
 
-Run with ``MEGATRON_LM=path pytest tests/integration/megatron_lm``; a checkout of core_v0.16.1 goes with megatron-core
+Run with ``MEGATRON_LM=path pytest tests/trainers/megatron_lm``; a checkout of core_v0.16.1 goes with megatron-core
 0.16.1. It must be able to import triton.
 """
 

@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-import time
+from dataclasses import dataclass
 
 import pytest
-from reading import quiet
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from samplers import indices
+from torch.utils.data import DataLoader
 
-from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
+from dmagent_loader._loading.config import LoaderSettings
+from dmagent_loader._loading.cursor import Cursor
+from dmagent_loader._loading.mailbox import Mailbox
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.policies import StaticPolicy
-from dmagent_loader.testing import write_toy_shards
 
-ROWS = {"source/web": 400, "target/math": 400}
+SINGLE = LoaderSettings(batch_size=4, samples_per_fetch=4)
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_toy_shards(tmp_path_factory.mktemp("shards"), ROWS)
+@dataclass
+class At:
+    """An iterator that has given all samples before `frontier`."""
+
+    frontier: int
+
+
+@dataclass
+class Worker:
+    """What torch tells worker `id` of a loader whose iterator drew the seed `loader`."""
+
+    id: int
+    num_workers: int = 2
+    loader: int = 1000
+
+    @property
+    def seed(self) -> int:
+        return self.loader + self.id
 
 
 @pytest.fixture
-def build(shards, tmp_path):
-    def build(sampler_class=AgentWeightedSampler, **settings):
-        settings = {
-            "samples_per_reweight": 40,
-            "exhausted": "repeat",
-            "initial_mix": dict.fromkeys(ROWS, 0.5),
-            **settings,
-        }
-        reading = quiet(tmp_path / "cache", settings.pop("reading", None))
-        return sampler_class(shards, reading=reading, **settings)
-
-    return build
+def cursor() -> Cursor:
+    return Cursor(Mailbox(2))
 
 
-def indices(samples):
-    return [sample["__index__"] for sample in samples]
+def forked(cursor: Cursor) -> Cursor:
+    """The cursor as a data worker has it: a copy, over the same shared memory."""
+    return copy.copy(cursor)
 
 
 @pytest.mark.parametrize("look", [iter, lambda sampler: iter(DataLoader(sampler, batch_size=4, collate_fn=indices))])
@@ -53,221 +60,100 @@ def test_a_look_at_a_batch_does_not_move_a_run_in_silence(build, look):
         next(stream)
 
 
-@pytest.mark.parametrize("look_workers", [0, 1, 2])
-def test_a_look_while_workers_read_stops_them(build, look_workers):
-    sampler = build()
-    stream = iter(MixingDataLoader(sampler, batch_size=4, num_workers=2, collate_fn=indices))
-    next(stream)
-    look = MixingDataLoader(sampler, batch_size=4, num_workers=look_workers, collate_fn=indices)
-    assert list(itertools.islice(look, 3)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    with pytest.raises(StateError, match="use a separate sampler to look at samples"):
-        list(itertools.islice(stream, 10))
-
-
-def test_a_look_with_workers_stops_the_main_process(build):
-    sampler = build()
-    stream = iter(sampler)
-    next(stream)
-    next(iter(MixingDataLoader(sampler, batch_size=4, num_workers=1, collate_fn=indices)))
-    with pytest.raises(StateError, match="use a separate sampler to look at samples"):
-        next(stream)
-
-
-class LateWorkers(AgentWeightedSampler):
-    """Those of the first loaders begin when later loaders have long read."""
-
-    loader_number = 0
-
-    def __iter__(self):
-        time.sleep(max(0.0, 0.4 * (2 - self.loader_number)) if get_worker_info() is not None else 0.0)
-        return super().__iter__()
-
-
-def test_late_workers_of_a_loader_that_was_replaced_do_not_stop_the_new_ones(build):
-    """They would also overwrite how far those have come."""
-    sampler = build(LateWorkers)
-    replaced = []
-    for sampler.loader_number in range(3):
-        replaced.append(iter(MixingDataLoader(sampler, batch_size=4, num_workers=2, collate_fn=indices)))
-    seen = []
-    while len(seen) < 80:
-        seen += next(replaced[-1])
-        time.sleep(0.05)
-        sampler.reweight_due(len(seen))
-        assert sampler._feed.mailbox.frontier() >= len(seen)
-    assert seen == list(range(80))
-    with pytest.raises(StateError, match="another iterator"):
-        next(replaced[0])
-
-
 def test_an_iterator_that_is_done_makes_room_for_the_next(build):
     sampler = build()
     for first in (0, 8, 16):
         assert indices(itertools.islice(sampler, 8)) == list(range(first, first + 8))
 
 
-class LateInLaterPasses(AgentWeightedSampler):
-    passes = 0
-
-    def __iter__(self):
-        worker = get_worker_info()
-        self.passes += 1
-        if self.passes > 1 and worker is not None and worker.id == 1:
-            time.sleep(0.5)
-        return super().__iter__()
-
-
-def test_a_persistent_worker_that_is_late_in_a_later_pass_begins_where_the_others_do(build):
-    """It would find there what was consumed from the others by then: samples lost and samples twice."""
-    sampler = build(LateInLaterPasses)
-    loader = MixingDataLoader(sampler, batch_size=4, num_workers=2, persistent_workers=True, collate_fn=indices)
-    seen = []
-    for _ in range(3):
-        for batch in itertools.islice(loader, 6):
-            seen += batch
-            sampler.reweight_due(len(seen))
-    assert seen == list(range(72))
+def test_without_workers_the_place_is_after_the_last_sample_given_or_consumed(cursor):
+    assert (cursor.delivered, cursor.handed_out, cursor.frontier) == (0, 0, 0)
+    cursor.stream = At(10)
+    cursor.consume(4)
+    assert (cursor.consumed, cursor.delivered, cursor.handed_out, cursor.frontier) == (4, 10, 10, 10)
+    assert cursor.first_free(SINGLE, world_size=1, last_start=0) == 10
+    assert cursor.first_free(SINGLE, world_size=1, last_start=30) == 30, "a ledger is written forwards only"
+    cursor.consume(12)
+    cursor.consume(8)
+    assert (cursor.consumed, cursor.handed_out) == (12, 12), "what was consumed does not become less"
 
 
-def test_persistent_workers_refuse_to_go_on_where_a_run_was_set_back(build):
-    sampler = build()
-    loader = MixingDataLoader(sampler, batch_size=4, num_workers=1, persistent_workers=True, collate_fn=indices)
-    sampler.seek(40)
-    assert next(iter(loader)) == [40, 41, 42, 43]
-    sampler.seek(20)
+def test_a_new_pass_begins_after_what_was_handed_out_or_after_what_was_trained_on(cursor):
+    cursor.stream = At(10)
+    cursor.consume(4)
+    assert cursor.begin_pass(None) == 10
+    cursor.stream = At(20)
+    cursor.training_counts = True
+    assert cursor.begin_pass(None) == 4, "the trainer counts each batch, and what it had fetched ahead comes again"
+    assert cursor.delivered == 4
+
+
+def test_with_workers_a_new_mix_begins_after_all_that_they_may_have_fetched(cursor):
+    """Catches a bound that follows the workers' progress: a resumed run would decide for another sample."""
+    for worker in range(2):
+        forked(cursor).start_worker(Worker(worker), 0)
+    cursor.consume(8)
+    settings = LoaderSettings(batch_size=4, samples_per_fetch=4, prefetch_factor=3)
+    for frontier in (0, 12, 8 + 2 * 3 * 4):
+        cursor.mailbox.advance(1, frontier)
+        assert cursor.first_free(settings, world_size=1, last_start=0) == 8 + 2 * 3 * 4
+    assert cursor.first_free(settings, world_size=3, last_start=0) == 8 + 3 * 2 * 3 * 4
+    assert cursor.frontier == 32
+    cursor.mailbox.advance(1, 33)
+    with pytest.raises(
+        ConfigurationError, match=r"1 samples further than 8 consumed samples and a prefetch_factor of 3"
+    ):
+        cursor.first_free(settings, world_size=1, last_start=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "free"),
+    [
+        (LoaderSettings(batch_size=4, samples_per_fetch=None), 2 * 2 * 4 * 2),
+        (LoaderSettings(batch_size=4, samples_per_fetch=8, kind="whole"), 2 * 2 * 8),
+        (LoaderSettings(batch_size=4, samples_per_fetch=4, prefetched_samples=41), 48),
+    ],
+    ids=["unknown batches", "one stream for all ranks", "named by the trainer"],
+)
+def test_the_bound_is_in_whole_steps_of_the_loader(cursor, settings, free):
+    """41 samples that a trainer holds are rounded up to 6 steps of 2 ranks with 4 samples each."""
+    forked(cursor).start_worker(Worker(0), 0)
+    assert cursor.first_free(settings, world_size=2, last_start=0) == free
+
+
+def test_setting_a_run_back_stops_its_workers_and_setting_it_forward_does_not(cursor):
+    worker = forked(cursor)
+    cursor.seek(40)
+    assert worker.is_newest(Worker(0))
+    assert (cursor.position, cursor.consumed, cursor.mailbox.base) == (40, 40, 40)
+    cursor.seek(20)
     with pytest.raises(StateError, match="set back by seek"):
-        next(iter(loader))
-    again = MixingDataLoader(sampler, batch_size=4, num_workers=1, collate_fn=indices)
-    assert next(iter(again)) == [20, 21, 22, 23]
+        worker.check_worker(Worker(0))
+    again = forked(cursor)
+    again.check_worker(Worker(0, loader=2000))
+    cursor.restore(20)
+    with pytest.raises(StateError, match="a state was loaded"):
+        again.check_worker(Worker(0, loader=2000))
 
 
-class OwnBatches(IterableDataset):
-    """As users of webdataset write it."""
-
-    def __init__(self, sampler):
-        self.sampler = sampler
-
-    def __iter__(self):
-        stream = iter(self.sampler)
-        while batch := indices(itertools.islice(stream, 8)):
-            yield batch
-
-
-def test_batches_made_between_loader_and_sampler_are_dealt_whole_to_the_workers(build):
-    """The loader asks for one thing at a time, which is not one sample: what was consumed would be another set."""
-    unknown = DataLoader(OwnBatches(build()), batch_size=None, num_workers=2)
-    with pytest.raises(ConfigurationError, match="its batch size is unknown"):
-        next(iter(unknown))
-    loader = DataLoader(OwnBatches(build(reading=ReadingConfig(batch_size=8))), batch_size=None, num_workers=2)
-    assert list(itertools.chain.from_iterable(itertools.islice(loader, 4))) == list(range(32))
+def test_a_worker_that_starts_late_begins_where_the_others_did_in_every_pass(cursor):
+    """What was consumed from the others by then is in the mailbox, but not in the worker's own copy."""
+    cursor.seek(16)
+    first, late = forked(cursor), forked(cursor)
+    assert first.begin_pass(Worker(0)) == 16
+    cursor.consume(24)
+    assert late.begin_pass(Worker(1)) == 16
+    assert first.begin_pass(Worker(0)) == 24, "the next pass of a persistent worker"
+    cursor.consume(32)
+    assert late.begin_pass(Worker(1)) == 24
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_more_consumed_than_was_handed_out_is_refused(build, num_workers):
-    """Counted once too often, a resumed run would leave out what nobody trained on."""
-    sampler = build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5)))
-    sampler.reweight({"general": -1.0}, consumed=0)
-    stream = iter(MixingDataLoader(sampler, batch_size=4, num_workers=num_workers, collate_fn=indices))
-    for _ in range(10):
-        next(stream)
-    for call in (sampler.state_dict, lambda consumed: sampler.reweight({"general": -1.0}, consumed=consumed)):
-        with pytest.raises(ConfigurationError, match="count the samples of all ranks"):
-            call(consumed=80)
-    assert sampler.state_dict(consumed=40)["consumed"] == 40
-
-
-def test_a_state_that_could_not_be_loaded_is_not_written(build):
-    sampler = build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5)))
-    sampler.reweight({"general": -1.0}, consumed=0)
-    for _ in zip(range(40), sampler, strict=False):
-        pass
-    sampler.reweight({"general": -1.0}, consumed=40)
-    with pytest.raises(StateError, match="consumed is 20, but a decision was made after 40 samples"):
-        sampler.state_dict(consumed=20)
-    build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5))).load_state_dict(sampler.state_dict(consumed=40))
-
-
-def test_a_decision_that_no_sample_is_free_for_is_still_due(build):
-    """Workers prefetch more than the sampler was told: nothing of the decision may be kept."""
-    sampler = build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5)), reading=ReadingConfig(batch_size=4))
-    sampler.reweight({"general": -1.0}, consumed=0)
-    stream = iter(DataLoader(sampler, batch_size=4, num_workers=2, prefetch_factor=8, collate_fn=indices))
-    for _ in range(10):
-        next(stream)
-    deadline = time.monotonic() + 60
-    while sampler._feed.mailbox.frontier() < 80 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for _ in range(2):
-        with pytest.raises(ConfigurationError, match="further than 40 consumed samples"):
-            sampler.reweight({"general": -1.0}, consumed=40)
-    assert sampler.reweight_due(40)
-    assert len(sampler.ledger) == 1
-
-
-def test_what_was_achieved_is_asked_for_by_indices_that_exist(build):
-    sampler = build()
-    for _ in zip(range(10), sampler, strict=False):
-        pass
-    assert sampler.achieved(4, 10) == {"source/web": 3, "target/math": 3}
-    for start, stop in ((-90, 10), (0, -5), (8, 4), (2.5, 10)):
-        with pytest.raises(ConfigurationError, match=r"st(art|op) is"):
-            sampler.achieved(start, stop)
-
-
-def test_a_world_without_a_rank_is_refused(build):
-    """Every process would read the share of rank 0."""
-    with pytest.raises(ConfigurationError, match=r"world_size=2 without rank.*pass rank="):
-        build(world_size=2)
-    assert indices(itertools.islice(build(rank=1, world_size=2), 3)) == [1, 3, 5]
-
-
-def said(caplog, words):
-    return [record.getMessage() for record in caplog.records if words in record.getMessage()]
-
-
-def test_what_workers_fetched_ahead_is_no_miscount(build, caplog):
-    """Right at the start they have handed out many times what was trained on."""
-    sampler = build()
-    stream = iter(MixingDataLoader(sampler, batch_size=4, num_workers=2, prefetch_factor=4, collate_fn=indices))
-    next(stream)
-    deadline = time.monotonic() + 60
-    while sampler._feed.mailbox.frontier() < 20 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert sampler.state_dict(consumed=4)["consumed"] == 4
-    assert not said(caplog, "were handed out")
-
-
-def test_batches_counted_for_samples_are_warned_of(build, caplog):
-    """A resumed run would train on most of it again."""
-    sampler = build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5)))
-    sampler.reweight({"general": -1.0}, consumed=0)
-    stream = iter(DataLoader(sampler, batch_size=4, collate_fn=indices))
-    for consumed in range(4, 44, 4):
-        next(stream)
-        sampler.state_dict(consumed=consumed)
-    assert not said(caplog, "were handed out")
-    for _ in range(2):
-        sampler.state_dict(consumed=10)
-    assert len(said(caplog, "consumed is 10, but 40 samples were handed out")) == 1
-    assert len(said(caplog, "were handed out")) == 1
-
-
-def test_ranks_without_a_process_group_are_warned_of(build, caplog, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    next(iter(build(rank=0, world_size=2)))
-    assert not said(caplog, "WORLD_SIZE")
-    next(iter(build()))
-    assert said(caplog, "WORLD_SIZE is 2, but there is no process group")
-
-
-def test_a_pass_after_the_end_of_the_data_is_warned_of(build, caplog):
-    sampler = build(exhausted=None)
-    assert len(list(sampler)) > 700
-    assert not said(caplog, "data are used up")
-    assert list(sampler) == []
-    assert said(caplog, "a new pass has none")
-
-
-def test_losses_in_the_place_of_log_probabilities_are_warned_of(build, caplog):
-    build(policy=StaticPolicy(dict.fromkeys(ROWS, 0.5))).reweight({"general": 6.9}, consumed=0)
-    assert said(caplog, "pass -loss")
+def test_workers_of_a_loader_that_was_replaced_leave_the_place_alone(cursor):
+    """They would overwrite how far the new ones have come."""
+    replaced = forked(cursor)
+    cursor.begin_pass(None)
+    new = forked(cursor)
+    new.start_worker(Worker(0, loader=2000), 8)
+    replaced.start_worker(Worker(0, loader=1000), 0)
+    assert cursor.mailbox.frontier() == 8
+    assert cursor.mailbox.num_workers == 2

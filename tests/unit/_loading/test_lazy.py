@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from reading import quiet
+from samplers import assert_lazy_rows_make_the_batches_of_eager_ones, builder
 from torch.utils.data import default_collate
 
-from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader._loading.lazy import LazyRow, read_together
 from dmagent_loader.errors import DamagedShardError, DecodeError
 from dmagent_loader.testing import write_toy_shards
@@ -21,8 +21,7 @@ from dmagent_loader.transforms import PACKED_MEMBER, collate_packed, packed_toke
 
 
 def build(shards, folder: Path, **options) -> AgentWeightedSampler:
-    reading = quiet(folder / "cache", options.pop("reading", None))
-    return AgentWeightedSampler(shards, **{"samples_per_reweight": 8, "reading": reading, **options})
+    return builder(shards, folder / "cache", samples_per_reweight=8)(**options)
 
 
 @pytest.fixture
@@ -57,23 +56,10 @@ def test_a_lazy_row_is_the_sample_that_an_eager_one_is(shards, tmp_path):
         assert type(again) is dict
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("collate", [collate_packed, default_collate])
-def test_batches_are_the_same_with_any_workers_and_across_changes_of_the_mix(shards, tmp_path, workers, collate):
-    batches = {}
-    for decode in ("default", "lazy"):
-        sampler = build(shards, tmp_path, decode=decode, exhausted="repeat")
-        loader = MixingDataLoader(sampler, batch_size=6, num_workers=workers, collate_fn=collate)
-        batches[decode] = []
-        for batch, number in zip(loader, range(12), strict=False):
-            batches[decode].append(batch)
-            if number == 5 and not workers:
-                sampler.set_mix({"source/a": 0.9, "target/x": 0.1})
-    for one, other in zip(batches["default"], batches["lazy"], strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
-            assert same, name
+def test_batches_are_the_same_across_changes_of_the_mix(shards, tmp_path, collate):
+    build = builder(shards, tmp_path / "cache", samples_per_reweight=8)
+    assert_lazy_rows_make_the_batches_of_eager_ones(build, collate, workers=0)
 
 
 def test_a_batch_is_read_into_one_array_only_if_it_can_be(shards, tmp_path):

@@ -30,7 +30,11 @@ def test_a_run_goes_on_from_its_file(tmp_path: Path) -> None:
     assert sample_ids(resumed) == sample_ids(build())[17:]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"step": 17, "samp', b"[1, 2]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"step": 17, "samp', b"[1, 2]", b"\xff\xfe", b"[" * 100_000],
+    ids=["empty", "cut", "a list", "not UTF-8", "deep"],
+)
 def test_a_file_that_is_no_state_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "state.json").write_bytes(content)
     with pytest.raises(StateError, match=r"state\.json"):

@@ -1,0 +1,35 @@
+"""A fresh process: the package is light to import, and an extra that is missing is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["transformers", "accelerate", "nemo", "megatron", "lightning", "d3rlpy", "gymnasium", "datasets", "matplotlib"]
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, dmagent_loader;"
+        "dmagent_loader.AgentWeightedSampler, dmagent_loader.MixingAgent, dmagent_loader.Environment;"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("package", "integration", "extra"),
+    [("transformers", "huggingface", "hf"), ("lightning", "lightning", "lightning")],
+)
+def test_a_missing_extra_is_named(package, integration, extra):
+    code = (
+        f"import sys; sys.modules['{package}'] = None\n"
+        f"try:\n    import dmagent_loader.integrations.{integration}\n"
+        "except ImportError as error:\n    print(type(error).__name__, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "MissingExtraError" in done.stdout
+    assert f"dmagent-loader[{extra}]" in done.stdout
