@@ -39,13 +39,15 @@ class Method:
 
     Args:
         name: Name in the report.
-        mix: Fixed mix for the whole run; None: `agent` decides.
+        mix: Fixed mix for the whole run; None: `agent` or `policy` decides.
         agent: Agent that decides.
+        policy: Name of the policy that decides.
     """
 
     name: str
     mix: Mapping[str, float] | None = None
     agent: MixingAgent | None = None
+    policy: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class MethodResult:
 
 
 def methods(space: DomainSpace, rows: Mapping[str, int], agent: MixingAgent) -> list[Method]:
-    """Three methods: target only, half and half, agent. Inside a field the static mixes follow the natural shares.
+    """Four methods: target only, half and half, agent, influence. Inside a field the static mixes follow the natural shares.
 
     Args:
         space: The domains.
@@ -88,6 +90,7 @@ def methods(space: DomainSpace, rows: Mapping[str, int], agent: MixingAgent) -> 
         Method(name="target only", mix=mix({TARGET: 1.0})),
         Method(name="half and half", mix=mix({SOURCE: 0.5, TARGET: 0.5})),
         Method(name="agent", agent=agent),
+        Method(name="influence", policy="influence"),
     ]
 
 
@@ -120,7 +123,7 @@ def run_method(
     sampler = AgentWeightedSampler(
         shards,
         agent=method.agent,
-        policy=None if method.mix is None else StaticPolicy(method.mix, name=method.name),
+        policy=method.policy if method.mix is None else StaticPolicy(method.mix, name=method.name),
         samples_per_reweight=config.samples_per_reweight,
         seed=config.seed,
         initial_mix=method.mix,

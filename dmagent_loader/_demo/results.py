@@ -72,25 +72,27 @@ def reading_notes(scores: Sequence[Scores]) -> list[str]:
     """Notes on how to read the table, with the noise of the question sets.
 
     Args:
-        scores: Scores of the untrained model, the base model, then the methods; the last two methods are compared
-            question by question.
+        scores: Scores of the untrained model, the base model, then the methods; each of the last two is compared with
+            the one before both, question by question.
     """
     notes = [
         "Feedback: mean log-probability per answer token in nats; higher is better.",
         "Held-out loss: nats per token on documents that were not trained on; lower is better.",
     ]
-    other, agent = scores[-2:]
-    errors = []
-    for field, values in agent.questions.items():
-        difference = values - other.questions[field]
-        error = float(np.std(difference, ddof=1) / np.sqrt(len(difference)))
-        # Adding 0 turns a rounded -0.0 into 0.0.
-        mean = round(float(np.mean(difference)), 3) + 0.0
-        errors.append(f"{field} {mean:+.3f} ± {error:.3f} ({len(difference)} questions)")
-    notes.append(
-        f"Feedback of '{agent.name}' minus '{other.name}', with the standard error over the questions: "
-        f"{', '.join(errors)}. Each run has one seed; the variation between seeds adds to this error."
-    )
+    reference, *compared = scores[-3:]
+    for run in compared:
+        errors = []
+        for field, values in run.questions.items():
+            difference = values - reference.questions[field]
+            error = float(np.std(difference, ddof=1) / np.sqrt(len(difference)))
+            # Adding 0 turns a rounded -0.0 into 0.0.
+            mean = round(float(np.mean(difference)), 3) + 0.0
+            errors.append(f"{field} {mean:+.3f} ± {error:.3f} ({len(difference)} questions)")
+        notes.append(
+            f"Feedback of '{run.name}' minus '{reference.name}', with the standard error over the questions: "
+            f"{', '.join(errors)}."
+        )
+    notes.append("Each run has one seed; the variation between seeds adds to these errors.")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""The demo from beginning to end: text -> tokenizer -> shards -> base model -> three continual runs -> report."""
+"""The demo from beginning to end: text -> tokenizer -> shards -> base model -> four continual runs -> report."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def _report(
             records,
             corpus.space,
             x_label="tokens trained on (thousands)",
-            title=f"Three continual runs of one base model, {budget} each",
+            title=f"Four continual runs of one base model, {budget} each",
         )
     )
     files = {
@@ -276,7 +276,7 @@ def _report(
             html.table_section("Settings", _listing("setting", "value", settings)),
             html.table_section("Versions", _listing("package", "version", versions)),
         ],
-        summary=f"A small language model, continually pre-trained in three ways on {corpus.title}.",
+        summary=f"A small language model, continually pre-trained in four ways on {corpus.title}.",
     )
     files["report"].write_text(page, encoding="utf-8")
     files["chart"].write_bytes(chart)
@@ -298,9 +298,10 @@ def _what_was_done(corpus: Corpus, config: DemoConfig, budget: str, num_paramete
     return [
         f"A base model of {num_parameters / 1e6:.1f}M parameters was trained on {base_tokens:,} tokens of the source "
         "field alone.",
-        f"Then three copies of it were trained on {budget} each, with the same settings and seed: on the target field "
-        "only; on both fields, half and half; and in a mix that the agent chose again after every "
-        f"{config.samples_per_reweight * config.row_tokens:,} tokens.",
+        f"Then four copies of it were trained on {budget} each, with the same settings and seed: on the target field "
+        "only; on both fields, half and half; in a mix that the agent chose again after every "
+        f"{config.samples_per_reweight * config.row_tokens:,} tokens; and in the mix that the measured influence of "
+        "each domain on the questions speaks for, with 30% of the target field.",
         "The runs read packed shards through AgentWeightedSampler into a Hugging Face Trainer with DataMixingCallback.",
         knowledge,
         "The tokenizer was trained on both fields. Domains repeat when they are used up, so all runs get the same "

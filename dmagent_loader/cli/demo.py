@@ -1,4 +1,4 @@
-"""``dmagent demo``: continual pre-training of a small language model in three ways, in minutes, without downloads."""
+"""``dmagent demo``: continual pre-training of a small language model in four ways, in minutes, without downloads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_demo_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         "demo",
         help="watch the agent re-weight domains while a small model trains: a few minutes on two CPU cores",
         description=(
-            "Trains a small language model on the documentation of this Python installation, then continues in three "
+            "Trains a small language model on the documentation of this Python installation, then continues in four "
             "ways with the same token budget: on source code only, half and half, and in the mix that the agent "
             "chooses. Writes a table, a chart and an HTML page. Downloads nothing."
         ),

@@ -47,8 +47,8 @@ def numbers(output: Path) -> dict[str, Any]:
 
 def test_every_method_gets_the_same_token_budget(numbers: dict[str, Any]) -> None:
     tokens = {row["model"]: row["tokens"] for row in numbers["scores"]}
-    budgets = [sum(tokens[name].values()) for name in ("target only", "half and half", "agent")]
-    assert budgets == [3 * 6 * 8 * 64] * 3
+    budgets = [sum(tokens[name].values()) for name in ("target only", "half and half", "agent", "influence")]
+    assert budgets == [3 * 6 * 8 * 64] * 4
     assert tokens["target only"]["source"] == 0
     assert abs(tokens["half and half"]["source"] - tokens["half and half"]["target"]) <= 2 * 64
 
