@@ -116,7 +116,7 @@ class PolicyError(DMAgentError):
 
 
 class InfluenceError(DMAgentError, RuntimeError):
-    """The influence of the domains cannot be measured here: lack of memory, or a model that gives no gradients."""
+    """Influence of the domains that cannot be measured: for lack of memory, or on a model without gradients."""
 
 
 class CheckpointError(DMAgentError):

@@ -144,7 +144,7 @@ class AgentWeightedSampler(FeedDataset):
         """Continues after the last sample handed out (with data workers: after those reported as consumed)."""
         worker = get_worker_info()
         if self._run is not None and (worker is None or worker.id == 0):
-            self._run.warn_if_nobody_decides()
+            self._run.warn_before_first_decision()
         return super().__iter__()
 
     def set_mix(self, weights: Mapping[str, float], *, renormalize: bool = False) -> LedgerEntry:
@@ -189,17 +189,17 @@ class AgentWeightedSampler(FeedDataset):
         return self._deciding().reweight(feedback, consumed)
 
     def probe_rows(self, rows: int, *, probe: int = 0) -> dict[str, list[Sample]]:
-        """Rows of each domain to measure influence on, read by position: none of them counts as consumed.
+        """Rows of each domain to measure influence on, read by position. They do not count as consumed.
 
         Args:
-            rows: Rows of each domain, evenly spaced over its shards; all of a domain that has fewer.
-            probe: Number of the probe: another one reads other rows, the same one always the same.
+            rows: Number of rows of each domain, evenly spaced over its shards; a smaller domain returns all its rows.
+            probe: Number of the probe; each probe reads different rows, and always the same ones.
 
         Returns:
-            Domain -> rows, decoded and transformed as samples are, with ``__index__`` -1. Equal on all ranks.
+            Domain -> rows, decoded and transformed like samples, with ``__index__`` -1. The same on all ranks.
 
         Raises:
-            ShardError: A row that is damaged or cannot be decoded.
+            ShardError: A row is damaged or cannot be decoded.
         """
         count, number = whole_number("rows", rows, least=1), whole_number("probe", probe, least=0)
         return probe_rows(self._feed, count, number)

@@ -209,7 +209,7 @@ class Mailbox:
     def num_workers(self) -> int:
         """Workers that have begun; 0 while the main process reads by itself."""
         word = self._header[_WORKERS]
-        if not word:  # the fast case: the main process reads by itself, and asks before each sample
+        if not word:  # the fast path, taken before each sample while the main process reads by itself
             return 0
         generation, count = divmod(word, 1 << _COUNT_BITS)
         return count if generation == self.generation else 0

@@ -1,4 +1,4 @@
-"""Rows for a look at each domain, read by position: they do not count as consumed, and come again in training."""
+"""Sample rows of each domain, read by position: they do not count as consumed, and training reads them too."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.simplex import IntArray
 
 GOLDEN = 0.6180339887498949
-"""Multiples of it, modulo 1, spread evenly however many are taken: successive probes read other rows."""
+"""Golden ratio minus 1: any number of its multiples, modulo 1, is evenly spread, so probes read different rows."""
 
 NO_INDEX = -1
-"""``__index__`` of such rows: they are no samples of the run."""
+"""``__index__`` of probe rows, which are not samples of the run."""
 
 
 def probe_rows(feed: Feed, rows: int, probe: int) -> dict[str, list[Any]]:
-    """Rows evenly spaced over all shards of each domain, decoded and transformed as samples are.
+    """Rows evenly spaced over all shards of each domain, decoded and transformed like samples.
 
-    A pure function of the shards and the arguments; the same on all ranks.
+    The result is a pure function of the shards and the arguments: the same on all ranks.
 
     Args:
         feed: The samples of the run.
-        rows: Rows of each domain; all of a domain that has fewer.
-        probe: Number of the probe, another one reads other rows.
+        rows: Number of rows of each domain; a smaller domain returns all its rows.
+        probe: Number of the probe; each probe reads different rows.
 
     Returns:
         Domain -> rows, in the order of the run's domains; domains without rows are left out.
 
     Raises:
-        ConfigurationError: The transform returns something else than a sample.
-        ShardError: A row that is damaged or cannot be decoded.
+        ConfigurationError: The transform does not return a sample.
+        ShardError: A row is damaged or cannot be decoded.
     """
-    found = {}
+    by_domain = {}
     for domain, name in enumerate(feed.plan.space.names):
         ends = np.cumsum(feed.collection.shard_rows(domain))
         if not len(ends) or ends[-1] == 0:
             continue
-        found[name] = [_row(feed, domain, ends, position) for position in positions(int(ends[-1]), rows, probe)]
-    return found
+        by_domain[name] = [_row(feed, domain, ends, position) for position in positions(int(ends[-1]), rows, probe)]
+    return by_domain
 
 
 def positions(total: int, rows: int, probe: int) -> list[int]:
-    """Distinct row numbers below `total`, evenly spaced and shifted by the number of the probe."""
+    """Distinct row numbers below `total`, evenly spaced, with a shift that depends on the probe."""
     count = min(rows, total)
     shift = (0.5 + probe * GOLDEN) % 1.0
     return [int((number + shift) * total / count) for number in range(count)]
@@ -62,5 +62,5 @@ def _row(feed: Feed, domain: int, ends: IntArray, position: int) -> Any:
         return sample
     transformed = feed.transform(sample)
     if not isinstance(transformed, Mapping):
-        raise ConfigurationError(f"transform returned {shown(transformed)}; it must return a sample, a dict")
+        raise ConfigurationError(f"transform returned {shown(transformed)}; it must return a sample (a dict)")
     return {**tags, **transformed}

@@ -29,7 +29,7 @@ class Readahead:
 
     @classmethod
     def configured(cls, collection: ShardCollection, config: ReadingConfig) -> Readahead | None:
-        """The reading threads that a configuration asks for, if any."""
+        """The reading threads of a configuration, if any."""
         threads = config.num_threads
         if threads is None:
             threads = 0 if collection.is_local else _REMOTE_THREADS

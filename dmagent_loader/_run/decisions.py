@@ -189,7 +189,7 @@ class Decider:
 
     @property
     def policy_state(self) -> dict[str, Any] | None:
-        """What the policy has learnt, as JSON values; None: it does not learn."""
+        """State of an informed policy, as JSON values; None for other policies."""
         return self.policy.state_dict() if isinstance(self.policy, InformedPolicy) else None
 
     @property

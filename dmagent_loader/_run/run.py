@@ -144,7 +144,7 @@ class Run:
             restored.policy_state,
         )
 
-    def warn_if_nobody_decides(self) -> None:
+    def warn_before_first_decision(self) -> None:
         """Warns, once, if samples are drawn before the first decision.
 
         Without a warning, a run with a forgotten callback or call would train on the initial mix to the end.

@@ -30,7 +30,7 @@ MAX_STATE_BYTES = 1 << 32
 
 _RUN = {"consumed", "counts", "start_state", "ledger", "fields", "measurements", "policy_failures"}
 _POLICY_STATE = "policy_state"
-"""What an informed policy has learnt; only states of runs with such a policy have it."""
+"""Key of the state of an informed policy; only states of runs with such a policy have it."""
 _KEYS = {"schema", *_RUN, *(name for name, restore in RESTORE.items() if restore != "free")}
 
 
@@ -176,10 +176,10 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
 
 
 def _policy_state(state: Mapping[str, Any], decider: Decider) -> Mapping[str, Any] | None:
-    """What the policy had learnt, tried on a copy of the policy; None: it is another policy, or learns nothing.
+    """The saved state of the policy, checked on a copy of it; None: it is another policy, or has no state.
 
     Raises:
-        StateError: The policy cannot take it.
+        StateError: The policy cannot load it.
     """
     saved, policy = state.get(_POLICY_STATE), decider.policy
     if saved is None or state["policy"] != decider.policy_name or not isinstance(policy, InformedPolicy):

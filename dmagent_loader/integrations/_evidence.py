@@ -1,4 +1,4 @@
-"""What an informed policy needs before it decides, from the sampler's shards and the environment."""
+"""Evidence for informed policies, collected from the sampler's shards and the environment before a decision."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from dmagent_loader.transforms import PACKED_MEMBER, packed_tokens
 logger = logging.getLogger(__name__)
 
 ROWS = 32
-"""Rows of each domain that influence is measured on."""
+"""Rows of each domain in a measurement of influence."""
 MAX_ROW_TOKENS = 1024
-"""Tokens of a row that are read at most: with `ROWS`, 1.7 million tokens of 52 domains."""
+"""Largest number of tokens read from a row: with `ROWS`, 1.7 million tokens of 52 domains."""
 
 Measure = Callable[[Environment, Mapping[str, Sequence[Any]], Mapping[str, Any]], Influence]
-"""From environment, rows by domain and settings of `Environment.influence` to the influence on the trainer's model."""
+"""Measures influence on the trainer's model, from environment, rows by domain and settings of `Environment.influence`.
+"""
 
 
 def inform(
@@ -29,20 +30,23 @@ def inform(
     environment: Environment,
     measure: Measure | None,
 ) -> Influence | None:
-    """Gives a policy what it needs before its next decision. All ranks call it together.
+    """Passes a policy the evidence for its next decision. All ranks call it together.
 
     Args:
-        policy: The sampler's.
-        sampler: Has the rows.
-        environment: Has the questions.
-        measure: None: this trainer gives no access to gradients.
+        policy: Policy of the sampler.
+        sampler: Source of the rows.
+        environment: Source of the questions.
+        measure: Function that measures influence; None: this trainer gives no access to gradients.
 
     Returns:
         The influence, if it was measured.
+
+    Raises:
+        ConfigurationError: The policy needs evidence of an unknown kind.
     """
     decision = len(sampler.measurements)
     measured: Influence | None = None
-    # A policy that cannot have what it asked for may ask for something else then.
+    # A policy that does not get one kind of evidence may then need another.
     while needs := policy.needed(decision):
         for need in sorted(needs):
             if need == INFLUENCE:
@@ -52,14 +56,14 @@ def inform(
                 policy.inform(need, texts(environment))
             else:
                 raise ConfigurationError(
-                    f"policy {name_of(policy)!r} needs {need!r}, which no integration provides: it can have "
-                    f"{INFLUENCE!r} and {QUESTIONS!r}"
+                    f"policy {name_of(policy)!r} needs {need!r}, which no integration provides: let it use "
+                    f"{INFLUENCE!r} and {QUESTIONS!r} only"
                 )
     return measured
 
 
 def texts(environment: Environment) -> dict[str, list[str]]:
-    """Field -> its questions with their answers."""
+    """Field -> questions with their answers."""
     return {field: [f"{q.question} {q.answer}" for q in listed] for field, listed in environment.questions.items()}
 
 
@@ -84,5 +88,5 @@ def _influence(
 
 
 def _tokens(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rows that only the loader's `collate_packed` would turn into tokens."""
+    """A row as tokens, even if its shards are packed and only the loader's `collate_packed` would convert it."""
     return packed_tokens(row) if PACKED_MEMBER in row and "input_ids" not in row else row

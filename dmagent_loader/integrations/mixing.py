@@ -34,9 +34,9 @@ class Report:
         full: All metrics: those in `short`, ``mix/<domain>`` (the new mix), ``achieved/<domain>`` (shares trained on
             since the last decision), ``dmagent/policy_failures`` (steps of the run at which the last good mix was
             kept), ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
-            ``dmagent/evaluation_share`` (share of the time since training began). Where influence was measured for this
+            ``dmagent/evaluation_share`` (share of the time since training began). If influence was measured for this
             decision: ``influence/<field>/<domain>``, ``dmagent/influence_seconds``, ``dmagent/influence_tokens``. With
-            a policy that asks for evidence: ``dmagent/influence_share`` (share of the time since training began).
+            an informed policy: ``dmagent/influence_share`` (share of the time since training began).
         decision: The decision itself.
     """
 
@@ -102,10 +102,11 @@ class Mixing:
         """Evaluates the model and lets the policy decide. All ranks call it together.
 
         Args:
-            evaluate: From the environment to the feedback of the trainer's model.
-            measure: From environment, rows by domain and settings to the influence of the domains on the trainer's
-                model, for policies that need it: ``lambda environment, rows, settings: environment.influence(model,
-                rows, optimizer=optimizer, **settings)``. None: they decide without.
+            evaluate: Function from the environment to the feedback of the trainer's model.
+            measure: Function from environment, rows by domain and settings to the influence of the domains on the
+                trainer's model, for policies that need it: ``lambda environment, rows, settings:
+                environment.influence(model, rows, optimizer=optimizer, **settings)``. None: such policies decide
+                without influence.
         """
         assert self.environment is not None
         before = self.sampler.measurements

@@ -1,6 +1,6 @@
-"""`Influence`: how much training on each domain would raise each benchmark field, with standard errors.
+"""`Influence`: the effect of training on each domain on each field of the environment, with standard errors.
 
-The result of `Environment.influence`, and the evidence on which `policies.InfluencePolicy` decides.
+`Environment.influence` returns it, and `policies.InfluencePolicy` decides on it.
 
 Shapes: K fields of the environment, D domains, G groups of questions, n groups of a domain's rows.
 """
@@ -22,7 +22,7 @@ class Score(NamedTuple):
     """The influence of one domain on one field, in nats per unit of learning rate (see `Influence`).
 
     Attributes:
-        value: Positive: training on the domain raises the field's mean answer log-probability.
+        value: Influence; positive if training on the domain raises the field's mean answer log-probability.
         error: Standard error of `value`, over the domain's rows and the field's questions.
     """
 
@@ -40,12 +40,12 @@ class Influence:
 
     Args:
         scores: Field -> domain -> score; every field has the same domains.
-        way: How it was measured: ``"gradient"``, ``"reverse"`` or another name.
-        rows: Domain -> rows that were read.
-        questions: Field -> questions that were read.
-        tokens: Tokens that went through the model in one direction; a backward pass counts twice.
-        seconds: Time that the measurement took.
-        notes: What was done otherwise than asked, for example after lack of memory.
+        way: Method of measurement: ``"gradient"``, ``"reverse"`` or another name.
+        rows: Domain -> number of rows read.
+        questions: Field -> number of questions read.
+        tokens: Tokens processed by the model in one direction; a backward pass counts twice.
+        seconds: Duration of the measurement.
+        notes: Deviations from the requested measurement, for example after a lack of memory.
 
     Example:
         >>> influence = Influence(
@@ -65,13 +65,13 @@ class Influence:
 
     def __post_init__(self) -> None:
         if not self.scores or not all(self.scores.values()):
-            raise ConfigurationError("an influence without fields or domains says nothing: give at least one of each")
+            raise ConfigurationError("an influence needs scores: pass at least one field and one domain")
         domains = self.domains
         for name, by_domain in self.scores.items():
             if tuple(by_domain) != domains:
                 raise ConfigurationError(
-                    f"field {name!r} has scores for {shown(list(by_domain))}, the first field for "
-                    f"{shown(list(domains))}: give every field the same domains in the same order"
+                    f"field {name!r} has scores for {shown(list(by_domain))}, but the first field has scores for "
+                    f"{shown(list(domains))}: pass the same domains in the same order for every field"
                 )
 
     @property
@@ -88,7 +88,10 @@ class Influence:
         return self.scores[field_name]
 
     def values(self, domains: Sequence[str] | None = None) -> FloatArray:
-        """The scores as numbers: (K, D), over the given domains or all.
+        """The scores as numbers: (K, D).
+
+        Args:
+            domains: Domains to select, in order; None: all.
 
         Raises:
             DomainError: A domain was not measured.
@@ -96,24 +99,24 @@ class Influence:
         return self._numbers(domains)[..., 0]
 
     def errors(self, domains: Sequence[str] | None = None) -> FloatArray:
-        """The standard errors: (K, D); arguments and errors as of `values`."""
+        """The standard errors: (K, D); arguments and errors as in `values`."""
         return self._numbers(domains)[..., 1]
 
     def averaged(self, others: Sequence[Influence]) -> Influence:
-        """The mean of this and other measurements, each as it is; errors shrink as of independent measurements.
+        """The unweighted mean of this and other measurements; errors shrink as for independent measurements.
 
         Args:
             others: Measurements of the same fields and domains, for example at later points of a run.
 
         Raises:
-            DomainError: One of them lacks a domain.
-            ConfigurationError: One of them has other fields.
+            DomainError: A measurement lacks a domain.
+            ConfigurationError: A measurement has other fields.
         """
         parts = [self, *others]
         if any(part.fields != self.fields for part in parts):
             raise ConfigurationError(
-                f"the measurements have fields {[list(part.fields) for part in parts]}: average those of one "
-                "environment"
+                f"the measurements have fields {[list(part.fields) for part in parts]}, so they have no mean: average "
+                "measurements of one environment"
             )
         values = np.mean([part.values(self.domains) for part in parts], axis=0)
         errors = np.sqrt(np.sum([part.errors(self.domains) ** 2 for part in parts], axis=0)) / len(parts)
@@ -128,7 +131,7 @@ class Influence:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, from which `from_json` makes an equal object."""
+        """The measurement as JSON values; `from_json` makes an equal object of them."""
         return {
             "scores": {
                 name: {domain: [score.value, score.error] for domain, score in by_domain.items()}
@@ -144,10 +147,10 @@ class Influence:
 
     @classmethod
     def from_json(cls, value: Any) -> Influence:
-        """What `to_json` gave.
+        """Rebuilds a measurement from `to_json`.
 
         Raises:
-            StateError: It is something else, or holds numbers that are not finite.
+            StateError: The value is not a measurement, or has numbers that are not finite.
         """
         try:
             scores = {
@@ -196,14 +199,14 @@ def estimate(samples: Sequence[FloatArray], weights: Sequence[FloatArray]) -> tu
     """Scores and standard errors from single observations.
 
     An observation is the influence of one group of a domain's rows on one group of a field's questions. Rows and
-    questions are both samples, crossed with each other, so that variance = variance over rows / n + variance over
-    question groups / G. The observations share noise of both kinds; leaving out the interaction term, which would be
-    subtracted, makes the error larger than it is, never smaller. The variance over question groups is a mean over all
-    domains, because few groups say little about one; so is the variance over rows of a domain with only one.
+    questions are two crossed samples: variance = variance over rows / n + variance over question groups / G. The exact
+    formula subtracts an interaction term. Leaving it out can make the error too large, but never too small. The
+    variance over question groups is a mean over all domains, because the groups are too few for one domain alone. A
+    domain with a single row group gets the mean variance over rows of the other domains.
 
     Args:
-        samples: For each of D domains: (K, G, n). The number of row groups n may differ.
-        weights: For each field: (G,) shares of its questions, sum to 1.
+        samples: Observations of each of the D domains, (K, G, n); the number of row groups n may differ.
+        weights: Shares of the questions of each field, (G,), sum to 1.
 
     Returns:
         Values and errors, (K, D) each.
@@ -213,7 +216,7 @@ def estimate(samples: Sequence[FloatArray], weights: Sequence[FloatArray]) -> tu
     """
     if all(part.shape[-1] < 2 for part in samples):
         raise ConfigurationError(
-            "no domain has more than one row, so that nothing tells how much rows differ: give each domain several rows"
+            "no domain has more than one row, so the variance over rows is unknown: pass several rows for each domain"
         )
     share = np.stack(weights)
     values = np.stack([np.einsum("kgn,kg->k", part, share) / part.shape[-1] for part in samples], axis=1)
