@@ -69,6 +69,12 @@ def clone_gains(setting: Setting, weights: dict[str, Tensor], work: Path, *, siz
     return np.array(json.loads(path.read_text())["gains"])
 
 
+def clone_seconds(setting: Setting, work: Path, *, size: str, stream: int) -> float:
+    """Time that `clone_gains` took."""
+    path = work / "probes" / f"{setting.name}-{size}-{stream}-clone.json"
+    return float(json.loads(path.read_text())["seconds"])
+
+
 def cloned(
     setting: Setting, weights: dict[str, Tensor], work: Path, *, size: str, streams: tuple[int, int]
 ) -> Influence:

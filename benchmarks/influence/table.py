@@ -96,12 +96,9 @@ class Policies:
 
     def _influenced(self, influence: Influence, combine: bool = False) -> FloatArray:
         topics = self._topics() if combine else None
-        temperature = 1.0 if combine else 0.5
         natural = np.where(self._setting.corpus.num_tokens > 0, self._natural, 0.0)
         natural[[i for i, name in enumerate(NAMES) if name not in influence.domains]] = 0.0
-        policy = InfluencePolicy(
-            self._space, natural / natural.sum(), topics=topics, combine=combine, temperature=temperature
-        )
+        policy = InfluencePolicy(self._space, natural / natural.sum(), topics=topics, combine=combine)
         policy.inform("influence", influence)
         return self._proposed(policy)
 

@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from benchmarks.influence.environments import (
     proxy_config,
     setting,
 )
-from benchmarks.influence.probes import CLONE_RATE, CLONE_ROWS, NAMES, clone_gains
+from benchmarks.influence.probes import CLONE_RATE, CLONE_ROWS, NAMES, clone_gains, clone_seconds
 from benchmarks.influence.runs import STREAMS, TOKENS_PER_STEP
 from benchmarks.influence.table import lines
 from dmagent_loader.mixture.domains import FIELDS
@@ -138,7 +137,6 @@ def compare(found: Setting, weights: dict[str, Tensor], work: Path, output: Path
             peak_mb=round(max(memory for _, memory in draws) / 1e6, 1),
         )
     if (found.name, size, "clones, 32 rows") not in done:
-        started = time.perf_counter()
         gains = [clone_gains(found, weights, work, size=size, stream=stream).T for stream in (100, 101)]
         each = [correlations(gain, mean, domains) for gain in gains]
         add(
@@ -147,8 +145,13 @@ def compare(found: Setting, weights: dict[str, Tensor], work: Path, output: Path
             size=size,
             way="clones, 32 rows",
             against_clones={part: round(float(np.mean([one[part] for one in each])), 3) for part in each[0]},
+<<<<<<< HEAD
             between_draws=correlations(gains[0], gains[1], domains),
             seconds=round((time.perf_counter() - started) / 2, 2),
+=======
+            between_draws=correlations(*gains, domains),
+            seconds=round(clone_seconds(found, work, size=size, stream=100), 2),
+>>>>>>> cd7269417727401bb56fb132e20bd7363f791e90
             tokens=len(domains) * (3 * CLONE_ROWS * ROW_TOKENS + found.steering.num_tokens),
         )
 

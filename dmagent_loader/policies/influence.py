@@ -48,7 +48,7 @@ class InfluencePolicy:
         balance: Weight of each field of the data; or the target field's, the rest is natural. None: 0.3 for the field
             ``target`` if there is one beside others, else the natural shares.
         temperature: How strongly scores move weights: a domain one standard deviation above the mean gets
-            exp(1 / temperature) times the weight of one at the mean.
+            exp(1 / temperature) times the weight of one at the mean. None: 0.5, or 1.0 where topics are combined.
         field_weights: b, weight of each question field; None: equal.
         most_boost: The most times as often as in the base mix that a domain may come; None: any.
         every: Decisions between two measurements, which are averaged; None: one measurement, before the first.
@@ -70,7 +70,7 @@ class InfluencePolicy:
         natural: FloatArray,
         *,
         balance: float | Mapping[str, float] | None = None,
-        temperature: float = 0.5,
+        temperature: float | None = None,
         field_weights: Mapping[str, float] | None = None,
         most_boost: float | None = 12.0,
         every: int | None = None,
@@ -78,6 +78,8 @@ class InfluencePolicy:
         combine: bool = False,
         name: str = "influence",
     ) -> None:
+        if temperature is None:
+            temperature = 1.0 if combine else 0.5
         if not is_finite_number(temperature) or temperature <= 0:
             raise ConfigurationError(f"temperature is {shown(temperature)}; it must be a positive number")
         if most_boost is not None and (not is_finite_number(most_boost) or most_boost < 1):
