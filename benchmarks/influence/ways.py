@@ -145,13 +145,8 @@ def compare(found: Setting, weights: dict[str, Tensor], work: Path, output: Path
             size=size,
             way="clones, 32 rows",
             against_clones={part: round(float(np.mean([one[part] for one in each])), 3) for part in each[0]},
-<<<<<<< HEAD
             between_draws=correlations(gains[0], gains[1], domains),
-            seconds=round((time.perf_counter() - started) / 2, 2),
-=======
-            between_draws=correlations(*gains, domains),
             seconds=round(clone_seconds(found, work, size=size, stream=100), 2),
->>>>>>> cd7269417727401bb56fb132e20bd7363f791e90
             tokens=len(domains) * (3 * CLONE_ROWS * ROW_TOKENS + found.steering.num_tokens),
         )
 
