@@ -6,9 +6,10 @@ The way of one measurement of influence: `probe_rows` (rows to tokens) -> `influ
 short) -> `influence_ways` (gradients, or a virtual step) -> `gradients` (the parameters, put back as they were).
 """
 
-from dmagent_loader.environment.core import Environment, EnvironmentSettings, LogLikelihoods
+from dmagent_loader.environment.core import Environment, LogLikelihoods
 from dmagent_loader.environment.influence import InfluenceSettings
 from dmagent_loader.environment.questions import Question
+from dmagent_loader.environment.settings import EnvironmentSettings
 from dmagent_loader.mixture.influence import Influence, Score
 
 __all__ = [

@@ -10,14 +10,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from dmagent_loader._distributed import all_reduce_sum, get_rank, get_world_size, is_active, together
-from dmagent_loader._validation import shown, whole_number
+from dmagent_loader._validation import shown
 from dmagent_loader.environment.batches import (
     BATCH_TOKENS,
     DEFAULT_BATCH_TOKENS,
@@ -44,6 +43,7 @@ from dmagent_loader.environment.scoring import (
     scoring_state,
     unwrap,
 )
+from dmagent_loader.environment.settings import EnvironmentSettings
 from dmagent_loader.errors import ConfigurationError, EnvironmentDataError, FeedbackError
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
@@ -51,65 +51,9 @@ from dmagent_loader.mixture.simplex import FloatArray, IntArray
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 2048
+"""Most tokens where neither the settings, nor the model, nor the tokenizer names a length, as in the harness."""
+
 _STEP = "evaluating the model"
-"""Where neither the settings, nor the model, nor the tokenizer names a length; the harness' default too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnvironmentSettings:
-    """How question sets are turned into feedback.
-
-    Args:
-        score: ``"answer"``: the mean over the answer's tokens given the question (Eq. 1, reconstructed).
-            ``"pair"``: the mean over the tokens of question and answer, less noisy where answers are short (extension).
-        cloze: Ask multiple choice questions without the list of choices, see `questions.read_questions`.
-        separator: Put between question and answer and scored with the answer, as lm-evaluation-harness does with its
-            ``target_delimiter``, whose default is the same. White space is left out where white space is there already.
-        max_length: The most tokens that the model reads; what does not fit is cut from the left. None: the length in
-            the model's configuration, else the tokenizer's, else 2048.
-        max_questions: The most questions of a field, evenly spaced in its files. None: all.
-        batch_size: The most pairs in a call of the model.
-        batch_tokens: The most tokens in a call of the model, padding included. None: 8192, or 1024 on a CPU, whose
-            caches hold no more. Neither changes the feedback.
-        prefix_token_id: Stands in for an empty question. None: the tokenizer's BOS token, else its EOS token.
-        progress: Whether rank 0 shows a progress bar.
-
-    Raises:
-        ConfigurationError: A value that cannot work.
-    """
-
-    score: Literal["answer", "pair"] = "answer"
-    cloze: bool = False
-    separator: str = " "
-    max_length: int | None = None
-    max_questions: int | None = None
-    batch_size: int = 64
-    batch_tokens: int | None = None
-    prefix_token_id: int | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.score not in ("answer", "pair"):
-            raise ConfigurationError(f"unknown score {self.score!r}; choose 'answer' or 'pair'")
-        for name in ("max_length", "max_questions", "batch_size", "batch_tokens"):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), least=1)
-        for name in ("cloze", "progress"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigurationError(f"{name} is {shown(getattr(self, name))}; it must be True or False")
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> EnvironmentSettings:
-        """The settings with these values, and defaults for the others.
-
-        Raises:
-            ConfigurationError: A value that cannot work, or one for no setting.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(settings) - set(names))
-        if unknown:
-            raise ConfigurationError(f"an environment has no settings {unknown}; it has {names}")
-        return cls(**settings)
 
 
 class LogLikelihoods(NamedTuple):
