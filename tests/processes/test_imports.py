@@ -20,6 +20,13 @@ def test_importing_the_package_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_reading_shards_loads_no_torch() -> None:
+    program = (
+        "import sys, dmagent_loader.shards; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize(
     ("package", "integration", "extra"),
     [("transformers", "huggingface", "hf"), ("lightning", "lightning", "lightning")],

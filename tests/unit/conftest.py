@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Generator, Iterator
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from alone import alone
 
-HERE = Path(__file__).parent
-STILL_TO_MOVE = [HERE / "agent", HERE / "shards", HERE / "training"]
-
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
-    with _rule(item):
+    with alone():
         yield
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    with _rule(item):
+    with alone():
         yield
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
-    with _rule(item):
+    with alone():
         yield
-
-
-def _rule(item: pytest.Item) -> contextlib.AbstractContextManager[None]:
-    exempt = any(folder in item.path.parents for folder in STILL_TO_MOVE)
-    return contextlib.nullcontext() if exempt else alone()
 
 
 @pytest.fixture

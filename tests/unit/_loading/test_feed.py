@@ -97,7 +97,7 @@ def test_a_worker_that_missed_mixes_is_told(make):
     for consumed in range(CAPACITY + 1):
         feed.cursor.consume(consumed)
         feed.append(MIXES[consumed % 2], decided_by="test", decided_at=consumed)
-    with pytest.raises(StateError, match=f"only {CAPACITY} are kept"):
+    with pytest.raises(StateError, match=f"only the last {CAPACITY} are kept"):
         worker.receive(frontier=0)
 
 

@@ -38,7 +38,7 @@ def test_a_worker_that_fell_behind_further_than_mixes_are_kept_is_told(mailbox: 
         mailbox.publish(entry(number, 0.25, 0.75))
     for number in (2, CAPACITY + 1):
         assert mailbox.read(number).start == number
-    with pytest.raises(StateError, match=rf"fell {CAPACITY + 1} mix changes behind and only {CAPACITY} are kept"):
+    with pytest.raises(StateError, match=rf"fell {CAPACITY + 1} mixes behind, but only the last {CAPACITY} are kept"):
         mailbox.read(1)
 
 
@@ -92,5 +92,7 @@ def test_two_workers_that_began_at_one_moment_at_different_samples_are_refused(m
 def test_more_workers_than_there_is_room_for_are_refused(mailbox: Mailbox) -> None:
     mailbox.start_worker(MAX_WORKERS - 1, MAX_WORKERS, 5, mailbox.generation)
     assert mailbox.num_workers == MAX_WORKERS
-    with pytest.raises(ConfigurationError, match=f"{MAX_WORKERS + 1} data workers on one rank; at most {MAX_WORKERS}"):
+    with pytest.raises(
+        ConfigurationError, match=f"{MAX_WORKERS + 1} data workers on one rank, but at most {MAX_WORKERS} are"
+    ):
         mailbox.start_worker(0, MAX_WORKERS + 1, 0, mailbox.generation)

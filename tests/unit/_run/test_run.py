@@ -116,8 +116,8 @@ def test_with_workers_only_the_trainer_knows_what_was_consumed(run):
 
 def test_a_policy_that_nobody_asks_is_warned_of_once_and_not_where_a_trainer_asks(build, run, caplog):
     with caplog.at_level(logging.WARNING):
-        run.warn_if_nobody_decides()
-        build()._run.warn_if_nobody_decides()
+        run.warn_before_first_decision()
+        build()._run.warn_before_first_decision()
         assert caplog.text == ""
         own_loop = build(policy=EVEN)
         assert indices([next(iter(own_loop)), next(iter(own_loop))]) == [0, 1]

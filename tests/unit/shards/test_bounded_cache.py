@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
-
-import pytest
-
 from dmagent_loader.shards.bounded_cache import BoundedCache
 
 
@@ -43,22 +38,3 @@ def test_the_weight_is_bounded_and_one_resource_is_always_kept() -> None:
     assert opened == [4, 5, 20]
     cache.get(4)
     assert opened == [4, 5, 20, 4], "the heavy one should have made room"
-
-
-def test_a_forked_child_starts_empty_and_does_not_wait_for_a_thread_of_its_parent() -> None:
-    cache: BoundedCache[int, int] = BoundedCache(lambda key: os.getpid(), 3)
-    cache.get(0)
-    with cache._lock:
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if cache.get(0) == os.getpid() else 1)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0
-            return
-        time.sleep(0.02)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    pytest.fail("the child hangs")

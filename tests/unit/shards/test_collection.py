@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import pickle
-import random
 import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from shard_fixtures import WriteTar, read_and_check
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.index.catalogue import _in_threads
-
-WriteTar = Callable[..., Path]
-
-
-def content(shard: int, row: int) -> bytes:
-    return f"{shard}/{row} ".encode() * (1 + (shard + row) % 50)
-
-
-@pytest.fixture
-def hundred(write_tar: WriteTar) -> dict[str, list[str]]:
-    """Ten domains of ten shards of seven rows."""
-    shards = {}
-    for domain in range(10):
-        numbers = range(domain * 10, domain * 10 + 10)
-        shards[f"source/{domain}"] = [
-            str(write_tar(f"{n:03d}.tar", [(f"{row}.txt", content(n, row)) for row in range(7)])) for n in numbers
-        ]
-    return shards
-
-
-def read_and_check(collection: ShardCollection, seed: int, count: int = 500) -> int:
-    rng = random.Random(seed)
-    for _ in range(count):
-        domain, shard, row = rng.randrange(10), rng.randrange(10), rng.randrange(7)
-        sample = collection.read(domain, shard, row)
-        assert sample.key == str(row)
-        assert bytes(sample.members["txt"]) == content(domain * 10 + shard, row)
-    return count
 
 
 def test_shapes_and_order_follow_the_mapping(hundred: dict[str, list[str]]) -> None:
@@ -73,28 +41,6 @@ def test_open_files_are_bounded(hundred: dict[str, list[str]]) -> None:
     collection.close()
     assert len(os.listdir("/proc/self/fd")) == before
     read_and_check(collection, 1, 10)
-
-
-def _child(collection: ShardCollection, seed: int, results: multiprocessing.Queue[int]) -> None:
-    results.put(read_and_check(collection, seed))
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_read_what_their_parent_opened(hundred: dict[str, list[str]], method: str) -> None:
-    """A lock that another thread holds at the fork would hang the child: it is held here on purpose."""
-    collection = ShardCollection.open(hundred, progress=False)
-    read_and_check(collection, 0)
-    context = multiprocessing.get_context(method)
-    results = context.Queue()
-    with collection._sources._lock:
-        workers = [context.Process(target=_child, args=(collection, seed, results)) for seed in range(2)]
-        for worker in workers:
-            worker.start()
-    counts = [results.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert counts == [500, 500]
-    read_and_check(collection, 1)
 
 
 def test_a_pickle_reads_the_same_and_holds_no_files(hundred: dict[str, list[str]]) -> None:
@@ -187,11 +133,6 @@ def test_settings_that_cannot_work_are_refused(twenty: Path) -> None:
         ShardCollection.open({})
 
 
-def test_one_shard_may_serve_two_domains(twenty: Path) -> None:
-    collection = ShardCollection.open({"source/a": twenty, "target/a": twenty}, progress=False)
-    assert collection.num_rows.tolist() == [20, 20]
-
-
 def test_a_thousand_domains_open_and_read(write_tar: WriteTar) -> None:
     shards = {f"source/{n}": write_tar(f"t{n}.tar", [("a.txt", str(n).encode())]) for n in range(1000)}
     collection = ShardCollection.open(shards, progress=False, max_open_files=64)
@@ -233,13 +174,6 @@ def test_ctrl_c_in_one_thread_stops_the_others() -> None:
     with pytest.raises(KeyboardInterrupt):
         list(_in_threads(work, [str(n) for n in range(100)], stop))
     assert len(done) < 10
-
-
-def test_importing_the_package_loads_no_torch() -> None:
-    program = (
-        "import sys, dmagent_loader.shards; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_indexes_that_do_not_fit_into_memory_are_read_again(

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
-import time
 from pathlib import Path
 
 import fsspec
 import pytest
+from shard_fixtures import rows_of, write_manifest
 
 from dmagent_loader.errors import DamagedShardError, ShardError
 from dmagent_loader.shards import Manifest, ShardCollection, load_manifest, shard_files
 from dmagent_loader.shards.manifest import Manifests, parse_manifest
-
-
-def write_manifest(folder: Path, rows: int) -> None:
-    record = {"path": "source/a/s.tar", "rows": rows, "bytes": 10240, "sha256": "0" * 64}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps({"schema": 1, "domains": {"source/a": {"shards": [record]}}}))
-
-
-def rows_of(shard: Path | str, manifests: Manifests | None = None) -> int | None:
-    record = (manifests or Manifests()).record(str(shard))
-    return None if record is None else record.rows
 
 
 def test_what_is_above_two_dots_depends_on_links(tmp_path: Path) -> None:
@@ -89,26 +77,6 @@ def test_a_path_in_a_manifest_may_be_written_in_several_ways(tmp_path: Path, nam
     remote = parse_manifest("memory://corpus/manifest.json", text.encode())
     (shard,) = remote["source/a"]
     assert rows_of(shard, Manifests([remote])) == 3
-
-
-def test_a_child_that_is_forked_while_a_manifest_is_read_does_not_wait_for_it(tmp_path: Path) -> None:
-    """The thread that reads it is not in the child."""
-    write_manifest(tmp_path, rows=3)
-    manifests = Manifests()
-    with manifests._lock:
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if rows_of(tmp_path / "source" / "a" / "s.tar", manifests) == 3 else 1)
-    ends = time.monotonic() + 20
-    while time.monotonic() < ends:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            assert status == 0
-            return
-        time.sleep(0.02)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    pytest.fail("the child hangs")
 
 
 def remote_manifest(rows: int) -> Manifest:

@@ -6,10 +6,8 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
 import os
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import pytest
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.index import cache, catalogue
-from dmagent_loader.shards.index.cache import IndexCache, build_and_cache
+from dmagent_loader.shards.index.cache import IndexCache
 from dmagent_loader.shards.index.shard_index import build_index
 from dmagent_loader.shards.sources.local import ShardVersion, open_source, shard_version
 
@@ -111,38 +109,6 @@ def test_a_cache_that_cannot_be_written_only_warns(
 def test_nothing_half_written_and_no_lock_is_left(twenty: Path, tmp_path: Path) -> None:
     open_one(twenty)
     assert [path.suffix for path in entries(tmp_path)] == [".safetensors"]
-
-
-def _index_and_count(path: str, cache: str, start: threading.Event, counts: multiprocessing.Queue[bool]) -> None:
-    built = []
-    original = IndexCache.save
-
-    def save(self: IndexCache, *arguments: object) -> None:
-        built.append(True)
-        original(self, *arguments)  # type: ignore[arg-type]
-
-    IndexCache.save = save  # type: ignore[method-assign, assignment]
-    start.wait()
-    build_and_cache(
-        path, shard_version(path), IndexCache(Path(cache)), None, advance=lambda n: None, stop=threading.Event()
-    )
-    counts.put(bool(built))
-
-
-def test_processes_that_start_together_read_the_shard_once(write_tar: Callable[..., Path], tmp_path: Path) -> None:
-    """Catches eight ranks of a machine that all read a terabyte through."""
-    path = write_tar("some.tar", [(f"{i}.txt", b"x" * 100) for i in range(2000)])
-    context = multiprocessing.get_context("fork")
-    start, counts = context.Event(), context.Queue()
-    arguments = (str(path), str(tmp_path / "shared"), start, counts)
-    workers = [context.Process(target=_index_and_count, args=arguments) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    start.set()
-    built = [counts.get(timeout=60) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert sum(built) == 1
 
 
 def test_an_entry_of_another_version_is_not_used(twenty: Path, tmp_path: Path) -> None:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from shard_fixtures import files_under, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dmagent_loader._files import locked
@@ -33,23 +29,11 @@ from dmagent_loader.shards.writing.packing import TextTokenizer
 WORDS = [f"w{n}" for n in range(50)]
 
 
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
-
-
 def read_all(output: Path, domain: str) -> list[dict[str, Any]]:
     collection = ShardCollection.open({domain: load_manifest(output)[domain]}, progress=False)
     decode = Decoder()
     shards = enumerate(collection.shard_rows(0))
     return [decode(collection.read(0, shard, row)) for shard, rows in shards for row in range(rows)]
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Path:
-    rows = [{"text": f"text {n} ☃", "url": f"u{n}", "score": n} for n in range(25)]
-    return write_jsonl(tmp_path / "web.jsonl.gz", rows)
 
 
 @pytest.fixture
@@ -79,18 +63,6 @@ def test_shards_are_closed_at_their_size(web: Path, tmp_path: Path) -> None:
         {"source/web": [web]}, tmp_path / "out", ShardingConfig(max_shard_bytes=5 * 1024), progress=False
     )
     assert [shard.rows for shard in records["source/web"].shards] == [5] * 5
-
-
-def test_equal_input_gives_equal_bytes_and_the_manifest_tells_them(web: Path, tmp_path: Path) -> None:
-    shard_files({"source/web": [web]}, tmp_path / "one", progress=False)
-    time.sleep(1.1)  # tar times are whole seconds
-    shard_files({"source/web": [web]}, tmp_path / "two", progress=False)
-    one, two = ((tmp_path / name / "source/web/web-000000.tar").read_bytes() for name in ("one", "two"))
-    assert one == two
-    entry = json.loads((tmp_path / "one/manifest.json").read_text())["domains"]["source/web"]
-    assert entry["shards"][0]["sha256"] == hashlib.sha256(one).hexdigest()
-    assert entry["shards"][0]["bytes"] == len(one)
-    assert (entry["rows"], entry["documents"], entry["tokens"]) == (25, 25, None)
 
 
 def test_text_files_are_one_document_each_and_empty_ones_are_counted(tmp_path: Path) -> None:
@@ -183,10 +155,6 @@ def test_another_tokenizer_in_a_file_of_the_same_name_is_refused(
         shard_files({"target/web": [web]}, tmp_path / "out", packed(other), progress=False)
 
 
-def files_under(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -257,36 +225,6 @@ def test_settings_that_cannot_work_are_refused(tokenizer_file: Path, tmp_path: P
 def test_columns_that_no_document_has_are_an_error(web: Path, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"\['urll'\]"):
         shard_files({"source/x": [web]}, tmp_path / "out", ShardingConfig(keep_columns=("urll",)), progress=False)
-
-
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_writer_leaves_no_manifest_and_does_not_hinder_the_next(tmp_path: Path, kill: int) -> None:
-    path = write_jsonl(tmp_path / "big.jsonl", [{"text": "x" * 200}] * 30_000)
-    program = (
-        # A shell starts what runs in the background with SIGINT ignored, and its children inherit that.
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from dmagent_loader.shards import shard_files; print('go', flush=True); "
-        "shard_files({'source/x': [sys.argv[1]]}, sys.argv[2], progress=False)"
-    )
-    writer = subprocess.Popen(
-        [sys.executable, "-c", program, str(path), str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert writer.stdout is not None
-    writer.stdout.readline()
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").rglob("*.tar")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    writer.send_signal(kill)
-    assert writer.wait(timeout=60) != 0
-    writer.stdout.close()
-    assert not (tmp_path / "out/manifest.json").exists()
-    if kill == signal.SIGINT:
-        assert files_under(tmp_path / "out") == []
-    shard_files({"source/x": [path]}, tmp_path / "out", progress=False)
-    assert not (tmp_path / "out/.partial").exists()
-    assert ShardCollection.open(load_manifest(tmp_path / "out"), progress=False).num_rows.tolist() == [30_000]
 
 
 def test_two_processes_do_not_write_to_one_folder(web: Path, tmp_path: Path) -> None:
