@@ -3,7 +3,7 @@
 One evaluation: `questions` (files to pairs) -> `encoding` (pairs to tokens) -> `batches` (assignment of pairs to ranks
 and calls) -> `scoring` (log-probabilities under the model) -> `core` (mean per field, identical on every rank).
 One influence measurement: `probe_rows` (rows to tokens) -> `influence` (choice of method, fallbacks when memory is
-short) -> `influence_ways` (gradients, or a virtual step) -> `gradients` (access to the parameters, restored afterwards).
+short) -> `influence_ways` (gradients, or a virtual step) -> `gradients` (parameter access, restored afterwards).
 """
 
 from dmagent_loader.environment.core import Environment, LogLikelihoods

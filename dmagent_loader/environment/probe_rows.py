@@ -13,7 +13,7 @@ from dmagent_loader.environment.encoding import Tokens
 from dmagent_loader.errors import ConfigurationError
 
 Row: TypeAlias = Any
-"""Token ids (list, array or tensor), or a mapping with ``input_ids`` and optionally ``attention_mask`` and ``labels``."""
+"""Token ids (list, array, tensor), or a mapping with ``input_ids`` and optionally ``attention_mask`` and ``labels``."""
 
 IGNORED_LABEL = -100
 
@@ -88,7 +88,7 @@ def _window(row: Row, origin: str, max_length: int, vocabulary: int | None) -> S
     tokens = tokens[:last]
     if tokens.min() < 0 or (vocabulary is not None and tokens.max() >= vocabulary):
         raise ConfigurationError(
-            f"{origin} has token ids from {tokens.min()} to {tokens.max()}, but the model's vocabulary is {vocabulary}: "
+            f"{origin} has tokens from {tokens.min()} to {tokens.max()}, but the model's vocabulary is {vocabulary}: "
             "tokenise the rows with the model's own tokenizer"
         )
     return ScoredWindow(tokens=tokens, num_scored=last - first)
