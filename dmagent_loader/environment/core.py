@@ -162,10 +162,7 @@ class Environment:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of fields, questions, their tokens and all settings that affect feedback.
-
-        Feedback of two environments is comparable if their fingerprints are equal.
-        """
+        """SHA-256 of fields, questions, tokens and settings that affect feedback; equal means comparable feedback."""
         digest = hashlib.sha256()
         settings = {name: getattr(self.settings, name) for name in ("score", "separator", "max_length")}
         encoded = iter(self._encoded)
