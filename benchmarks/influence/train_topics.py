@@ -34,32 +34,32 @@ tags: [text-classification, data-mixing]
 
 # Topic classifier of questions
 
-Says which of the 26 topics of the NVIDIA domain classifier a text is about. `policies.QuestionTopics` uses it to read
-what the questions of an environment are about, and trains on the same topics. Linear, over words hashed into
-{buckets:,} buckets, 8-bit weights, {size:.1f} MB. Made by `python -m benchmarks.influence.train_topics`.
+Classifies texts into the 26 topics of the NVIDIA domain classifier. `policies.QuestionTopics` uses it to find the
+topics of an environment's questions, and trains on the same topics. The model is linear over hashed words, with
+{buckets:,} buckets and 8-bit weights ({size:.1f} MB). Made by `python -m benchmarks.influence.train_topics`.
 
 | | |
 |---|---|
-| trained on | {trained:,} documents with topics from the data sets' own categories, at most {per_topic:,} of a topic |
-| right on {held_out:,} held-out documents | **{accuracy:.1%}** |
-| the same with weights in 32 bits; by always naming the most frequent topic | {full:.1%}; {chance:.1%} |
-| right among its first three guesses | {top3:.1%} |
-| least and most right topics | {worst}; {best} |
-| words of a text that it reads | those in its first {characters:,} characters |
+| trained on | {trained:,} documents with topics from the data sets' own categories, at most {per_topic:,} per topic |
+| accuracy on {held_out:,} held-out documents | **{accuracy:.1%}** |
+| accuracy of 32-bit weights; of always guessing the most frequent topic | {full:.1%}; {chance:.1%} |
+| top-3 accuracy | {top3:.1%} |
+| lowest and highest accuracy by topic | {worst}; {best} |
+| input | the first {characters:,} characters of a text |
 | time | {seconds:.0f} s |
 
 ## Limits
 
-- Measured on forum posts, news and articles like those that it was trained on, in English. Nobody has labelled the
-  topics of question sets; what it says of them was only judged by what comes of it (docs/influence.md).
-- It always names one of the 26 topics: mathematics, for which there is none, becomes `Science`,
+- Accuracy was measured on English forum posts, news and articles like those in the training data. Question sets have no
+  topic labels, so its predictions on them were only judged by their effect on training (docs/influence.md).
+- It always predicts one of the 26 topics. There is none for mathematics, which becomes `Science`,
   `Internet_and_Telecom` or `Computers_and_Electronics`.
 
 ## Data
 
 The source field of docs/agent-data.md, whose licences are listed there: several parts are for non-commercial use or
-research only. None of the text, and no list of its words, is in this repository; what that means for the licence of
-the weights nobody has examined.
+research only. This repository contains neither the text nor a list of its words. The consequences for the licence of
+the weights have not been examined.
 """
 
 

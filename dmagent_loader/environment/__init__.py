@@ -1,9 +1,9 @@
 """The environment: small question sets, one per field, on which a model is scored between training steps.
 
-The way of one evaluation: `questions` (files to pairs) -> `encoding` (pairs to tokens) -> `batches` (who scores what,
-in which call) -> `scoring` (the model's log-probabilities) -> `core` (the mean per field, the same on every rank).
-The way of one measurement of influence: `probe_rows` (rows to tokens) -> `influence` (which way, and what if memory is
-short) -> `influence_ways` (gradients, or a virtual step) -> `gradients` (the parameters, put back as they were).
+One evaluation: `questions` (files to pairs) -> `encoding` (pairs to tokens) -> `batches` (assignment of pairs to ranks
+and calls) -> `scoring` (log-probabilities under the model) -> `core` (mean per field, identical on every rank).
+One influence measurement: `probe_rows` (rows to tokens) -> `influence` (choice of method, fallbacks when memory is
+short) -> `influence_ways` (gradients, or a virtual step) -> `gradients` (parameter access, restored afterwards).
 """
 
 from dmagent_loader.environment.core import Environment, LogLikelihoods

@@ -1,8 +1,8 @@
-"""Which rank scores which pairs, in which calls of the model, and what a call is given.
+"""Assignment of pairs to ranks and model calls, and the input arrays of a call.
 
-The plan is a pure function of the token counts, so every rank computes that of all ranks and none is sent.
+The plan is a pure function of the token counts, so every rank computes the whole plan and nothing is communicated.
 
-Shapes: B pairs in a call, T tokens of the longest, S scored tokens of the call.
+Shapes: B pairs in a call, T tokens of the longest pair, S scored tokens of the call.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dmagent_loader.environment.encoding import EncodedQuestion, Tokens
 
 DEFAULT_BATCH_TOKENS = 8192
 BATCH_TOKENS = {"cpu": 1024}
-"""By type of device: with more than its caches hold, a CPU gets slower (benchmarks/environment.py)."""
+"""Tokens per call by device type: a CPU slows down beyond its cache size (benchmarks/environment.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredWindow:
-    """The part of a pair that fits into the model.
+    """The part of a pair that fits the model's maximum length.
 
     Args:
         tokens: (n + 1,), at most `max_length` + 1: the model reads the first n and predicts the last n.
-        num_scored: How many of the last tokens are scored, 1 .. n.
+        num_scored: Number of trailing tokens that are scored, 1 .. n.
     """
 
     tokens: Tokens
@@ -33,19 +33,19 @@ class ScoredWindow:
 
     @property
     def num_inputs(self) -> int:
-        """How many tokens the model reads."""
+        """Number of tokens the model reads."""
         return len(self.tokens) - 1
 
 
 def window(encoded: EncodedQuestion, max_length: int, *, whole_pair: bool) -> ScoredWindow:
-    """The last `max_length` + 1 tokens of a pair: what does not fit is cut from the left, as in lm-evaluation-harness.
+    """The last `max_length` + 1 tokens of a pair, truncated from the left as in lm-evaluation-harness.
 
-    Of an answer longer than `max_length` (which the harness refuses) the last `max_length` tokens are scored.
+    If the answer alone is longer than `max_length` (an error in the harness), its last `max_length` tokens are scored.
 
     Args:
-        encoded: The pair.
-        max_length: The most tokens that the model reads.
-        whole_pair: Score every token but the first, which nothing predicts, instead of only the answer's.
+        encoded: Encoded pair.
+        max_length: Maximum number of tokens the model reads.
+        whole_pair: Whether to score every token but the first, which has no context, instead of only the answer's.
     """
     tokens = encoded.tokens[-(max_length + 1) :]
     predictable = len(tokens) - 1
@@ -55,17 +55,17 @@ def window(encoded: EncodedQuestion, max_length: int, *, whole_pair: bool) -> Sc
 
 
 class Batch:
-    """Windows side by side, padded on the right.
+    """Windows stacked into arrays, padded on the right.
 
     Attributes:
         input_ids: (B, T).
-        following: (B, T), the token after each.
+        following: (B, T), next token at each position.
         mask: (B, T), 0 on padding.
-        rows: (S,), the row of each scored position.
-        columns: (S,), its column, counted from the right (-1 is the last): a model may return only its last positions,
-            or put virtual tokens before the first.
-        targets: (S,), the token that is scored there.
-        num_kept: How many of the last columns hold all scored positions.
+        rows: (S,), row of each scored position.
+        columns: (S,), column of each scored position, counted from the right (-1 is the last): a model may return only
+            its last positions, or insert virtual tokens before the first.
+        targets: (S,), token scored at each position.
+        num_kept: Number of trailing columns that contain all scored positions.
     """
 
     def __init__(self, windows: Sequence[ScoredWindow]) -> None:
@@ -89,23 +89,24 @@ class Batch:
 def plan_batches(
     lengths: Sequence[int], *, rank: int, world_size: int, batch_size: int, batch_tokens: int
 ) -> tuple[list[list[int]], int]:
-    """The batches of one rank, and how many calls every rank makes.
+    """Plans the batches of one rank and the number of calls every rank makes.
 
-    Pairs are dealt in order of length, forwards and backwards in turn, so that ranks get equally many and equally long
-    ones. The number of calls is the same on all ranks because a sharded model (FSDP, ZeRO-3) communicates in each.
+    Pairs are dealt in order of length, alternating direction, which balances their number and length across ranks.
+    All ranks make the same number of calls because a sharded model (FSDP, ZeRO-3) communicates in each.
 
     Args:
-        lengths: Tokens that the model reads for each pair.
-        rank: Of this process among those that hold the same model.
-        world_size: How many those are.
-        batch_size: The most pairs in a call.
-        batch_tokens: The most tokens in a call, padding included; a longer pair goes alone.
+        lengths: Number of tokens the model reads for each pair.
+        rank: Data-parallel rank of this process.
+        world_size: Number of data-parallel ranks.
+        batch_size: Maximum number of pairs per call.
+        batch_tokens: Maximum number of tokens per call, including padding; a longer pair gets a call of its own.
 
     Returns:
-        Lists of pair numbers, longest pairs first, so that lack of memory shows in the first call; the number of calls.
+        Lists of pair indices, longest pairs first so that running out of memory shows in the first call; and the number
+        of calls.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    # Deal k gives one pair to each rank; every other deal runs backwards, so that no rank always gets the longest.
+    # Each deal gives one pair to each rank; every other deal runs backwards so that no rank always gets the longest.
     deals = [order[start : start + world_size] for start in range(0, len(order), world_size)]
     dealt: list[list[int]] = [[] for _ in range(world_size)]
     for number, deal in enumerate(deals):
@@ -118,7 +119,7 @@ def plan_batches(
 def _batched(pairs: list[int], lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
     for pair in pairs:
-        # The first pair of a batch is its longest, so it sets the width that all are padded to.
+        # The first pair of a batch is its longest and sets the padded width.
         if batches and len(batches[-1]) < batch_size:
             width = lengths[batches[-1][0]]
             if (len(batches[-1]) + 1) * width <= batch_tokens:

@@ -1,4 +1,4 @@
-"""`Environment`: question sets and the feedback of a model on them."""
+"""`Environment`: question sets and a model's feedback on them."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ from dmagent_loader.mixture.simplex import FloatArray, IntArray
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 2048
-"""Most tokens where neither the settings, nor the model, nor the tokenizer names a length, as in the harness."""
+"""Maximum length if the settings, the model and the tokenizer set none, as in lm-evaluation-harness."""
 
 _STEP = "evaluating the model"
 
 
 class LogLikelihoods(NamedTuple):
-    """The log-likelihoods of one field.
+    """Log-likelihoods of the N pairs of one field.
 
     Attributes:
-        sums: (N,), summed over the scored tokens of each pair, in nats.
-        num_tokens: (N,), how many tokens were scored.
+        sums: (N,), log-probability summed over each pair's scored tokens, in nats.
+        num_tokens: (N,), number of scored tokens of each pair.
     """
 
     sums: FloatArray
@@ -69,12 +69,12 @@ class LogLikelihoods(NamedTuple):
 
 
 class Environment:
-    """Question sets, one per field, and the feedback of a model on them (Eq. 1, reconstructed).
+    """Question sets, one per field, and a model's feedback on them (Eq. 1, reconstructed).
 
     Feedback of a field = mean over its pairs of the mean log-probability per answer token given the question, in nats.
-    Under torch.distributed the pairs are dealt over the ranks; all ranks call `evaluate` and get the same numbers.
+    Under torch.distributed the pairs are split over the ranks; all ranks call `evaluate` and get the same numbers.
 
-    Make one with `from_files` or `from_pairs`.
+    Use `from_files` or `from_pairs` to build one.
 
     Example:
         >>> import torch
@@ -96,12 +96,14 @@ class Environment:
                 "AutoTokenizer.from_pretrained(...) of transformers"
             )
         if not questions:
-            raise EnvironmentDataError("there is no field: give question files for at least one")
+            raise EnvironmentDataError("the environment has no field: give questions for at least one")
         for field, listed in questions.items():
             if not isinstance(field, str) or not field:
-                raise EnvironmentDataError(f"{field!r} cannot name a field: use a text that is not empty")
+                raise EnvironmentDataError(f"{field!r} cannot name a field: use a non-empty string")
             if not listed:
-                raise EnvironmentDataError(f"field {field!r} has no questions: its feedback would be undefined")
+                raise EnvironmentDataError(
+                    f"field {field!r} has no questions, so its feedback is undefined: add questions or remove the field"
+                )
         self.settings = settings
         self.questions = {f: tuple(evenly_spaced(qs, settings.max_questions)) for f, qs in questions.items()}
         self.last_seconds = 0.0
@@ -118,16 +120,17 @@ class Environment:
 
     @classmethod
     def from_files(cls, files: Mapping[str, Paths], tokenizer: Tokenizer, **settings: Any) -> Environment:
-        """Question sets from JSON lines with the columns ``question`` and ``answer``.
+        """Builds an environment from JSON lines files with the columns ``question`` and ``answer``.
 
         Args:
             files: Field name -> path or paths, ``.jsonl`` or ``.jsonl.gz``.
-            tokenizer: The model's: of Hugging Face, a ``tokenizers.Tokenizer``, or a callable from text to token ids.
-            **settings: The arguments of `EnvironmentSettings`.
+            tokenizer: Tokenizer of the model: a Hugging Face tokenizer, a ``tokenizers.Tokenizer``, or a callable from
+                text to token ids.
+            **settings: Arguments of `EnvironmentSettings`.
 
         Raises:
-            EnvironmentDataError: A file that cannot be used; the message names file, line and column.
-            ConfigurationError: A setting or a tokenizer that cannot work.
+            EnvironmentDataError: A file is not usable; the message names file, line and column.
+            ConfigurationError: A setting is invalid, or the tokenizer is not usable.
         """
         given = EnvironmentSettings.of(settings)
         _refuse_no_mapping("files", files)
@@ -137,14 +140,14 @@ class Environment:
     def from_pairs(
         cls, pairs: Mapping[str, Iterable[tuple[str, str]]], tokenizer: Tokenizer, **settings: Any
     ) -> Environment:
-        """Question sets from (question, answer) pairs in memory; otherwise as `from_files`."""
+        """Builds an environment from (question, answer) pairs in memory; otherwise like `from_files`."""
         _refuse_no_mapping("pairs", pairs)
         questions = {field: questions_from_pairs(field, listed) for field, listed in pairs.items()}
         return cls(questions, tokenizer, EnvironmentSettings.of(settings))
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of the fields, in the given order."""
+        """Field names, in the given order."""
         return tuple(self.questions)
 
     @property
@@ -154,12 +157,12 @@ class Environment:
 
     @property
     def requests(self) -> dict[str, list[tuple[str, str]]]:
-        """(context, continuation) of each pair: what lm-evaluation-harness would be asked for the same numbers."""
+        """(context, continuation) of each pair: the lm-evaluation-harness requests that give the same numbers."""
         return {f: [request(q, self.settings.separator) for q in listed] for f, listed in self.questions.items()}
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over fields, questions, their tokens and the settings that change feedback: equal means comparable."""
+        """SHA-256 of fields, questions, tokens and settings that affect feedback; equal means comparable feedback."""
         digest = hashlib.sha256()
         settings = {name: getattr(self.settings, name) for name in ("score", "separator", "max_length")}
         encoded = iter(self._encoded)
@@ -173,25 +176,26 @@ class Environment:
         return digest.hexdigest()
 
     def evaluate(self, model: Model, *, rank: int | None = None, world_size: int | None = None) -> dict[str, float]:
-        """The feedback of a model (Eq. 1, reconstructed).
+        """Computes a model's feedback on every field (Eq. 1, reconstructed).
 
-        The model and all random states are left as they were. `last_seconds` and `total_seconds` say what it cost.
+        The model and all random states are restored. `last_seconds` and `total_seconds` record the time taken.
 
         Args:
-            model: A causal language model, called as ``model(input_ids, attention_mask=...)``, that returns logits or
-                an object with ``.logits``; DistributedDataParallel and torch.compile are unwrapped. Or one with a
-                method ``token_log_probs``, see `scoring.Model`.
-            rank: Of this process among those that hold the whole model. Give it, with `world_size`, where ranks are
-                not data-parallel replicas (tensor parallelism). None: the rank in the default process group.
+            model: Causal language model, called as ``model(input_ids, attention_mask=...)``, that returns logits or
+                an object with ``.logits``; DistributedDataParallel and torch.compile are unwrapped. Alternatively a
+                model with a method ``token_log_probs``, see `scoring.Model`.
+            rank: Data-parallel rank of this process. Give it together with `world_size` if the ranks of the default
+                process group are not all data-parallel replicas (tensor parallelism). None: the rank in the default
+                process group.
             world_size: Number of data-parallel ranks. None: the size of the default process group.
 
         Returns:
             Field -> mean over pairs of the mean log-probability per scored token, the same on every rank.
 
         Raises:
-            FeedbackError: Log-probabilities that are not finite.
-            RankError: The evaluation failed on another rank, or another rank has other questions.
-            ConfigurationError: The model does not fit the tokenizer, or returns no logits.
+            FeedbackError: Log-probabilities are not finite.
+            RankError: The evaluation failed on another rank, or the ranks have different questions.
+            ConfigurationError: The model does not match the tokenizer, or does not return logits.
         """
         feedback = {}
         for field, (sums, num_tokens) in self.log_likelihoods(model, rank=rank, world_size=world_size).items():
@@ -214,13 +218,14 @@ class Environment:
     def log_likelihoods(
         self, model: Model, *, rank: int | None = None, world_size: int | None = None
     ) -> dict[str, LogLikelihoods]:
-        """The summed log-probability of every pair; arguments as of `evaluate`.
+        """Computes the summed log-probability of every pair; arguments as for `evaluate`.
 
-        Values that are not finite are returned as they are.
+        Non-finite values are returned unchanged.
 
         Raises:
-            ConfigurationError: The model does not fit the tokenizer, or returns no logits.
-            RankError: The evaluation failed on another rank, or another rank has other questions.
+            ConfigurationError: The model does not match the tokenizer, or does not return logits.
+            FeedbackError: No rank returned log-probabilities for some of the questions.
+            RankError: The evaluation failed on another rank, or the ranks have different questions.
         """
         if (rank is None) != (world_size is None):
             raise ConfigurationError(f"rank is {rank} and world_size is {world_size}: give both or neither")
@@ -240,12 +245,12 @@ class Environment:
                 times=times,
             )
         reduced = all_reduce_sum(np.concatenate([sums, times]), _STEP)
-        # Ranks that hold parts of one model score the same pairs; dividing by how often a pair was scored undoes that.
+        # Ranks that share one model score the same pairs; divide by the number of times each pair was scored.
         scored, counted = reduced[: len(windows)], reduced[len(windows) :]
         if not counted.all():
             raise FeedbackError(
-                f"no rank gave log-probabilities for {int((counted == 0).sum())} of {len(counted)} questions: every "
-                "rank that holds the model's output must take part, with its data-parallel rank and world size"
+                f"no rank returned log-probabilities for {int((counted == 0).sum())} of {len(counted)} questions: call "
+                "evaluate on every rank that holds the model's output, with its data-parallel rank and world size"
             )
         means = scored / counted
         self.last_seconds = time.perf_counter() - started
@@ -268,32 +273,33 @@ class Environment:
         world_size: int | None = None,
         **settings: Any,
     ) -> Influence:
-        """How much training on each domain would raise each field, without training on any.
+        """Estimates how much training on each domain would raise each field, without any training.
 
-        Field -> domain -> score with a standard error, in nats of the field's mean answer log-probability per unit of
-        learning rate; positive: training on the domain helps the field. The model, its gradients, the optimizer and all
-        random states are left as they were, bit for bit. All ranks call it together, with the same rows, and share the
-        work; all get the same result.
+        The result maps field -> domain -> score with a standard error, in nats of the field's mean answer
+        log-probability per unit of learning rate. A positive score means that training on the domain helps the field.
+        The model, its gradients, the optimizer and all random states are restored bit for bit. All ranks call this
+        together with the same rows, share the work and get the same result.
 
         Args:
-            model: As in `evaluate`, and a module with trainable parameters; only these count (LoRA, frozen parts).
-                DistributedDataParallel and FSDP 2 are supported.
-            rows_by_domain: Domain -> training rows: token ids, or mappings with ``input_ids`` and perhaps
-                ``attention_mask`` and ``labels``. Several rows for each domain; 32 or more make the errors small.
-            optimizer: The one that trains the model: its second moments say how it would scale an update. Without
-                them the mean squared gradients of mixed batches do.
+            model: Model as in `evaluate`, but a module with trainable parameters; only those are considered (LoRA,
+                frozen parts). DistributedDataParallel and FSDP 2 are supported.
+            rows_by_domain: Domain -> several training rows: token ids, or mappings with ``input_ids`` and optionally
+                ``attention_mask`` and ``labels``. At least 32 rows per domain keep the standard errors small.
+            optimizer: Optimizer that trains the model; its second moments give the scale of an update. Without them,
+                the mean squared gradients of mixed batches are used.
             rank: See `evaluate`.
             world_size: See `evaluate`.
-            **settings: The arguments of `InfluenceSettings`, for example ``way="reverse"``.
+            **settings: Arguments of `InfluenceSettings`, for example ``way="reverse"``.
 
         Raises:
-            InfluenceError: It cannot be measured on this model, or memory is short even for the way that needs least.
-            ConfigurationError: Rows, a model or settings that cannot work.
-            RankError: Another rank failed, or has other questions or rows.
+            InfluenceError: Influence cannot be measured on this model, or memory is too short even for the cheapest
+                method.
+            ConfigurationError: The rows, the model or a setting is not usable.
+            RankError: Another rank failed, or the ranks have different questions or rows.
 
         Example:
             >>> import torch
-            >>> class Bigrams(torch.nn.Module):  # logits of the next byte, from this one
+            >>> class Bigrams(torch.nn.Module):  # next-byte logits from the current byte
             ...     def __init__(self):
             ...         super().__init__()
             ...         self.table = torch.nn.Embedding(256, 256, _weight=torch.zeros(256, 256))
@@ -350,7 +356,7 @@ class Environment:
         ):
             scorer.take_over_output_layer(windows)
             for batch in batches:
-                # Left on the device: fetching each batch's result would make the GPU wait for Python.
+                # Keep results on the device: copying each batch's result would stall the GPU.
                 results.append(scorer.log_probs([windows[pair] for pair in batch]))
                 bar.update(len(batch))
             for _ in range(num_calls - len(batches)):
@@ -367,8 +373,8 @@ class Environment:
         vocabulary = model_vocabulary(model)
         if vocabulary is not None and self._largest_token >= vocabulary:
             raise ConfigurationError(
-                f"the questions hold token {self._largest_token}, but the model knows only {vocabulary} tokens: "
-                "make the environment with the model's own tokenizer"
+                f"the questions contain token id {self._largest_token}, but the model's vocabulary is {vocabulary}: "
+                "build the environment with the model's own tokenizer"
             )
         max_length = self._max_length(model)
         if max_length not in self._windows:
@@ -379,7 +385,7 @@ class Environment:
         return self._windows[max_length]
 
     def _max_length(self, model: Model) -> int:
-        """The most tokens that the model reads."""
+        """Maximum number of tokens the model reads."""
         return self.settings.max_length or model_max_length(model) or self._tokenizer_max_length or DEFAULT_MAX_LENGTH
 
     def _report_cuts(self, max_length: int) -> None:
@@ -387,8 +393,8 @@ class Environment:
         answers = sum(encoded.num_answer_tokens > max_length for encoded in self._encoded)
         if cut and get_rank() == 0:
             logger.warning(
-                "%d of %d questions are longer than max_length=%d and were cut from the left; of %d even the answer is "
-                "longer, so only its last tokens are scored: remove them or raise max_length if that matters",
+                "%d of %d questions are longer than max_length=%d and were truncated from the left; in %d the answer "
+                "alone is longer, so only its last tokens are scored: remove them or raise max_length if that matters",
                 cut,
                 len(self._encoded),
                 max_length,

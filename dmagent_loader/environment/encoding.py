@@ -1,6 +1,6 @@
-"""From texts to tokens, by the rule of lm-evaluation-harness (0.4.13: ``_encode_pair`` and ``loglikelihood``).
+"""Tokenization of questions, as in lm-evaluation-harness (0.4.13: ``_encode_pair`` and ``loglikelihood``).
 
-The same rule, so that our log-likelihoods can be checked against the harness request by request.
+Following the harness exactly lets tests compare log-likelihoods with it request by request.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Tokenizer: TypeAlias = Any
 """A Hugging Face tokenizer, a ``tokenizers.Tokenizer``, or any callable from text to token ids."""
 
 UNSET_LENGTH = 1 << 40
-"""A ``model_max_length`` above this is Hugging Face's way of saying that there is none."""
+"""A Hugging Face ``model_max_length`` above this value means that no length is set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedQuestion:
-    """The tokens of one pair.
+    """Tokens of one pair.
 
     Args:
-        tokens: (n,), context and continuation; the context holds at least one token.
-        num_answer_tokens: How many of the last tokens are the answer's, at least 1.
+        tokens: (n,), context followed by continuation; the context has at least one token.
+        num_answer_tokens: Number of trailing tokens that belong to the answer, at least 1.
     """
 
     tokens: Tokens
@@ -38,10 +38,10 @@ class EncodedQuestion:
 
 
 def request(question: Question, separator: str) -> tuple[str, str]:
-    """The (context, continuation) of a pair, as lm-evaluation-harness calls them.
+    """The (context, continuation) of a pair, in the terms of lm-evaluation-harness.
 
-    A separator of white space is left out where the question is empty or ends with white space, or the answer begins
-    with it: code that continues a function must keep its indentation.
+    A white-space separator is dropped if the question is empty or ends with white space, or the answer begins with
+    white space. Code that continues a function thus keeps its indentation.
     """
     seam = question.question[-1:] + question.answer[:1]
     if separator.isspace() and (not question.question or any(c.isspace() for c in seam)):
@@ -50,14 +50,14 @@ def request(question: Question, separator: str) -> tuple[str, str]:
 
 
 class PairEncoder:
-    """Turns (context, continuation) into tokens.
+    """Encodes (context, continuation) pairs as tokens.
 
     Args:
-        tokenizer: A Hugging Face tokenizer, a ``tokenizers.Tokenizer``, or a callable from text to token ids.
-        prefix_token_id: Stands in for an empty context. None: the tokenizer's BOS token, or else its EOS token.
+        tokenizer: Hugging Face tokenizer, ``tokenizers.Tokenizer``, or callable from text to token ids.
+        prefix_token_id: Token used in place of an empty context. None: the tokenizer's BOS token, else its EOS token.
 
     Raises:
-        ConfigurationError: The tokenizer is none of these, or appends its EOS token to every text.
+        ConfigurationError: The tokenizer has an unsupported type, or appends its EOS token to every text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prefix_token_id: int | None = None) -> None:
@@ -80,23 +80,23 @@ class PairEncoder:
         probe = self._tokens("a")
         if eos is not None and len(probe) > 1 and probe[-1] == eos:
             raise ConfigurationError(
-                f"the tokenizer appends its EOS token ({eos}) to every text, so that a question would end before its "
+                f"the tokenizer appends its EOS token ({eos}) to every text, so every question would end before its "
                 "answer begins: pass a tokenizer with add_eos_token=False"
             )
 
     def encode(self, context: str, continuation: str, origin: str) -> EncodedQuestion:
-        """The tokens of one request.
+        """Encodes one request.
 
-        White space at the end of the context moves to the continuation. Both are encoded together, and the continuation
-        is what follows as many tokens as the context alone has: no token is split that the model would see whole.
+        Trailing white space of the context moves to the continuation. Both are encoded together, then split at the
+        number of tokens of the context alone, so that tokens across the boundary are not broken up.
 
         Args:
-            context: The question.
-            continuation: The separator and the answer.
-            origin: For messages.
+            context: Question.
+            continuation: Separator and answer.
+            origin: Source of the pair, for error messages.
 
         Raises:
-            EnvironmentDataError: The continuation has no token, or the context has none and no prefix token is known.
+            EnvironmentDataError: The continuation has no tokens, or the context has none and there is no prefix token.
         """
         if context == "":
             before, after = [], self._tokens(continuation, add_special_tokens=False)
@@ -113,8 +113,8 @@ class PairEncoder:
         if not before:
             if self._prefix is None:
                 raise EnvironmentDataError(
-                    f"the question in {origin} has no tokens, and the tokenizer has no BOS or EOS token to stand in "
-                    "for it: write a question, or pass prefix_token_id"
+                    f"the question in {origin} has no tokens, and the tokenizer has no BOS or EOS token to use "
+                    "instead: write a question, or pass prefix_token_id"
                 )
             before = [self._prefix]
         return EncodedQuestion(tokens=np.array(before + after, dtype=np.int64), num_answer_tokens=len(after))
@@ -128,7 +128,7 @@ class PairEncoder:
 
 
 def tokenizer_max_length(tokenizer: Tokenizer) -> int | None:
-    """The longest text that the tokenizer says its model takes, in tokens."""
+    """Maximum length of the tokenizer's model, in tokens; None: unknown."""
     length = getattr(tokenizer, "model_max_length", None)
     return int(length) if length is not None and 0 < length < UNSET_LENGTH else None
 
@@ -141,7 +141,7 @@ def _takes(function: Callable[..., Any], parameter: str) -> bool:
 
 
 def _token_ids(encoded: Any) -> list[int]:
-    """The ids in what a tokenizer returned: a list, an ``Encoding``, or a mapping with ``input_ids``."""
+    """Token ids from a tokenizer's result: a list, an ``Encoding``, or a mapping with ``input_ids``."""
     if isinstance(encoded, Mapping):
         encoded = encoded["input_ids"]
     encoded = getattr(encoded, "ids", encoded)
@@ -149,5 +149,5 @@ def _token_ids(encoded: Any) -> list[int]:
         return [int(token) for token in encoded]
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
-            f"the tokenizer returned a {type(encoded).__name__} instead of token ids: it must turn a text into a list"
+            f"the tokenizer returned a {type(encoded).__name__} instead of token ids: it must return a list of integers"
         ) from error

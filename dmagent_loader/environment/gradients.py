@@ -1,7 +1,7 @@
-"""Gradients and small displacements of a model's parameters, none of which stays behind.
+"""Gradients and temporary displacements of a model's parameters.
 
-Everything here works on *local* tensors: the whole of a parameter, or this rank's shard of it under FSDP2. All of it is
-kept in float32, whatever the model's type.
+All functions work on *local* tensors: the whole parameter, or this rank's shard of it under FSDP 2. Results are in
+float32, whatever the model's dtype.
 
 Shapes: N local values of all trainable parameters, P trainable parameters, V directions.
 """
@@ -29,52 +29,54 @@ class Parameters:
     """The trainable parameters of a model.
 
     Attributes:
-        is_sharded: Whether they lie on several ranks (FSDP2): ranks then compute each gradient together.
+        is_sharded: Whether the parameters are sharded over ranks (FSDP 2), which then compute each gradient together.
 
     Args:
-        model: Unwrapped.
+        model: Unwrapped model.
 
     Raises:
-        ConfigurationError: The model is no module or has no trainable parameter.
-        InfluenceError: Its gradients cannot be taken without side effects.
+        ConfigurationError: The model is not a module, or has no trainable parameter.
+        InfluenceError: The gradients cannot be computed without side effects, or the model is sharded in an unsupported
+            way.
     """
 
     def __init__(self, model: object) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigurationError(
-                f"a {type(model).__name__} has no parameters, so that no training can move it: pass a torch.nn.Module"
+                f"a {type(model).__name__} has no parameters, so training cannot change it: pass a torch.nn.Module"
             )
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise InfluenceError(
-                "the model is wrapped in FullyShardedDataParallel (FSDP 1), whose flat parameters cannot be set aside: "
-                "shard it with torch.distributed.fsdp.fully_shard (FSDP 2), or use the policy 'question-topics'"
+                "the model is wrapped in FullyShardedDataParallel (FSDP 1), whose flat parameters cannot be saved "
+                "and restored: shard it with torch.distributed.fsdp.fully_shard (FSDP 2), or use the policy "
+                "'question-topics'"
             )
         self.model = model
         self.tensors = [p for p in model.parameters() if p.requires_grad]
         if not self.tensors:
             raise ConfigurationError(
-                "the model has no trainable parameter, so that no domain can change it: pass the model as it is trained"
+                "the model has no trainable parameter, so training cannot change it: pass the model that is trained"
             )
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self.tensors):
             raise InfluenceError(
-                "the optimizer steps inside the backward pass (hooks after the accumulation of gradients), so that "
-                "taking a gradient would train the model: use an optimizer that steps afterwards, or the policy "
+                "the optimizer steps inside the backward pass (post-accumulate-grad hooks), so computing a "
+                "gradient would train the model: use an optimizer that steps after the backward pass, or the policy "
                 "'question-topics'"
             )
         sharded = [is_distributed(p) for p in self.tensors]
         self.is_sharded = any(sharded)
         if self.is_sharded and not all(sharded):
             raise InfluenceError(
-                f"{sharded.count(False)} of {len(sharded)} trainable parameters are left out of fully_shard, so that "
-                "nobody adds their gradients over ranks: shard the whole model, or use the policy 'question-topics'"
+                f"{sharded.count(False)} of {len(sharded)} trainable parameters are not sharded by fully_shard, so "
+                "their gradients are not reduced over ranks: shard the whole model, or use the policy 'question-topics'"
             )
 
     def local(self) -> list[Tensor]:
-        """The local part of each parameter; writing to it changes the model."""
+        """Local part of each parameter; writing to it changes the model."""
         return [_local(p.detach()) for p in self.tensors]
 
     def gradient(self) -> Flat:
-        """A float32 copy of the gradient now in place; zeros where there is none."""
+        """A float32 copy of the current gradient; zeros where a parameter has none."""
         flat = []
         for parameter, local in zip(self.tensors, self.local(), strict=True):
             grad = parameter.grad
@@ -86,16 +88,16 @@ class Parameters:
         return flat
 
     def clear_gradient(self) -> None:
-        """Lets the next backward pass begin at zero."""
+        """Resets the gradient, so that the next backward pass starts from zero."""
         for parameter in self.tensors:
             parameter.grad = None
 
     def copies(self) -> FloatArray:
-        """How many ranks hold each local value, (P,): their sum over ranks counts it so often."""
+        """Number of ranks that hold each local value, (P,): a sum over ranks counts it this many times."""
         return np.array([_copies(p) for p in self.tensors], dtype=np.float64)
 
     def reshard(self) -> None:
-        """Frees gathered weights, so that the next forward pass gathers those of now."""
+        """Frees gathered weights, so that the next forward pass gathers the current values."""
         for module in self.model.modules() if self.is_sharded else ():
             reshard = getattr(module, "reshard", None)
             if callable(reshard):
@@ -103,11 +105,11 @@ class Parameters:
 
 
 def products(directions: Sequence[Tensor], flat: Flat, copies: FloatArray) -> FloatArray:
-    """Inner products of directions with a gradient, this rank's share of the sum: (V,).
+    """This rank's share of the inner products of V directions with a gradient: (V,).
 
     Args:
-        directions: For each parameter (V, values).
-        flat: The gradient.
+        directions: For each parameter, (V, values).
+        flat: Gradient.
         copies: See `Parameters.copies`.
     """
     total = np.zeros(len(directions[0]))
@@ -118,12 +120,12 @@ def products(directions: Sequence[Tensor], flat: Flat, copies: FloatArray) -> Fl
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """`scoring_state` with gradients: on leaving, parameters' ``.grad`` is what it was, the very same tensors.
+    """`scoring_state` with gradients enabled; restores each parameter's ``.grad`` on exit, as the same tensor object.
 
-    Modules that checkpoint activations stay in training mode, because they save memory in that mode only; dropout
+    Modules with activation checkpointing stay in training mode, because they save memory only in that mode; dropout
     modules do not.
     """
-    # By module and not by parameter list: a backward pass may also reach parameters that are frozen afterwards.
+    # All parameters, not only trainable ones: an earlier backward pass may have reached parameters frozen since.
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
     checkpointing = [m for m in model.modules() if m.training and getattr(m, "gradient_checkpointing", False) is True]
     with scoring_state(model), torch.enable_grad():
@@ -140,9 +142,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def displaceable(parameters: Parameters) -> Iterator[Callable[[Flat | None, float], None]]:
-    """Yields a function that moves the parameters by a multiple of a direction from where they are, or back (None).
+    """Yields a function that sets the parameters to their start plus a multiple of a direction; None: to the start.
 
-    On leaving they are copied back from a copy made on entering, bit for bit: subtracting would leave rounding errors.
+    On exit the parameters are restored bit for bit from a copy; subtracting the step would leave rounding errors.
     """
     local = parameters.local()
     saved = [tensor.clone() for tensor in local]
@@ -162,11 +164,11 @@ def displaceable(parameters: Parameters) -> Iterator[Callable[[Flat | None, floa
 
 
 def adam_moments(optimizer: object, parameters: Parameters) -> Flat | None:
-    """Square roots of the optimizer's bias-corrected second moments plus its epsilon; None if it has not got them all.
+    """Square roots of the optimizer's bias-corrected second moments plus its epsilon; None if any is missing.
 
     Args:
-        optimizer: A `torch.optim.Optimizer` of the Adam family, perhaps wrapped by accelerate; None: no optimizer.
-        parameters: The model's.
+        optimizer: `torch.optim.Optimizer` of the Adam family, possibly wrapped by accelerate; None: unknown.
+        parameters: Parameters of the model.
     """
     state: Any = getattr(optimizer, "state", None)
     groups: Any = getattr(optimizer, "param_groups", None)
@@ -188,7 +190,7 @@ def adam_moments(optimizer: object, parameters: Parameters) -> Flat | None:
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a `DTensor`, whose module has another name in each version of torch."""
+    """Whether a tensor is a `DTensor`; not an isinstance check, since its module differs between torch versions."""
     return hasattr(tensor, "to_local")
 
 

@@ -1,8 +1,7 @@
-"""`Environment.influence`: which domain would raise which field, measured on the model as it is now.
+"""`Environment.influence`: the effect of each domain on each field, measured on the current model.
 
-The model, its gradients, its modes, the optimizer and all random states are left as they were, bit for bit. Where
-memory is short, smaller calls are tried, then the way that needs less. What was done instead is in the result and the
-log.
+The model, its gradients, its modes, the optimizer and all random states are restored bit for bit. If memory is short,
+smaller calls are tried, then the method that needs less memory. The result's notes and the log record each fallback.
 """
 
 from __future__ import annotations
@@ -43,24 +42,24 @@ Way = Literal["gradient", "reverse"]
 
 @dataclass(frozen=True, kw_only=True)
 class InfluenceSettings:
-    """How influence is measured.
+    """Settings for measuring influence.
 
     Args:
-        way: ``"gradient"`` or ``"reverse"``, see `influence_ways`.
-        max_questions: The most questions of a field, evenly spaced. None: all.
-        question_groups: G, groups that the questions of a field are dealt into, for the standard error. The gradient
-            way keeps one gradient of the model for each group and field.
-        row_groups: The most groups that a domain's rows are dealt into, for the standard error of the gradient way:
-            one backward pass or more for each. The reverse way sees each row by itself.
-        max_row_tokens: The most tokens of a row that are read. None: as many as the model reads.
-        batch_tokens: The most tokens in a call of the model, padding included; a longer row goes alone. None: the
-            environment's.
-        step: For the reverse way: root mean square of the virtual change of a parameter.
-        damping: Added to the root second moments of the preconditioner, as a share of their root mean square: it bounds
-            the say of parameters that the rows hardly move.
+        way: Method, ``"gradient"`` or ``"reverse"``, see `influence_ways`.
+        max_questions: Maximum number of questions per field, evenly spaced. None: all.
+        question_groups: G, number of groups that the questions of a field are split into for the standard error. The
+            gradient method stores one gradient of the model per group and field.
+        row_groups: Maximum number of groups that a domain's rows are split into for the standard error of the gradient
+            method, each at the cost of at least one backward pass. The reverse method scores each row separately.
+        max_row_tokens: Maximum number of tokens read per row. None: the model's maximum length.
+        batch_tokens: Maximum number of tokens per model call, including padding; a longer row gets a call of its own.
+            None: the environment's setting.
+        step: Root mean square of the virtual change of a parameter, for the reverse method.
+        damping: Constant added to the root second moments of the preconditioner, as a fraction of their root mean
+            square. It limits the effect of parameters that the rows hardly change.
 
     Raises:
-        ConfigurationError: A value that cannot work.
+        ConfigurationError: A value is invalid.
     """
 
     way: Way = "gradient"
@@ -89,15 +88,15 @@ class InfluenceSettings:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> InfluenceSettings:
-        """The settings with these values, and defaults for the others.
+        """Builds settings from a mapping; missing entries keep their defaults.
 
         Raises:
-            ConfigurationError: A value that cannot work, or one for no setting.
+            ConfigurationError: A value is invalid or a name is unknown.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(names))
         if unknown:
-            raise ConfigurationError(f"an influence has no settings {unknown}; it has {names}")
+            raise ConfigurationError(f"InfluenceSettings has no settings {unknown}; choose from {names}")
         return cls(**settings)
 
 
@@ -114,18 +113,18 @@ def measure(
     """Measures the influence of each domain on each field; see `Environment.influence`.
 
     Args:
-        model: As in `Environment.evaluate`.
+        model: Model as in `Environment.influence`.
         questions: Field -> its questions.
         rows: Domain -> its rows.
-        settings: How.
-        optimizer: The one that trains the model; None: unknown.
+        settings: Settings of the measurement.
+        optimizer: Optimizer that trains the model; None: unknown.
         rank: Data-parallel rank of this process; None: its rank in the default process group.
         world_size: Number of data-parallel ranks; None: the size of the default process group.
 
     Raises:
-        InfluenceError: It cannot be measured here: see the message, and use question topics instead.
-        ConfigurationError: No trainable parameters, or no domain with several rows.
-        RankError: Another rank failed, or has other questions or rows.
+        InfluenceError: Influence cannot be measured here; the message gives the reason. Use question topics instead.
+        ConfigurationError: The model has no trainable parameters, or none of the domains has several rows.
+        RankError: Another rank failed, or the ranks have different questions or rows.
     """
     started = time.perf_counter()
     model = unwrap(model)
@@ -157,8 +156,8 @@ def measure(
                 samples, used_moments = _samples(probe, way, settings, optimizer)
             break
         except ShortOfMemory:
-            note = f"the {way} way was short of memory with {batch_tokens} tokens in a call"
-        # Outside the handler: the error's traceback holds on to the tensors of the attempt.
+            note = f"the {way} method was short of memory with {batch_tokens} tokens per call"
+        # Outside the handler: the error's traceback keeps the tensors of the attempt alive.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -168,11 +167,11 @@ def measure(
             way = "reverse"
         else:
             raise InfluenceError(
-                f"{note}, the least that there is, so that the influence of the domains is not known: free memory "
-                "(shorter rows by max_row_tokens=, fewer trainable parameters), or use the policy 'question-topics'"
+                f"{note}, the smallest possible, so influence cannot be measured: free memory (shorter rows by "
+                "max_row_tokens=, fewer trainable parameters), or use the policy 'question-topics'"
             )
         notes.append(note)
-        logger.warning("%s: trying the %s way with %d tokens", note, way, batch_tokens)
+        logger.warning("%s: trying the %s method with %d tokens", note, way, batch_tokens)
     sizes = [np.array([len(group) for group in listed]) for listed in groups]
     weights = [size / size.sum() for size in sizes]
     values, errors = estimate(samples, weights)
@@ -191,7 +190,7 @@ def measure(
         notes=tuple(notes),
     )
     logger.info(
-        "influence of %d domains on %s (%s way, preconditioned by %s): %d tokens in %.2f s",
+        "influence of %d domains on %s (%s method, preconditioned by %s): %d tokens in %.2f s",
         len(rows),
         list(questions),
         way,
@@ -203,7 +202,7 @@ def measure(
 
 
 def _samples(probe: Probe, way: Way, settings: InfluenceSettings, optimizer: object) -> tuple[list[FloatArray], bool]:
-    """Observations of one way, and whether the optimizer's moments were used."""
+    """Samples of one method, and whether the optimizer's moments were used."""
     moments: Flat | None = adam_moments(optimizer, probe.parameters)
     denominators = moments or probe.root_mean_squares()
     if way == "gradient":
@@ -212,7 +211,7 @@ def _samples(probe: Probe, way: Way, settings: InfluenceSettings, optimizer: obj
 
 
 def spread(windows: Sequence[ScoredWindow], most: int | None) -> list[ScoredWindow]:
-    """At most so many windows, evenly spaced."""
+    """At most `most` windows, evenly spaced; None: all."""
     if most is None or most >= len(windows):
         return list(windows)
     return [windows[number * len(windows) // most] for number in range(most)]
@@ -225,7 +224,7 @@ def _tokens(
     groups: int,
     used_moments: bool,
 ) -> int:
-    """Tokens in one direction, a backward pass counted as two forward ones."""
+    """Cost of the measurement in forward-pass tokens; a backward pass counts as two forward passes."""
     asked = sum(entry.num_inputs for listed in questions for entry in listed)
     read = sum(entry.num_inputs for listed in rows.values() for entry in listed)
     mixed = 0 if used_moments else min(read, read * MIXED_ROWS // sum(map(len, rows.values())))

@@ -1,13 +1,13 @@
-"""Two ways to the same number: how much a step on each domain would raise each field, to first order.
+"""Two methods for the same quantity: the first-order gain of each field from a step on each domain.
 
 With a_d the gradient of a domain's mean log-probability per token, q_k that of field k's feedback, and P the diagonal
 preconditioner of the optimizer, an update on domain d with learning rate lr adds lr P a_d to the parameters, and field
-k gains lr <q_k, P a_d>. P is symmetric, so the same product is what the domain would gain from a step along the field:
+k gains lr <q_k, P a_d>. P is symmetric, so this is also the gain of the domain from a step along the field's gradient:
 
 - `gradient`: one backward pass over each domain's rows, and the inner product with P q_k (Xie et al., DoGE; Xia et al.,
-  LESS, there with projected gradients).
-- `reverse`: one virtual step along P q_k, then forward passes over all rows; their gain over the start, divided by the
-  length of the step. No backward pass over rows, and one number for each row.
+  LESS, which uses projected gradients).
+- `reverse`: one virtual step along P q_k, then forward passes over all rows. The score is their gain over the start,
+  divided by the length of the step. It needs no backward pass over rows and gives one value per row.
 
 Shapes: K fields, G groups of questions, D domains, n groups of a domain's rows, N parameters.
 """
@@ -36,31 +36,31 @@ T = TypeVar("T")
 Windows = Sequence[ScoredWindow]
 
 MIXED_BATCHES = 8
-"""Batches of all domains together, whose mean squared gradient stands in for the optimizer's second moments."""
+"""Number of mixed batches whose mean squared gradient replaces the optimizer's second moments if they are unknown."""
 
 MIXED_ROWS = 64
-"""Rows in all these batches together, or one of each domain where that is more."""
+"""Total number of rows in these batches, or one per domain if that is more."""
 
 STEP = "measuring the influence of the domains"
 
 
 class ShortOfMemory(Exception):
-    """A rank had too little memory; every rank raises this one, so that all try the next thing together."""
+    """A rank ran out of memory. Every rank raises this error, so that all take the same fallback."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What is measured, and by whom.
+    """Inputs of one measurement, and the gradients and scores computed from them.
 
     Args:
-        parameters: The model's.
-        scorer: Calls the model.
-        questions: For each of K fields: G groups of questions.
+        parameters: Parameters of the model.
+        scorer: Scorer of the model.
+        questions: For each of K fields, G groups of questions.
         rows: Domain -> rows.
         rank: Data-parallel rank of this process.
         world_size: Number of data-parallel ranks.
-        batch_tokens: The most tokens in a call of the model.
-        damping: Added to the denominators of P, as a share of their root mean square.
+        batch_tokens: Maximum number of tokens per model call.
+        damping: Constant added to the denominators of P, as a fraction of their root mean square.
     """
 
     parameters: Parameters
@@ -73,15 +73,16 @@ class Probe:
     damping: float
 
     def backward(self, windows: Windows, *, shared: bool) -> None:
-        """Adds to ``.grad`` the gradient of the windows' mean of mean log-probabilities.
+        """Adds the gradient of the mean over windows of their mean log-probability to ``.grad``.
 
         Args:
-            windows: One or more.
-            shared: All ranks call it with the same windows and each takes its share; otherwise this rank takes all.
+            windows: One or more windows.
+            shared: Whether all ranks call this with the same windows and each computes its share; otherwise this rank
+                computes all of them.
         """
         rank, world_size = (self.rank, self.world_size) if shared else (0, 1)
         batches, num_calls = self._batches(windows, rank, world_size)
-        # Sharded gradients come as the mean over ranks, which each give a share of one sum.
+        # Sharded gradients are averaged over ranks, but each rank computes a share of one sum.
         factor = (self.world_size if self.parameters.is_sharded else 1) / len(windows)
         for batch in batches:
             chosen = [windows[number] for number in batch]
@@ -90,7 +91,7 @@ class Probe:
             torch.autograd.backward(self._means([min(windows, key=_length)]).sum() * 0.0)
 
     def gradient(self, windows: Windows, *, shared: bool) -> Flat:
-        """The gradient that `backward` adds; where parameters are not sharded, of this rank's windows alone."""
+        """The gradient that `backward` adds; without sharding, only that of this rank's windows."""
         self.parameters.clear_gradient()
         self.backward(windows, shared=shared)
         found = self.parameters.gradient()
@@ -99,7 +100,7 @@ class Probe:
 
     @torch.no_grad()
     def log_probs(self, windows: Windows) -> FloatArray:
-        """Mean log-probability per scored token of each window, computed by all ranks together: (windows,)."""
+        """Mean log-probability per scored token of each window, in nats: (windows,), 0 for other ranks' windows."""
         values = np.zeros(len(windows))
         batches, num_calls = self._batches(windows, self.rank, self.world_size)
         for batch in batches:
@@ -109,14 +110,14 @@ class Probe:
         return values
 
     def question_gradient(self, group: Windows) -> Flat:
-        """The gradient of a group of questions, whole on every rank (or its shards)."""
+        """Gradient of a group of questions: complete on every rank, or this rank's shards of it."""
         flat = on_all_ranks(lambda: self.gradient(group, shared=True))
         if not self.parameters.is_sharded and self.world_size > 1:
             sum_over_ranks(flat, STEP)
         return flat
 
     def root_mean_squares(self) -> Flat:
-        """Root of the mean squared gradient of batches that hold rows of all domains, as Adam's moments are."""
+        """Root mean squared gradient over mixed batches of all domains, in place of Adam's second moments."""
         rows = interleaved(self.rows.values())[: max(MIXED_ROWS, len(self.rows))]
         count = min(MIXED_BATCHES, len(rows))
         batches = [rows[number::count] for number in range(count)]
@@ -136,14 +137,14 @@ class Probe:
         return [part.div_(count).sqrt_() for part in total]
 
     def divided(self, flat: Flat, denominators: Flat) -> Flat:
-        """A gradient times P, in place."""
+        """Multiplies a gradient by P in place and returns it."""
         floor = self.damping * self.root_mean_square(denominators)
         for part, denominator in zip(flat, denominators, strict=True):
             part.div_(denominator + max(floor, 1e-30))
         return flat
 
     def root_mean_square(self, flat: Flat) -> float:
-        """Over all parameters, on whatever ranks they lie."""
+        """Root mean square over all parameters, including the shards of other ranks."""
         copies = self.parameters.copies()
         sums = [float((part.double() ** 2).sum()) / c for part, c in zip(flat, copies, strict=True)]
         both = np.array([sum(sums), sum(part.numel() / c for part, c in zip(flat, copies, strict=True))])
@@ -163,8 +164,8 @@ class Probe:
         found = self.scorer.log_probs(windows)
         if found is None:
             raise InfluenceError(
-                "the model's output lies on other ranks (pipeline parallelism), which hold other parameters: no rank "
-                "can compare gradients; use the policy 'question-topics'"
+                "the model's output is on other ranks (pipeline parallelism), which hold different parameters, so "
+                "gradients cannot be compared on any rank: use the policy 'question-topics'"
             )
         counts = [entry.num_scored for entry in windows]
         return torch.stack([part.mean() for part in torch.split(found, counts)])
@@ -174,12 +175,12 @@ def gradient_way(probe: Probe, denominators: Flat, row_groups: int) -> list[Floa
     """Inner products of P q_k with the gradient of each group of rows.
 
     Args:
-        probe: What is measured.
-        denominators: Of P, see `Probe.root_mean_squares`.
-        row_groups: The most groups n that a domain's rows are dealt into.
+        probe: Inputs of the measurement.
+        denominators: Denominators of P, see `Probe.root_mean_squares`.
+        row_groups: Maximum number of groups n that a domain's rows are split into.
 
     Returns:
-        For each domain (K, G, n), in nats per unit of learning rate.
+        For each domain, (K, G, n), in nats per unit of learning rate.
     """
     shape = (len(probe.questions), len(probe.questions[0]))
     directions: list[list[Tensor]] = []
@@ -220,12 +221,12 @@ def reverse_way(probe: Probe, denominators: Flat, step: float) -> list[FloatArra
     """Gain of each row from a virtual step along P q_k, divided by the length of the step.
 
     Args:
-        probe: What is measured.
-        denominators: Of P, see `Probe.root_mean_squares`.
+        probe: Inputs of the measurement.
+        denominators: Denominators of P, see `Probe.root_mean_squares`.
         step: Root mean square of the change of a parameter.
 
     Returns:
-        For each domain (K, G, n), n its rows, in nats per unit of learning rate.
+        For each domain, (K, G, n) with n its number of rows, in nats per unit of learning rate.
     """
     rows = [row for listed in probe.rows.values() for row in listed]
     ends = np.cumsum([len(listed) for listed in probe.rows.values()])[:-1]
@@ -244,7 +245,7 @@ def reverse_way(probe: Probe, denominators: Flat, step: float) -> list[FloatArra
                 direction = probe.divided(probe.question_gradient(group), denominators)
                 size = probe.root_mean_square(direction)
                 if not size > 0:
-                    continue  # a model that the questions do not move: no influence, and no step to divide by
+                    continue  # The questions have no gradient: the influence is 0, and the step cannot be scaled.
                 factor = step / size
                 move(direction, factor)
                 gains[k, g] = (scored() - start) / factor
@@ -252,11 +253,11 @@ def reverse_way(probe: Probe, denominators: Flat, step: float) -> list[FloatArra
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
-    """An action without communication of its own, after which ranks agree whether it succeeded.
+    """Runs an action without collectives of its own, then lets all ranks agree on whether it succeeded.
 
     Raises:
-        ShortOfMemory: This rank or another one had too little memory.
-        RankError: Another rank failed otherwise.
+        ShortOfMemory: Any rank ran out of memory.
+        RankError: Another rank failed for another reason.
     """
     result: list[T] = []
     short = False
@@ -273,7 +274,7 @@ def on_all_ranks(action: Callable[[], T]) -> T:
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, CUDA or torch's CPU allocator says that memory is used up."""
+    """Whether an error of Python, CUDA or torch's CPU allocator means out of memory."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     text = str(error).lower()
@@ -281,7 +282,7 @@ def is_lack_of_memory(error: BaseException) -> bool:
 
 
 def interleaved(listed: Collection[Windows]) -> list[ScoredWindow]:
-    """First rows of all domains, then second ones, and so on; domains that have no more are left out."""
+    """Rows in round-robin order over the domains, skipping domains that have run out."""
     return [rows[i] for i in range(max(map(len, listed))) for rows in listed if i < len(rows)]
 
 

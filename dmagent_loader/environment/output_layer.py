@@ -1,4 +1,4 @@
-"""The hidden states that a model is about to give to its output layer, by public hooks of torch and transformers.
+"""Access to the input of a model's output layer, through public hooks of torch and transformers.
 
 Shapes: B pairs in a call, T tokens of the longest, d width, S scored tokens of the call.
 """
@@ -15,11 +15,11 @@ from dmagent_loader.environment.batches import Batch
 
 
 def output_layer(model: object) -> nn.Linear | None:
-    """The layer that turns hidden states into logits, if the model names it and applying it is nothing but a product.
+    """The model's output layer, if the model exposes it and it is a plain `nn.Linear`.
 
-    None for layers of other types and with a ``forward`` of their own (adapters, quantised, offloaded or sharded
-    weights), which may communicate: ranks would do so in unequal numbers. None too inside compiled code, which keeps
-    the hook that it was compiled with.
+    None for other layer types and for layers with their own ``forward`` (adapters; quantised, offloaded or sharded
+    weights): these may communicate, and ranks would call them an unequal number of times. Also None inside compiled
+    code, which keeps the hooks it was compiled with.
     """
     named = getattr(model, "get_output_embeddings", None)
     if not isinstance(model, nn.Module) or not callable(named):
@@ -36,15 +36,15 @@ def output_layer(model: object) -> nn.Linear | None:
 
 
 def scored_hidden(layer: nn.Module, inputs: tuple[Any, ...], batch: Batch) -> Tensor | None:
-    """The hidden states of the scored positions, (S, d), where the layer is given those of the whole batch.
+    """Hidden states of the scored positions, (S, d); None if the layer's input is not the whole batch.
 
     Args:
-        layer: See `output_layer`.
-        inputs: What it is about to be called with.
-        batch: What the model was called with.
+        layer: Layer returned by `output_layer`.
+        inputs: Positional arguments of the layer's call.
+        batch: Batch the model was called with.
     """
     hidden = inputs[0] if inputs else None
-    # Subclasses of tensors are parts of something that lies on several ranks.
+    # Tensor subclasses are shards of tensors that span several ranks.
     if type(hidden) is not Tensor or type(layer.weight) not in (Tensor, nn.Parameter):
         return None
     if hidden.dim() != 3 or len(hidden) != len(batch) or hidden.shape[1] < batch.num_kept:
@@ -55,7 +55,7 @@ def scored_hidden(layer: nn.Module, inputs: tuple[Any, ...], batch: Batch) -> Te
 
 @contextmanager
 def hooked(layer: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...]], Any]) -> Iterator[None]:
-    """Calls `hook` before the layer, after the hooks that are there already (they may gather its weights)."""
+    """Registers a forward pre-hook that runs after the existing ones, which may gather the layer's weights."""
     handle = layer.register_forward_pre_hook(hook)
     try:
         yield

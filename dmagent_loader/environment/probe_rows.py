@@ -1,4 +1,4 @@
-"""Training rows of each domain, as windows that the environment's scorer reads."""
+"""Conversion of each domain's training rows to windows for the environment's scorer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dmagent_loader.environment.encoding import Tokens
 from dmagent_loader.errors import ConfigurationError
 
 Row: TypeAlias = Any
-"""Token ids (list, array or tensor), or a mapping with ``input_ids`` and perhaps ``attention_mask`` and ``labels``."""
+"""Token ids (list, array, tensor), or a mapping with ``input_ids`` and optionally ``attention_mask`` and ``labels``."""
 
 IGNORED_LABEL = -100
 
@@ -21,18 +21,18 @@ IGNORED_LABEL = -100
 def probe_windows(
     rows_by_domain: Mapping[str, Sequence[Row]], *, max_length: int, vocabulary: int | None
 ) -> dict[str, list[ScoredWindow]]:
-    """The rows of each domain as windows whose tokens are all predicted, up to `max_length` tokens of each row.
+    """Converts rows to windows of at most `max_length` tokens in which every token but the first is predicted.
 
-    Of a mapping the tokens under ``attention_mask`` count; those before the first and after the last label other than
-    -100 are not scored.
+    In mapping rows, only the tokens under ``attention_mask`` are read, and only those from the first to the last label
+    other than -100 are scored.
 
     Args:
-        rows_by_domain: Domain -> rows, one or more.
-        max_length: The most tokens of a row that the model reads; the rest of the row is left out.
-        vocabulary: Number of tokens that the model knows; None: unknown.
+        rows_by_domain: Domain -> one or more rows.
+        max_length: Maximum number of tokens the model reads per row; the rest of the row is dropped.
+        vocabulary: Vocabulary size of the model; None: unknown.
 
     Raises:
-        ConfigurationError: No domain, a domain without rows, or a row that is no token ids or too short.
+        ConfigurationError: There are no domains, a domain has no rows, or a row is too short or not token ids.
     """
     if not isinstance(rows_by_domain, Mapping) or not rows_by_domain:
         raise ConfigurationError(
@@ -43,8 +43,8 @@ def probe_windows(
     for domain, rows in rows_by_domain.items():
         if isinstance(rows, (str, bytes)) or not hasattr(rows, "__len__") or not len(rows):
             raise ConfigurationError(
-                f"domain {domain!r} has the rows {shown(rows)}: give one row of token ids or more, or leave the domain "
-                "out"
+                f"domain {domain!r} has the rows {shown(rows)}: give at least one row of token ids, or leave the "
+                "domain out"
             )
         windows[domain] = [
             _window(row, f"row {number} of domain {domain!r}", max_length, vocabulary)
@@ -58,8 +58,8 @@ def _window(row: Row, origin: str, max_length: int, vocabulary: int | None) -> S
     if isinstance(row, Mapping):
         if "input_ids" not in row:
             raise ConfigurationError(
-                f"{origin} has {shown(sorted(map(str, row)))} but no 'input_ids': tokenise the rows, for example by "
-                "the sampler's transform= (transforms.packed_tokens or transforms.TokenizeText)"
+                f"{origin} has {shown(sorted(map(str, row)))} but no 'input_ids': tokenise the rows, for example "
+                "with the sampler's transform= (transforms.packed_tokens or transforms.TokenizeText)"
             )
         tokens = _numbers(row["input_ids"], origin)
         mask = np.ones(len(tokens), bool)
@@ -69,7 +69,7 @@ def _window(row: Row, origin: str, max_length: int, vocabulary: int | None) -> S
         if not len(tokens) == len(mask) == len(labels):
             raise ConfigurationError(
                 f"{origin} has {len(tokens)} tokens, {len(mask)} marks in attention_mask and {len(labels)} labels: "
-                "give equally many of each"
+                "all three must have the same length"
             )
         tokens, labels = tokens[mask], labels[mask]
     else:
@@ -78,17 +78,17 @@ def _window(row: Row, origin: str, max_length: int, vocabulary: int | None) -> S
     first, last = 1, len(tokens)
     if labels is not None:
         counted = np.flatnonzero(labels[: len(tokens)] != IGNORED_LABEL)
-        # The first token is predicted by nothing, whatever its label says.
+        # The first token has no context to be predicted from, whatever its label.
         first, last = (max(1, int(counted[0])), int(counted[-1]) + 1) if len(counted) else (1, 0)
     if last <= first - 1 or last < 2:
         raise ConfigurationError(
-            f"{origin} has no token to predict within its first {max_length + 1}: give rows of two tokens or more with "
+            f"{origin} has no token to predict within its first {max_length + 1}: give rows of at least two tokens and "
             "labels other than -100"
         )
     tokens = tokens[:last]
     if tokens.min() < 0 or (vocabulary is not None and tokens.max() >= vocabulary):
         raise ConfigurationError(
-            f"{origin} holds tokens from {tokens.min()} to {tokens.max()}, but the model knows {vocabulary} tokens: "
+            f"{origin} has tokens from {tokens.min()} to {tokens.max()}, but the model's vocabulary is {vocabulary}: "
             "tokenise the rows with the model's own tokenizer"
         )
     return ScoredWindow(tokens=tokens, num_scored=last - first)

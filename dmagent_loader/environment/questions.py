@@ -23,9 +23,9 @@ class Question:
     """One question with its answer.
 
     Args:
-        question: What the model is given; may be empty.
-        answer: What is scored.
-        origin: Where it comes from, for messages: file and line, or its place in a list.
+        question: Prompt given to the model; may be empty.
+        answer: Text to score.
+        origin: Source for error messages: file and line, or position in a list.
     """
 
     question: str
@@ -34,19 +34,17 @@ class Question:
 
 
 def read_questions(paths: Paths, *, cloze: bool = False) -> list[Question]:
-    """Reads question files, one after the other.
-
-    Other columns are ignored, and so are blank lines.
+    """Reads question files in the given order, ignoring blank lines and other columns.
 
     Args:
         paths: One path or several, ``.jsonl`` or ``.jsonl.gz``.
-        cloze: Ask a multiple choice question, one with the columns ``stem``, ``choices`` and ``answer_index``, as its
-            stem and the right choice, without the list of choices. Small models cannot read the list; with it their
-            scores are mostly noise.
+        cloze: Reduce multiple-choice rows (columns ``stem``, ``choices`` and ``answer_index``) to the stem and the
+            correct choice, without the list of choices. Small models cannot use the list, and it makes their scores
+            mostly noise.
 
     Raises:
-        EnvironmentDataError: No such file, an empty file, bytes that are not gzip, UTF-8 or JSON, or a row without the
-            two columns as text. The message names the file, the line and the column.
+        EnvironmentDataError: A file is missing, empty, or not valid gzip, UTF-8 or JSON, or a row lacks one of the two
+            columns as text. The message names the file, the line and the column.
     """
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not listed:
@@ -55,10 +53,10 @@ def read_questions(paths: Paths, *, cloze: bool = False) -> list[Question]:
 
 
 def questions_from_pairs(field: str, pairs: Iterable[tuple[str, str]]) -> list[Question]:
-    """Questions from pairs in memory.
+    """Builds questions from (question, answer) pairs in memory.
 
     Raises:
-        EnvironmentDataError: An entry is not a pair of texts.
+        EnvironmentDataError: An entry is not a pair of strings.
     """
     questions = []
     for number, pair in enumerate(pairs):
@@ -70,7 +68,7 @@ def questions_from_pairs(field: str, pairs: Iterable[tuple[str, str]]) -> list[Q
 
 
 def evenly_spaced(questions: list[Question], limit: int | None) -> list[Question]:
-    """At most `limit` questions, evenly spaced: in a file sorted by subject the first rows would be one subject."""
+    """At most `limit` questions, evenly spaced: the first rows of a file sorted by subject would cover one subject."""
     if limit is None or len(questions) <= limit:
         return questions
     return [questions[i * len(questions) // limit] for i in range(limit)]
@@ -86,7 +84,7 @@ def _read_file(path: Path, cloze: bool) -> list[Question]:
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:
-    """The lines and their numbers, read to the end first: the checksum of a gzipped file stands there."""
+    """Numbered lines, read to the end before any is used: the checksum of a gzip file comes last."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             return list(enumerate(file, start=1))
@@ -94,7 +92,7 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
         raise EnvironmentDataError(f"there is no question file {path}: check the path") from error
     except (OSError, EOFError, zlib.error) as error:
         raise EnvironmentDataError(
-            f"question file {path} cannot be read to its end ({error}): no part of it is used; write it again"
+            f"question file {path} cannot be read to its end ({error}): none of it is used; write it again"
         ) from error
 
 
@@ -116,10 +114,10 @@ def _as_cloze(row: dict[str, object], origin: str) -> dict[str, object]:
     choices, index = row["choices"], row.get("answer_index")
     if not isinstance(choices, list) or not isinstance(index, int) or not 0 <= index < len(choices):
         raise EnvironmentDataError(
-            f"{origin} has choices {_shown(choices)} and answer_index {_shown(index)}: the index must be the number of "
-            "a choice, counted from 0"
+            f"{origin} has choices {_shown(choices)} and answer_index {_shown(index)}: answer_index must be the "
+            "position of the correct choice in a list, counted from 0"
         )
-    # HellaSwag and its like have no stem: their question holds no list.
+    # HellaSwag and similar sets have no stem: their question does not contain the list.
     return {"question": row.get("stem", row.get("question")), "answer": choices[index]}
 
 
@@ -129,18 +127,19 @@ def _question(row: dict[str, object], origin: str) -> Question:
         if column not in row:
             raise EnvironmentDataError(
                 f"{origin} has no column {column!r} (its columns: {', '.join(map(repr, row)) or 'none'}): "
-                f"rename or add it, every row needs {' and '.join(COLUMNS)}"
+                f"rename or add it; every row needs {' and '.join(COLUMNS)}"
             )
         text = row[column]
         if not isinstance(text, str):
             raise EnvironmentDataError(f"column {column!r} in {origin} is {_shown(text)}: it must be text")
         if column == "answer" and not text:
-            raise EnvironmentDataError(f"the answer in {origin} is empty: there is nothing to score, leave the row out")
+            raise EnvironmentDataError(f"the answer in {origin} is empty: there is nothing to score; remove the row")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise EnvironmentDataError(
-                f"column {column!r} in {origin} holds half of a surrogate pair ({error}): no tokenizer can read it"
+                f"column {column!r} in {origin} contains half of a surrogate pair ({error}), which tokenizers cannot "
+                "encode: repair or remove the row"
             ) from error
         texts[column] = text
     return Question(question=texts["question"], answer=texts["answer"], origin=origin)

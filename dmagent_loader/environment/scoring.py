@@ -1,6 +1,6 @@
-"""Log-probabilities of given tokens under any causal language model, leaving the model as it was.
+"""Log-probabilities of given tokens under any causal language model, without lasting changes to the model.
 
-Shapes: B pairs in a call, T tokens of the longest, V vocabulary, S scored tokens of the call.
+Shapes: B pairs in a call, T tokens of the longest pair, V vocabulary, S scored tokens of the call.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.simplex import IntArray
 
 Model: TypeAlias = Callable[..., Any]
-"""Called as ``model(input_ids, attention_mask=...)``; returns logits, or an object that has them as ``.logits``.
+"""Called as ``model(input_ids, attention_mask=...)``; returns logits, or an object with logits as ``.logits``.
 
-A model with a method ``token_log_probs(input_ids, following)``, both (B, T) int64 and padded on the right, is asked by
-it instead: for the log-probability of each following token, (B, T), or None on a rank that does not hold the output. So
-a model whose logits lie on several ranks never has to gather them.
+If the model has a method ``token_log_probs(input_ids, following)``, that is called instead. Both arguments are (B, T)
+int64, padded on the right. It returns the log-probability of each following token, (B, T), or None on a rank that does
+not hold the output. A model whose logits are split over ranks thus never has to gather them.
 """
 
 SLICE_POSITIONS = 128
-"""Positions whose logits are taken at a time, in float32: 26 MB with a vocabulary of 50k.
+"""Positions whose float32 logits are processed at a time: 26 MB with a vocabulary of 50k.
 
-From 32 MB on, glibc asks the kernel for every buffer anew, and its clearing takes as long as the work.
+From 32 MB on, glibc requests every buffer from the kernel anew, and clearing it takes as long as the computation.
 """
 
 BLOCK_POSITIONS = 512
 BLOCK_VALUES, ACCELERATOR_BLOCK_VALUES = 1 << 19, 1 << 25
-"""Logits in a block where the output layer is taken over: 2 MB, or 128 MB where each block costs launches instead."""
+"""Logits per block when the scorer applies the output layer: 2 MB on a CPU, 128 MB on accelerators to save launches."""
 
 LENGTH_ATTRIBUTES = ("n_positions", "max_position_embeddings", "n_ctx")
 
 
 def unwrap(model: Model) -> Model:
-    """The model inside DistributedDataParallel, DataParallel and torch.compile.
+    """The model inside DistributedDataParallel, DataParallel and torch.compile wrappers.
 
-    Ranks score different pairs, so a wrapper that communicates in each call must not be entered; and a compiled model
-    would be compiled anew for the shape of each call.
+    Ranks score different pairs, so wrappers that communicate in each call must be bypassed. A compiled model would be
+    recompiled for the shape of each call.
     """
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -58,7 +58,7 @@ def unwrap(model: Model) -> Model:
 
 
 def model_max_length(model: Model) -> int | None:
-    """The most tokens that the model reads, by its configuration."""
+    """Maximum number of tokens the model reads, from its configuration; None: unknown."""
     for config in reversed(_configs(model)):
         for name in LENGTH_ATTRIBUTES:
             if getattr(config, name, None) is not None:
@@ -67,7 +67,7 @@ def model_max_length(model: Model) -> int | None:
 
 
 def model_vocabulary(model: Model) -> int | None:
-    """The number of tokens that the model knows, by its configuration."""
+    """Vocabulary size, from the model's configuration; None: unknown."""
     for config in reversed(_configs(model)):
         if getattr(config, "vocab_size", None) is not None:
             return int(config.vocab_size)
@@ -76,12 +76,12 @@ def model_vocabulary(model: Model) -> int | None:
 
 @contextmanager
 def scoring_state(model: Model) -> Iterator[None]:
-    """Evaluation mode without gradients or key-value cache; on leaving, everything is as it was, also after an error.
+    """Evaluation mode without gradients or key-value cache; restores the previous state on exit, also after an error.
 
-    Put back: the mode of every submodule, ``config.use_cache``, whether gradients are on, and the random states of
-    torch (CPU and the model's GPUs), numpy and Python. Modes are set as flags and not by ``eval()``, because modules
-    override that with effects of their own (merging adapter weights). Gradients are off by ``no_grad``: tensors that a
-    model caches under ``inference_mode`` (rotary tables) would break the next backward pass.
+    Restored: the mode of every submodule, ``config.use_cache``, the gradient mode, and the random states of torch (CPU
+    and the model's GPUs), numpy and Python. Modes are set as flags, not by ``eval()``, because some modules override it
+    with side effects (merging adapter weights). Gradients are disabled by ``no_grad``: tensors cached by a model under
+    ``inference_mode`` (rotary tables) would break the next backward pass.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
@@ -107,10 +107,10 @@ def scoring_state(model: Model) -> Iterator[None]:
 
 
 class Scorer:
-    """Calls a model and picks the log-probabilities of the scored tokens.
+    """Computes log-probabilities of the scored tokens under a model.
 
     Args:
-        model: Unwrapped; called inside `scoring_state`.
+        model: Unwrapped model; call the methods inside `scoring_state`.
     """
 
     def __init__(self, model: Model) -> None:
@@ -125,23 +125,23 @@ class Scorer:
             self._keeps_logits = False
 
     def take_over_output_layer(self, windows: Sequence[ScoredWindow]) -> bool:
-        """From now on applies the model's output layer itself, to the scored positions alone and a few at a time.
+        """Makes later calls apply the output layer here, blockwise and only to the scored positions.
 
-        With a vocabulary of 50k this layer and the softmax cost more than all others of a small model, and the logits
-        of one call can take more memory than the model. A hook, there only while the model is called, gets the hidden
-        states that the layer is about to be given. Done only if a trial call with a few tokens shows that the model
-        names its output layer (``get_output_embeddings``), uses it once, and does nothing with the logits afterwards.
+        With a vocabulary of 50k, this layer and the softmax cost more than all other layers of a small model, and the
+        logits of one call can take more memory than the model. A hook, registered only during the call, reads the
+        layer's input. This is done only if a trial call with a few tokens shows that the model exposes its output layer
+        (``get_output_embeddings``), uses it once, and does not change the logits afterwards.
 
         Args:
-            windows: The pairs of this evaluation.
+            windows: Pairs of this evaluation.
 
         Returns:
-            Whether it does.
+            Whether the output layer is applied here.
         """
         layer = None if self._token_log_probs is not None else output_layer(self._model)
         if layer is None:
             return False
-        # Rows of unlike length and scored part: exchanged rows or columns, or a shift by the padding, would show.
+        # Rows of different length and scored part expose swapped rows or columns and shifts by the padding.
         trial = [windows[0].tokens[:8], windows[-1].tokens[:5]]
         batch = Batch([ScoredWindow(tokens=tokens, num_scored=(len(tokens) + 1) // 2) for tokens in trial])
         seen: list[Tensor] = []
@@ -161,18 +161,17 @@ class Scorer:
     def log_probs(self, windows: Sequence[ScoredWindow]) -> Tensor | None:
         """Log-probabilities of the scored tokens of one batch, in nats.
 
-        Pairs are padded on the right and masked. Positions that are not scored cost no softmax, and no output layer
-        where this was taken over; else none where the model can leave it out (``logits_to_keep``).
+        Pairs are padded on the right and masked. Unscored positions skip the softmax. They also skip the output layer
+        if `take_over_output_layer` succeeded, or, before the first scored column, if the model has ``logits_to_keep``.
 
         Args:
             windows: B pairs.
 
         Returns:
-            (S,) on the model's device: the scored tokens of the first window, then of the second, and so on. None: the
-            model's output is on another rank.
+            (S,) on the model's device, in the order of the windows. None: the model's output is on another rank.
 
         Raises:
-            ConfigurationError: The model does not return logits of the right shape.
+            ConfigurationError: The model does not return logits of the expected shape.
         """
         batch = Batch(windows)
         if self._token_log_probs is not None:
@@ -188,10 +187,10 @@ class Scorer:
 
         def score(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden = scored_hidden(module, inputs, batch)
-            assert hidden is not None, "the output layer is given something else than in the trial"
+            assert hidden is not None, "the output layer's input differs from the trial call"
             assert isinstance(module, nn.Linear)
             scored.append(_linear_log_probs(module, hidden, batch.targets))
-            # The model goes on with one position of each row, as in generation.
+            # The layer and the rest of the model run on the last position of each row, as in generation.
             return inputs[0][:, -1:], *inputs[1:]
 
         with hooked(self._output_layer, score):
@@ -205,7 +204,7 @@ class Scorer:
         return self._model(self._tensor(batch.input_ids), **arguments)
 
     def _logits(self, batch: Batch) -> Tensor:
-        """The model's logits, (B, at least `batch.num_kept`, V)."""
+        """Logits of the model, (B, at least `batch.num_kept`, V)."""
         output = self._call(batch)
         logits = getattr(output, "logits", output)
         if (
@@ -226,14 +225,14 @@ class Scorer:
 
 
 def _log_probs(logits: Callable[[slice], Tensor], targets: IntArray) -> Tensor:
-    """Log-probabilities in float32 or better, a slice of positions at a time.
+    """Log-probabilities in at least float32, computed one slice of positions at a time.
 
     Args:
-        logits: The logits (n, V) of any n of S positions, any float type.
-        targets: (S,).
+        logits: Function from a slice of the S positions to its logits, (n, V), of any float type.
+        targets: (S,), target tokens.
 
     Returns:
-        (S,).
+        (S,), in nats.
     """
     picked = []
     for start in range(0, len(targets), SLICE_POSITIONS):
@@ -246,17 +245,17 @@ def _log_probs(logits: Callable[[slice], Tensor], targets: IntArray) -> Tensor:
 
 
 def _linear_log_probs(layer: nn.Linear, hidden: Tensor, targets: IntArray) -> Tensor:
-    """Log-probabilities under a layer's logits, a block of the vocabulary at a time.
+    """Log-probabilities from hidden states, computed one block of the vocabulary at a time.
 
-    So the logits are used while they are in the processor's cache, and never all in memory.
+    Each block of logits is used while it is in the processor's cache; the full logits are never in memory.
 
     Args:
-        layer: (V, d).
-        hidden: (S, d).
-        targets: (S,).
+        layer: Output layer, (V, d).
+        hidden: (S, d), hidden states.
+        targets: (S,), target tokens.
 
     Returns:
-        (S,), in float32 or better.
+        (S,), in nats, at least float32.
     """
     wanted = torch.from_numpy(targets).to(hidden.device)
     values = BLOCK_VALUES if hidden.device.type == "cpu" else ACCELERATOR_BLOCK_VALUES
@@ -282,20 +281,20 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
     """Whether logits are equal up to rounding."""
     largest = float(expected.abs().max())
     if not math.isfinite(largest):
-        return False  # a model that diverged; its feedback says so
+        return False  # The model diverged; `Environment.evaluate` reports it.
     tolerance = largest * max(1e-4, 4 * torch.finfo(expected.dtype).eps)
     return found.shape == expected.shape and torch.allclose(found.to(expected.dtype), expected, rtol=0, atol=tolerance)
 
 
 def _configs(model: Model) -> list[Any]:
-    """The model's configuration, and that of its text part where it has one."""
+    """The model's configuration, and that of its text part if there is one."""
     config = getattr(model, "config", None)
     text = getattr(config, "text_config", None)
     return [entry for entry in (config, text) if entry is not None]
 
 
 def _gpus(model: Model) -> list[torch.device]:
-    """The GPUs whose random state a call of the model may change."""
+    """GPUs whose random state a model call may change."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
     devices = {torch.device("cuda", torch.cuda.current_device())}

@@ -13,25 +13,27 @@ from dmagent_loader.errors import ConfigurationError
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentSettings:
-    """How question sets are turned into feedback.
+    """Settings for computing feedback from question sets.
 
     Args:
-        score: ``"answer"``: the mean over the answer's tokens given the question (Eq. 1, reconstructed).
-            ``"pair"``: the mean over the tokens of question and answer, less noisy where answers are short (extension).
-        cloze: Ask multiple choice questions without the list of choices, see `questions.read_questions`.
-        separator: Put between question and answer and scored with the answer, as lm-evaluation-harness does with its
-            ``target_delimiter``, whose default is the same. White space is left out where white space is there already.
-        max_length: The most tokens that the model reads; what does not fit is cut from the left. None: the length in
-            the model's configuration, else the tokenizer's, else 2048.
-        max_questions: The most questions of a field, evenly spaced in its files. None: all.
-        batch_size: The most pairs in a call of the model.
-        batch_tokens: The most tokens in a call of the model, padding included. None: 8192, or 1024 on a CPU, whose
-            caches hold no more. Neither changes the feedback.
-        prefix_token_id: Stands in for an empty question. None: the tokenizer's BOS token, else its EOS token.
+        score: ``"answer"``: mean over the answer's tokens given the question (Eq. 1, reconstructed).
+            ``"pair"``: mean over the tokens of question and answer, which is less noisy for short answers (extension).
+        cloze: Omit the list of choices from multiple-choice questions, see `questions.read_questions`.
+        separator: Text inserted between question and answer and scored with the answer, like ``target_delimiter`` in
+            lm-evaluation-harness, which has the same default. A white-space separator is dropped if the question ends
+            or the answer begins with white space.
+        max_length: Maximum number of tokens the model reads; longer pairs are truncated from the left. None: the
+            length in the model's configuration, else the tokenizer's, else 2048.
+        max_questions: Maximum number of questions per field, evenly spaced over its files. None: all.
+        batch_size: Maximum number of pairs per model call. Does not change the feedback.
+        batch_tokens: Maximum number of tokens per model call, including padding. Does not change the feedback. None:
+            8192, or 1024 on a CPU to fit its caches.
+        prefix_token_id: Token used as the context of an empty question. None: the tokenizer's BOS token, else its EOS
+            token.
         progress: Whether rank 0 shows a progress bar.
 
     Raises:
-        ConfigurationError: A value that cannot work.
+        ConfigurationError: A value is invalid.
     """
 
     score: Literal["answer", "pair"] = "answer"
@@ -56,13 +58,13 @@ class EnvironmentSettings:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> EnvironmentSettings:
-        """The settings with these values, and defaults for the others.
+        """Builds settings from a mapping; missing entries keep their defaults.
 
         Raises:
-            ConfigurationError: A value that cannot work, or one for no setting.
+            ConfigurationError: A value is invalid or a name is unknown.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(names))
         if unknown:
-            raise ConfigurationError(f"an environment has no settings {unknown}; it has {names}")
+            raise ConfigurationError(f"an environment has no settings {unknown}; choose from {names}")
         return cls(**settings)

@@ -1,4 +1,4 @@
-"""The trained agent as a policy over a user's own domains."""
+"""Policy that applies a trained agent to the user's own domains."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from dmagent_loader.policies.topic_classifier import TopicClassifier
 logger = logging.getLogger(__name__)
 
 _OTHER_TOPICS = 0.3
-"""Total variation between the topics of two question sets: 0.10 to 0.18 between parts of MMLU, 0.34 and more between
-MMLU and the 22 other sets that were compared (docs/influence.md)."""
+"""Limit of the total variation between the topics of two question sets.
+
+It is 0.10 to 0.18 between parts of MMLU, and at least 0.34 between MMLU and the 22 other sets compared
+(docs/influence.md).
+"""
 
 _OUT_OF_RANGE = 4.0
-"""Standard deviations of the training's feedback, beyond which the agent extrapolates."""
+"""Range of the feedback, in standard deviations of the agent's training, beyond which the agent extrapolates."""
 
 
 class AgentPolicy:
@@ -34,17 +37,17 @@ class AgentPolicy:
     KL(a || wC). Nothing is retrained.
 
     Args:
-        agent: An agent that was trained on the canonical domains.
-        space: The run's domains, in both fields.
-        natural: Natural share of each domain, from which the projection starts, such as its share of rows. None: equal
+        agent: Agent trained on the canonical domains.
+        space: Domains of the run, in both fields.
+        natural: Natural share of each domain, such as its share of rows; the projection starts from it. None: equal
             shares.
         roles: Role of the agent -> field of the environment, for example ``{"keep": "general", "acquire": "code"}``.
             None: the fields are in the order of the roles.
-        iterations: Steps of the projection; 1 is the Bayes split.
-        standardization: Mode of `mixture.history.standardize`; None: that of the checkpoint.
+        iterations: Number of projection steps; 1 is the Bayes split.
+        standardization: Mode of `mixture.history.standardize`; None: the checkpoint's mode.
 
     Raises:
-        DomainError: The agent is not over the canonical domains, or the space lacks one of the two fields.
+        DomainError: The agent was not trained on the canonical domains, or the space lacks one of the two fields.
         ConfigurationError: The roles differ from the agent's, or the standardization is unknown.
     """
 
@@ -63,7 +66,7 @@ class AgentPolicy:
         if agent.config.domains != DomainSpace.canonical().names:
             raise DomainError(
                 f"agent {agent.name!r} was trained on {agent.config.num_domains} domains of its own, not on the 52 "
-                "canonical ones, so there is no map to your domains: call agent.propose with its own domains"
+                "canonical ones, so it cannot be mapped to your domains: call agent.propose with its own domains"
             )
         if roles is not None and set(roles) != set(agent.config.feedback_roles):
             raise ConfigurationError(
@@ -99,13 +102,13 @@ class AgentPolicy:
         """The mix of the next step.
 
         Raises:
-            DomainError: The history is over other domains.
+            DomainError: The history has other domains.
             ConfigurationError: The environment lacks the field of a role.
             FeedbackError: A feedback value is not finite.
         """
         if history.domains != self.map.space.names:
             raise DomainError(
-                f"the history is over {list(history.domains)}, but this policy was built for "
+                f"the history has the domains {list(history.domains)}, but this policy was built for "
                 f"{list(self.map.space.names)}"
             )
         self._report_range(history)
@@ -120,9 +123,9 @@ class AgentPolicy:
         return self._projection.mix
 
     def check_questions(self, questions: Mapping[str, Sequence[str]]) -> None:
-        """Warns where the questions to keep are of other topics than those that the agent was trained on.
+        """Warns if the topics of the questions to keep differ from those of the agent's training questions.
 
-        An agent learns which topics help its own questions. With questions of other topics it can do worse than a
+        An agent learns which topics help its own questions. With questions on other topics it can do worse than a
         constant natural mix (docs/influence.md).
 
         Args:
@@ -138,8 +141,8 @@ class AgentPolicy:
             return
         most = [CANONICAL_TOPICS[i] for i in np.argsort(-shares)[:3]]
         logger.warning(
-            "the questions of %r are mostly about %s: their topics differ by %.2f (total variation, at most %.2f among "
-            "questions of one kind) from those that agent %r was trained on, and with other questions it can do worse "
+            "the questions of %r are mostly about %s: their topics differ by %.2f (total variation, at most %.2f for "
+            "similar questions) from those of the training of agent %r, and with other questions it can do worse "
             "than a constant mix; use AgentWeightedSampler(policy='influence'), which measures what helps these "
             "questions",
             keep,
@@ -150,7 +153,7 @@ class AgentPolicy:
         )
 
     def check_fields(self, fields: Sequence[str]) -> None:
-        """Checks, before anything is trained, that the agent can read feedback on these fields.
+        """Checks before training that the agent can use feedback on these fields.
 
         Raises:
             ConfigurationError: Their number differs from that of the agent's roles, or a field of `roles` is missing.
@@ -159,13 +162,13 @@ class AgentPolicy:
         if self._roles is None and len(fields) != len(roles):
             raise ConfigurationError(
                 f"the environment has {len(fields)} field(s) {list(fields)}, but agent {self.name!r} reads "
-                f"{len(roles)}, one for each role {list(roles)}: map roles to fields by "
+                f"{len(roles)}, one for each role {list(roles)}: map roles to fields with "
                 "AgentWeightedSampler(roles=...), or give the environment these fields"
             )
         self._columns(tuple(fields))
 
     def _report_range(self, history: History) -> None:
-        """Warns once where feedback has moved further in the run than nearly all feedback of the training did."""
+        """Warns once if feedback has changed more during the run than in nearly all of the agent's training."""
         statistics = self._agent.config.statistics
         if self._range_reported or statistics is None or len(history.feedback) < 2:
             return
@@ -176,9 +179,9 @@ class AgentPolicy:
             return
         self._range_reported = True
         logger.warning(
-            "the feedback of %r has moved by %.3g since the first step, which is %.1f of the training's standard "
-            "deviations: agent %r has hardly seen such feedback and reacts no further to it; "
-            "AgentWeightedSampler(policy='influence') does not depend on this range",
+            "the feedback of %r has moved by %.3g since the first step, which is %.1f standard deviations of the "
+            "training feedback: agent %r has hardly seen such feedback and does not react to further changes; use "
+            "AgentWeightedSampler(policy='influence'), which does not depend on this range",
             history.fields[columns[furthest]],
             moved[furthest] * statistics.std[furthest],
             abs(moved[furthest]),
@@ -201,10 +204,11 @@ class AgentPolicy:
 
 
 def _report_unknown_topics(space: DomainSpace) -> None:
-    """Logs the domains whose topics are unknown, which are treated as evenly spread over all 26 topics.
+    """Logs the domains of unknown topics, which are treated as evenly spread over all 26 topics.
 
-    If all domains of a field are unknown, the agent sets the weight of the field, and row counts split it. If only some
-    are, a domain with a known topic is needed only for the excess over an even spread, which may be zero: a warning.
+    If the topics of all domains of a field are unknown, the agent sets the weight of the field, and row counts split
+    it. If only some are unknown, domains of known topics receive only the excess over an even spread. That may be zero,
+    so it is logged as a warning.
     """
     for field in space.fields:
         members = [domain for domain in space.domains if domain.field == field]

@@ -1,4 +1,4 @@
-"""The policy that a user asked for, by agent or by policy."""
+"""Construction of a run's policy from the `agent` and `policy` arguments."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def make_policy(
     roles: Mapping[str, str] | None = None,
     standardization: Standardization | None = None,
 ) -> Policy | None:
-    """The policy of a run; None: mixes change by hand only.
+    """The policy of a run; None: mixes are only changed manually.
 
     Args:
         agent: Name, path or Hub id of a checkpoint, or a loaded agent.
-        policy: Any other policy in its place, or the name of one: ``"influence"``, ``"question-topics"``.
+        policy: Policy to use instead of an agent, or its name: ``"influence"`` or ``"question-topics"``.
         space: Domains of the run.
-        natural: (D,) each domain's share of all rows.
+        natural: (D,), share of all rows in each domain.
         roles: See `AgentPolicy`; only with an agent.
         standardization: See `AgentPolicy`; only with an agent.
 
     Raises:
-        ConfigurationError: Both were given, one is not what it should be, or a setting would have no effect.
+        ConfigurationError: Both were given, one has the wrong type, or a setting would have no effect.
         CheckpointError: The agent cannot be loaded.
     """
     if agent is not None and policy is not None:
@@ -62,9 +62,9 @@ def make_policy(
 def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
     """A policy with its default settings.
 
-    ``"influence"`` starts from the topics of the questions where those of all domains are known, which was better in
-    every environment measured (docs/influence.md). Otherwise it starts from the natural shares. Topics are also the
-    fallback where influence cannot be measured, if the domains are of the fields source and target.
+    ``"influence"`` starts from the topics of the questions if the topics of all domains are known, which was better in
+    every environment measured (docs/influence.md). Otherwise it starts from the natural shares. If the fields of the
+    domains are source and target, topics are also the fallback when influence cannot be measured.
 
     Raises:
         ConfigurationError: There is no policy of that name.

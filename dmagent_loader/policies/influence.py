@@ -1,16 +1,16 @@
-"""Trains on what helps: measured influence of each domain on each question set, turned into a mix.
+"""Policy that turns the measured influence of each domain on each question set into a mix.
 
-The rule, for the domains d of one field of the data:
+For the domains d of one field of the data:
 
     gain_d = sum over question fields k of b_k value_kd / u_k       u_k: standard deviation of value_k over all domains
-    tau2   = var(gain) - F mean(error2)                             0 where that is negative
+    tau2   = var(gain) - F mean(error2)                             0 if negative
     z_d    = tau2 / (tau2 + error2_d) (gain_d - mean) / sd(gain)
     weight_d proportional to base_d exp(z_d / temperature)
 
-u_k makes fields comparable: a field's scores count in units of how much domains differ for it. F is the 99% quantile
-of the variance of pure noise: scores that noise alone could give leave the base mix as it is. The base mix is that of
-the natural shares, or of the topics of the questions where these are combined with it. No domain comes more than
-`most_boost` times as often as in its base mix.
+u_k makes fields comparable: a field's scores are measured in units of their spread over the domains. F is the 99%
+quantile of the variance of pure noise: scores that noise alone could explain leave the base mix unchanged. The base mix
+follows the natural shares, or the topics of the questions if these are combined with influence. No domain gets more
+than `most_boost` times its base weight.
 
 Shapes: K question fields, D domains.
 """
@@ -40,26 +40,27 @@ NORMAL_QUANTILE = 2.326
 
 
 class InfluencePolicy:
-    """Proposes the mix that measured influence speaks for; the natural one where it says nothing.
+    """Proposes a mix from measured influence, and the base mix where there is no evidence.
 
     Args:
-        space: The run's domains, of any fields.
-        natural: (D,) their natural shares, of rows for example, sum to 1.
-        balance: Weight of each field of the data; or the target field's, the rest is natural. None: 0.3 for the field
-            ``target`` if there is one beside others, else the natural shares.
-        temperature: How strongly scores move weights: a domain one standard deviation above the mean gets
-            exp(1 / temperature) times the weight of one at the mean. None: 0.5, or 1.0 where topics are combined.
+        space: Domains of the run, of any fields.
+        natural: (D,), natural share of each domain, such as its share of rows; sums to 1.
+        balance: Weight of each field of the data, or a number for the target field alone, with the rest split by the
+            natural shares. None: 0.3 for the field ``target`` if there are other fields too, else the natural shares.
+        temperature: Sensitivity to the scores: a domain one standard deviation above the mean gets
+            exp(1 / temperature) times the weight of one at the mean. None: 0.5, or 1.0 if topics are combined.
         field_weights: b, weight of each question field; None: equal.
-        most_boost: The most times as often as in the base mix that a domain may come; None: any.
-        every: Decisions between two measurements, which are averaged; None: one measurement, before the first.
-        topics: Its mix becomes the base in place of the natural shares, and the fallback where influence cannot be
-            measured. None: natural shares for both.
-        combine: False: `topics` is the fallback only.
+        most_boost: Maximum ratio of a domain's weight to its base weight; None: no limit.
+        every: Number of decisions between two measurements, which are averaged; None: a single measurement, before
+            the first decision.
+        topics: Policy whose mix replaces the natural shares as the fallback if influence cannot be measured and, with
+            `combine`, as the base. None: natural shares for both.
+        combine: Whether `topics` is also the base mix; False: only the fallback.
         name: See `policies.base.Policy`.
 
     Raises:
-        ConfigurationError: A setting that cannot work.
-        DomainError: A balance for no field of the data.
+        ConfigurationError: A setting is invalid.
+        DomainError: `balance` is for a field that the data do not have.
     """
 
     always_answers = True
@@ -85,7 +86,7 @@ class InfluencePolicy:
         if most_boost is not None and (not is_finite_number(most_boost) or most_boost < 1):
             raise ConfigurationError(f"most_boost is {shown(most_boost)}; it must be 1 or more, or None for no limit")
         if combine and topics is None:
-            raise ConfigurationError("combine=True needs topics=, whose mix is combined with the influence")
+            raise ConfigurationError("combine=True needs topics=, the policy whose mix is combined with influence")
         self.name = name
         self.needs = frozenset({INFLUENCE}) | (topics.needs if topics is not None else frozenset())
         self.space = space
@@ -100,11 +101,11 @@ class InfluencePolicy:
 
     @property
     def influence(self) -> Influence | None:
-        """The mean of all measurements so far; None: there is none."""
+        """Mean of all measurements so far; None before the first."""
         return self._measured[0].averaged(self._measured[1:]) if self._measured else None
 
     def needed(self, decision: int) -> frozenset[str]:
-        """The influence before the first decision, and again as `every` says; the questions where topics are used."""
+        """Influence before the first decision and then at intervals of `every`; the questions if topics are used."""
         wanted: frozenset[str] = frozenset()
         due = len(self._measured) if self._every is None else len(self._measured) - decision // self._every
         if not self._is_unavailable and due <= 0:
@@ -114,10 +115,10 @@ class InfluencePolicy:
         return wanted
 
     def inform(self, need: str, evidence: Any) -> None:
-        """Takes a measurement (`Influence`, or None where it cannot be had) or the questions.
+        """Takes a measurement (`Influence`, or None if it is unavailable) or the questions.
 
         Raises:
-            PolicyError: It is other evidence.
+            PolicyError: The evidence is of another kind.
             DomainError: The measurement lacks a domain of the run.
         """
         if need != INFLUENCE and self._topics is not None:
@@ -125,8 +126,8 @@ class InfluencePolicy:
             return
         if need != INFLUENCE or not (evidence is None or isinstance(evidence, Influence)):
             raise PolicyError(
-                f"policy {self.name!r} decides on an Influence, but was given {shown(need)}: {shown(evidence)}; pass "
-                "what Environment.influence returns"
+                f"policy {self.name!r} needs an Influence, but received {shown(need)}: {shown(evidence)}; pass the "
+                "result of Environment.influence"
             )
         if evidence is None:
             self._is_unavailable = not self._measured
@@ -138,12 +139,12 @@ class InfluencePolicy:
         """The mix of the next step; it changes only with a new measurement.
 
         Raises:
-            DomainError: The history is over other domains.
-            PolicyError: Nothing was measured yet.
+            DomainError: The history has other domains.
+            PolicyError: There is no measurement yet.
         """
         if history.domains != self.space.names:
             raise DomainError(
-                f"the history is over {shown(list(history.domains))}, but this policy was built for "
+                f"the history has the domains {shown(list(history.domains))}, but this policy was built for "
                 f"{shown(list(self.space.names))}"
             )
         influence = self.influence
@@ -178,10 +179,10 @@ class InfluencePolicy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave.
+        """Restores a state from `state_dict`.
 
         Raises:
-            StateError: It is something else.
+            StateError: The state is damaged or of another policy.
         """
         if not isinstance(state, Mapping) or not {"measured", "unavailable", "topics"} <= set(state):
             raise StateError(
@@ -196,7 +197,7 @@ class InfluencePolicy:
         self._measured, self._is_unavailable = measured, bool(state["unavailable"])
 
     def _measurable(self) -> list[str]:
-        """Domains that hold rows."""
+        """Domains with rows."""
         return [name for name, share in zip(self.space.names, self.natural, strict=True) if share > 0]
 
     def _base(self) -> FloatArray:
@@ -218,12 +219,12 @@ class InfluencePolicy:
 
 
 def standardised(influence: Influence, domains: list[str], weights: FloatArray) -> FloatArray:
-    """z of the module's rule for the domains of one field of the data: (domains,), 0 where noise explains all.
+    """Scores z of the module docstring for the domains of one field: (domains,), 0 if noise explains the differences.
 
     Args:
-        influence: Over all domains of the run.
-        domains: Those of the field.
-        weights: (K,), b of the rule.
+        influence: Influence of all domains of the run.
+        domains: Names of the field's domains.
+        weights: (K,), b in the module docstring.
     """
     units = influence.values().std(axis=1)
     scale = np.divide(weights, units, out=np.zeros_like(units), where=units > 0)
@@ -237,7 +238,7 @@ def standardised(influence: Influence, domains: list[str], weights: FloatArray) 
 
 
 def tilted(base: FloatArray, z: FloatArray, *, temperature: float, most_boost: float | None) -> FloatArray:
-    """base exp(z / temperature), normalised, and no weight above `most_boost` times its base: all (domains,)."""
+    """base exp(z / temperature), normalised, with each weight at most `most_boost` times its base: all (domains,)."""
     logits = z / temperature
     weights = base * np.exp(logits - logits.max())
     weights = weights / weights.sum()
@@ -247,7 +248,7 @@ def tilted(base: FloatArray, z: FloatArray, *, temperature: float, most_boost: f
 
 
 def noise_quantile(degrees: int) -> float:
-    """99% quantile of the sample variance of noise of variance 1, by Wilson and Hilferty's approximation."""
+    """99% quantile of the sample variance of unit-variance noise, by the Wilson-Hilferty approximation."""
     if degrees < 1:
         return float("inf")
     part = 2 / (9 * degrees)
@@ -260,8 +261,8 @@ def field_masses(
     """Weight of each field of the data, sums to 1; `balance` as in `InfluencePolicy`.
 
     Raises:
-        ConfigurationError: Weights that are no distribution.
-        DomainError: A balance for no field of the data.
+        ConfigurationError: The weights are not a distribution.
+        DomainError: `balance` is for a field that the data do not have.
     """
     masses = space.field_mass(natural)
     if balance is None:
@@ -272,11 +273,11 @@ def field_masses(
         mix = validate_mix(balance, space.fields)
         return {name: float(weight) for name, weight in zip(space.fields, mix, strict=True)}
     if not is_finite_number(balance) or not 0 <= balance <= 1:
-        raise ConfigurationError(f"balance is {shown(balance)}; a weight of the target field lies between 0 and 1")
+        raise ConfigurationError(f"balance is {shown(balance)}; the target field's weight must lie between 0 and 1")
     if TARGET not in masses:
         raise DomainError(
-            f"balance={balance} is a weight of the field 'target', but the fields are {list(masses)}: map each to its "
-            "weight"
+            f"balance={balance} is the weight of the field 'target', but the fields are {list(masses)}: pass a mapping "
+            "from field to weight"
         )
     rest = sum(mass for name, mass in masses.items() if name != TARGET)
     return {

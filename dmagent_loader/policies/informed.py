@@ -1,7 +1,7 @@
-"""Policies that decide on more than mixes and feedback: what they need, who gives it, and how a run remembers it.
+"""Protocol of policies that need evidence beyond mixes and feedback.
 
-Before each decision the integrations look at `needed` and pass each piece of evidence to `inform`. What was learnt goes
-into the run's state: a resumed run decides the same without asking again.
+Before each decision, the integrations call `needed` and pass each piece of evidence to `inform`. The evidence is saved
+in the run's state, so a resumed run makes the same decisions without collecting it again.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ class InformedPolicy(Protocol):
 
     Attributes:
         name: See `policies.base.Policy`.
-        needs: All that it may ask for: `INFLUENCE`, `QUESTIONS`.
+        needs: Kinds of evidence that the policy may request: `INFLUENCE`, `QUESTIONS`.
     """
 
     name: str
     needs: frozenset[str]
 
     def needed(self, decision: int) -> frozenset[str]:
-        """What is to be given before a decision; the same on all ranks.
+        """Kinds of evidence required before a decision; the same on all ranks.
 
         Args:
-            decision: Number of the decision, the first is 0.
+            decision: Index of the decision, from 0.
         """
         ...
 
     def inform(self, need: str, evidence: Any) -> None:
-        """Takes a piece of evidence. All ranks get the same.
+        """Takes a piece of evidence, the same on all ranks.
 
         Args:
-            need: What it is.
-            evidence: The type depends on `need`; None: it cannot be had in this run.
+            need: Kind of evidence.
+            evidence: Evidence, of a type that depends on `need`; None: unavailable in this run.
         """
         ...
 
@@ -53,13 +53,13 @@ class InformedPolicy(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learnt, as JSON values."""
+        """Evidence received so far, as JSON values."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave.
+        """Restores a state from `state_dict`.
 
         Raises:
-            StateError: It is something else.
+            StateError: The state is damaged or of another policy.
         """
         ...

@@ -1,8 +1,8 @@
-"""Trains on the topics that the questions are about: no model is asked, nothing is measured.
+"""Policy that matches the topics of the training data to those of the questions, without measuring the model.
 
-With q_k the shares of topics among the questions of field k (by a classifier of texts), the weights inside each field
-of the data are (1 - a) w + a natural, where w over the run's domains comes closest to q_k. It needs to know the topics
-of the domains, by their names or `compositions`; domains of unknown topics are weighted by their rows.
+Let q_k be the topic shares of the questions of field k, from a text classifier. The weights inside each field of the
+data are (1 - a) w + a natural, where w is the mix of the run's domains closest to q_k. The topics of the domains come
+from their names or `compositions`; domains of unknown topics are weighted by their row counts.
 
 Shapes: D domains, T = 26 topics.
 """
@@ -29,20 +29,20 @@ DEFAULT_TARGET_SHARE = 0.3
 class QuestionTopics:
     """Proposes one mix for the whole run, from the topics of the environment's questions.
 
-    The first field of the environment is the one to keep: its topics decide the mix of the ``source`` domains. The last
-    is the one to acquire, for the ``target`` domains.
+    The topics of the environment's first field, the one to keep, determine the mix of the ``source`` domains. The
+    topics of its last field, the one to acquire, determine the mix of the ``target`` domains.
 
     Args:
-        space: The run's domains.
-        natural: (D,) their natural shares, of rows for example, sum to 1.
+        space: Domains of the run.
+        natural: (D,), natural share of each domain, such as its share of rows; sums to 1.
         target_share: Weight of the target field.
-        natural_part: a, the part of each field that keeps its natural mix.
-        classifier: Says what a text is about; None: the bundled one.
+        natural_part: a, fraction of each field that keeps its natural mix.
+        classifier: Topic classifier of the questions; None: the bundled one.
         name: See `policies.base.Policy`.
 
     Raises:
-        DomainError: The domains are not of the fields ``source`` and ``target``.
-        ConfigurationError: A share outside [0, 1].
+        DomainError: The fields of the domains are not ``source`` and ``target``.
+        ConfigurationError: A share lies outside [0, 1].
     """
 
     always_answers = True
@@ -82,14 +82,14 @@ class QuestionTopics:
         return frozenset() if self._topics else self.needs
 
     def inform(self, need: str, evidence: Mapping[str, Sequence[str]] | None) -> None:
-        """Reads the questions: field of the environment -> texts.
+        """Takes the questions: field of the environment -> texts.
 
         Raises:
-            PolicyError: There are none, or it is other evidence.
+            PolicyError: There are no questions, or the evidence is of another kind.
         """
         if need != QUESTIONS or not evidence:
             raise PolicyError(
-                f"policy {self.name!r} decides on the environment's questions, but was given {shown(need)}: "
+                f"policy {self.name!r} needs the environment's questions, but received {shown(need)}: "
                 f"{shown(evidence)}; give the run an Environment"
             )
         classifier = self._classifier or TopicClassifier.bundled()
@@ -100,7 +100,7 @@ class QuestionTopics:
         """Weights of the domains inside each field: (D,), sum to 1 in each field.
 
         Args:
-            natural_part: In place of the policy's own.
+            natural_part: Overrides the policy's own value; None: no override.
 
         Raises:
             PolicyError: The questions are not known yet.
@@ -112,29 +112,29 @@ class QuestionTopics:
             )
         part = self._natural_part if natural_part is None else natural_part
         canonical = np.concatenate([0.5 * self._topics[name] for name in FIELDS])
-        told = self.map.to_user(canonical).mix
+        matched = self.map.to_user(canonical).mix
         result = np.zeros(len(self.space))
         for name in FIELDS:
             members = list(self.space.members(name))
-            result[members] = (1 - part) * _shares(told[members]) + part * _shares(self.natural[members])
+            result[members] = (1 - part) * _shares(matched[members]) + part * _shares(self.natural[members])
         return result
 
     def propose(self, history: History) -> FloatArray:
         """The mix, the same at every step.
 
         Raises:
-            DomainError: The history is over other domains.
+            DomainError: The history has other domains.
             PolicyError: The questions are not known yet.
         """
         if history.domains != self.space.names:
             raise DomainError(
-                f"the history is over {shown(list(history.domains))}, but this policy was built for "
+                f"the history has the domains {shown(list(history.domains))}, but this policy was built for "
                 f"{shown(list(self.space.names))}"
             )
         return self.with_target_share(self.within())
 
     def with_target_share(self, within: FloatArray) -> FloatArray:
-        """Weights inside the fields, put together: (D,) -> (D,), sums to 1."""
+        """Scales the weights inside the fields to a mix: (D,) -> (D,), sums to 1."""
         mix = np.array(within)
         for name, share in ((SOURCE, 1 - self._target_share), (TARGET, self._target_share)):
             mix[list(self.space.members(name))] *= share
@@ -145,10 +145,10 @@ class QuestionTopics:
         return {"topics": {name: shares.tolist() for name, shares in self._topics.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave.
+        """Restores a state from `state_dict`.
 
         Raises:
-            StateError: It is something else.
+            StateError: The state is damaged or of another policy.
         """
         try:
             found = {name: validate_mix(state["topics"][name], CANONICAL_TOPICS) for name in state["topics"]}
@@ -158,7 +158,9 @@ class QuestionTopics:
                 "an older one"
             ) from error
         if set(found) not in (set(), set(FIELDS)):
-            raise StateError(f"the state of policy {self.name!r} has topics of {sorted(found)}: it is damaged")
+            raise StateError(
+                f"the state of policy {self.name!r} has topics for {sorted(found)}: it is damaged; load an older one"
+            )
         self._topics = found
 
 

@@ -1,7 +1,7 @@
-"""The topics of texts: a linear classifier over hashed words, small enough to come with the package.
+"""Topic classifier: linear over hashed words, small enough to ship with the package.
 
 score(topic | text) = w_topic . x + b_topic, with x_j proportional to (1 + log count_j) idf_j and |x| = 1. A word's
-bucket j comes from its CRC-32: no vocabulary is stored. Weights are 8-bit integers with one scale per topic.
+bucket j is derived from its CRC-32, so no vocabulary is stored. Weights are 8-bit integers with one scale per topic.
 
 Shapes: T topics, H buckets, n texts.
 """
@@ -29,7 +29,7 @@ from dmagent_loader.mixture.simplex import FloatArray, IntArray
 WEIGHTS_FILE = "model.safetensors"
 BUNDLED = "topics"
 MOST_CHARACTERS = 2000
-"""How much of a text is read, in training as in use."""
+"""Number of leading characters read from each text, in training and in use."""
 
 MAX_BYTES = 32 << 20
 
@@ -38,13 +38,13 @@ _WORD = re.compile(r"\w\w+")
 
 @dataclass(frozen=True, kw_only=True)
 class TopicClassifier:
-    """Says which of the 26 canonical topics a text is about.
+    """Classifies texts into the 26 canonical topics.
 
     Args:
-        weights: (T, H) int8.
-        scales: (T,), what a weight of 1 stands for.
-        bias: (T,).
-        idf: (H,), log(texts / texts with a word of the bucket), smoothed; 0 where training saw none.
+        weights: (T, H) int8, quantised weights.
+        scales: (T,), value of a quantised weight of 1.
+        bias: (T,), bias of each topic.
+        idf: (H,), log(texts / texts with a word of the bucket), smoothed; 0 for buckets not seen in training.
     """
 
     weights: npt.NDArray[np.int8]
@@ -58,33 +58,33 @@ class TopicClassifier:
         if shapes != ((topics, buckets), (topics,), (topics,), (buckets,)) or self.weights.dtype != np.int8:
             raise CheckpointError(
                 f"a topic classifier has weights {shapes[0]} of {self.weights.dtype}, scales {shapes[1]}, bias "
-                f"{shapes[2]} and idf {shapes[3]}; expected int8 weights of ({topics}, buckets) and the rest to fit"
+                f"{shapes[2]} and idf {shapes[3]}; expected int8 weights of ({topics}, buckets) and matching shapes"
             )
         if not all(np.isfinite(array).all() for array in (self.scales, self.bias, self.idf)):
             raise CheckpointError("a topic classifier holds numbers that are not finite: its file is damaged")
 
     @classmethod
     def bundled(cls) -> TopicClassifier:
-        """The one that comes with the package; its card says what it was trained on and how often it is right.
+        """Loads the bundled classifier; its model card describes its training data and accuracy.
 
         Raises:
-            CheckpointError: It is missing from this installation.
+            CheckpointError: The classifier is missing from this installation.
         """
         package = Path(__file__).resolve().parents[1]
         for root in (package / "agent_checkpoints", package.parent / "agent_checkpoints"):
             if (root / BUNDLED / WEIGHTS_FILE).is_file():
                 return cls.load(root / BUNDLED)
         raise CheckpointError(
-            f"the topic classifier agent_checkpoints/{BUNDLED} is missing from this installation: install the package "
-            "again, or give the topics of the questions yourself"
+            f"the topic classifier agent_checkpoints/{BUNDLED} is missing from this installation: reinstall the "
+            "package, or pass a TopicClassifier of your own"
         )
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> TopicClassifier:
-        """Reads what `save` wrote.
+        """Loads a classifier written by `save`.
 
         Raises:
-            CheckpointError: It cannot be read.
+            CheckpointError: The file cannot be read, or its contents are not valid.
         """
         path = Path(directory) / WEIGHTS_FILE
         try:
@@ -95,7 +95,7 @@ class TopicClassifier:
             raise CheckpointError(f"the topic classifier {path} cannot be read ({error}): copy it again") from error
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `WEIGHTS_FILE` into a folder that exists."""
+        """Writes `WEIGHTS_FILE` to an existing directory."""
         arrays = {
             "weights": self.weights,
             "scales": self.scales.astype(np.float32),
@@ -113,23 +113,23 @@ class TopicClassifier:
         return found
 
     def predict(self, texts: Sequence[str]) -> IntArray:
-        """The most likely topic of each text, as a position in `CANONICAL_TOPICS`: (n,)."""
+        """Most likely topic of each text, as an index into `CANONICAL_TOPICS`: (n,)."""
         return np.asarray(self.scores(texts).argmax(axis=1), dtype=np.int64)
 
     def shares(self, texts: Sequence[str]) -> FloatArray:
-        """Share of the texts that is about each topic: (T,), sums to 1.
+        """Share of the texts on each topic: (T,), sums to 1.
 
         Raises:
-            ConfigurationError: There is no text.
+            ConfigurationError: There are no texts.
         """
         if isinstance(texts, str) or not len(texts):
-            raise ConfigurationError(f"the texts are {shown(texts)}: give one or more, there are no shares of none")
+            raise ConfigurationError(f"the texts are {shown(texts)}: give one or more texts to count topics in")
         counts = np.bincount(self.predict(texts), minlength=len(CANONICAL_TOPICS))
         return np.asarray(counts / counts.sum(), dtype=np.float64)
 
 
 def features(text: str, idf: FloatArray) -> tuple[IntArray, FloatArray]:
-    """The buckets of a text's words and the value of each, of Euclidean length 1 unless there is no word."""
+    """Buckets of a text's words and their values, normalised to Euclidean length 1 unless the text has no words."""
     counts = bucket_counts(text, len(idf))
     buckets = np.fromiter(counts, dtype=np.int64, count=len(counts))
     values = np.array([1.0 + math.log(count) for count in counts.values()]) * idf[buckets]
@@ -138,6 +138,6 @@ def features(text: str, idf: FloatArray) -> tuple[IntArray, FloatArray]:
 
 
 def bucket_counts(text: str, buckets: int) -> Mapping[int, int]:
-    """How often the words of each bucket come in the beginning of a text."""
+    """Word count per bucket in the first `MOST_CHARACTERS` characters of a text."""
     words: Iterable[str] = _WORD.findall(text[:MOST_CHARACTERS].lower())
     return Counter(zlib.crc32(word.encode("utf-8", "replace")) % buckets for word in words)

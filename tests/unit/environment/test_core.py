@@ -212,7 +212,7 @@ def test_token_of_probability_zero_is_an_error():
 def test_tokenizer_of_another_model_is_refused(model):
     model.config = SimpleNamespace(vocab_size=100)
 
-    with pytest.raises(ConfigurationError, match="hold token 121, but the model knows only 100"):
+    with pytest.raises(ConfigurationError, match="contain token id 121, but the model's vocabulary is 100"):
         quiet({"x": [("x", "y")]}).evaluate(model)
 
 
