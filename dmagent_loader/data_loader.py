@@ -80,7 +80,7 @@ class MixingDataLoader(DataLoader[Any]):
         samples = 1 if batch_size is None else whole_number("batch_size", batch_size, least=1)
         factor = DEFAULT_PREFETCH_FACTOR if prefetch_factor is None else prefetch_factor
         factor = whole_number("prefetch_factor", factor, least=1)
-        description = LoaderSettings(
+        self._description = LoaderSettings(
             batch_size=samples,
             samples_per_fetch=samples,
             samples_per_step=whole_number("samples_per_step", samples_per_step, least=1),
@@ -88,7 +88,8 @@ class MixingDataLoader(DataLoader[Any]):
             by_trainer=by_trainer,
         )
         num_workers = whole_number("num_workers", num_workers, least=0)
-        sampler.bind(description)
+        self._mixed = sampler
+        sampler.bind(self._description)
         super().__init__(
             sampler,
             batch_size=batch_size,
@@ -100,6 +101,19 @@ class MixingDataLoader(DataLoader[Any]):
             generator=_own_generator(sampler) if generator is None else generator,
             **settings,
         )
+
+    def __iter__(self) -> Any:
+        """A new pass. Another loader may have described itself to the sampler since: this one does so again.
+
+        A description by an integration stays, which knows more than the loader.
+        """
+        bound, own = self._mixed.loader, self._description
+        same = (bound.batch_size, bound.samples_per_fetch, bound.samples_per_step, bound.prefetch_factor) == (
+            (own.batch_size, own.samples_per_fetch, own.samples_per_step, own.prefetch_factor)
+        )
+        if not same and (own.by_trainer or not bound.by_trainer):
+            self._mixed.bind(own)
+        return super().__iter__()
 
 
 def _own_generator(sampler: AgentWeightedSampler) -> torch.Generator:

@@ -114,7 +114,8 @@ def products(directions: Sequence[Tensor], flat: Flat, copies: FloatArray) -> Fl
     """
     total = np.zeros(len(directions[0]))
     for direction, part, count in zip(directions, flat, copies, strict=True):
-        total += (direction @ part).double().cpu().numpy() / count
+        with torch.autocast(part.device.type, enabled=False):
+            total += (direction @ part).double().cpu().numpy() / count
     return total
 
 

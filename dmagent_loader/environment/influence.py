@@ -11,14 +11,15 @@ import gc
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from dmagent_loader._distributed import get_rank, get_world_size, is_active, together
+from dmagent_loader._distributed import all_reduce_max, get_rank, get_world_size, is_active, together
 from dmagent_loader._validation import is_finite_number, shown, whole_number
 from dmagent_loader.environment.batches import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, ScoredWindow
 from dmagent_loader.environment.gradients import Flat, Parameters, adam_moments, untouched
@@ -152,7 +153,7 @@ def measure(
             damping=settings.damping,
         )
         try:
-            with untouched(parameters.model):
+            with untouched(parameters.model), _no_cached_casts():
                 samples, used_moments = _samples(probe, way, settings, optimizer)
             break
         except ShortOfMemory:
@@ -171,7 +172,8 @@ def measure(
                 "max_row_tokens=, fewer trainable parameters), or use the policy 'question-topics'"
             )
         notes.append(note)
-        logger.warning("%s: trying the %s method with %d tokens", note, way, batch_tokens)
+        if get_rank() == 0:
+            logger.warning("%s: trying the %s method with %d tokens", note, way, batch_tokens)
     sizes = [np.array([len(group) for group in listed]) for listed in groups]
     weights = [size / size.sum() for size in sizes]
     values, errors = estimate(samples, weights)
@@ -186,10 +188,11 @@ def measure(
         rows={name: len(listed) for name, listed in rows.items()},
         questions={name: len(listed) for name, listed in zip(questions, asked, strict=True)},
         tokens=_tokens(asked, rows, way, count, used_moments),
-        seconds=time.perf_counter() - started,
+        seconds=_slowest_rank(time.perf_counter() - started),
         notes=tuple(notes),
     )
-    logger.info(
+    logger.log(
+        logging.INFO if get_rank() == 0 else logging.DEBUG,
         "influence of %d domains on %s (%s method, preconditioned by %s): %d tokens in %.2f s",
         len(rows),
         list(questions),
@@ -204,10 +207,30 @@ def measure(
 def _samples(probe: Probe, way: Way, settings: InfluenceSettings, optimizer: object) -> tuple[list[FloatArray], bool]:
     """Samples of one method, and whether the optimizer's moments were used."""
     moments: Flat | None = adam_moments(optimizer, probe.parameters)
+    if all_reduce_max(int(moments is None), STEP):
+        moments = None  # An optimizer that is sharded over ranks: all ranks use the same preconditioner, or none.
     denominators = moments or probe.root_mean_squares()
     if way == "gradient":
         return gradient_way(probe, denominators, settings.row_groups), moments is not None
     return reverse_way(probe, denominators, settings.step), moments is not None
+
+
+@contextmanager
+def _no_cached_casts() -> Iterator[None]:
+    """Under autocast, cached casts of the weights would hide the virtual steps of the reverse method."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _slowest_rank(seconds: float) -> float:
+    """The same number on all ranks, to the millisecond: it is part of a state that ranks compare."""
+    return all_reduce_max(round(1000 * seconds), STEP) / 1000
 
 
 def spread(windows: Sequence[ScoredWindow], most: int | None) -> list[ScoredWindow]:

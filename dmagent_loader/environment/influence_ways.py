@@ -244,7 +244,7 @@ def reverse_way(probe: Probe, denominators: Flat, step: float) -> list[FloatArra
                 move(None, 0.0)
                 direction = probe.divided(probe.question_gradient(group), denominators)
                 size = probe.root_mean_square(direction)
-                if not size > 0:
+                if size == 0:
                     continue  # The questions have no gradient: the influence is 0, and the step cannot be scaled.
                 factor = step / size
                 move(direction, factor)

@@ -53,7 +53,36 @@ def probe_windows(
     return windows
 
 
-def _window(row: Row, origin: str, max_length: int, vocabulary: int | None) -> ScoredWindow:
+def has_token_to_predict(row: Row, max_length: int) -> bool:
+    """Whether a row can be scored: not an empty document, nor one whose labels are all -100 within the limit.
+
+    Args:
+        row: Token ids, or a mapping with ``input_ids``.
+        max_length: Most tokens that are read.
+
+    Raises:
+        ConfigurationError: The row is of another shape.
+    """
+    ids = row["input_ids"] if isinstance(row, Mapping) and "input_ids" in row else row
+    if not isinstance(ids, Mapping) and not len(ids):
+        return False
+    tokens, labels = _parts(row, "a row")
+    first, last = _span(tokens[: max_length + 1], labels)
+    return first < last
+
+
+def _span(tokens: Tokens, labels: Tokens | None) -> tuple[int, int]:
+    """First token to predict, and the end of the last one; equal where there is none."""
+    if labels is None:
+        return 1, max(1, len(tokens))
+    counted = np.flatnonzero(labels[: len(tokens)] != IGNORED_LABEL)
+    # The first token has no context to be predicted from, whatever its label.
+    counted = counted[counted > 0]
+    return (int(counted[0]), int(counted[-1]) + 1) if len(counted) else (1, 1)
+
+
+def _parts(row: Row, origin: str) -> tuple[Tokens, Tokens | None]:
+    """Tokens and labels without padding; None: all tokens count."""
     labels = None
     if isinstance(row, Mapping):
         if "input_ids" not in row:
@@ -71,16 +100,15 @@ def _window(row: Row, origin: str, max_length: int, vocabulary: int | None) -> S
                 f"{origin} has {len(tokens)} tokens, {len(mask)} marks in attention_mask and {len(labels)} labels: "
                 "all three must have the same length"
             )
-        tokens, labels = tokens[mask], labels[mask]
-    else:
-        tokens = _numbers(row, origin)
+        return tokens[mask], labels[mask]
+    return _numbers(row, origin), labels
+
+
+def _window(row: Row, origin: str, max_length: int, vocabulary: int | None) -> ScoredWindow:
+    tokens, labels = _parts(row, origin)
     tokens = tokens[: max_length + 1]
-    first, last = 1, len(tokens)
-    if labels is not None:
-        counted = np.flatnonzero(labels[: len(tokens)] != IGNORED_LABEL)
-        # The first token has no context to be predicted from, whatever its label.
-        first, last = (max(1, int(counted[0])), int(counted[-1]) + 1) if len(counted) else (1, 0)
-    if last <= first - 1 or last < 2:
+    first, last = _span(tokens, labels)
+    if first == last:
         raise ConfigurationError(
             f"{origin} has no token to predict within its first {max_length + 1}: give rows of at least two tokens and "
             "labels other than -100"

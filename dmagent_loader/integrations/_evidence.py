@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dmagent_loader import _distributed as distributed
 from dmagent_loader.environment import Environment, Influence
+from dmagent_loader.environment.probe_rows import has_token_to_predict
 from dmagent_loader.errors import ConfigurationError, InfluenceError
 from dmagent_loader.policies import INFLUENCE, QUESTIONS, InformedPolicy, name_of
 from dmagent_loader.sampler import AgentWeightedSampler
@@ -76,15 +78,33 @@ def _influence(
     try:
         if measure is None:
             raise InfluenceError("this trainer gives no access to the model's gradients")
-        rows = sampler.probe_rows(ROWS, probe=len(sampler.measurements))
-        return measure(
-            environment,
-            {domain: [_tokens(row) for row in listed] for domain, listed in rows.items()},
-            {"max_row_tokens": MAX_ROW_TOKENS},
-        )
+        with distributed.together("reading rows of each domain"):
+            rows = _scorable(sampler.probe_rows(ROWS, probe=len(sampler.measurements)))
+        return measure(environment, rows, {"max_row_tokens": MAX_ROW_TOKENS})
     except InfluenceError as error:
-        logger.warning("policy %r decides without influence: %s", name_of(policy), error)
+        if distributed.get_rank() == 0:
+            logger.warning("policy %r decides without influence: %s", name_of(policy), error)
         return None
+
+
+def _scorable(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Rows with a token to predict: training accepts others, for example empty documents.
+
+    Raises:
+        InfluenceError: A domain has none, or no domain has two.
+    """
+    kept = {
+        domain: [row for row in map(_tokens, listed) if has_token_to_predict(row, MAX_ROW_TOKENS)]
+        for domain, listed in rows.items()
+    }
+    empty = [domain for domain, listed in kept.items() if not listed]
+    if empty or all(len(listed) < 2 for listed in kept.values()):
+        raise InfluenceError(
+            f"among the rows that were read, {empty or 'all domains'} have "
+            f"{'none' if empty else 'only one'} with a token to predict within {MAX_ROW_TOKENS} tokens, but a standard "
+            "error needs more: give the domains more rows, or use the policy 'question-topics'"
+        )
+    return kept
 
 
 def _tokens(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -113,13 +113,16 @@ class Influence:
             ConfigurationError: A measurement has other fields.
         """
         parts = [self, *others]
-        if any(part.fields != self.fields for part in parts):
+        if any(set(part.fields) != set(self.fields) for part in parts):
             raise ConfigurationError(
                 f"the measurements have fields {[list(part.fields) for part in parts]}, so they have no mean: average "
                 "measurements of one environment"
             )
-        values = np.mean([part.values(self.domains) for part in parts], axis=0)
-        errors = np.sqrt(np.sum([part.errors(self.domains) ** 2 for part in parts], axis=0)) / len(parts)
+        # JSON objects need not keep an order: the Trainer sorts their keys.
+        order = [[part.fields.index(name) for name in self.fields] for part in parts]
+        values = np.mean([part.values(self.domains)[k] for part, k in zip(parts, order, strict=True)], axis=0)
+        squares = [part.errors(self.domains)[k] ** 2 for part, k in zip(parts, order, strict=True)]
+        errors = np.sqrt(np.sum(squares, axis=0)) / len(parts)
         return Influence(
             scores=scores_from(self.fields, self.domains, values, errors),
             way=self.way,

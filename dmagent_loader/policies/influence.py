@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dmagent_loader._validation import is_finite_number, shown, whole_number
+from dmagent_loader._validation import is_count, is_finite_number, shown, whole_number
 from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError, StateError
 from dmagent_loader.mixture.domains import TARGET, DomainSpace
 from dmagent_loader.mixture.history import History
@@ -98,6 +98,9 @@ class InfluencePolicy:
         self._topics, self._combine = topics, combine
         self._measured: list[Influence] = []
         self._is_unavailable = False
+        self._slots_done, self._slot = 0, 0
+        """Slots whose measurement was tried, successfully or not, and the slot asked for last. Without `every` there is
+        one slot for the run, otherwise one for `every` decisions."""
 
     @property
     def influence(self) -> Influence | None:
@@ -107,8 +110,8 @@ class InfluencePolicy:
     def needed(self, decision: int) -> frozenset[str]:
         """Influence before the first decision and then at intervals of `every`; the questions if topics are used."""
         wanted: frozenset[str] = frozenset()
-        due = len(self._measured) if self._every is None else len(self._measured) - decision // self._every
-        if not self._is_unavailable and due <= 0:
+        self._slot = 0 if self._every is None else decision // self._every
+        if not self._is_unavailable and self._slot >= self._slots_done:
             wanted |= {INFLUENCE}
         if self._topics is not None and (self._combine or self._is_unavailable):
             wanted |= self._topics.needed(decision)
@@ -129,11 +132,11 @@ class InfluencePolicy:
                 f"policy {self.name!r} needs an Influence, but received {shown(need)}: {shown(evidence)}; pass the "
                 "result of Environment.influence"
             )
-        if evidence is None:
-            self._is_unavailable = not self._measured
-            return
-        evidence.values(self._measurable())
-        self._measured.append(evidence)
+        if evidence is not None:
+            evidence.values(self._measurable())
+            self._measured.append(evidence)
+        self._slots_done = self._slot + 1
+        self._is_unavailable = not self._measured
 
     def propose(self, history: History) -> FloatArray:
         """The mix of the next step; it changes only with a new measurement.
@@ -175,6 +178,7 @@ class InfluencePolicy:
         return {
             "measured": [influence.to_json() for influence in self._measured],
             "unavailable": self._is_unavailable,
+            "slots_done": self._slots_done,
             "topics": None if self._topics is None else self._topics.state_dict(),
         }
 
@@ -184,10 +188,14 @@ class InfluencePolicy:
         Raises:
             StateError: The state is damaged or of another policy.
         """
-        if not isinstance(state, Mapping) or not {"measured", "unavailable", "topics"} <= set(state):
+        if not isinstance(state, Mapping) or not {"measured", "unavailable", "slots_done", "topics"} <= set(state):
             raise StateError(
                 f"the state of policy {self.name!r} is {shown(state)}: it is damaged or of another policy; load an "
                 "older one"
+            )
+        if not is_count(state["slots_done"]):
+            raise StateError(
+                f"the state of policy {self.name!r} counts {shown(state['slots_done'])} slots: it is damaged"
             )
         measured = [Influence.from_json(value) for value in state["measured"]]
         for influence in measured:
@@ -195,6 +203,7 @@ class InfluencePolicy:
         if self._topics is not None and state["topics"] is not None:
             self._topics.load_state_dict(state["topics"])
         self._measured, self._is_unavailable = measured, bool(state["unavailable"])
+        self._slots_done = state["slots_done"]
 
     def _measurable(self) -> list[str]:
         """Domains with rows."""
@@ -232,7 +241,7 @@ def standardised(influence: Influence, domains: list[str], weights: FloatArray) 
     squared_errors = scale**2 @ influence.errors(domains) ** 2
     variance = float(gain.var(ddof=1)) if len(domains) > 1 else 0.0
     signal = variance - noise_quantile(len(domains) - 1) * float(squared_errors.mean())
-    if signal <= 0:
+    if not signal > 0:  # also where it is not a number, in a field of one domain
         return np.zeros(len(domains))
     return np.asarray(signal / (signal + squared_errors) * (gain - gain.mean()) / np.sqrt(variance), dtype=np.float64)
 
