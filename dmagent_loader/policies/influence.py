@@ -195,7 +195,8 @@ class InfluencePolicy:
             )
         if not is_count(state["slots_done"]):
             raise StateError(
-                f"the state of policy {self.name!r} counts {shown(state['slots_done'])} slots: it is damaged"
+                f"the state of policy {self.name!r} has slots_done {shown(state['slots_done'])}, not a count: it is "
+                "damaged; load an older one"
             )
         measured = [Influence.from_json(value) for value in state["measured"]]
         for influence in measured:

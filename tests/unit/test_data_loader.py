@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from samplers import Build, builder
@@ -95,3 +97,23 @@ def test_two_loaders_of_one_program_seed_their_workers_differently(build):
     """The workers of an older loader are told from those of a newer one by the seed."""
     seeds = {MixingDataLoader(build()).generator.initial_seed() for _ in range(3)}
     assert len(seeds) == 3
+
+
+def test_of_two_loaders_the_one_that_is_iterated_describes_itself(build):
+    """Otherwise a second loader that is only built would change the batches of the first."""
+    sampler = build()
+    first, second = MixingDataLoader(sampler, batch_size=8), MixingDataLoader(sampler, batch_size=2)
+    assert sampler.loader.batch_size == 2
+    next(iter(first))
+    assert sampler.loader.batch_size == 8
+    next(iter(second))
+    assert sampler.loader.batch_size == 2
+
+
+def test_what_an_integration_knows_of_the_loader_stays(build):
+    sampler = build()
+    loader = MixingDataLoader(sampler, batch_size=8)
+    known = dataclasses.replace(sampler.loader, samples_per_step=16, by_trainer=True)
+    sampler.bind(known)
+    next(iter(loader))
+    assert sampler.loader == known

@@ -376,3 +376,33 @@ def test_padding_and_ignored_labels_of_a_row_do_not_count():
 def test_a_result_survives_json():
     found = environment().influence(Bigrams(), rows())
     assert Influence.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize("way", ["gradient", "reverse"])
+def test_a_model_that_has_diverged_is_an_error_in_both_ways(way):
+    """The reverse method could take a step of unknown length for none, and report no influence."""
+    table = torch.zeros(V, V)
+    table[tokens("=")[0], 0] = float("nan")
+    with pytest.raises(InfluenceError, match="not finite"):
+        environment().influence(Bigrams(table), rows(), way=way)
+
+
+class TwoLayers(nn.Module):
+    """Has a linear layer, whose weights autocast converts and keeps."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(V, 32), nn.Linear(32, V)
+
+    def forward(self, input_ids, attention_mask):
+        return self.head(self.embedding(input_ids))
+
+
+def test_cached_casts_of_autocast_do_not_hide_the_steps_of_the_reverse_method():
+    model = TwoLayers()
+    plain = environment().influence(model, rows(), way="reverse", step=3e-3).values()
+    with torch.autocast("cpu", dtype=torch.float16):
+        mixed = environment().influence(model, rows(), way="reverse", step=3e-3).values()
+        assert torch.is_autocast_cache_enabled()
+    np.testing.assert_allclose(mixed, plain, rtol=0, atol=0.1 * np.abs(plain).max())

@@ -112,3 +112,54 @@ def test_a_policy_that_asks_for_what_nobody_has_is_refused(tmp_path):
 def test_an_unknown_name_of_a_policy_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ConfigurationError, match="'influence' or 'question-topics'"):
         mixing(tmp_path, "influenze")
+
+
+def test_a_later_measurement_that_is_unavailable_is_not_tried_again_before_the_next_is_due(tmp_path, caplog):
+    """Catches an endless loop: the policy has a measurement, so it has no reason to fall back."""
+    space = mixing(tmp_path / "space", None).sampler.space
+    run = mixing(tmp_path, InfluencePolicy(space, np.full(4, 0.25), every=1))
+    model, tried = Model(), []
+
+    def measure(environment, rows, settings):
+        tried.append(run.consumed)
+        if run.consumed == 10:
+            raise InfluenceError("the model has diverged")
+        return environment.influence(model, rows, **settings)
+
+    run.begin()
+    for consumed in (0, 10, 20):
+        run.consumed = consumed
+        list(zip(run.sampler, range(10), strict=False))
+        assert run.reweight(lambda environment: environment.evaluate(model), measure=measure).decision.outcome.accepted
+    assert tried == [0, 10, 20]
+    assert len(run.sampler.policy.state_dict()["measured"]) == 2
+
+
+def test_documents_without_a_token_to_predict_are_left_out_of_the_measurement(tmp_path):
+    """Training accepts empty documents; every restart of a run would fail at the same ones."""
+    run, asked = mixing(tmp_path, "influence"), {}
+
+    def empty_now_and_then(sample):
+        row = int(sample["__key__"].rsplit("_", 1)[-1])
+        return {"input_ids": sample["input_ids.npy"][: row % 3]}
+
+    def measure(environment, rows, settings):
+        asked.update({domain: len(listed) for domain, listed in rows.items()})
+        return environment.influence(Model(), rows, **settings)
+
+    run.sampler.bind(transform=empty_now_and_then)
+    run.begin()
+    assert run.reweight(lambda environment: environment.evaluate(Model()), measure=measure).decision.outcome.accepted
+    assert all(0 < count < 16 for count in asked.values())
+
+
+def test_domains_without_any_token_to_predict_fall_back_on_the_topics(tmp_path, caplog):
+    run = mixing(tmp_path, "influence")
+    run.sampler.bind(transform=lambda sample: {"input_ids": sample["input_ids.npy"][:1]})
+    run.begin()
+    report = run.reweight(
+        lambda environment: environment.evaluate(Model()),
+        measure=lambda environment, rows, settings: environment.influence(Model(), rows, **settings),
+    )
+    assert "none with a token to predict" in caplog.text
+    assert report.decision.outcome.accepted

@@ -230,3 +230,28 @@ def test_the_quantile_of_noise_is_that_of_chi_squared():
     """From tables: 99% of chi-squared with 1, 5, 25 and 100 degrees of freedom."""
     for degrees, quantile in ((5, 15.086), (25, 44.314), (100, 135.807)):
         assert noise_quantile(degrees) == pytest.approx(quantile / degrees, rel=0.01)
+
+
+def test_measurements_from_a_state_with_sorted_keys_can_be_averaged():
+    """The Trainer sorts the keys of its state, so the fields come back in another order."""
+    values, errors = np.random.default_rng(0).normal(size=(2, 52)), np.full((2, 52), 0.1)
+    names = ("math", "general")  # not in alphabetical order
+    one = Influence(scores=scores_from(names, SPACE.names, values, errors), way="gradient")
+    saved = Influence.from_json(json.loads(json.dumps(one.to_json(), sort_keys=True)))
+    for mean in (one.averaged([saved]), saved.averaged([one])):
+        for name, row in zip(names, values, strict=True):
+            np.testing.assert_allclose([mean[name][domain].value for domain in SPACE.names], row)
+
+
+def test_a_field_of_one_domain_without_signal_keeps_its_weight():
+    space = DomainSpace.from_names(["source/web", "target/math"])
+    policy = InfluencePolicy(space, np.array([0.5, 0.5]))
+    policy.inform("influence", influence(np.zeros((2, 2)), np.zeros((2, 2)), space))
+    np.testing.assert_allclose(policy.propose(history(space)), [0.7, 0.3])
+
+
+def test_a_state_without_the_count_of_slots_is_damaged():
+    policy = informed(np.zeros((2, 52)), np.ones((2, 52)))
+    for count in (-1, 1.5, "2"):
+        with pytest.raises(StateError, match="slots_done"):
+            policy.load_state_dict({**policy.state_dict(), "slots_done": count})
