@@ -106,7 +106,12 @@ def shuffled(influence: Influence, seed: int) -> Influence:
             places[place] = int(taken)
     values, errors = influence.values()[:, places], influence.errors()[:, places]
     return Influence(
-        scores=scores_from(influence.fields, domains, values, errors), way="shuffled", tokens=influence.tokens
+        scores=scores_from(influence.fields, domains, values, errors),
+        way="shuffled",
+        by_questions={
+            name: np.array(by_group)[:, places].tolist() for name, by_group in influence.by_questions.items()
+        },
+        tokens=influence.tokens,
     )
 
 

@@ -33,7 +33,7 @@ from dmagent_loader.environment.influence_ways import (
 )
 from dmagent_loader.environment.scoring import Model, Scorer, unwrap
 from dmagent_loader.errors import ConfigurationError, InfluenceError
-from dmagent_loader.mixture.influence import Influence, estimate, scores_from
+from dmagent_loader.mixture.influence import Influence, estimate, grouped, scores_from
 from dmagent_loader.mixture.simplex import FloatArray
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def measure(
             logger.warning("%s: trying the %s method with %d tokens", note, way, batch_tokens)
     sizes = [np.array([len(group) for group in listed]) for listed in groups]
     weights = [size / size.sum() for size in sizes]
-    values, errors = estimate(samples, weights)
+    values, errors, by_group = estimate(samples, weights)
     if not np.isfinite(values).all() or not np.isfinite(errors).all():
         raise InfluenceError(
             f"{int((~np.isfinite(values)).sum())} of {values.size} scores are not finite: the model has probably "
@@ -185,6 +185,7 @@ def measure(
     influence = Influence(
         scores=scores_from(tuple(questions), tuple(rows), values, errors),
         way=way,
+        by_questions=grouped(tuple(questions), by_group) if count > 1 else {},
         rows={name: len(listed) for name, listed in rows.items()},
         questions={name: len(listed) for name, listed in zip(questions, asked, strict=True)},
         tokens=_tokens(asked, rows, way, count, used_moments),

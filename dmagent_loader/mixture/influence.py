@@ -41,6 +41,8 @@ class Influence:
     Args:
         scores: Field -> domain -> score; every field has the same domains.
         way: Method of measurement: ``"gradient"``, ``"reverse"`` or another name.
+        by_questions: Field -> (G, D), the influence on each of G groups of its questions, domains in the order of the
+            scores. Empty: unknown; the errors of comparisons are then those of the single scores.
         rows: Domain -> number of rows read.
         questions: Field -> number of questions read.
         tokens: Tokens processed by the model in one direction; a backward pass counts twice.
@@ -57,6 +59,7 @@ class Influence:
 
     scores: Mapping[str, Mapping[str, Score]]
     way: str
+    by_questions: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
     questions: Mapping[str, int] = field(default_factory=dict)
     tokens: int = 0
@@ -72,6 +75,13 @@ class Influence:
                 raise ConfigurationError(
                     f"field {name!r} has scores for {shown(list(by_domain))}, but the first field has scores for "
                     f"{shown(list(domains))}: pass the same domains in the same order for every field"
+                )
+        if self.by_questions:
+            shapes = {name: np.shape(self.by_questions.get(name, ())) for name in self.scores}
+            if len(set(shapes.values())) > 1 or next(iter(shapes.values()))[1:] != (len(domains),):
+                raise ConfigurationError(
+                    f"by_questions has the shapes {shapes}: pass (groups, {len(domains)} domains) for every "
+                    "field, or leave it out"
                 )
 
     @property
@@ -102,8 +112,38 @@ class Influence:
         """The standard errors: (K, D); arguments and errors as in `values`."""
         return self._numbers(domains)[..., 1]
 
+    def contrasts(self, domains: Sequence[str] | None = None) -> tuple[FloatArray, FloatArray]:
+        """Differences from the mean over some domains, for comparisons among them.
+
+        Another choice of questions changes the scores of similar domains alike. That part of a score's error cancels in
+        comparisons, so the errors can be far smaller than those of the single scores.
+
+        Args:
+            domains: Domains to compare, in order; None: all.
+
+        Returns:
+            Differences and their standard errors, (K, D) each.
+
+        Raises:
+            DomainError: A domain was not measured.
+        """
+        values, errors = self.values(domains), self.errors(domains)
+        differences = values - values.mean(axis=1, keepdims=True)
+        by_group = self._by_group()
+        if by_group is None or values.shape[1] < 2:
+            return differences, errors
+        chosen = self.domains if domains is None else domains
+        among = by_group[..., [self.domains.index(name) for name in chosen]]
+        centred = among - among.mean(axis=-1, keepdims=True)
+        degrees = values.shape[1] / (values.shape[1] - 1)
+        over_questions = degrees * variance_over_questions(centred)[:, None]
+        return differences, np.sqrt(self._variance_over_rows(errors) + over_questions)
+
     def averaged(self, others: Sequence[Influence]) -> Influence:
-        """The unweighted mean of this and other measurements; errors shrink as for independent measurements.
+        """The unweighted mean of this and other measurements, which have read different rows.
+
+        If every measurement knows the influence on each group of questions, only the errors over rows shrink, because
+        the questions are the same. Otherwise all errors do.
 
         Args:
             others: Measurements of the same fields and domains, for example at later points of a run.
@@ -121,11 +161,22 @@ class Influence:
         # JSON objects need not keep an order: the Trainer sorts their keys.
         order = [[part.fields.index(name) for name in self.fields] for part in parts]
         values = np.mean([part.values(self.domains)[k] for part, k in zip(parts, order, strict=True)], axis=0)
-        squares = [part.errors(self.domains)[k] ** 2 for part, k in zip(parts, order, strict=True)]
-        errors = np.sqrt(np.sum(squares, axis=0)) / len(parts)
+        groups = [part._by_group(self.fields, self.domains) for part in parts]
+        known = [group for group in groups if group is not None]
+        is_known = len(known) == len(parts) and len({group.shape for group in known}) == 1
+        by_group = np.mean(known, axis=0) if is_known else None
+        errors = [part.errors(self.domains)[k] for part, k in zip(parts, order, strict=True)]
+        if by_group is None:
+            squares = [error**2 for error in errors]
+        else:
+            squares = [part._variance_over_rows(error) for part, error in zip(parts, errors, strict=True)]
+        variance = np.sum(squares, axis=0) / len(parts) ** 2
+        if by_group is not None:
+            variance = variance + variance_over_questions(by_group)[:, None]
         return Influence(
-            scores=scores_from(self.fields, self.domains, values, errors),
+            scores=scores_from(self.fields, self.domains, values, np.sqrt(variance)),
             way=self.way,
+            by_questions={} if by_group is None else grouped(self.fields, by_group),
             rows={name: sum(part.rows.get(name, 0) for part in parts) for name in self.domains},
             questions=self.questions,
             tokens=sum(part.tokens for part in parts),
@@ -141,6 +192,7 @@ class Influence:
                 for name, by_domain in self.scores.items()
             },
             "way": self.way,
+            "by_questions": {name: [list(group) for group in groups] for name, groups in self.by_questions.items()},
             "rows": dict(self.rows),
             "questions": dict(self.questions),
             "tokens": self.tokens,
@@ -166,6 +218,10 @@ class Influence:
             return cls(
                 scores=scores,
                 way=str(value["way"]),
+                by_questions={
+                    str(name): [[_finite(number) for number in group] for group in groups]
+                    for name, groups in value["by_questions"].items()
+                },
                 rows=dict(value["rows"]),
                 questions=dict(value["questions"]),
                 tokens=value["tokens"],
@@ -176,6 +232,19 @@ class Influence:
             raise StateError(
                 f"the saved influence cannot be read ({error!r}): the state is damaged or was edited; load an older one"
             ) from error
+
+    def _by_group(self, fields: Sequence[str] | None = None, domains: Sequence[str] | None = None) -> FloatArray | None:
+        """Influence on each group of questions, (K, G, D); None: unknown."""
+        if not self.by_questions:
+            return None
+        places = [self.domains.index(name) for name in domains or self.domains]
+        return np.array([self.by_questions[name] for name in fields or self.fields], dtype=np.float64)[..., places]
+
+    def _variance_over_rows(self, errors: FloatArray) -> FloatArray:
+        """The part of squared errors (K, D) of this measurement's scores that is due to the choice of rows."""
+        by_group = self._by_group()
+        assert by_group is not None
+        return np.maximum(errors**2 - variance_over_questions(by_group)[:, None], 0.0)
 
     def _numbers(self, domains: Sequence[str] | None) -> FloatArray:
         chosen = self.domains if domains is None else tuple(domains)
@@ -198,21 +267,36 @@ def scores_from(
     }
 
 
-def estimate(samples: Sequence[FloatArray], weights: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:
+def grouped(fields: Sequence[str], by_group: FloatArray) -> dict[str, list[list[float]]]:
+    """`Influence.by_questions` of an array (K, G, D)."""
+    return {name: by_group[k].tolist() for k, name in enumerate(fields)}
+
+
+def variance_over_questions(by_group: FloatArray) -> FloatArray:
+    """Squared standard error over groups of questions, as a mean over the domains: (K, G, D) -> (K,).
+
+    Four groups are too few for the variance of one domain alone.
+    """
+    groups = by_group.shape[1]
+    if groups < 2:
+        return np.zeros(len(by_group))
+    return np.asarray((by_group.var(axis=1, ddof=1) / groups).mean(axis=-1), dtype=np.float64)
+
+
+def estimate(samples: Sequence[FloatArray], weights: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Scores and standard errors from single observations.
 
     An observation is the influence of one group of a domain's rows on one group of a field's questions. Rows and
     questions are two crossed samples: variance = variance over rows / n + variance over question groups / G. The exact
-    formula subtracts an interaction term. Leaving it out can make the error too large, but never too small. The
-    variance over question groups is a mean over all domains, because the groups are too few for one domain alone. A
-    domain with a single row group gets the mean variance over rows of the other domains.
+    formula subtracts an interaction term. Leaving it out can make the error too large, but never too small. A domain
+    with a single row group gets the mean variance over rows of the other domains.
 
     Args:
         samples: Observations of each of the D domains, (K, G, n); the number of row groups n may differ.
         weights: Shares of the questions of each field, (G,), sum to 1.
 
     Returns:
-        Values and errors, (K, D) each.
+        Values and errors, (K, D) each, and the influence on each group of questions, (K, G, D).
 
     Raises:
         ConfigurationError: No domain has more than one group of rows.
@@ -229,12 +313,8 @@ def estimate(samples: Sequence[FloatArray], weights: Sequence[FloatArray]) -> tu
     over_rows = np.stack(
         [(pooled if s is None else s) / part.shape[1] for s, part in zip(spreads, by_rows, strict=True)], axis=1
     )
-    groups = share.shape[1]
-    over_questions = np.zeros(len(values))
-    if groups > 1:
-        by_group = np.stack([part.mean(axis=-1) for part in samples], axis=-1)
-        over_questions = (by_group.var(axis=1, ddof=1) / groups).mean(axis=-1)
-    return values, np.sqrt(over_rows + over_questions[:, None])
+    by_group = np.stack([part.mean(axis=-1) for part in samples], axis=-1)
+    return values, np.sqrt(over_rows + variance_over_questions(by_group)[:, None]), by_group
 
 
 def _score(pair: Any) -> Score:
@@ -242,3 +322,9 @@ def _score(pair: Any) -> Score:
     if not is_finite_number(value) or not is_finite_number(error) or error < 0:
         raise ValueError(f"a score of {shown(pair)}")
     return Score(float(value), float(error))
+
+
+def _finite(number: Any) -> float:
+    if not is_finite_number(number):
+        raise ValueError(f"an influence of {shown(number)}")
+    return float(number)

@@ -2,12 +2,13 @@
 
 For the domains d of one field of the data:
 
-    gain_d = sum over question fields k of b_k value_kd / u_k       u_k: standard deviation of value_k over all domains
-    tau2   = var(gain) - F mean(error2)                             0 if negative
-    z_d    = tau2 / (tau2 + error2_d) (gain_d - mean) / sd(gain)
+    gain_kd = b_k (value_kd - mean) / u_k                        for each question field k, with its error_kd
+    tau2_k  = var(gain_k) - F mean(error2_k)                     fields with tau2_k <= 0 are left out
+    z_d     = sum over k of tau2_k / (tau2_k + error2_kd) gain_kd / sqrt(sum over k of var(gain_k))
     weight_d proportional to base_d exp(z_d / temperature)
 
-u_k makes fields comparable: a field's scores are measured in units of their spread over the domains. F is the 99%
+u_k, the standard deviation of value_k over all domains of the run, makes question fields comparable. Means are over the
+domains of the field, and so are errors: those of differences among its domains (`Influence.contrasts`). F is the 99%
 quantile of the variance of pure noise: scores that noise alone could explain leave the base mix unchanged. The base mix
 follows the natural shares, or the topics of the questions if these are combined with influence. No domain gets more
 than `most_boost` times its base weight.
@@ -237,14 +238,16 @@ def standardised(influence: Influence, domains: list[str], weights: FloatArray) 
         weights: (K,), b in the module docstring.
     """
     units = influence.values().std(axis=1)
-    scale = np.divide(weights, units, out=np.zeros_like(units), where=units > 0)
-    gain = scale @ influence.values(domains)
-    squared_errors = scale**2 @ influence.errors(domains) ** 2
-    variance = float(gain.var(ddof=1)) if len(domains) > 1 else 0.0
-    signal = variance - noise_quantile(len(domains) - 1) * float(squared_errors.mean())
-    if not signal > 0:  # also where it is not a number, in a field of one domain
+    scale = np.divide(weights, units, out=np.zeros_like(units), where=units > 0)[:, None]
+    differences, errors = influence.contrasts(domains)
+    gains, squared_errors = scale * differences, (scale * errors) ** 2
+    variances = gains.var(axis=1, ddof=1, keepdims=True) if len(domains) > 1 else np.zeros((len(gains), 1))
+    signal = variances - noise_quantile(len(domains) - 1) * squared_errors.mean(axis=1, keepdims=True)
+    has_signal = signal > 0  # also False where it is not a number, in a field of one domain
+    if not has_signal.any():
         return np.zeros(len(domains))
-    return np.asarray(signal / (signal + squared_errors) * (gain - gain.mean()) / np.sqrt(variance), dtype=np.float64)
+    shrunk = np.divide(signal, signal + squared_errors, out=np.zeros_like(gains), where=has_signal) * gains
+    return np.asarray(shrunk.sum(axis=0) / np.sqrt(variances[has_signal].sum()), dtype=np.float64)
 
 
 def tilted(base: FloatArray, z: FloatArray, *, temperature: float, most_boost: float | None) -> FloatArray:

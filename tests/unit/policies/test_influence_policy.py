@@ -10,7 +10,7 @@ import pytest
 from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError, StateError
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
-from dmagent_loader.mixture.influence import Influence, estimate, scores_from
+from dmagent_loader.mixture.influence import Influence, estimate, grouped, scores_from
 from dmagent_loader.policies.influence import InfluencePolicy, noise_quantile
 from dmagent_loader.policies.informed import InformedPolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
@@ -29,8 +29,10 @@ def history(space=SPACE):
     )
 
 
-def influence(values, errors, space=SPACE):
-    return Influence(scores=scores_from(FIELDS, space.names, values, errors), way="gradient")
+def influence(values, errors, space=SPACE, by_group=None):
+    by_questions = {} if by_group is None else grouped(FIELDS, by_group)
+    scores = scores_from(FIELDS, space.names, values, errors)
+    return Influence(scores=scores, way="gradient", by_questions=by_questions)
 
 
 def shares(mix, space=SPACE):
@@ -39,9 +41,9 @@ def shares(mix, space=SPACE):
     return np.array([part / part.sum() for part in parts])
 
 
-def informed(values, errors, **settings):
+def informed(values, errors, by_group=None, **settings):
     policy = InfluencePolicy(SPACE, NATURAL, **settings)
-    policy.inform("influence", influence(values, errors))
+    policy.inform("influence", influence(values, errors, by_group=by_group))
     return policy
 
 
@@ -51,11 +53,32 @@ def test_with_noise_alone_it_returns_the_natural_mix():
     moved = 0
     for _ in range(200):
         samples = [rng.normal(size=(2, 4, 8)) for _ in range(52)]
-        values, errors = estimate(samples, [np.full(4, 0.25)] * 2)
-        mix = informed(values, errors).propose(history())
+        values, errors, by_group = estimate(samples, [np.full(4, 0.25)] * 2)
+        mix = informed(values, errors, by_group).propose(history())
         moved += np.abs(shares(mix) - shares(NATURAL)).max() > 1e-12
         assert mix[list(SPACE.members("target"))].sum() == pytest.approx(0.3)
     assert moved <= 8  # one in a hundred for each of two fields
+
+
+def test_noise_that_all_domains_share_hides_nothing():
+    """Single scores are all but noise here, because the questions' choice moves them together; their order is not."""
+    rng = np.random.default_rng(2)
+    signal = rng.normal(size=52)
+    together = 10 * rng.normal(size=(2, 4, 1))
+    samples = [signal[d] + together + 0.3 * rng.normal(size=(2, 4, 8)) for d in range(52)]
+    values, errors, by_group = estimate(samples, [np.full(4, 0.25)] * 2)
+    assert np.allclose(shares(informed(values, errors).propose(history())), shares(NATURAL))
+    ratio = (informed(values, errors, by_group).propose(history()) / NATURAL)[:26]
+    assert np.corrcoef(np.log(ratio), signal[:26])[0, 1] > 0.95
+
+
+def test_a_field_of_noise_does_not_hide_another_of_signal():
+    rng = np.random.default_rng(8)
+    values = np.stack([rng.normal(size=52), 0.3 * rng.normal(size=52)])
+    values[1, :26] = np.linspace(-1, 1, 26)
+    errors = np.stack([np.full(52, 3.0), np.full(52, 0.01)])
+    ratio = (informed(values, errors).propose(history()) / NATURAL)[:26]
+    assert (np.diff(np.log(ratio)) > 0).all()
 
 
 def test_domains_that_help_get_more_and_those_that_harm_get_less():
