@@ -27,7 +27,7 @@ from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.policies import AgentPolicy, Policy
+from dmagent_loader.policies import INFLUENCE, AgentPolicy, Policy
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 
@@ -35,6 +35,8 @@ SHARES = (0.1, 0.2, 0.3, 0.5, 0.7)
 ROUNDS = ((0, 1), (2, 3, 4))
 """Streams: two of every environment first, then the rest."""
 ROWS = 32
+REPEATS = 1000
+"""Distance between the numbers of the streams that repeated measurements read."""
 LARGER = ("0.7M", (("piqa", "gsm8k"), ("mmlu", "math")))
 
 
@@ -61,12 +63,12 @@ class Policies:
             **static,
             "uniform 30%": lambda: self._at(0.3, (self._natural > 0).astype(float)),
             "question topics": lambda: self._proposed(self._topics()),
-            "influence": lambda: self._influenced(self._probe()),
-            "influence, 8 rows": lambda: self._influenced(self._probe(rows=8)),
-            "influence x topics": lambda: self._influenced(self._probe(), combine=True),
-            "influence shuffled": lambda: self._influenced(shuffled(self._probe(), self._stream)),
-            "clone probe": lambda: self._influenced(self._clones()),
-            "clone x topics": lambda: self._influenced(self._clones(), combine=True),
+            "influence": lambda: self._influenced(self._probe),
+            "influence, one measurement": lambda: self._influenced(self._probe, max_measurements=1),
+            "influence x topics": lambda: self._influenced(self._probe, combine=True),
+            "influence shuffled": lambda: self._influenced(lambda i: shuffled(self._probe(i), self._stream)),
+            "clone probe": lambda: self._influenced(self._clones, max_measurements=1),
+            "clone x topics": lambda: self._influenced(self._clones, combine=True, max_measurements=1),
             "dmagent-rl": lambda: AgentPolicy(MixingAgent.from_pretrained("dmagent-rl"), self._space, self._natural),
         }
 
@@ -76,14 +78,18 @@ class Policies:
         target[: len(target) // 2] = 0
         return np.asarray((1 - share) * source / source.sum() + share * target / target.sum(), dtype=np.float64)
 
-    def _probe(self, rows: int = ROWS) -> Influence:
-        return measured(self._setting, self._weights, self._work, size=self._size, stream=self._stream, rows=rows)
+    def _probe(self, repeat: int) -> Influence:
+        """The measurement that follows `repeat` others."""
+        stream = self._stream + REPEATS * repeat
+        return measured(self._setting, self._weights, self._work, size=self._size, stream=stream, rows=ROWS)
 
     def probe_tokens(self) -> int:
-        """Tokens in one direction that the default probe reads."""
-        return self._probe().tokens
+        """Tokens in one direction that the measurements of the influence policy read."""
+        influence = self._informed(self._probe).influence
+        assert influence is not None
+        return influence.tokens
 
-    def _clones(self) -> Influence:
+    def _clones(self, _: int) -> Influence:
         streams = (100 + 2 * self._stream, 101 + 2 * self._stream)
         return cloned(self._setting, self._weights, self._work, size=self._size, streams=streams)
 
@@ -94,13 +100,20 @@ class Policies:
         )
         return policy
 
-    def _influenced(self, influence: Influence, combine: bool = False) -> FloatArray:
+    def _influenced(self, measure: Callable[[int], Influence], combine: bool = False, **settings: Any) -> FloatArray:
+        return self._proposed(self._informed(measure, combine, **settings))
+
+    def _informed(self, measure: Callable[[int], Influence], combine: bool = False, **settings: Any) -> InfluencePolicy:
+        """The policy after as many measurements as it asks for."""
         topics = self._topics() if combine else None
         natural = np.where(self._setting.corpus.num_tokens > 0, self._natural, 0.0)
-        natural[[i for i, name in enumerate(NAMES) if name not in influence.domains]] = 0.0
-        policy = InfluencePolicy(self._space, natural / natural.sum(), topics=topics, combine=combine)
-        policy.inform("influence", influence)
-        return self._proposed(policy)
+        natural[[i for i, name in enumerate(NAMES) if name not in measure(0).domains]] = 0.0
+        policy = InfluencePolicy(self._space, natural / natural.sum(), topics=topics, combine=combine, **settings)
+        repeat = 0
+        while INFLUENCE in policy.needed(0):
+            policy.inform(INFLUENCE, measure(repeat))
+            repeat += 1
+        return policy
 
     def _proposed(self, policy: Any) -> FloatArray:
         fields = self._setting.fields

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 ROWS = 32
 """Rows of each domain in a measurement of influence."""
+PROBES_PER_DECISION = 64
+"""Numbers of probes that are reserved for the repeated measurements of a decision."""
 MAX_ROW_TOKENS = 1024
 """Largest number of tokens read from a row: with `ROWS`, 1.7 million tokens of 52 domains."""
 
@@ -41,19 +43,21 @@ def inform(
         measure: Function that measures influence; None: this trainer gives no access to gradients.
 
     Returns:
-        The influence, if it was measured.
+        The influence, if it was measured; the mean, if more than once.
 
     Raises:
         ConfigurationError: The policy needs evidence of an unknown kind.
     """
     decision = len(sampler.measurements)
-    measured: Influence | None = None
+    measured: list[Influence] = []
     # A policy that does not get one kind of evidence may then need another.
     while needs := policy.needed(decision):
         for need in sorted(needs):
             if need == INFLUENCE:
-                measured = _influence(policy, sampler, environment, measure)
-                policy.inform(need, measured)
+                probe = decision * PROBES_PER_DECISION + len(measured)
+                influence = _influence(policy, sampler, environment, measure, probe)
+                measured += [influence] if influence is not None else []
+                policy.inform(need, influence)
             elif need == QUESTIONS:
                 policy.inform(need, texts(environment))
             else:
@@ -61,7 +65,7 @@ def inform(
                     f"policy {name_of(policy)!r} needs {need!r}, which no integration provides: let it use "
                     f"{INFLUENCE!r} and {QUESTIONS!r} only"
                 )
-    return measured
+    return measured[0].averaged(measured[1:]) if measured else None
 
 
 def texts(environment: Environment) -> dict[str, list[str]]:
@@ -74,12 +78,13 @@ def _influence(
     sampler: AgentWeightedSampler,
     environment: Environment,
     measure: Measure | None,
+    probe: int,
 ) -> Influence | None:
     try:
         if measure is None:
             raise InfluenceError("this trainer gives no access to the model's gradients")
         with distributed.together("reading rows of each domain"):
-            rows = _scorable(sampler.probe_rows(ROWS, probe=len(sampler.measurements)))
+            rows = _scorable(sampler.probe_rows(ROWS, probe=probe))
         return measure(environment, rows, {"max_row_tokens": MAX_ROW_TOKENS})
     except InfluenceError as error:
         if distributed.get_rank() == 0:

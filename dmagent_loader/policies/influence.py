@@ -52,8 +52,11 @@ class InfluencePolicy:
             exp(1 / temperature) times the weight of one at the mean. None: 0.5, or 1.0 if topics are combined.
         field_weights: b, weight of each question field; None: equal.
         most_boost: Maximum ratio of a domain's weight to its base weight; None: no limit.
-        every: Number of decisions between two measurements, which are averaged; None: a single measurement, before
-            the first decision.
+        every: Number of decisions between two measurements, which are averaged; None: a measurement before the first
+            decision only.
+        reliability: Share of the variance of scores that must not be noise, in each field of the data. Below it, the
+            measurement is repeated on further rows.
+        max_measurements: Most measurements before one decision.
         topics: Policy whose mix replaces the natural shares as the fallback if influence cannot be measured and, with
             `combine`, as the base. None: natural shares for both.
         combine: Whether `topics` is also the base mix; False: only the fallback.
@@ -76,6 +79,8 @@ class InfluencePolicy:
         field_weights: Mapping[str, float] | None = None,
         most_boost: float | None = 12.0,
         every: int | None = None,
+        reliability: float = 0.8,
+        max_measurements: int = 4,
         topics: QuestionTopics | None = None,
         combine: bool = False,
         name: str = "influence",
@@ -86,6 +91,8 @@ class InfluencePolicy:
             raise ConfigurationError(f"temperature is {shown(temperature)}; it must be a positive number")
         if most_boost is not None and (not is_finite_number(most_boost) or most_boost < 1):
             raise ConfigurationError(f"most_boost is {shown(most_boost)}; it must be 1 or more, or None for no limit")
+        if not is_finite_number(reliability) or not 0 <= reliability < 1:
+            raise ConfigurationError(f"reliability is {shown(reliability)}; it must be at least 0 and less than 1")
         if combine and topics is None:
             raise ConfigurationError("combine=True needs topics=, the policy whose mix is combined with influence")
         self.name = name
@@ -97,7 +104,10 @@ class InfluencePolicy:
         self._field_weights = None if field_weights is None else dict(field_weights)
         self._every = None if every is None else whole_number("every", every, least=1)
         self._topics, self._combine = topics, combine
+        self._reliability = reliability
+        self._max_measurements = whole_number("max_measurements", max_measurements, least=1)
         self._measured: list[Influence] = []
+        self._in_slot = 0
         self._is_unavailable = False
         self._slots_done, self._slot = 0, 0
         """Slots whose measurement was tried, successfully or not, and the slot asked for last. Without `every` there is
@@ -109,7 +119,10 @@ class InfluencePolicy:
         return self._measured[0].averaged(self._measured[1:]) if self._measured else None
 
     def needed(self, decision: int) -> frozenset[str]:
-        """Influence before the first decision and then at intervals of `every`; the questions if topics are used."""
+        """Influence before the first decision and then at intervals of `every`; the questions if topics are used.
+
+        Influence is needed again after a measurement that was not reliable.
+        """
         wanted: frozenset[str] = frozenset()
         self._slot = 0 if self._every is None else decision // self._every
         if not self._is_unavailable and self._slot >= self._slots_done:
@@ -136,8 +149,29 @@ class InfluencePolicy:
         if evidence is not None:
             evidence.values(self._measurable())
             self._measured.append(evidence)
-        self._slots_done = self._slot + 1
+            self._in_slot += 1
         self._is_unavailable = not self._measured
+        is_done = evidence is None or self._in_slot >= self._max_measurements
+        if is_done or self.reliability() >= self._reliability:
+            self._slots_done, self._in_slot = self._slot + 1, 0
+
+    def reliability(self) -> float:
+        """Share of the variance of scores that is not noise: that of the field of the data where it is least.
+
+        1 if no field has domains to compare, 0 before the first measurement.
+        """
+        influence = self.influence
+        if influence is None:
+            return 0.0
+        measurable = set(self._measurable())
+        shares = [1.0]
+        for name in self._masses:
+            members = [self.space.names[i] for i in self.space.members(name) if self.space.names[i] in measurable]
+            if len(members) > 1:
+                gains, squared_errors = comparable(influence, members, self._weights(influence))
+                variance = float(gains.var(axis=1, ddof=1).sum())
+                shares.append(1.0 - float(squared_errors.mean(axis=1).sum()) / variance if variance > 0 else 0.0)
+        return max(0.0, min(shares))
 
     def propose(self, history: History) -> FloatArray:
         """The mix of the next step; it changes only with a new measurement.
@@ -237,10 +271,7 @@ def standardised(influence: Influence, domains: list[str], weights: FloatArray) 
         domains: Names of the field's domains.
         weights: (K,), b in the module docstring.
     """
-    units = influence.values().std(axis=1)
-    scale = np.divide(weights, units, out=np.zeros_like(units), where=units > 0)[:, None]
-    differences, errors = influence.contrasts(domains)
-    gains, squared_errors = scale * differences, (scale * errors) ** 2
+    gains, squared_errors = comparable(influence, domains, weights)
     variances = gains.var(axis=1, ddof=1, keepdims=True) if len(domains) > 1 else np.zeros((len(gains), 1))
     signal = variances - noise_quantile(len(domains) - 1) * squared_errors.mean(axis=1, keepdims=True)
     has_signal = signal > 0  # also False where it is not a number, in a field of one domain
@@ -248,6 +279,14 @@ def standardised(influence: Influence, domains: list[str], weights: FloatArray) 
         return np.zeros(len(domains))
     shrunk = np.divide(signal, signal + squared_errors, out=np.zeros_like(gains), where=has_signal) * gains
     return np.asarray(shrunk.sum(axis=0) / np.sqrt(variances[has_signal].sum()), dtype=np.float64)
+
+
+def comparable(influence: Influence, domains: list[str], weights: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Gains of the module docstring and their squared errors, (K, domains) each; arguments as in `standardised`."""
+    units = influence.values().std(axis=1)
+    scale = np.divide(weights, units, out=np.zeros_like(units), where=units > 0)[:, None]
+    differences, errors = influence.contrasts(domains)
+    return scale * differences, (scale * errors) ** 2
 
 
 def tilted(base: FloatArray, z: FloatArray, *, temperature: float, most_boost: float | None) -> FloatArray:

@@ -155,7 +155,7 @@ def test_domains_without_rows_need_no_measurement_and_get_no_weight():
 
 
 def test_it_asks_once_or_as_often_as_it_was_told_and_averages():
-    once = informed(np.zeros((2, 52)), np.ones((2, 52)))
+    once = informed(np.zeros((2, 52)), np.ones((2, 52)), max_measurements=1)
     assert isinstance(once, InformedPolicy)
     assert once.needed(0) == once.needed(9) == frozenset()
     often = InfluencePolicy(SPACE, NATURAL, every=3)
@@ -168,6 +168,40 @@ def test_it_asks_once_or_as_often_as_it_was_told_and_averages():
             often.inform("influence", influence(first if decision == 0 else second, errors))
     np.testing.assert_allclose(often.influence.values(), (first + second) / 2)
     np.testing.assert_allclose(often.influence.errors(), errors / np.sqrt(2))
+
+
+def test_a_noisy_measurement_is_repeated_until_it_is_reliable():
+    rng = np.random.default_rng(9)
+    signal = rng.normal(size=(2, 52))
+    policy = InfluencePolicy(SPACE, NATURAL, max_measurements=10)
+    assert policy.reliability() == 0
+    asked = 0
+    while policy.needed(0):
+        policy.inform("influence", influence(signal + rng.normal(size=(2, 52)), np.ones((2, 52))))
+        asked += 1
+    # Noise of variance 1 beside a signal of variance 1: a mean over four has a reliability of about 0.8.
+    assert 3 <= asked <= 7
+    assert policy.reliability() >= 0.8
+    assert policy.needed(1) == frozenset()
+
+
+def test_a_measurement_of_noise_is_repeated_a_few_times_only():
+    policy = InfluencePolicy(SPACE, NATURAL)
+    rng = np.random.default_rng(10)
+    for _ in range(4):
+        assert policy.needed(0)
+        policy.inform("influence", influence(rng.normal(size=(2, 52)), np.ones((2, 52))))
+    assert policy.needed(0) == frozenset()
+    again = InfluencePolicy(SPACE, NATURAL)
+    again.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    assert again.needed(0) == frozenset()
+
+
+def test_where_there_is_nothing_to_compare_one_measurement_is_enough():
+    space = DomainSpace.from_names(["source/all", "target/all"])
+    policy = InfluencePolicy(space, np.array([0.6, 0.4]))
+    policy.inform("influence", influence(np.ones((2, 2)), np.ones((2, 2)), space))
+    assert policy.needed(0) == frozenset()
 
 
 def test_a_restored_policy_proposes_the_very_same_mix():
