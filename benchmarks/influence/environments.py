@@ -80,6 +80,7 @@ SIZES = {
     "0.16M": ProxyConfig(),
     "0.7M": ProxyConfig(width=128, layers=3, feed_forward=340),
     "2.7M": ProxyConfig(width=224, layers=5, heads=7, feed_forward=596),
+    "5M": ProxyConfig(width=288, layers=5, heads=9, feed_forward=768),
 }
 
 
