@@ -104,6 +104,8 @@ class Parameters:
         """
         if not self.is_sharded:
             return
+        for parameter in self.model.parameters():
+            parameter.grad = None  # weights that are gathered just now would keep theirs for the next backward pass
         for root in _fsdp_roots(self.model):
             if not hasattr(root, "reset_iter_state"):
                 raise ConfigurationError(
