@@ -23,7 +23,7 @@ T = TypeVar("T")
 _SHOWN_CHARACTERS = 200
 
 _SHARDED_COLLECTIVES = ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")
-"""Functions of `torch.distributed` that FSDP 2 calls in a forward or backward pass; older versions of torch have two."""
+"""Functions of `torch.distributed` that FSDP 2 calls in its passes; older versions of torch have two of them."""
 
 
 def is_active() -> bool:

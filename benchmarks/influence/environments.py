@@ -151,11 +151,11 @@ def layered(config: ProxyConfig, weights: Mapping[str, Tensor]) -> LlamaForCausa
     loaded = {"model.embed_tokens.weight": one["embedding"], "model.norm.weight": one["final_norm"][0]}
     for layer in range(config.layers):
         parts = {
-            **dict(zip(("q_proj", "k_proj", "v_proj"), one[f"qkv.{layer}"].split(e, dim=1), strict=True)),
+            **dict(zip(("q_proj", "k_proj", "v_proj"), torch.split(one[f"qkv.{layer}"], e, dim=1), strict=True)),
             "o_proj": one[f"out.{layer}"],
         }
         loaded |= {f"model.layers.{layer}.self_attn.{name}.weight": part.T for name, part in parts.items()}
-        gate, up = one[f"gate_up.{layer}"].split(f, dim=1)
+        gate, up = torch.split(one[f"gate_up.{layer}"], f, dim=1)
         parts = {"gate_proj": gate, "up_proj": up, "down_proj": one[f"down.{layer}"]}
         loaded |= {f"model.layers.{layer}.mlp.{name}.weight": part.T for name, part in parts.items()}
         loaded[f"model.layers.{layer}.input_layernorm.weight"] = one[f"attention_norm.{layer}"][0]

@@ -40,6 +40,7 @@ A part that is missing or belongs to another row is an error of about 1; 16-bit 
 alone decides gradients that are 0 in theory, as that of the bias of attention keys.
 """
 
+
 class NoRule(InfluenceError):
     """The inner products cannot be computed layer by layer in this model."""
 
@@ -123,9 +124,10 @@ class Ghost:
             def record(saved: Sequence[Tensor], gradient: Tensor) -> None:
                 tensors = iter(saved)
                 filled = [next(tensors) if isinstance(value, Tensor) else value for value in given]
-                self._record(module, own, filled[: len(args)], dict(zip(kwargs, filled[len(args) :])), gradient)
+                named = dict(zip(kwargs, filled[len(args) :], strict=True))
+                self._record(module, own, filled[: len(args)], named, gradient)
 
-            return cast(Tensor, _Tap.apply(anchor, output, record, *inputs))
+            return cast(Tensor, cast(Any, _Tap).apply(anchor, output, record, *inputs))
 
         return hook
 
@@ -135,9 +137,7 @@ class Ghost:
     ) -> None:
         """Adds one use of a layer to the scores."""
         gradient = gradient.float()
-        directions = {
-            name: self._directions[self._numbers[id(p)]].view(-1, *p.shape) for name, p in own.items()
-        }
+        directions = {name: self._directions[self._numbers[id(p)]].view(-1, *p.shape) for name, p in own.items()}
         with torch.autocast(gradient.device.type, enabled=False):
             if _is(module, nn.Linear) and not kwargs:
                 found = _linear(args[0].float(), gradient, directions)
@@ -238,9 +238,7 @@ def _linear(inputs: Tensor, gradient: Tensor, directions: dict[str, Tensor]) -> 
     return found
 
 
-def _embedding(
-    module: nn.Embedding, ids: Tensor, gradient: Tensor, directions: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _embedding(module: nn.Embedding, ids: Tensor, gradient: Tensor, directions: dict[str, Tensor]) -> dict[str, Tensor]:
     if module.padding_idx is not None:
         gradient = gradient * (ids != module.padding_idx)[..., None]
     looked_up = (nn.functional.embedding(ids, direction) for direction in directions["weight"])

@@ -81,7 +81,8 @@ for kind in ("ddp", "fsdp"):
             model.eval()
             step(model, optimizer, 7)  # training goes on
             report[f"{kind} {way} {knows}"] = {
-                "way": found.way, "notes": found.notes, "scores": found.values().tolist(), "errors": found.errors().tolist(), "same": same,
+                "way": found.way, "notes": found.notes,
+                "scores": found.values().tolist(), "errors": found.errors().tolist(), "same": same,
                 "after": [whole(p).double().sum().item() for p in model.parameters()],
             }
 plain = Model()
