@@ -41,6 +41,10 @@ alone decides gradients that are 0 in theory, as that of the bias of attention k
 """
 
 
+_SAVED = object()
+"""In place of a tensor that autograd saves."""
+
+
 class NoRule(InfluenceError):
     """The inner products cannot be computed layer by layer in this model."""
 
@@ -109,8 +113,7 @@ class Ghost:
             # The first pass of reentrant checkpointing runs without gradients; the second one counts.
             if self._is_replaying or not torch.is_grad_enabled():
                 return None
-            given = [*args, *kwargs.values()]
-            inputs = [value for value in given if isinstance(value, Tensor)]
+            inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if not isinstance(output, Tensor) or not inputs:
                 raise NoRule(f"layer {name!r} ({type(module).__name__}) does not map tensors to one tensor")
             if output.dim() and len(output) == 1 < self._rows:
@@ -121,11 +124,15 @@ class Ghost:
                     f"in a batch of {self._rows} rows, so its positions cannot be assigned to rows"
                 )
 
+            # `record` must not hold the tensors: checkpointing frees them until the backward pass.
+            given = [_SAVED if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
+            positional, names = len(args), list(kwargs)
+
             def record(saved: Sequence[Tensor], gradient: Tensor) -> None:
                 tensors = iter(saved)
-                filled = [next(tensors) if isinstance(value, Tensor) else value for value in given]
-                named = dict(zip(kwargs, filled[len(args) :], strict=True))
-                self._record(module, own, filled[: len(args)], named, gradient)
+                filled = [next(tensors) if value is _SAVED else value for value in given]
+                named = dict(zip(names, filled[positional:], strict=True))
+                self._record(module, own, filled[:positional], named, gradient)
 
             return cast(Tensor, cast(Any, _Tap).apply(anchor, output, record, *inputs))
 

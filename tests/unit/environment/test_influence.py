@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import re
+import weakref
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dmagent_loader.environment import Environment
@@ -387,6 +389,32 @@ def test_checkpointing_of_activations_changes_nothing_but_memory():
     plainly = environment().influence(plain(), rows())
     saving = environment().influence(checkpointed(), rows())
     np.testing.assert_allclose(plainly.values(), saving.values(), rtol=1e-4, atol=1e-6)
+
+
+class Checkpointed(nn.Module):
+    """Notes how many inputs of its middle layer are in memory when the forward pass has left it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.first, self.middle = nn.Embedding(V, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head, self.inputs, self.alive = nn.Linear(8, V), [], []
+
+    def block(self, x):
+        x = torch.tanh(self.first(x))
+        self.inputs.append(weakref.ref(x))
+        return torch.tanh(self.middle(x))
+
+    def forward(self, input_ids, attention_mask):
+        x = checkpoint(self.block, self.embedding(input_ids), use_reentrant=False)
+        self.alive.append(self.inputs[-1]() is not None)
+        return self.head(x)
+
+
+def test_the_ghost_method_keeps_no_activation_that_checkpointing_frees():
+    model = Checkpointed()
+    assert environment().influence(model, rows(), way="ghost").way == "ghost"
+    assert not any(model.alive)
 
 
 class Narrow(nn.Module):
