@@ -7,7 +7,7 @@ all layers:
 
 - `nn.Linear`: the row's weight gradient, sum over tokens of b x^T, one layer at a time, times all directions.
 - `nn.Embedding`: rows of the direction in place of rows of the weight.
-- any other layer without sublayers (norms, convolutions): its forward pass in forward-mode differentiation.
+- any other layer without sublayers (norms, convolutions): its own backward pass for each row.
 
 Other layers are refused, and before the first use a trial compares the products with those of whole gradients.
 
@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call, vjp, vmap
 
 from dmagent_loader.environment.gradients import Flat, Parameters, is_lack_of_memory
 from dmagent_loader.errors import InfluenceError
@@ -248,31 +248,36 @@ def _linear(inputs: Tensor, gradient: Tensor, directions: dict[str, Tensor]) -> 
 def _embedding(module: nn.Embedding, ids: Tensor, gradient: Tensor, directions: dict[str, Tensor]) -> dict[str, Tensor]:
     if module.padding_idx is not None:
         gradient = gradient * (ids != module.padding_idx)[..., None]
+    # The ids may be the same for all rows, without an axis of the batch's size.
     looked_up = (nn.functional.embedding(ids, direction) for direction in directions["weight"])
-    return {"weight": torch.stack([_by_row(tangent, gradient) for tangent in looked_up])}
+    return {"weight": torch.stack([(part * gradient).flatten(1).sum(dim=1) for part in looked_up])}
 
 
 def _any_layer(
     module: nn.Module, args: list[Any], kwargs: dict[str, Any], gradient: Tensor, directions: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Products by forward-mode differentiation of the layer, in float32."""
-
-    def raised(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    args, kwargs = [raised(value) for value in args], {key: raised(value) for key, value in kwargs.items()}
+    """Products with the layer's gradient for each row, which it computes in float32 on a batch of this row."""
+    rows = len(gradient)
+    given = [_raised(value) for value in (*args, *kwargs.values())]
+    # An input without rows, as the positions of position embeddings, is the same for all.
+    by_row = [isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows for value in given]
     weights = {name: p.detach().float() for name, p in module.named_parameters(recurse=False)}
-    found = {}
-    for name, stacked in directions.items():
 
-        def output(weight: Tensor, name: str = name) -> Tensor:
-            return cast(Tensor, functional_call(module, {**weights, name: weight}, tuple(args), kwargs))
+    def row_gradient(row_gradient: Tensor, *row: Tensor) -> dict[str, Tensor]:
+        parts = iter(row)
+        filled = [next(parts)[None] if has_rows else value for has_rows, value in zip(by_row, given, strict=True)]
+        named = dict(zip(kwargs, filled[len(args) :], strict=True))
 
-        tangents = (jvp(output, (weights[name],), (direction,))[1] for direction in stacked)
-        found[name] = torch.stack([_by_row(tangent, gradient) for tangent in tangents])
-    return found
+        def output(own: dict[str, Tensor]) -> Tensor:
+            return cast(Tensor, functional_call(module, {**weights, **own}, tuple(filled[: len(args)]), named))[0]
+
+        return cast(dict[str, Tensor], vjp(output, {name: weights[name] for name in directions})[1](row_gradient)[0])
+
+    block = max(1, BLOCK_VALUES // sum(weight.numel() for weight in weights.values()))
+    inputs = [value for has_rows, value in zip(by_row, given, strict=True) if has_rows]
+    gradients = vmap(row_gradient, chunk_size=block)(gradient, *inputs)
+    return {name: stacked.flatten(1) @ gradients[name].flatten(1).T for name, stacked in directions.items()}
 
 
-def _by_row(tangent: Tensor, gradient: Tensor) -> Tensor:
-    """Inner product of each row: (B,). The tangent may be the same for all rows."""
-    return (tangent.float() * gradient).reshape(len(gradient), -1).sum(dim=1)
+def _raised(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
