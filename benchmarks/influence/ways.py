@@ -59,8 +59,8 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "reverse, 32 rows, 1 group": (32, {"way": "reverse", "question_groups": 1}),
     "reverse, 32 rows, step 1e-3": (32, {"way": "reverse", "step": 1e-3}),
 }
-COMPARED = ("gradient, 32 rows", "ghost, 32 rows", "reverse, 32 rows, 1 group")
-"""Variants whose cost and agreement are measured without clones, in turn."""
+COMPARED = {"gradient": {}, "ghost": {"way": "ghost"}, "reverse": {"way": "reverse", "question_groups": 1}}
+"""Settings of the ways whose cost and agreement are measured in turn."""
 DRAWS = 2
 MARKS = (0, 10, 20, 40, 80)
 """Steps of a run on the natural mix after which influence is measured again."""
@@ -131,13 +131,12 @@ def compare(
             continue
         draws = [measure(found, model, rows, draw, settings) for draw in range(DRAWS)]
         values = [influence.values() for influence, _ in draws]
-        each = [correlations(value, mean, domains) for value in values]
         add(
             output,
             environment=found.name,
             size=size,
             way=name,
-            against_clones={part: round(float(np.mean([one[part] for one in each])), 3) for part in each[0]},
+            against_clones=mean_correlations(values, mean, domains),
             between_draws=correlations(values[0], values[1], domains),
             error_over_spread=[
                 round(float(e.mean() / v.std()), 3)
@@ -149,57 +148,74 @@ def compare(
         )
     if (found.name, size, "clones, 32 rows") not in done:
         gains = [clone_gains(found, weights, work, size=size, stream=stream).T for stream in (100, 101)]
-        each = [correlations(gain, mean, domains) for gain in gains]
         add(
             output,
             environment=found.name,
             size=size,
             way="clones, 32 rows",
-            against_clones={part: round(float(np.mean([one[part] for one in each])), 3) for part in each[0]},
+            against_clones=mean_correlations(gains, mean, domains),
             between_draws=correlations(gains[0], gains[1], domains),
             seconds=round(clone_seconds(found, work, size=size, stream=100), 2),
             tokens=len(domains) * (3 * CLONE_ROWS * ROW_TOKENS + found.steering.num_tokens),
         )
 
 
-def cost(found: Setting, weights: dict[str, Tensor], output: Path, size: str) -> None:
-    """Time, memory and agreement of the ways on the same rows, measured in turn."""
-    if (found.name, size, "cost") in {(line["environment"], line["size"], line["way"]) for line in lines(output)}:
+def cost(
+    found: Setting,
+    weights: dict[str, Tensor],
+    output: Path,
+    size: str,
+    *,
+    rows: int,
+    questions: int,
+    gains: FloatArray | None,
+) -> None:
+    """Time, memory and agreement of the ways, measured in turn on the same rows.
+
+    Args:
+        found: Environment.
+        weights: Model.
+        output: Record.
+        size: Size of the model.
+        rows: Rows of each domain.
+        questions: Questions of each field, at most.
+        gains: Mean gains from training clones, (K, D); None: not known.
+    """
+    label = f"cost, {rows} rows, {questions} questions"
+    if (found.name, size, label) in {(line["environment"], line["size"], line["way"]) for line in lines(output)}:
         return
     model = layered(proxy_config(size), weights)
     domains = [NAMES[domain] for domain in found.domains.tolist()]
-    measure(found, model, 2, 0, {"way": "ghost"})  # the first call also imports and compiles
+    measure(found, model, 2, 0, {"way": "ghost", "max_questions": 4})  # the first call imports and compiles
     results: dict[str, list[tuple[Influence, int, float]]] = {name: [] for name in COMPARED}
     for draw in range(DRAWS):
-        for name in COMPARED:
-            rows, settings = VARIANTS[name]
+        for name, settings in COMPARED.items():
             started = time.process_time()
-            influence, memory = measure(found, model, rows, draw, settings)
+            influence, memory = measure(found, model, rows, draw, {**settings, "max_questions": questions})
             results[name].append((influence, memory, time.process_time() - started))
-    values = {name: [influence.values() for influence, _, _ in listed] for name, listed in results.items()}
-    base = values[COMPARED[0]]
-    add(
-        output,
-        environment=found.name,
-        size=size,
-        way="cost",
-        parameters=sum(p.numel() for p in model.parameters()),
-        ways={
-            name: {
-                "seconds": round(min(influence.seconds for influence, _, _ in listed), 2),
-                "cpu_seconds": round(min(seconds for _, _, seconds in listed), 2),
-                "tokens": listed[0][0].tokens,
-                "peak_mb": round(max(memory for _, memory, _ in listed) / 1e6, 1),
-                "against_gradient": correlations(values[name][0], base[0], domains),
-                "between_draws": correlations(values[name][0], values[name][1], domains),
-                "error_over_spread": [
-                    round(float(e.mean() / v.std()), 3)
-                    for e, v in zip(listed[0][0].errors(), values[name][0], strict=True)
-                ],
-            }
-            for name, listed in results.items()
-        },
-    )
+    ways = {}
+    for name, listed in results.items():
+        values = [influence.values() for influence, _, _ in listed]
+        base = results["gradient"][0][0].values()
+        ways[name] = {
+            "cpu_seconds": round(min(seconds for _, _, seconds in listed), 2),
+            "tokens": listed[0][0].tokens,
+            "peak_mb": round(max(memory for _, memory, _ in listed) / 1e6, 1),
+            "against_gradient": correlations(values[0], base, domains),
+            "between_draws": correlations(values[0], values[1], domains),
+            "error_over_spread": [
+                round(float(e.mean() / v.std()), 3) for e, v in zip(listed[0][0].errors(), values[0], strict=True)
+            ],
+        }
+        if gains is not None:
+            ways[name]["against_clones"] = mean_correlations(values, gains, domains)
+    add(output, environment=found.name, size=size, way=label, ways=ways)
+
+
+def mean_correlations(values: Sequence[FloatArray], gains: FloatArray, domains: list[str]) -> dict[str, float]:
+    """Mean over draws of the correlations with the gains from clones."""
+    each = [correlations(value, gains, domains) for value in values]
+    return {part: round(float(np.mean([one[part] for one in each])), 3) for part in each[0]}
 
 
 def age(found: Setting, weights: dict[str, Tensor], output: Path, size: str) -> None:
@@ -243,7 +259,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/influence/ways.jsonl"))
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=["0.06M", "0.16M", "0.7M"])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--cost-only", action="store_true", help="time, memory and agreement, without clones")
+    parser.add_argument("--without-clones", action="store_true", help="only time, memory and agreement of the ways")
+    parser.add_argument("--rows", type=int, default=32, help="rows of each domain for time, memory and agreement")
+    parser.add_argument("--questions", type=int, default=256, help="questions of each field for the same")
     parser.add_argument("--base-tokens", type=int, default=1_500_000, help="tokens that the base model is trained on")
     arguments = parser.parse_args()
     one_thread()
@@ -251,8 +269,17 @@ def main() -> None:
         for keep, acquire in ENVIRONMENTS:
             found = setting(keep, acquire, arguments.data, arguments.work)
             weights = base_weights(found.corpus, arguments.work, size=size, tokens=arguments.base_tokens)
-            cost(found, weights, arguments.output, size)
-            if arguments.cost_only:
+            gains = None if arguments.without_clones else np.mean(truth(found, weights, arguments.work, size), axis=0)
+            cost(
+                found,
+                weights,
+                arguments.output,
+                size,
+                rows=arguments.rows,
+                questions=arguments.questions,
+                gains=gains,
+            )
+            if arguments.without_clones:
                 continue
             compare(found, weights, arguments.work, arguments.output, size, arguments.variants)
             age(found, weights, arguments.output, size)
