@@ -59,7 +59,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "reverse, 32 rows, 1 group": (32, {"way": "reverse", "question_groups": 1}),
     "reverse, 32 rows, step 1e-3": (32, {"way": "reverse", "step": 1e-3}),
 }
-COMPARED = {"gradient": {}, "ghost": {"way": "ghost"}, "reverse": {"way": "reverse", "question_groups": 1}}
+COMPARED: dict[str, dict[str, Any]] = {"gradient": {}, "ghost": {"way": "ghost"}, "reverse": {"way": "reverse", "question_groups": 1}}
 """Settings of the ways whose cost and agreement are measured in turn."""
 DRAWS = 2
 MARKS = (0, 10, 20, 40, 80)

@@ -1,9 +1,8 @@
 """Inner products of directions with the gradient of each row of a batch, from one backward pass over the whole batch.
 
-A layer with input x and parameters p adds <b, (df/dp) v> to the inner product of v with a row's gradient, where b is
-the gradient at the layer's output for that row ("ghost" products; Wang et al., In-Run Data Shapley, arXiv 2406.11011;
-Wang et al., GREATS). So no gradient of the model is stored, and one batch mixes rows of all domains. Three rules cover
-all layers:
+A layer f with parameters p adds <b, (df/dp) v> to the inner product of v with a row's gradient, where b is the gradient
+at the layer's output for that row ("ghost" products; Wang et al., In-Run Data Shapley, arXiv 2406.11011; Wang et al.,
+GREATS). So no gradient of the whole model is stored, and one batch mixes rows of all domains. There are three rules:
 
 - `nn.Linear`: the row's weight gradient, sum over tokens of b x^T, one layer at a time, times all directions.
 - `nn.Embedding`: rows of the direction in place of rows of the weight.
@@ -39,7 +38,6 @@ TOLERANCE, NOISE = 0.1, 1e-4
 A part that is missing or belongs to another row is an error of about 1; 16-bit rounding is one of about 0.01. Rounding
 alone decides gradients that are 0 in theory, as that of the bias of attention keys.
 """
-
 
 _SAVED = object()
 """In place of a tensor that autograd saves."""

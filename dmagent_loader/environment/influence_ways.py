@@ -100,7 +100,7 @@ class Probe:
             except Exception as error:
                 self.parameters.reset_after_failure()
                 if is_lack_of_memory(error):
-                    raise ShortOfMemory(str(error)) from None  # the traceback keeps the tensors of the attempt alive
+                    raise ShortOfMemory(str(error)) from error
                 if not isinstance(error, Interrupted):
                     raise
         return result[0]
@@ -261,6 +261,8 @@ def ghost_way(probe: Probe, denominators: Flat) -> list[FloatArray]:
     Raises:
         NoRule: The method does not apply to this model.
     """
+    if probe.parameters.is_sharded:
+        raise ghost.NoRule("the parameters are sharded (FSDP 2), and a layer's direction would be too")
     rows = [row for listed in probe.rows.values() for row in listed]
     ends = np.cumsum([len(listed) for listed in probe.rows.values()])[:-1]
     probe.on_all_ranks(lambda: _check_ghost(probe, rows))
@@ -285,8 +287,6 @@ def ghost_way(probe: Probe, denominators: Flat) -> list[FloatArray]:
 
 def _check_ghost(probe: Probe, rows: Windows) -> None:
     """Compares the method with whole gradients on the beginnings of three rows, of different lengths if possible."""
-    if probe.parameters.is_sharded:
-        raise ghost.NoRule("the parameters are sharded (FSDP 2), and a layer's direction would be too")
     chosen = [rows[0], rows[len(rows) // 2], rows[-1]]
     tokens = [row.tokens[:length] for row, length in zip(chosen, TRIAL_LENGTHS, strict=True)]
     windows = [ScoredWindow(tokens=part, num_scored=len(part) - 1) for part in tokens]

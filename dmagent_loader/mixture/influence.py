@@ -40,7 +40,7 @@ class Influence:
 
     Args:
         scores: Field -> domain -> score; every field has the same domains.
-        way: Method of measurement: ``"gradient"``, ``"reverse"`` or another name.
+        way: Method of measurement: ``"gradient"``, ``"ghost"``, ``"reverse"`` or another name.
         rows: Domain -> number of rows read.
         questions: Field -> number of questions read.
         tokens: Tokens processed by the model in one direction; a backward pass counts twice.
