@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 _SHOWN_CHARACTERS = 200
 
+_SHARDED_COLLECTIVES = ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")
+"""Functions of `torch.distributed` that FSDP 2 calls in its passes; older versions of torch have two of them."""
+
 
 def is_active() -> bool:
     """Whether a process group exists in this process."""
@@ -38,12 +41,18 @@ def get_world_size() -> int:
     return dist.get_world_size() if is_active() else 1
 
 
+class Interrupted(RuntimeError):
+    """Another rank failed inside `interruptible`."""
+
+
 @contextmanager
-def together(step: str) -> Iterator[dict[str, Any]]:
+def together(step: str, *, shared: tuple[type[Exception], ...] = ()) -> Iterator[dict[str, Any]]:
     """A step that succeeds on all ranks or on none, and compares facts between them.
 
     Args:
         step: Description of the step, for messages; the same on all ranks.
+        shared: Errors, made from one text, that every rank raises if any rank does: those that all ranks handle in the
+            same way. If several ranks fail in this way, all raise the error of the first of them.
 
     Yields:
         A dictionary for facts that must be the same on all ranks: name -> value, compared as text.
@@ -70,13 +79,64 @@ def together(step: str) -> Iterator[dict[str, Any]]:
         None if fault is None else f"{type(fault).__name__}: {fault}",
         {k: str(v) for k, v in facts.items()},
     )
+    common = (type(fault), str(fault)) if isinstance(fault, shared) else None
     try:
-        reports = all_gather_object(report, step)
+        gathered = all_gather_object((report, common), step)
     except RankError as lost:
         raise (fault or lost) from None
-    if fault is not None:
+    reports = [other for other, _ in gathered]
+    if fault is not None and common is None:
         raise fault
+    first = next((found for _, found in gathered if found is not None), None)
+    if first is not None and all(
+        other[0] == step and (found is not None or other[1] is None) for other, found in gathered
+    ):
+        kind, text = first
+        raise fault if fault is not None and common == first else kind(text)
     _refuse_differences(step, reports)
+
+
+@contextmanager
+def interruptible(step: str) -> Iterator[None]:
+    """An action in which the ranks share one sharded model (FSDP 2): a rank that fails stops the others.
+
+    Otherwise they would wait for it in the model's next collective without end. Before each collective of FSDP, the
+    ranks vote on whether one of them has failed; a rank that fails casts its vote on the way out. All ranks must call
+    the model equally often.
+
+    Args:
+        step: Description of the step, for messages; the same on all ranks.
+
+    Raises:
+        Interrupted: Another rank failed. The rank that failed raises its own error.
+    """
+
+    def vote(failed: bool) -> None:
+        if all_reduce_max(int(failed), step) and not failed:
+            raise Interrupted(f"{step}: another rank failed")
+
+    def voted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            vote(failed=False)
+            return collective(*args, **kwargs)
+
+        return call
+
+    original = {name: getattr(dist, name) for name in _SHARDED_COLLECTIVES if hasattr(dist, name)}
+    try:
+        for name, collective in original.items():
+            setattr(dist, name, voted(collective))
+        yield
+    except (Interrupted, RankError):
+        raise
+    except Exception:
+        vote(failed=True)
+        raise
+    else:
+        vote(failed=False)
+    finally:
+        for name, collective in original.items():
+            setattr(dist, name, collective)
 
 
 def _refuse_differences(step: str, reports: list[tuple[str, str | None, dict[str, str]]]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dmagent_loader.environment import Environment, EnvironmentSettings, Question
 from dmagent_loader.environment.encoding import PairEncoder, request
@@ -80,6 +81,7 @@ SIZES = {
     "0.16M": ProxyConfig(),
     "0.7M": ProxyConfig(width=128, layers=3, feed_forward=340),
     "2.7M": ProxyConfig(width=224, layers=5, heads=7, feed_forward=596),
+    "5M": ProxyConfig(width=288, layers=5, heads=9, feed_forward=768),
 }
 
 
@@ -126,6 +128,41 @@ class ProxyModel(nn.Module):
         """Logits, (B, T, V); rows are padded on the right, which a causal model does not see."""
         logits = self.proxies.logits(self.proxies.hidden(input_ids[None]))
         return logits.view(*input_ids.shape, -1)
+
+
+def layered(config: ProxyConfig, weights: Mapping[str, Tensor]) -> LlamaForCausalLM:
+    """The same model as `ProxyModel` in layers of its own, as users' models are."""
+    e, f, heads = config.width, config.feed_forward, config.heads
+    with torch.random.fork_rng():
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=e,
+                intermediate_size=f,
+                num_hidden_layers=config.layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                max_position_embeddings=ROW_TOKENS,
+                rms_norm_eps=1e-6,
+                tie_word_embeddings=True,
+            )
+        )
+    one = {name: tensor[0] for name, tensor in weights.items()}
+    loaded = {"model.embed_tokens.weight": one["embedding"], "model.norm.weight": one["final_norm"][0]}
+    for layer in range(config.layers):
+        parts = {
+            **dict(zip(("q_proj", "k_proj", "v_proj"), torch.split(one[f"qkv.{layer}"], e, dim=1), strict=True)),
+            "o_proj": one[f"out.{layer}"],
+        }
+        loaded |= {f"model.layers.{layer}.self_attn.{name}.weight": part.T for name, part in parts.items()}
+        gate, up = torch.split(one[f"gate_up.{layer}"], f, dim=1)
+        parts = {"gate_proj": gate, "up_proj": up, "down_proj": one[f"down.{layer}"]}
+        loaded |= {f"model.layers.{layer}.mlp.{name}.weight": part.T for name, part in parts.items()}
+        loaded[f"model.layers.{layer}.input_layernorm.weight"] = one[f"attention_norm.{layer}"][0]
+        loaded[f"model.layers.{layer}.post_attention_layernorm.weight"] = one[f"mlp_norm.{layer}"][0]
+    loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
+    model.load_state_dict(loaded)
+    return model
 
 
 def proxy_config(size: str) -> ProxyConfig:

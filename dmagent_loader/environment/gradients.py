@@ -96,6 +96,25 @@ class Parameters:
         """Number of ranks that hold each local value, (P,): a sum over ranks counts it this many times."""
         return np.array([_copies(p) for p in self.tensors], dtype=np.float64)
 
+    def reset_after_failure(self) -> None:
+        """Makes a sharded model usable again after a forward or backward pass that failed half-way.
+
+        Raises:
+            ConfigurationError: This version of torch cannot do it.
+        """
+        if not self.is_sharded:
+            return
+        for parameter in self.model.parameters():
+            parameter.grad = None  # weights that are gathered just now would keep theirs for the next backward pass
+        for root in _fsdp_roots(self.model):
+            if not hasattr(root, "reset_iter_state"):
+                raise ConfigurationError(
+                    f"measuring influence failed inside a sharded model, which torch {torch.__version__} cannot reset "
+                    "(FSDPModule.reset_iter_state), so training cannot continue: use a newer torch, fewer tokens per "
+                    "call (batch_tokens=) or the policy 'question-topics'"
+                )
+            cast(Any, root).reset_iter_state()
+
     def reshard(self) -> None:
         """Frees gathered weights, so that the next forward pass gathers the current values."""
         for module in self.model.modules() if self.is_sharded else ():
@@ -117,6 +136,14 @@ def products(directions: Sequence[Tensor], flat: Flat, copies: FloatArray) -> Fl
         with torch.autocast(part.device.type, enabled=False):
             total += (direction @ part).double().cpu().numpy() / count
     return total
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, CUDA or torch's CPU allocator means out of memory."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 @contextmanager
@@ -142,13 +169,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def displaceable(parameters: Parameters) -> Iterator[Callable[[Flat | None, float], None]]:
+def displaceable(parameters: Parameters, saved: Sequence[Tensor]) -> Iterator[Callable[[Flat | None, float], None]]:
     """Yields a function that sets the parameters to their start plus a multiple of a direction; None: to the start.
 
     On exit the parameters are restored bit for bit from a copy; subtracting the step would leave rounding errors.
+
+    Args:
+        parameters: Parameters of the model.
+        saved: Copies of `Parameters.local`.
     """
     local = parameters.local()
-    saved = [tensor.clone() for tensor in local]
 
     @torch.no_grad()
     def move(direction: Flat | None, factor: float) -> None:
@@ -188,6 +218,13 @@ def adam_moments(optimizer: object, parameters: Parameters) -> Flat | None:
         second = _local(second.detach()).reshape(-1).to(torch.float32, copy=True)
         found.append(second.div_(correction).sqrt_().add_(float(group.get("eps", 1e-8))))
     return found
+
+
+def _fsdp_roots(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules that `fully_shard` was applied to."""
+    if hasattr(module, "unshard") and hasattr(module, "reshard"):
+        return [module]
+    return [root for child in module.children() for root in _fsdp_roots(child)]
 
 
 def is_distributed(tensor: Tensor) -> bool:

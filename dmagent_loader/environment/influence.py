@@ -22,12 +22,15 @@ import torch
 from dmagent_loader._distributed import all_reduce_max, get_rank, get_world_size, is_active, together
 from dmagent_loader._validation import is_finite_number, shown, whole_number
 from dmagent_loader.environment.batches import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, ScoredWindow
+from dmagent_loader.environment.ghost import NoRule
 from dmagent_loader.environment.gradients import Flat, Parameters, adam_moments, untouched
 from dmagent_loader.environment.influence_ways import (
     MIXED_ROWS,
+    SHARED,
     STEP,
     Probe,
     ShortOfMemory,
+    ghost_way,
     gradient_way,
     reverse_way,
 )
@@ -38,7 +41,7 @@ from dmagent_loader.mixture.simplex import FloatArray
 
 logger = logging.getLogger(__name__)
 
-Way = Literal["gradient", "reverse"]
+Way = Literal["gradient", "ghost", "reverse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,12 @@ class InfluenceSettings:
     """Settings for measuring influence.
 
     Args:
-        way: Method, ``"gradient"`` or ``"reverse"``, see `influence_ways`.
+        way: Method, ``"gradient"``, ``"ghost"`` or ``"reverse"``, see `influence_ways`.
         max_questions: Maximum number of questions per field, evenly spaced. None: all.
         question_groups: G, number of groups that the questions of a field are split into for the standard error. The
-            gradient method stores one gradient of the model per group and field.
+            gradient and ghost methods store one gradient of the model per group and field.
         row_groups: Maximum number of groups that a domain's rows are split into for the standard error of the gradient
-            method, each at the cost of at least one backward pass. The reverse method scores each row separately.
+            method, each at the cost of at least one backward pass. The other methods score each row separately.
         max_row_tokens: Maximum number of tokens read per row. None: the model's maximum length.
         batch_tokens: Maximum number of tokens per model call, including padding; a longer row gets a call of its own.
             None: the environment's setting.
@@ -129,7 +132,7 @@ def measure(
     """
     started = time.perf_counter()
     model = unwrap(model)
-    with together(STEP) as facts:
+    with together(STEP, shared=SHARED) as facts:
         parameters = Parameters(model)
         asked = [spread(listed, settings.max_questions) for listed in questions.values()]
         count = min(settings.question_groups, *map(len, asked))
@@ -156,15 +159,19 @@ def measure(
             with untouched(parameters.model), _no_cached_casts():
                 samples, used_moments = _samples(probe, way, settings, optimizer)
             break
+        except NoRule as error:
+            note, short = f"the ghost method does not apply to this model: {error}", False
         except ShortOfMemory:
-            note = f"the {way} method was short of memory with {batch_tokens} tokens per call"
+            note, short = f"the {way} method was short of memory with {batch_tokens} tokens per call", True
         # Outside the handler: the error's traceback keeps the tensors of the attempt alive.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if batch_tokens > longest:
+        if not short:
+            way = "gradient"
+        elif batch_tokens > longest:
             batch_tokens = max(longest, batch_tokens // 4)
-        elif way == "gradient":
+        elif way != "reverse":
             way = "reverse"
         else:
             raise InfluenceError(
@@ -207,12 +214,14 @@ def measure(
 
 def _samples(probe: Probe, way: Way, settings: InfluenceSettings, optimizer: object) -> tuple[list[FloatArray], bool]:
     """Samples of one method, and whether the optimizer's moments were used."""
-    moments: Flat | None = adam_moments(optimizer, probe.parameters)
+    moments: Flat | None = probe.on_all_ranks(lambda: adam_moments(optimizer, probe.parameters))
     if all_reduce_max(int(moments is None), STEP):
         moments = None  # An optimizer that is sharded over ranks: all ranks use the same preconditioner, or none.
     denominators = moments or probe.root_mean_squares()
     if way == "gradient":
         return gradient_way(probe, denominators, settings.row_groups), moments is not None
+    if way == "ghost":
+        return ghost_way(probe, denominators), moments is not None
     return reverse_way(probe, denominators, settings.step), moments is not None
 
 
@@ -253,7 +262,7 @@ def _tokens(
     read = sum(entry.num_inputs for listed in rows.values() for entry in listed)
     mixed = 0 if used_moments else min(read, read * MIXED_ROWS // sum(map(len, rows.values())))
     forward_only = read * (1 + groups * len(questions))
-    return 3 * (asked + mixed) + (3 * read if way == "gradient" else forward_only)
+    return 3 * (asked + mixed) + (forward_only if way == "reverse" else 3 * read)
 
 
 def _digest(windows: Sequence[ScoredWindow]) -> str:

@@ -1,4 +1,4 @@
-"""Two methods for the same quantity: the first-order gain of each field from a step on each domain.
+"""Three methods for the same quantity: the first-order gain of each field from a step on each domain.
 
 With a_d the gradient of a domain's mean log-probability per token, q_k that of field k's feedback, and P the diagonal
 preconditioner of the optimizer, an update on domain d with learning rate lr adds lr P a_d to the parameters, and field
@@ -6,6 +6,8 @@ k gains lr <q_k, P a_d>. P is symmetric, so this is also the gain of the domain 
 
 - `gradient`: one backward pass over each domain's rows, and the inner product with P q_k (Xie et al., DoGE; Xia et al.,
   LESS, which uses projected gradients).
+- `ghost`: the same inner products for each row, computed layer by layer in one backward pass over batches that mix rows
+  of all domains (see `environment.ghost`). One value per row; not for sharded models.
 - `reverse`: one virtual step along P q_k, then forward passes over all rows. The score is their gain over the start,
   divided by the length of the step. It needs no backward pass over rows and gives one value per row.
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmagent_loader._distributed import all_reduce_max, all_reduce_sum, sum_over_ranks, together
+from dmagent_loader._distributed import Interrupted, all_reduce_sum, interruptible, sum_over_ranks, together
+from dmagent_loader.environment import ghost
 from dmagent_loader.environment.batches import ScoredWindow, plan_batches
-from dmagent_loader.environment.gradients import Flat, Parameters, displaceable, products
+from dmagent_loader.environment.gradients import Flat, Parameters, displaceable, is_lack_of_memory, products
 from dmagent_loader.environment.scoring import Scorer
 from dmagent_loader.errors import InfluenceError
 from dmagent_loader.mixture.simplex import FloatArray
@@ -41,11 +45,18 @@ MIXED_BATCHES = 8
 MIXED_ROWS = 64
 """Total number of rows in these batches, or one per domain if that is more."""
 
+TRIAL_LENGTHS = (9, 6, 7)
+"""Tokens of the rows on which the ghost method is compared with whole gradients."""
+
 STEP = "measuring the influence of the domains"
 
 
 class ShortOfMemory(Exception):
     """A rank ran out of memory. Every rank raises this error, so that all take the same fallback."""
+
+
+SHARED = (InfluenceError, ShortOfMemory)
+"""Errors that all ranks raise if one does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,28 @@ class Probe:
     batch_tokens: int
     damping: float
 
+    def on_all_ranks(self, action: Callable[[], T]) -> T:
+        """Runs an action without collectives other than the model's, then lets all ranks agree on whether it succeeded.
+
+        Raises:
+            ShortOfMemory: Any rank ran out of memory.
+            InfluenceError: Any rank raised it.
+            RankError: Another rank failed for another reason.
+        """
+        result: list[T] = []
+        sharded = self.parameters.is_sharded and self.world_size > 1
+        with together(STEP, shared=SHARED):
+            try:
+                with interruptible(STEP) if sharded else nullcontext():
+                    result.append(action())
+            except Exception as error:
+                self.parameters.reset_after_failure()
+                if is_lack_of_memory(error):
+                    raise ShortOfMemory(str(error)) from error
+                if not isinstance(error, Interrupted):
+                    raise
+        return result[0]
+
     def backward(self, windows: Windows, *, shared: bool) -> None:
         """Adds the gradient of the mean over windows of their mean log-probability to ``.grad``.
 
@@ -81,7 +114,7 @@ class Probe:
                 computes all of them.
         """
         rank, world_size = (self.rank, self.world_size) if shared else (0, 1)
-        batches, num_calls = self._batches(windows, rank, world_size)
+        batches, num_calls = self.batches(windows, rank, world_size)
         # Sharded gradients are averaged over ranks, but each rank computes a share of one sum.
         factor = (self.world_size if self.parameters.is_sharded else 1) / len(windows)
         for batch in batches:
@@ -89,6 +122,10 @@ class Probe:
             torch.autograd.backward(self._means(chosen).sum() * factor)
         for _ in range(num_calls - len(batches)):
             torch.autograd.backward(self._means([min(windows, key=_length)]).sum() * 0.0)
+
+    def backward_each(self, windows: Windows) -> None:
+        """Runs one batch and the sum over windows of their mean log-probabilities backward."""
+        torch.autograd.backward(self._means(windows).sum())
 
     def gradient(self, windows: Windows, *, shared: bool) -> Flat:
         """The gradient that `backward` adds; without sharding, only that of this rank's windows."""
@@ -102,7 +139,7 @@ class Probe:
     def log_probs(self, windows: Windows) -> FloatArray:
         """Mean log-probability per scored token of each window, in nats: (windows,), 0 for other ranks' windows."""
         values = np.zeros(len(windows))
-        batches, num_calls = self._batches(windows, self.rank, self.world_size)
+        batches, num_calls = self.batches(windows, self.rank, self.world_size)
         for batch in batches:
             values[batch] = self._means([windows[number] for number in batch]).double().cpu().numpy()
         for _ in range(num_calls - len(batches)):
@@ -111,7 +148,7 @@ class Probe:
 
     def question_gradient(self, group: Windows) -> Flat:
         """Gradient of a group of questions: complete on every rank, or this rank's shards of it."""
-        flat = on_all_ranks(lambda: self.gradient(group, shared=True))
+        flat = self.on_all_ranks(lambda: self.gradient(group, shared=True))
         if not self.parameters.is_sharded and self.world_size > 1:
             sum_over_ranks(flat, STEP)
         return flat
@@ -131,7 +168,7 @@ class Probe:
                     sum_.addcmul_(part, part)
             return total
 
-        total = on_all_ranks(squares)
+        total = self.on_all_ranks(squares)
         if not self.parameters.is_sharded and self.world_size > 1:
             sum_over_ranks(total, STEP)
         return [part.div_(count).sqrt_() for part in total]
@@ -146,7 +183,8 @@ class Probe:
     def root_mean_square(self, flat: Flat) -> float:
         """Root mean square over all parameters, including the shards of other ranks."""
         copies = self.parameters.copies()
-        sums = [float((part.double() ** 2).sum()) / c for part, c in zip(flat, copies, strict=True)]
+        norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in flat]
+        sums = [norm**2 / c for norm, c in zip(norms, copies, strict=True)]
         both = np.array([sum(sums), sum(part.numel() / c for part, c in zip(flat, copies, strict=True))])
         if self.parameters.is_sharded:
             both = all_reduce_sum(both, STEP)
@@ -155,7 +193,8 @@ class Probe:
     def _zeros(self) -> Flat:
         return [torch.zeros(t.numel(), dtype=torch.float32, device=t.device) for t in self.parameters.local()]
 
-    def _batches(self, windows: Windows, rank: int, world_size: int) -> tuple[list[list[int]], int]:
+    def batches(self, windows: Windows, rank: int, world_size: int) -> tuple[list[list[int]], int]:
+        """Numbers of this rank's windows for each call, and the number of calls of the busiest rank."""
         lengths = [_length(entry) for entry in windows]
         size = len(windows)
         return plan_batches(lengths, rank=rank, world_size=world_size, batch_size=size, batch_tokens=self.batch_tokens)
@@ -183,15 +222,7 @@ def gradient_way(probe: Probe, denominators: Flat, row_groups: int) -> list[Floa
         For each domain, (K, G, n), in nats per unit of learning rate.
     """
     shape = (len(probe.questions), len(probe.questions[0]))
-    directions: list[list[Tensor]] = []
-    for groups in probe.questions:
-        for group in groups:
-            direction = probe.divided(probe.question_gradient(group), denominators)
-            directions = directions or [[] for _ in direction]
-            for stack, part in zip(directions, direction, strict=True):
-                stack.append(part)
-    stacked = [torch.stack(stack) for stack in directions]
-    del directions
+    stacked = question_directions(probe, denominators)
     copies = probe.parameters.copies()
     items = [
         (domain, number, rows[number::count])
@@ -208,13 +239,68 @@ def gradient_way(probe: Probe, denominators: Flat, row_groups: int) -> list[Floa
                 values[position] = products(stacked, gradient, copies)
         return values
 
-    values = on_all_ranks(mine)
+    values = probe.on_all_ranks(mine)
     if probe.world_size > 1:
         values = all_reduce_sum(values, STEP)
     return [
         np.stack([values[i] for i, item in enumerate(items) if item[0] == domain], axis=-1).reshape(*shape, -1)
         for domain in range(len(probe.rows))
     ]
+
+
+def ghost_way(probe: Probe, denominators: Flat) -> list[FloatArray]:
+    """Inner products of P q_k with the gradient of each row.
+
+    Args:
+        probe: Inputs of the measurement.
+        denominators: Denominators of P, see `Probe.root_mean_squares`.
+
+    Returns:
+        For each domain, (K, G, n) with n its number of rows, in nats per unit of learning rate.
+
+    Raises:
+        NoRule: The method does not apply to this model.
+    """
+    if probe.parameters.is_sharded:
+        raise ghost.NoRule("the parameters are sharded (FSDP 2), and a layer's direction would be too")
+    rows = [row for listed in probe.rows.values() for row in listed]
+    ends = np.cumsum([len(listed) for listed in probe.rows.values()])[:-1]
+    probe.on_all_ranks(lambda: _check_ghost(probe, rows))
+    recorder = ghost.Ghost(probe.parameters, question_directions(probe, denominators))
+    shape = (len(probe.questions), len(probe.questions[0]))
+
+    def mine() -> FloatArray:
+        values = np.zeros((shape[0] * shape[1], len(rows)))
+        for batch in probe.batches(rows, probe.rank, probe.world_size)[0]:
+            chosen = [rows[number] for number in batch]
+            found = recorder.products(lambda chosen=chosen: probe.backward_each(chosen), len(chosen))  # type: ignore[misc]
+            for part in found:
+                if part is not None:
+                    values[:, batch] += part.double().cpu().numpy()
+        return values
+
+    values = probe.on_all_ranks(mine)
+    if probe.world_size > 1:
+        values = all_reduce_sum(values, STEP)
+    return np.split(values.reshape(*shape, -1), ends, axis=-1)
+
+
+def _check_ghost(probe: Probe, rows: Windows) -> None:
+    """Compares the method with whole gradients on the beginnings of three rows, of different lengths if possible."""
+    chosen = [rows[0], rows[len(rows) // 2], rows[-1]]
+    tokens = [row.tokens[:length] for row, length in zip(chosen, TRIAL_LENGTHS, strict=True)]
+    windows = [ScoredWindow(tokens=part, num_scored=len(part) - 1) for part in tokens]
+    ghost.check(probe.parameters, lambda numbers: probe.backward_each([windows[n] for n in numbers]), len(windows))
+
+
+def question_directions(probe: Probe, denominators: Flat) -> list[Tensor]:
+    """P q_k of each group of questions: for each parameter, (K x G, values)."""
+    groups = [group for listed in probe.questions for group in listed]
+    stacked = probe.on_all_ranks(lambda: [part.new_empty(len(groups), part.numel()) for part in denominators])
+    for number, group in enumerate(groups):
+        for rows, part in zip(stacked, probe.divided(probe.question_gradient(group), denominators), strict=True):
+            rows[number] = part
+    return stacked
 
 
 def reverse_way(probe: Probe, denominators: Flat, step: float) -> list[FloatArray]:
@@ -234,10 +320,11 @@ def reverse_way(probe: Probe, denominators: Flat, step: float) -> list[FloatArra
     gains = np.zeros((*shape, len(rows)))
 
     def scored() -> FloatArray:
-        values = on_all_ranks(lambda: probe.log_probs(rows))
+        values = probe.on_all_ranks(lambda: probe.log_probs(rows))
         return all_reduce_sum(values, STEP) if probe.world_size > 1 else values
 
-    with displaceable(probe.parameters) as move:
+    saved = probe.on_all_ranks(lambda: [tensor.clone() for tensor in probe.parameters.local()])
+    with displaceable(probe.parameters, saved) as move:
         start = scored()
         for k, groups in enumerate(probe.questions):
             for g, group in enumerate(groups):
@@ -250,35 +337,6 @@ def reverse_way(probe: Probe, denominators: Flat, step: float) -> list[FloatArra
                 move(direction, factor)
                 gains[k, g] = (scored() - start) / factor
     return np.split(gains, ends, axis=-1)
-
-
-def on_all_ranks(action: Callable[[], T]) -> T:
-    """Runs an action without collectives of its own, then lets all ranks agree on whether it succeeded.
-
-    Raises:
-        ShortOfMemory: Any rank ran out of memory.
-        RankError: Another rank failed for another reason.
-    """
-    result: list[T] = []
-    short = False
-    with together(STEP):
-        try:
-            result.append(action())
-        except (RuntimeError, MemoryError) as error:
-            if not is_lack_of_memory(error):
-                raise
-            short = True
-    if all_reduce_max(int(short), STEP):
-        raise ShortOfMemory
-    return result[0]
-
-
-def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, CUDA or torch's CPU allocator means out of memory."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def interleaved(listed: Collection[Windows]) -> list[ScoredWindow]:

@@ -83,7 +83,7 @@ def _influence(
     try:
         if measure is None:
             raise InfluenceError("this trainer gives no access to the model's gradients")
-        with distributed.together("reading rows of each domain"):
+        with distributed.together("reading rows of each domain", shared=(InfluenceError,)):
             rows = _scorable(sampler.probe_rows(ROWS, probe=probe))
         return measure(environment, rows, {"max_row_tokens": MAX_ROW_TOKENS})
     except InfluenceError as error:

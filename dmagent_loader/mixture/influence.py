@@ -40,7 +40,7 @@ class Influence:
 
     Args:
         scores: Field -> domain -> score; every field has the same domains.
-        way: Method of measurement: ``"gradient"``, ``"reverse"`` or another name.
+        way: Method of measurement: ``"gradient"``, ``"ghost"``, ``"reverse"`` or another name.
         by_questions: Field -> (G, D), the influence on each of G groups of its questions, domains in the order of the
             scores. Empty: unknown; the errors of comparisons are then those of the single scores.
         rows: Domain -> number of rows read.

@@ -271,10 +271,12 @@ def standardised(influence: Influence, domains: list[str], weights: FloatArray) 
         domains: Names of the field's domains.
         weights: (K,), b in the module docstring.
     """
+    if len(domains) < 2:
+        return np.zeros(len(domains))
     gains, squared_errors = comparable(influence, domains, weights)
-    variances = gains.var(axis=1, ddof=1, keepdims=True) if len(domains) > 1 else np.zeros((len(gains), 1))
+    variances = gains.var(axis=1, ddof=1, keepdims=True)
     signal = variances - noise_quantile(len(domains) - 1) * squared_errors.mean(axis=1, keepdims=True)
-    has_signal = signal > 0  # also False where it is not a number, in a field of one domain
+    has_signal = signal > 0
     if not has_signal.any():
         return np.zeros(len(domains))
     shrunk = np.divide(signal, signal + squared_errors, out=np.zeros_like(gains), where=has_signal) * gains

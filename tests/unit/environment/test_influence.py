@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
+import weakref
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, InfluenceError
@@ -73,7 +76,7 @@ def rows():
     return {domain: [tokens(row) for row in listed] for domain, listed in ROWS.items()}
 
 
-@pytest.mark.parametrize(("way", "tolerance"), [("gradient", 1e-5), ("reverse", 2e-3)])
+@pytest.mark.parametrize(("way", "tolerance"), [("gradient", 1e-5), ("ghost", 1e-5), ("reverse", 2e-3)])
 def test_scores_are_the_inner_products_that_a_linear_model_has_in_closed_form(way, tolerance):
     torch.manual_seed(0)
     model = Bigrams(torch.randn(V, V))
@@ -88,7 +91,7 @@ def test_scores_are_the_inner_products_that_a_linear_model_has_in_closed_form(wa
             assert found[field][domain].value == pytest.approx((asked * update).sum(), abs=tolerance)
 
 
-@pytest.mark.parametrize("way", ["gradient", "reverse"])
+@pytest.mark.parametrize("way", ["gradient", "ghost", "reverse"])
 def test_a_positive_score_means_that_training_on_the_domain_raises_the_field(way):
     """A swapped sign, or fields and domains exchanged, would pass most other tests."""
     torch.manual_seed(0)
@@ -233,7 +236,7 @@ def trained(build):
 
 
 @pytest.mark.parametrize("build", MODELS)
-@pytest.mark.parametrize("way", ["gradient", "reverse"])
+@pytest.mark.parametrize("way", ["gradient", "ghost", "reverse"])
 @pytest.mark.parametrize("knows_optimizer", [True, False])
 def test_nothing_is_left_behind(build, way, knows_optimizer):
     """Parameters put back by subtraction, or a gradient that is left, would train on something else without a word."""
@@ -245,7 +248,7 @@ def test_nothing_is_left_behind(build, way, knows_optimizer):
     assert (found.errors() > 0).all()
 
 
-@pytest.mark.parametrize("way", ["gradient", "reverse"])
+@pytest.mark.parametrize("way", ["gradient", "ghost", "reverse"])
 def test_nothing_is_left_behind_by_a_model_that_fails_half_way(way):
     model, optimizer = trained(plain)
     calls = []
@@ -263,7 +266,7 @@ def test_nothing_is_left_behind_by_a_model_that_fails_half_way(way):
     assert_same(before, snapshot(model, optimizer))
 
 
-def test_both_ways_agree_on_a_transformer():
+def test_gradient_and_reverse_agree_on_a_transformer():
     """Two programs for one number: forward differences and backward products."""
     model, optimizer = trained(plain)
     one, other = (
@@ -274,10 +277,144 @@ def test_both_ways_agree_on_a_transformer():
     np.testing.assert_allclose(one.values(), other.values(), rtol=0.05, atol=0.02 * np.abs(one.values()).max())
 
 
+def reentrant():
+    model = llama()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    return model
+
+
+def gpt2():
+    """Convolutions for matrices, and position embeddings that are computed once for all rows."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    ).train()
+
+
+@pytest.mark.parametrize("build", [*MODELS, reentrant, gpt2])
+def test_the_ghost_method_gives_the_numbers_of_single_gradients(build):
+    """Values and errors: the gradient method with one group for each row computes the same observations."""
+    model, optimizer = trained(build)
+    one, other = (environment().influence(model, rows(), optimizer=optimizer, way=way) for way in ("gradient", "ghost"))
+    assert (other.way, other.notes) == ("ghost", ())
+    tolerance = 5e-3 if build is half else 1e-4
+    np.testing.assert_allclose(other.values(), one.values(), rtol=0, atol=tolerance * np.abs(one.values()).max())
+    np.testing.assert_allclose(other.errors(), one.errors(), rtol=tolerance)
+
+
+def test_the_ghost_method_gives_the_numbers_of_single_gradients_under_autocast():
+    model, optimizer = trained(plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one, other = (
+            environment().influence(model, rows(), optimizer=optimizer, way=way) for way in ("gradient", "ghost")
+        )
+    assert other.way == "ghost"
+    np.testing.assert_allclose(other.values(), one.values(), rtol=0, atol=5e-3 * np.abs(one.values()).max())
+
+
+class Odd(nn.Module):
+    """A model whose parameters do not all act through layers that keep the rows apart."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.embedding, self.middle, self.head = kind, nn.Embedding(V, 8), nn.Linear(8, 8), nn.Linear(8, V)
+        if kind == "own parameter":
+            self.shift = nn.Parameter(torch.randn(8))
+        if kind == "scaled gradient":
+            self.embedding.scale_grad_by_freq = True
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embedding(input_ids).cumsum(dim=1)
+        if self.kind == "own parameter":
+            x = x + self.shift
+        if self.kind == "no layer":
+            x = torch.tanh(nn.functional.linear(x, self.middle.weight, self.middle.bias))
+        elif self.kind == "also without its layer":
+            x = torch.tanh(self.middle(x) + x @ self.middle.weight)
+        elif self.kind == "positions first":
+            x = torch.tanh(self.middle(x.transpose(0, 1))).transpose(0, 1)
+        elif self.kind == "one list":
+            x = torch.tanh(self.middle(x.flatten(0, 1))).view_as(x)
+        elif self.kind == "mirrored rows":
+            x = torch.tanh(self.middle(x.flip(0))).flip(0)
+        elif self.kind == "in place":
+            x = self.middle(x).mul_(1.5)
+        else:
+            x = torch.tanh(self.middle(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("own parameter", "layer '' .Odd. has parameters of its own beside sublayers"),
+        ("no layer", "'middle.weight' has a gradient, but the layer that holds it is not called"),
+        ("also without its layer", "gradient of 'middle.weight' does not follow"),
+        ("positions first", "layer 'middle' .Linear. maps"),
+        ("one list", "layer 'middle' .Linear. maps"),
+        ("mirrored rows", "gradient of 'middle.weight' does not follow"),
+        ("in place", "fails with access to its layers"),
+        ("scaled gradient", "gradient of 'embedding.weight' does not follow"),
+    ],
+)
+def test_a_model_that_the_ghost_method_cannot_read_is_measured_by_gradients_and_the_reason_is_logged(
+    kind, reason, caplog
+):
+    """Its parameters would be left out, or count for another row, without a word."""
+    model = Odd(kind)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = environment().influence(model, rows(), way="ghost")
+    assert found.way == "gradient"
+    assert re.search(reason, found.notes[0])
+    assert re.search(reason, caplog.text)
+    expected = environment().influence(model, rows(), way="gradient")
+    np.testing.assert_array_equal(found.values(), expected.values())
+    assert all(p.requires_grad and torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_frozen_parameters_stay_frozen_and_are_left_out_by_the_ghost_method():
+    model = Odd("plain")
+    model.middle.weight.requires_grad_(False)
+    model.embedding.requires_grad_(False)
+    one, other = (environment().influence(model, rows(), way=way) for way in ("gradient", "ghost"))
+    assert other.way == "ghost"
+    np.testing.assert_allclose(other.values(), one.values(), rtol=1e-4, atol=1e-6)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["embedding.weight", "middle.weight"]
+
+
 def test_checkpointing_of_activations_changes_nothing_but_memory():
     plainly = environment().influence(plain(), rows())
     saving = environment().influence(checkpointed(), rows())
     np.testing.assert_allclose(plainly.values(), saving.values(), rtol=1e-4, atol=1e-6)
+
+
+class Checkpointed(nn.Module):
+    """Notes how many inputs of its middle layer are in memory when the forward pass has left it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.first, self.middle = nn.Embedding(V, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head, self.inputs, self.alive = nn.Linear(8, V), [], []
+
+    def block(self, x):
+        x = torch.tanh(self.first(x))
+        self.inputs.append(weakref.ref(x))
+        return torch.tanh(self.middle(x))
+
+    def forward(self, input_ids, attention_mask):
+        x = checkpoint(self.block, self.embedding(input_ids), use_reentrant=False)
+        self.alive.append(self.inputs[-1]() is not None)
+        return self.head(x)
+
+
+def test_the_ghost_method_keeps_no_activation_that_checkpointing_frees():
+    model = Checkpointed()
+    assert environment().influence(model, rows(), way="ghost").way == "ghost"
+    assert not any(model.alive)
 
 
 class Narrow(nn.Module):
@@ -294,10 +431,11 @@ class Narrow(nn.Module):
         return self.inner(input_ids, attention_mask)
 
 
-def test_lack_of_memory_is_met_by_smaller_calls_and_both_are_reported(caplog):
+@pytest.mark.parametrize("way", ["gradient", "ghost"])
+def test_lack_of_memory_is_met_by_smaller_calls_and_both_are_reported(way, caplog):
     wide = {domain: listed * 2 for domain, listed in rows().items()}  # two rows of a group in one call
-    found = environment().influence(Narrow(1000, 20), wide, row_groups=2)
-    assert found.way == "gradient"
+    found = environment().influence(Narrow(1000, 30), wide, row_groups=2, way=way)
+    assert found.way == way
     assert "short of memory" in found.notes[0]
     assert "short of memory" in caplog.text
     expected = environment().influence(Bigrams(), wide, row_groups=2)
@@ -378,8 +516,8 @@ def test_a_result_survives_json():
     assert Influence.from_json(found.to_json()) == found
 
 
-@pytest.mark.parametrize("way", ["gradient", "reverse"])
-def test_a_model_that_has_diverged_is_an_error_in_both_ways(way):
+@pytest.mark.parametrize("way", ["gradient", "ghost", "reverse"])
+def test_a_model_that_has_diverged_is_an_error_in_every_way(way):
     """The reverse method could take a step of unknown length for none, and report no influence."""
     table = torch.zeros(V, V)
     table[tokens("=")[0], 0] = float("nan")
