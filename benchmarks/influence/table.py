@@ -27,7 +27,7 @@ from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.policies import AgentPolicy, Policy
+from dmagent_loader.policies import AgentPolicy, CombinedPolicy, Policy
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 
@@ -67,7 +67,10 @@ class Policies:
             "influence shuffled": lambda: self._influenced(shuffled(self._probe(), self._stream)),
             "clone probe": lambda: self._influenced(self._clones()),
             "clone x topics": lambda: self._influenced(self._clones(), combine=True),
-            "dmagent-rl": lambda: AgentPolicy(MixingAgent.from_pretrained("dmagent-rl"), self._space, self._natural),
+            "dmagent-rl": self._agent,
+            "dmagent-rl, topics by influence": lambda: CombinedPolicy(
+                self._agent(), self._informed(self._probe(), combine=True), self._space
+            ),
         }
 
     def _at(self, share: float, within: FloatArray) -> FloatArray:
@@ -94,13 +97,19 @@ class Policies:
         )
         return policy
 
+    def _agent(self) -> AgentPolicy:
+        return AgentPolicy(MixingAgent.from_pretrained("dmagent-rl"), self._space, self._natural)
+
     def _influenced(self, influence: Influence, combine: bool = False) -> FloatArray:
+        return self._proposed(self._informed(influence, combine))
+
+    def _informed(self, influence: Influence, combine: bool) -> InfluencePolicy:
         topics = self._topics() if combine else None
         natural = np.where(self._setting.corpus.num_tokens > 0, self._natural, 0.0)
         natural[[i for i, name in enumerate(NAMES) if name not in influence.domains]] = 0.0
         policy = InfluencePolicy(self._space, natural / natural.sum(), topics=topics, combine=combine)
         policy.inform("influence", influence)
-        return self._proposed(policy)
+        return policy
 
     def _proposed(self, policy: Any) -> FloatArray:
         fields = self._setting.fields
