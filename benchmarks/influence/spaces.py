@@ -82,7 +82,8 @@ class Compared:
         for stream in (100 + 2 * self._stream, 101 + 2 * self._stream):
 
             def train(stream: int = stream) -> Any:
-                rows = self._rows(CLONE_ROWS, stream).values()
+                some = self._rows(CLONE_ROWS, stream).values()
+                rows = [np.resize(listed, (CLONE_ROWS, *listed.shape[1:])) for listed in some]  # small ones repeat
                 return trained_on_each(self._found, self._weights, rows, size=SIZE)
 
             gains.append(np.array(self._kept(f"{stream}-clone", train)))
