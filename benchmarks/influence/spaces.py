@@ -39,7 +39,9 @@ from dmagent_loader.policies.choice import named_policy
 from dmagent_loader.policies.influence import InfluencePolicy
 
 SIZE = "0.16M"
-NATURAL, MEASURED, CLONES, PERMUTED = "natural 30%", "influence", "clones", "permuted"
+NATURAL, MEASURED, MORE, CLONES, PERMUTED = "natural 30%", "influence", "influence, more rows", "clones", "permuted"
+MOST_ROWS = 1664
+"""Rows of all domains with "more rows": in a space of few domains, as many as 52 domains have."""
 KEY = ("environment", "space", "stream", "policy")
 
 
@@ -60,22 +62,24 @@ class Compared:
 
     def mixes(self) -> dict[str, Callable[[], FloatArray]]:
         """Name -> mix, (D,)."""
+        more = MOST_ROWS // len(self._space.fields)
         return {
             NATURAL: lambda: self._space.natural(0.3),
             MEASURED: lambda: self._mix(self.measured()),
+            **({MORE: lambda: self._mix(self.measured(more))} if more > ROWS else {}),
             CLONES: lambda: self._mix(self._clones()),
             PERMUTED: lambda: self._mix(shuffled(self.measured(), self._stream)),
         }
 
-    def measured(self) -> Influence:
-        """`Environment.influence` on rows of one stream."""
+    def measured(self, most: int = ROWS) -> Influence:
+        """`Environment.influence` on rows of one stream, so many of each domain."""
 
         def measure() -> Any:
-            rows = self._rows(ROWS, self._stream)
+            rows = self._rows(most, self._stream)
             model = ProxyModel(proxy_config(SIZE), self._weights)
             return self._found.environment.influence(model, {name: list(r) for name, r in rows.items()}).to_json()
 
-        return Influence.from_json(self._kept(f"{self._stream}-{ROWS}", measure))
+        return Influence.from_json(self._kept(f"{self._stream}-{most}", measure))
 
     def _clones(self) -> Influence:
         gains = []
@@ -160,8 +164,8 @@ def table(path: Path) -> str:
     cells: dict[tuple[str, str, str], dict[int, float]] = {}
     for line in lines(path):
         cells.setdefault((line["environment"], line["space"], line["policy"]), {})[line["stream"]] = line["objective"]
-    names = (NATURAL, MEASURED, CLONES, PERMUTED)
-    rows = [f"| environment | space | {' | '.join(names)} | gain / clones' gain |", "|---|---|" + "---:|" * 5]
+    names = (NATURAL, MEASURED, CLONES, MORE, PERMUTED)
+    rows = [f"| environment | space | {' | '.join(names)} | gain / clones' gain |", "|---|---|" + "---:|" * 6]
     for environment, space in dict.fromkeys((environment, space) for environment, space, _ in cells):
         found = [cells.get((environment, space, name), {}) for name in names]
         streams = sorted(set.intersection(*(set(values) for values in found[:3])))
