@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ SIZE = "0.16M"
 NATURAL, MEASURED, MORE, CLONES, PERMUTED = "natural 30%", "influence", "influence, more rows", "clones", "permuted"
 MOST_ROWS = 1664
 """Rows of all domains with "more rows": in a space of few domains, as many as 52 domains have."""
-KEY = ("environment", "space", "stream", "policy")
 
 
 class Compared:
@@ -69,6 +68,22 @@ class Compared:
             **({MORE: lambda: self._mix(self.measured(more))} if more > ROWS else {}),
             CLONES: lambda: self._mix(self._clones()),
             PERMUTED: lambda: self._mix(shuffled(self.measured(), self._stream)),
+        }
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Names of the environment and the space, and the stream."""
+        return {"environment": self._found.name, "space": self._space.name, "stream": self._stream}
+
+    def run(self, mix: FloatArray) -> dict[str, Any]:
+        """Trains under a mix; the fields of a line of the output."""
+        rows = SpaceRows(self._space, STREAMS + self._stream)
+        result = run(self._found, self._weights, mix, size=SIZE, stream=self._stream, rows=rows)
+        return {
+            "objective": result.objective,
+            "gains": result.gains.tolist(),
+            "domains": len(mix),
+            "effective_domains": round(float(effective_domains(mix)), 2),
         }
 
     def measured(self, most: int = ROWS) -> Influence:
@@ -130,33 +145,27 @@ def make(arguments: argparse.Namespace) -> None:
                 made[found.corpus.fingerprint] = spaces(found.corpus, arguments.work)
             for name, space in made[found.corpus.fingerprint].items():
                 if not arguments.spaces or name in arguments.spaces:
-                    record(space, found, weights, arguments.work, stream, arguments.output)
+                    compared = Compared(space, found, weights, arguments.work, stream)
+                    record(compared, arguments.output, arguments.policies or compared.mixes())
 
 
-def record(space: Space, found: Setting, weights: dict[str, Tensor], work: Path, stream: int, output: Path) -> None:
-    """Runs the mixes of one space that are not in the output yet, and adds them there."""
-    done = {tuple(line[part] for part in KEY) for line in lines(output)}
-    compared = Compared(space, found, weights, work, stream)
-    for name, choose in compared.mixes().items():
-        if (found.name, space.name, stream, name) in done:
+def record(compared: Compared, output: Path, names: Iterable[str]) -> None:
+    """Runs the named mixes that are not in the output yet, and adds them there.
+
+    Runs of one stream differ in their mix only: where evidence is lacking, a policy's run is that of the natural mix.
+    """
+    mixes = compared.mixes()
+    for name in names:
+        here = [line for line in lines(output) if all(line[part] == value for part, value in compared.key.items())]
+        if name not in mixes or name in {line["policy"] for line in here}:
             continue
-        mix = choose()
-        rows = SpaceRows(space, STREAMS + stream)
-        result = run(found, weights, mix, size=SIZE, stream=stream, rows=rows)
-        line = {
-            "environment": found.name,
-            "space": space.name,
-            "stream": stream,
-            "policy": name,
-            "objective": result.objective,
-            "gains": result.gains.tolist(),
-            "domains": len(mix),
-            "effective_domains": round(float(effective_domains(mix)), 2),
-            "mix": [round(weight, 5) for weight in mix.tolist()],
-        }
+        mix = mixes[name]()
+        rounded = [round(weight, 5) for weight in mix.tolist()]
+        same = next((line for line in here if line["mix"] == rounded), None)
+        line = {**(same or compared.run(mix)), **compared.key, "policy": name, "mix": rounded}
         with output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{found.name}, {space.name}, {stream}, {name}: {result.objective:.2f}", flush=True)
+        print(f"{', '.join(map(str, compared.key.values()))}, {name}: {line['objective']:.2f}", flush=True)
 
 
 def table(path: Path) -> str:
@@ -190,6 +199,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/influence/spaces.jsonl"))
     parser.add_argument("--only", nargs="*", metavar="KEEP+ACQUIRE", help="these environments alone")
     parser.add_argument("--spaces", nargs="*", metavar="NAME", help="these spaces alone")
+    parser.add_argument("--policies", nargs="*", metavar="NAME", help="these columns alone")
     parser.add_argument("--streams", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--print", action="store_true", help="show the table of what is there, run nothing")
     arguments = parser.parse_args()
