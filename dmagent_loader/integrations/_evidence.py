@@ -17,9 +17,12 @@ from dmagent_loader.transforms import PACKED_MEMBER, packed_tokens
 logger = logging.getLogger(__name__)
 
 ROWS = 32
-"""Rows of each domain in a measurement of influence."""
+"""Rows of each domain in a measurement of influence, at least."""
+ALL_ROWS = 52 * ROWS
+"""Rows of all domains, at least: few domains share them, because the scores of large, mixed domains differ little from
+each other, and noise must be smaller to tell them apart (docs/influence.md)."""
 MAX_ROW_TOKENS = 1024
-"""Largest number of tokens read from a row: with `ROWS`, 1.7 million tokens of 52 domains."""
+"""Largest number of tokens read from a row: with `ALL_ROWS`, 1.7 million tokens."""
 
 Measure = Callable[[Environment, Mapping[str, Sequence[Any]], Mapping[str, Any]], Influence]
 """Measures influence on the trainer's model, from environment, rows by domain and settings of `Environment.influence`.
@@ -79,7 +82,8 @@ def _influence(
         if measure is None:
             raise InfluenceError("this trainer gives no access to the model's gradients")
         with distributed.together("reading rows of each domain"):
-            rows = _scorable(sampler.probe_rows(ROWS, probe=len(sampler.measurements)))
+            count = max(ROWS, ALL_ROWS // len(sampler.space))
+            rows = _scorable(sampler.probe_rows(count, probe=len(sampler.measurements)))
         return measure(environment, rows, {"max_row_tokens": MAX_ROW_TOKENS})
     except InfluenceError as error:
         if distributed.get_rank() == 0:

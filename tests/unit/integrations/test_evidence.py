@@ -31,9 +31,9 @@ class Model(nn.Module):
         return self.table(input_ids)
 
 
-def mixing(tmp_path, policy, questions=QUESTIONS, **settings):
+def mixing(tmp_path, policy, questions=QUESTIONS, domains=DOMAINS, **settings):
     sampler = AgentWeightedSampler(
-        write_toy_shards(tmp_path, DOMAINS, tokens=16),
+        write_toy_shards(tmp_path, domains, tokens=16),
         policy=policy,
         **settings,
         samples_per_reweight=10,
@@ -58,7 +58,26 @@ def test_influence_is_measured_before_the_first_decision_only(tmp_path):
         assert 0 < report.full["dmagent/influence_share"] <= 1
         assert ("dmagent/influence_seconds" in report.full) == (consumed == 0)
         assert report.decision.outcome.accepted
-    assert asked == [dict.fromkeys(DOMAINS, 32)]  # rows as they are stored, without transform=
+    assert asked == [DOMAINS]  # all 40 rows of each, as they are stored, without transform=
+
+
+@pytest.mark.parametrize(
+    ("domains", "rows"),
+    [({"source/a": 900, "target/b": 40}, [832, 40]), ({f"source/{i:02d}": 40 for i in range(60)}, [32] * 60)],
+    ids=["few", "many"],
+)
+def test_few_domains_are_read_in_more_rows(tmp_path, domains, rows):
+    """The scores of a few large domains differ less from each other than those of many, so noise must be smaller."""
+    asked = []
+
+    def measure(environment, rows, settings):
+        asked.append([len(listed) for listed in rows.values()])
+        raise InfluenceError("far enough")
+
+    run = mixing(tmp_path, "influence", domains=domains)
+    run.begin()
+    run.reweight(lambda environment: environment.evaluate(Model()), measure=measure)
+    assert asked == [rows]
 
 
 @pytest.mark.parametrize("fails", [True, False])
