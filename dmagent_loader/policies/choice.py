@@ -53,8 +53,8 @@ def make_policy(
         )
     if agent is None and topics is not None:
         raise ConfigurationError(
-            f"topics={shown(topics)} replaces an agent's choice of domains, but no agent was given, so it would have no "
-            "effect: pass agent=, or pass this policy as policy="
+            f"topics={shown(topics)} replaces an agent's choice of domains, but no agent was given, so it would have "
+            "no effect: pass agent=, or pass this policy as policy="
         )
     if agent is None:
         return None if policy is None else _policy("policy", policy, space, natural)

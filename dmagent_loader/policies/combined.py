@@ -58,9 +58,7 @@ class CombinedPolicy:
         self.parts = (fields, within)
         self.space = space
         self._informed = {
-            label: part
-            for label, part in (("fields", fields), ("within", within))
-            if isinstance(part, InformedPolicy)
+            label: part for label, part in (("fields", fields), ("within", within)) if isinstance(part, InformedPolicy)
         }
         self.needs = frozenset[str]().union(*(part.needs for part in self._informed.values()))
         self._requested = {label: part.needs for label, part in self._informed.items()}
