@@ -50,6 +50,8 @@ class AgentWeightedSampler(FeedDataset):
         agent: Name, path or Hub id of an agent checkpoint, or a loaded `MixingAgent`.
         policy: Another policy instead of an agent: ``"influence"`` (trains on domains that help the questions, as
             measured on the model), ``"question-topics"``, or an object with `propose`.
+        topics: Policy that sets the shares of the domains inside each field while the agent sets the weights of the
+            fields: ``"influence"``, ``"question-topics"``, or an object with `propose`. None: the agent sets both.
         samples_per_reweight: Samples, over all ranks, between two decisions (64,000 in the paper).
         seed: Seed of the sample order.
         initial_mix: Mix until the first decision: domain -> weight, or field -> weight (split by rows). None: the
@@ -93,6 +95,7 @@ class AgentWeightedSampler(FeedDataset):
         *,
         samples_per_reweight: int,
         policy: Policy | str | None = None,
+        topics: Policy | str | None = None,
         seed: int = 0,
         initial_mix: Mapping[str, float] | None = None,
         start_state: Mapping[str, float] | None = None,
@@ -132,7 +135,13 @@ class AgentWeightedSampler(FeedDataset):
             )
             super().__init__(feed)
             chosen = make_policy(
-                agent, policy, space, natural, roles=deciding.roles, standardization=deciding.standardization
+                agent,
+                policy,
+                space,
+                natural,
+                topics=topics,
+                roles=deciding.roles,
+                standardization=deciding.standardization,
             )
             start = start_state_mix(space, natural, start_state)
             self._run: Run | None = Run(feed, Decider.configured(deciding, chosen, plan, start), interval)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +53,29 @@ def clone_gains(setting: Setting, weights: dict[str, Tensor], work: Path, *, siz
     """
     path = work / "probes" / f"{setting.name}-{size}-{stream}-clone.json"
     if not path.exists():
-        config = ProxyConfig(
-            **{**vars(proxy_config(size)), "learning_rate": CLONE_RATE, "warmup_updates": 1, "averaging": 0.0}
-        )
         started = time.perf_counter()
-        base = setting.steering.feedback(ProxyModel(proxy_config(size), weights).proxies)[0]
-        gains = []
         rows = probe_rows(setting.corpus, rows=CLONE_ROWS, number=stream, domains=setting.domains)
-        for listed in rows.values():
-            trainer = ProxyTrainer(1, config, start=weights)
-            trainer.train(torch.from_numpy(listed[None]))
-            gains.append((setting.steering.feedback(trainer.model)[0] - base).tolist())
+        gains = trained_on_each(setting, weights, rows.values(), size=size)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"gains": gains, "seconds": time.perf_counter() - started})
         write_atomically(path, text.encode())
     return np.array(json.loads(path.read_text())["gains"])
+
+
+def trained_on_each(
+    setting: Setting, weights: dict[str, Tensor], rows: Iterable[np.ndarray[Any, Any]], *, size: str
+) -> list[list[float]]:
+    """Gains of clones of a model, each trained on the rows of one domain: domains x K."""
+    config = ProxyConfig(
+        **{**vars(proxy_config(size)), "learning_rate": CLONE_RATE, "warmup_updates": 1, "averaging": 0.0}
+    )
+    base = setting.steering.feedback(ProxyModel(proxy_config(size), weights).proxies)[0]
+    gains = []
+    for listed in rows:
+        trainer = ProxyTrainer(1, config, start=weights)
+        trainer.train(torch.from_numpy(listed[None]))
+        gains.append((setting.steering.feedback(trainer.model)[0] - base).tolist())
+    return gains
 
 
 def clone_seconds(setting: Setting, work: Path, *, size: str, stream: int) -> float:
@@ -83,9 +92,13 @@ def cloned(
     The unit is nats for 8 updates at the clones' learning rate, not nats per unit of learning rate.
     """
     first, second = (clone_gains(setting, weights, work, size=size, stream=stream) for stream in streams)
+    return mean_of_clones(setting, [NAMES[domain] for domain in setting.domains.tolist()], first, second)
+
+
+def mean_of_clones(setting: Setting, domains: list[str], first: FloatArray, second: FloatArray) -> Influence:
+    """An influence from the gains of two streams of clones, (domains, K) each; see `cloned`."""
     error = np.sqrt(((first - second) ** 2).mean(axis=0) / 4)
     values = (first + second).T / 2
-    domains = [NAMES[domain] for domain in setting.domains.tolist()]
     tokens = 2 * len(domains) * 3 * (CLONE_ROWS * ROW_TOKENS) + 2 * len(domains) * setting.steering.num_tokens
     return Influence(
         scores=scores_from(setting.fields, domains, values, np.repeat(error[:, None], len(domains), axis=1)),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,10 +21,19 @@ from dmagent_loader.training.data.streams import MixStream
 from dmagent_loader.training.proxies.trainer import ProxyTrainer
 
 STEPS, TOKENS_PER_STEP = 80, 2048
+ROWS_PER_STEP = TOKENS_PER_STEP // ROW_TOKENS
 SPREADS = (0.0578, 0.7291)
 """Spread of the feedback in the bundled record, general and math: units of the objective (docs/agent-training.md)."""
 STREAMS = 4_000_000
 """Streams of runs are numbered from here on: other rows than any proxy's."""
+
+
+class Rows(Protocol):
+    """Rows of tokens for one mix after another, as `MixStream` reads them."""
+
+    def next(self, mix: FloatArray) -> npt.NDArray[np.int64]:
+        """Tokens of the next step: (D,) -> (`ROWS_PER_STEP`, `ROW_TOKENS` + 1)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +43,7 @@ class Result:
     Attributes:
         objective: Mean over the fields of gain / spread.
         gains: (K,) of the scored questions, in nats.
-        mix: (52,) mean of the mixes that were trained on.
+        mix: (D,) mean of the mixes that were trained on.
         seconds: Of training and scoring.
     """
 
@@ -50,22 +61,24 @@ def run(
     size: str,
     stream: int,
     steps: int = STEPS,
+    rows: Rows | None = None,
 ) -> Result:
     """Trains for some steps; runs of one stream read the same rows of a domain first.
 
     Args:
         setting: The environment.
         weights: Of the base model.
-        choose: A mix (52,) for all steps, or a policy that is asked before each, on the steering questions.
+        choose: A mix (D,) for all steps, or a policy that is asked before each, on the steering questions.
         size: Of the model.
         stream: Number of the repetition.
         steps: Of `TOKENS_PER_STEP` tokens.
+        rows: Rows of other domains than the 52, for mixes over those; None: the corpus of the environment.
     """
     started = time.perf_counter()
     trainer = ProxyTrainer(1, proxy_config(size), start=weights)
-    rows = MixStream(
+    rows = rows or MixStream(
         setting.corpus,
-        rows_per_step=TOKENS_PER_STEP // ROW_TOKENS,
+        rows_per_step=ROWS_PER_STEP,
         row_tokens=ROW_TOKENS,
         seed=1,
         number=STREAMS + stream,

@@ -27,7 +27,7 @@ from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.policies import INFLUENCE, AgentPolicy, Policy
+from dmagent_loader.policies import INFLUENCE, AgentPolicy, CombinedPolicy, Policy
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 
@@ -69,7 +69,10 @@ class Policies:
             "influence shuffled": lambda: self._influenced(lambda i: shuffled(self._probe(i), self._stream)),
             "clone probe": lambda: self._influenced(self._clones, max_measurements=1),
             "clone x topics": lambda: self._influenced(self._clones, combine=True, max_measurements=1),
-            "dmagent-rl": lambda: AgentPolicy(MixingAgent.from_pretrained("dmagent-rl"), self._space, self._natural),
+            "dmagent-rl": self._agent,
+            "dmagent-rl, topics by influence": lambda: CombinedPolicy(
+                self._agent(), self._informed(self._probe, combine=True), self._space
+            ),
         }
 
     def _at(self, share: float, within: FloatArray) -> FloatArray:
@@ -99,6 +102,9 @@ class Policies:
             "questions", {name: texts(listed) for name, listed in self._setting.environment.questions.items()}
         )
         return policy
+
+    def _agent(self) -> AgentPolicy:
+        return AgentPolicy(MixingAgent.from_pretrained("dmagent-rl"), self._space, self._natural)
 
     def _influenced(self, measure: Callable[[int], Influence], combine: bool = False, **settings: Any) -> FloatArray:
         return self._proposed(self._informed(measure, combine, **settings))

@@ -17,11 +17,14 @@ from dmagent_loader.transforms import PACKED_MEMBER, packed_tokens
 logger = logging.getLogger(__name__)
 
 ROWS = 32
-"""Rows of each domain in a measurement of influence."""
+"""Rows of each domain in a measurement of influence, at least."""
+ALL_ROWS = 52 * ROWS
+"""Rows of all domains, at least: few domains share them, because the scores of large, mixed domains differ little from
+each other, and noise must be smaller to tell them apart (docs/influence.md)."""
 PROBES_PER_DECISION = 64
 """Numbers of probes that are reserved for the repeated measurements of a decision."""
 MAX_ROW_TOKENS = 1024
-"""Largest number of tokens read from a row: with `ROWS`, 1.7 million tokens of 52 domains."""
+"""Largest number of tokens read from a row: with `ALL_ROWS`, 1.7 million tokens."""
 
 Measure = Callable[[Environment, Mapping[str, Sequence[Any]], Mapping[str, Any]], Influence]
 """Measures influence on the trainer's model, from environment, rows by domain and settings of `Environment.influence`.
@@ -50,13 +53,19 @@ def inform(
     """
     decision = len(sampler.measurements)
     measured: list[Influence] = []
+    count = max(ROWS, ALL_ROWS // len(sampler.space))
+    has_more_rows = True
     # A policy that does not get one kind of evidence may then need another.
     while needs := policy.needed(decision):
         for need in sorted(needs):
             if need == INFLUENCE:
-                probe = decision * PROBES_PER_DECISION + len(measured)
-                influence = _influence(policy, sampler, environment, measure, probe)
-                measured += [influence] if influence is not None else []
+                influence = None
+                if has_more_rows:
+                    probe = decision * PROBES_PER_DECISION + len(measured)
+                    influence = _influence(policy, sampler, environment, measure, count, probe)
+                if influence is not None:
+                    measured.append(influence)
+                    has_more_rows = any(rows >= count for rows in influence.rows.values())
                 policy.inform(need, influence)
             elif need == QUESTIONS:
                 policy.inform(need, texts(environment))
@@ -78,13 +87,14 @@ def _influence(
     sampler: AgentWeightedSampler,
     environment: Environment,
     measure: Measure | None,
+    count: int,
     probe: int,
 ) -> Influence | None:
     try:
         if measure is None:
             raise InfluenceError("this trainer gives no access to the model's gradients")
         with distributed.together("reading rows of each domain", shared=(InfluenceError,)):
-            rows = _scorable(sampler.probe_rows(ROWS, probe=probe))
+            rows = _scorable(sampler.probe_rows(count, probe=probe))
         return measure(environment, rows, {"max_row_tokens": MAX_ROW_TOKENS})
     except InfluenceError as error:
         if distributed.get_rank() == 0:

@@ -85,7 +85,6 @@ class AgentPolicy:
         self._standardization = standardization
         self._projection: Projection | None = None
         self._range_reported = False
-        _report_unknown_topics(space)
         logger.info(
             "agent %s: %d domains, feedback standardised as %r",
             agent.name,
@@ -203,8 +202,8 @@ class AgentPolicy:
         return columns
 
 
-def _report_unknown_topics(space: DomainSpace) -> None:
-    """Logs the domains of unknown topics, which are treated as evenly spread over all 26 topics.
+def report_unknown_topics(space: DomainSpace) -> None:
+    """Logs the domains of unknown topics, which an agent treats as evenly spread over all 26 topics.
 
     If the topics of all domains of a field are unknown, the agent sets the weight of the field, and row counts split
     it. If only some are unknown, domains of known topics receive only the excess over an even spread. That may be zero,

@@ -34,6 +34,13 @@ class Policy(Protocol):
         ...
 
 
+def answers_directly(policy: Policy) -> bool:
+    """Whether a policy promises to return quickly; a combination of `parts` does if each of them does."""
+    return bool(vars(type(policy)).get("always_answers", False)) and all(
+        answers_directly(part) for part in getattr(policy, "parts", ())
+    )
+
+
 def name_of(policy: Policy) -> str:
     """Name of a policy in the ledger and in logs."""
     return str(getattr(policy, "name", type(policy).__name__))

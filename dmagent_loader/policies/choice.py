@@ -1,4 +1,4 @@
-"""Construction of a run's policy from the `agent` and `policy` arguments."""
+"""Construction of a run's policy from the `agent`, `topics` and `policy` arguments."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import FIELDS, DomainSpace
 from dmagent_loader.mixture.history import Standardization
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.policies.agent import AgentPolicy
+from dmagent_loader.policies.agent import AgentPolicy, report_unknown_topics
 from dmagent_loader.policies.base import Policy
+from dmagent_loader.policies.combined import CombinedPolicy
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 
@@ -23,6 +24,7 @@ def make_policy(
     space: DomainSpace,
     natural: FloatArray,
     *,
+    topics: Policy | str | None = None,
     roles: Mapping[str, str] | None = None,
     standardization: Standardization | None = None,
 ) -> Policy | None:
@@ -33,6 +35,8 @@ def make_policy(
         policy: Policy to use instead of an agent, or its name: ``"influence"`` or ``"question-topics"``.
         space: Domains of the run.
         natural: (D,), share of all rows in each domain.
+        topics: Policy that sets the shares of the domains inside each field instead of the agent, or its name; only
+            with an agent.
         roles: See `AgentPolicy`; only with an agent.
         standardization: See `AgentPolicy`; only with an agent.
 
@@ -47,16 +51,22 @@ def make_policy(
             "roles and standardization are for an agent, but none was given, so they would have no effect: pass agent= "
             "or leave them out"
         )
-    if isinstance(policy, str):
-        return named_policy(policy, space, natural)
-    if policy is not None and (isinstance(policy, type) or not callable(getattr(policy, "propose", None))):
-        raise ConfigurationError(f"policy is {shown(policy)}; it must be an object with a method propose(history)")
+    if agent is None and topics is not None:
+        raise ConfigurationError(
+            f"topics={shown(topics)} replaces an agent's choice of domains, but no agent was given, so it would have "
+            "no effect: pass agent=, or pass this policy as policy="
+        )
     if agent is None:
-        return policy
+        return None if policy is None else _policy("policy", policy, space, natural)
     if not isinstance(agent, (str, os.PathLike, MixingAgent)):
         raise ConfigurationError(f"agent is {shown(agent)}; it must be a name, a path, a Hub id or a MixingAgent")
+    within = None if topics is None else _policy("topics", topics, space, natural)
     loaded = agent if isinstance(agent, MixingAgent) else MixingAgent.from_pretrained(agent)
-    return AgentPolicy(loaded, space, natural, roles=roles, standardization=standardization)
+    decides = AgentPolicy(loaded, space, natural, roles=roles, standardization=standardization)
+    if within is not None:
+        return CombinedPolicy(decides, within, space)
+    report_unknown_topics(space)
+    return decides
 
 
 def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
@@ -78,3 +88,14 @@ def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
     raise ConfigurationError(
         f"there is no policy named {shown(name)}: choose 'influence' or 'question-topics', or pass a policy object"
     )
+
+
+def _policy(argument: str, given: Policy | str, space: DomainSpace, natural: FloatArray) -> Policy:
+    if isinstance(given, str):
+        return named_policy(given, space, natural)
+    if isinstance(given, type) or not callable(getattr(given, "propose", None)):
+        raise ConfigurationError(
+            f"{argument} is {shown(given)}; it must be 'influence', 'question-topics', or an object with a method "
+            "propose(history)"
+        )
+    return given

@@ -1,4 +1,4 @@
-"""A run with policy="influence" that is killed outright resumes with the same decisions, without measuring again."""
+"""A run that measures influence and is killed outright resumes with the same decisions, without measuring again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dmagent_loader import AgentWeightedSampler, Environment, Mixing, load_state
 from dmagent_loader.transforms import packed_tokens
 
 shards, state_path, log_path = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-die_after = int(sys.argv[4])
+die_after, decided_by = int(sys.argv[4]), json.loads(sys.argv[5])
 torch.manual_seed(0)
 
 
@@ -41,7 +41,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 text = lambda words: list(words.encode())
 questions = {"keep": [("@", "A"), ("B", "CD"), ("E", "F")], "acquire": [("!", '"'), ("%", "&'"), ("(", ")")]}
 questions = Environment.from_pairs(questions, text, progress=False, separator="")
-sampler = AgentWeightedSampler(shards, policy="influence", samples_per_reweight=16, transform=packed_tokens)
+sampler = AgentWeightedSampler(shards, samples_per_reweight=16, transform=packed_tokens, **decided_by)
 mixing = Mixing(sampler, questions)
 weights = state_path.with_suffix(".pt")
 if state_path.exists():
@@ -90,11 +90,16 @@ for sample in sampler:
 """
 
 
-def train(folder: Path, name: str, die_after: int = 0) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, name: str, decided_by: dict[str, str], die_after: int = 0) -> subprocess.CompletedProcess[str]:
     shards = json.dumps(json.loads((folder / "shards.json").read_text()))
     command = [*python(), str(folder / "program.py"), shards, str(folder / f"{name}.json"), str(folder / f"{name}.log")]
     return subprocess.run(
-        [*command, str(die_after)], env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=200
+        [*command, str(die_after), json.dumps(decided_by)],
+        env=environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
 
 
@@ -125,13 +130,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_killed_run_decides_as_if_it_had_not_been_killed(folder: Path) -> None:
-    whole = train(folder, "whole")
+POLICIES = {
+    "influence": {"policy": "influence"},
+    "agent-and-influence": {"agent": "dmagent-rl", "topics": "influence"},
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_killed_run_decides_as_if_it_had_not_been_killed(folder: Path, policy: str) -> None:
+    decided_by = POLICIES[policy]
+    whole = train(folder, f"{policy}-whole", decided_by)
     assert whole.returncode == 0, whole.stderr[-2000:]
-    assert train(folder, "killed", die_after=36).returncode == -signal.SIGKILL
-    resumed = train(folder, "killed")
+    assert train(folder, f"{policy}-killed", decided_by, die_after=36).returncode == -signal.SIGKILL
+    resumed = train(folder, f"{policy}-killed", decided_by)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
-    one, two = decisions(folder, "whole"), decisions(folder, "killed")
+    one, two = decisions(folder, f"{policy}-whole"), decisions(folder, f"{policy}-killed")
     assert [line["consumed"] for line in one] == list(range(0, 97, 16))
     assert [(line["consumed"], line["mix"]) for line in one] == [(line["consumed"], line["mix"]) for line in two]
     assert len({line["pid"] for line in two}) == 2
@@ -141,3 +154,6 @@ def test_a_killed_run_decides_as_if_it_had_not_been_killed(folder: Path) -> None
     first = one[0]["mix"]
     assert first["source/letters"] > 2 * first["source/noise"]
     assert first["target/signs"] > 2 * first["target/noise"]
+    # The agent decides on the target's share again at each step, influence once for the run.
+    shares = {round(line["mix"]["target/signs"] + line["mix"]["target/noise"], 9) for line in one}
+    assert (len(shares) > 1) == (policy == "agent-and-influence")

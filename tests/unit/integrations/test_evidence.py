@@ -31,14 +31,15 @@ class Model(nn.Module):
         return self.table(input_ids)
 
 
-def mixing(tmp_path, policy):
+def mixing(tmp_path, policy, questions=QUESTIONS, domains=DOMAINS, **settings):
     sampler = AgentWeightedSampler(
-        write_toy_shards(tmp_path, DOMAINS, tokens=16),
+        write_toy_shards(tmp_path, domains, tokens=16),
         policy=policy,
+        **settings,
         samples_per_reweight=10,
         reading=ReadingConfig(progress=False),
     )
-    environment = Environment.from_pairs(QUESTIONS, lambda text: list(text.encode()), progress=False)
+    environment = Environment.from_pairs(questions, lambda text: list(text.encode()), progress=False)
     return Mixing(sampler, environment)
 
 
@@ -57,7 +58,26 @@ def test_influence_is_measured_before_the_first_decision_only(tmp_path):
         assert 0 < report.full["dmagent/influence_share"] <= 1
         assert ("dmagent/influence_seconds" in report.full) == (consumed == 0)
         assert report.decision.outcome.accepted
-    assert asked == [dict.fromkeys(DOMAINS, 32)]  # rows as they are stored, without transform=
+    assert asked == [DOMAINS]  # all 40 rows of each, as they are stored, without transform=
+
+
+@pytest.mark.parametrize(
+    ("domains", "rows"),
+    [({"source/a": 900, "target/b": 40}, [832, 40]), ({f"source/{i:02d}": 40 for i in range(60)}, [32] * 60)],
+    ids=["few", "many"],
+)
+def test_few_domains_are_read_in_more_rows(tmp_path, domains, rows):
+    """The scores of a few large domains differ less from each other than those of many, so noise must be smaller."""
+    asked = []
+
+    def measure(environment, rows, settings):
+        asked.append([len(listed) for listed in rows.values()])
+        raise InfluenceError("far enough")
+
+    run = mixing(tmp_path, "influence", domains=domains)
+    run.begin()
+    run.reweight(lambda environment: environment.evaluate(Model()), measure=measure)
+    assert asked == [rows]
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -163,3 +183,32 @@ def test_domains_without_any_token_to_predict_fall_back_on_the_topics(tmp_path, 
     )
     assert "none with a token to predict" in caplog.text
     assert report.decision.outcome.accepted
+
+
+def test_the_agent_with_the_topics_of_influence_takes_the_share_and_not_the_topics_from_the_agent(tmp_path, caplog):
+    """The agent's warning of questions on other topics does not apply: it no longer chooses the topics."""
+    alone = mixing(tmp_path / "alone", None, agent="dmagent-rl")
+    run = mixing(tmp_path / "both", None, agent="dmagent-rl", topics="influence")
+    model = Model()
+    agents = alone.reweight(lambda environment: environment.evaluate(model)).decision
+    caplog.clear()
+    run.begin()
+    report = run.reweight(
+        lambda environment: environment.evaluate(model),
+        measure=lambda environment, rows, settings: environment.influence(model, rows, **settings),
+    )
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert report.decision.policy == "dmagent-rl+influence"
+    assert report.short["mix/target"] == pytest.approx(
+        agents.proposed["target/Finance"] + agents.proposed["target/Health"]
+    )
+    ratios = [mix["target/Finance"] / mix["target/Health"] for mix in (report.decision.proposed, agents.proposed)]
+    assert ratios[0] < 0.5 * ratios[1]  # the toy rows are noise, and influence keeps a part of the natural mix
+    alone.begin()
+    assert "are mostly about" in caplog.text
+
+
+def test_the_agent_with_other_topics_still_needs_its_fields(tmp_path):
+    one_field = {"keep": QUESTIONS["keep"]}
+    with pytest.raises(ConfigurationError, match="1 field"):
+        mixing(tmp_path, None, questions=one_field, agent="dmagent-rl", topics="question-topics").begin()

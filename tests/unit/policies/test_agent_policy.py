@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dmagent_loader.errors import ConfigurationError, DomainError, MixError
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainSpace
 from dmagent_loader.mixture.history import FeedbackStatistics, History
 from dmagent_loader.mixture.simplex import total_variation
-from dmagent_loader.policies import AgentPolicy, Policy
+from dmagent_loader.policies import AgentPolicy, Policy, make_policy
 from dmagent_loader.policies.topic_classifier import TopicClassifier
 
 MakeHistory = Callable[..., History]
@@ -105,23 +106,27 @@ def test_natural_shares_split_what_the_agent_cannot_tell_apart(agent: MixingAgen
     assert mix[0] / mix[1] == pytest.approx(3.0)
 
 
+def made(agent: MixingAgent, space: DomainSpace, **settings: Any) -> Policy | None:
+    return make_policy(agent, None, space, np.full(len(space), 1 / len(space)), **settings)
+
+
 def test_domains_of_unknown_topics_beside_known_ones_are_warned_of(
     agent: MixingAgent, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is not known counts as spread over all topics, and can leave the others nothing; a typo does, too."""
     with caplog.at_level(logging.INFO):
-        AgentPolicy(agent, DomainSpace.from_names(["source/Health", "source/scince", "source/web", "target/math"]))
+        made(agent, DomainSpace.from_names(["source/Health", "source/scince", "source/web", "target/math"]))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "['source/scince', 'source/web'] are unknown" in warning
     assert "(is 'source/scince' for 'Science' meant?)" in warning
     caplog.clear()
     topics = {"source/web": {"Science": 1.0}}
     with caplog.at_level(logging.INFO):
-        AgentPolicy(agent, DomainSpace.from_names(["source/Health", "source/web", "target/math"], compositions=topics))
-        AgentPolicy(agent, TWO)
+        made(agent, DomainSpace.from_names(["source/Health", "source/web", "target/math"], compositions=topics))
+        made(agent, TWO)
     assert "unknown" not in caplog.text
     with caplog.at_level(logging.INFO):
-        AgentPolicy(agent, DomainSpace.from_names(["source/web", "source/wiki", "target/math"]))
+        made(agent, DomainSpace.from_names(["source/web", "source/wiki", "target/math"]))
     assert "the topics of ['source/web', 'source/wiki'] are unknown: the agent sets the total weight" in caplog.text
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
