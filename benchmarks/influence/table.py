@@ -248,9 +248,48 @@ def table(path: Path, size: str) -> str:
     return "\n".join(rows)
 
 
+PAIRS = (
+    ("influence x topics", "natural 30%"),
+    ("influence x topics", "question topics"),
+    ("influence x topics", "clone probe"),
+    ("influence", "natural 30%"),
+    ("influence", "influence shuffled"),
+    ("influence", "clone probe"),
+    ("question topics", "natural 30%"),
+    ("dmagent-rl", "natural 30%"),
+    ("dmagent-rl, topics by influence", "influence x topics"),
+)
+
+
+def paired(path: Path, size: str) -> str:
+    """Mean differences of two policies on the same streams, ± standard error over environments; with MMLU and without.
+
+    A difference of an environment is the mean over its streams.
+    """
+    by_run = {key(line): line["objective"] for line in lines(path) if line["size"] == size}
+    rows = ["| difference | MMLU to keep | other questions | least environment |", "|---|---:|---:|---:|"]
+    for one, other in PAIRS:
+        found: dict[str, list[float]] = {}
+        for environment, _, stream, policy in by_run:
+            both = (environment, size, stream, one), (environment, size, stream, other)
+            if policy == one and both[1] in by_run:
+                found.setdefault(environment, []).append(by_run[both[0]] - by_run[both[1]])
+        means = {environment: float(np.mean(values)) for environment, values in found.items()}
+        parts = [[m for e, m in means.items() if e.startswith("mmlu") == is_mmlu] for is_mmlu in (True, False)]
+        least = min(means, key=means.__getitem__, default="")
+        cells = [f"{np.mean(part):+.2f} ± {_error(part):.2f} ({len(part)})" if part else "" for part in parts]
+        worst = f"{means[least]:+.2f} {least}" if means else ""
+        rows.append(f"| {one} - {other} | {' | '.join(cells)} | {worst} |")
+    return "\n".join(rows)
+
+
+def _error(values: list[float]) -> float:
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("build/influence"), help="for corpora, base models, probes")
     parser.add_argument("--output", type=Path, default=Path("build/influence/table.jsonl"))
     parser.add_argument("--size", choices=SIZES, default="0.16M")
@@ -258,11 +297,13 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="show the tables of what is there, run nothing")
     arguments = parser.parse_args()
     if not arguments.print:
+        if arguments.data is None:
+            parser.error("--data is required unless --print is given")
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         make(arguments)
     for size in SIZES:
         if any(line["size"] == size for line in lines(arguments.output)):
-            print(f"\n{size} parameters\n\n{table(arguments.output, size)}")
+            print(f"\n{size} parameters\n\n{table(arguments.output, size)}\n\n{paired(arguments.output, size)}")
 
 
 if __name__ == "__main__":
