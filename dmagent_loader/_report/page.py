@@ -85,7 +85,7 @@ def _progress(history: RunHistory, decisions: DecisionTables) -> list[str]:
         text = f"Policy {history.policy}: {decisions.made:,} decision{'s' * (decisions.made != 1)}{refused}."
         last = history.forecast.last_sample
         following = history.next_decision
-        if following is not None and (last is None or following < last):
+        if following is not None and (last is None or max(following, history.consumed) < last):
             is_due = following <= history.consumed
             text += " The next decision is due now." if is_due else f" The next is due after {following:,} samples."
         facts.append(text)

@@ -17,7 +17,7 @@ from dmagent_loader._run.decisions import Decider, Measurement, measurements_fro
 from dmagent_loader._run.rank_check import digest
 from dmagent_loader._run.settings import RESTORE, RunSettings
 from dmagent_loader._validation import is_count, is_finite_number, read_regular, shown, whole_number
-from dmagent_loader.errors import EmptyShardError, MixError, StateError
+from dmagent_loader.errors import ConfigurationError, EmptyShardError, MixError, StateError
 from dmagent_loader.mixture.domains import Domain, DomainSpace
 from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.mixture.plan import Plan
@@ -142,25 +142,32 @@ def rebuild_state(state: Any) -> RestoredState:
         StateError: The state cannot be read.
     """
     _check_keys(state)
-    names, rows, fields, rules = (state[key] for key in ("domains", "rows", "domain_fields", "exhausted"))
+    names, fields, rules, rows = (state[key] for key in ("domains", "domain_fields", "exhausted", "rows"))
+    for key, values in (("domains", names), ("domain_fields", fields), ("exhausted", rules), ("rows", rows)):
+        valid = is_count if values is rows else _is_text
+        if not isinstance(values, list) or len(values) != len(names) or not all(map(valid, values)):
+            raise StateError(
+                f"the state's {key} is {shown(values)}, not a list with {'a count' if values is rows else 'a text'} "
+                "for each domain: it is damaged; load an older one"
+            )
+    if sum(rows) >= MAX_ROWS:
+        raise StateError(f"the state's rows are {shown(rows)}, more than a run can have: it is damaged")
     try:
         space = DomainSpace(tuple(Domain(name=n, field=f) for n, f in zip(names, fields, strict=True)))
-        if not all(isinstance(field, str) for field in fields):
-            raise ValueError(f"its domain_fields are {shown(fields)}")
-        if not all(map(is_count, rows)) or sum(rows) >= MAX_ROWS:
-            raise ValueError(f"its rows are {shown(rows)}")
         plan = Plan(
             space,
             [np.array([count], dtype=np.int64) for count in rows],
             seed=whole_number("seed", state["seed"]),
-            exhausted=dict(zip(space.names, rules, strict=True)),
+            exhausted=dict(zip(names, rules, strict=True)),
             window=whole_number("shuffle_window", state["shuffle_window"], least=1),
         )
-    except (TypeError, ValueError, EmptyShardError) as error:
-        raise StateError(
-            f"the state does not describe its run: {error}; it is damaged, so load an older one"
-        ) from error
+    except (ConfigurationError, EmptyShardError) as error:
+        raise StateError(f"the state does not describe a run ({error}): it is damaged; load an older one") from error
     return replace(_restored(state, plan), policy_state=state.get(_POLICY_STATE))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _check_keys(state: Any) -> None:

@@ -8,6 +8,7 @@ so one search serves all:
 | `save_state` | ``*.json`` | the object itself, or ``sampler`` |
 | Hugging Face Trainer | ``trainer_state.json`` | ``stateful_callbacks.DataMixingCallback`` |
 | Lightning | ``*.ckpt`` | ``callbacks.DataMixingCallback`` |
+| Accelerate | ``custom_checkpoint_*.pkl`` | the object itself |
 | NeMo | ``weights/common.pt`` | ``AgentWeightedDataModule``, as JSON text |
 | Megatron-core | ``common.pt`` | the user's key, as JSON text |
 | Megatron-LM | ``train_dataloader_dprank*.pt`` | ``dataloader_state_dict``, as JSON text |
@@ -29,7 +30,7 @@ from dmagent_loader._run.state import MAX_STATE_BYTES
 from dmagent_loader._validation import read_regular, shown
 from dmagent_loader.errors import StateError
 
-JSON_FILES, TORCH_FILES = (".json",), (".ckpt", ".pt", ".pth")
+JSON_FILES, TORCH_FILES = (".json",), (".ckpt", ".pt", ".pth", ".pkl")
 _MARK = b'"ledger"', b"ledger"
 _MOST_FOLDERS_DEEP = 5
 """lightning_logs/version_0/checkpoints/epoch=0.ckpt/meta.pt"""

@@ -164,7 +164,7 @@ def test_a_manifest_may_lie_behind_a_url(manifest, tmp_path):
         (["simulate", "--shards", "MANIFEST", "--mix", "sauce=1"], "sauce"),
         (["simulate", "--shards", "MANIFEST", "--mix", "source=0.5,target=0.3,source=0.7"], "names 'source' twice"),
         (["simulate", "--shards", "nowhere", "--mix", "source=1"], "nowhere"),
-        (["replay", "nowhere.json", "--shards", "MANIFEST"], "nowhere.json cannot be read"),
+        (["replay", "nowhere.json", "--shards", "MANIFEST"], "there is no file or folder nowhere.json"),
         (["replay", "MANIFEST", "--shards", "MANIFEST"], "does not contain the state of a sampler"),
         (["inspect", "no-such-agent"], "no-such-agent"),
     ],
