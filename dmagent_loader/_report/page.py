@@ -257,12 +257,17 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _influence_section(history: RunHistory) -> str:
-    """Measured influence, in units of its spread over the domains: the raw scale differs between measurements."""
-    influence = history.influence
+    """Measured influence as the policy compares it: inside each field of the data, in units of its overall spread."""
+    influence, space = history.influence, history.plan.space
     assert influence is not None
     values, errors = influence.values(), influence.errors()
     spread = values.std(axis=1, keepdims=True)
     spread[spread == 0] = 1.0
+    for field in space.fields:
+        names = [space.names[i] for i in space.members(field) if space.names[i] in influence.domains]
+        if names:
+            columns_of = [influence.domains.index(name) for name in names]
+            values[:, columns_of], errors[:, columns_of] = influence.contrasts(names)
     values, errors = values / spread, errors / spread
     order = np.argsort(-values.mean(axis=0), kind="stable")
     columns = ["domain", *influence.fields]
@@ -279,8 +284,9 @@ def _influence_section(history: RunHistory) -> str:
     everything = order.tolist()
     few = everything if len(order) <= LISTED else [*everything[: LISTED - 5], *everything[-5:]]
     notes = [
-        "Effect of training on the domain on the feedback of each field, to first order, with its standard error. "
-        "Unit: the standard deviation of the field's influence over the domains; positive helps.",
+        "How much training on the domain helps the feedback of each question field, to first order, compared with the "
+        "mean of its own field of the data, with the standard error of the comparison. Unit: the standard deviation "
+        "over all domains.",
         f"Measured by way '{influence.way}' on {sum(influence.rows.values()):,} rows and "
         f"{sum(influence.questions.values()):,} questions.",
     ]

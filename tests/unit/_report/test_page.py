@@ -190,7 +190,7 @@ def test_a_run_before_its_first_sample_has_a_report():
     assert _Reader(written.page).row("source/web")[2:4] == ["0", "–"]
 
 
-def test_measured_influence_is_shown_in_units_of_its_spread():
+def test_measured_influence_is_shown_as_the_policy_compares_it():
     space = DomainSpace.from_names(NAMES)
     policy = InfluencePolicy(space, np.full(4, 0.25))
     values = dict(zip(NAMES, (0.001, 0.002, 0.003, 0.004), strict=True))
@@ -203,8 +203,13 @@ def test_measured_influence_is_shown_in_units_of_its_spread():
     spread = float(np.std(list(values.values())))
     begin = read.rows.index(["domain", "math"])
     listed = read.rows[begin + 1 : begin + 5]
-    assert listed[0] == ["target/code", f"{0.004 / spread:+.2f} ± {0.0005 / spread:.2f}"]
-    assert [row[0] for row in listed] == list(NAMES[::-1])
+    half = f"{0.0005 / spread:+.2f} ± {0.0005 / spread:.2f}"
+    assert listed == [
+        ["source/books", half],  # against the mean of its own field, not of all
+        ["target/code", half],
+        ["source/web", half.replace("+", "-")],
+        ["target/math", half.replace("+", "-")],
+    ]
     assert "on 32 rows" in written.page
 
 
