@@ -27,7 +27,7 @@ from benchmarks.agent.trial import RANDOM, TrialConfig, run_trial, static_polici
 from benchmarks.agent.trial_record import TrialRecord
 from benchmarks.agent.trial_tables import feedback_table, markdown, readings, run_table
 from dmagent_loader import DomainSpace, MixingAgent
-from dmagent_loader._demo.charts import png_bytes
+from dmagent_loader._report.charts import png_bytes
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
 from dmagent_loader.training.proxies.workers import Workers

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmagent_loader._demo.charts import MUTED, TEXT, check_drawable, draw_feedback, draw_mixes, new_figure, style_axes
-from dmagent_loader._demo.records import MixStep, RunRecord
+from dmagent_loader._report.charts import MUTED, TEXT, check_drawable, draw_feedback, draw_mixes, new_figure, style_axes
+from dmagent_loader._report.records import MixStep, RunRecord
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import SOURCE, TARGET, Domain, DomainSpace
 from dmagent_loader.mixture.simplex import FloatArray, IntArray

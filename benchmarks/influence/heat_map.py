@@ -19,8 +19,8 @@ import numpy as np
 from benchmarks.influence.environments import CODE, KEEP, base_weights, one_thread, setting
 from benchmarks.influence.probes import measured
 from benchmarks.influence.table import ROWS
-from dmagent_loader._demo.charts import MUTED, TEXT, new_figure, png_bytes
 from dmagent_loader._files import write_atomically
+from dmagent_loader._report.charts import MUTED, TEXT, new_figure, png_bytes
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, SOURCE, TARGET
 from dmagent_loader.mixture.simplex import FloatArray
 

@@ -18,7 +18,7 @@ import numpy as np
 from dmagent_loader import ReadingConfig
 from dmagent_loader._demo.config import DemoConfig
 from dmagent_loader._demo.progress import Phase
-from dmagent_loader._demo.records import FeedbackPoint, MixStep, RunRecord
+from dmagent_loader._report.records import FeedbackPoint, MixStep, RunRecord
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import require_extra

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dmagent_loader._demo.records import RunRecord
-from dmagent_loader._demo.tables import Table
+from dmagent_loader._report.records import RunRecord
+from dmagent_loader._report.tables import Table
 from dmagent_loader.mixture.domains import SOURCE, TARGET, DomainSpace
 from dmagent_loader.mixture.simplex import FloatArray
 

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 
 from dmagent_loader import ReadingConfig
-from dmagent_loader._demo import html
-from dmagent_loader._demo.charts import overview_chart, png_bytes
 from dmagent_loader._demo.config import DEFAULT_AGENT, DemoConfig
 from dmagent_loader._demo.corpus import Corpus, write_corpus
 from dmagent_loader._demo.language_model import Rows, held_out_loss, new_model, packed_rows, pretrain, train_tokenizer
@@ -27,8 +25,10 @@ from dmagent_loader._demo.methods import MethodResult, methods, run_method
 from dmagent_loader._demo.progress import Phase
 from dmagent_loader._demo.python_corpus import build_python_corpus
 from dmagent_loader._demo.results import Scores, as_json, domain_table, reading_notes, score_table
-from dmagent_loader._demo.tables import Table
 from dmagent_loader._demo.user_corpus import read_user_corpus
+from dmagent_loader._report import html
+from dmagent_loader._report.charts import overview_chart, png_bytes
+from dmagent_loader._report.tables import Table
 from dmagent_loader._version import __version__
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.environment import Environment

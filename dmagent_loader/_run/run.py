@@ -46,6 +46,7 @@ class Run:
         return RunSettings(
             seed=feed.plan.seed,
             domains=feed.plan.space.names,
+            domain_fields=tuple(domain.field for domain in feed.plan.space.domains),
             exhausted=feed.plan.rules,
             shuffle_window=feed.plan.window,
             fingerprint=feed.collection.fingerprint,

@@ -30,6 +30,7 @@ class RunSettings:
     Args:
         seed: Seed of the sample order.
         domains: (D,) names, in order.
+        domain_fields: (D,) field of each domain; the weight of a used-up domain moves inside its field.
         exhausted: (D,) exhaustion rule of each domain.
         shuffle_window: Rows per shuffle window.
         fingerprint: Digest of the domains and the contents of their shards.
@@ -45,6 +46,7 @@ class RunSettings:
 
     seed: int = field(metadata=_REFUSE)
     domains: tuple[str, ...] = field(metadata=_REFUSE)
+    domain_fields: tuple[str, ...] = field(metadata=_REFUSE)
     exhausted: tuple[str, ...] = field(metadata=_REFUSE)
     shuffle_window: int = field(metadata=_REFUSE)
     fingerprint: str = field(metadata=_REFUSE)
@@ -71,5 +73,10 @@ class RunSettings:
 
 RESTORE: dict[str, Restore] = {entry.name: entry.metadata["restore"] for entry in fields(RunSettings)}
 """Setting -> treatment of a different value at a restore."""
-_LABELS = {"domains": "the domains", "fingerprint": "the contents of the shards", "loader": "the loader"}
+_LABELS = {
+    "domains": "the domains",
+    "domain_fields": "the fields of the domains",
+    "fingerprint": "the contents of the shards",
+    "loader": "the loader",
+}
 """Names in messages between ranks, if they differ from the name of the attribute."""

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from dmagent_loader._files import write_atomically
 from dmagent_loader._run.decisions import Decider, Measurement, measurements_from_json
 from dmagent_loader._run.rank_check import digest
 from dmagent_loader._run.settings import RESTORE, RunSettings
-from dmagent_loader._validation import is_count, is_finite_number, read_regular, shown
-from dmagent_loader.errors import MixError, StateError
+from dmagent_loader._validation import is_count, is_finite_number, read_regular, shown, whole_number
+from dmagent_loader.errors import ConfigurationError, EmptyShardError, MixError, StateError
+from dmagent_loader.mixture.domains import Domain, DomainSpace
 from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
@@ -27,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 4
 MAX_STATE_BYTES = 1 << 32
+MAX_ROWS = 1 << 62
 
-_RUN = {"consumed", "counts", "start_state", "ledger", "fields", "measurements", "policy_failures"}
+_RUN = {"rows", "consumed", "counts", "start_state", "ledger", "fields", "measurements", "policy_failures"}
 _POLICY_STATE = "policy_state"
 """Key of the state of an informed policy; only states of runs with such a policy have it."""
 _KEYS = {"schema", *_RUN, *(name for name, restore in RESTORE.items() if restore != "free")}
@@ -78,6 +80,7 @@ def write_state(settings: RunSettings, decider: Decider, consumed: int) -> dict[
     return {
         "schema": SCHEMA,
         **settings.saved(),
+        "rows": plan.num_rows.tolist(),
         "consumed": int(consumed),
         "counts": {name: int(count) for name, count in zip(plan.space.names, counts, strict=True)},
         "start_state": decider.start_state.tolist(),
@@ -100,6 +103,75 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
     Raises:
         StateError: The state belongs to another run, or cannot be read; the message names the difference.
     """
+    _check_keys(state)
+    plan, present = decider.plan, settings.saved()
+    for key in (name for name, restore in RESTORE.items() if restore == "refuse" and state[name] != present[name]):
+        if key == "fingerprint":
+            raise StateError(
+                f"the state belongs to another shard set: its fingerprint is {shown(state[key])}, the one of this run "
+                f"{shown(present[key])}; load it with the same shards: names, order, row counts and contents must be "
+                "the same (their folder may differ)"
+            )
+        raise StateError(
+            f"the state is of a run with {key} {shown(state[key])}, this run has {shown(present[key])}: a different "
+            f"{key} would change the order of samples; build the sampler with the saved value"
+        )
+    restored = _restored(state, plan.empty_copy())
+    for key in (name for name, restore in RESTORE.items() if restore == "warn" and state[name] != present[name]):
+        logger.warning(
+            "the state was saved with %s %s, but this run has %r: decisions will differ",
+            key,
+            shown(state[key]),
+            present[key],
+        )
+    if not np.allclose(restored.start_state, decider.start_state, rtol=0, atol=1e-9):
+        logger.warning("the state was saved with another start_state than that of this run: the saved one is used")
+    return replace(restored, policy_state=_policy_state(state, decider))
+
+
+def rebuild_state(state: Any) -> RestoredState:
+    """Rebuilds a run from its saved state alone, without shards and policy.
+
+    The plan counts the samples of each domain, past and future. It knows the rows of a domain, but not its shards, so
+    it cannot locate rows.
+
+    Args:
+        state: Return value of `write_state`.
+
+    Raises:
+        StateError: The state cannot be read.
+    """
+    _check_keys(state)
+    names, fields, rules, rows = (state[key] for key in ("domains", "domain_fields", "exhausted", "rows"))
+    for key, values in (("domains", names), ("domain_fields", fields), ("exhausted", rules), ("rows", rows)):
+        valid = is_count if values is rows else _is_text
+        if not isinstance(values, list) or len(values) != len(names) or not all(map(valid, values)):
+            raise StateError(
+                f"the state's {key} is {shown(values)}, not a list with {'a count' if values is rows else 'a text'} "
+                "for each domain: it is damaged; load an older one"
+            )
+    if sum(rows) >= MAX_ROWS:
+        raise StateError(f"the state's rows are {shown(rows)}, more than a run can have: it is damaged")
+    try:
+        space = DomainSpace(tuple(Domain(name=n, field=f) for n, f in zip(names, fields, strict=True)))
+        plan = Plan(
+            space,
+            [np.array([count], dtype=np.int64) for count in rows],
+            seed=whole_number("seed", state["seed"]),
+            exhausted=dict(zip(names, rules, strict=True)),
+            window=whole_number("shuffle_window", state["shuffle_window"], least=1),
+        )
+    except (ConfigurationError, EmptyShardError) as error:
+        raise StateError(f"the state does not describe a run ({error}): it is damaged; load an older one") from error
+    return replace(_restored(state, plan), policy_state=state.get(_POLICY_STATE))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _check_keys(state: Any) -> None:
+    """Refuses what is not a state of this version; warns of unknown entries."""
     if not isinstance(state, Mapping) or "schema" not in state:
         raise StateError(
             "this is not the state of a sampler: it has no 'schema'; pass the return value of state_dict()"
@@ -115,37 +187,29 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
     unknown = sorted(shown(key) for key in set(state) - _KEYS - {_POLICY_STATE})
     if unknown:
         logger.warning("the state has %s, which this version does not know and ignores", ", ".join(unknown[:10]))
-    plan, present = decider.plan, settings.saved()
-    for key in (name for name, restore in RESTORE.items() if restore == "refuse" and state[name] != present[name]):
-        if key == "fingerprint":
-            raise StateError(
-                f"the state belongs to another shard set: its fingerprint is {shown(state[key])}, the one of this run "
-                f"{shown(present[key])}; load it with the same shards: names, order, row counts and contents must be "
-                "the same (their folder may differ)"
-            )
-        raise StateError(
-            f"the state is of a run with {key} {shown(state[key])}, this run has {shown(present[key])}: a different "
-            f"{key} would change the order of samples; build the sampler with the saved value"
-        )
-    restored = plan.empty_copy()
+
+
+def _restored(state: Mapping[str, Any], plan: Plan) -> RestoredState:
+    """The contents of a state with all its keys, after all checks; without the state of the policy.
+
+    Args:
+        state: The state.
+        plan: Plan of the run, with an empty ledger; it receives the state's mixes.
+
+    Raises:
+        StateError: The state is damaged.
+    """
     for entry in Ledger.from_json(plan.space.names, state["ledger"]):
-        restored.append(entry)
+        plan.append(entry)
     consumed, counts = state["consumed"], state["counts"]
     valid = is_count(consumed)
-    end = restored.ends_by(consumed) if valid else None
+    end = plan.ends_by(consumed) if valid else None
     if not valid or (end is not None and consumed > end):
         raise StateError(
             f"the state's consumed is {shown(consumed)}, which is not an index of this run: the state is damaged or "
             "was edited; load an older one"
         )
-    for key in (name for name, restore in RESTORE.items() if restore == "warn" and state[name] != present[name]):
-        logger.warning(
-            "the state was saved with %s %s, but this run has %r: decisions will differ",
-            key,
-            shown(state[key]),
-            present[key],
-        )
-    expected = {n: int(c) for n, c in zip(plan.space.names, restored.counts(consumed), strict=True)}
+    expected = {n: int(c) for n, c in zip(plan.space.names, plan.counts(consumed), strict=True)}
     if counts != expected:
         raise StateError(
             f"the state's counts at sample {consumed} do not follow from its ledger (differences: "
@@ -160,18 +224,15 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
         start_state = validate_mix(weights, plan.space.names)
     except MixError as error:
         raise StateError(f"the state's start_state is not a mix: {error}") from error
-    if not np.allclose(start_state, decider.start_state, rtol=0, atol=1e-9):
-        logger.warning("the state was saved with another start_state than that of this run: the saved one is used")
     failures = state["policy_failures"]
     if not is_count(failures):
         raise StateError(f"the state's policy_failures is {shown(failures)}, not a count: it is damaged")
     return RestoredState(
-        plan=restored,
+        plan=plan,
         consumed=consumed,
         start_state=start_state,
         measurements=measurements_from_json(state["measurements"], state["fields"], consumed),
         policy_failures=failures,
-        policy_state=_policy_state(state, decider),
     )
 
 

@@ -7,15 +7,14 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dmagent_loader import ReadingConfig
-from dmagent_loader._run.state import MAX_STATE_BYTES
-from dmagent_loader._validation import read_regular, shown
+from dmagent_loader._validation import shown
+from dmagent_loader.cli.saved_states import find_saved_state
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.ledger import INITIAL, LedgerEntry
@@ -39,7 +38,9 @@ def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         help="list the samples of a run from its saved state",
         description="Prints a JSON line for each sample: global index, domain, shard, row and key.",
     )
-    parser.add_argument("state", help="a saved state_dict() as JSON, a trainer_state.json, or a checkpoint's folder")
+    parser.add_argument(
+        "state", help="a saved state_dict() as JSON, a checkpoint, or a folder of one run's checkpoints"
+    )
     parser.add_argument(
         "--shards", required=True, metavar="MANIFEST", help="manifest.json of the shards, or its folder"
     )
@@ -82,7 +83,7 @@ def _add_simulate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
 
 def replay(args: argparse.Namespace) -> int:
     """Prints the samples of a run."""
-    state = read_saved_state(Path(args.state))
+    state = find_saved_state(Path(args.state)).state
     shards = load_manifest(args.shards)
     if list(shards) != state.get("domains"):
         raise StateError(
@@ -94,6 +95,7 @@ def replay(args: argparse.Namespace) -> int:
         samples_per_reweight=state.get("samples_per_reweight", 1),
         seed=state.get("seed", 0),
         exhausted=dict(zip(state.get("domains", []), state.get("exhausted", []), strict=False)),
+        fields=dict(zip(state.get("domains", []), state.get("domain_fields", []), strict=False)),
         reading=ReadingConfig(shuffle_window=state.get("shuffle_window", 1), cache_dir=args.cache_dir),
     )
     with _without_warnings("dmagent_loader._run.state"):  # they warn of different decisions, but none are made here
@@ -168,43 +170,6 @@ def simulate(args: argparse.Namespace) -> int:
         reason = f"the run fails there, because {', '.join(failure[1])} are used up and the rule is 'error'"
     print(f"the run ends after {stop:,} samples (step {stop / args.samples_per_reweight:.1f}): {reason}")
     return 0 if failure is None or failure[0] >= budget else 1
-
-
-def read_saved_state(path: Path) -> Mapping[str, Any]:
-    """The state of a sampler or of `Mixing`, from a separate file or from a Trainer's checkpoint.
-
-    Raises:
-        StateError: There is no such state.
-    """
-    if path.is_dir():
-        checkpoints = [found.parent.name for found in sorted(path.glob("*/trainer_state.json"))]
-        if checkpoints and not (path / "trainer_state.json").exists():
-            raise StateError(f"{path} holds checkpoints, {shown(checkpoints)}: pass the folder of one of them")
-        path = path / "trainer_state.json"
-    try:
-        saved = json.loads(read_regular(path, MAX_STATE_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise StateError(
-            f"{path} cannot be read as JSON: {error}; pass a file of save_state(), a Trainer's checkpoint, or the "
-            "return value of state_dict() as JSON"
-        ) from error
-    if isinstance(saved, Mapping) and "stateful_callbacks" in saved:
-        try:
-            held = saved["stateful_callbacks"]["DataMixingCallback"]
-            saved = (held[-1] if isinstance(held, list) else held)["attributes"]["sampler"]
-        except (LookupError, TypeError) as error:
-            raise StateError(
-                f"{path} was saved without DataMixingCallback, so it does not contain the order of samples: pass a "
-                "checkpoint of a run with the callback"
-            ) from error
-    elif isinstance(saved, Mapping) and isinstance(saved.get("sampler"), Mapping):
-        saved = saved["sampler"]  # the state of `Mixing`
-    if not isinstance(saved, Mapping) or "ledger" not in saved:
-        raise StateError(
-            f"{path} does not contain the state of a sampler: pass the return value of state_dict() as JSON, or a "
-            "Trainer's checkpoint"
-        )
-    return saved
 
 
 def parse_mix(text: str, space: DomainSpace, rows: FloatArray) -> FloatArray:

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 NORMAL_QUANTILE = 2.326
 """99% of a standard normal distribution."""
 
+_STATE_KEYS = {"measured", "unavailable", "slots_done", "topics"}
+
 
 class InfluencePolicy:
     """Proposes a mix from measured influence, and the base mix where there is no evidence.
@@ -223,7 +225,7 @@ class InfluencePolicy:
         Raises:
             StateError: The state is damaged or of another policy.
         """
-        if not isinstance(state, Mapping) or not {"measured", "unavailable", "slots_done", "topics"} <= set(state):
+        if not isinstance(state, Mapping) or not set(state) >= _STATE_KEYS:
             raise StateError(
                 f"the state of policy {self.name!r} is {shown(state)}: it is damaged or of another policy; load an "
                 "older one"
@@ -261,6 +263,21 @@ class InfluencePolicy:
                 "each of them a weight"
             )
         return np.array([given[name] for name in influence.fields])
+
+
+def measured_influence(state: Any) -> Influence | None:
+    """Mean of the measurements in a state of `InfluencePolicy`; None: there is none, or it is of another policy.
+
+    Args:
+        state: Return value of a policy's `state_dict`; None: the policy has no state.
+
+    Raises:
+        StateError: A measurement cannot be read.
+    """
+    if not isinstance(state, Mapping) or not set(state) >= _STATE_KEYS or not state["measured"]:
+        return None
+    first, *others = map(Influence.from_json, state["measured"])
+    return first.averaged(others)
 
 
 def standardised(influence: Influence, domains: list[str], weights: FloatArray) -> FloatArray:

@@ -33,7 +33,7 @@ ARGUMENTS = {
     f"{ENVIRONMENT}.influence": "model rows_by_domain",
     f"{AGENT}.from_pretrained": "name_or_path",
 }
-COMMANDS = ["demo", "index", "inspect", "simulate", "replay", "shard", "train-agent"]
+COMMANDS = ["demo", "index", "inspect", "simulate", "replay", "report", "shard", "train-agent"]
 
 
 def found(name: str) -> object:

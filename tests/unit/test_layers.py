@@ -19,7 +19,7 @@ CORE = GROUND | {"mixture"}
 READING = CORE | {"_distributed", "shards", "_loading"}
 DECIDING = CORE | {"_distributed", "agent", "policies"}
 PUBLIC = GROUND | {"_distributed", "sampler", "data_loader", "environment", "policies", "transforms"}
-ALL = READING | DECIDING | PUBLIC | {"_run", "integrations", "training", "_demo", "__init__"}
+ALL = READING | DECIDING | PUBLIC | {"_run", "integrations", "training", "_report", "_demo", "__init__"}
 ROOMS = {
     **dict.fromkeys(GROUND, GROUND),
     "mixture": GROUND,
@@ -36,6 +36,7 @@ ROOMS = {
     "testing": GROUND | {"sampler", "shards"},
     "integrations": PUBLIC,
     "training": DECIDING | {"environment"},
+    "_report": CORE | {"policies", "_run"},
     "_demo": ALL - {"training"},
     "cli": ALL,
     "__init__": {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.agent.mixes import coverage_chart, steered_run, trajectories_chart
-from dmagent_loader._demo.charts import png_bytes
-from dmagent_loader._demo.records import RunRecord
+from dmagent_loader._report.charts import png_bytes
+from dmagent_loader._report.records import RunRecord
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import DomainSpace
 

@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 from trainers.conformance.launch import DOMAINS, Launcher, Run
 
+from dmagent_loader._report.history import read_history
+from dmagent_loader.cli.saved_states import find_saved_state
+
 SAMPLES_PER_REWEIGHT = 16
 
 
@@ -296,6 +299,20 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(integration, setting, 
     assert resumed.keys() == {i: key for i, key in whole.keys().items() if i in set(resumed.indices())}
     assert resumed.results[0]["ledger"] == whole.results[0]["ledger"]
     assert resumed.results[0]["weights"] == whole.results[0]["weights"]
+
+
+@every_integration
+def test_a_report_reads_the_newest_of_the_trainers_checkpoints(integration, start):
+    """Catches a search that misses where a trainer keeps the state, or takes an older checkpoint."""
+    common = ["--workers", "0", "--accumulation", "2", "--dropout", "0.1", "--steps", "12", "--save-every", "5"]
+    run = start(*common, processes=2)
+    history = read_history(find_saved_state(run.out / "checkpoints").state, name="run")
+    per_step = run.batch_size * run.data_ranks * 2
+    assert history.consumed in (10 * per_step, 12 * per_step)  # some trainers save after the last step, too
+    made = [entry for entry in run.results[0]["ledger"] if entry["decided_at"] <= history.consumed]
+    assert history.plan.ledger.to_json() == made
+    trained = [key for index, key in run.keys().items() if index < history.consumed]
+    assert int(history.counts.sum()) == len(trained)
 
 
 @every_integration

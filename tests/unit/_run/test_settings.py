@@ -24,6 +24,7 @@ from dmagent_loader.policies import GuardConfig, StaticPolicy
 SETTINGS = RunSettings(
     seed=0,
     domains=("source/web", "target/math"),
+    domain_fields=("source", "target"),
     exhausted=("repeat", "stop"),
     shuffle_window=8192,
     fingerprint="ab" * 32,
@@ -39,6 +40,7 @@ SETTINGS = RunSettings(
 OTHER: dict[str, Any] = {
     "seed": 1,
     "domains": ("source/web", "target/code"),
+    "domain_fields": ("source", "law"),
     "exhausted": ("repeat", "error"),
     "shuffle_window": 1,
     "fingerprint": "cd" * 32,

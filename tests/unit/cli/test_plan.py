@@ -92,8 +92,11 @@ def test_replay_reads_a_trainers_checkpoint(manifest, tmp_path, capsys):
     (folder / "trainer_state.json").write_text(json.dumps(saved))
     assert main(["replay", str(folder), "--shards", manifest]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
-    assert main(["replay", str(tmp_path), "--shards", manifest]) == 2
-    assert "holds checkpoints, ['checkpoint-3']: pass the folder of one" in capsys.readouterr().err
+    saved["stateful_callbacks"]["DataMixingCallback"]["attributes"]["sampler"] = sampler.state_dict(consumed=5)
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(json.dumps(saved))
+    assert main(["replay", str(tmp_path), "--shards", manifest]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5  # the newest checkpoint of the run
 
 
 def test_replay_reads_the_state_of_a_loop_with_mixing(manifest, tmp_path, capsys):
@@ -161,7 +164,7 @@ def test_a_manifest_may_lie_behind_a_url(manifest, tmp_path):
         (["simulate", "--shards", "MANIFEST", "--mix", "sauce=1"], "sauce"),
         (["simulate", "--shards", "MANIFEST", "--mix", "source=0.5,target=0.3,source=0.7"], "names 'source' twice"),
         (["simulate", "--shards", "nowhere", "--mix", "source=1"], "nowhere"),
-        (["replay", "nowhere.json", "--shards", "MANIFEST"], "nowhere.json cannot be read"),
+        (["replay", "nowhere.json", "--shards", "MANIFEST"], "there is no file or folder nowhere.json"),
         (["replay", "MANIFEST", "--shards", "MANIFEST"], "does not contain the state of a sampler"),
         (["inspect", "no-such-agent"], "no-such-agent"),
     ],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dmagent_loader._demo.charts import MAX_NAMED_DOMAINS, overview_chart, png_bytes
-from dmagent_loader._demo.records import RunRecord
+from dmagent_loader._report.charts import MAX_NAMED_DOMAINS, overview_chart, png_bytes
+from dmagent_loader._report.records import RunRecord
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import DomainSpace
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dmagent_loader._demo.tables import Table
+from dmagent_loader._report.tables import Table
 from dmagent_loader.errors import ConfigurationError
 
 SCORES = Table(

@@ -18,6 +18,7 @@ class Table:
         rows: Cells of each row, one per column.
         groups: (heading, number of columns) above the columns, covering all of them; empty: no group headings.
         numeric: Whether the columns after the first hold numbers and are right-aligned.
+        num_texts: Number of columns at the end that hold sentences, which pages break into lines.
 
     Raises:
         ConfigurationError: The width of a row or of the groups is not that of the columns.
@@ -35,6 +36,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     groups: Sequence[tuple[str, int]] = ()
     numeric: bool = True
+    num_texts: int = 0
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -64,11 +66,13 @@ class Table:
 
     def to_html(self) -> str:
         """A ``<table>`` with escaped cells."""
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
+        numbers = len(self.columns) - self.num_texts
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns[:numbers])
+        head += "".join(f'<th class="long">{html.escape(column)}</th>' for column in self.columns[numbers:])
         if self.groups:
             spans = "".join(f'<th class="group" colspan="{n}">{html.escape(name)}</th>' for name, n in self.groups)
             head = f"{spans}</tr>\n<tr>{head}"
-        body = "\n".join(f"<tr>{_row_html(row)}</tr>" for row in self.rows)
+        body = "\n".join(f"<tr>{_row_html(row, numbers)}</tr>" for row in self.rows)
         kind = "" if self.numeric else ' class="text"'
         return f"<table{kind}>\n<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
@@ -88,6 +92,7 @@ class Table:
         return "  ".join(parts).rstrip()
 
 
-def _row_html(cells: Sequence[str]) -> str:
+def _row_html(cells: Sequence[str], numbers: int) -> str:
     first, *others = map(html.escape, cells)
-    return f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
+    texts = "".join(f'<td class="long">{cell}</td>' for cell in others[numbers - 1 :])
+    return f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others[: numbers - 1]) + texts

@@ -6,8 +6,8 @@ import base64
 import re
 from html.parser import HTMLParser
 
-from dmagent_loader._demo import html
-from dmagent_loader._demo.tables import Table
+from dmagent_loader._report import html
+from dmagent_loader._report.tables import Table
 
 PNG = b"\x89PNG\r\n\x1a\n and some bytes \x00\xff"
 

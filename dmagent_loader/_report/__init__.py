@@ -1,0 +1,1 @@
+"""Reports: charts, tables and pages about runs; `dmagent report` and the demo write them."""
