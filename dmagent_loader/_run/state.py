@@ -141,7 +141,9 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
         )
     interval = state["samples_per_reweight"]
     if interval is not None and not (is_count(interval) and interval > 0):
-        raise StateError(f"the state's samples_per_reweight is {shown(interval)}, not a number of samples: it is damaged")
+        raise StateError(
+            f"the state's samples_per_reweight is {shown(interval)}, not a number of samples: it is damaged"
+        )
     for key in (name for name, restore in RESTORE.items() if restore == "warn" and state[name] != present[name]):
         if key == "samples_per_reweight" and None in (interval, present[key]):
             continue  # one of the two follows the other

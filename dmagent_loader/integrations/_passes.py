@@ -6,7 +6,6 @@ import logging
 
 import numpy as np
 
-from dmagent_loader.mixture import Plan
 from dmagent_loader.sampler import AgentWeightedSampler
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ class Passes:
 
     def metrics(self, consumed: int) -> dict[str, float]:
         """``epochs/<domain>``, passes over its rows so far, and ``rows_left/<domain>``, rows not read yet."""
-        names, (passes, left) = self._sampler.space.names, _passes(self._sampler.plan, consumed)
+        names, (passes, left) = self._sampler.space.names, _passes(self._sampler, consumed)
         return {f"epochs/{name}": float(value) for name, value in zip(names, passes, strict=True)} | {
             f"rows_left/{name}": float(value) for name, value in zip(names, left, strict=True)
         }
@@ -100,20 +99,20 @@ class Passes:
         )
 
     def _beyond(self, consumed: int) -> list[str]:
-        passes, _ = _passes(self._sampler.plan, consumed)
+        passes, _ = _passes(self._sampler, consumed)
         names = zip(self._sampler.space.names, passes, strict=True)
         return [name for name, value in names if value > MOST_PASSES]
 
 
-def _passes(plan: Plan, consumed: int) -> tuple[np.ndarray, np.ndarray]:
+def _passes(sampler: AgentWeightedSampler, consumed: int) -> tuple[np.ndarray, np.ndarray]:
     """Passes over each domain, and its rows that were not read: both (D,)."""
-    counts = plan.counts(consumed)
-    return counts / plan.num_rows, np.maximum(0, plan.num_rows - counts)
+    rows, counts = sampler.plan.num_rows, sampler.plan.counts(consumed)
+    return counts / rows, np.maximum(0, rows - counts)
 
 
 def _summary(sampler: AgentWeightedSampler, consumed: int) -> str:
     """Passes over the domains read most often, and the part of each field's rows that was never read."""
-    passes, left = _passes(sampler.plan, consumed)
+    passes, left = _passes(sampler, consumed)
     most = [f"{sampler.space.names[i]} {passes[i]:.2f}" for i in np.argsort(-passes, kind="stable")[:_LISTED]]
     unread = []
     for name in sampler.space.fields:

@@ -33,9 +33,9 @@ class Report:
     Attributes:
         short: Metrics for a console: ``env/<field>``, ``mix/<field>``, ``dmagent/staleness_samples``.
         full: All metrics: those in `short`, ``mix/<domain>`` (the new mix), ``achieved/<domain>`` (shares trained on
-            since the last decision), ``epochs/<domain>`` (passes over its rows so far), ``rows_left/<domain>`` (its rows
-            not read yet), ``dmagent/policy_failures`` (steps of the run at which the last good mix was
-            kept), ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
+            since the last decision), ``epochs/<domain>`` (passes over its rows so far), ``rows_left/<domain>`` (rows
+            not read yet), ``dmagent/policy_failures`` (steps of the run at which the last good mix was kept),
+            ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
             ``dmagent/evaluation_share`` (share of the time since training began). If influence was measured for this
             decision: ``influence/<field>/<domain>``, ``dmagent/influence_seconds``, ``dmagent/influence_tokens``. With
             an informed policy: ``dmagent/influence_share`` (share of the time since training began).
@@ -229,6 +229,7 @@ class Mixing:
                 ) from error
         self.sampler.load_state_dict(restored)
         self.consumed = consumed
+        self._passes.begin(consumed)
         self.compare_environment(questions)
 
     def compare_environment(self, saved: str | None) -> None:

@@ -266,13 +266,20 @@ class DataMixingCallback(pl.Callback, IOMixin):  # type: ignore[misc]
             self._begin(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins after a checkpoint was restored."""
+        """Begins after a checkpoint was restored; the loader exists by now."""
         if trainer.ckpt_path is not None:
             self._begin(trainer)
+        assert self._mixing is not None
+        self._mixing.announce()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Decides, if a decision is due, after an optimizer step and before NeMo writes the checkpoint of the step."""
         self._maybe_reweight(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says what is left of the data."""
+        if self._mixing is not None:
+            self._mixing.end()
 
     def state_dict(self) -> dict[str, Any]:
         """State for NeMo's checkpoints."""
@@ -293,7 +300,8 @@ class DataMixingCallback(pl.Callback, IOMixin):  # type: ignore[misc]
 
     def _begin(self, trainer: pl.Trainer) -> None:
         assert self._mixing is not None
-        self._mixing.begin()
+        data = trainer.datamodule
+        self._mixing.begin(samples=trainer.max_steps * data.global_batch_size if trainer.max_steps > 0 else None)
         self._maybe_reweight(trainer)
 
     def _maybe_reweight(self, trainer: pl.Trainer) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
 
@@ -15,11 +17,13 @@ class RunLength:
 
     Args:
         rows: (D,), rows of each domain.
+        repeats: (D,), whether the rows of a domain are read again when they are used up.
         limit: Samples, over all ranks, at which the trainer stops; None: no limit is known.
         ending: Domain numbers of each field that ends the run when it is used up.
     """
 
     rows: IntArray
+    repeats: np.ndarray
     limit: int | None
     ending: tuple[tuple[int, ...], ...]
 

@@ -184,7 +184,7 @@ class Plan:
         """
         fields = [self.space.members(name) for name in self.space.fields]
         ending = tuple(m for m in fields if self._limited[list(m)].all() and any(self.rules[i] == "stop" for i in m))
-        return RunLength(rows=self.num_rows, limit=limit, ending=ending)
+        return RunLength(rows=self.num_rows, repeats=~self._limited, limit=limit, ending=ending)
 
     def append(self, entry: LedgerEntry) -> None:
         """Puts a new mix into force from ``entry.start`` on; earlier samples do not change.
