@@ -157,8 +157,8 @@ def test_domains_without_rows_need_no_measurement_and_get_no_weight():
 def test_it_asks_once_or_as_often_as_it_was_told_and_averages():
     once = informed(np.zeros((2, 52)), np.ones((2, 52)), max_measurements=1)
     assert isinstance(once, InformedPolicy)
-    assert once.needed(0) == once.needed(9) == frozenset()
-    often = InfluencePolicy(SPACE, NATURAL, every=3)
+    assert once.needed(0) == once.needed(9) == {"length"}
+    often = InfluencePolicy(SPACE, NATURAL, every=3, most_passes=None)
     first, second = np.random.default_rng(5).normal(size=(2, 2, 52))
     errors = np.full((2, 52), 0.3)
     for decision in range(5):
@@ -210,7 +210,7 @@ def test_a_restored_policy_proposes_the_very_same_mix():
     state = json.loads(json.dumps(policy.state_dict()))
     other = InfluencePolicy(SPACE, NATURAL)
     other.load_state_dict(state)
-    assert other.needed(1) == frozenset()
+    assert other.needed(1) == {"length"}
     assert np.array_equal(policy.propose(history()), other.propose(history()))
 
 
@@ -242,7 +242,8 @@ QUESTIONS = {
 def test_where_influence_cannot_be_had_the_topics_of_the_questions_decide():
     topics = QuestionTopics(SPACE, NATURAL)
     policy = InfluencePolicy(SPACE, NATURAL, topics=topics)
-    assert policy.needed(0) == {"influence"}
+    assert policy.needed(0) == {"influence", "length"}
+    policy.inform("length", None)
     policy.inform("influence", None)
     assert policy.needed(0) == {"questions"}
     policy.inform("questions", QUESTIONS)
@@ -262,7 +263,7 @@ def test_without_influence_and_topics_the_mix_is_natural():
 def test_combined_with_topics_it_starts_from_them():
     topics = QuestionTopics(SPACE, NATURAL)
     policy = InfluencePolicy(SPACE, NATURAL, topics=topics, combine=True)
-    assert policy.needed(0) == {"influence", "questions"}
+    assert policy.needed(0) == {"influence", "length", "questions"}
     policy.inform("questions", QUESTIONS)
     policy.inform("influence", influence(np.zeros((2, 52)), np.ones((2, 52))))
     np.testing.assert_allclose(policy.propose(history()), topics.propose(history()))
