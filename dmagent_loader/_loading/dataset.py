@@ -120,6 +120,11 @@ class FeedDataset(IterableDataset[Sample]):
         return self._feed.cursor.consumed
 
     @property
+    def frontier(self) -> int:
+        """Global index after the last sample that an iterator of this rank has fetched."""
+        return self._feed.cursor.frontier
+
+    @property
     def end(self) -> int | None:
         """Global index at which the data are used up and the run ends, cut to whole steps on all ranks; None: never."""
         return self._feed.end

@@ -61,7 +61,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         self._mixing = Mixing(sampler, environment)
         self._ranks: dict[str, int] = {}
         self._samples_per_batch = self._accumulated = 1
-        self._step = 0
+        self._step = self._peeked = 0
         self._loaded_step: int | None = None
         self._restored = self._used_up = False
 
@@ -95,7 +95,8 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         if not getattr(loader, "num_workers", 0) and not self.sampler.is_iterated:
             raise StateError(
                 "the loader's iterator was made before the checkpoint's state was restored, so it would deliver other "
-                "samples: do not use trainer.estimated_stepping_batches in configure_optimizers with this strategy"
+                "samples: do not use trainer.estimated_stepping_batches in configure_optimizers with this strategy, and "
+                "run LearningRateFinder with a Trainer and a sampler of its own"
             )
         if trainer.strategy.restore_checkpoint_after_setup:
             self._begin(trainer)
@@ -171,12 +172,17 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         Raises:
             StateError: The state cannot be read, or belongs to other shards or another seed.
         """
-        self._mixing.load_state_dict(state_dict)
+        # BatchSizeFinder restores the present state after its trials. It is not loaded again, because Lightning has
+        # already made the loader's next iterator, which would be refused.
+        is_new = self.sampler.frontier <= self.consumed + self._peeked * self.sampler.global_batch
+        if not (is_new and state_dict == self._mixing.state_dict()):
+            self._mixing.load_state_dict(state_dict)
         self._restored = True
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Reads the step, and corrects the counters of old versions, before Lightning restores them."""
         self._loaded_step = int(checkpoint["global_step"])
+        self._peeked = 1 if math.isinf(trainer.num_training_batches) else 0
         if not hasattr(trainer.fit_loop.epoch_loop, "restarted_on_train_batch_end"):
             _count_last_batch(checkpoint)
 

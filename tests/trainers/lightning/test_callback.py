@@ -20,7 +20,12 @@ from dmagent_loader.transforms import packed_tokens
 pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -218,7 +223,7 @@ class WithLoader(Module):
 
     def __init__(self, sampler, sizes=(), batch_size=2):
         super().__init__()
-        self.sampler, self.sizes, self.batch_size = sampler, list(sizes), batch_size
+        self.sampler, self.sizes, self.batch_size, self.lr = sampler, list(sizes), batch_size, 0.1
 
     def train_dataloader(self):
         return MixingDataLoader(self.sampler, self.sizes.pop(0) if self.sizes else self.batch_size)
@@ -247,23 +252,36 @@ def test_a_reloaded_loader_may_have_another_batch_size(build, trainer):
     assert module.indices == list(range(callback.consumed))
 
 
+class Forgets(Callback):
+    def on_train_start(self, trainer, pl_module):
+        pl_module.indices.clear()
+
+
+@pytest.mark.parametrize("exhausted", ["repeat", None])
 @pytest.mark.parametrize("first", [True, False])
-def test_trials_of_a_batch_size_count_as_nothing(build, trainer, tmp_path, first):
+def test_trials_of_a_batch_size_count_as_nothing(build, trainer, exhausted, first):
     """The trials train on batches of the sampler without its callback, and end with another batch size."""
-
-    class Forgets(Callback):
-        def on_train_start(self, trainer, pl_module):
-            pl_module.indices.clear()
-
-    sampler = build(exhausted="repeat")
+    sampler = build(exhausted=exhausted)
     module, callback = WithLoader(sampler), DataMixingCallback(sampler, environment())
     finder = BatchSizeFinder(steps_per_trial=1, max_trials=2)
     callbacks = [callback, finder] if first else [finder, callback]
-    trainer(*callbacks, Forgets(), max_steps=6, enable_checkpointing=False).fit(module)
+    trainer(*callbacks, Forgets(), max_steps=6).fit(module)
     assert module.batch_size == 8
     assert callback.consumed == 6 * 8
     assert module.indices == list(range(48))
     assert decided(sampler) == [0, 16, 32, 48]
+
+
+@pytest.mark.parametrize("exhausted", ["repeat", None])
+@pytest.mark.parametrize("first", [True, False])
+def test_trials_of_a_learning_rate_are_refused(build, trainer, exhausted, first):
+    """Lightning goes on with the iterator of the trials: the run would begin after their samples, and count from 0."""
+    sampler = build(exhausted=exhausted)
+    callback = DataMixingCallback(sampler, environment())
+    finder = LearningRateFinder(num_training_steps=1, early_stop_threshold=None, update_attr=False)
+    callbacks = [callback, finder] if first else [finder, callback]
+    with pytest.raises(StateError, match="run LearningRateFinder with a Trainer and a sampler of its own"):
+        trainer(*callbacks, max_steps=6).fit(WithLoader(sampler))
 
 
 # How often, how long
