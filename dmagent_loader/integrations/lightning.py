@@ -95,8 +95,8 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         if not getattr(loader, "num_workers", 0) and not self.sampler.is_iterated:
             raise StateError(
                 "the loader's iterator was made before the checkpoint's state was restored, so it would deliver other "
-                "samples: do not use trainer.estimated_stepping_batches in configure_optimizers with this strategy, and "
-                "run LearningRateFinder with a Trainer and a sampler of its own"
+                "samples: do not use trainer.estimated_stepping_batches in configure_optimizers with this strategy, "
+                "and run LearningRateFinder with a Trainer and a sampler of its own"
             )
         if trainer.strategy.restore_checkpoint_after_setup:
             self._begin(trainer)
