@@ -26,7 +26,7 @@ from dmagent_loader.data_loader import MixingDataLoader
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing
-from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.sampler import AgentWeightedSampler, LoaderSettings
 from dmagent_loader.transforms import ShiftedTokens
 
 require_extra("nemo.collections.llm", "nemo")
@@ -145,7 +145,11 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
                 f"a global batch of {self.global_batch_size} rows is not a multiple of {self.micro_batch_size} rows on "
                 f"each of {data_ranks} data-parallel ranks: choose batch sizes that fit"
             )
-        sampler.bind(**ranks, transform=ShiftedTokens(length=self.seq_length) if sampler.transform is None else None)
+        described = LoaderSettings(
+            batch_size=self.micro_batch_size, samples_per_step=self.global_batch_size // data_ranks, by_trainer=True
+        )
+        transform = ShiftedTokens(length=self.seq_length) if sampler.transform is None else None
+        sampler.bind(described, **ranks, transform=transform)
 
     def reconfigure_limit_batches(self) -> None:
         """Converts the trainer's limits from steps to micro-batches, the unit of Lightning."""

@@ -319,7 +319,7 @@ def test_epochs_after_the_batch_has_shrunk_count_the_batches_that_were_trained_o
     """The length of an epoch was cut to whole steps of the first batch size, so a stock Trainer ends it within a step:
     a count of whole steps would pass over samples that nobody trained on."""
     model = OutOfMemory()
-    arguments = {"num_train_epochs": 3, "auto_find_batch_size": True, "gradient_accumulation_steps": 4}
+    arguments = {"num_train_epochs": 3, "auto_find_batch_size": True, "gradient_accumulation_steps": 7}
     later = {"policy": StaticPolicy({"source/a": 0.6, "target/x": 0.4}), "exhausted": None, "samples_per_reweight": 40}
     _, callback = seeing(model, trainer_class, arguments, **later)
     assert model.trained_on == list(range(callback.consumed))
