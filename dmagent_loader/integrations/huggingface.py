@@ -144,12 +144,14 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """Counts consumed samples, decides when a decision is due, and stops training at the end of the plan."""
         self._mixing.consumed += (self._batches + 1) * self._samples_per_batch
         self._batches = 0
-        if self._mixing.finished():
-            control.should_training_stop = control.should_log = True
-            if args.save_strategy == SaveStrategy.STEPS:
-                control.should_save = True  # as the Trainer itself does at its last step
-            return
-        self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
+        if not self._stop_at_the_end(args, control):
+            self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops training if the samples left make no whole step: a further pass would have none."""
+        if not control.should_training_stop:
+            self.sampler.seek(self.consumed)
+            self._stop_at_the_end(args, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Says what is left of the data."""
@@ -185,6 +187,14 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def consumed(self) -> int:
         """Samples that training has consumed over all ranks since the run began."""
         return self._mixing.consumed
+
+    def _stop_at_the_end(self, args: Any, control: Any) -> bool:
+        if not self._mixing.finished():
+            return False
+        control.should_training_stop = control.should_log = True
+        if args.save_strategy == SaveStrategy.STEPS:
+            control.should_save = True  # as the Trainer itself does at its last step
+        return True
 
     def _maybe_reweight(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any) -> None:
         if not self._mixing.due():
