@@ -173,7 +173,7 @@ def test_it_asks_once_or_as_often_as_it_was_told_and_averages():
 def test_a_noisy_measurement_is_repeated_until_it_is_reliable():
     rng = np.random.default_rng(9)
     signal = rng.normal(size=(2, 52))
-    policy = InfluencePolicy(SPACE, NATURAL, max_measurements=10)
+    policy = InfluencePolicy(SPACE, NATURAL, max_measurements=10, most_passes=None)
     assert policy.reliability() == 0
     asked = 0
     while policy.needed(0):
@@ -186,20 +186,20 @@ def test_a_noisy_measurement_is_repeated_until_it_is_reliable():
 
 
 def test_a_measurement_of_noise_is_repeated_a_few_times_only():
-    policy = InfluencePolicy(SPACE, NATURAL)
+    policy = InfluencePolicy(SPACE, NATURAL, most_passes=None)
     rng = np.random.default_rng(10)
     for _ in range(4):
         assert policy.needed(0)
         policy.inform("influence", influence(rng.normal(size=(2, 52)), np.ones((2, 52))))
     assert policy.needed(0) == frozenset()
-    again = InfluencePolicy(SPACE, NATURAL)
+    again = InfluencePolicy(SPACE, NATURAL, most_passes=None)
     again.load_state_dict(json.loads(json.dumps(policy.state_dict())))
     assert again.needed(0) == frozenset()
 
 
 def test_where_there_is_nothing_to_compare_one_measurement_is_enough():
     space = DomainSpace.from_names(["source/all", "target/all"])
-    policy = InfluencePolicy(space, np.array([0.6, 0.4]))
+    policy = InfluencePolicy(space, np.array([0.6, 0.4]), most_passes=None)
     policy.inform("influence", influence(np.ones((2, 2)), np.ones((2, 2)), space))
     assert policy.needed(0) == frozenset()
 
