@@ -21,6 +21,7 @@ from dmagent_loader._loading.lazy import Sample
 from dmagent_loader._loading.open_shards import open_on_all_ranks
 from dmagent_loader._loading.probe import probe_rows
 from dmagent_loader._run import rank_check
+from dmagent_loader._run.cadence import Cadence
 from dmagent_loader._run.decisions import Decider, Decision, DecisionConfig, Measurement
 from dmagent_loader._run.run import Run
 from dmagent_loader._validation import shown, whole_number
@@ -52,7 +53,9 @@ class AgentWeightedSampler(FeedDataset):
             measured on the model), ``"question-topics"``, or an object with `propose`.
         topics: Policy that sets the shares of the domains inside each field while the agent sets the weights of the
             fields: ``"influence"``, ``"question-topics"``, or an object with `propose`. None: the agent sets both.
-        samples_per_reweight: Samples, over all ranks, between two decisions (64,000 in the paper).
+        decisions: Number of decisions, evenly spaced over the run; None: 80, as in the paper. The interval between them
+            is derived once, after the first decision, from the length of the run; a resumed run keeps it.
+        samples_per_reweight: Samples, over all ranks, between two decisions, in place of `decisions`.
         seed: Seed of the sample order.
         initial_mix: Mix until the first decision: domain -> weight, or field -> weight (split by rows). None: the
             domains' shares of rows.
@@ -81,7 +84,7 @@ class AgentWeightedSampler(FeedDataset):
         >>> from dmagent_loader import ReadingConfig
         >>> from dmagent_loader.testing import write_toy_shards
         >>> shards = write_toy_shards(tempfile.mkdtemp(), {"source/web": 30, "target/math": 20})
-        >>> sampler = AgentWeightedSampler(shards, samples_per_reweight=10, reading=ReadingConfig(progress=False))
+        >>> sampler = AgentWeightedSampler(shards, reading=ReadingConfig(progress=False))
         >>> sampler.set_mix({"source/web": 0.25, "target/math": 0.75}).start
         0
         >>> sum(sample["__domain__"] == "target/math" for sample, _ in zip(sampler, range(20)))
@@ -93,7 +96,8 @@ class AgentWeightedSampler(FeedDataset):
         shards: Mapping[str, str | Sequence[str]] | str | os.PathLike[str],
         agent: str | os.PathLike[str] | MixingAgent | None = None,
         *,
-        samples_per_reweight: int,
+        decisions: int | None = None,
+        samples_per_reweight: int | None = None,
         policy: Policy | str | None = None,
         topics: Policy | str | None = None,
         seed: int = 0,
@@ -110,7 +114,7 @@ class AgentWeightedSampler(FeedDataset):
         deciding: DecisionConfig | None = None,
     ) -> None:
         with distributed.together(_BUILDING):
-            interval = whole_number("samples_per_reweight", samples_per_reweight, least=1)
+            cadence = Cadence(decisions, samples_per_reweight)
             seed = whole_number("seed", seed)
             rank, world_size = validated_ranks(rank, world_size)
             if not isinstance(shards, (Mapping, str, os.PathLike)):
@@ -144,7 +148,7 @@ class AgentWeightedSampler(FeedDataset):
                 standardization=deciding.standardization,
             )
             start = start_state_mix(space, natural, start_state)
-            self._run: Run | None = Run(feed, Decider.configured(deciding, chosen, plan, start), interval)
+            self._run: Run | None = Run(feed, Decider.configured(deciding, chosen, plan, start), cadence)
             if distributed.is_active():
                 facts |= {"initial_mix": rank_check.digest(first.tolist()), **self._run.settings.to_compare()}
         rank_check.check_ranks(_BUILDING, self.rank, self.world_size)
@@ -257,9 +261,17 @@ class AgentWeightedSampler(FeedDataset):
         return self.space.as_dict(self._deciding().decider.start_state)
 
     @property
-    def samples_per_reweight(self) -> int:
-        """Samples, over all ranks, between two decisions."""
-        return self._deciding().samples_per_reweight
+    def samples_per_reweight(self) -> int | None:
+        """Samples, over all ranks, between two decisions; None: not derived from the length of the run yet."""
+        return self._deciding().cadence.interval
+
+    def begin_decisions(self) -> None:
+        """Logs how many decisions the run will have, and derives the interval between them if it is not known yet.
+
+        Integrations call it after the first decision, when they have reported the loader and the limit of the trainer
+        (`bind`). In a loop of your own, `reweight_due` does.
+        """
+        self._deciding().begin_decisions()
 
     # Inside
 

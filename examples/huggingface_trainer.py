@@ -63,7 +63,8 @@ def parse() -> argparse.Namespace:
     mixing.add_argument(
         "--static-target", type=float, metavar="SHARE", help="fixed share of target data, without an agent"
     )
-    mixing.add_argument("--samples-per-reweight", type=int, default=64_000)
+    mixing.add_argument("--decisions", type=int, help="number of decisions (default: 80)")
+    mixing.add_argument("--samples-per-reweight", type=int, help="instead: samples between decisions")
     mixing.add_argument("--exhausted", choices=["repeat", "stop", "redistribute", "error"])
     mixing.add_argument("--zero-look-ahead", action="store_true", help="use the sampler's own loader")
     training = parser.add_argument_group("training")
@@ -115,6 +116,7 @@ def main() -> None:
         args.shards,
         agent=args.agent if static is None else None,
         initial_mix={"source": 1 - static, "target": static} if static is not None else None,
+        decisions=args.decisions,
         samples_per_reweight=args.samples_per_reweight,
         exhausted=args.exhausted,
         transform=packed_tokens,

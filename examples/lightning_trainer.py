@@ -65,7 +65,8 @@ def parse() -> argparse.Namespace:
     data.add_argument("--max-questions", type=int, help="limit on the questions of each field")
     mixing = parser.add_argument_group("mixing")
     mixing.add_argument("--agent", default="dmagent-rl", help="name, path or Hub id (default: %(default)s)")
-    mixing.add_argument("--samples-per-reweight", type=int, default=64_000)
+    mixing.add_argument("--decisions", type=int, help="number of decisions (default: 80)")
+    mixing.add_argument("--samples-per-reweight", type=int, help="instead: samples between decisions")
     mixing.add_argument("--exhausted", choices=["repeat", "stop", "redistribute", "error"])
     training = parser.add_argument_group("training")
     training.add_argument("--model", help="model to continue from: folder or Hub id (default: from scratch)")
@@ -100,6 +101,7 @@ def main() -> None:
     sampler = AgentWeightedSampler(
         args.shards,
         agent=args.agent,
+        decisions=args.decisions,
         samples_per_reweight=args.samples_per_reweight,
         exhausted=args.exhausted,
         transform=packed_tokens,

@@ -48,7 +48,8 @@ def parse() -> argparse.Namespace:
     data.add_argument("--sequence-length", type=int, default=1024, help="tokens that the model reads")
     mixing = parser.add_argument_group("mixing")
     mixing.add_argument("--agent", default="dmagent-rl", help="name, path or Hub id (default: %(default)s)")
-    mixing.add_argument("--samples-per-reweight", type=int, default=64_000)
+    mixing.add_argument("--decisions", type=int, help="number of decisions (default: 80)")
+    mixing.add_argument("--samples-per-reweight", type=int, help="instead: samples between decisions")
     training = parser.add_argument_group("training")
     training.add_argument("--output", required=True, type=Path)
     training.add_argument(
@@ -137,6 +138,7 @@ def main() -> None:
     sampler = AgentWeightedSampler(
         args.shards,
         agent=args.agent,
+        decisions=args.decisions,
         samples_per_reweight=args.samples_per_reweight,
         transform=ShiftedTokens(length=args.sequence_length),
         seed=args.seed,
@@ -149,6 +151,7 @@ def main() -> None:
         micro_batch_size=args.micro_batch_size,
         global_batch_size=global_batch_size,
         max_length=args.sequence_length,
+        train_iters=args.steps,
         writer=SummaryWriter(str(args.output / "logs")) if rank == 0 else None,
     )
 

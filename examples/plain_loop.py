@@ -49,7 +49,8 @@ def parse() -> argparse.Namespace:
     data.add_argument("--max-questions", type=int, help="limit on the questions of each field")
     mixing = parser.add_argument_group("mixing")
     mixing.add_argument("--agent", default="dmagent-rl", help="name, path or Hub id (default: %(default)s)")
-    mixing.add_argument("--samples-per-reweight", type=int, default=64_000)
+    mixing.add_argument("--decisions", type=int, help="number of decisions (default: 80)")
+    mixing.add_argument("--samples-per-reweight", type=int, help="instead: samples between decisions")
     mixing.add_argument("--exhausted", choices=["repeat", "stop", "redistribute", "error"])
     training = parser.add_argument_group("training")
     training.add_argument("--model", help="model to continue from: folder or Hub id (default: from scratch)")
@@ -88,6 +89,7 @@ def main() -> None:
     sampler = AgentWeightedSampler(
         args.shards,
         agent=args.agent,
+        decisions=args.decisions,
         samples_per_reweight=args.samples_per_reweight,
         exhausted=args.exhausted,
         transform=packed_tokens,
@@ -139,7 +141,8 @@ def main() -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     loader = MixingDataLoader(sampler, batch_size=args.batch_size, num_workers=args.workers)
-    mixing.begin()
+    samples_per_step = args.batch_size * args.accumulation * world
+    mixing.begin(samples=None if args.max_steps is None else args.max_steps * samples_per_step)
     decide()  # on the base model, before data workers start reading
     batches = iter(loader)
     while step != args.max_steps and not mixing.finished():
@@ -157,6 +160,7 @@ def main() -> None:
         if rank == 0 and step % args.save_steps == 0:
             save()
 
+    mixing.end()
     if rank == 0:
         save()
         model.save_pretrained(args.output / "model")

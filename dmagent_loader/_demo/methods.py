@@ -126,7 +126,7 @@ def run_method(
         shards,
         agent=method.agent,
         policy=method.policy if method.mix is None else StaticPolicy(method.mix, name=method.name),
-        samples_per_reweight=config.samples_per_reweight,
+        decisions=config.decisions,
         seed=config.seed,
         initial_mix=method.mix,
         exhausted="repeat",

@@ -186,7 +186,6 @@ def _base_sampler(shards: Mapping[str, Sequence[str]], config: DemoConfig, outpu
     """The source domains in their natural shares, in another order than in the runs: the seed differs."""
     return AgentWeightedSampler(
         shards,
-        samples_per_reweight=1,
         seed=config.seed + 1,
         transform=packed_tokens,
         reading=ReadingConfig(cache_dir=output / "shard_index", progress=False),

@@ -16,6 +16,7 @@ from dmagent_loader._loading.stream import SampleStream
 from dmagent_loader._validation import whole_number
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.ledger import Ledger
+from dmagent_loader.mixture.length import RunLength
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.shards import ShardCollection
 
@@ -119,9 +120,29 @@ class FeedDataset(IterableDataset[Sample]):
         return self._feed.cursor.consumed
 
     @property
+    def frontier(self) -> int:
+        """Global index after the last sample that an iterator of this rank has fetched."""
+        return self._feed.cursor.frontier
+
+    @property
     def end(self) -> int | None:
         """Global index at which the data are used up and the run ends, cut to whole steps on all ranks; None: never."""
         return self._feed.end
+
+    @property
+    def total_samples(self) -> int | None:
+        """Samples of the whole run over all ranks: up to `end` or the trainer's limit; None: unknown."""
+        return self._feed.total_samples
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one step over all ranks, as the loader describes it."""
+        return self._feed.global_batch
+
+    @property
+    def run_length(self) -> RunLength:
+        """The facts that bound the length of the run, for policies."""
+        return self._feed.plan.run_length(self._feed.limit)
 
     def finished(self, consumed: int) -> bool:
         """Whether the data are used up after `consumed` samples."""
@@ -159,6 +180,7 @@ class FeedDataset(IterableDataset[Sample]):
         keep_length: bool = False,
         counts_every_batch: bool = False,
         before_iteration: Callable[[], None] | None = None,
+        limit: int | None = None,
     ) -> None:
         """Describes the loader or trainer that reads the sampler, before its first sample. None changes nothing.
 
@@ -171,6 +193,7 @@ class FeedDataset(IterableDataset[Sample]):
             counts_every_batch: Whether `reweight_due` is called after each batch. A new pass then begins after the last
                 report, and delivers prefetched samples again.
             before_iteration: Function called when a loader announces a pass, before it makes its iterator.
+            limit: Samples, over all ranks since the run began, at which the trainer stops.
 
         Raises:
             ConfigurationError: There are more processes than rows, or the batch size differs from that in `reading`.
@@ -185,6 +208,8 @@ class FeedDataset(IterableDataset[Sample]):
             self._feed.keep_length()
         self._feed.cursor.training_counts |= counts_every_batch
         self._before_iteration = before_iteration or self._before_iteration
+        if limit is not None:
+            self._feed.limit = limit
 
     @property
     def loader(self) -> LoaderSettings:

@@ -77,6 +77,8 @@ class Feed:
         self._received = 0
         """Published mixes that this copy has applied."""
         self._length: int | None = None
+        self.limit: int | None = None
+        """Samples, over all ranks, at which the trainer stops; None: unknown."""
         self._undercount_reported = False
         self.check_ranks()
 
@@ -157,6 +159,16 @@ class Feed:
         layout = self.layout(base=self.cursor.position)
         end = self.plan.ends_by(consumed + layout.samples_per_step_all_ranks)
         return end is not None and consumed >= layout.delivered_end(end)
+
+    @property
+    def total_samples(self) -> int | None:
+        """Samples of the whole run over all ranks, under the present ledger; None: unknown."""
+        return min((bound for bound in (self.limit, self.end) if bound is not None), default=None)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one step over all ranks."""
+        return self.world_size * max(self.loader.samples_per_step, self.loader.batch_size)
 
     @property
     def length(self) -> int | None:

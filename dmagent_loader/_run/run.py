@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from dmagent_loader import _distributed as distributed
 from dmagent_loader._loading.feed import Feed
 from dmagent_loader._run import rank_check
+from dmagent_loader._run.cadence import Cadence
 from dmagent_loader._run.decisions import Decider, Decision
 from dmagent_loader._run.settings import RunSettings
 from dmagent_loader._run.state import read_state, write_state
@@ -32,12 +34,12 @@ class Run:
     Args:
         feed: The samples.
         decider: The policy, with the feedback so far.
-        samples_per_reweight: Samples, over all ranks, between two decisions.
+        cadence: Interval between two decisions.
     """
 
-    def __init__(self, feed: Feed, decider: Decider, samples_per_reweight: int) -> None:
-        self.feed, self.decider, self.samples_per_reweight = feed, decider, samples_per_reweight
-        self._silence_reported = False
+    def __init__(self, feed: Feed, decider: Decider, cadence: Cadence) -> None:
+        self.feed, self.decider, self.cadence = feed, decider, cadence
+        self._silence_reported = self._begun = False
 
     @property
     def settings(self) -> RunSettings:
@@ -50,7 +52,7 @@ class Run:
             exhausted=feed.plan.rules,
             shuffle_window=feed.plan.window,
             fingerprint=feed.collection.fingerprint,
-            samples_per_reweight=self.samples_per_reweight,
+            samples_per_reweight=self.cadence.interval,
             policy=decider.policy_name,
             guard=decider.guard.config,
             shadow=decider.shadow,
@@ -75,8 +77,18 @@ class Run:
     def reweight_due(self, consumed: int) -> bool:
         """Whether a decision is due."""
         self.feed.cursor.consume(whole_number("consumed", consumed, least=0))
-        done, interval = self.decider.measurements, self.samples_per_reweight
-        return consumed >= (done[-1].consumed // interval + 1) * interval if done else True
+        done = self.decider.measurements
+        if not done:
+            return True
+        # A trainer's limit may be known only after the first decision, so its integration says when to begin.
+        if self.cadence.interval is None or not (self._begun or self.feed.loader.by_trainer):
+            self.begin_decisions()
+        return self.cadence.due(done[-1].consumed, consumed)
+
+    def begin_decisions(self) -> None:
+        """Fixes the interval between decisions under the present mix, and logs how many the run will have."""
+        self._begun = True
+        self.cadence.begin(self.feed.total_samples, self.feed.global_batch)
 
     def reweight(self, feedback: Mapping[str, float], consumed: int) -> Decision:
         """Queries the policy for the next mix."""
@@ -134,9 +146,12 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues a saved run."""
         with self._together(_LOADING) as facts:
-            restored = read_state(state, self.settings, self.decider)
+            settings = replace(self.settings, samples_per_reweight=None) if self.cadence.is_derived else self.settings
+            restored = read_state(state, settings, self.decider)
             facts |= restored.to_compare()
         self.feed.restore(restored.plan, restored.consumed)
+        self.cadence.restore(restored.samples_per_reweight)
+        self._begun = False
         self.decider.restore(
             restored.plan,
             restored.start_state,

@@ -34,7 +34,8 @@ class RunSettings:
         exhausted: (D,) exhaustion rule of each domain.
         shuffle_window: Rows per shuffle window.
         fingerprint: Digest of the domains and the contents of their shards.
-        samples_per_reweight: Samples, over all ranks, between two decisions.
+        samples_per_reweight: Samples, over all ranks, between two decisions; None: to be derived from the length of the
+            run, which differs from no saved value.
         policy: Name of the policy; None: mixes change by hand only.
         guard: Limits on proposals.
         shadow: Whether decisions are only logged.
@@ -50,7 +51,7 @@ class RunSettings:
     exhausted: tuple[str, ...] = field(metadata=_REFUSE)
     shuffle_window: int = field(metadata=_REFUSE)
     fingerprint: str = field(metadata=_REFUSE)
-    samples_per_reweight: int = field(metadata=_WARN)
+    samples_per_reweight: int | None = field(metadata=_WARN)
     policy: str | None = field(metadata=_WARN)
     guard: GuardConfig = field(metadata=_FREE)
     shadow: bool = field(metadata=_FREE)

@@ -45,6 +45,7 @@ class RestoredState:
     start_state: FloatArray
     measurements: list[Measurement]
     policy_failures: int
+    samples_per_reweight: int | None
     policy_state: Mapping[str, Any] | None = None
 
     def to_compare(self) -> dict[str, Any]:
@@ -118,6 +119,8 @@ def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider
         )
     restored = _restored(state, plan.empty_copy())
     for key in (name for name, restore in RESTORE.items() if restore == "warn" and state[name] != present[name]):
+        if key == "samples_per_reweight" and None in (state[key], present[key]):
+            continue  # one of the two follows the other
         logger.warning(
             "the state was saved with %s %s, but this run has %r: decisions will differ",
             key,
@@ -209,6 +212,11 @@ def _restored(state: Mapping[str, Any], plan: Plan) -> RestoredState:
             f"the state's consumed is {shown(consumed)}, which is not an index of this run: the state is damaged or "
             "was edited; load an older one"
         )
+    interval = state["samples_per_reweight"]
+    if interval is not None and not (is_count(interval) and interval > 0):
+        raise StateError(
+            f"the state's samples_per_reweight is {shown(interval)}, not a number of samples: it is damaged"
+        )
     expected = {n: int(c) for n, c in zip(plan.space.names, plan.counts(consumed), strict=True)}
     if counts != expected:
         raise StateError(
@@ -233,6 +241,7 @@ def _restored(state: Mapping[str, Any], plan: Plan) -> RestoredState:
         start_state=start_state,
         measurements=measurements_from_json(state["measurements"], state["fields"], consumed),
         policy_failures=failures,
+        samples_per_reweight=interval,
     )
 
 

@@ -10,7 +10,7 @@ from dmagent_loader import _distributed as distributed
 from dmagent_loader.environment import Environment, Influence
 from dmagent_loader.environment.probe_rows import has_token_to_predict
 from dmagent_loader.errors import ConfigurationError, InfluenceError
-from dmagent_loader.policies import INFLUENCE, QUESTIONS, InformedPolicy, name_of
+from dmagent_loader.policies import INFLUENCE, LENGTH, QUESTIONS, InformedPolicy, name_of
 from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.transforms import PACKED_MEMBER, packed_tokens
 
@@ -67,12 +67,14 @@ def inform(
                     measured.append(influence)
                     has_more_rows = any(rows >= count for rows in influence.rows.values())
                 policy.inform(need, influence)
+            elif need == LENGTH:
+                policy.inform(need, sampler.run_length)
             elif need == QUESTIONS:
                 policy.inform(need, texts(environment))
             else:
                 raise ConfigurationError(
                     f"policy {name_of(policy)!r} needs {need!r}, which no integration provides: let it use "
-                    f"{INFLUENCE!r} and {QUESTIONS!r} only"
+                    f"{INFLUENCE!r}, {LENGTH!r} and {QUESTIONS!r} only"
                 )
     return measured[0].averaged(measured[1:]) if measured else None
 

@@ -16,7 +16,6 @@ instead: each rank reads only its share, and a new mix takes effect with the nex
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from collections.abc import Sequence
@@ -45,6 +44,9 @@ __all__ = ["DataMixingCallback", "DataMixingTrainerMixin", "last_whole_checkpoin
 
 logger = logging.getLogger(__name__)
 
+_SHORTER = 0.95
+"""Epochs that end before this part of the data are warned of."""
+
 
 class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Evaluates the environment when a decision is due, and lets the sampler's policy choose the next mix.
@@ -52,7 +54,8 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     The base model is evaluated before the first step, and the model again after every ``sampler.samples_per_reweight``
     samples. The Trainer's checkpoints (``trainer_state.json``) contain the state, and ``resume_from_checkpoint``
     restores it. The callback switches off the Trainer's own skipping of batches, because the sampler itself resumes at
-    the right sample. Training stops when the plan ends.
+    the right sample. Training stops when the plan ends. ``auto_find_batch_size`` works: an attempt with a smaller batch
+    continues after the samples that the last one trained on, with the decisions made so far.
 
     The Trainer's reporters and its ``log_history`` get the metrics: see `dmagent_loader.integrations.mixing.Report`.
 
@@ -63,7 +66,9 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     def __init__(self, sampler: AgentWeightedSampler, environment: Environment | None = None) -> None:
         self._mixing = Mixing(sampler, environment)
-        self._begin_consumed, self._begin_step, self._samples_per_step = 0, 0, 1
+        self._samples_per_batch, self._samples_per_step, self._batches = 1, 1, 0
+        self._attempt: list[dict[str, Any]] | None = None
+        """Metrics logged since training began; None: it is over."""
         self._reporters: list[TrainerCallback] | None = None
         self._random_state: torch.Tensor | None = None
         self._resuming = False
@@ -91,6 +96,12 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Recognises the loader, restores a checkpoint's state, and evaluates the base model."""
+        if state.is_hyper_param_search:
+            raise ConfigurationError(
+                "hyperparameter_search trains a new model in each trial, but a sampler is one run, so a trial would "
+                "continue the mixes and the data of the one before: build sampler, callback and Trainer anew for each "
+                "trial"
+            )
         loader = kwargs["train_dataloader"]
         self._recognise(args, loader)
         self._refuse_rows_without_columns(loader)
@@ -102,12 +113,17 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             self._resuming = True
         # A checkpoint made without this callback has no entry for it, and the Trainer needs one when it saves.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self._begin_step, self._begin_consumed = state.global_step, self.consumed
+        self._batches = 0
         if self._reporters is None:
             self._reporters = reporters_of_caller(self)
-        self._mixing.begin()
-        self._warn_about_epochs(args)
+        # After an out-of-memory error, the Trainer begins again with a smaller batch and an empty log.
+        missing = [entry for entry in self._attempt or () if entry not in state.log_history]
+        state.log_history[:0] = missing
+        self._attempt = missing
+        self._mixing.begin(samples=self.consumed + (state.max_steps - state.global_step) * self._samples_per_step)
         self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
+        self._mixing.announce()
+        self._warn_about_epochs(args, state)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins a new pass after the consumed samples: those prefetched by the last pass were not trained on."""
@@ -120,16 +136,27 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             self._random_state = None
         self._resuming = False
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts a batch whose gradients are accumulated: the last step of an epoch may have fewer than the others."""
+        self._batches += 1
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts consumed samples, decides when a decision is due, and stops training at the end of the plan."""
-        trained = (state.global_step - self._begin_step) * self._samples_per_step
-        self._mixing.consumed = self._begin_consumed + trained
-        if self._mixing.finished():
-            control.should_training_stop = control.should_log = True
-            if args.save_strategy == SaveStrategy.STEPS:
-                control.should_save = True  # as the Trainer itself does at its last step
-            return
-        self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
+        self._mixing.consumed += (self._batches + 1) * self._samples_per_batch
+        self._batches = 0
+        if not self._stop_at_the_end(args, control):
+            self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops training if the samples left make no whole step: a further pass would have none."""
+        if not control.should_training_stop:
+            self.sampler.seek(self.consumed)
+            self._stop_at_the_end(args, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says what is left of the data."""
+        self._attempt = None
+        self._mixing.end()
 
     def state(self) -> dict[str, Any]:
         """State for the Trainer's checkpoint."""
@@ -161,6 +188,14 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """Samples that training has consumed over all ranks since the run began."""
         return self._mixing.consumed
 
+    def _stop_at_the_end(self, args: Any, control: Any) -> bool:
+        if not self._mixing.finished():
+            return False
+        control.should_training_stop = control.should_log = True
+        if args.save_strategy == SaveStrategy.STEPS:
+            control.should_save = True  # as the Trainer itself does at its last step
+        return True
+
     def _maybe_reweight(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any) -> None:
         if not self._mixing.due():
             return
@@ -170,7 +205,10 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 model, rows, optimizer=optimizer, **settings
             ),
         )
-        state.log_history.append({**report.full, "epoch": state.epoch, "step": state.global_step})
+        entry = {**report.full, "epoch": state.epoch, "step": state.global_step}
+        state.log_history.append(entry)
+        if self._attempt is not None:
+            self._attempt.append(entry)
         for reporter in self._reporters or ():
             console = isinstance(reporter, (ProgressCallback, PrinterCallback))
             logs = {name: f"{value:.4g}" for name, value in report.short.items()} if console else dict(report.full)
@@ -207,7 +245,8 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         else:
             bare = isinstance(loader, MixingDataLoader) or type(loader) is DataLoader
             ahead = (ahead + (0 if bare else loaded)) * world
-        self._samples_per_step = batch_size * world * args.gradient_accumulation_steps
+        self._samples_per_batch = batch_size * world
+        self._samples_per_step = self._samples_per_batch * args.gradient_accumulation_steps
         self.sampler.bind(
             LoaderSettings(
                 kind="whole" if is_split else "sharded",
@@ -275,18 +314,19 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             f"with data left; pass max_steps={needed}"
         )
 
-    def _warn_about_epochs(self, args: Any) -> None:
+    def _warn_about_epochs(self, args: Any, state: Any) -> None:
+        """Warns if the epochs, which the Trainer measures under the initial mix, end before the data do."""
         end = self.sampler.end
-        if end is not None and args.max_steps <= 0 and args.num_train_epochs > 1:
-            steps = -(-end // self._samples_per_step)
+        if end is None or args.max_steps > 0:
+            return
+        steps = state.global_step + -(-(end - self.consumed) // self._samples_per_step)
+        if state.max_steps < _SHORTER * steps:
             logger.warning(
-                "num_train_epochs=%g asks for %g passes, but the run ends when the data are used up, after about %d "
-                "steps, and the learning rate schedule is planned for %g times as many: set num_train_epochs=1 or "
-                "max_steps=%d, or let the target field repeat (exhausted='repeat')",
+                "num_train_epochs=%g plans %d steps, because the Trainer measures an epoch under the initial mix, but "
+                "under the present mix the data last for %d steps: set max_steps=%d to use them up",
                 args.num_train_epochs,
-                args.num_train_epochs,
+                state.max_steps,
                 steps,
-                args.num_train_epochs,
                 steps,
             )
 
@@ -305,16 +345,10 @@ class DataMixingTrainerMixin:
         if not isinstance(trainer.train_dataset, AgentWeightedSampler):
             return super().get_train_dataloader()  # type: ignore[misc, no-any-return]
         args = trainer.args
-        batch_size = args.train_batch_size
-        collate = trainer.data_collator
-        if args.remove_unused_columns:
-            columns = [
-                *inspect.signature(trainer.model.forward).parameters,
-                "label",
-                "label_ids",
-                *(args.label_names or []),
-            ]
-            collate = RemoveColumnsCollator(data_collator=collate, signature_columns=columns)
+        # Attributes of the Trainer where it changes the arguments: `auto_find_batch_size` makes the batch smaller, and
+        # adapters hide the columns that the base model takes.
+        batch_size = trainer._train_batch_size
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="Training")
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, DataMixingCallback):
                 callback.report_to(trainer.callback_handler.callbacks)

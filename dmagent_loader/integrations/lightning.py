@@ -15,6 +15,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dmagent_loader.environment import Environment, Influence
@@ -59,8 +60,8 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         self._model = model
         self._mixing = Mixing(sampler, environment)
         self._ranks: dict[str, int] = {}
-        self._samples_per_batch = 1
-        self._step = 0
+        self._samples_per_batch = self._accumulated = 1
+        self._step = self._peeked = 0
         self._loaded_step: int | None = None
         self._restored = self._used_up = False
 
@@ -79,7 +80,8 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         self._loaded_step, self._restored, self._used_up = None, False, False
         self._mixing.consumed = self.sampler.consumed
         self.sampler.seek(self.consumed)
-        self.sampler.bind(counts_every_batch=True, keep_length=True)
+        described = replace(self.sampler.loader, by_trainer=True)  # by its loader, if at all
+        self.sampler.bind(described, counts_every_batch=True, keep_length=True)
         self._mixing.begin()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -89,14 +91,24 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Recognises the loader. A strategy that restores late (FSDP, DeepSpeed) makes its first decision here."""
-        self._recognise(trainer)
+        loader = self._recognise(trainer)
+        if not getattr(loader, "num_workers", 0) and not self.sampler.is_iterated:
+            raise StateError(
+                "the loader's iterator was made before the checkpoint's state was restored, so it would deliver other "
+                "samples: do not use trainer.estimated_stepping_batches in configure_optimizers with this strategy, "
+                "and run LearningRateFinder with a Trainer and a sampler of its own"
+            )
         if trainer.strategy.restore_checkpoint_after_setup:
             self._begin(trainer)
         self._step = trainer.global_step
+        self._mixing.stop_at(self._limit(trainer))
+        self._mixing.announce()
         self._stop_at_the_end(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Ends training when the data are used up and Lightning would continue.
+        """Ends training when the data are used up and Lightning would continue; describes the loader of the epoch.
+
+        Another callback may accumulate more batches from now on, and a reloaded loader may have another batch size.
 
         Raises:
             StopIteration: Always when the data are used up: this is how a hook ends Lightning's loop over epochs.
@@ -111,11 +123,14 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
                 trainer.min_steps,
             )
             raise StopIteration
+        self._recognise(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts consumed samples; after a whole optimizer step, decides if a decision is due, and stops at the end."""
         if self._used_up:
             return
+        if trainer.accumulate_grad_batches != self._accumulated:
+            self._recognise(trainer)
         self._mixing.consumed += self._samples_per_batch
         self.sampler.reweight_due(self.consumed)
         if trainer.global_step == self._step:
@@ -131,7 +146,8 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         self._stop_at_the_end(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Warns of data left over because the number of epochs was reached first."""
+        """Says what is left of the data, and warns if it is left because the number of epochs was reached first."""
+        self._mixing.end()
         end = self.sampler.end
         epochs_are_over = 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= trainer.current_epoch
         steps_are_over = 0 <= trainer.max_steps <= trainer.global_step
@@ -156,12 +172,17 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         Raises:
             StateError: The state cannot be read, or belongs to other shards or another seed.
         """
-        self._mixing.load_state_dict(state_dict)
+        # BatchSizeFinder restores the present state after its trials. It is not loaded again, because Lightning has
+        # already made the loader's next iterator, which would be refused.
+        is_new = self.sampler.frontier <= self.consumed + self._peeked * self.sampler.global_batch
+        if not (is_new and state_dict == self._mixing.state_dict()):
+            self._mixing.load_state_dict(state_dict)
         self._restored = True
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Reads the step, and corrects the counters of old versions, before Lightning restores them."""
         self._loaded_step = int(checkpoint["global_step"])
+        self._peeked = 1 if math.isinf(trainer.num_training_batches) else 0
         if not hasattr(trainer.fit_loop.epoch_loop, "restarted_on_train_batch_end"):
             _count_last_batch(checkpoint)
 
@@ -176,6 +197,9 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
                 "the checkpoint %s was made without DataMixingCallback: the plan begins at its first sample",
                 trainer.ckpt_path,
             )
+        if self.sampler.loader.samples_per_fetch is not None:  # a MixingDataLoader has described itself
+            self._samples_per_batch = self.sampler.loader.batch_size * self.sampler.world_size
+            self._mixing.stop_at(self._limit(trainer))
         self._maybe_reweight(trainer, trainer.global_step if self._loaded_step is None else self._loaded_step)
 
     def _stop_at_the_end(self, trainer: Any) -> None:
@@ -230,7 +254,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
                 "module.network)"
             )
 
-    def _recognise(self, trainer: Any) -> None:
+    def _recognise(self, trainer: Any) -> Any:
         """Finds the loader that reads the sampler among those of the Trainer, and describes it to the sampler."""
         loaders = list(_leaves(trainer.train_dataloader))
         readers = [leaf for leaf in loaders if leaf is self.sampler or getattr(leaf, "dataset", None) is self.sampler]
@@ -256,12 +280,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         batch_size, workers = getattr(loader, "batch_size", None) or 1, getattr(loader, "num_workers", 0)
         factor = getattr(loader, "prefetch_factor", None) or 1
         world = self.sampler.world_size
-        if not workers and not self.sampler.is_iterated:
-            raise StateError(
-                "the loader's iterator was made before the checkpoint's state was restored, so it would deliver other "
-                "samples: do not use trainer.estimated_stepping_batches in configure_optimizers with this strategy"
-            )
-        self._samples_per_batch = batch_size * world
+        self._samples_per_batch, self._accumulated = batch_size * world, trainer.accumulate_grad_batches
         # Without a length, Lightning prefetches one batch to recognise the last one.
         ahead = workers * factor + (1 if math.isinf(trainer.num_training_batches) else 0)
         self.sampler.bind(
@@ -274,6 +293,19 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
                 by_trainer=True,
             )
         )
+        return loader
+
+    def _limit(self, trainer: Any) -> int | None:
+        """Samples at which Lightning stops by its own limits; None: it has none."""
+        bounds: list[int] = []
+        accumulated = trainer.accumulate_grad_batches
+        if trainer.max_steps is not None and trainer.max_steps >= 0:
+            bounds.append((trainer.max_steps - trainer.global_step) * accumulated)
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0 and math.isfinite(trainer.num_training_batches):
+            bounds.append((trainer.max_epochs - trainer.current_epoch) * int(trainer.num_training_batches))
+        if not bounds:
+            return None
+        return int(max(1, self.consumed + max(0, min(bounds)) * self._samples_per_batch))
 
 
 def _leaves(loaders: Any) -> Iterator[Any]:

@@ -208,6 +208,7 @@ class MegatronMixing:
         global_batch_size: Rows of one optimizer step over all data-parallel ranks; the run ends with the last whole
             step.
         max_length: Largest number of tokens that the model reads.
+        train_iters: Optimizer steps of the run, if the data last that long; None: unknown.
         num_workers: Torch data workers of each process that reads.
         prefetch_factor: Micro-batches that each worker prepares ahead; None: 2.
         writer: Object with a method ``add_scalar(name, value, step)``, such as a TensorBoard writer; None on processes
@@ -228,6 +229,7 @@ class MegatronMixing:
         micro_batch_size: int,
         global_batch_size: int,
         max_length: int,
+        train_iters: int | None = None,
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         writer: Any = None,
@@ -244,7 +246,7 @@ class MegatronMixing:
                 f"a global batch of {global_batch_size} rows is not a multiple of {micro_batch_size} rows on each of "
                 f"{sampler.world_size} data-parallel ranks: choose batch sizes that fit"
             )
-        self.sampler, self.environment, self.writer = sampler, environment, writer
+        self.sampler, self.environment, self.writer, self.train_iters = sampler, environment, writer, train_iters
         self._mixing = Mixing(sampler, environment)
         self.global_batch_size, self.max_length = global_batch_size, max_length
         self.data_iterator = MicroBatches(
@@ -284,10 +286,11 @@ class MegatronMixing:
         Returns:
             The metrics, if a decision was due.
         """
-        self._mixing.begin()
-        if model is None and base_feedback is None:
-            return None
-        return self._maybe_reweight(model, iteration, base_feedback)
+        self._mixing.begin(samples=None if self.train_iters is None else self.train_iters * self.global_batch_size)
+        known = model is not None or base_feedback is not None
+        report = self._maybe_reweight(model, iteration, base_feedback) if known else None
+        self._mixing.announce()
+        return report
 
     def step_end(
         self, model: nn.Module | Sequence[nn.Module], *, iteration: int, consumed: int | None = None
@@ -307,7 +310,10 @@ class MegatronMixing:
         """
         delivered = self.data_iterator.begin + distributed.all_reduce_max(self.data_iterator.given, "counting samples")
         self._mixing.consumed = delivered if consumed is None else consumed
-        return self._maybe_reweight(model, iteration)
+        report = self._maybe_reweight(model, iteration)
+        if self.train_iters is not None and iteration >= self.train_iters:
+            self._mixing.end()
+        return report
 
     def state_dict(self, *, consumed: int | None = None) -> dict[str, str]:
         """State for Megatron's distributed checkpoint: one text entry of its common state, the same on every rank.

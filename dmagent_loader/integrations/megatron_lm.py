@@ -111,6 +111,7 @@ class PretrainHooks:
                     f"--dataloader-type is {args.dataloader_type}: the sampler needs --dataloader-type external"
                 )
             self.mixing = mixing = self._build()
+            mixing.train_iters = args.train_iters
             if args.iteration > 0:
                 mixing.load_state_dict(_saved(args))
             if not args.skip_train:

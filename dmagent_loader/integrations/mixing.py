@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmagent_loader import _distributed as distributed
-from dmagent_loader._validation import shown
+from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.integrations._evidence import Measure, inform, texts
+from dmagent_loader.integrations._passes import Passes
 from dmagent_loader.policies import AgentPolicy, CombinedPolicy, InformedPolicy
 from dmagent_loader.sampler import AgentWeightedSampler, Decision
 
@@ -32,8 +33,9 @@ class Report:
     Attributes:
         short: Metrics for a console: ``env/<field>``, ``mix/<field>``, ``dmagent/staleness_samples``.
         full: All metrics: those in `short`, ``mix/<domain>`` (the new mix), ``achieved/<domain>`` (shares trained on
-            since the last decision), ``dmagent/policy_failures`` (steps of the run at which the last good mix was
-            kept), ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
+            since the last decision), ``epochs/<domain>`` (passes over its rows so far), ``rows_left/<domain>`` (rows
+            not read yet), ``dmagent/policy_failures`` (steps of the run at which the last good mix was kept),
+            ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
             ``dmagent/evaluation_share`` (share of the time since training began). If influence was measured for this
             decision: ``influence/<field>/<domain>``, ``dmagent/influence_seconds``, ``dmagent/influence_tokens``. With
             an informed policy: ``dmagent/influence_share`` (share of the time since training began).
@@ -67,15 +69,25 @@ class Mixing:
         self.sampler, self.environment = sampler, environment
         self.consumed = 0
         """Samples that training has consumed over all ranks since the run began."""
+        self._passes = Passes(sampler)
+        self._limit: int | None = None
+        self._announced = self._ended = False
         self._started, self._evaluating_seconds, self._measuring_seconds = 0.0, 0.0, 0.0
 
-    def begin(self) -> None:
+    def begin(self, *, samples: int | None = None) -> None:
         """Begins or resumes training: starts the clock, and warns of a policy or environment that has no effect.
+
+        Args:
+            samples: Samples, over all ranks since the run began, at which the loop stops, if the data last that long;
+                None: unknown.
 
         Raises:
             ConfigurationError: The fields of the environment are not those that the agent reads.
         """
         self._started, self._evaluating_seconds, self._measuring_seconds = time.perf_counter(), 0.0, 0.0
+        self._announced = self._ended = False
+        self._passes.begin(self.consumed)
+        self.stop_at(samples)
         policy = self.sampler.policy
         has_policy = policy is not None
         agent = policy.parts[0] if isinstance(policy, CombinedPolicy) else policy
@@ -93,10 +105,31 @@ class Mixing:
                 "agent= or policy= to the sampler"
             )
 
+    def stop_at(self, samples: int | None) -> None:
+        """Reports the samples, over all ranks since the run began, at which the trainer stops; None: still unknown."""
+        if samples is not None:
+            self._limit = whole_number("samples", samples, least=1)
+            self.sampler.bind(limit=self._limit)
+
+    def announce(self) -> None:
+        """Logs, once, how many decisions the run will have and what ends it; after the first decision, if there is one.
+
+        Integrations call it when they have reported the loader. In a loop of your own, `due` does.
+        """
+        if self._announced:
+            return
+        self._announced = True
+        if self.sampler.measurements:
+            self.sampler.begin_decisions()
+        self._passes.forecast(self._limit)
+
     def due(self) -> bool:
         """Whether an evaluation is due; the same on all ranks."""
+        decides = self.environment is not None and self.sampler.policy is not None
+        if (self.sampler.measurements or not decides) and not self.sampler.loader.by_trainer:
+            self.announce()
         due = self.sampler.reweight_due(self.consumed)  # also records where a new pass of data workers begins
-        return due and self.environment is not None and self.sampler.policy is not None
+        return due and decides
 
     def reweight(
         self, evaluate: Callable[[Environment], Mapping[str, float]], *, measure: Measure | None = None
@@ -134,6 +167,8 @@ class Mixing:
         if self.consumed > since:
             counts = self.sampler.achieved(since, self.consumed)
             full |= {f"achieved/{domain}": count / (self.consumed - since) for domain, count in counts.items()}
+        self._passes.warn(self.consumed)
+        full |= self._passes.metrics(self.consumed)
         full |= {
             "dmagent/policy_failures": float(decision.failures),
             "dmagent/consumed_samples": float(self.consumed),
@@ -158,9 +193,14 @@ class Mixing:
         if not self.sampler.finished(self.consumed):
             return False
         self.consumed = self.sampler.end or self.consumed
-        names = self.sampler.plan.used_up_at(self.sampler.plan.end or self.consumed)
-        logger.info("training stops after %d samples: %s are used up", self.consumed, ", ".join(names) or "data")
+        self.end()
         return True
+
+    def end(self) -> None:
+        """Logs, once, what is left of the data and how often each domain was read. `finished` calls it."""
+        if not self._ended:
+            self._ended = True
+            self._passes.end(self.consumed)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for the trainer's checkpoint."""
@@ -189,6 +229,7 @@ class Mixing:
                 ) from error
         self.sampler.load_state_dict(restored)
         self.consumed = consumed
+        self._passes.begin(consumed)
         self.compare_environment(questions)
 
     def compare_environment(self, saved: str | None) -> None:

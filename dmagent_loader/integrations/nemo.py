@@ -26,7 +26,7 @@ from dmagent_loader.data_loader import MixingDataLoader
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing
-from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.sampler import AgentWeightedSampler, LoaderSettings
 from dmagent_loader.transforms import ShiftedTokens
 
 require_extra("nemo.collections.llm", "nemo")
@@ -145,7 +145,11 @@ class AgentWeightedDataModule(pl.LightningDataModule, IOMixin):  # type: ignore[
                 f"a global batch of {self.global_batch_size} rows is not a multiple of {self.micro_batch_size} rows on "
                 f"each of {data_ranks} data-parallel ranks: choose batch sizes that fit"
             )
-        sampler.bind(**ranks, transform=ShiftedTokens(length=self.seq_length) if sampler.transform is None else None)
+        described = LoaderSettings(
+            batch_size=self.micro_batch_size, samples_per_step=self.global_batch_size // data_ranks, by_trainer=True
+        )
+        transform = ShiftedTokens(length=self.seq_length) if sampler.transform is None else None
+        sampler.bind(described, **ranks, transform=transform)
 
     def reconfigure_limit_batches(self) -> None:
         """Converts the trainer's limits from steps to micro-batches, the unit of Lightning."""
@@ -266,13 +270,20 @@ class DataMixingCallback(pl.Callback, IOMixin):  # type: ignore[misc]
             self._begin(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins after a checkpoint was restored."""
+        """Begins after a checkpoint was restored; the loader exists by now."""
         if trainer.ckpt_path is not None:
             self._begin(trainer)
+        assert self._mixing is not None
+        self._mixing.announce()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Decides, if a decision is due, after an optimizer step and before NeMo writes the checkpoint of the step."""
         self._maybe_reweight(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says what is left of the data."""
+        if self._mixing is not None:
+            self._mixing.end()
 
     def state_dict(self) -> dict[str, Any]:
         """State for NeMo's checkpoints."""
@@ -293,7 +304,8 @@ class DataMixingCallback(pl.Callback, IOMixin):  # type: ignore[misc]
 
     def _begin(self, trainer: pl.Trainer) -> None:
         assert self._mixing is not None
-        self._mixing.begin()
+        data = trainer.datamodule
+        self._mixing.begin(samples=trainer.max_steps * data.global_batch_size if trainer.max_steps > 0 else None)
         self._maybe_reweight(trainer)
 
     def _maybe_reweight(self, trainer: pl.Trainer) -> None:

@@ -12,6 +12,7 @@ worker delivers.
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.ledger import Ledger, LedgerEntry
+from dmagent_loader.mixture.length import RunLength
 from dmagent_loader.mixture.plan import Plan
 
-__all__ = ["CANONICAL_TOPICS", "DomainSpace", "History", "Ledger", "LedgerEntry", "Plan"]
+__all__ = ["CANONICAL_TOPICS", "DomainSpace", "History", "Ledger", "LedgerEntry", "Plan", "RunLength"]

@@ -22,6 +22,7 @@ from dmagent_loader.mixture.domain_order import RESOLUTION, DomainOrder, in_quan
 from dmagent_loader.mixture.domains import SOURCE, DomainSpace
 from dmagent_loader.mixture.hashing import stream_key
 from dmagent_loader.mixture.ledger import Ledger, LedgerEntry
+from dmagent_loader.mixture.length import RunLength
 from dmagent_loader.mixture.row_order import DEFAULT_WINDOW, RowOrders
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
@@ -174,6 +175,16 @@ class Plan:
     def natural_mix(self) -> FloatArray:
         """(D,) share of all rows of each domain, sums to 1."""
         return np.asarray(self.num_rows / self.num_rows.sum(), dtype=np.float64)
+
+    def run_length(self, limit: int | None) -> RunLength:
+        """The facts that bound the length of the run.
+
+        Args:
+            limit: Samples at which the trainer stops; None: no limit is known.
+        """
+        fields = [self.space.members(name) for name in self.space.fields]
+        ending = tuple(m for m in fields if self._limited[list(m)].all() and any(self.rules[i] == "stop" for i in m))
+        return RunLength(rows=self.num_rows, repeats=~self._limited, limit=limit, ending=ending)
 
     def append(self, entry: LedgerEntry) -> None:
         """Puts a new mix into force from ``entry.start`` on; earlier samples do not change.

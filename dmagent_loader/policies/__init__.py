@@ -6,7 +6,7 @@ from dmagent_loader.policies.choice import make_policy
 from dmagent_loader.policies.combined import CombinedPolicy
 from dmagent_loader.policies.guard import Guard, GuardConfig, Outcome, propose_guarded
 from dmagent_loader.policies.influence import InfluencePolicy
-from dmagent_loader.policies.informed import INFLUENCE, QUESTIONS, InformedPolicy
+from dmagent_loader.policies.informed import INFLUENCE, LENGTH, QUESTIONS, InformedPolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 from dmagent_loader.policies.schedule import LinearSchedule
 from dmagent_loader.policies.static import StaticPolicy
@@ -19,6 +19,7 @@ __all__ = [
     "INFLUENCE",
     "InfluencePolicy",
     "InformedPolicy",
+    "LENGTH",
     "LinearSchedule",
     "Outcome",
     "Policy",

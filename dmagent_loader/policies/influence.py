@@ -11,7 +11,7 @@ u_k, the standard deviation of value_k over all domains of the run, makes questi
 domains of the field, and so are errors: those of differences among its domains (`Influence.contrasts`). F is the 99%
 quantile of the variance of pure noise: scores that noise alone could explain leave the base mix unchanged. The base mix
 follows the natural shares, or the topics of the questions if these are combined with influence. No domain gets more
-than `most_boost` times its base weight.
+than `most_boost` times its base weight, or more passes over its rows than `most_passes` (`policies.passes`).
 
 Shapes: K question fields, D domains.
 """
@@ -31,7 +31,8 @@ from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 from dmagent_loader.policies.guard import project_to_bounds
-from dmagent_loader.policies.informed import INFLUENCE
+from dmagent_loader.policies.informed import INFLUENCE, LENGTH
+from dmagent_loader.policies.passes import MOST_PASSES, PassLimit
 from dmagent_loader.policies.question_topics import DEFAULT_TARGET_SHARE, QuestionTopics
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class InfluencePolicy:
             exp(1 / temperature) times the weight of one at the mean. None: 0.5, or 1.0 if topics are combined.
         field_weights: b, weight of each question field; None: equal.
         most_boost: Maximum ratio of a domain's weight to its base weight; None: no limit.
+        most_passes: Maximum number of passes over the rows of a repeating domain in the whole run, if its length is
+            known; None: no limit. See `policies.passes`.
         every: Number of decisions between two measurements, which are averaged; None: a measurement before the first
             decision only.
         reliability: Share of the variance of scores that must not be noise, in each field of the data. Below it, the
@@ -80,6 +83,7 @@ class InfluencePolicy:
         temperature: float | None = None,
         field_weights: Mapping[str, float] | None = None,
         most_boost: float | None = 12.0,
+        most_passes: float | None = MOST_PASSES,
         every: int | None = None,
         reliability: float = 0.8,
         max_measurements: int = 4,
@@ -98,11 +102,12 @@ class InfluencePolicy:
         if combine and topics is None:
             raise ConfigurationError("combine=True needs topics=, the policy whose mix is combined with influence")
         self.name = name
-        self.needs = frozenset({INFLUENCE}) | (topics.needs if topics is not None else frozenset())
+        self.needs = frozenset({INFLUENCE, LENGTH}) | (topics.needs if topics is not None else frozenset())
         self.space = space
         self.natural = validate_mix(natural, space.names)
         self._masses = field_masses(space, self.natural, balance)
         self._temperature, self._most_boost = temperature, most_boost
+        self._passes = PassLimit(space, most_passes)
         self._field_weights = None if field_weights is None else dict(field_weights)
         self._every = None if every is None else whole_number("every", every, least=1)
         self._topics, self._combine = topics, combine
@@ -121,25 +126,29 @@ class InfluencePolicy:
         return self._measured[0].averaged(self._measured[1:]) if self._measured else None
 
     def needed(self, decision: int) -> frozenset[str]:
-        """Influence before the first decision and then at intervals of `every`; the questions if topics are used.
+        """Influence before the first decision and then at intervals of `every`; the questions if topics are used; the
+        length of the run.
 
         Influence is needed again after a measurement that was not reliable.
         """
-        wanted: frozenset[str] = frozenset()
+        wanted = self._passes.needed(decision)
         self._slot = 0 if self._every is None else decision // self._every
         if not self._is_unavailable and self._slot >= self._slots_done:
             wanted |= {INFLUENCE}
         if self._topics is not None and (self._combine or self._is_unavailable):
-            wanted |= self._topics.needed(decision)
+            wanted |= self._topics.needed(decision) - {LENGTH}
         return wanted
 
     def inform(self, need: str, evidence: Any) -> None:
-        """Takes a measurement (`Influence`, or None if it is unavailable) or the questions.
+        """Takes a measurement (`Influence`, or None if it is unavailable), the questions, or the length of the run.
 
         Raises:
             PolicyError: The evidence is of another kind.
             DomainError: The measurement lacks a domain of the run.
         """
+        if need == LENGTH:
+            self._passes.inform(evidence)
+            return
         if need != INFLUENCE and self._topics is not None:
             self._topics.inform(need, evidence)
             return
@@ -208,7 +217,7 @@ class InfluencePolicy:
                     most_boost=self._most_boost,
                 )
             result[members] = mass * shares
-        return np.asarray(result / result.sum(), dtype=np.float64)
+        return self._passes.limited(np.asarray(result / result.sum(), dtype=np.float64))
 
     def state_dict(self) -> dict[str, Any]:
         """All measurements, as JSON values."""
@@ -249,7 +258,7 @@ class InfluencePolicy:
 
     def _base(self) -> FloatArray:
         topics = self._topics
-        if topics is not None and (self._combine or self._is_unavailable) and not topics.needed(0):
+        if topics is not None and (self._combine or self._is_unavailable) and topics.topics:
             return topics.within()
         return self.natural
 

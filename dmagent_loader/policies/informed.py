@@ -15,6 +15,9 @@ from dmagent_loader.mixture.simplex import FloatArray
 INFLUENCE = "influence"
 """Evidence of type `mixture.influence.Influence`, over all domains of the run."""
 
+LENGTH = "length"
+"""Evidence of type `mixture.RunLength`, as far as the length of the run is known before the decision."""
+
 QUESTIONS = "questions"
 """Evidence of type ``Mapping[str, Sequence[str]]``: field of the environment -> its questions with their answers."""
 
@@ -25,7 +28,7 @@ class InformedPolicy(Protocol):
 
     Attributes:
         name: See `policies.base.Policy`.
-        needs: Kinds of evidence that the policy may request: `INFLUENCE`, `QUESTIONS`.
+        needs: Kinds of evidence that the policy may request: `INFLUENCE`, `LENGTH`, `QUESTIONS`.
     """
 
     name: str

@@ -9,7 +9,7 @@ Shapes: D domains, T = 26 topics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError, 
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, SOURCE, TARGET, DomainMap, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
-from dmagent_loader.policies.informed import QUESTIONS
+from dmagent_loader.policies.informed import LENGTH, QUESTIONS
+from dmagent_loader.policies.passes import MOST_PASSES, PassLimit
 from dmagent_loader.policies.topic_classifier import TopicClassifier
 
 DEFAULT_TARGET_SHARE = 0.3
@@ -38,6 +39,8 @@ class QuestionTopics:
         natural: (D,), natural share of each domain, such as its share of rows; sums to 1.
         target_share: Weight of the target field.
         natural_part: a, fraction of each field that keeps its natural mix.
+        most_passes: Maximum number of passes over the rows of a repeating domain in the whole run, if its length is
+            known; None: no limit. See `policies.passes`.
         classifier: Topic classifier of the questions; None: the bundled one.
         name: See `policies.base.Policy`.
 
@@ -47,7 +50,7 @@ class QuestionTopics:
     """
 
     always_answers = True
-    needs = frozenset({QUESTIONS})
+    needs = frozenset({LENGTH, QUESTIONS})
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class QuestionTopics:
         *,
         target_share: float = DEFAULT_TARGET_SHARE,
         natural_part: float = 0.1,
+        most_passes: float | None = MOST_PASSES,
         classifier: TopicClassifier | None = None,
         name: str = "question-topics",
     ) -> None:
@@ -68,6 +72,7 @@ class QuestionTopics:
         self.map = DomainMap(space, natural=self.natural)
         self._target_share, self._natural_part = target_share, natural_part
         self._classifier = classifier
+        self._passes = PassLimit(space, most_passes)
         self._topics: dict[str, FloatArray] = {}
 
     @property
@@ -79,15 +84,18 @@ class QuestionTopics:
         }
 
     def needed(self, decision: int) -> frozenset[str]:
-        """The questions, once."""
-        return frozenset() if self._topics else self.needs
+        """The questions, once, and the length of the run."""
+        return self._passes.needed(decision) | (frozenset() if self._topics else frozenset({QUESTIONS}))
 
-    def inform(self, need: str, evidence: Mapping[str, Sequence[str]] | None) -> None:
-        """Takes the questions: field of the environment -> texts.
+    def inform(self, need: str, evidence: Any) -> None:
+        """Takes the questions (field of the environment -> texts) or the length of the run.
 
         Raises:
             PolicyError: There are no questions, or the evidence is of another kind.
         """
+        if need == LENGTH:
+            self._passes.inform(evidence)
+            return
         if need != QUESTIONS or not evidence:
             raise PolicyError(
                 f"policy {self.name!r} needs the environment's questions, but received {shown(need)}: "
@@ -121,7 +129,7 @@ class QuestionTopics:
         return result
 
     def propose(self, history: History) -> FloatArray:
-        """The mix, the same at every step.
+        """The mix; it changes only if the limit on passes does.
 
         Raises:
             DomainError: The history has other domains.
@@ -132,7 +140,7 @@ class QuestionTopics:
                 f"the history has the domains {shown(list(history.domains))}, but this policy was built for "
                 f"{shown(list(self.space.names))}"
             )
-        return self.with_target_share(self.within())
+        return self._passes.limited(self.with_target_share(self.within()))
 
     def with_target_share(self, within: FloatArray) -> FloatArray:
         """Scales the weights inside the fields to a mix: (D,) -> (D,), sums to 1."""

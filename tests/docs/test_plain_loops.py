@@ -55,11 +55,13 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DMAGENT_CACHE_DIR", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("page", [PLAIN, ACCELERATE])
-def test_killed_and_started_again_it_ends_the_same(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "interval"), [(PLAIN, 40), (ACCELERATE, 32)])
+def test_killed_and_started_again_it_ends_the_same(
+    page: str, interval: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Run(page, tmp_path / "whole", monkeypatch)
     assert whole.names["mixing"].consumed == whole.names["sampler"].end > 64
-    assert whole.decided[:4] == [0, 32, 64, 96]
+    assert whole.decided[:4] == [0, interval, 2 * interval, 3 * interval]
     Run(page, tmp_path / "killed", monkeypatch, killed_at=8)
     resumed = Run(page, tmp_path / "killed", monkeypatch)
     assert resumed.trained == whole.trained[5:]

@@ -50,12 +50,12 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(launch, whole, options, data
         assert entry["mix"] == pytest.approx(expected["mix"], abs=1e-4)
 
 
-REFUSALS = """
+PROGRAM = """
 import sys; sys.path.insert(0, {conformance!r})
 import os, tempfile, torch
 from cpu_shim import cuda_on_cpu
 from megatron.core import parallel_state
-from dmagent_loader import AgentWeightedSampler
+from dmagent_loader import AgentWeightedSampler, Environment
 from dmagent_loader.integrations.megatron import MegatronMixing, data_parallel_ranks
 from dmagent_loader.testing import write_toy_shards
 
@@ -75,20 +75,44 @@ with cuda_on_cpu():
     shards = write_toy_shards(tempfile.mkdtemp(), {{"source/web": 30, "target/math": 20}}, tokens=8)
     build = lambda **ranks: AgentWeightedSampler(shards, samples_per_reweight=8, **ranks)
     mixing = lambda sampler, **sizes: MegatronMixing(sampler, max_length=8, **sizes)
+{actions}
+sys.stdout.flush(); os._exit(0)
+"""
+REFUSALS = """
     refused(lambda: mixing(build(rank=1, world_size=2), micro_batch_size=2, global_batch_size=4))
     refused(lambda: mixing(build(), micro_batch_size=3, global_batch_size=4))
     ready = mixing(build(**data_parallel_ranks()), micro_batch_size=2, global_batch_size=4)
-    refused(lambda: ready.load_state_dict({{"json": "{{"}}))
+    refused(lambda: ready.load_state_dict({"json": "{"}))
     state = ready.state_dict()
     next(ready.data_iterator)
     refused(lambda: ready.load_state_dict(state))
-sys.stdout.flush(); os._exit(0)
+"""
+DECISIONS = """
+    from dmagent_loader.policies import StaticPolicy
+    ready = AgentWeightedSampler(
+        shards, policy=StaticPolicy([0.5, 0.5]), decisions=5, exhausted="repeat", **data_parallel_ranks()
+    )
+    questions = Environment.from_pairs({"general": [("a", "b")]}, lambda text: [1] * len(text), progress=False)
+    run = MegatronMixing(
+        ready, questions, micro_batch_size=2, global_batch_size=4, max_length=8, train_iters=10
+    )
+    run.begin(None, base_feedback={"general": -4.0})
+    print(ready.samples_per_reweight, ready.total_samples)
 """
 
 
+def run(actions: str) -> subprocess.CompletedProcess[str]:
+    code = PROGRAM.format(conformance=str(CONFORMANCE), actions=actions)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+
+
+def test_decisions_are_spread_over_the_iterations():
+    done = run(DECISIONS)
+    assert done.stdout.splitlines()[-1:] == ["8 40"], done.stderr[-3000:]
+
+
 def test_what_cannot_work_is_refused_with_the_remedy():
-    code = REFUSALS.format(conformance=str(CONFORMANCE))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    done = run(REFUSALS)
     lines = [line for line in done.stdout.splitlines() if "Error" in line or line == "accepted"]
     assert len(lines) == 5, done.stderr[-3000:]
     assert "ConfigurationError" in lines[0]

@@ -13,14 +13,19 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dmagent_loader import AgentWeightedSampler, Environment, MixingDataLoader
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.policies import LinearSchedule
+from dmagent_loader.policies import LinearSchedule, StaticPolicy
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import packed_tokens
 
 pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -208,6 +213,117 @@ def test_epochs_of_a_resumed_run_end_where_they_would_have_ended(build, trainer,
     ends.remove(14)
     fit("resumed", 30, ckpt_path=str(tmp_path / "killed" / "step=12.ckpt"))
     assert ends == [20, 30, 20, 30]
+
+
+# What the Trainer or another callback changes after the sampler was built
+
+
+class WithLoader(Module):
+    """Builds its own loader, of a batch size that others may set."""
+
+    def __init__(self, sampler, sizes=(), batch_size=2):
+        super().__init__()
+        self.sampler, self.sizes, self.batch_size, self.lr = sampler, list(sizes), batch_size, 0.1
+
+    def train_dataloader(self):
+        return MixingDataLoader(self.sampler, self.sizes.pop(0) if self.sizes else self.batch_size)
+
+
+def test_accumulation_that_a_scheduler_changes_holds_for_the_end(build, trainer):
+    """Catches a run that is cut to steps of the first epoch's size: its last step would have fewer batches."""
+    for first in (True, False):
+        sampler, module = build(policy=None), Module()
+        callback, scheduler = DataMixingCallback(sampler), GradientAccumulationScheduler({0: 1, 1: 4})
+        callbacks = [callback, scheduler] if first else [scheduler, callback]
+        running = trainer(*callbacks, limit_train_batches=8)
+        running.fit(module, MixingDataLoader(sampler, batch_size=3))
+        assert module.indices == list(range(callback.consumed))
+        assert sampler.loader.samples_per_step == 12
+        assert callback.consumed == 24 + 48  # of 80; another step would need 12
+
+
+def test_a_reloaded_loader_may_have_another_batch_size(build, trainer):
+    """Catches a count by the batch size of the first epoch."""
+    sampler = build(policy=None, exhausted="repeat")
+    module = WithLoader(sampler, sizes=[2, 6, 3])
+    callback = DataMixingCallback(sampler)
+    trainer(callback, limit_train_batches=4, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(module)
+    assert callback.consumed == 4 * (2 + 6 + 3)
+    assert module.indices == list(range(callback.consumed))
+
+
+class Forgets(Callback):
+    def on_train_start(self, trainer, pl_module):
+        pl_module.indices.clear()
+
+
+@pytest.mark.parametrize("exhausted", ["repeat", None])
+@pytest.mark.parametrize("first", [True, False])
+def test_trials_of_a_batch_size_count_as_nothing(build, trainer, exhausted, first):
+    """The trials train on batches of the sampler without its callback, and end with another batch size."""
+    sampler = build(exhausted=exhausted)
+    module, callback = WithLoader(sampler), DataMixingCallback(sampler, environment())
+    finder = BatchSizeFinder(steps_per_trial=1, max_trials=2)
+    callbacks = [callback, finder] if first else [finder, callback]
+    trainer(*callbacks, Forgets(), max_steps=6).fit(module)
+    assert module.batch_size == 8
+    assert callback.consumed == 6 * 8
+    assert module.indices == list(range(48))
+    assert decided(sampler) == [0, 16, 32, 48]
+
+
+@pytest.mark.parametrize("exhausted", ["repeat", None])
+@pytest.mark.parametrize("first", [True, False])
+def test_trials_of_a_learning_rate_are_refused(build, trainer, exhausted, first):
+    """Lightning goes on with the iterator of the trials: the run would begin after their samples, and count from 0."""
+    sampler = build(exhausted=exhausted)
+    callback = DataMixingCallback(sampler, environment())
+    finder = LearningRateFinder(num_training_steps=1, early_stop_threshold=None, update_attr=False)
+    callbacks = [callback, finder] if first else [finder, callback]
+    with pytest.raises(StateError, match="run LearningRateFinder with a Trainer and a sampler of its own"):
+        trainer(*callbacks, max_steps=6).fit(WithLoader(sampler))
+
+
+# How often, how long
+
+
+@pytest.mark.parametrize("loader", [MixingDataLoader, DataLoader])
+def test_decisions_are_spread_over_the_steps_of_the_trainer(build, trainer, caplog, loader):
+    sampler, module = build(samples_per_reweight=None, decisions=4, exhausted="repeat"), Module()
+    with caplog.at_level(logging.INFO):
+        trainer(DataMixingCallback(sampler, environment()), max_steps=12).fit(module, loader(sampler, batch_size=4))
+    assert decided(sampler) == [0, 12, 24, 36, 48]
+    assert "4 decisions in this run of 48 samples" in caplog.text
+    assert "the run ends after 48 samples (step 12) because the trainer stops" in caplog.text
+    assert "training ended after 48 samples; used up: nothing" in caplog.text
+
+
+def test_decisions_are_spread_over_the_epochs_or_the_data(build, trainer, caplog):
+    settings = {"samples_per_reweight": None, "decisions": 5, "policy": StaticPolicy(EVEN)}
+    for limits, steps in (({"max_epochs": 1}, 20), ({"max_epochs": 2, "limit_train_batches": 5}, 10), ({}, 20)):
+        caplog.clear()
+        sampler = build(**settings)
+        callback = DataMixingCallback(sampler, environment())
+        with caplog.at_level(logging.INFO):
+            trainer(callback, **limits).fit(Module(), MixingDataLoader(sampler, batch_size=4))
+        assert callback.consumed == 4 * steps
+        assert f"5 decisions in this run of {4 * steps} samples" in caplog.text
+
+
+def test_a_resumed_run_keeps_its_interval_with_another_number_of_steps(build, trainer, tmp_path, caplog):
+    def fit(max_steps, **given):
+        sampler = build(samples_per_reweight=None, decisions=4, exhausted="repeat")
+        saving = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=5, filename="{step}", save_top_k=-1)
+        callback = DataMixingCallback(sampler, environment())
+        running = trainer(callback, saving, max_steps=max_steps, enable_checkpointing=True)
+        running.fit(Module(), MixingDataLoader(sampler, batch_size=4), **given)
+        return sampler
+
+    fit(12)
+    with caplog.at_level(logging.INFO):
+        resumed = fit(24, ckpt_path=str(tmp_path / "kept" / "step=10.ckpt"))
+    assert decided(resumed) == [0, 12, 24, 36, 48, 60, 72, 84, 96]
+    assert "this run keeps that interval: 8 decisions in 96 samples" in caplog.text
 
 
 # Loaders

@@ -49,9 +49,8 @@ def build_sampler(shards, **settings):
     return AgentWeightedSampler(
         shards,
         policy=StaticPolicy([0.25, 0.75]),
-        samples_per_reweight=8,
         reading=ReadingConfig(progress=False),
-        **settings,
+        **{"samples_per_reweight": 8, **settings},
     )
 
 
@@ -131,7 +130,7 @@ class Watch(pl.Callback):
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    sampler = build_sampler(shards)
+    sampler = build_sampler(shards, samples_per_reweight=None, decisions=2)
     data = build_data(sampler, tokenizer=SimpleNamespace(vocab_size=64))  # a tokenizer that NeMo cannot describe
     callback = DataMixingCallback(sampler, build_environment())
     checkpoint = nl.ModelCheckpoint(
@@ -161,6 +160,11 @@ def test_consumed_samples_are_what_nemo_counts(trained):
     state = trained.data.state_dict()
     assert state["consumed_samples"] == 4 * GLOBAL
     assert json.loads(state["sampler"])["consumed"] == 4 * GLOBAL
+
+
+def test_decisions_are_spread_over_the_steps_of_the_trainer(trained):
+    """4 steps of 4 samples, 2 decisions, and the feedback at the end."""
+    assert trained.sampler.samples_per_reweight == 8
     assert [m.consumed for m in trained.sampler.measurements] == [0, 8, 16]
 
 

@@ -42,7 +42,7 @@ def informed(name="influence"):
     policy = make_policy(MixingAgent.from_pretrained("dmagent-rl"), None, SPACE, NATURAL, topics=name)
     assert isinstance(policy, CombinedPolicy)
     for need in sorted(policy.needed(0)):
-        policy.inform(need, HELPFUL if need == "influence" else QUESTIONS)
+        policy.inform(need, {"influence": HELPFUL, "length": None, "questions": QUESTIONS}[need])
     assert policy.needed(0) == frozenset()
     return policy
 
@@ -77,7 +77,7 @@ def test_a_restored_policy_proposes_the_very_same_mix(name, make_history):
     restored = make_policy("dmagent-rl", None, SPACE, NATURAL, topics=name)
     assert isinstance(restored, InformedPolicy)
     restored.load_state_dict(json.loads(json.dumps(policy.state_dict(), sort_keys=True)))
-    assert restored.needed(5) == frozenset()
+    assert restored.needed(5) == {"length"}  # asked for before each decision, and not saved
     for steps in (1, 12):
         history = make_history(SPACE.names, steps)
         assert np.array_equal(restored.propose(history), policy.propose(history))
@@ -91,7 +91,7 @@ def test_a_damaged_state_is_refused(state):
 
 def test_each_part_receives_what_it_has_requested_and_no_more():
     """Passing all evidence to both parts would let the one that measures less often average measurements twice."""
-    often, rarely = InfluencePolicy(SPACE, NATURAL, every=2), InfluencePolicy(SPACE, NATURAL, every=4)
+    often, rarely = (InfluencePolicy(SPACE, NATURAL, every=every, most_passes=None) for every in (2, 4))
     policy = CombinedPolicy(often, rarely, SPACE)
     for decision in range(6):
         if policy.needed(decision):
@@ -107,8 +107,9 @@ def test_without_influence_the_topics_of_the_questions_decide_inside_the_fields(
     space = DomainSpace.from_names(["source/a", "source/b", "target/c"])
     policy = make_policy("dmagent-rl", None, space, np.array([0.4, 0.2, 0.4]), topics="influence")
     assert isinstance(policy, CombinedPolicy)
-    assert policy.needs == {"influence", "questions"}
-    assert policy.needed(0) == {"influence"}
+    assert policy.needs == {"influence", "length", "questions"}
+    assert policy.needed(0) == {"influence", "length"}
+    policy.inform("length", None)
     policy.inform("influence", None)
     assert policy.needed(0) == {"questions"}
     policy.inform("questions", QUESTIONS)

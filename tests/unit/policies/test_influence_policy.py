@@ -157,8 +157,8 @@ def test_domains_without_rows_need_no_measurement_and_get_no_weight():
 def test_it_asks_once_or_as_often_as_it_was_told_and_averages():
     once = informed(np.zeros((2, 52)), np.ones((2, 52)), max_measurements=1)
     assert isinstance(once, InformedPolicy)
-    assert once.needed(0) == once.needed(9) == frozenset()
-    often = InfluencePolicy(SPACE, NATURAL, every=3)
+    assert once.needed(0) == once.needed(9) == {"length"}
+    often = InfluencePolicy(SPACE, NATURAL, every=3, most_passes=None)
     first, second = np.random.default_rng(5).normal(size=(2, 2, 52))
     errors = np.full((2, 52), 0.3)
     for decision in range(5):
@@ -173,7 +173,7 @@ def test_it_asks_once_or_as_often_as_it_was_told_and_averages():
 def test_a_noisy_measurement_is_repeated_until_it_is_reliable():
     rng = np.random.default_rng(9)
     signal = rng.normal(size=(2, 52))
-    policy = InfluencePolicy(SPACE, NATURAL, max_measurements=10)
+    policy = InfluencePolicy(SPACE, NATURAL, max_measurements=10, most_passes=None)
     assert policy.reliability() == 0
     asked = 0
     while policy.needed(0):
@@ -186,20 +186,20 @@ def test_a_noisy_measurement_is_repeated_until_it_is_reliable():
 
 
 def test_a_measurement_of_noise_is_repeated_a_few_times_only():
-    policy = InfluencePolicy(SPACE, NATURAL)
+    policy = InfluencePolicy(SPACE, NATURAL, most_passes=None)
     rng = np.random.default_rng(10)
     for _ in range(4):
         assert policy.needed(0)
         policy.inform("influence", influence(rng.normal(size=(2, 52)), np.ones((2, 52))))
     assert policy.needed(0) == frozenset()
-    again = InfluencePolicy(SPACE, NATURAL)
+    again = InfluencePolicy(SPACE, NATURAL, most_passes=None)
     again.load_state_dict(json.loads(json.dumps(policy.state_dict())))
     assert again.needed(0) == frozenset()
 
 
 def test_where_there_is_nothing_to_compare_one_measurement_is_enough():
     space = DomainSpace.from_names(["source/all", "target/all"])
-    policy = InfluencePolicy(space, np.array([0.6, 0.4]))
+    policy = InfluencePolicy(space, np.array([0.6, 0.4]), most_passes=None)
     policy.inform("influence", influence(np.ones((2, 2)), np.ones((2, 2)), space))
     assert policy.needed(0) == frozenset()
 
@@ -210,7 +210,7 @@ def test_a_restored_policy_proposes_the_very_same_mix():
     state = json.loads(json.dumps(policy.state_dict()))
     other = InfluencePolicy(SPACE, NATURAL)
     other.load_state_dict(state)
-    assert other.needed(1) == frozenset()
+    assert other.needed(1) == {"length"}
     assert np.array_equal(policy.propose(history()), other.propose(history()))
 
 
@@ -242,7 +242,8 @@ QUESTIONS = {
 def test_where_influence_cannot_be_had_the_topics_of_the_questions_decide():
     topics = QuestionTopics(SPACE, NATURAL)
     policy = InfluencePolicy(SPACE, NATURAL, topics=topics)
-    assert policy.needed(0) == {"influence"}
+    assert policy.needed(0) == {"influence", "length"}
+    policy.inform("length", None)
     policy.inform("influence", None)
     assert policy.needed(0) == {"questions"}
     policy.inform("questions", QUESTIONS)
@@ -262,7 +263,7 @@ def test_without_influence_and_topics_the_mix_is_natural():
 def test_combined_with_topics_it_starts_from_them():
     topics = QuestionTopics(SPACE, NATURAL)
     policy = InfluencePolicy(SPACE, NATURAL, topics=topics, combine=True)
-    assert policy.needed(0) == {"influence", "questions"}
+    assert policy.needed(0) == {"influence", "length", "questions"}
     policy.inform("questions", QUESTIONS)
     policy.inform("influence", influence(np.zeros((2, 52)), np.ones((2, 52))))
     np.testing.assert_allclose(policy.propose(history()), topics.propose(history()))

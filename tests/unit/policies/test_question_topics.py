@@ -86,11 +86,11 @@ def test_merged_domains_get_what_their_topics_get():
 def test_it_asks_once_and_remembers():
     space = DomainSpace.canonical()
     fresh = QuestionTopics(space, np.full(52, 1 / 52))
-    assert fresh.needed(0) == {"questions"}
+    assert fresh.needed(0) == {"length", "questions"}
     with pytest.raises(PolicyError, match="does not know the questions"):
         fresh.propose(history(space))
     told = policy()
-    assert told.needed(0) == frozenset()
+    assert told.needed(0) == {"length"}
     fresh.load_state_dict(json.loads(json.dumps(told.state_dict())))
     assert np.array_equal(fresh.propose(history(space)), told.propose(history(space)))
     with pytest.raises(StateError, match="damaged"):
