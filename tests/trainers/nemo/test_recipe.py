@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trainers.conformance.cpu_shim import cuda_on_cpu
 
 from dmagent_loader import AgentWeightedSampler, Environment, ReadingConfig
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import write_toy_shards
+from dmagent_loader.testing.on_cpu import cuda_on_cpu
 
 pytest.importorskip("nemo.collections.llm", reason="NeMo 2 with LLM recipes has an environment of its own")
 
