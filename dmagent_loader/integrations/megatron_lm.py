@@ -134,7 +134,9 @@ class PretrainHooks:
                 raise ConfigurationError(
                     f"--dataloader-type is {args.dataloader_type}: the sampler needs --dataloader-type external"
                 )
-            self.mixing = mixing = self._build()
+            # The checkpoint is loaded by now: its random states must not advance with the weights of an agent.
+            with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+                self.mixing = mixing = self._build()
             _check_arguments(args, mixing)
             iterator = SavableIterator(mixing)
             if args.iteration > 0:

@@ -25,7 +25,7 @@ MODEL = [
     *("--no-gradient-accumulation-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"),
     *("--no-masked-softmax-fusion", "--no-rope-fusion", "--tokenizer-type", "NullTokenizer", "--vocab-size", "63"),
     *("--distributed-backend", "gloo", "--lr", "1e-2", "--clip-grad", "0", "--eval-iters", "1", "--log-interval", "1"),
-    *("--dataloader-type", "external", "--hidden-dropout", "0", "--attention-dropout", "0"),
+    *("--dataloader-type", "external", "--attention-dropout", "0"),
     *("--ckpt-format", "torch", "--no-create-attention-mask-in-dataloader"),
 ]
 
@@ -45,6 +45,7 @@ def main() -> None:
     sys.argv += ["--global-batch-size", str(global_batch), "--dataloader-save", str(checkpoints)]
     sys.argv += ["--eval-interval", str(options.samples_per_reweight // global_batch)]
     sys.argv += ["--tensorboard-dir", str(options.out / "logs")]
+    sys.argv += ["--hidden-dropout", str(options.dropout)]
     if options.save_every:
         sys.argv += ["--save", str(checkpoints), "--save-interval", str(options.save_every)]
     if options.resume:
