@@ -49,9 +49,7 @@ def test_nothing_of_it_is_left_afterwards():
 def test_a_script_is_run_with_its_options(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [])
     script = tmp_path / "train.py"
-    script.write_text(
-        "import sys, torch\ndef main():\n    print(sys.argv[1:], torch.zeros(1, device='cuda').device)\n"
-    )
+    script.write_text("import sys, torch\ndef main():\n    print(sys.argv[1:], torch.zeros(1, device='cuda').device)\n")
     main([str(script), "--steps", "3"])
     assert capsys.readouterr().out == "['--steps', '3'] cpu\n"
 
