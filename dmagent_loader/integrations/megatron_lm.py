@@ -48,7 +48,7 @@ class SavableIterator(Iterator[dict[str, Any]]):
     """The external data iterator, with the methods by which Megatron-LM and Megatron-Bridge save and restore it.
 
     Megatron-LM calls `save_state`; `PretrainHooks` restores. Megatron-Bridge, since 0.6, calls both for the training
-    set of ``dataloader_type="external"``, and starts the data anew without a word where `restore_state` is missing.
+    set of ``dataloader_type="external"``; without `restore_state` it would silently restart the data.
 
     Args:
         mixing: Mixing of this process.
@@ -266,7 +266,7 @@ def _args() -> Any:
         from megatron.training import get_args
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            "megatron.training cannot be imported, because the megatron-core package contains it since 0.17 only: "
-            "install megatron-core>=0.17 on Python 3.12, or put a checkout of Megatron-LM on PYTHONPATH"
+            f"megatron.training cannot be imported ({error}); the megatron-core package contains it since 0.17: install "
+            "'megatron-core[training]>=0.17' on Python 3.12, or put a checkout of Megatron-LM on PYTHONPATH"
         ) from error
     return get_args()

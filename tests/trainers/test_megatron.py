@@ -140,7 +140,7 @@ sys.stdout.flush(); os._exit(0)
 
 
 def test_the_iterator_is_saved_and_restored_as_megatron_bridge_does():
-    """Without `restore_state`, Megatron-Bridge starts the data anew and says nothing."""
+    """Without `restore_state`, Megatron-Bridge silently restarts the data."""
     done = subprocess.run([sys.executable, "-c", BRIDGE], capture_output=True, text=True, timeout=200)
     lines = [line for line in done.stdout.splitlines() if line.startswith(("[[", "StateError"))]
     assert lines[0] == "[[0, 1], [2, 3], [4, 5], [6, 7]] True", done.stderr[-3000:]
