@@ -266,7 +266,7 @@ def _args() -> Any:
         from megatron.training import get_args
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"megatron.training cannot be imported ({error}); the megatron-core package contains it since 0.17: install "
+            f"megatron.training cannot be imported ({error}); the megatron-core package has it since 0.17: install "
             "'megatron-core[training]>=0.17' on Python 3.12, or put a checkout of Megatron-LM on PYTHONPATH"
         ) from error
     return get_args()
