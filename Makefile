@@ -9,6 +9,23 @@ STAMP := $(VENV)/.installed
 NEMO_VENV ?= .venv-nemo
 NEMO_PIP := $(NEMO_VENV)/bin/python -m pip
 NEMO_STAMP := $(NEMO_VENV)/.installed-$(firstword $(shell sha256sum constraints-nemo.txt))
+# Megatron-core 0.17 and later need Python 3.12. An interpreter is the first of these that runs: python3.12 on PATH, then
+# pyenv's (whose shim on PATH runs only where that version is selected). To name another: make PYTHON312=... test-megatron.
+# Where there is none, the targets that need it say so and do nothing.
+find-python = $(shell for python in python$(1) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(1).*/bin/python; do \
+	"$$python" -c 'import ensurepip, ssl' 2>/dev/null && echo "$$python" && break; done)
+ifndef PYTHON312
+PYTHON312 := $(call find-python,3.12)
+endif
+ifndef PYTHON313
+PYTHON313 := $(call find-python,3.13)
+endif
+MEGATRON_VENV ?= .venv-megatron
+MEGATRON_PIP := $(MEGATRON_VENV)/bin/python -m pip
+MEGATRON_STAMP := $(MEGATRON_VENV)/.installed-$(firstword $(shell sha256sum constraints-megatron.txt))
+VENV313 ?= .venv-python313
+PIP313 := $(VENV313)/bin/python -m pip
+STAMP313 := $(VENV313)/.installed-$(firstword $(shell sha256sum constraints-python313.txt))
 BENCH_VENV ?= .venv-bench
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip
 BENCH_STAMP := $(BENCH_VENV)/.installed-$(firstword $(shell sha256sum constraints-bench.txt))
@@ -24,7 +41,7 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := $(filter $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)), \
 	throughput dynamics resume scale environment)
 
-.PHONY: demo test test-unit test-all test-nemo lint docs bench bench-quick fuzz clean
+.PHONY: demo test test-unit test-all test-nemo test-megatron test-python313 lint docs bench bench-quick fuzz clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +76,43 @@ test-nemo: $(NEMO_STAMP)
 	CONFORMANCE_TIMEOUT=900 $(NEMO_VENV)/bin/python -m pytest -m 'not slow' --timeout 1800 tests/trainers/nemo \
 		tests/trainers/examples/test_nemo_pretrain.py $(PYTEST_ARGS)
 	CONFORMANCE_TIMEOUT=900 $(NEMO_VENV)/bin/python -m pytest -m 'not slow' --timeout 1800 tests/trainers/conformance -k NeMo $(PYTEST_ARGS)
+
+# The training script of the Hugging Face Trainer, too: it shows that the package installs and trains on this Python.
+HF_RUN := tests/trainers/examples/test_huggingface_trainer.py
+
+ifeq ($(PYTHON312),)
+test-megatron:
+	@echo "test-megatron: skipped, because there is no Python 3.12, which megatron-core 0.17 and later need; name one" \
+		"with PYTHON312=..."
+else
+$(MEGATRON_STAMP):
+	rm -rf $(MEGATRON_VENV)
+	$(PYTHON312) -m venv $(MEGATRON_VENV)
+	$(MEGATRON_PIP) install --quiet --upgrade pip -c constraints-megatron.txt
+	$(MEGATRON_PIP) install --quiet -c constraints-megatron.txt -e '.[hf,megatron]' 'megatron-core[training]' \
+		pytest pytest-timeout pytest-xdist psutil tokenizers
+	touch $@
+
+test-megatron: $(MEGATRON_STAMP)
+	$(MEGATRON_VENV)/bin/python -m pytest $(DEALT) -m 'not slow' --timeout 900 tests/trainers/megatron_lm \
+		tests/trainers/test_megatron.py tests/trainers/examples/test_megatron_pretrain.py $(HF_RUN) $(PYTEST_ARGS)
+	$(MEGATRON_VENV)/bin/python -m pytest $(DEALT) -m 'not slow' tests/trainers/conformance -k Megatron $(PYTEST_ARGS)
+endif
+
+ifeq ($(PYTHON313),)
+test-python313:
+	@echo "test-python313: skipped, because there is no Python 3.13; name one with PYTHON313=..."
+else
+$(STAMP313):
+	rm -rf $(VENV313)
+	$(PYTHON313) -m venv $(VENV313)
+	$(PIP313) install --quiet --upgrade pip -c constraints-python313.txt
+	$(PIP313) install --quiet -c constraints-python313.txt -e '.[hf]' pytest pytest-timeout psutil tokenizers
+	touch $@
+
+test-python313: $(STAMP313)
+	$(VENV313)/bin/python -m pytest $(HF_RUN) $(PYTEST_ARGS)
+endif
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -112,4 +166,4 @@ fuzz: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) $(NEMO_VENV) $(BENCH_VENV) $(STREAMING_VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEMO_VENV) $(MEGATRON_VENV) $(VENV313) $(BENCH_VENV) $(STREAMING_VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache

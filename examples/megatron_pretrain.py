@@ -3,11 +3,14 @@
     torchrun --nproc-per-node 8 examples/megatron_pretrain.py --shards SHARDS --tokenizer tokenizer.json \
         --environment general=mmlu.jsonl math=math.jsonl --tensor-parallel 2 --pipeline-parallel 2 --output runs/first
 
-After a crash the same command resumes from the newest whole checkpoint.
+After a crash the same command resumes from the newest whole checkpoint, with the same samples, decisions and dropout.
+With other numbers of processes it resumes with the same samples, but with other random states for dropout.
 
 SHARDS is the folder that `dmagent shard --tokenizer ... --sequence-length N` wrote, with `source/...` domains to keep
 and `target/...` domains to learn, and N one more than --sequence-length. The model is small and starts from random
 weights; put yours in `build_model`.
+
+Without a GPU: torchrun --nproc-per-node 2 -m dmagent_loader.testing.on_cpu examples/megatron_pretrain.py ...
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -159,12 +163,19 @@ def main() -> None:
         weights = {"model": model.sharded_state_dict()}
         return {**weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading)}
 
+    layout = [args.tensor_parallel, args.pipeline_parallel, torch.distributed.get_world_size()]
     step, newest = 0, args.output / "newest.txt"
     if newest.exists():
-        saved = dist_checkpointing.load(sharded(loading=True), str(args.output / newest.read_text()))
+        checkpoint = str(args.output / newest.read_text())
+        same_layout = dist_checkpointing.load_common_state_dict(checkpoint)["layout"] == layout
+        # Other processes than those that saved have no random states of their own: dropout then differs.
+        wanted = {**sharded(loading=True), **(random_states() if same_layout else {})}
+        saved = dist_checkpointing.load(wanted, checkpoint)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         mixing.load_state_dict(saved["mixing"])
+        if same_layout:
+            restore_random_states(saved["random"])
         step = saved["step"]
 
     forward_backward = get_forward_backward_func()
@@ -188,8 +199,26 @@ def main() -> None:
         if losses and rank == torch.distributed.get_world_size() - 1 and (report or step == args.steps):
             print(f"step {step}: loss {sum(float(entry['loss']) for entry in losses) / len(losses):.3f}", flush=True)
         if step % args.save_every == 0 or step == args.steps or mixing.finished:
-            save({**sharded(), "mixing": mixing.state_dict(), "step": step}, args.output, step)
+            state = {"mixing": mixing.state_dict(), "step": step, "layout": layout}
+            save({**sharded(), **random_states(), **state}, args.output, step)
     finish()
+
+
+def random_states() -> dict[str, ShardedObject]:
+    """The random states of this process: the CPU's, the GPU's, and those that Megatron keeps for dropout."""
+    states = {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    ranks = (torch.distributed.get_world_size(),), (torch.distributed.get_rank(),)
+    return {"random": ShardedObject("random", states, *ranks)}
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    torch.cuda.set_rng_state(states["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
 
 
 def save(state: dict[str, Any], output: Path, step: int) -> None:

@@ -10,6 +10,8 @@ After a crash the same command resumes from the newest whole checkpoint.
 SHARDS is the folder that `dmagent shard --tokenizer ... --sequence-length N` wrote, with N one more than --seq-length
 here, `source/...` domains to keep and `target/...` domains to learn. Without --model, a small Llama is trained from
 scratch, to try things out.
+
+Without a GPU: torchrun --nproc-per-node 2 -m dmagent_loader.testing.on_cpu examples/nemo_pretrain.py --cpu ...
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def parse() -> argparse.Namespace:
     training.add_argument("--tensor-parallel", type=int, default=1)
     training.add_argument("--pipeline-parallel", type=int, default=1)
     training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--cpu", action="store_true", help="settings for tests; NeMo itself needs a GPU")
+    training.add_argument(
+        "--cpu", action="store_true", help="settings without a GPU; needs -m dmagent_loader.testing.on_cpu"
+    )
     return parser.parse_args()
 
 

@@ -181,6 +181,7 @@ class FeedDataset(IterableDataset[Sample]):
         counts_every_batch: bool = False,
         before_iteration: Callable[[], None] | None = None,
         limit: int | None = None,
+        decision_step: int | None = None,
     ) -> None:
         """Describes the loader or trainer that reads the sampler, before its first sample. None changes nothing.
 
@@ -194,6 +195,7 @@ class FeedDataset(IterableDataset[Sample]):
                 report, and delivers prefetched samples again.
             before_iteration: Function called when a loader announces a pass, before it makes its iterator.
             limit: Samples, over all ranks since the run began, at which the trainer stops.
+            decision_step: Samples, over all ranks, between two moments at which the trainer can make a decision.
 
         Raises:
             ConfigurationError: There are more processes than rows, or the batch size differs from that in `reading`.
@@ -210,6 +212,8 @@ class FeedDataset(IterableDataset[Sample]):
         self._before_iteration = before_iteration or self._before_iteration
         if limit is not None:
             self._feed.limit = limit
+        if decision_step is not None:
+            self._feed.decision_step = decision_step
 
     @property
     def loader(self) -> LoaderSettings:

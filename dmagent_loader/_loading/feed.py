@@ -78,6 +78,7 @@ class Feed:
         """Published mixes that this copy has applied."""
         self._length: int | None = None
         self.limit: int | None = None
+        self.decision_step: int | None = None
         """Samples, over all ranks, at which the trainer stops; None: unknown."""
         self._undercount_reported = False
         self.check_ranks()

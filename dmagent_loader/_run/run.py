@@ -88,7 +88,7 @@ class Run:
     def begin_decisions(self) -> None:
         """Fixes the interval between decisions under the present mix, and logs how many the run will have."""
         self._begun = True
-        self.cadence.begin(self.feed.total_samples, self.feed.global_batch)
+        self.cadence.begin(self.feed.total_samples, self.feed.decision_step or self.feed.global_batch)
 
     def reweight(self, feedback: Mapping[str, float], consumed: int) -> Decision:
         """Queries the policy for the next mix."""

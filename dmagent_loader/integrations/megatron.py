@@ -248,7 +248,7 @@ class MegatronMixing:
             )
         self.sampler, self.environment, self.writer, self.train_iters = sampler, environment, writer, train_iters
         self._mixing = Mixing(sampler, environment)
-        self.global_batch_size, self.max_length = global_batch_size, max_length
+        self.micro_batch_size, self.global_batch_size, self.max_length = micro_batch_size, global_batch_size, max_length
         self.data_iterator = MicroBatches(
             sampler,
             micro_batch_size=micro_batch_size,

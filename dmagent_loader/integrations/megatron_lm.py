@@ -1,6 +1,16 @@
 """Megatron-LM's ``pretrain()``: hooks that make it train on the sampler and evaluate the model.
 
     hooks = PretrainHooks(build, base_feedback="runs/first/base.json", validation=batches)
+    args = parse_and_validate_args(extra_args_provider=add_arguments)
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        hooks.datasets_provider,
+        ...,
+        non_loss_data_func=hooks.non_loss_data_func,
+    )
+
+Up to Megatron-LM 0.17, ``pretrain()`` takes no configuration, and parses the arguments itself:
+
     pretrain(
         hooks.datasets_provider, ..., extra_args_provider=add_arguments, non_loss_data_func=hooks.non_loss_data_func
     )
@@ -17,7 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +45,10 @@ logger = logging.getLogger(__name__)
 
 
 class SavableIterator(Iterator[dict[str, Any]]):
-    """The external data iterator, with the method that Megatron-LM calls when it saves a checkpoint.
+    """The external data iterator, with the methods by which Megatron-LM and Megatron-Bridge save and restore it.
+
+    Megatron-LM calls `save_state`; `PretrainHooks` restores. Megatron-Bridge, since 0.6, calls both for the training
+    set of ``dataloader_type="external"``; without `restore_state` it would silently restart the data.
 
     Args:
         mixing: Mixing of this process.
@@ -48,9 +61,20 @@ class SavableIterator(Iterator[dict[str, Any]]):
         return next(self._mixing.data_iterator)
 
     def save_state(self) -> dict[str, str]:
-        """State that Megatron-LM writes to ``train_dataloader_dprank*.pt``, one file for each data-parallel rank."""
+        """State that the trainer writes to ``train_dataloader_dprank*.pt``, one file for each data-parallel rank."""
         iterator = self._mixing.data_iterator
         return self._mixing.state_dict(consumed=iterator.begin + iterator.given)
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Resumes from a saved state, before the first micro-batch. All ranks call it together.
+
+        Args:
+            state: Return value of `save_state`, of any rank.
+
+        Raises:
+            StateError: The state cannot be read, belongs to other shards or another seed, or is loaded too late.
+        """
+        self._mixing.load_state_dict(state)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -110,14 +134,20 @@ class PretrainHooks:
                 raise ConfigurationError(
                     f"--dataloader-type is {args.dataloader_type}: the sampler needs --dataloader-type external"
                 )
-            self.mixing = mixing = self._build()
+            # The checkpoint is loaded by now: its random states must not advance with the weights of an agent.
+            with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+                self.mixing = mixing = self._build()
             mixing.train_iters = args.train_iters
+            _check_arguments(args, mixing)
+            if args.eval_interval:
+                mixing.sampler.bind(decision_step=args.eval_interval * args.global_batch_size)
+            iterator = SavableIterator(mixing)
             if args.iteration > 0:
-                mixing.load_state_dict(_saved(args))
+                iterator.restore_state(_saved(args))
             if not args.skip_train:
                 mixing.begin(None, base_feedback=self._read_base() if mixing.consumed == 0 else None)
                 self._bound(args, mixing)
-            return SavableIterator(mixing), self._validation, None
+            return iterator, self._validation, None
 
         datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron-LM then calls it on every rank
         return datasets_provider
@@ -168,6 +198,45 @@ class PretrainHooks:
         return feedback
 
 
+def _check_arguments(args: Any, mixing: MegatronMixing) -> None:
+    """Checks that Megatron-LM evaluates when a decision is due, and takes the batches that `mixing` counts.
+
+    Raises:
+        ConfigurationError: The arguments of Megatron-LM do not fit the sampler's settings.
+    """
+    for option, ours, theirs in (
+        ("micro_batch_size", mixing.micro_batch_size, args.micro_batch_size),
+        ("global_batch_size", mixing.global_batch_size, args.global_batch_size),
+    ):
+        if ours != theirs:
+            raise ConfigurationError(
+                f"MegatronMixing has {option}={ours}, but --{option.replace('_', '-')} is {theirs}: samples would be "
+                "counted wrongly; pass the same number to both"
+            )
+    for option in ("rampup_batch_size", "step_batch_size_schedule"):
+        if getattr(args, option, None):
+            raise ConfigurationError(
+                f"--{option.replace('_', '-')} changes the global batch size during the run, which the sampler does "
+                "not support: leave it out"
+            )
+    if mixing.environment is None or mixing.sampler.policy is None:
+        return
+    if not args.eval_interval or not (args.eval_iters or getattr(args, "full_validation", False)):
+        raise ConfigurationError(
+            f"--eval-interval is {args.eval_interval} and --eval-iters is {args.eval_iters}, so pretrain() evaluates "
+            "nothing and no decision would be made: pass the steps between two decisions as --eval-interval, and "
+            "--eval-iters 1"
+        )
+    asked, interval = mixing.sampler.samples_per_reweight, args.eval_interval * args.global_batch_size
+    if asked is not None and asked % interval:
+        steps, rest = divmod(asked, args.global_batch_size)
+        fitting = f"samples_per_reweight={interval}" + ("" if rest else f", or --eval-interval {steps}")
+        raise ConfigurationError(
+            f"samples_per_reweight is {asked}, but --eval-interval {args.eval_interval} evaluates every {interval} "
+            f"samples ({args.global_batch_size} a step), and decisions are made in evaluations only: pass {fitting}"
+        )
+
+
 def _saved(args: Any) -> dict[str, Any]:
     """State of `SavableIterator.save_state` at the iteration of the loaded checkpoint, from the file of any rank.
 
@@ -192,14 +261,15 @@ def _args() -> Any:
     """Megatron-LM's arguments.
 
     Raises:
-        MissingExtraError: Megatron-LM is not on the path; megatron-core alone has no ``pretrain()``.
+        MissingExtraError: megatron-core is not installed.
+        ConfigurationError: There is no ``megatron.training``.
     """
     require_extra("megatron.core", "megatron")
     try:
         from megatron.training import get_args
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            "megatron.training cannot be imported, because the megatron-core package does not contain it: put a "
-            "checkout of Megatron-LM on PYTHONPATH"
+            f"megatron.training cannot be imported ({error}); the megatron-core package has it since 0.17: install "
+            "'megatron-core[training]>=0.17' on Python 3.12, or put a checkout of Megatron-LM on PYTHONPATH"
         ) from error
     return get_args()

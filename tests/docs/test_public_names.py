@@ -15,7 +15,7 @@ from docs.snippets import after_the_change, blocks_of
 from launching import REPOSITORY
 
 import dmagent_loader
-from dmagent_loader import integrations
+from dmagent_loader import integrations, testing
 
 PACKAGE = Path(dmagent_loader.__file__).parent
 REFERENCE = REPOSITORY / "docs" / "reference"
@@ -37,11 +37,11 @@ NEEDS_OTHER_ENVIRONMENT = {"dmagent_loader.integrations.nemo", "dmagent_loader.i
 
 
 def public_modules() -> list[str]:
-    """The package, its modules without underscore, and those of the integrations."""
+    """The package, its modules without underscore, and those of the integrations and of testing."""
     found = ["dmagent_loader"]
-    for package, prefix in ((dmagent_loader, "dmagent_loader"), (integrations, "dmagent_loader.integrations")):
+    for package in (dmagent_loader, integrations, testing):
         names = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_")]
-        found += [f"{prefix}.{name}" for name in names]
+        found += [f"{package.__name__}.{name}" for name in names]
     return [name for name in found if name not in ("dmagent_loader.agent_checkpoints", "dmagent_loader.integrations")]
 
 

@@ -51,9 +51,9 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(launch, whole, options, data
 
 
 PROGRAM = """
-import sys; sys.path.insert(0, {conformance!r})
+import sys
 import os, tempfile, torch
-from cpu_shim import cuda_on_cpu
+from dmagent_loader.testing.on_cpu import cuda_on_cpu
 from megatron.core import parallel_state
 from dmagent_loader import AgentWeightedSampler, Environment
 from dmagent_loader.integrations.megatron import MegatronMixing, data_parallel_ranks
@@ -72,7 +72,7 @@ os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT
 torch.distributed.init_process_group("gloo")
 with cuda_on_cpu():
     parallel_state.initialize_model_parallel(1, 1)
-    shards = write_toy_shards(tempfile.mkdtemp(), {{"source/web": 30, "target/math": 20}}, tokens=8)
+    shards = write_toy_shards(tempfile.mkdtemp(), {"source/web": 30, "target/math": 20}, tokens=8)
     build = lambda **ranks: AgentWeightedSampler(shards, samples_per_reweight=8, **ranks)
     mixing = lambda sampler, **sizes: MegatronMixing(sampler, max_length=8, **sizes)
 {actions}
@@ -102,7 +102,7 @@ DECISIONS = """
 
 
 def run(actions: str) -> subprocess.CompletedProcess[str]:
-    code = PROGRAM.format(conformance=str(CONFORMANCE), actions=actions)
+    code = PROGRAM.replace("{actions}", actions)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
 
 
@@ -121,3 +121,52 @@ def test_what_cannot_work_is_refused_with_the_remedy():
     assert "not a multiple of 3 rows" in lines[2]
     assert "StateError" in lines[3]
     assert "load it before the first step" in lines[4]
+
+
+BRIDGE = """
+import io, os, sys, tempfile, torch
+from dmagent_loader.testing.on_cpu import cuda_on_cpu
+from megatron.core import parallel_state
+from megatron.core.rerun_state_machine import RerunDataIterator, initialize_rerun_state_machine
+from dmagent_loader import AgentWeightedSampler
+from dmagent_loader.integrations.megatron import MegatronMixing, data_parallel_ranks
+from dmagent_loader.integrations.megatron_lm import SavableIterator
+from dmagent_loader.testing import write_toy_shards
+from dmagent_loader.transforms import ShiftedTokens
+
+os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+torch.distributed.init_process_group("gloo")
+with cuda_on_cpu():
+    parallel_state.initialize_model_parallel(1, 1)
+    initialize_rerun_state_machine()
+    shards = write_toy_shards(tempfile.mkdtemp(), {"source/web": 30, "target/math": 20}, tokens=8)
+
+    def build():
+        sampler = AgentWeightedSampler(
+            shards, samples_per_reweight=8, transform=ShiftedTokens(length=8), **data_parallel_ranks()
+        )
+        mixing = MegatronMixing(sampler, micro_batch_size=2, global_batch_size=4, max_length=8)
+        return RerunDataIterator(SavableIterator(mixing))
+
+    saving, file = build(), io.BytesIO()
+    before = [next(saving)["__index__"].tolist() for _ in range(4)]
+    torch.save({"dataloader_state_dict": saving.iterable.save_state()}, file)
+    left = [next(saving)["__index__"].tolist() for _ in range(4)]
+    restored = build()
+    state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)["dataloader_state_dict"]
+    restored.iterable.restore_state(state)
+    print(before, [next(restored)["__index__"].tolist() for _ in range(4)] == left)
+    try:
+        restored.iterable.restore_state(state)
+    except Exception as error:
+        print(type(error).__name__, error)
+sys.stdout.flush(); os._exit(0)
+"""
+
+
+def test_the_iterator_is_saved_and_restored_as_megatron_bridge_does():
+    """Without `restore_state`, Megatron-Bridge silently restarts the data."""
+    done = subprocess.run([sys.executable, "-c", BRIDGE], capture_output=True, text=True, timeout=200)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("[[", "StateError"))]
+    assert lines[0] == "[[0, 1], [2, 3], [4, 5], [6, 7]] True", done.stderr[-3000:]
+    assert "load it before the first step" in lines[1]

@@ -12,7 +12,6 @@ import zlib
 from pathlib import Path
 
 import torch
-from cpu_shim import cuda_on_cpu
 from parts import (
     ROW_TOKENS,
     VOCABULARY,
@@ -26,6 +25,7 @@ from parts import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from dmagent_loader.testing.on_cpu import cuda_on_cpu
 from dmagent_loader.transforms import ShiftedTokens
 
 shifted = ShiftedTokens(length=ROW_TOKENS)

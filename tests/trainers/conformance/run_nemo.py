@@ -154,7 +154,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from cpu_shim import cuda_on_cpu
+    from dmagent_loader.testing.on_cpu import cuda_on_cpu
 
     with cuda_on_cpu():
         main()

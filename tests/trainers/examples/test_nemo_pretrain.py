@@ -5,7 +5,6 @@ on, and another that begins with its checkpoint.
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 from launching import REPOSITORY, environment, python
 from trainers.conformance.launch import TIMEOUT_SECONDS
 
-HERE = Path(__file__).parent
 EXAMPLE = REPOSITORY / "examples" / "nemo_pretrain.py"
 
 if importlib.util.find_spec("nemo") is None or importlib.util.find_spec("nemo.collections.llm") is None:
@@ -26,17 +24,15 @@ def run(work: Path, output: str, *options: str, processes: int = 1) -> list[tupl
     """(step, logged feedback on math) of all decisions of the run so far."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(work / "tokenizer.json"), eos_token="<eos>")
     tokenizer.save_pretrained(work / "tokenizer")
-    command = [*python(processes), str(HERE / "on_cpu.py"), str(EXAMPLE), "--cpu", "--shards", str(work / "shards")]
+    command = [*python(processes), "-m", "dmagent_loader.testing.on_cpu", str(EXAMPLE), "--cpu"]
+    command += ["--shards", str(work / "shards")]
     command += ["--tokenizer", str(work / "tokenizer"), "--hidden-size", "16", "--layers", "1", "--seq-length", "16"]
     command += ["--environment", f"general={work / 'general.jsonl'}", f"math={work / 'math.jsonl'}"]
     command += ["--micro-batch-size", "2", "--global-batch-size", "4", "--samples-per-reweight", "16"]
     command += ["--save-steps", "4", "--output", str(work / output), *options]
-    paths = os.pathsep.join([str(HERE.parent / "conformance"), os.environ.get("PYTHONPATH", "")])
     log = work / f"{output}.log"
     with log.open("w") as written:  # into a file: the helpers of distributed checkpointing would hold a pipe open
-        done = subprocess.run(
-            command, env=environment(PYTHONPATH=paths), stdout=written, stderr=written, timeout=TIMEOUT_SECONDS
-        )
+        done = subprocess.run(command, env=environment(), stdout=written, stderr=written, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, log.read_text()[-4000:]
     return decisions(work / output)
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
-from collections import defaultdict
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "conformance"))
-from cpu_shim import cuda_on_cpu
 from parts import ROW_TOKENS, Recorder, build_environment, build_sampler, leave, parser
 from run_megatron import row
+
+from dmagent_loader.testing.on_cpu import cuda_on_cpu
 
 MODEL = [
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--position-embedding-type", "rope"),
@@ -25,22 +25,9 @@ MODEL = [
     *("--no-gradient-accumulation-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"),
     *("--no-masked-softmax-fusion", "--no-rope-fusion", "--tokenizer-type", "NullTokenizer", "--vocab-size", "63"),
     *("--distributed-backend", "gloo", "--lr", "1e-2", "--clip-grad", "0", "--eval-iters", "1", "--log-interval", "1"),
-    *("--dataloader-type", "external", "--hidden-dropout", "0", "--attention-dropout", "0"),
+    *("--dataloader-type", "external", "--attention-dropout", "0"),
     *("--ckpt-format", "torch", "--no-create-attention-mask-in-dataloader"),
 ]
-
-
-def pretend_cuda() -> None:
-    """What Megatron-LM asks of the driver, beyond what `cuda_on_cpu` answers."""
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 1
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(
-        total_memory=1 << 34, name="", major=9, minor=0
-    )
-    torch.cuda.memory_stats = lambda device=None: defaultdict(int)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(torch.cuda, name, lambda device=None: 0)
 
 
 def main() -> None:
@@ -58,6 +45,7 @@ def main() -> None:
     sys.argv += ["--global-batch-size", str(global_batch), "--dataloader-save", str(checkpoints)]
     sys.argv += ["--eval-interval", str(options.samples_per_reweight // global_batch)]
     sys.argv += ["--tensorboard-dir", str(options.out / "logs")]
+    sys.argv += ["--hidden-dropout", str(options.dropout)]
     if options.save_every:
         sys.argv += ["--save", str(checkpoints), "--save-interval", str(options.save_every)]
     if options.resume:
@@ -65,17 +53,14 @@ def main() -> None:
     if options.skip_train:
         sys.argv.append("--skip-train")
 
-    import megatron.legacy.fused_kernels
-    from gpt_builders import gpt_builder
-    from megatron.core.enums import ModelType
+    from megatron.core.datasets import utils as builtin_datasets
     from megatron.core.parallel_state import get_data_parallel_rank
-    from megatron.training import get_args, pretrain
-    from model_provider import model_provider
+    from megatron.training import get_args
 
     from dmagent_loader.integrations.megatron import MegatronMixing, data_parallel_ranks
-    from dmagent_loader.integrations.megatron_lm import PretrainHooks, add_arguments
+    from dmagent_loader.integrations.megatron_lm import PretrainHooks
 
-    megatron.legacy.fused_kernels.load = lambda args: None  # compiles for the GPU
+    builtin_datasets.compile_helpers = lambda: None  # of no use here, and the wheel lacks the Makefile for it
     recorders: list[Recorder] = []
 
     def build() -> MegatronMixing:
@@ -110,14 +95,7 @@ def main() -> None:
 
         return losses, partial(loss, batch["loss_mask"])
 
-    pretrain(
-        hooks.datasets_provider,
-        partial(model_provider, gpt_builder),
-        ModelType.encoder_or_decoder,
-        forward_step,
-        extra_args_provider=add_arguments,
-        non_loss_data_func=hooks.non_loss_data_func,
-    )
+    start(hooks, forward_step)
     rank = torch.distributed.get_rank()
     result = {
         "consumed": hooks.mixing.consumed,
@@ -129,7 +107,41 @@ def main() -> None:
     leave()
 
 
+def start(hooks, forward_step) -> None:
+    """Calls `pretrain` as this version of Megatron-LM wants it."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    from dmagent_loader.integrations.megatron_lm import add_arguments
+
+    if "extra_args_provider" in inspect.signature(pretrain).parameters:  # up to 0.17
+        import megatron.legacy.fused_kernels
+        from gpt_builders import gpt_builder
+        from model_provider import model_provider
+
+        megatron.legacy.fused_kernels.load = lambda args: None  # compiles for the GPU
+        pretrain(
+            hooks.datasets_provider,
+            partial(model_provider, gpt_builder),
+            ModelType.encoder_or_decoder,
+            forward_step,
+            extra_args_provider=add_arguments,
+            non_loss_data_func=hooks.non_loss_data_func,
+        )
+        return
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(extra_args_provider=add_arguments)
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        hooks.datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        non_loss_data_func=hooks.non_loss_data_func,
+    )
+
+
 if __name__ == "__main__":
-    with cuda_on_cpu():
-        pretend_cuda()
+    with cuda_on_cpu(available=True):
         main()

@@ -7,16 +7,20 @@ Runs in the environment of `make test-nemo`.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from trainers.conformance.cpu_shim import cuda_on_cpu
+from launching import REPOSITORY
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dmagent_loader import AgentWeightedSampler, Environment, ReadingConfig
+from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import write_toy_shards
+from dmagent_loader.testing.on_cpu import cuda_on_cpu
 
 pytest.importorskip("nemo.collections.llm", reason="NeMo 2 with LLM recipes has an environment of its own")
 
@@ -28,6 +32,8 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel, local_layer_spec
 from nemo.lightning.data import WrappedDataLoader
+from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+from transformers import PreTrainedTokenizerFast
 
 from dmagent_loader.integrations.nemo import AgentWeightedDataModule, DataMixingCallback
 
@@ -240,18 +246,36 @@ def test_the_callback_needs_the_data_modules_sampler(shards):
         build_trainer(DataMixingCallback(other, build_environment())).fit(build_model(), build_data(sampler))
 
 
-def test_a_recipe_builds_one_sampler_for_both(shards, tmp_path):
-    """Catches copies: the callback's decisions would not reach the data."""
-    recipe = llm.llama32_1b.pretrain_recipe(dir=str(tmp_path), name="first", num_gpus_per_node=1)
+@pytest.fixture
+def files_of_the_page(tmp_path, monkeypatch):
+    """The working directory with the shards, the questions and the tokenizer that docs/trainers/nemo.md names."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    wrapped.save_pretrained("meta-llama/Llama-3.2-1B")
+    tokenizer.save("tokenizer.json")
+    for name in ("mmlu", "math"):
+        Path(f"{name}.jsonl").write_text(json.dumps({"question": "a b", "answer": "b"}) + "\n")
+    Path("text.jsonl").write_text((json.dumps({"text": "a b a b a b a b"}) + "\n") * 20)
+    command = ["shard", "--domain", "source/Science=text.jsonl", "--domain", "target/Science=text.jsonl"]
+    command += ["--tokenizer", "tokenizer.json", "--eos-token", "<eos>", "--sequence-length", "9"]
+    assert main([*command, "--output", "shards", "--no-progress"]) == 0
+
+
+@pytest.mark.usefixtures("files_of_the_page")
+def test_the_recipe_of_the_page_builds_one_sampler_for_both():
+    """Catches copies, as the callback's decisions would not reach the data, and a recipe that cannot be sent on."""
+    page = (REPOSITORY / "docs" / "trainers" / "nemo.md").read_text(encoding="utf-8")
+    block = page.split("In a recipe of configurations:")[1].split("```")[1].removeprefix("diff\n")
+    names = {"llm": llm, "run": run}
+    exec("\n".join(line[1:] for line in block.splitlines()), names)
+    recipe = names["recipe"]
+    ZlibJSONSerializer().serialize(recipe)  # what executors on other machines get
     recipe.trainer.accelerator, recipe.trainer.plugins = "cpu", None  # what this machine lacks
     recipe.model.config.apply_rope_fusion = False
-    sampler = run.Config(AgentWeightedSampler, shards=shards, samples_per_reweight=8)
-    environment = run.Config(
-        Environment.from_pairs, pairs={"general": [("a", "b")], "math": [("1", "2")]}, tokenizer=characters
-    )
-    recipe.data = run.Config(AgentWeightedDataModule, sampler=sampler, seq_length=LENGTH)
-    recipe.trainer.callbacks.append(run.Config(DataMixingCallback, sampler=sampler, environment=environment))
     built = fdl.build(recipe).keywords
     mixing = next(c for c in built["trainer"].callbacks if isinstance(c, DataMixingCallback))
     assert mixing.sampler is built["data"].sampler
     assert mixing.environment.fields == ("general", "math")
+    assert built["data"].tokenizer.vocab_size == 3
