@@ -31,7 +31,7 @@ def test_a_program_prints_its_help(
 
 def test_every_program_that_is_named_exists() -> None:
     """In the package of the programs, the documentation and the cards."""
-    files = [*REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("*.md"), *REPOSITORY.glob("agent_checkpoints/**/*.md")]
+    files = [*REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("*.md"), *REPOSITORY.glob("agent_checkpoints/**/*.md"), *REPOSITORY.glob("training_record/**/*.md")]
     named = {name for path in files for name in re.findall(r"benchmarks\.agent\.(\w+)", path.read_text("utf-8"))}
     assert named
     assert named <= set(PROGRAMS)
