@@ -18,7 +18,9 @@ PAGES = [
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 _FENCE = re.compile(r"^[ ]*```.*?^[ ]*```[ ]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"')
-_PATH = re.compile(r"(?<![\w./-])(?:tests|benchmarks|examples|dmagent_loader|docs|agent_checkpoints|training_record)/[\w./-]*[\w/]")
+_PATH = re.compile(
+    r"(?<![\w./-])(?:tests|benchmarks|examples|dmagent_loader|docs|agent_checkpoints|training_record)/[\w./-]*[\w/]"
+)
 _MODULE = re.compile(r"python -m (benchmarks(?:\.\w+)+)")
 _DOTTED = re.compile(r"`(dmagent_loader(?:\.\w+)+)`")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from launching import REPOSITORY
 
 from dmagent_loader.agent import MixingAgent
