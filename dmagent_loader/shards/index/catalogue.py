@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.shards.index.cache import IndexCache, build_and_cache
+from dmagent_loader.shards.index.inventory import inventory_text
 from dmagent_loader.shards.index.overview import SHARDS_OF_OVERVIEW, KnownShard, Overview
-from dmagent_loader.shards.index.row_kinds import describe_kinds
 from dmagent_loader.shards.index.shard_index import ShardIndex
 from dmagent_loader.shards.index.verify import is_verified, with_content
 from dmagent_loader.shards.manifest import Manifests
@@ -60,8 +60,7 @@ class _Facts:
         known = KnownShard(
             version=version,
             rows=index.num_rows,
-            kinds=describe_kinds(index),
-            hidden=index.hidden,
+            inventory=inventory_text(index),
             checksum=bytes.fromhex(index.checksum),
             sha256=index.sha256,
         )
@@ -90,9 +89,9 @@ class Catalogue:
         domains: (D,) names of the domains.
         spans: (D,) number of the first shard of each domain, and of the first one after it.
         rows: (S,) rows of each shard.
-        kinds: Distinct texts of `dmagent_loader.shards.index.row_kinds`.
-        kind: (S,) kinds of the rows of each shard, as positions in `kinds`.
-        hidden: Number of hidden files of each shard that has some, by its number.
+        inventories: Distinct inventories of shards, as text (`dmagent_loader.shards.index.inventory`), with their
+            numbers.
+        inventory: (S,) number of the inventory of each shard.
         damage: Damage of each damaged shard, by its number.
 
     Raises:
@@ -116,9 +115,8 @@ class Catalogue:
         self.spans: list[tuple[int, int]] = list(pairwise(span_end))
         self._name_end: NDArray[np.int64] = np.array(name_end, np.int64)
         self.rows: NDArray[np.int64] = np.zeros(len(self), np.int64)
-        self.kinds: dict[str, int] = {}
-        self.kind: NDArray[np.int32] = np.zeros(len(self), np.int32)
-        self.hidden: dict[int, int] = {}
+        self.inventories: dict[str, int] = {}
+        self.inventory: NDArray[np.int32] = np.zeros(len(self), np.int32)
         self._checksums = bytearray(len(self) * hashlib.sha256().digest_size)
         self.damage: dict[int, tuple[ShardDamage, ...]] = {}
         self._uncached: dict[int, ShardIndex] = {}
@@ -219,9 +217,9 @@ class Catalogue:
 
     def _add(self, number: int, facts: _Facts) -> None:
         self.rows[number] = facts.known.rows
-        self.kind[number] = self.kinds.setdefault(facts.known.kinds, len(self.kinds))
-        if facts.known.hidden:
-            self.hidden[number] = facts.known.hidden
+        inventory = self.inventories.setdefault(facts.known.inventory, len(self.inventories))
+        if inventory:
+            self.inventory[number] = inventory
         size = len(facts.known.checksum)
         self._checksums[number * size : (number + 1) * size] = facts.known.checksum
         if facts.damage:

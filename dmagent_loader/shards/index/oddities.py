@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmagent_loader.shards.index.catalogue import Catalogue
-from dmagent_loader.shards.index.row_kinds import COLLAPSED, RowKind, parse_kinds
+from dmagent_loader.shards.index.inventory import Inventory, RowKind, parse_inventory
 from dmagent_loader.shards.sources.urls import display_url
 
 _NEARLY_ALL = 0.8
@@ -18,25 +18,30 @@ _NEARLY_ALL = 0.8
 
 def oddities(catalogue: Catalogue) -> Iterator[str]:
     """Sentences about rows unlike nearly all rows of their domain, rows made of many files, and hidden files."""
-    kinds_of_text = [parse_kinds(text) for text in catalogue.kinds]
-    are_odd = np.array([len(kinds) > 1 or _is_collapsed(kinds[0]) for kinds in kinds_of_text], bool)
-    for domain, (first, end) in zip(catalogue.domains, catalogue.spans, strict=True):
-        texts, rows = catalogue.kind[first:end], catalogue.rows[first:end]
-        if not are_odd[texts].any() and (texts == texts[0]).all():
-            continue
-        found, total = [], np.bincount(texts, weights=rows)
-        for text, shard, shards in zip(*np.unique(texts, return_index=True, return_counts=True), strict=True):
-            for kind in kinds_of_text[text]:
-                count = int(total[text]) if kind.rows is None else kind.rows * int(shards)
-                found.append(_Rows(kind, count, _place(catalogue, kind, first + int(shard))))
-        yield from _odd_rows(domain, int(rows.sum()), [rows for rows in found if rows.count])
-    for domain, (first, end) in zip(catalogue.domains, catalogue.spans, strict=True):
-        hidden = {number: count for number, count in catalogue.hidden.items() if first <= number < end}
+    inventories = [parse_inventory(text) for text in catalogue.inventories]
+    are_odd = np.array([_is_odd(inventory) for inventory in inventories], bool)
+    starts = [first for first, _ in catalogue.spans]
+    lowest, highest = (ufunc.reduceat(catalogue.inventory, starts) for ufunc in (np.minimum, np.maximum))
+    suspect = np.logical_or.reduceat(are_odd[catalogue.inventory], starts) | (lowest != highest)
+    for number in np.flatnonzero(suspect).tolist():
+        domain, (first, end) = catalogue.domains[number], catalogue.spans[number]
+        shards, rows = catalogue.inventory[first:end], catalogue.rows[first:end]
+        rows_of = np.bincount(shards, weights=rows)
+        found: list[_Rows] = []
+        hidden: list[tuple[int, int, int]] = []
+        for inventory, where, count in zip(*np.unique(shards, return_index=True, return_counts=True), strict=True):
+            shard = first + int(where)
+            for kind in inventories[inventory].kinds:
+                in_all = int(rows_of[inventory]) if kind.rows is None else kind.rows * int(count)
+                found.append(_Rows(kind, in_all, _place(catalogue, kind, shard)))
+            if inventories[inventory].hidden:
+                hidden.append((shard, int(count), inventories[inventory].hidden * int(count)))
+        yield from _odd_rows(domain, int(rows.sum()), [kind for kind in found if kind.count])
         if hidden:
             yield (
-                f"domain {domain!r}: {sum(hidden.values())} hidden files, whose names begin with a dot (.DS_Store, "
-                f"._name, .gitkeep), are left out of {len(hidden)} of its shards (first: "
-                f"{display_url(catalogue.url(min(hidden)))})"
+                f"domain {domain!r}: {sum(files for _, _, files in hidden)} hidden files, whose names begin with a dot "
+                f"(.DS_Store, ._name, .gitkeep), are left out of {sum(count for _, count, _ in hidden)} of its shards "
+                f"(first: {display_url(catalogue.url(min(hidden)[0]))})"
             )
 
 
@@ -51,7 +56,7 @@ class _Rows:
 
 def _odd_rows(domain: str, total: int, found: Sequence[_Rows]) -> Iterator[str]:
     """Sentences about the rows of one domain, which has `total` of them."""
-    collapsed = [rows for rows in found if _is_collapsed(rows.kind)]
+    collapsed = [rows for rows in found if rows.kind.is_collapsed]
     if collapsed:
         count = sum(rows.count for rows in collapsed)
         yield (
@@ -79,5 +84,5 @@ def _place(catalogue: Catalogue, kind: RowKind, shard: int) -> str:
     return f"{key} of {display_url(catalogue.url(shard))}"
 
 
-def _is_collapsed(kind: RowKind) -> bool:
-    return any(name.startswith(COLLAPSED) for name in kind.extensions)
+def _is_odd(inventory: Inventory) -> bool:
+    return bool(inventory.hidden) or len(inventory.kinds) > 1 or inventory.kinds[0].is_collapsed

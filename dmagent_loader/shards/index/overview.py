@@ -15,16 +15,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dmagent_loader.shards.index.columns_file import read_columns, read_metadata, write_columns
-from dmagent_loader.shards.index.row_kinds import parse_kinds
+from dmagent_loader.shards.index.inventory import parse_inventory
 from dmagent_loader.shards.sources.local import ShardVersion
 
 SHARDS_OF_OVERVIEW = 1024
 """Small enough for memory, and a list that grows at its end keeps most of its overviews."""
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_COLUMNS = ("size", "rows", "kind", "hidden", "checksum", "sha256", "has_sha256")
-_TEXTS = ("tags", "changed")
+_COLUMNS = ("size", "rows", "checksum", "sha256", "has_sha256")
+_TEXTS = ("tags", "changed", "inventories")
 _UNKNOWN = -1
+_NOTHING = "[[]]"
+"""Inventory of an unknown shard."""
 MOST_COPIES = 8
 """Copies of a shard whose times are remembered, as of nodes that share a cache but not their disks."""
 
@@ -36,16 +38,14 @@ class KnownShard:
     Attributes:
         version: Version that was indexed.
         rows: Number of rows.
-        kinds: Kinds of its rows (`dmagent_loader.shards.index.row_kinds`).
-        hidden: Number of hidden files, which belong to no row.
+        inventory: Its inventory as text (`dmagent_loader.shards.index.inventory`).
         checksum: Checksum of its content, as bytes (`dmagent_loader.shards.index.shard_index.ShardIndex.checksum`).
         sha256: Hex sha256 of the whole file; None if it was not computed.
     """
 
     version: ShardVersion
     rows: int
-    kinds: str
-    hidden: int
+    inventory: str
     checksum: bytes
     sha256: str | None
 
@@ -64,14 +64,12 @@ class Overview:
         self.is_changed = False
         self._size = np.zeros(num_shards, np.int64)
         self._rows = np.full(num_shards, _UNKNOWN, np.int64)
-        self._kind = np.zeros(num_shards, np.int64)
-        self._hidden = np.zeros(num_shards, np.int64)
         self._checksum = np.zeros((num_shards, _DIGEST_BYTES), np.uint8)
         self._sha256 = np.zeros((num_shards, _DIGEST_BYTES), np.uint8)
         self._has_sha256 = np.zeros(num_shards, np.uint8)
         self._tags = [""] * num_shards
         self._changed = [""] * num_shards
-        self._kinds: list[str] = []
+        self._inventories = [_NOTHING] * num_shards
         self._copies: dict[str, list[list[str]]] = {}
         """Tag and change time of other copies of the same content, by position."""
 
@@ -87,8 +85,7 @@ class Overview:
         return KnownShard(
             version=version,
             rows=rows,
-            kinds=self._kinds[self._kind.item(position)],
-            hidden=self._hidden.item(position),
+            inventory=self._inventories[position],
             checksum=self._checksum[position].tobytes(),
             sha256=self._sha256[position].tobytes().hex() if self._has_sha256[position] else None,
         )
@@ -97,12 +94,9 @@ class Overview:
         """Sets the shard at a position of the list."""
         version = shard.version
         self._remember_copy(position, shard)
-        if shard.kinds not in self._kinds:
-            self._kinds.append(shard.kinds)
-        self._kind[position], self._hidden[position] = self._kinds.index(shard.kinds), shard.hidden
         self._size[position], self._tags[position] = version.size, version.tag
         self._changed[position] = version.changed
-        self._rows[position] = shard.rows
+        self._rows[position], self._inventories[position] = shard.rows, shard.inventory
         self._checksum[position] = np.frombuffer(shard.checksum, np.uint8)
         self._has_sha256[position] = shard.sha256 is not None
         if shard.sha256 is not None:
@@ -123,7 +117,7 @@ class Overview:
     def to_bytes(self, format: str) -> bytes:
         """The file of this overview, marked with the format of the indexes."""
         columns = {name: getattr(self, f"_{name}") for name in _COLUMNS}
-        texts = {name: json.dumps(getattr(self, f"_{name}")) for name in (*_TEXTS, "kinds", "copies")}
+        texts = {name: json.dumps(getattr(self, f"_{name}")) for name in (*_TEXTS, "copies")}
         return write_columns(columns, {"format": format, **texts})
 
     @classmethod
@@ -148,13 +142,11 @@ class Overview:
             if (column.shape, column.dtype) != (expected.shape, expected.dtype):
                 raise ValueError(f"its column {name} is another one")
             setattr(overview, f"_{name}", column.copy())  # a copy is writable
-        if overview._rows.min(initial=0) < _UNKNOWN or overview._hidden.min(initial=0) < 0:
+        if overview._rows.min(initial=0) < _UNKNOWN:
             raise ValueError("its rows are fewer than none")
-        overview._kinds, overview._copies = json.loads(metadata["kinds"]), json.loads(metadata["copies"])
-        for text in overview._kinds:
-            parse_kinds(text)
-        if overview._kind.min(initial=0) < 0 or overview._kind.max(initial=0) >= max(1, len(overview._kinds)):
-            raise ValueError("it names kinds of rows that it does not list")
+        for text in set(overview._inventories):
+            parse_inventory(text)
+        overview._copies = json.loads(metadata["copies"])
         if not isinstance(overview._copies, dict):
             raise ValueError("its copies are none")
         return overview

@@ -11,7 +11,7 @@ import pytest
 
 from dmagent_loader.errors import ConfigurationError, ShardLayoutError
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.index.row_kinds import RowKind, describe_kinds, parse_kinds
+from dmagent_loader.shards.index.inventory import RowKind, inventory_text, parse_inventory
 from dmagent_loader.shards.index.shard_index import build_index
 from dmagent_loader.shards.sources.local import open_source
 
@@ -134,7 +134,7 @@ def test_hidden_files_are_left_out_and_counted(
 
 def kinds_of(path: Path) -> list[RowKind]:
     index = build_index(str(path), open_source(str(path)), path.stat().st_size)
-    return parse_kinds(describe_kinds(index))
+    return list(parse_inventory(inventory_text(index)).kinds)
 
 
 def test_kinds_of_rows(write_tar: WriteTar) -> None:

@@ -86,7 +86,7 @@ def test_a_known_shard_has_to_be_compared_with_a_manifest_that_came_later(pairs:
     index = index_of(pairs)
     version = ShardVersion(size=index.file_size, tag="1")
     known, compared = (
-        KnownShard(version=version, rows=index.num_rows, kinds='["txt"]', hidden=0, checksum=bytes(32), sha256=sha256)
+        KnownShard(version=version, rows=index.num_rows, inventory='[["txt"]]', checksum=bytes(32), sha256=sha256)
         for sha256 in (None, index.sha256)
     )
     assert is_verified(known, None)

@@ -1,7 +1,7 @@
-"""The kinds of rows of a shard: which extensions their members have, and how many rows have them.
+"""The inventory of a shard: the kinds of its rows, by the extensions of their members, and its hidden files.
 
-A start needs them for every shard, to name rows that are unlike all others. They are kept as a short text beside the
-facts of the shard, which most shards share.
+A start needs it for every shard, to name rows that are unlike all others. It is kept as a short text, which is the same
+for most shards of a domain.
 """
 
 from __future__ import annotations
@@ -37,16 +37,56 @@ class RowKind:
     rows: int | None = None
     key: str | None = None
 
+    @property
+    def is_collapsed(self) -> bool:
+        """Whether each row is made of a dozen members or more with one last suffix."""
+        return any(name.startswith(COLLAPSED) for name in self.extensions)
 
-def describe_kinds(index: ShardIndex) -> str:
-    """The kinds of rows of a shard as text: the most frequent ones, and at most `_LISTED_KINDS`."""
-    if not index.num_rows:
-        return "[]"
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """The contents of a shard.
+
+    Attributes:
+        kinds: The most frequent kinds of rows, at most `_LISTED_KINDS`.
+        hidden: Number of hidden files, which belong to no row.
+    """
+
+    kinds: tuple[RowKind, ...]
+    hidden: int
+
+
+def inventory_text(index: ShardIndex) -> str:
+    """The inventory of a shard as text."""
+    kinds = _kinds(index)
+    return json.dumps([kinds, index.hidden] if index.hidden else [kinds])
+
+
+def parse_inventory(text: str) -> Inventory:
+    """The inventory in a text of `inventory_text`.
+
+    Raises:
+        Exception: Of any kind, if it is no such text.
+    """
+    listed, *hidden = json.loads(text)
+    if listed and isinstance(listed[0], list):
+        kinds = [RowKind(extensions=tuple(names), rows=int(rows), key=str(key)) for names, rows, key in listed]
+    else:
+        kinds = [RowKind(extensions=tuple(listed))]
+    if not all(isinstance(name, str) for kind in kinds for name in kind.extensions):
+        raise ValueError("its extensions are no text")
+    return Inventory(kinds=tuple(kinds), hidden=int(hidden[0]) if hidden else 0)
+
+
+def _kinds(index: ShardIndex) -> list[str] | list[tuple[list[str], int, str]]:
+    """The extensions of all rows; where they differ, those of each kind, with the number and the first key of its rows."""
     first, extension, rows = index.row_first, index.extension, index.num_rows
+    if not rows:
+        return []
     in_row, more = divmod(index.num_members, rows)
     # No row has an extension twice, so a sequence that repeats after `in_row` members has rows of that length.
     if not more and bool((extension.reshape(rows, in_row) == extension[:in_row]).all()):
-        return json.dumps(_extensions(index, 0))
+        return _extensions(index, 0)
     # Rows are of one kind if they have the same set of extensions: equal sums of random numbers, one per extension.
     numbers = np.random.default_rng(0).integers(1 << 63, size=len(index.extensions), dtype=np.uint64)
     sums = np.add.reduceat(numbers[extension], first[:-1])
@@ -54,27 +94,14 @@ def describe_kinds(index: ShardIndex) -> str:
     kinds: dict[tuple[str, ...], list[int]] = {}
     for position in np.lexsort((where, -counts)).tolist():
         row, count = int(where[position]), int(counts[position])
-        name = tuple(_extensions(index, row))
-        if name in kinds:
-            kinds[name][0] += count
-            kinds[name][1] = min(row, kinds[name][1])
+        names = tuple(_extensions(index, row))
+        if names in kinds:
+            kinds[names] = [kinds[names][0] + count, min(row, kinds[names][1])]
         elif len(kinds) < _LISTED_KINDS:
-            kinds[name] = [count, row]
+            kinds[names] = [count, row]
     if len(kinds) == 1:
-        return json.dumps(*kinds)
-    return json.dumps([[list(name), count, index.key(row)[:_SHOWN]] for name, (count, row) in kinds.items()])
-
-
-def parse_kinds(text: str) -> list[RowKind]:
-    """The kinds in a text of `describe_kinds`.
-
-    Raises:
-        Exception: Of any kind, if it is no such text.
-    """
-    values = json.loads(text)
-    if values and isinstance(values[0], list):
-        return [RowKind(extensions=tuple(names), rows=int(rows), key=str(key)) for names, rows, key in values]
-    return [RowKind(extensions=tuple(values))]
+        return list(*kinds)
+    return [(list(names), count, index.key(row)[:_SHOWN]) for names, (count, row) in kinds.items()]
 
 
 def _extensions(index: ShardIndex, row: int) -> list[str]:
