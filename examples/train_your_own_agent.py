@@ -9,7 +9,7 @@ field to keep first. Run it again to continue after a break.
 
 With --small it takes minutes and makes an agent that only shows that everything works; without, it makes 384
 trajectories: about an hour on two cores with --workers 2. `dmagent train-agent` does the same from the command line. To
-train an agent on a recorded set, without any text:
+train an agent on a recorded set, without any text (`recorded-math` needs a checkout; elsewhere pass a file):
 
     dmagent train-agent cql --recorded recorded-math --output runs/again
 """

@@ -1,7 +1,7 @@
 """The card of a recorded set: its arrays, its collection, and tables of its trajectories and their feedback.
 
     python -m benchmarks.agent.record_card --recorded recorded-math --notes docs/agent-data.md \
-        --output agent_checkpoints/recorded-math/README.md
+        --output training_record/recorded-math/README.md
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.agent.trial_tables import markdown
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.cards import fact_table, record_rows
 from dmagent_loader.training.record import FeedbackRecord
-from dmagent_loader.training.stages import bundled_record
+from dmagent_loader.training.stages import find_record
 
 
 def record_card(record: FeedbackRecord, notes: str) -> str:
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--notes", type=Path, required=True, help="Markdown sections: the text and its licences")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    record = FeedbackRecord.load(bundled_record(args.recorded))
+    record = FeedbackRecord.load(find_record(args.recorded))
     args.output.write_text(record_card(record, args.notes.read_text(encoding="utf-8")), encoding="utf-8")
 
 

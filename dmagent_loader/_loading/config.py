@@ -10,6 +10,7 @@ from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.row_order import DEFAULT_WINDOW
 from dmagent_loader.mixture.sharding import StreamKind
+from dmagent_loader.shards.tar import KeyEnd
 
 OnDamage = Literal["raise", "skip"]
 DEFAULT_PREFETCH_FACTOR = 2
@@ -31,6 +32,8 @@ class ReadingConfig:
             more for files on a slow network mount.
         num_rows: Rows requested from the threads at a time; one such block is read while another is delivered.
         on_damage: ``"raise"`` refuses damaged shards; ``"skip"`` uses their whole rows and logs the loss.
+        key_ends_at: The dot of a file name in a shard at which the key of its row ends. ``"first-dot"`` is webdataset's
+            rule; ``"last-dot"`` is for base names with dots in them, such as ``arxiv.2101.00000.txt``.
         cache_dir: Folder of the shard indexes; None: ``$DMAGENT_CACHE_DIR``, else ``~/.cache/dmagent_loader``.
         progress: Whether to show a progress bar while shards are indexed.
 
@@ -44,6 +47,7 @@ class ReadingConfig:
     num_threads: int | None = None
     num_rows: int = 512
     on_damage: OnDamage = "raise"
+    key_ends_at: KeyEnd = "first-dot"
     cache_dir: str | os.PathLike[str] | None = None
     progress: bool = True
 
@@ -57,6 +61,10 @@ class ReadingConfig:
             whole_number("num_threads", self.num_threads, least=0)
         if self.on_damage not in get_args(OnDamage):
             raise ConfigurationError(f"on_damage is {shown(self.on_damage)}; choose one of {list(get_args(OnDamage))}")
+        if self.key_ends_at not in get_args(KeyEnd):
+            raise ConfigurationError(
+                f"key_ends_at is {shown(self.key_ends_at)}; choose one of {list(get_args(KeyEnd))}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ def _open(shards: Mapping[str, str | Sequence[str]], reading: ReadingConfig) -> 
     return ShardCollection.open(
         shards,
         on_damage=reading.on_damage,
+        key_ends_at=reading.key_ends_at,
         cache_dir=reading.cache_dir,
         progress=reading.progress and distributed.get_rank() == 0,
     )

@@ -32,20 +32,26 @@ CARD_FILE = "README.md"
 MAX_HEADER_BYTES = 1 << 20
 """Size limit of config.json and of the header of the weights; both are a few kilobytes."""
 
+RECORD_FOLDER = "training_record"
+"""Folder of the repository, not installed, with what the bundled agent was trained on and compared with."""
+
+IN_REPOSITORY = ("dmagent-sft", "recorded-math")
+"""The names in `RECORD_FOLDER` that load in a checkout."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def bundled_roots() -> list[Path]:
-    """Folders of the bundled checkpoints: inside an installed package, beside the package in a checkout."""
+    """Folders with checkpoints and recorded sets that have names: in the package, or, in a checkout, beside it."""
     package = Path(__file__).resolve().parents[1]
     roots = [package / "agent_checkpoints"]
     if (package.parent / "setup.cfg").is_file():
-        roots.append(package.parent / "agent_checkpoints")
+        roots += [package.parent / "agent_checkpoints", package.parent / RECORD_FOLDER]
     return roots
 
 
 def list_bundled() -> dict[str, Path]:
-    """The checkpoints that come with the package, as name -> directory."""
+    """The checkpoints that come with the package, as name -> directory; in a checkout, those of the repository too."""
     found: dict[str, Path] = {}
     for root in bundled_roots():
         for config in sorted(root.glob(f"*/{CONFIG_FILE}")):
@@ -75,7 +81,17 @@ def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None
         return _download(name, revision)
     raise CheckpointError(
         f"no agent checkpoint {name!r}: it is neither bundled ({', '.join(bundled) or 'none are'}), nor a directory, "
-        "nor a Hub id like 'org/name'"
+        f"nor a Hub id like 'org/name'{only_in_repository(name)}"
+    )
+
+
+def only_in_repository(name: str) -> str:
+    """The end of an error message about a name that is not found: where it is, if it is not installed."""
+    if name not in IN_REPOSITORY:
+        return ""
+    return (
+        f"; {name!r} is not part of the installed package: run this in a checkout of the repository after "
+        f"'pip install -e .', or pass the path of {RECORD_FOLDER}/{name} there"
     )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import get_args
 
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+from dmagent_loader.shards.tar import KeyEnd
 from dmagent_loader.shards.writing.documents import domain_name
 from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
 
@@ -74,6 +76,12 @@ def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SHARDS",
         help="a manifest.json or its folder, NAME=PATTERN, or a path, brace pattern, glob or URL",
     )
+    parser.add_argument(
+        "--key-ends-at",
+        choices=get_args(KeyEnd),
+        default="first-dot",
+        help="the dot of a file name at which the key of its row ends (default: %(default)s)",
+    )
     parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=index)
@@ -122,7 +130,12 @@ def index(args: argparse.Namespace) -> int:
         else:
             shards.setdefault("(shards)", []).append(argument)
     collection = ShardCollection.open(
-        shards, on_damage="skip", cache_dir=args.cache_dir, progress=not args.no_progress, manifests=manifests
+        shards,
+        on_damage="skip",
+        key_ends_at=args.key_ends_at,
+        cache_dir=args.cache_dir,
+        progress=not args.no_progress,
+        manifests=manifests,
     )
     print(collection.describe())
     for damage in collection.damage:

@@ -49,7 +49,9 @@ def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.Argu
         )
         if stage in ("sft", "cql"):
             command.add_argument(
-                "--recorded", help="a recorded set to train on instead of collecting one: a file, or 'recorded-math'"
+                "--recorded",
+                help="a recorded set to train on instead of collecting one: a file, or in a checkout of the repository "
+                "'recorded-math'",
             )
         if stage != "trajectories":
             _add_worker_arguments(command)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,13 @@ from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
 from dmagent_loader.shards.index.catalogue import Catalogue
+from dmagent_loader.shards.index.oddities import oddities
 from dmagent_loader.shards.manifest import Manifest, Manifests
 from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
 from dmagent_loader.shards.sources.urls import base_name, display_url, expand_shards, is_local
 from dmagent_loader.shards.table import ChangedRow, RowTable
-from dmagent_loader.shards.tar import ShardDamage
+from dmagent_loader.shards.tar import KeyEnd, ShardDamage
 
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 OnDamage = Literal["raise", "skip"]
@@ -95,6 +96,7 @@ class ShardCollection:
         cache_dir: str | os.PathLike[str] | None = None,
         progress: bool = True,
         verify: bool = True,
+        key_ends_at: KeyEnd = "first-dot",
         max_open_files: int = MAX_OPEN_FILES,
         manifests: Iterable[Manifest] = (),
     ) -> ShardCollection:
@@ -106,6 +108,8 @@ class ShardCollection:
             cache_dir: Folder for indexes; None: ``$DMAGENT_CACHE_DIR``, or else ``~/.cache/dmagent_loader``.
             progress: Show a progress bar while shards are indexed.
             verify: Compare every row with its checksum when it is read (about 0.5 us per KB).
+            key_ends_at: The dot of a file name at which the key of its row ends. ``"first-dot"`` is webdataset's rule;
+                ``"last-dot"`` is for base names with dots in them, such as ``arxiv.2101.00000.txt``.
             max_open_files: Largest number of open files in each process.
             manifests: Manifests of remote shards that `shards` lists without being a `Manifest` itself, for example
                 because it was put together from several. Local shards are compared with the manifest above them anyway.
@@ -115,21 +119,25 @@ class ShardCollection:
             EmptyShardError: A domain has no rows.
             DamagedShardError: A shard is damaged, and `on_damage` is ``"raise"``.
             ShardLayoutError: The samples of a shard cannot be read by position.
-            ConfigurationError: There are no domains, a domain lists a shard twice or a shell pipe, or `on_damage` is
-                neither of the two.
+            ConfigurationError: There are no domains, a domain lists a shard twice or a shell pipe, or `on_damage` or
+                `key_ends_at` has another value.
         """
         if on_damage not in ("raise", "skip"):
             raise ConfigurationError(f"on_damage={on_damage!r}: it is 'raise' or 'skip'")
+        if key_ends_at not in get_args(KeyEnd):
+            raise ConfigurationError(f"key_ends_at={key_ends_at!r}: it is 'first-dot' or 'last-dot'")
         if not shards:
             raise ConfigurationError("no domains: pass a mapping from domain name to shards")
         urls = ((domain, expand_shards(domain, patterns)) for domain, patterns in shards.items())
-        cache = IndexCache(Path(cache_dir) if cache_dir is not None else default_cache_dir())
+        cache = IndexCache(Path(cache_dir) if cache_dir is not None else default_cache_dir(), key_ends_at)
         given = (*manifests, shards) if isinstance(shards, Manifest) else tuple(manifests)
         catalogue = Catalogue(urls, cache, Manifests(given), progress)
         collection = cls(catalogue, verify=verify, max_open_files=max_open_files)
         collection._check_damage(on_damage)
         collection._check_emptiness()
         collection._check_copies()
+        for oddity in oddities(catalogue):
+            logger.warning("%s", oddity)
         return collection
 
     @property
@@ -183,16 +191,15 @@ class ShardCollection:
         try:
             return table.read(self._sources.get(number), row, self._verify)
         except ChangedRow as change:
-            remedy = "give it a new modification time (touch)"
             if not is_local(self._catalogue.url(number)):
-                remedy = f"remove its cached index {self._catalogue.cached_index(number)}"
                 # The bytes may have changed in transit: read them once more.
                 with contextlib.suppress(ChangedRow):
                     return table.read(self._sources.get(number), row, self._verify)
+            self._catalogue.forget_overview(number)
             raise DamagedShardError(
                 f"row {row} (key {table.key(row)!r}) of shard {self._display(number)} changed since it was indexed "
                 f"({change}): the file was overwritten or its disk is failing; restore it, or, if it was replaced on "
-                f"purpose, {remedy} and open the shards again"
+                f"purpose, remove its cached index {self._catalogue.cached_index(number)} and open the shards again"
             ) from None
 
     def read_equal(

@@ -21,7 +21,7 @@ from dmagent_loader._validation import read_regular, without_repeats
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
 from dmagent_loader.shards import forks
 from dmagent_loader.shards.sources.local import open_source, shard_version
-from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
+from dmagent_loader.shards.sources.urls import display_url, is_local, local_path, without_signature
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
@@ -149,10 +149,11 @@ class Manifests:
     def record(self, url: str) -> ShardRecord | None:
         """The record of a shard as it was written; None if no manifest has one."""
         if not is_local(url):
+            name = without_signature(url)
             records = (
-                manifest.record(url.removeprefix(folder))
+                manifest.record(name.removeprefix(folder))
                 for folder, manifest in self._remote.items()
-                if url.startswith(folder)
+                if name.startswith(folder)
             )
             return next((record for record in records if record is not None), None)
         root, *names = _absolute(local_path(url)).rsplit(os.sep, _FOLDERS_ABOVE_SHARDS + 1)

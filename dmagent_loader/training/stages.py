@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dmagent_loader._files import write_atomically
 from dmagent_loader.agent import AgentConfig, MixingAgent
-from dmagent_loader.agent.checkpoint import bundled_roots
+from dmagent_loader.agent.checkpoint import bundled_roots, only_in_repository
 from dmagent_loader.agent.critic import save_critics
 from dmagent_loader.environment.questions import read_questions
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError, StateError
@@ -146,21 +146,22 @@ def with_settings(config: T, values: Mapping[str, Any]) -> T:
     return dataclasses.replace(config, **changes)
 
 
-def bundled_record(name_or_path: str | Path) -> Path:
-    """File of a recorded set, from its path or from the name of a set that comes with the package.
+def find_record(name_or_path: str | Path) -> Path:
+    """File of a recorded set, from the path of the file or its folder, or from the name of a set of the repository.
 
     Raises:
-        StateError: There is neither a file nor a bundled set of that name.
+        StateError: There is neither a file nor a set of that name.
     """
-    if Path(name_or_path).is_file():
-        return Path(name_or_path)
-    bundled = {path.parent.name: path for root in bundled_roots() for path in root.glob(f"*/{RECORDED}")}
-    if str(name_or_path) not in bundled:
+    for path in (Path(name_or_path), Path(name_or_path) / RECORDED):
+        if path.is_file():
+            return path
+    named = {path.parent.name: path for root in bundled_roots() for path in root.glob(f"*/{RECORDED}")}
+    if str(name_or_path) not in named:
         raise StateError(
-            f"there is no recorded set {str(name_or_path)!r}: give a file, or the name of a bundled one "
-            f"({', '.join(sorted(bundled)) or 'there are none'})"
+            f"there is no recorded set {str(name_or_path)!r}: give a file, or one of the names that are known here "
+            f"({', '.join(sorted(named)) or 'none'}){only_in_repository(str(name_or_path))}"
         )
-    return bundled[str(name_or_path)]
+    return named[str(name_or_path)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +173,7 @@ class Pipeline:
         output: Folder for the results of all stages.
         data: Folder with ``source/<Topic>.jsonl(.gz)``, the target folder and the question files; None: only the stages
             whose inputs are already in `output` can run.
-        recorded: A recorded set to train on instead of collecting one: a file, or the name of a bundled one.
+        recorded: A recorded set to train on instead of collecting one: see `find_record`.
         notes: Description of the text and its licences for the model cards: Markdown sections.
         workers: Number and place of the workers that collect the feedback.
         device: Device of the proxies, see `ProxyTrainer`.
@@ -251,7 +252,7 @@ class Pipeline:
             ShardNotFoundError, StateError: See `corpus`.
         """
         if self.recorded is not None:
-            return FeedbackRecord.load(bundled_record(self.recorded))
+            return FeedbackRecord.load(find_record(self.recorded))
         path = self.output / RECORDED
         if path.exists():
             record = FeedbackRecord.load(path)

@@ -13,11 +13,14 @@ PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/fuzz/README.md")),
     *sorted((REPOSITORY / "docs").rglob("*.md")),
     *sorted((REPOSITORY / "agent_checkpoints").rglob("README.md")),
+    *sorted((REPOSITORY / "training_record").rglob("README.md")),
 ]
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 _FENCE = re.compile(r"^[ ]*```.*?^[ ]*```[ ]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"')
-_PATH = re.compile(r"(?<![\w./-])(?:tests|benchmarks|examples|dmagent_loader|docs|agent_checkpoints)/[\w./-]*[\w/]")
+_PATH = re.compile(
+    r"(?<![\w./-])(?:tests|benchmarks|examples|dmagent_loader|docs|agent_checkpoints|training_record)/[\w./-]*[\w/]"
+)
 _MODULE = re.compile(r"python -m (benchmarks(?:\.\w+)+)")
 _DOTTED = re.compile(r"`(dmagent_loader(?:\.\w+)+)`")
 

@@ -22,6 +22,7 @@ from dmagent_loader.shards import Decoder, RawSample, decode, load_manifest
 from dmagent_loader.shards.decode import decode_npy
 from dmagent_loader.shards.index.cache import IndexCache, parse_entry
 from dmagent_loader.shards.index.columns_file import checksum_of
+from dmagent_loader.shards.index.inventory import parse_inventory
 from dmagent_loader.shards.index.overview import KnownShard, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex, build_index
 from dmagent_loader.shards.manifest import DomainRecord, ShardRecord, manifest_text
@@ -143,6 +144,7 @@ def check_overview(data: bytes) -> None:
         assert again.find(place, version) == known
         if known is not None:
             assert known.rows >= 0
+            parse_inventory(known.inventory)
             assert len(known.checksum) == 32
             assert known.sha256 is None or len(known.sha256) == 64
 
@@ -236,7 +238,11 @@ def _overview() -> bytes:
     for place, tag in enumerate(_OVERVIEW_TAGS[:2]):
         version = ShardVersion(size=10240, tag=tag)
         sha256 = "ab" * 32 if place else None
-        overview.add(place, KnownShard(version=version, rows=place, checksum=bytes(range(32)), sha256=sha256))
+        inventory = '[[[["json", "txt"], 2, "a"], [["txt"], 1, "b"]], 3]' if place else '[["txt"]]'
+        overview.add(
+            place,
+            KnownShard(version=version, rows=place, inventory=inventory, checksum=bytes(range(32)), sha256=sha256),
+        )
     return overview.to_bytes("1")
 
 

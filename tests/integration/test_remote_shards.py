@@ -50,6 +50,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.failures_left = 0
         self.ignore_ranges = False
         self.sends_times = True
+        self.signature: str | None = None
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/{name}"
@@ -66,8 +67,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body: bool) -> None:
-        name = self.path.lstrip("/").partition("?")[0]
+        name, _, query = self.path.lstrip("/").partition("?")
         data = self.server.files.get(name)
+        if self.server.signature is not None and f"X-Amz-Signature={self.server.signature}" not in query.split("&"):
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if data is None:
             self.send_response(404)
             self.send_header("Content-Length", "0")
@@ -171,8 +177,6 @@ def test_the_remedy_for_other_rows_under_the_same_etag_works(server: Server) -> 
     found = re.search(r"cached index (\S+)", str(error.value))
     assert found is not None
     Path(found[1]).unlink()
-    with pytest.raises(DamagedShardError, match="was replaced since it was opened"):
-        ShardCollection.open(shards, progress=False).read(0, 0, 0)
     assert texts_of(ShardCollection.open(shards, progress=False)) == ["new1", "new2"]
 
 
@@ -194,6 +198,76 @@ def test_a_remote_shard_that_changes_while_it_is_used_is_found(server: Server) -
     server.files["a.tar"] = tar_bytes(["new1", "new2"])
     with pytest.raises(DamagedShardError, match="changed since it was indexed"):
         collection.read(0, 0, 0)
+
+
+def signed(server: Server, name: str, signature: str) -> str:
+    return f"{server.url(name)}?X-Amz-Expires=60&X-Amz-Signature={signature}"
+
+
+def test_a_new_signature_does_not_index_again(server: Server, tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        server.files[name], server.etags[name] = tar_bytes([f"{name} {text}" for text in TEXTS]), f'"{name}"'
+    opened = []
+    for server.signature in ("monday", "tuesday", "wednesday"):
+        shards = {"source/a": [signed(server, name, server.signature) for name in ("a.tar", "b.tar")]}
+        opened.append(ShardCollection.open(shards, progress=False))
+        sent, server.bytes_sent = server.bytes_sent, 0
+        assert sent == 0 or server.signature == "monday", "the shards were read through again"
+        assert texts_of(opened[-1], shard=1)[0] == f"b.tar {TEXTS[0]}"
+        server.bytes_sent = 0
+    assert len({collection.fingerprint for collection in opened}) == 1
+    assert len(list((tmp_path / "cache" / "index").iterdir())) == 2
+    server.files["a.tar"], server.etags["a.tar"] = tar_bytes(["new"]), '"2"'
+    shards = {"source/a": [signed(server, "a.tar", "wednesday")]}
+    assert texts_of(ShardCollection.open(shards, progress=False)) == ["new"]
+
+
+def test_two_signatures_of_one_shard_are_the_same_shard(server: Server) -> None:
+    urls = [signed(server, "a.tar", signature) for signature in ("monday", "tuesday")]
+    with pytest.raises(ConfigurationError, match="twice"):
+        ShardCollection.open({"source/a": urls}, progress=False)
+
+
+def test_new_signed_urls_reach_a_running_job(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signature expires while rows are read; a file takes the newer URLs, whenever it is written."""
+    server.files["a.tar"], server.signature = tar_bytes(TEXTS), "monday"
+    shards = {"source/a": signed(server, "a.tar", "monday")}
+    collection = ShardCollection.open(shards, progress=False)
+    server.signature = "tuesday"
+    with pytest.raises(ShardError, match=r"may not be read.*signature has expired.*DMAGENT_SIGNED_URLS"):
+        collection.read(0, 0, 0)
+    renewed = tmp_path / "urls.txt"
+    monkeypatch.setenv("DMAGENT_SIGNED_URLS", str(renewed))
+    with pytest.raises(ShardError, match="may not be read"):
+        collection.read(0, 0, 0)
+    for server.signature in ("tuesday", "wednesday"):
+        lines = [signed(server, name, server.signature) for name in ("other.tar", "a.tar")]
+        renewed.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with ThreadPoolExecutor(4) as threads:
+            rows = list(threads.map(lambda row: bytes(collection.read(0, 0, row).members["txt"]), range(len(TEXTS))))
+        assert [row.decode() for row in rows] == TEXTS
+    assert texts_of(ShardCollection.open(shards, progress=False)) == TEXTS, "the listed URL has long expired"
+    monkeypatch.setenv("DMAGENT_SIGNED_URLS", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="which cannot be read"):
+        ShardCollection.open({"source/a": signed(server, "a.tar", "monday")}, progress=False)
+
+
+def read_first_row(collection: ShardCollection, results: multiprocessing.Queue[str]) -> None:
+    results.put(bytes(collection.read(0, 0, 0).members["txt"]).decode())
+
+
+def test_new_signed_urls_reach_data_workers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.files["a.tar"], server.signature = tar_bytes(TEXTS), "monday"
+    collection = ShardCollection.open({"source/a": signed(server, "a.tar", "monday")}, progress=False)
+    monkeypatch.setenv("DMAGENT_SIGNED_URLS", str(tmp_path / "urls.txt"))
+    server.signature = "tuesday"
+    (tmp_path / "urls.txt").write_text(signed(server, "a.tar", "tuesday"), encoding="utf-8")
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    worker = context.Process(target=read_first_row, args=(collection, results))
+    worker.start()
+    assert results.get(timeout=60) == TEXTS[0]
+    worker.join()
 
 
 def test_dropped_connections_are_tried_again(server: Server) -> None:

@@ -69,8 +69,10 @@ def test_rows_come_back_by_position_in_any_order_and_as_webdataset_groups_them(
 @settings(max_examples=300, deadline=None)
 @given(name=st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.text("ab./_\n", max_size=12))
 def test_names_are_split_as_webdataset_splits_them(name: str) -> None:
+    """Except hidden files, which webdataset takes for members of a row that is named after their folder."""
     key, extension = base_plus_ext(name)
-    skipped = key is None or re.match(r"__[^/]*__($|/)", name)
+    is_hidden = name.rpartition("/")[2].startswith(".")
+    skipped = key is None or is_hidden or re.match(r"__[^/]*__($|/)", name)
     expected = None if skipped else (key.encode(), extension.lower().encode())
     assert split_name(name.encode()) == expected
 

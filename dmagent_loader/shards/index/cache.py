@@ -1,9 +1,11 @@
 """Indexes on disk, so that every shard is read through only once.
 
-There is one file per shard (`dmagent_loader.shards.index.columns_file`), named by the hash of its URL and valid for one
-size and one modification time or etag. The index of a replaced shard overwrites that of the earlier one, unless both
-have the same modification time: then the shard was damaged. A file that is damaged in any way is built again. Overviews
-of many shards lie beside the indexes (`dmagent_loader.shards.index.overview`).
+There is one file per shard (`dmagent_loader.shards.index.columns_file`), named by the hash of its path, or of its URL
+without signature. It is valid for one content: one size, and the modification times or etags of the copies that were
+read through, of which nodes with disks of their own may have several. The index of a replaced shard overwrites that of
+the earlier one, unless both have the same modification time and some of the same rows: then the shard was damaged. A
+file that is damaged in any way is built again. Overviews of many shards lie beside the indexes
+(`dmagent_loader.shards.index.overview`).
 """
 
 from __future__ import annotations
@@ -18,40 +20,53 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from dmagent_loader._files import remove_leftovers, write_atomically
 from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.shards.index.columns_file import read_columns, read_metadata, write_columns
 from dmagent_loader.shards.index.lock import exclusive
-from dmagent_loader.shards.index.overview import Overview
+from dmagent_loader.shards.index.overview import MOST_COPIES, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex, build_index
 from dmagent_loader.shards.index.verify import verified, with_content, without_new_rows
 from dmagent_loader.shards.manifest import ShardRecord
+from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import ShardVersion, open_source, shard_version
-from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
-from dmagent_loader.shards.tar import ShardDamage, padded
+from dmagent_loader.shards.sources.urls import display_url, is_local, local_path, without_signature
+from dmagent_loader.shards.tar import KeyEnd, ShardDamage, padded
 
 CACHE_VARIABLE = "DMAGENT_CACHE_DIR"
-_FORMAT = "4"
+_FORMAT = "5"
 """Raised whenever the same shard would get another index."""
 _COLUMNS = ("offset", "size", "extension", "row_first", "row_crc", "keys", "key_end")
 _PATIENCE_SECONDS = 60.0
 _SLOWEST_BYTES_PER_SECOND = 10 << 20
 """Rate at which another process is expected to index a shard."""
-_NO_TIME_NS = 86_400 * 10**9
-"""A modification time on the first day of 1970 means that the file has none, as in read-only images, content-addressed
-stores and some network mounts."""
+_SAMPLED_ROWS, _LARGEST_SAMPLED_BYTES = 8, 1 << 20
+"""Rows that are compared where a file may have been replaced by one of the same size and time."""
 _MAX_PADDING_BYTES = 1 << 20
 """Padding of a tar with the largest blocking factor in use."""
 
 logger = logging.getLogger(__name__)
+_NOWHERE = Path(os.devnull) / "dmagent_loader"
 _warned: set[str] = set()
 """Folders whose users were warned in this process that they cannot be written to."""
 
 
 def default_cache_dir() -> Path:
-    """``$DMAGENT_CACHE_DIR``, or else ``~/.cache/dmagent_loader``."""
-    configured = os.environ.get(CACHE_VARIABLE)
-    return Path(configured).expanduser() if configured else Path("~/.cache/dmagent_loader").expanduser()
+    """``$DMAGENT_CACHE_DIR``, or else ``~/.cache/dmagent_loader``; where there is no home, a folder that cannot be."""
+    try:
+        return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/dmagent_loader").expanduser()
+    except RuntimeError:
+        if str(_NOWHERE) not in _warned:
+            _warned.add(str(_NOWHERE))
+            logger.warning(
+                "there is no home folder for the index cache (HOME is not set, and user %d has no passwd entry): "
+                "shards are indexed again at every start; set %s or cache_dir to a folder that can be written",
+                os.getuid(),
+                CACHE_VARIABLE,
+            )
+        return _NOWHERE
 
 
 class IndexCache:
@@ -60,15 +75,19 @@ class IndexCache:
     Args:
         folder: Created at the first write. If it cannot be written to, a warning says so, and shards are indexed again
             at every start.
+        key_ends_at: The dot of a name at which the key of its sample ends. Indexes of either kind lie side by side.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key_ends_at: KeyEnd = "first-dot") -> None:
         self._folder = folder.absolute()
+        self.key_ends_at = key_ends_at
+        self._suffix = b"" if key_ends_at == "first-dot" else b"\0" + key_ends_at.encode()
 
     def entry(self, url: str) -> Path:
         """The file for the index of a shard."""
-        identity = os.path.realpath(local_path(url)) if is_local(url) else url
-        return self._folder / "index" / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()}.safetensors"
+        identity = os.path.realpath(local_path(url)) if is_local(url) else without_signature(url)
+        digest = hashlib.sha256(os.fsencode(identity) + self._suffix).hexdigest()
+        return self._folder / "index" / f"{digest}.safetensors"
 
     def load(self, url: str, version: ShardVersion, record: ShardRecord | None) -> ShardIndex | None:
         """The index of this version of a shard, compared with the manifest; None if no usable one is cached.
@@ -88,12 +107,12 @@ class IndexCache:
             if index is None or (index.sha256 is None and record is not None):
                 return None  # the second: the manifest came after the index
             index = verified(url, index, record)
-            is_same = read_metadata(data)["changed"] == version.changed and version.is_sure
+            is_same = [version.tag, version.changed] in json.loads(read_metadata(data)["copies"]) and version.is_sure
             if index.damage:
                 # Users are told to restore a damaged shard, which may also restore its times; for a remote shard, that
                 # would go unnoticed.
                 return index if is_same and version.changed else None
-            return index if is_same or _ends_as_indexed(url, index) else None
+            return index if is_same or _looks_as_indexed(url, index) else None
         except Exception as error:  # of any kind: the index is built again
             logger.warning(
                 "the cached index %s of %s is not usable (%s): building it again", path, display_url(url), error
@@ -114,31 +133,43 @@ class IndexCache:
             return None
         return None if index is None else with_content(index, checksum)
 
-    def of_another_size(self, url: str, version: ShardVersion) -> ShardIndex | None:
-        """The index of an intact local shard that had another size at the same modification time; None otherwise."""
-        if not is_local(url) or int(version.tag) < _NO_TIME_NS:
+    def of_the_same_time(self, url: str, version: ShardVersion) -> ShardIndex | None:
+        """The index of an intact local shard, of whatever size, with this modification time; None if there is none."""
+        if not is_local(url) or not version.is_sure:
             return None
         try:
             data = self.entry(url).read_bytes()
-            size, _ = json.loads(read_metadata(data)["version"])
-            index = parse_entry(url, data, replace(version, size=size))
+            index = parse_entry(url, data, replace(version, size=int(read_metadata(data)["size"])))
         except Exception:  # of any kind: the index is built again
             return None
-        return None if index is None or index.damage or index.file_size == version.size else index
+        return None if index is None or index.damage else index
 
     def save(self, url: str, version: ShardVersion, index: ShardIndex) -> bool:
         """Writes an index atomically; False if the cache cannot be written to."""
         metadata = {
             "format": _FORMAT,
             "shard": ascii(display_url(url)),
-            "version": json.dumps([version.size, version.tag]),
-            "changed": version.changed,
+            "size": str(version.size),
+            "copies": json.dumps([[version.tag, version.changed], *self._copies(url, version, index)]),
             "extensions": json.dumps(index.extensions),
+            "hidden": str(index.hidden),
             "checksum": index.checksum,
             "sha256": index.sha256 or "",
             "damage": json.dumps([asdict(damage) for damage in index.damage]),
         }
         return self._write(self.entry(url), write_columns({name: getattr(index, name) for name in _COLUMNS}, metadata))
+
+    def _copies(self, url: str, version: ShardVersion, index: ShardIndex) -> list[list[str]]:
+        """Tag and change time of other copies of a shard, with the same bytes at the same places."""
+        try:
+            data = self.entry(url).read_bytes()
+            before = parse_entry(url, data, None)
+            copies = json.loads(read_metadata(data)["copies"])
+        except Exception:  # of any kind: there are none
+            return []
+        if before is None or not _are_equal(before, index):
+            return []
+        return [copy for copy in copies if copy != [version.tag, version.changed]][:MOST_COPIES]
 
     def load_overview(self, urls: Iterable[str], num_shards: int) -> Overview:
         """The overview of a list of shards; empty if no usable one is cached."""
@@ -168,7 +199,8 @@ class IndexCache:
     def _overview(self, urls: Iterable[str]) -> Path:
         digest = hashlib.sha256()
         for url in urls:
-            digest.update(os.fsencode(url) + b"\0")
+            digest.update(os.fsencode(url if is_local(url) else without_signature(url)) + b"\0")
+        digest.update(self._suffix)
         return self._folder / "overview" / f"{digest.hexdigest()}.safetensors"
 
     def _write(self, path: Path, data: bytes) -> bool:
@@ -224,7 +256,13 @@ def build_and_cache(
             advance(version.size)
             return index, True
         index = build_index(
-            url, open_source(url), version.size, advance=advance, stop=stop, with_sha256=record is not None
+            url,
+            open_source(url),
+            version.size,
+            advance=advance,
+            stop=stop,
+            with_sha256=record is not None,
+            key_ends_at=cache.key_ends_at,
         )
         now = shard_version(url)
         if now != version:
@@ -232,10 +270,11 @@ def build_and_cache(
                 f"shard {display_url(url)} changed while it was indexed ({version.size} bytes before, {now.size} "
                 "after, or another time or etag): open the shards when nobody writes them any more"
             )
-        before = None if record is not None or index.damage else cache.of_another_size(url, version)
-        if before is not None:
+        before = None if record is not None or index.damage else cache.of_the_same_time(url, version)
+        lossy = None if before is None else without_new_rows(url, index, before, cache.entry(url))
+        if lossy is not None:
             # The index of the intact shard stays in the cache: the next start needs it, and so does the restored shard.
-            return without_new_rows(url, index, before), False
+            return lossy, False
         saved = cache.save(url, version, index)
         return verified(url, index, record), saved
 
@@ -252,15 +291,18 @@ def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardInd
         Exception: Of any kind, if the file is damaged.
     """
     metadata = read_metadata(data)
-    size, tag = json.loads(metadata["version"])
-    if metadata["format"] != _FORMAT or (version is not None and (size, tag) != (version.size, version.tag)):
+    if metadata["format"] != _FORMAT:
+        return None
+    size, copies = int(metadata["size"]), json.loads(metadata["copies"])
+    if version is not None and (size != version.size or version.tag not in [tag for tag, _ in copies]):
         return None
     columns = read_columns(data, metadata)
     index = ShardIndex(
-        file_size=int(size),
+        file_size=size,
         extensions=tuple(json.loads(metadata["extensions"])),
         checksum=metadata["checksum"],
         sha256=metadata["sha256"] or None,
+        hidden=int(metadata["hidden"]),
         damage=tuple(ShardDamage(**{**damage, "shard": url}) for damage in json.loads(metadata["damage"])),
         **{name: columns[name] for name in _COLUMNS},
     )
@@ -268,10 +310,35 @@ def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardInd
     return index
 
 
-def _ends_as_indexed(url: str, index: ShardIndex) -> bool:
-    """Whether only zeros follow the last row. Rows written over the padding change neither size nor checksums."""
+def _looks_as_indexed(url: str, index: ShardIndex) -> bool:
+    """Whether only zeros follow the last row, and some rows of a local shard are those that were indexed.
+
+    Rows written over the padding change neither size nor checksums.
+    """
     end = padded(index.end_of_members)
     length = index.file_size - end
     if length > _MAX_PADDING_BYTES:
         return False
-    return length <= 0 or not any(open_source(url).read(end, length))
+    source = open_source(url)
+    if length > 0 and any(source.read(end, length)):
+        return False
+    if not is_local(url) or not index.num_rows:
+        return True
+    for row in np.unique(np.linspace(0, index.num_rows - 1, _SAMPLED_ROWS, dtype=np.int64)).tolist():
+        members = range(index.row_first.item(row), index.row_first.item(row + 1))
+        if sum(index.size.item(member) for member in members) > _LARGEST_SAMPLED_BYTES:
+            continue
+        crc = 0
+        for member in members:
+            crc = crc32(source.read(index.offset.item(member), index.size.item(member)), crc)
+        if crc != index.row_crc.item(row):
+            return False
+    return True
+
+
+def _are_equal(a: ShardIndex, b: ShardIndex) -> bool:
+    """Whether two indexes are of files with the same rows at the same places."""
+    facts = ("file_size", "extensions", "checksum", "sha256", "damage", "hidden")
+    return all(getattr(a, name) == getattr(b, name) for name in facts) and all(
+        np.array_equal(getattr(a, name), getattr(b, name)) for name in _COLUMNS
+    )

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from dmagent_loader.errors import DamagedShardError
 from dmagent_loader.shards.index.cache import IndexCache, build_and_cache
+from dmagent_loader.shards.index.inventory import inventory_text
 from dmagent_loader.shards.index.overview import SHARDS_OF_OVERVIEW, KnownShard, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex
 from dmagent_loader.shards.index.verify import is_verified, with_content
@@ -57,7 +58,11 @@ class _Facts:
     @classmethod
     def of(cls, version: ShardVersion, index: ShardIndex, *, cached: bool) -> _Facts:
         known = KnownShard(
-            version=version, rows=index.num_rows, checksum=bytes.fromhex(index.checksum), sha256=index.sha256
+            version=version,
+            rows=index.num_rows,
+            inventory=inventory_text(index),
+            checksum=bytes.fromhex(index.checksum),
+            sha256=index.sha256,
         )
         return cls(known, index.damage, None if cached else index)
 
@@ -84,6 +89,9 @@ class Catalogue:
         domains: (D,) names of the domains.
         spans: (D,) number of the first shard of each domain, and of the first one after it.
         rows: (S,) rows of each shard.
+        inventories: Distinct inventories of shards, as text (`dmagent_loader.shards.index.inventory`), with their
+            numbers.
+        inventory: (S,) number of the inventory of each shard.
         damage: Damage of each damaged shard, by its number.
 
     Raises:
@@ -107,6 +115,8 @@ class Catalogue:
         self.spans: list[tuple[int, int]] = list(pairwise(span_end))
         self._name_end: NDArray[np.int64] = np.array(name_end, np.int64)
         self.rows: NDArray[np.int64] = np.zeros(len(self), np.int64)
+        self.inventories: dict[str, int] = {}
+        self.inventory: NDArray[np.int32] = np.zeros(len(self), np.int32)
         self._checksums = bytearray(len(self) * hashlib.sha256().digest_size)
         self.damage: dict[int, tuple[ShardDamage, ...]] = {}
         self._uncached: dict[int, ShardIndex] = {}
@@ -174,12 +184,16 @@ class Catalogue:
             built, cached = build_and_cache(url, version, self._cache, record, advance=lambda _: None, stop=stop)
             index = self._cache.find(url, version, checksum) if cached else with_content(built, checksum)
         if index is None:
-            self._cache.forget_overview(map(self.url, self._groups[self._group_of(number)]))
+            self.forget_overview(number)
             raise DamagedShardError(
                 f"shard {display_url(url)} was replaced since it was opened: its rows are others; restore it, or open "
                 "the shards again to index the new version"
             )
         return index
+
+    def forget_overview(self, number: int) -> None:
+        """Removes the overview of a shard that was replaced, so that the next start looks at its index."""
+        self._cache.forget_overview(map(self.url, self._groups[self._group_of(number)]))
 
     def cached_index(self, number: int) -> Path:
         """The file for the index of a shard."""
@@ -203,6 +217,9 @@ class Catalogue:
 
     def _add(self, number: int, facts: _Facts) -> None:
         self.rows[number] = facts.known.rows
+        inventory = self.inventories.setdefault(facts.known.inventory, len(self.inventories))
+        if inventory:
+            self.inventory[number] = inventory
         size = len(facts.known.checksum)
         self._checksums[number * size : (number + 1) * size] = facts.known.checksum
         if facts.damage:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dmagent_loader.shards.index.columns_file import read_columns, read_metadata, write_columns
+from dmagent_loader.shards.index.inventory import parse_inventory
 from dmagent_loader.shards.sources.local import ShardVersion
 
 SHARDS_OF_OVERVIEW = 1024
@@ -22,8 +23,12 @@ SHARDS_OF_OVERVIEW = 1024
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _COLUMNS = ("size", "rows", "checksum", "sha256", "has_sha256")
-_TEXTS = ("tags", "changed")
+_TEXTS = ("tags", "changed", "inventories")
 _UNKNOWN = -1
+_NOTHING = "[[]]"
+"""Inventory of an unknown shard."""
+MOST_COPIES = 8
+"""Copies of a shard whose times are remembered, as of nodes that share a cache but not their disks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +38,14 @@ class KnownShard:
     Attributes:
         version: Version that was indexed.
         rows: Number of rows.
+        inventory: Its inventory as text (`dmagent_loader.shards.index.inventory`).
         checksum: Checksum of its content, as bytes (`dmagent_loader.shards.index.shard_index.ShardIndex.checksum`).
         sha256: Hex sha256 of the whole file; None if it was not computed.
     """
 
     version: ShardVersion
     rows: int
+    inventory: str
     checksum: bytes
     sha256: str | None
 
@@ -62,33 +69,55 @@ class Overview:
         self._has_sha256 = np.zeros(num_shards, np.uint8)
         self._tags = [""] * num_shards
         self._changed = [""] * num_shards
+        self._inventories = [_NOTHING] * num_shards
+        self._copies: dict[str, list[list[str]]] = {}
+        """Tag and change time of other copies of the same content, by position."""
 
     def find(self, position: int, version: ShardVersion) -> KnownShard | None:
         """The shard at a position of the list; None if it is unknown or may have changed since."""
         rows = self._rows.item(position)
         if rows == _UNKNOWN or self._size.item(position) != version.size or not version.is_sure:
             return None
-        if self._tags[position] != version.tag or self._changed[position] != version.changed:
+        if (self._tags[position] != version.tag or self._changed[position] != version.changed) and (
+            [version.tag, version.changed] not in self._copies.get(str(position), ())
+        ):
             return None
-        sha256 = self._sha256[position].tobytes().hex() if self._has_sha256[position] else None
-        return KnownShard(version=version, rows=rows, checksum=self._checksum[position].tobytes(), sha256=sha256)
+        return KnownShard(
+            version=version,
+            rows=rows,
+            inventory=self._inventories[position],
+            checksum=self._checksum[position].tobytes(),
+            sha256=self._sha256[position].tobytes().hex() if self._has_sha256[position] else None,
+        )
 
     def add(self, position: int, shard: KnownShard) -> None:
         """Sets the shard at a position of the list."""
         version = shard.version
+        self._remember_copy(position, shard)
         self._size[position], self._tags[position] = version.size, version.tag
         self._changed[position] = version.changed
-        self._rows[position] = shard.rows
+        self._rows[position], self._inventories[position] = shard.rows, shard.inventory
         self._checksum[position] = np.frombuffer(shard.checksum, np.uint8)
         self._has_sha256[position] = shard.sha256 is not None
         if shard.sha256 is not None:
             self._sha256[position] = np.frombuffer(bytes.fromhex(shard.sha256), np.uint8)
         self.is_changed = True
 
+    def _remember_copy(self, position: int, shard: KnownShard) -> None:
+        """Keeps the times of the copy that is known so far if the shard is another copy of the same content."""
+        before = ShardVersion(size=self._size.item(position), tag=self._tags[position], changed=self._changed[position])
+        known = self.find(position, before)
+        copies = self._copies.pop(str(position), [])
+        if known is not None and replace(known, version=shard.version) == shard:
+            times = [shard.version.tag, shard.version.changed]
+            copies = [copy for copy in ([before.tag, before.changed], *copies) if copy != times]
+            if copies:
+                self._copies[str(position)] = copies[:MOST_COPIES]
+
     def to_bytes(self, format: str) -> bytes:
         """The file of this overview, marked with the format of the indexes."""
         columns = {name: getattr(self, f"_{name}") for name in _COLUMNS}
-        texts = {name: json.dumps(getattr(self, f"_{name}")) for name in _TEXTS}
+        texts = {name: json.dumps(getattr(self, f"_{name}")) for name in (*_TEXTS, "copies")}
         return write_columns(columns, {"format": format, **texts})
 
     @classmethod
@@ -115,4 +144,9 @@ class Overview:
             setattr(overview, f"_{name}", column.copy())  # a copy is writable
         if overview._rows.min(initial=0) < _UNKNOWN:
             raise ValueError("its rows are fewer than none")
+        for text in set(overview._inventories):
+            parse_inventory(text)
+        overview._copies = json.loads(metadata["copies"])
+        if not isinstance(overview._copies, dict):
+            raise ValueError("its copies are none")
         return overview

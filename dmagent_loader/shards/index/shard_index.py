@@ -22,6 +22,7 @@ from dmagent_loader.shards.sources.urls import display_url
 from dmagent_loader.shards.tar import (
     BLOCK,
     Gap,
+    KeyEnd,
     MemberTable,
     ShardDamage,
     assess_damage,
@@ -57,6 +58,7 @@ class ShardIndex:
         checksum: Hex sha256 over keys, extensions, sizes and row checksums. It identifies the content, wherever and
             whenever it was written.
         damage: Places that could not be read.
+        hidden: Number of hidden files, which belong to no row.
         sha256: Hex sha256 of the whole file; None if it was not computed.
     """
 
@@ -71,6 +73,7 @@ class ShardIndex:
     key_end: IntArray
     checksum: str
     damage: tuple[ShardDamage, ...] = ()
+    hidden: int = 0
     sha256: str | None = None
 
     @property
@@ -113,6 +116,8 @@ class ShardIndex:
             raise ValueError("its rows are not in order")
         if not all(isinstance(name, str) for name in (*self.extensions, self.checksum)):
             raise ValueError("its names are no text")
+        if type(self.hidden) is not int or self.hidden < 0:
+            raise ValueError("its number of hidden files is none")
         if len(bytes.fromhex(self.checksum)) != hashlib.sha256().digest_size:
             raise ValueError("its checksum of the rows is none")
         if members:
@@ -139,6 +144,7 @@ def build_index(
     advance: Callable[[int], object] | None = None,
     stop: threading.Event | None = None,
     with_sha256: bool = False,
+    key_ends_at: KeyEnd = "first-dot",
 ) -> ShardIndex:
     """Reads a shard once and indexes every intact row; damage is recorded, not raised.
 
@@ -149,6 +155,7 @@ def build_index(
         advance: Called with the number of bytes scanned since the last call.
         stop: Ends the work with `ScanStopped` when set.
         with_sha256: Also compute the sha256 of the whole file.
+        key_ends_at: See `dmagent_loader.shards.tar.scan`.
 
     Raises:
         ScanStopped: `stop` was set.
@@ -156,7 +163,7 @@ def build_index(
             comes back after other rows, or a row is too large or spread over the file.
     """
     digest = hashlib.sha256() if with_sha256 else None
-    members, gaps = scan(url, source, size, advance=advance, stop=stop, digest=digest)
+    members, gaps = scan(url, source, size, advance=advance, stop=stop, digest=digest, key_ends_at=key_ends_at)
     index = _from_members(url, members, gaps, size)
     return index if digest is None else replace(index, sha256=digest.hexdigest())
 
@@ -223,6 +230,7 @@ def _from_members(url: str, members: MemberTable, gaps: list[Gap], file_size: in
         keys=np.frombuffer(bytes(members.keys), np.uint8),
         key_end=_narrow(key_end),
         damage=assess_damage(url, gaps, keep, first, size, file_size),
+        hidden=members.hidden,
     )
     return _with_checksum(index) if keep.all() else without_rows(index, np.flatnonzero(~keep).tolist())
 

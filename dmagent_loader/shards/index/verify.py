@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dmagent_loader.shards.index.overview import KnownShard
 from dmagent_loader.shards.index.shard_index import ShardIndex, without_rows
@@ -13,7 +14,7 @@ from dmagent_loader.shards.tar import ShardDamage, rows_that_lack_members
 FEWER_ROWS = "fewer rows than were written"
 CHANGED = "not the file that was written"
 """Kinds of damage that only a manifest shows."""
-RESIZED = "another size at the same modification time"
+OTHER_BYTES = "other bytes at the same modification time"
 """A kind of damage that only an earlier index shows."""
 
 
@@ -28,15 +29,24 @@ class ChangedShard(ShardDamage):
         )
 
 
-class ResizedShard(ShardDamage):
-    """Damage of kind `RESIZED`: the size of the shard has changed since it was indexed, its time has not."""
+@dataclass(frozen=True, kw_only=True)
+class UntimelyShard(ShardDamage):
+    """Damage of kind `OTHER_BYTES`: the bytes of the shard have changed since it was indexed, its time has not.
+
+    Attributes:
+        cached_index: File of its earlier index.
+    """
+
+    cached_index: str
 
     def __str__(self) -> str:
-        change = f"lost {self.bytes_lost}" if self.bytes_lost > 0 else f"gained {-self.bytes_lost}"
+        change = f"has lost {self.bytes_lost} bytes" if self.bytes_lost > 0 else f"has gained {-self.bytes_lost} bytes"
+        change = change if self.bytes_lost else "lacks rows that it had"
         return (
-            f"shard {display_url(self.shard)} has {change} bytes since it was indexed, but has the modification time "
-            f"that it had, as where a disk or a copy loses bytes ({self.rows_kept} of its rows readable, "
-            f"{self.rows_lost} lost): restore it; if it was replaced on purpose, `touch` it"
+            f"shard {display_url(self.shard)} {change} since it was indexed, but has the modification time that it "
+            f"had, as where a disk or a copy loses bytes ({self.rows_kept} of its rows readable, {self.rows_lost} "
+            f"lost): restore it; if it was replaced on purpose, remove its cached index {self.cached_index} and open "
+            "the shards again"
         )
 
 
@@ -75,20 +85,30 @@ def with_content(index: ShardIndex, checksum: str) -> ShardIndex | None:
     return index if index.checksum == checksum else None
 
 
-def without_new_rows(url: str, index: ShardIndex, before: ShardIndex) -> ShardIndex:
-    """The index of a shard that was resized without a new modification time, with the rows of its earlier index only.
+def without_new_rows(url: str, index: ShardIndex, before: ShardIndex, cached_index: Path) -> ShardIndex | None:
+    """The index of a shard that lost bytes, but not its modification time, with the rows of its earlier index only.
 
     Args:
         url: URL of the shard.
         index: Its index, as built.
-        before: Its earlier index.
+        before: Its earlier index, of the same modification time.
+        cached_index: File of the earlier index.
+
+    Returns:
+        The index; None if the shard was not damaged, but replaced: none of its rows is known, as where all files of an
+        image have one time, or all earlier rows are there, in a file of the same size.
     """
     known = {(before.key(row), crc) for row, crc in enumerate(before.row_crc.tolist())}
-    new = [row for row, crc in enumerate(index.row_crc.tolist()) if (index.key(row), crc) not in known]
-    index = without_rows(index, new)
-    damage = ResizedShard(
+    present = [(index.key(row), crc) for row, crc in enumerate(index.row_crc.tolist())]
+    if present and known.isdisjoint(present):
+        return None
+    if index.file_size == before.file_size and known <= set(present):
+        return None
+    index = without_rows(index, [number for number, row in enumerate(present) if row not in known])
+    damage = UntimelyShard(
         shard=url,
-        kind=RESIZED,
+        kind=OTHER_BYTES,
+        cached_index=str(cached_index),
         offset=0,
         bytes_lost=before.file_size - index.file_size,
         rows_before=index.num_rows,

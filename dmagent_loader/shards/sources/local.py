@@ -20,6 +20,9 @@ from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 MAX_OPEN_FILES = min(1024, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 """Default limit on open shards per process and collection: a quarter of the file descriptors of the process."""
 
+_NO_TIME_NS = 86_400 * 10**9
+"""A modification time on the first day of 1970 means that the file has none, as in read-only images, content-addressed
+stores and some network mounts."""
 _CONTENT_KEYS = ("ETag", "etag", "version_id", "generation", "md5Hash", "Content-MD5")
 _TIME_KEYS = ("Last-Modified", "LastModified", "last_modified", "mtime", "modified", "created")
 
@@ -35,7 +38,7 @@ class ShardVersion:
             from the file that it replaces. New permissions and links change it, too, so a shard that differs in nothing
             else is looked at, but not read through again.
         is_sure: Other content of this size would have another tag. False if a server reports only times, in whole
-            seconds, or nothing.
+            seconds, or nothing, and for local files without a time.
     """
 
     size: int
@@ -138,7 +141,8 @@ def shard_version(url: str) -> ShardVersion:
                 "regular files"
             )
         changed = f"{status.st_ino} {status.st_ctime_ns}"
-        return ShardVersion(size=status.st_size, tag=str(status.st_mtime_ns), changed=changed)
+        time = status.st_mtime_ns
+        return ShardVersion(size=status.st_size, tag=str(time), changed=changed, is_sure=time >= _NO_TIME_NS)
     info = remote_info(url)
     if info.get("size") is None:
         raise ShardError(

@@ -1,12 +1,14 @@
 """Byte ranges of remote shards, with a time limit for each request and retries.
 
 A request is repeated if the server stalls, resets the connection, sends fewer or other bytes than requested, or answers
-429 or 503. A server that ignores ranges or refuses access is an error at once. All errors name the shard.
+429 or 503. Where access is refused, ``$DMAGENT_SIGNED_URLS`` may name a file with newer URLs. A server that ignores
+ranges or still refuses access is an error at once. All errors name the shard.
 """
 
 from __future__ import annotations
 
 import email.utils
+import functools
 import logging
 import os
 import random
@@ -19,8 +21,9 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from dmagent_loader._validation import read_regular
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError
-from dmagent_loader.shards.sources.urls import display_url
+from dmagent_loader.shards.sources.urls import display_url, without_signature
 
 REMOTE_ATTEMPTS = 6
 REMOTE_BACKOFF_SECONDS = 0.25
@@ -31,6 +34,12 @@ TIMEOUT_VARIABLE = "DMAGENT_REMOTE_TIMEOUT"
 REMOTE_TIMEOUT_SECONDS = 60.0
 SLOWEST_BYTES_PER_SECOND = 1 << 18
 """A request may take ``$DMAGENT_REMOTE_TIMEOUT`` seconds (default 60), plus the time for its bytes at this rate."""
+
+SIGNED_URLS_VARIABLE = "DMAGENT_SIGNED_URLS"
+"""Names a file with URLs of shards, one a line. They replace those whose signatures have expired, in a running job."""
+_MAX_SIGNED_URLS_BYTES = 1 << 30
+_REFUSALS = (400, 401, 403)
+"""Statuses for expired signatures: 400 is that of Google's storage."""
 
 logger = logging.getLogger(__name__)
 _jitter = random.SystemRandom()
@@ -47,11 +56,11 @@ that the child shares with its parent, which then waits for ever.
 class RemoteSource:
     """A file behind an fsspec URL; one range request per read."""
 
-    __slots__ = ("_filesystem", "_path", "_url")
+    __slots__ = ("_access", "_url")
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._filesystem, self._path = filesystem_of(url)
+        self._access = _Access(url)
 
     def read(self, offset: int, length: int) -> bytearray:
         """Exactly `length` bytes from `offset`.
@@ -63,24 +72,76 @@ class RemoteSource:
         if length == 0:
             return bytearray()
         limit = timeout_seconds() + length / SLOWEST_BYTES_PER_SECOND
-        return with_retries(self._url, limit, lambda: self._fetch(offset, length, limit))
+        fetch = functools.partial(_fetch, offset=offset, length=length, limit=limit)
+        return with_retries(self._url, limit, lambda: self._access(fetch))
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fills `view` with the bytes from `offset`; raises as `read`."""
         view[:] = self.read(offset, len(view))
 
-    def _fetch(self, offset: int, length: int, limit: float) -> bytearray:
-        if hasattr(self._filesystem, "encode_url") and hasattr(self._filesystem, "set_session"):
-            data: bytes | bytearray = fsspec.asyn.sync(
-                self._filesystem.loop, _http_range, self._filesystem, self._path, offset, length, timeout=limit
-            )
-        else:
-            data = call(self._filesystem, "cat_file", self._path, start=offset, end=offset + length, limit=limit)
-        if len(data) > length:
-            raise _IgnoresRanges
-        if len(data) < length:
-            raise _ShortRead(offset, length, len(data))
-        return data if isinstance(data, bytearray) else bytearray(data)
+
+class _Access:
+    """Filesystem and path of a shard, under the newest URL to which its server has granted access.
+
+    Args:
+        url: URL of the shard, as listed.
+    """
+
+    __slots__ = ("_target",)
+
+    def __init__(self, url: str) -> None:
+        self._target = (url, *filesystem_of(url))
+
+    def __call__(self, action: Callable[[Any, str], _T]) -> _T:
+        """The result of an action on filesystem and path, under a newer URL if access was refused and there is one."""
+        url, filesystem, path = self._target
+        try:
+            return action(filesystem, path)
+        except Exception as error:  # each protocol has its own exceptions
+            if not _is_refusal(_cause(error)) or not self._renew(url):
+                raise
+        _, filesystem, path = self._target
+        return action(filesystem, path)
+
+    def _renew(self, refused: str) -> bool:
+        """Whether there is another URL than the refused one; another thread may have found it."""
+        if self._target[0] == refused:
+            url = _newest_url(refused)
+            if url is None or url == refused:
+                return False
+            self._target = (url, *filesystem_of(url))
+        return True
+
+
+def _newest_url(url: str) -> str | None:
+    """The URL of a shard in the file of signed URLs; None if there is none, or the file is not written yet.
+
+    Raises:
+        ConfigurationError: The file cannot be read.
+    """
+    path = os.environ.get(SIGNED_URLS_VARIABLE)
+    if not path:
+        return None
+    try:
+        return _signed_urls(path, os.stat(path).st_mtime_ns).get(without_signature(url))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{SIGNED_URLS_VARIABLE} names {path}, which cannot be read ({error}): write the URLs of the shards there, "
+            "one a line"
+        ) from error
+
+
+@functools.lru_cache(maxsize=1)
+def _signed_urls(path: str, time_ns: int) -> dict[str, str]:
+    """The URLs in a file that was written at some time, by their identities."""
+    lines = read_regular(path, _MAX_SIGNED_URLS_BYTES).decode("utf-8").splitlines()
+    return {without_signature(line.strip()): line.strip() for line in lines}
+
+
+def _is_refusal(fault: BaseException) -> bool:
+    return isinstance(fault, PermissionError) or getattr(fault, "status", None) in _REFUSALS
 
 
 def remote_info(url: str) -> dict[str, Any]:
@@ -90,14 +151,13 @@ def remote_info(url: str) -> dict[str, Any]:
         ShardNotFoundError: There is no such file.
         ShardError: The shard cannot be reached.
     """
-    filesystem, path = filesystem_of(url)
-    limit = timeout_seconds()
+    access, limit = _Access(url), timeout_seconds()
 
-    def fresh_info() -> dict[str, Any]:
+    def fresh_info(filesystem: Any, path: str) -> dict[str, Any]:
         filesystem.invalidate_cache()
         return dict(call(filesystem, "info", path, limit=limit))
 
-    return with_retries(url, limit, fresh_info)
+    return with_retries(url, limit, lambda: access(fresh_info))
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
@@ -187,8 +247,13 @@ def with_retries(url: str, limit: float, action: Callable[[], _T]) -> _T:
             status = getattr(fault, "status", None)
             if isinstance(fault, FileNotFoundError) or status in (404, 410):
                 raise ShardNotFoundError(f"shard {shard} does not exist") from error
-            if isinstance(fault, PermissionError) or status in (401, 403):
-                raise ShardError(f"shard {shard} may not be read: {display_url(str(fault))}") from error
+            if _is_refusal(fault):
+                expired = (
+                    "; if its signature has expired, write newer URLs, one a line, to a file, and name it in "
+                    f"{SIGNED_URLS_VARIABLE}"
+                )
+                expired = expired if "?" in url else ""
+                raise ShardError(f"shard {shard} may not be read: {display_url(str(fault))}{expired}") from error
             if isinstance(fault, _IgnoresRanges):
                 raise ShardError(
                     f"{shard}: the server ignores byte ranges, so rows cannot be read by position; use a server with "
@@ -235,6 +300,21 @@ class _ShortRead(Exception):
 
 class _OtherRange(Exception):
     pass
+
+
+def _fetch(filesystem: Any, path: str, *, offset: int, length: int, limit: float) -> bytearray:
+    """One attempt to read a byte range."""
+    if hasattr(filesystem, "encode_url") and hasattr(filesystem, "set_session"):
+        data: bytes | bytearray = fsspec.asyn.sync(
+            filesystem.loop, _http_range, filesystem, path, offset, length, timeout=limit
+        )
+    else:
+        data = call(filesystem, "cat_file", path, start=offset, end=offset + length, limit=limit)
+    if len(data) > length:
+        raise _IgnoresRanges
+    if len(data) < length:
+        raise _ShortRead(offset, length, len(data))
+    return data if isinstance(data, bytearray) else bytearray(data)
 
 
 async def _http_range(filesystem: Any, url: str, offset: int, length: int) -> bytearray:

@@ -17,6 +17,12 @@ from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
 _GLOB = re.compile(r"[*?\[]")
 _RANGE = re.compile(r"\{([+-]?\d{1,18})\.\.([+-]?\d{1,18})(?:\.\.([+-]?\d{1,18}))?\}")
+_VERSION = re.compile(r"(?i)versionid|version|generation|snapshot")
+_NOT_OF_SIGNATURE = re.compile(
+    r"(?i)(?!x-(?:amz|goog|oss|cos)-|q-|(?:signature|expires|policy|awsaccesskeyid|googleaccessid|ossaccesskeyid"
+    r"|key-pair-id|sig|se|sp|sv|sr|st|spr|sip|ske|skoid|sks|skt|sktid|skv|token|security-token)$).+"
+)
+"""Parameters of a query other than those of signatures of S3, CloudFront, GCS, Azure and their kin."""
 MAX_SHARDS = 10_000_000
 """Limit for one pattern: ten times the number of shards that the loader was measured with."""
 
@@ -56,7 +62,7 @@ def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | o
     first_use: dict[str, str] = {}
     folders: dict[str, str] = {}
     for url in urls:
-        identity = _real_path(local_path(url), folders) if is_local(url) else url
+        identity = _real_path(local_path(url), folders) if is_local(url) else without_signature(url)
         if identity in first_use:
             raise ConfigurationError(
                 f"domain {domain!r} lists shard {display_url(url)} twice (also as "
@@ -81,6 +87,30 @@ def local_path(url: str) -> str:
 def absolute(url: str) -> str:
     """The URL of a shard, independent of the working folder."""
     return url if not is_local(url) or _SCHEME.match(url) or os.path.isabs(url) else os.path.join(os.getcwd(), url)
+
+
+def without_signature(url: str) -> str:
+    """The URL of a remote shard, without the part that grants access to it for a time.
+
+    Where the path names a tar, that is the query, except a version. Elsewhere the query may name the shard, and only
+    the parameters that signatures consist of are left out.
+
+    Example:
+        >>> without_signature("https://host/a.tar?versionId=3&X-Amz-Expires=60&X-Amz-Signature=f00")
+        'https://host/a.tar?versionId=3'
+        >>> without_signature("https://host/get?file=a.tar&sig=f00&se=2026-01-01")
+        'https://host/get?file=a.tar'
+    """
+    address, mark, query = url.partition("?")
+    if not mark:
+        return url
+    names_shard = address.endswith(".tar")
+    kept = [
+        part
+        for part in query.split("&")
+        if (_VERSION if names_shard else _NOT_OF_SIGNATURE).fullmatch(part.partition("=")[0])
+    ]
+    return f"{address}?{'&'.join(kept)}" if kept else address
 
 
 def base_name(url: str) -> str:

@@ -12,11 +12,12 @@ from dmagent_loader.shards.tar.damage import (
 )
 from dmagent_loader.shards.tar.header import BLOCK, padded
 from dmagent_loader.shards.tar.members import Gap, MemberTable, shown
-from dmagent_loader.shards.tar.scanner import ScanStopped, scan
+from dmagent_loader.shards.tar.scanner import KeyEnd, ScanStopped, scan
 
 __all__ = [
     "BLOCK",
     "Gap",
+    "KeyEnd",
     "MemberTable",
     "ScanStopped",
     "ShardDamage",

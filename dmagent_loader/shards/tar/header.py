@@ -134,21 +134,47 @@ def compression_of(start: bytes) -> str | None:
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes] | None:
-    """Key and lower-cased extension of a member by webdataset's rules; None if it belongs to no sample.
+    """Key and lower-cased extension of a member; None if it belongs to no sample.
+
+    These are webdataset's rules, except that hidden files never belong to a sample.
 
     Example:
-        >>> split_name(b"a.b/c.seg.PNG"), split_name(b"__meta__/x.txt"), split_name(b"README")
-        ((b'a.b/c', b'seg.png'), None, None)
+        >>> split_name(b"a.b/c.seg.PNG"), split_name(b"__meta__/x.txt"), split_name(b"README"), split_name(b"a/._c.png")
+        ((b'a.b/c', b'seg.png'), None, None, None)
     """
     start = name.rfind(b"/") + 1
     dot = name.find(b".", start)
     if dot > start and not name.startswith(b"__") and name.isascii() and b"\n" not in name:
         return name[:dot], name[dot + 1 :].lower()
     end = _key_end(name)
-    if end is None or _META.match(name.decode("utf-8", "surrogateescape")):
+    if end is None or is_hidden(name) or _META.match(name.decode("utf-8", "surrogateescape")):
         return None
     extension = name[end + 1 :].decode("utf-8", "surrogateescape").lower()
     return name[:end], extension.encode("utf-8", "surrogateescape")
+
+
+def split_name_at_last_dot(name: bytes) -> tuple[bytes, bytes] | None:
+    """As `split_name`, but the key ends at the last dot of the name that is not that of ``.gz``.
+
+    Example:
+        >>> split_name_at_last_dot(b"arxiv.2101.00000.txt"), split_name_at_last_dot(b"a.b.json.gz")
+        ((b'arxiv.2101.00000', b'txt'), (b'a.b', b'json.gz'))
+    """
+    parts = split_name(name)
+    if parts is None:
+        return None
+    suffixes = 2 if parts[1].endswith(b".gz") else 1
+    pieces = parts[1].rsplit(b".", suffixes)
+    return parts if len(pieces) <= suffixes else (name.rsplit(b".", suffixes)[0], b".".join(pieces[1:]))
+
+
+SPLIT_NAME = {"first-dot": split_name, "last-dot": split_name_at_last_dot}
+"""Where the key of a sample ends -> function that splits the name of a member."""
+
+
+def is_hidden(name: bytes) -> bool:
+    """Whether a file is hidden: its name begins with a dot, as of files that macOS, git and editors leave behind."""
+    return name.startswith(b".", name.rfind(b"/") + 1)
 
 
 def _key_end(name: bytes) -> int | None:

@@ -54,6 +54,7 @@ class MemberTable:
         keys: Keys of all rows, concatenated.
         key_end: (R,) end of each key in `keys`.
         key_hash: (R,) hash of each key.
+        hidden: Number of hidden files, which belong to no row.
     """
 
     def __init__(self, url: str) -> None:
@@ -61,6 +62,7 @@ class MemberTable:
         self.extensions: list[bytes] = []
         self.row_first, self.row_crc, self.key_end, self.key_hash = array("q"), array("I"), array("q"), array("q")
         self.keys = bytearray()
+        self.hidden = 0
         self._url = url
         self._numbers: dict[bytes, int] = {}
         self._key: bytes | None = None
@@ -91,7 +93,8 @@ class MemberTable:
                 raise ShardLayoutError(
                     f"shard {self._url}: more than {_MAX_EXTENSIONS} different extensions, the last one "
                     f"{shown(extension)!r} (key {shown(key)!r}, byte {offset - BLOCK}): the key of a sample ends at "
-                    "the first dot of its name, so names with dots in them need others when the shard is written"
+                    "the first dot of its name; for names with dots in them, pass "
+                    "reading=ReadingConfig(key_ends_at='last-dot')"
                 )
             number = self._numbers[extension] = len(self.extensions)
             self.extensions.append(extension)

@@ -12,7 +12,7 @@ import tarfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from dmagent_loader.errors import ShardLayoutError
 from dmagent_loader.shards.sources.checksum import crc32
@@ -23,14 +23,15 @@ from dmagent_loader.shards.tar.header import (
     EXTENDED_TYPES,
     PAX_TYPES,
     REFUSED_TYPES,
+    SPLIT_NAME,
     QuickHeaders,
     compression_of,
     concerns_layout,
+    is_hidden,
     may_be_header,
     padded,
     parse_header,
     pax_records,
-    split_name,
 )
 from dmagent_loader.shards.tar.members import (
     BAD_HEADER,
@@ -45,6 +46,8 @@ from dmagent_loader.shards.tar.members import (
     MemberTable,
     shown,
 )
+
+KeyEnd = Literal["first-dot", "last-dot"]
 
 _CHUNK_BYTES = 4 << 20
 _NAME_BYTES = 100
@@ -74,6 +77,7 @@ def scan(
     advance: Callable[[int], object] | None = None,
     stop: threading.Event | None = None,
     digest: Digest | None = None,
+    key_ends_at: KeyEnd = "first-dot",
 ) -> tuple[MemberTable, list[Gap]]:
     """Finds all members of a tar file.
 
@@ -84,6 +88,7 @@ def scan(
         advance: Called with the number of bytes scanned since the last call.
         stop: Ends the scan with `ScanStopped` when set.
         digest: Updated with all bytes of the file, in order.
+        key_ends_at: The dot of a name at which the key of its sample ends.
 
     Returns:
         The members that belong to samples, and the damaged places, in the order of the file.
@@ -92,7 +97,7 @@ def scan(
         ScanStopped: `stop` was set.
         ShardLayoutError: The file is compressed, contains links or devices, or a sample has an extension twice.
     """
-    scanner = _Scanner(display_url(url), source, size, advance, stop, digest)
+    scanner = _Scanner(display_url(url), source, size, advance, stop, digest, key_ends_at)
     scanner.refuse_compressed()
     scanner.run()
     scanner.add_cut_names()
@@ -124,7 +129,9 @@ class _Scanner:
         advance: Callable[[int], object] | None,
         stop: threading.Event | None,
         digest: Digest | None,
+        key_ends_at: KeyEnd,
     ) -> None:
+        self.split_name = SPLIT_NAME[key_ends_at]
         self.url = url
         self.source = source
         self.file_size = size
@@ -183,7 +190,7 @@ class _Scanner:
     def run(self) -> None:
         """Scans the file up to its end, or up to damage after which nothing more can be read."""
         position = 0
-        members = self.members
+        members, split_name = self.members, self.split_name
         parse = QuickHeaders().parse
         while True:
             relative = position - self.base
@@ -231,6 +238,8 @@ class _Scanner:
                 else:
                     crc = self.long_crc(start, end, crc)
                 members.row_crc[-1] = crc
+            elif is_hidden(name):
+                members.hidden += 1
             position = start + padded(size)
 
     def is_harmless(self, relative: int, size: int) -> bool:
@@ -278,7 +287,8 @@ class _Scanner:
             return None, position + BLOCK
         if not header.isreg():
             return None, position + BLOCK + padded(size)
-        if is_short and name == block[:_NAME_BYTES] and split_name(name) is None:
+        is_full = is_short and name == block[:_NAME_BYTES]
+        if is_full and self.split_name(name) is None and not is_hidden(name):
             self.suspects.append(self.gap_at(BAD_HEADER, position, position + BLOCK + padded(size)))
         return (name, size), position
 

@@ -31,7 +31,11 @@ def test_a_program_prints_its_help(
 
 def test_every_program_that_is_named_exists() -> None:
     """In the package of the programs, the documentation and the cards."""
-    files = [*REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("*.md"), *REPOSITORY.glob("agent_checkpoints/**/*.md")]
+    files = [
+        path
+        for pattern in ("docs/**/*.md", "*.md", "agent_checkpoints/**/*.md", "training_record/**/*.md")
+        for path in REPOSITORY.glob(pattern)
+    ]
     named = {name for path in files for name in re.findall(r"benchmarks\.agent\.(\w+)", path.read_text("utf-8"))}
     assert named
     assert named <= set(PROGRAMS)

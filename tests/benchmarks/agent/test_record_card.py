@@ -7,14 +7,14 @@ from launching import REPOSITORY
 
 from benchmarks.agent.record_card import record_card, response_table
 from dmagent_loader.training.record import FeedbackRecord
-from dmagent_loader.training.stages import bundled_record
+from dmagent_loader.training.stages import find_record
 
 
 def test_the_bundled_card_is_what_the_program_writes() -> None:
     """Catches a card edited by hand, and figures that the program no longer gives."""
-    record = FeedbackRecord.load(bundled_record("recorded-math"))
+    record = FeedbackRecord.load(find_record("recorded-math"))
     notes = (REPOSITORY / "docs" / "agent-data.md").read_text(encoding="utf-8")
-    card = (REPOSITORY / "agent_checkpoints" / "recorded-math" / "README.md").read_text(encoding="utf-8")
+    card = (REPOSITORY / "training_record" / "recorded-math" / "README.md").read_text(encoding="utf-8")
     assert record_card(record, notes) == card
 
 

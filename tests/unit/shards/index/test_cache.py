@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,16 +30,29 @@ def entries(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache" / "index").glob("*"))
 
 
-def test_the_second_open_does_not_read_the_shard(twenty: Path) -> None:
-    """The bytes are replaced behind the cache's back (same size and time): only reading a row notices."""
+def test_the_second_open_does_not_read_the_shard(twenty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_one(twenty)
-    status = twenty.stat()
-    twenty.write_bytes(bytes(status.st_size))
+    monkeypatch.setattr(cache, "open_source", lambda _: pytest.fail("opened"))
+    assert open_one(twenty).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("row", [0, 6, 19])
+def test_a_row_that_changed_behind_the_cache_is_found(twenty: Path, row: int) -> None:
+    """Same size and time. A few rows are compared when the shards are opened, every row when it is read."""
+    first = open_one(twenty)
+    status, data = twenty.stat(), bytearray(twenty.read_bytes())
+    data[row * 1536 + 600] ^= 1
+    twenty.write_bytes(data)
     os.utime(twenty, ns=(status.st_atime_ns, status.st_mtime_ns))
+    if row in (0, 19):
+        with pytest.raises(DamagedShardError, match="lacks rows that it had since it was indexed"):
+            open_one(twenty)
+        assert open_one(twenty, on_damage="skip").num_rows.tolist() == [19]
+        return
     second = open_one(twenty)
     assert second.fingerprint == first.fingerprint
     with pytest.raises(DamagedShardError, match="changed since it was indexed"):
-        second.read(0, 0, 0)
+        second.read(0, 0, row)
 
 
 def test_a_replaced_shard_is_indexed_again_and_takes_the_same_entry(
@@ -324,7 +338,9 @@ def test_a_shard_that_lost_a_row_s_bytes_but_not_its_time_is_found(write_old: Ca
     path.write_bytes(whole[:start] + whole[start + 512 + 1024 :])
     os.utime(path, ns=(THE_SAME_TIME, THE_SAME_TIME))
     for _ in range(2):
-        with pytest.raises(DamagedShardError, match=r"lost 1536 bytes.*3 of its rows readable, 2 lost.*`touch` it"):
+        with pytest.raises(
+            DamagedShardError, match=r"lost 1536 bytes.*3 of its rows readable, 2 lost.*remove its cached"
+        ):
             open_many([path, beside])
     skipping = open_many([path, beside], on_damage="skip")
     assert texts(skipping) == [rows[0], *rows[3:], b"beside"]
@@ -380,7 +396,7 @@ def test_relative_paths_mean_the_same_after_the_working_folder_was_changed(
     assert len(list((tmp_path / "own" / "index").iterdir())) == len(many)
 
 
-PINNED = ("4", "27e142963ea4a56d54ae28566ea6172e0f709d48a3a432f204ab2abb2e3e57d3")
+PINNED = ("5", "93f5433860695fd188661538ccf2edbf512998da3f73e53a221250d438663184")
 
 
 def test_the_format_is_raised_when_shards_are_indexed_otherwise(write_tar: Callable[..., Path], tmp_path: Path) -> None:
@@ -391,14 +407,16 @@ def test_the_format_is_raised_when_shards_are_indexed_otherwise(write_tar: Calla
     rows = [(f"{n}.{end}", b"%d" % n * 700) for n in range(9) for end in ("cls", "txt")]
     digest = hashlib.sha256()
     for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        path = write_tar("shard.tar", [*rows, ("long/" * 30 + "z.txt", b"x"), ("no extension", b"y")], format=format)
+        others = [("long/" * 30 + "z.txt", b"x"), ("a/.hidden", b"y"), ("no extension", b"y")]
+        path = write_tar("shard.tar", [*rows, *others], format=format)
         data = path.read_bytes()
         damaged = [data[: 9 * 1024], data[:4608], data[:4096] + bytes(512) + data[4608:], data[:3072] + data[4608:]]
         for number, content in enumerate((data, *damaged)):
             path = tmp_path / f"{number}.tar"
             path.write_bytes(content)
             index = build_index("shard.tar", open_source(str(path)), len(content), with_sha256=True)
-            digest.update(repr((index.checksum, index.offset.tolist(), index.damage, index.sha256)).encode())
+            facts = (index.checksum, index.offset.tolist(), index.damage, index.hidden, index.sha256)
+            digest.update(repr(facts).encode())
     assert (cache._FORMAT, digest.hexdigest()) == PINNED
 
 
@@ -408,3 +426,107 @@ def test_links_to_one_file_are_noticed_wherever_the_link_is(many: list[Path], tm
     for link in (tmp_path / "link.tar", tmp_path / "folder" / many[0].name, many[0].parent / ".." / "many" / "000.tar"):
         with pytest.raises(ConfigurationError, match="twice"):
             open_many([many[0], link])
+
+
+@pytest.mark.parametrize("times", [(THE_SAME_TIME, THE_SAME_TIME + 5), (THE_SAME_TIME, THE_SAME_TIME)])
+def test_nodes_that_share_a_cache_but_not_their_disks_index_once_each(
+    tmp_path: Path, write_tar: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, times: tuple[int, int]
+) -> None:
+    """Copies with other times replaced each other's indexes, so that every start read all shards through."""
+    for node, time in enumerate(times):
+        for shard in range(3):
+            path = write_tar(f"node{node}/{shard}.tar", [(f"{row}.txt", b"%d" % shard * 700) for row in range(9)])
+            os.utime(path, ns=(time, time))
+    data = tmp_path / "data"
+
+    def opened(node: int) -> str:
+        """As the node sees it: the paths are the same on all of them, and the files its own."""
+        (tmp_path / f"node{node}").rename(data)
+        fingerprint = open_many([data / f"{shard}.tar" for shard in range(3)]).fingerprint
+        data.rename(tmp_path / f"node{node}")
+        return fingerprint
+
+    fingerprints = {opened(node) for node in (0, 1)}
+    monkeypatch.setattr(cache, "build_index", lambda *_, **__: pytest.fail("read through again"))
+    monkeypatch.setattr(IndexCache, "load", lambda *_: pytest.fail("not in the overview"))
+    fingerprints |= {opened(node) for node in (0, 1, 0, 1)}
+    assert len(fingerprints) == 1
+
+
+def test_a_replaced_copy_forgets_the_times_of_the_others(write_old: Callable[..., Path]) -> None:
+    """Else the old file, come back with its time, would be read with the index of the new one."""
+    path = write_old("a.tar", [b"1" * 600] * 5)
+    os.utime(path, ns=(THE_SAME_TIME + 1, THE_SAME_TIME + 1))
+    open_many([path])
+    os.utime(path, ns=(THE_SAME_TIME + 2, THE_SAME_TIME + 2))
+    open_many([path])
+    before = path.read_bytes()
+    write_old("a.tar", [b"1" * 600] * 4 + [b"2" * 600])
+    assert texts(open_many([path]))[-1] == b"2" * 600
+    path.write_bytes(before)
+    for time in (1, 2):
+        os.utime(path, ns=(THE_SAME_TIME + time, THE_SAME_TIME + time))
+        assert texts(open_many([path]))[-1] == b"1" * 600
+
+
+@pytest.mark.parametrize("size", [700, 1500])
+def test_a_new_version_in_an_image_of_constant_times_is_indexed(write_old: Callable[..., Path], size: int) -> None:
+    """Of the same size or another one; nothing can be touched there."""
+    path, beside = write_old("a.tar", [b"1" * 600] * 5), write_old("beside.tar", [b"beside"])
+    open_many([path, beside])
+    write_old("a.tar", [b"2" * size] * 5)
+    assert texts(open_many([path, beside])) == [b"2" * size] * 5 + [b"beside"]
+
+
+def test_the_remedy_for_a_shard_that_was_replaced_behind_its_time_works(write_old: Callable[..., Path]) -> None:
+    """Some of its rows are the same, so it could be damaged: removing the cached index declares that it is not."""
+    path, beside = write_old("a.tar", [b"%d" % n * 600 for n in range(5)]), write_old("beside.tar", [b"beside"])
+    open_many([path, beside])
+    new = [b"%d" % n * 600 for n in range(4)]
+    write_old("a.tar", new)
+    with pytest.raises(DamagedShardError) as error:
+        open_many([path, beside])
+    Path(re.findall(r"remove its cached index (\S+) and open", str(error.value))[0]).unlink()
+    assert texts(open_many([path, beside])) == [*new, b"beside"]
+
+
+def test_the_remedy_for_a_row_that_changed_works(write_old: Callable[..., Path]) -> None:
+    rows = [b"%d" % n * 600 for n in range(40)]
+    path, beside = write_old("a.tar", rows), write_old("beside.tar", [b"beside"])
+    open_many([path, beside])
+    rows[3] = b"x" * len(rows[3])
+    write_old("a.tar", rows)
+    with pytest.raises(DamagedShardError) as error:
+        texts(open_many([path, beside]))
+    Path(re.findall(r"remove its cached index (\S+) and open", str(error.value))[0]).unlink()
+    assert texts(open_many([path, beside])) == [*rows, b"beside"]
+
+
+def test_files_without_a_time_are_compared_at_every_start(write_old: Callable[..., Path]) -> None:
+    """In an image, another version may differ from the first in nothing but its bytes: no inode, no change time."""
+    path = write_old("a.tar", [b"1" * 600] * 5)
+    for content in (b"1", b"2"):
+        write_old("a.tar", [content * 600] * 5)
+        os.utime(path, ns=(10**9, 10**9))
+        assert not shard_version(str(path)).is_sure
+        assert texts(open_many([path])) == [content * 600] * 5
+
+
+def test_without_a_home_there_is_a_warning_and_no_cache(
+    twenty: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """As in a container that runs under a number without a passwd entry."""
+
+    def no_entry(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("DMAGENT_CACHE_DIR")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert open_one(twenty).num_rows.tolist() == [20]
+    assert sum("no home folder for the index cache" in record.getMessage() for record in caplog.records) == 1
+    assert "DMAGENT_CACHE_DIR" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["twenty.tar"]

@@ -321,7 +321,7 @@ def test_a_file_of_no_sample_whose_name_fills_its_field_is_no_damage(
 
 def test_a_lost_extended_header_is_noticed_where_all_names_differ_early(write_tar: Callable[..., Path]) -> None:
     """Two blocks are missing: what is left of the name ends where its field does."""
-    rows = [(f"{n:03d}{'folder/' * 15}.txt", bytes([65 + n]) * 300) for n in range(8)]
+    rows = [(f"{n:03d}{'folder/' * 15}x.txt", bytes([65 + n]) * 300) for n in range(8)]
     path = write_tar("long.tar", rows, tarfile.PAX_FORMAT)
     data = path.read_bytes()
     path.write_bytes(data[: 3 * 2048] + data[3 * 2048 + 1024 :] + bytes(1024))

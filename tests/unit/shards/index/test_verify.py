@@ -13,7 +13,7 @@ from dmagent_loader.shards.index.shard_index import ShardIndex, build_index
 from dmagent_loader.shards.index.verify import (
     CHANGED,
     FEWER_ROWS,
-    RESIZED,
+    OTHER_BYTES,
     is_verified,
     verified,
     with_content,
@@ -86,7 +86,7 @@ def test_a_known_shard_has_to_be_compared_with_a_manifest_that_came_later(pairs:
     index = index_of(pairs)
     version = ShardVersion(size=index.file_size, tag="1")
     known, compared = (
-        KnownShard(version=version, rows=index.num_rows, checksum=bytes(32), sha256=sha256)
+        KnownShard(version=version, rows=index.num_rows, inventory='[["txt"]]', checksum=bytes(32), sha256=sha256)
         for sha256 in (None, index.sha256)
     )
     assert is_verified(known, None)
@@ -102,8 +102,20 @@ def test_rows_of_an_earlier_index_are_told_from_rows_made_of_two(write_tar: Writ
     path.write_bytes(data[:2200] + data[2200 + 1536 :])
     index = index_of(path)
     assert (index.num_rows, index.damage) == (4, ())
-    left = without_new_rows("s.tar", index, before)
+    left = without_new_rows("s.tar", index, before, Path("cached"))
+    assert left is not None
     (damage,) = left.damage
     assert [left.key(row) for row in range(left.num_rows)] == ["0", "3", "4"]
-    assert (damage.kind, damage.bytes_lost, damage.rows_lost) == (RESIZED, 1536, 2)
+    assert (damage.kind, damage.bytes_lost, damage.rows_lost) == (OTHER_BYTES, 1536, 2)
     assert "has lost 1536 bytes since it was indexed" in str(damage)
+    assert "remove its cached index cached and open the shards again" in str(damage)
+
+
+def test_a_file_of_other_rows_was_replaced_and_not_damaged(write_tar: WriteTar) -> None:
+    """All files of an image may have one time. Without rows, nothing shows that the file is another one."""
+    before = index_of(write_tar("s.tar", [(f"{n}.txt", b"%d" % n * 600) for n in range(5)]))
+    others = index_of(write_tar("s.tar", [(f"{n}.txt", b"new") for n in range(3)]))
+    assert without_new_rows("s.tar", others, before, Path("cached")) is None
+    empty = without_new_rows("s.tar", index_of(write_tar("s.tar", [])), before, Path("cached"))
+    assert empty is not None
+    assert empty.damage[0].rows_lost == 5

@@ -1,0 +1,49 @@
+"""What `setup.cfg` cannot say: links of the package's page, and the project URLs, follow from the address in it."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+FOLDER = Path(__file__).resolve().parent
+_IMAGE = re.compile(r'<img src="([^":]+)"([^>]*?) alt="([^"]*)">')
+_LINK = re.compile(r"\[([^\]]*)\]\(([^)\s:]+)\)")
+
+
+def package_page(readme: str, address: str) -> str:
+    """README.md for readers outside the repository, where relative links lead nowhere.
+
+    Args:
+        readme: Text with relative links.
+        address: Public address of the repository; "": links become plain text, and images their descriptions.
+    """
+    if not address:
+        return _LINK.sub(r"\1", _IMAGE.sub(r"(Figure: \3)", readme))
+    absolute = _IMAGE.sub(rf'<img src="{address}/raw/HEAD/\1"\2 alt="\3">', readme)
+    return _LINK.sub(rf"[\1]({address}/blob/HEAD/\2)", absolute)
+
+
+def project_urls(address: str) -> dict[str, str]:
+    """Links beside the package's page."""
+    if not address:
+        return {}
+    return {
+        "Source": address,
+        "Documentation": f"{address}/blob/HEAD/docs/quickstart.md",
+        "Changelog": f"{address}/blob/HEAD/CHANGELOG.md",
+        "Issues": f"{address}/issues",
+    }
+
+
+if __name__ == "__main__":
+    settings = configparser.ConfigParser()
+    settings.read(FOLDER / "setup.cfg", encoding="utf-8")
+    address = settings["dmagent-loader"]["repository"].rstrip("/")
+    setup(
+        long_description=package_page((FOLDER / "README.md").read_text(encoding="utf-8"), address),
+        long_description_content_type="text/markdown",
+        project_urls=project_urls(address),
+    )
