@@ -20,7 +20,16 @@ from dmagent_loader.mixture.history import History, Standardization, validate_fe
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
-from dmagent_loader.policies import FieldPolicy, Guard, GuardConfig, InformedPolicy, Outcome, Policy, name_of, propose_guarded
+from dmagent_loader.policies import (
+    FieldPolicy,
+    Guard,
+    GuardConfig,
+    InformedPolicy,
+    Outcome,
+    Policy,
+    name_of,
+    propose_guarded,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -218,10 +218,11 @@ class Scorer:
     def _logits(self, batch: Batch) -> Tensor:
         """Logits of the model, (B, at least `batch.num_kept`, V)."""
         logits = self._caller.logits(*self._inputs(batch), num_kept=batch.num_kept)
-        if logits.shape[2] <= batch.targets.max():
+        largest = int(batch.targets.max())
+        if logits.shape[2] <= largest:
             raise ConfigurationError(
-                f"the model's logits are for {logits.shape[2]} tokens, but token id {batch.targets.max()} is to be scored: "
-                "build the environment with the model's own tokenizer, and let the model return logits, not hidden states"
+                f"the model's logits are for {logits.shape[2]} tokens, but token id {largest} is to be scored: build "
+                "the environment with the model's own tokenizer, and let the model return logits, not hidden states"
             )
         return logits
 
