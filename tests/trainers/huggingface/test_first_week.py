@@ -1,6 +1,6 @@
 """What a stock Trainer's user meets first: where metrics go, which settings hold, and what is refused at once.
 
-Runs with any supported version of transformers: `make test-transformers`.
+`make test-transformers` runs it with other versions of transformers.
 """
 
 from __future__ import annotations
