@@ -41,7 +41,7 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := $(filter $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)), \
 	throughput dynamics resume scale environment)
 
-.PHONY: demo test test-unit test-all test-nemo test-megatron test-python313 lint docs bench bench-quick fuzz clean
+.PHONY: demo test test-unit test-all test-nemo test-megatron test-python313 test-transformers lint docs bench bench-quick fuzz clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -114,6 +114,21 @@ test-python313: $(STAMP313)
 	$(VENV313)/bin/python -m pytest $(HF_RUN) $(PYTEST_ARGS)
 endif
 
+# The tests of what a version of transformers may change, with one that the rest does not use, and with TRL: packages of
+# the main environment, and others in front of them.
+#   make test-transformers TRANSFORMERS=4.51.0 MORE="huggingface_hub<1 tokenizers<0.22 datasets==3.6.0 accelerate==1.10.0"
+#   make test-transformers TRANSFORMERS=5.23.0 MORE=trl==1.16.0
+TRANSFORMERS ?= 5.24.0
+TRANSFORMERS_VENV = .venv-transformers-$(TRANSFORMERS)
+test-transformers: $(STAMP)
+	rm -rf $(TRANSFORMERS_VENV)
+	$(PYTHON) -m venv $(TRANSFORMERS_VENV)
+	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(TRANSFORMERS_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/main.pth
+	$(TRANSFORMERS_VENV)/bin/python -m pip install --quiet --no-deps --upgrade transformers==$(TRANSFORMERS) $(foreach one,$(MORE),'$(one)')
+	PYTHONPATH=$(CURDIR) $(TRANSFORMERS_VENV)/bin/python -m pytest tests/trainers/huggingface/test_first_week.py \
+		tests/trainers/huggingface/test_trl.py $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -166,4 +181,4 @@ fuzz: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) $(NEMO_VENV) $(MEGATRON_VENV) $(VENV313) $(BENCH_VENV) $(STREAMING_VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEMO_VENV) $(MEGATRON_VENV) $(VENV313) .venv-transformers-* $(BENCH_VENV) $(STREAMING_VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache

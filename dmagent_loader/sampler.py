@@ -69,7 +69,7 @@ class AgentWeightedSampler(FeedDataset):
             extension -> decoder, or a function of a row.
         transform: Function from sample to sample, for example tokenisation. Dropped tags are restored.
         fields: Field of each domain whose name does not begin with it.
-        compositions: P(topic | domain) over the 26 canonical topics, by domain.
+        compositions: P(topic | domain) over the 26 canonical topics, or numbers of documents by topic, by domain.
         reading: Settings of the reader: workers, shuffling, threads, damage, index cache.
         deciding: Settings of decisions: guard, shadow mode, roles and standardisation of an agent.
 

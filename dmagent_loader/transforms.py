@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmagent_loader._loading.lazy import read_together
+from dmagent_loader._loading.lazy import TAGS, read_together
 from dmagent_loader._validation import whole_number
 from dmagent_loader.errors import ConfigurationError, DecodeError
 from dmagent_loader.shards.writing.packing import PACKED_MEMBER
@@ -54,7 +54,7 @@ def collate_packed(samples: Sequence[Mapping[str, Any]], *, labels: bool = True)
     if together is not None:
         tags, stacked = together
     else:
-        tags = {name: [sample[name] for sample in samples] for name in ("__key__", "__domain__", "__index__")}
+        tags = {name: [sample[name] for sample in samples] for name in TAGS}
         stacked = _stacked(samples)
     # One block of memory for both: half the cost of allocating it, and of passing it from a worker to the trainer.
     wide = np.empty((1 + labels, *stacked.shape), np.int64)

@@ -26,6 +26,7 @@ class Phase:
         >>> with Phase("reading", total=2) as phase:
         ...     phase.update(2)
         ...     phase.note("2 files")
+        reading                  ...
         reading                  2 files  (0 s)
     """
 
@@ -48,6 +49,8 @@ class Phase:
                 if self._total
                 else f"{self._name:<25}{{n_fmt}}  {{elapsed}} {{postfix}}",
             )
+        else:
+            self._write(f"{self._name:<25}...")
         return self
 
     def update(self, units: int = 1) -> None:
@@ -57,9 +60,10 @@ class Phase:
             self._bar.update(units)
             return
         now = time.monotonic()
-        if now - self._last >= _PLAIN_SECONDS and self._total:
+        if now - self._last >= _PLAIN_SECONDS:
             self._last = now
-            self._write(f"{self._name:<25}{100 * self._done // self._total:3d}%  {self._note}")
+            done = f"{100 * self._done // self._total:3d}%" if self._total else f"{self._done}"
+            self._write(f"{self._name:<25}{done}  {self._note}")
 
     def note(self, text: str) -> None:
         """Shows a short text behind the bar; the last text stays on the line of the phase."""

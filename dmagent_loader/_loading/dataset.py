@@ -21,6 +21,10 @@ from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.shards import ShardCollection
 
 
+class _NoLengthError(AttributeError, TypeError):
+    """`len` of a sampler without an end: a TypeError for `len`, an AttributeError for `hasattr`."""
+
+
 class FeedDataset(IterableDataset[Sample]):
     """The reading half of a sampler: the base of `AgentWeightedSampler`, which adds decisions.
 
@@ -46,16 +50,21 @@ class FeedDataset(IterableDataset[Sample]):
         """True. Python would otherwise ask for the length, which a sampler without an end does not have."""
         return True
 
-    def __len__(self) -> int:
+    @property
+    def __len__(self) -> Callable[[], int]:
         """Samples that one iterator over the whole run delivers under the present ledger.
+
+        A property, so that a sampler without an end has no ``__len__``: some trainers look before they call.
 
         Raises:
             TypeError: The run has no end, because every domain with weight repeats.
         """
         length = self._feed.length
         if length is None:
-            raise TypeError("this sampler has no length, because its domains repeat forever: limit the run by steps")
-        return length
+            raise _NoLengthError(
+                "this sampler has no length, because its domains repeat forever: limit the run by steps"
+            )
+        return lambda: length
 
     @property
     def space(self) -> DomainSpace:

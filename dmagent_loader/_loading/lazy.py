@@ -17,6 +17,10 @@ Sample = dict[str, Any]
 RowAddress = tuple[int, int, int, int, int]
 """(global index, domain, draw, shard, row) of a sample."""
 
+TAGS = ("__index__", "__key__", "__domain__")
+"""Entries of every sample besides its members; the number first, because accelerate takes the size of a batch from the
+first entry, and cannot from strings."""
+
 
 class RowReader:
     """Reads and decodes the samples of one iterator.
@@ -49,7 +53,7 @@ class RowReader:
         except DecodeError as error:
             where = f"domain {self.names[domain]!r}, row {row} of shard {self.collection.display(domain, shard)}"
             raise DecodeError(f"{where}: {error}") from error
-        return {"__key__": raw.key, "__domain__": self.names[domain], "__index__": index, **values}
+        return {"__index__": index, "__key__": raw.key, "__domain__": self.names[domain], **values}
 
 
 class LazyRow(Mapping[str, Any]):
@@ -123,8 +127,8 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> tuple[Sa
         return None
     names = reader.names
     tags = {
+        "__index__": [address[0] for address in addresses],
         "__key__": keys,
         "__domain__": [names[address[1]] for address in addresses],
-        "__index__": [address[0] for address in addresses],
     }
     return tags, values

@@ -56,7 +56,7 @@ def _row(feed: Feed, domain: int, ends: IntArray, position: int) -> Any:
     shard = int(np.searchsorted(ends, position, side="right"))
     row = position - (int(ends[shard - 1]) if shard else 0)
     raw = feed.collection.read(domain, shard, row)
-    tags = {"__key__": raw.key, "__domain__": feed.plan.space.names[domain], "__index__": NO_INDEX}
+    tags = {"__index__": NO_INDEX, "__key__": raw.key, "__domain__": feed.plan.space.names[domain]}
     sample = {**tags, **feed.decoder(raw)}
     if feed.transform is None:
         return sample

@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from dmagent_loader._loading.feed import Feed
-from dmagent_loader._loading.lazy import LazyRow, RowAddress, RowReader
+from dmagent_loader._loading.lazy import TAGS, LazyRow, RowAddress, RowReader
 from dmagent_loader._loading.readahead import Readahead
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ConfigurationError, ExhaustedError, StateError
@@ -135,7 +135,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         else:
             sample = self._reader.sample(located)
         if feed.transform is not None:
-            tags = {name: sample[name] for name in ("__key__", "__domain__", "__index__")}
+            tags = {name: sample[name] for name in TAGS}
             transformed = feed.transform(sample)
             if not isinstance(transformed, Mapping):
                 raise ConfigurationError(f"transform returned {shown(transformed)}; it must return a sample (a dict)")

@@ -20,7 +20,16 @@ from dmagent_loader.mixture.history import History, Standardization, validate_fe
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
-from dmagent_loader.policies import Guard, GuardConfig, InformedPolicy, Outcome, Policy, name_of, propose_guarded
+from dmagent_loader.policies import (
+    FieldPolicy,
+    Guard,
+    GuardConfig,
+    InformedPolicy,
+    Outcome,
+    Policy,
+    name_of,
+    propose_guarded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -228,10 +237,12 @@ class Decider:
 
         Raises:
             FeedbackError: The feedback is not finite, is empty, or has other fields than before.
-            ConfigurationError: No sample was trained on since the last step.
+            ConfigurationError: No sample was trained on since the last step, or the policy cannot use these fields.
         """
         assert self.policy is not None
         measurement = self._measurement(feedback, consumed)
+        if isinstance(self.policy, FieldPolicy):
+            self.policy.check_fields(measurement.fields)
         previous = self.plan.ledger.last.weights()
         return Decision(
             policy=name_of(self.policy),

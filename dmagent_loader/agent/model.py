@@ -130,7 +130,7 @@ class MixingAgent(nn.Module):
             raise ConfigurationError(
                 f"the history has feedback on {len(history.fields)} fields {list(history.fields)}, but agent "
                 f"{self.name!r} reads {self.config.num_fields}, one for each role {list(self.config.feedback_roles)}: "
-                "choose by AgentWeightedSampler(roles=...)"
+                "choose by deciding=DecisionConfig(roles=...)"
             )
         if len(history) == 0:
             raise ConfigurationError(

@@ -39,6 +39,8 @@ def add_demo_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
 
 def run_demo_command(args: argparse.Namespace) -> int:
     """Runs the demo, and prints the table and the paths of the report."""
+    # At once, because the imports take seconds.
+    print(f"{'starting':<25}results go to {args.output.resolve()}", flush=True)
     transformers = require_extra("transformers", "demo")
     # Imported here, because it loads torch, which would delay the help of the other commands.
     from dmagent_loader._demo.run import run_demo

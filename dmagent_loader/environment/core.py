@@ -175,19 +175,26 @@ class Environment:
                 digest.update(pair.tokens.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def evaluate(self, model: Model, *, rank: int | None = None, world_size: int | None = None) -> dict[str, float]:
+    def evaluate(
+        self,
+        model: Model,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        progress: bool = True,
+    ) -> dict[str, float]:
         """Computes a model's feedback on every field (Eq. 1, reconstructed).
 
         The model and all random states are restored. `last_seconds` and `total_seconds` record the time taken.
 
         Args:
-            model: Causal language model, called as ``model(input_ids, attention_mask=...)``, that returns logits or
-                an object with ``.logits``; DistributedDataParallel and torch.compile are unwrapped. Alternatively a
-                model with a method ``token_log_probs``, see `scoring.Model`.
+            model: Causal language model that takes token ids and returns logits, see `scoring.Model`; for any other,
+                the environment's setting ``logits_of``. DistributedDataParallel and torch.compile are unwrapped.
             rank: Data-parallel rank of this process. Give it together with `world_size` if the ranks of the default
                 process group are not all data-parallel replicas (tensor parallelism). None: the rank in the default
                 process group.
             world_size: Number of data-parallel ranks. None: the size of the default process group.
+            progress: False hides the progress bar that the environment's setting allows.
 
         Returns:
             Field -> mean over pairs of the mean log-probability per scored token, the same on every rank.
@@ -198,7 +205,9 @@ class Environment:
             ConfigurationError: The model does not match the tokenizer, or does not return logits.
         """
         feedback = {}
-        for field, (sums, num_tokens) in self.log_likelihoods(model, rank=rank, world_size=world_size).items():
+        for field, (sums, num_tokens) in self.log_likelihoods(
+            model, rank=rank, world_size=world_size, progress=progress
+        ).items():
             bad = np.flatnonzero(~np.isfinite(sums))
             if len(bad):
                 raise FeedbackError(
@@ -216,7 +225,12 @@ class Environment:
         return feedback
 
     def log_likelihoods(
-        self, model: Model, *, rank: int | None = None, world_size: int | None = None
+        self,
+        model: Model,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        progress: bool = True,
     ) -> dict[str, LogLikelihoods]:
         """Computes the summed log-probability of every pair; arguments as for `evaluate`.
 
@@ -243,6 +257,7 @@ class Environment:
                 world_size=get_world_size() if world_size is None else world_size,
                 sums=sums,
                 times=times,
+                progress=progress,
             )
         reduced = all_reduce_sum(np.concatenate([sums, times]), _STEP)
         # Ranks that share one model score the same pairs; divide by the number of times each pair was scored.
@@ -327,7 +342,16 @@ class Environment:
             )
         if given.batch_tokens is None and self.settings.batch_tokens is not None:
             given = dataclasses.replace(given, batch_tokens=self.settings.batch_tokens)
-        return measure(model, questions, rows, given, optimizer=optimizer, rank=rank, world_size=world_size)
+        return measure(
+            model,
+            questions,
+            rows,
+            given,
+            optimizer=optimizer,
+            logits_of=self.settings.logits_of,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def _score(
         self,
@@ -338,9 +362,10 @@ class Environment:
         world_size: int,
         sums: FloatArray,
         times: FloatArray,
+        progress: bool,
     ) -> None:
         """Scores this rank's share of the pairs into `sums` and `times`, both (N,)."""
-        scorer = Scorer(model)
+        scorer = Scorer(model, self.settings.logits_of)
         batches, num_calls = plan_batches(
             [entry.num_inputs for entry in windows],
             rank=rank,
@@ -348,11 +373,14 @@ class Environment:
             batch_size=self.settings.batch_size,
             batch_tokens=self.settings.batch_tokens or BATCH_TOKENS.get(scorer.device.type, DEFAULT_BATCH_TOKENS),
         )
-        shown = self.settings.progress and get_rank() == 0
+        hidden = not (progress and self.settings.progress and get_rank() == 0)
         results = []
         with (
             scoring_state(model),
-            tqdm(total=sum(map(len, batches)), desc="environment", unit="q", leave=False, disable=not shown) as bar,
+            # With disable=None tqdm is silent where standard error is no terminal: a log would get a bar per decision.
+            tqdm(
+                total=sum(map(len, batches)), desc="environment", unit="q", leave=False, disable=hidden or None
+            ) as bar,
         ):
             scorer.take_over_output_layer(windows)
             for batch in batches:

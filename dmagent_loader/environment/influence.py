@@ -22,6 +22,7 @@ import torch
 from dmagent_loader._distributed import all_reduce_max, get_rank, get_world_size, is_active, together
 from dmagent_loader._validation import is_finite_number, shown, whole_number
 from dmagent_loader.environment.batches import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, ScoredWindow
+from dmagent_loader.environment.calling import LogitsOf
 from dmagent_loader.environment.ghost import NoRule
 from dmagent_loader.environment.gradients import Flat, Parameters, adam_moments, untouched
 from dmagent_loader.environment.influence_ways import (
@@ -111,6 +112,7 @@ def measure(
     settings: InfluenceSettings,
     *,
     optimizer: object = None,
+    logits_of: LogitsOf | None = None,
     rank: int | None = None,
     world_size: int | None = None,
 ) -> Influence:
@@ -122,6 +124,7 @@ def measure(
         rows: Domain -> its rows.
         settings: Settings of the measurement.
         optimizer: Optimizer that trains the model; None: unknown.
+        logits_of: See `EnvironmentSettings`.
         rank: Data-parallel rank of this process; None: its rank in the default process group.
         world_size: Number of data-parallel ranks; None: the size of the default process group.
 
@@ -140,7 +143,7 @@ def measure(
         if is_active():
             facts["the rows of the domains"] = [(name, len(r), _digest(r)) for name, r in rows.items()]
             facts["the settings of the influence"] = settings
-    scorer = Scorer(model)
+    scorer = Scorer(model, logits_of)
     batch_tokens = settings.batch_tokens or BATCH_TOKENS.get(scorer.device.type, DEFAULT_BATCH_TOKENS)
     longest = max(entry.num_inputs for listed in (*asked, *rows.values()) for entry in listed)
     way, notes = settings.way, []

@@ -5,7 +5,6 @@ Shapes: B pairs in a call, T tokens of the longest pair, V vocabulary, S scored 
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from dmagent_loader.environment.batches import Batch, ScoredWindow
+from dmagent_loader.environment.calling import LogitsOf, ModelCaller
 from dmagent_loader.environment.output_layer import hooked, output_layer, scored_hidden
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.simplex import IntArray
 
 Model: TypeAlias = Callable[..., Any]
-"""Called as ``model(input_ids, attention_mask=...)``; returns logits, or an object with logits as ``.logits``.
+"""Causal language model: takes token ids, (B, T) int64, padded on the right, and returns logits, (B, T, V).
+
+Its signature says how it is called (`calling.ModelCaller`): ``forward(input_ids, attention_mask)``, ``forward(tokens)``
+and ``forward(idx, targets=None)`` all work. The logits may be the output itself, its ``logits``, or the only tensor of
+their shape in a tuple, mapping or dataclass.
 
 If the model has a method ``token_log_probs(input_ids, following)``, that is called instead. Both arguments are (B, T)
 int64, padded on the right. It returns the log-probability of each following token, (B, T), or None on a rank that does
@@ -39,7 +43,15 @@ BLOCK_POSITIONS = 512
 BLOCK_VALUES, ACCELERATOR_BLOCK_VALUES = 1 << 19, 1 << 25
 """Logits per block when the scorer applies the output layer: 2 MB on a CPU, 128 MB on accelerators to save launches."""
 
-LENGTH_ATTRIBUTES = ("n_positions", "max_position_embeddings", "n_ctx")
+LENGTH_ATTRIBUTES = (
+    "n_positions",
+    "max_position_embeddings",
+    "n_ctx",
+    "block_size",
+    "max_seq_len",
+    "max_seq_length",
+    "sequence_len",
+)
 
 
 def unwrap(model: Model) -> Model:
@@ -111,18 +123,20 @@ class Scorer:
 
     Args:
         model: Unwrapped model; call the methods inside `scoring_state`.
+        logits_of: See `EnvironmentSettings`.
+
+    Raises:
+        ConfigurationError: The model cannot be called with token ids alone.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, logits_of: LogitsOf | None = None) -> None:
         self.device = _device_of(model)
         self._model = model
-        self._token_log_probs = getattr(model, "token_log_probs", None)
+        self._token_log_probs = getattr(model, "token_log_probs", None) if logits_of is None else None
         self._output_layer: nn.Linear | None = None
-        forward = model.forward if isinstance(model, nn.Module) else model
-        try:
-            self._keeps_logits = "logits_to_keep" in inspect.signature(forward).parameters
-        except (TypeError, ValueError):
-            self._keeps_logits = False
+        self._is_called_directly = logits_of is None
+        if self._token_log_probs is None:
+            self._caller = ModelCaller(model, logits_of)
 
     def take_over_output_layer(self, windows: Sequence[ScoredWindow]) -> bool:
         """Makes later calls apply the output layer here, blockwise and only to the scored positions.
@@ -138,7 +152,8 @@ class Scorer:
         Returns:
             Whether the output layer is applied here.
         """
-        layer = None if self._token_log_probs is not None else output_layer(self._model)
+        may_look_inside = self._token_log_probs is None and self._is_called_directly
+        layer = output_layer(self._model) if may_look_inside else None
         if layer is None:
             return False
         # Rows of different length and scored part expose swapped rows or columns and shifts by the padding.
@@ -198,27 +213,21 @@ class Scorer:
         return scored[0]
 
     def _call(self, batch: Batch) -> Any:
-        arguments: dict[str, Any] = {"attention_mask": self._tensor(batch.mask)}
-        if self._keeps_logits:
-            arguments["logits_to_keep"] = batch.num_kept
-        return self._model(self._tensor(batch.input_ids), **arguments)
+        return self._caller(*self._inputs(batch), num_kept=batch.num_kept)
 
     def _logits(self, batch: Batch) -> Tensor:
         """Logits of the model, (B, at least `batch.num_kept`, V)."""
-        output = self._call(batch)
-        logits = getattr(output, "logits", output)
-        if (
-            not isinstance(logits, Tensor)
-            or logits.dim() != 3
-            or len(logits) != len(batch)
-            or logits.shape[1] < batch.num_kept
-        ):
-            shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        logits = self._caller.logits(*self._inputs(batch), num_kept=batch.num_kept)
+        largest = int(batch.targets.max())
+        if logits.shape[2] <= largest:
             raise ConfigurationError(
-                f"the model returned {shown} for input of shape {batch.input_ids.shape}: it must return logits of "
-                "shape (batch, length, vocabulary), or an object with such a tensor as .logits"
+                f"the model's logits are for {logits.shape[2]} tokens, but token id {largest} is to be scored: build "
+                "the environment with the model's own tokenizer, and let the model return logits, not hidden states"
             )
         return logits
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return self._tensor(batch.input_ids), self._tensor(batch.mask), self._tensor(batch.following)
 
     def _tensor(self, values: IntArray) -> Tensor:
         return torch.from_numpy(values).to(self.device)

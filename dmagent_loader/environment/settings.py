@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dmagent_loader._validation import shown, whole_number
+from dmagent_loader.environment.calling import LogitsOf
 from dmagent_loader.errors import ConfigurationError
 
 
@@ -30,7 +31,9 @@ class EnvironmentSettings:
             8192, or 1024 on a CPU to fit its caches.
         prefix_token_id: Token used as the context of an empty question. None: the tokenizer's BOS token, else its EOS
             token.
-        progress: Whether rank 0 shows a progress bar.
+        progress: Whether rank 0 shows a progress bar on a terminal.
+        logits_of: Function from model, input ids and attention mask, both (B, T) int64 and padded on the right, to
+            logits, (B, T, V). None: the model is called as its signature says, see `scoring.Model`.
 
     Raises:
         ConfigurationError: A value is invalid.
@@ -45,6 +48,7 @@ class EnvironmentSettings:
     batch_tokens: int | None = None
     prefix_token_id: int | None = None
     progress: bool = True
+    logits_of: LogitsOf | None = None
 
     def __post_init__(self) -> None:
         if self.score not in ("answer", "pair"):
@@ -55,6 +59,10 @@ class EnvironmentSettings:
         for name in ("cloze", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} is {shown(getattr(self, name))}; it must be True or False")
+        if self.logits_of is not None and not callable(self.logits_of):
+            raise ConfigurationError(
+                f"logits_of is {shown(self.logits_of)}; it must be a function of (model, input_ids, attention_mask)"
+            )
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> EnvironmentSettings:

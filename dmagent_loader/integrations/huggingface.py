@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from dmagent_loader.data_loader import MixingDataLoader
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
-from dmagent_loader.integrations._reporters import reporters_of_caller
+from dmagent_loader.integrations._calling_trainer import trainer_calling
+from dmagent_loader.integrations._trainer_checks import follow_log_level, refuse_as_evaluation_data, warn_about_order
 from dmagent_loader.integrations.mixing import Mixing
 from dmagent_loader.sampler import AgentWeightedSampler, LoaderSettings
 
@@ -80,6 +81,8 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 "restore_callback_states_from_checkpoint=True makes the Trainer build a new DataMixingCallback "
                 "without its sampler: leave it False, this callback restores itself"
             )
+        follow_log_level(args)
+        refuse_as_evaluation_data(getattr(trainer_calling(self), "eval_dataset", None))
         args.ignore_data_skip = True
         batch_size = args.train_batch_size
         if args.world_size > 1:
@@ -105,6 +108,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         loader = kwargs["train_dataloader"]
         self._recognise(args, loader)
         self._refuse_rows_without_columns(loader)
+        warn_about_order(args)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if isinstance(saved, list):
             saved = saved[-1] if saved else None
@@ -114,8 +118,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         # A checkpoint made without this callback has no entry for it, and the Trainer needs one when it saves.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._batches = 0
-        if self._reporters is None:
-            self._reporters = reporters_of_caller(self)
+        self._look_at_trainer()
         # After an out-of-memory error, the Trainer begins again with a smaller batch and an empty log.
         missing = [entry for entry in self._attempt or () if entry not in state.log_history]
         state.log_history[:0] = missing
@@ -158,6 +161,10 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._attempt = None
         self._mixing.end()
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuses an evaluation on a sampler that was passed to `Trainer.evaluate`."""
+        refuse_as_evaluation_data(getattr(kwargs["eval_dataloader"], "dataset", None))
+
     def state(self) -> dict[str, Any]:
         """State for the Trainer's checkpoint."""
         return {
@@ -166,7 +173,10 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         }
 
     def report_to(self, callbacks: Sequence[TrainerCallback]) -> None:
-        """Sets the callbacks whose `on_log` receives the metrics; without a call they are found at the start."""
+        """Sets the callbacks whose `on_log` receives the metrics, for example ``trainer.callback_handler.callbacks``.
+
+        Without a call they are found at the start of training.
+        """
         self._reporters = [callback for callback in callbacks if callback is not self]
 
     @property
@@ -196,11 +206,27 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             control.should_save = True  # as the Trainer itself does at its last step
         return True
 
+    def _look_at_trainer(self) -> None:
+        """Finds the reporters, and checks a Trainer that was built before the callback was added."""
+        trainer = trainer_calling(self)
+        refuse_as_evaluation_data(getattr(trainer, "eval_dataset", None))
+        if self._reporters is not None:
+            return
+        if trainer is None:
+            logger.warning(
+                "the Trainer that calls DataMixingCallback was not found, so metrics of the mix are only in its "
+                "log_history: call callback.report_to(trainer.callback_handler.callbacks) before trainer.train(), or "
+                "use DataMixingTrainerMixin, which does so"
+            )
+            self.report_to([])
+        else:
+            self.report_to(trainer.callback_handler.callbacks)
+
     def _maybe_reweight(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any) -> None:
         if not self._mixing.due():
             return
         report = self._mixing.reweight(
-            lambda environment: environment.evaluate(model),
+            lambda environment: environment.evaluate(model, progress=not args.disable_tqdm),
             measure=lambda environment, rows, settings: environment.influence(
                 model, rows, optimizer=optimizer, **settings
             ),

@@ -219,7 +219,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
     def _evaluate(self, trainer: Any, environment: Environment) -> Mapping[str, float]:
         model = trainer.model if self._model is None else self._model(trainer.lightning_module)
         with trainer.precision_plugin.forward_context():
-            return environment.evaluate(model, **self._ranks)
+            return environment.evaluate(model, **self._ranks, progress=trainer.progress_bar_callback is not None)
 
     def _measure(
         self,

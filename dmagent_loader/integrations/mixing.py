@@ -18,7 +18,7 @@ from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.integrations._evidence import Measure, inform, texts
 from dmagent_loader.integrations._passes import Passes
-from dmagent_loader.policies import AgentPolicy, CombinedPolicy, InformedPolicy
+from dmagent_loader.policies import AgentPolicy, FieldPolicy, InformedPolicy
 from dmagent_loader.sampler import AgentWeightedSampler, Decision
 
 __all__ = ["Mixing", "Report"]
@@ -82,7 +82,7 @@ class Mixing:
                 None: unknown.
 
         Raises:
-            ConfigurationError: The fields of the environment are not those that the agent reads.
+            ConfigurationError: The policy cannot decide on the fields of the environment.
         """
         self._started, self._evaluating_seconds, self._measuring_seconds = time.perf_counter(), 0.0, 0.0
         self._announced = self._ended = False
@@ -90,11 +90,11 @@ class Mixing:
         self.stop_at(samples)
         policy = self.sampler.policy
         has_policy = policy is not None
-        agent = policy.parts[0] if isinstance(policy, CombinedPolicy) else policy
-        if self.environment is not None and isinstance(agent, AgentPolicy):
-            agent.check_fields(self.environment.fields)
-            if agent is policy:  # a combined policy does not follow the agent's topics
-                agent.check_questions(texts(self.environment))
+        if self.environment is not None and isinstance(policy, FieldPolicy):
+            policy.check_fields(self.environment.fields)
+        # A combined policy does not follow the agent's topics.
+        if self.environment is not None and isinstance(policy, AgentPolicy):
+            policy.check_questions(texts(self.environment))
         if has_policy and self.environment is None:
             logger.warning(
                 "the sampler has a policy, but there is no environment, so it never decides: pass environment="

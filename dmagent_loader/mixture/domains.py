@@ -9,8 +9,10 @@ Shapes: U user domains, C = 52 canonical domains.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 
 import numpy as np
@@ -63,8 +65,8 @@ class Domain:
     Args:
         name: Unique in its space, for example ``"source/Science"``.
         field: ``"source"`` or ``"target"``; other names are allowed for policies that do not need the two roles.
-        composition: P(topic | this domain) over the canonical topics; None: the topic named by the last part of the
-            domain name, or a uniform distribution if it names none.
+        composition: P(topic | this domain) over the canonical topics, or the number of its documents of each topic;
+            None: the topic named by the last part of the domain name, or a uniform distribution if it names none.
     """
 
     name: str
@@ -82,25 +84,49 @@ class Domain:
 
         Raises:
             DomainError: The composition names an unknown topic.
-            MixError: The composition does not sum to 1.
+            MixError: The composition neither sums to 1 nor consists of counts.
         """
         if self.composition is not None:
-            unknown = sorted(set(self.composition) - set(CANONICAL_TOPICS))
+            unknown = sorted(set(self.composition) - set(CANONICAL_TOPICS), key=str)
             if unknown:
+                nearest = {name: nearest_topic(str(name)) for name in unknown}
+                meant = ", ".join(f"{name!r} for {topic!r}" for name, topic in nearest.items() if topic is not None)
                 raise DomainError(
-                    f"the composition of domain {self.name!r} names unknown topics {unknown}; "
-                    "topics are listed in dmagent_loader.mixture.domains.CANONICAL_TOPICS"
+                    f"the composition of domain {self.name!r} names unknown topics {unknown}"
+                    + (f" (is {meant} meant?)" if meant else "")
+                    + "; topics are listed in dmagent_loader.mixture.domains.CANONICAL_TOPICS"
                 )
             try:
-                return validate_mix(self.composition, CANONICAL_TOPICS)
+                values = numbers(list(self.composition.values()))
+                counts = bool(np.isfinite(values).all()) and bool((values == np.floor(values)).all())
+                return validate_mix(self.composition, CANONICAL_TOPICS, renormalize=counts)
             except MixError as error:
-                raise MixError(f"the composition of domain {self.name!r} is not a distribution: {error}") from error
+                raise MixError(
+                    f"the composition of domain {self.name!r} is neither a distribution nor counts: {error}"
+                ) from error
         topics = np.zeros(NUM_TOPICS)
         if self.topic is not None:
             topics[CANONICAL_TOPICS.index(self.topic)] = 1.0
         else:
             topics[:] = 1.0 / NUM_TOPICS
         return topics
+
+
+def nearest_topic(name: str) -> str | None:
+    """The canonical topic that a name most likely means; None: none is close.
+
+    Example:
+        >>> nearest_topic("law & government"), nearest_topic("computers"), nearest_topic("web")
+        ('Law_and_Government', 'Computers_and_Electronics', None)
+    """
+    words = re.split(r"[\W_]+", name.lower())
+    whole = {topic.lower(): topic for topic in CANONICAL_TOPICS}
+    single = {word.lower(): topic for topic in CANONICAL_TOPICS for word in topic.split("_") if word != "and"}
+    for known, wanted in ((whole, "_".join(words)), *((single, word) for word in words)):
+        found = get_close_matches(wanted, known, 1, 0.75)
+        if found:
+            return known[found[0]]
+    return None
 
 
 def _is_text(name: str) -> bool:
@@ -156,7 +182,7 @@ class DomainSpace:
         Args:
             names: Domain names, in order.
             fields: Field of each domain whose name does not contain it.
-            compositions: P(topic | domain) of some or all domains, by domain name.
+            compositions: P(topic | domain) of some or all domains, or numbers of documents by topic, by domain name.
 
         Raises:
             DomainError: A domain has no field, or an entry of `fields` or `compositions` names an unknown domain.

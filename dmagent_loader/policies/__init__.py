@@ -4,6 +4,7 @@ from dmagent_loader.policies.agent import AgentPolicy
 from dmagent_loader.policies.base import Policy, name_of
 from dmagent_loader.policies.choice import make_policy
 from dmagent_loader.policies.combined import CombinedPolicy
+from dmagent_loader.policies.fields import FieldPolicy
 from dmagent_loader.policies.guard import Guard, GuardConfig, Outcome, propose_guarded
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.informed import INFLUENCE, LENGTH, QUESTIONS, InformedPolicy
@@ -14,6 +15,7 @@ from dmagent_loader.policies.static import StaticPolicy
 __all__ = [
     "AgentPolicy",
     "CombinedPolicy",
+    "FieldPolicy",
     "Guard",
     "GuardConfig",
     "INFLUENCE",

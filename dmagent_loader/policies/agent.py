@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 
 import numpy as np
 
-from dmagent_loader._validation import shown
 from dmagent_loader.agent.model import MixingAgent
 from dmagent_loader.errors import ConfigurationError, DomainError
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainMap, DomainSpace, Projection
 from dmagent_loader.mixture.history import STANDARDIZATIONS, History, Standardization
 from dmagent_loader.mixture.simplex import FloatArray, total_variation
+from dmagent_loader.policies.fields import report_roles
 from dmagent_loader.policies.static import Weights
 from dmagent_loader.policies.topic_classifier import TopicClassifier
 
@@ -85,6 +84,8 @@ class AgentPolicy:
         self._standardization = standardization
         self._projection: Projection | None = None
         self._range_reported = False
+        self._label = f"agent {agent.name!r}"
+        self._checked_fields: tuple[str, ...] = ()
         logger.info(
             "agent %s: %d domains, feedback standardised as %r",
             agent.name,
@@ -152,7 +153,7 @@ class AgentPolicy:
         )
 
     def check_fields(self, fields: Sequence[str]) -> None:
-        """Checks before training that the agent can use feedback on these fields.
+        """Checks before training that the agent can use feedback on these fields, and logs the role of each.
 
         Raises:
             ConfigurationError: Their number differs from that of the agent's roles, or a field of `roles` is missing.
@@ -162,9 +163,16 @@ class AgentPolicy:
             raise ConfigurationError(
                 f"the environment has {len(fields)} field(s) {list(fields)}, but agent {self.name!r} reads "
                 f"{len(roles)}, one for each role {list(roles)}: map roles to fields with "
-                "AgentWeightedSampler(roles=...), or give the environment these fields"
+                "deciding=DecisionConfig(roles=...), or give the environment these fields"
             )
-        self._columns(tuple(fields))
+        columns = self._columns(tuple(fields))
+        if tuple(fields) == self._checked_fields or len(roles) != 2:
+            return
+        self._checked_fields = tuple(fields)
+        keep, acquire = (fields[column] for column in columns)
+        exchanged = dict(zip(roles, (acquire, keep), strict=True))
+        remedy = f"pass deciding=DecisionConfig(roles={exchanged})" if self._roles is None else None
+        report_roles(self._label, keep, acquire, self.map.space, remedy=remedy)
 
     def _report_range(self, history: History) -> None:
         """Warns once if feedback has changed more during the run than in nearly all of the agent's training."""
@@ -200,35 +208,3 @@ class AgentPolicy:
                 )
             columns.append(fields.index(field))
         return columns
-
-
-def report_unknown_topics(space: DomainSpace) -> None:
-    """Logs the domains of unknown topics, which an agent treats as evenly spread over all 26 topics.
-
-    If the topics of all domains of a field are unknown, the agent sets the weight of the field, and row counts split
-    it. If only some are unknown, domains of known topics receive only the excess over an even spread. That may be zero,
-    so it is logged as a warning.
-    """
-    for field in space.fields:
-        members = [domain for domain in space.domains if domain.field == field]
-        unknown = [domain.name for domain in members if domain.topic is None and domain.composition is None]
-        if not unknown or len(members) == 1:
-            continue
-        if len(unknown) == len(members):
-            logger.info(
-                "the topics of %s are unknown: the agent sets the total weight of the field %r, and row counts split "
-                "it (compositions= states their topics)",
-                shown(unknown),
-                field,
-            )
-            continue
-        alike = {name: get_close_matches(name.rsplit("/", 1)[-1].title(), CANONICAL_TOPICS, 1) for name in unknown}
-        meant = ", ".join(f"{name!r} for {found[0]!r}" for name, found in alike.items() if found)
-        logger.warning(
-            "the topics of %s are unknown, but those of other domains of the field %r are known: unknown topics count "
-            "as an even spread over all topics, which may leave the other domains without weight; state the topics by "
-            "compositions=, or name each domain after one of dmagent_loader.mixture.domains.CANONICAL_TOPICS%s",
-            shown(unknown),
-            field,
-            f" (is {meant} meant?)" if meant else "",
-        )

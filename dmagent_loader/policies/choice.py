@@ -11,9 +11,10 @@ from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import FIELDS, DomainSpace
 from dmagent_loader.mixture.history import Standardization
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.policies.agent import AgentPolicy, report_unknown_topics
+from dmagent_loader.policies.agent import AgentPolicy
 from dmagent_loader.policies.base import Policy
 from dmagent_loader.policies.combined import CombinedPolicy
+from dmagent_loader.policies.fields import report_unknown_topics
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 
@@ -65,7 +66,7 @@ def make_policy(
     decides = AgentPolicy(loaded, space, natural, roles=roles, standardization=standardization)
     if within is not None:
         return CombinedPolicy(decides, within, space)
-    report_unknown_topics(space)
+    report_unknown_topics(f"agent {loaded.name!r}", space)
     return decides
 
 

@@ -8,7 +8,7 @@ Shapes: D domains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.base import Policy, name_of
+from dmagent_loader.policies.fields import FieldPolicy
 from dmagent_loader.policies.informed import InformedPolicy
 
 
@@ -63,6 +64,16 @@ class CombinedPolicy:
         self.needs = frozenset[str]().union(*(part.needs for part in self._informed.values()))
         self._requested = {label: part.needs for label, part in self._informed.items()}
         """Evidence that each part has requested last; before the first request, all that it may request."""
+
+    def check_fields(self, fields: Sequence[str]) -> None:
+        """Lets each part check the fields of the environment.
+
+        Raises:
+            ConfigurationError: One of them cannot decide on feedback of these fields.
+        """
+        for part in self.parts:
+            if isinstance(part, FieldPolicy):
+                part.check_fields(fields)
 
     def needed(self, decision: int) -> frozenset[str]:
         """Evidence that one of the parts requires."""

@@ -19,7 +19,7 @@ Shapes: K question fields, D domains.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,7 @@ class InfluencePolicy:
         self._topics, self._combine = topics, combine
         self._reliability = reliability
         self._max_measurements = whole_number("max_measurements", max_measurements, least=1)
+        self._checked_fields: tuple[str, ...] = ()
         self._measured: list[Influence] = []
         self._in_slot = 0
         self._is_unavailable = False
@@ -124,6 +125,17 @@ class InfluencePolicy:
     def influence(self) -> Influence | None:
         """Mean of all measurements so far; None before the first."""
         return self._measured[0].averaged(self._measured[1:]) if self._measured else None
+
+    def check_fields(self, fields: Sequence[str]) -> None:
+        """If topics are combined, logs which field they keep and which they acquire; see `policies.fields`.
+
+        Raises:
+            ConfigurationError: `field_weights` names other fields.
+        """
+        self._check_weights(fields)
+        if self._topics is not None and self._combine and tuple(fields) != self._checked_fields:
+            self._checked_fields = tuple(fields)
+            self._topics.report_roles(fields)
 
     def needed(self, decision: int) -> frozenset[str]:
         """Influence before the first decision and then at intervals of `every`; the questions if topics are used; the
@@ -263,15 +275,17 @@ class InfluencePolicy:
         return self.natural
 
     def _weights(self, influence: Influence) -> FloatArray:
+        self._check_weights(influence.fields)
         given = self._field_weights
-        if given is None:
-            return np.ones(len(influence.fields))
-        if set(given) != set(influence.fields):
+        return np.ones(len(influence.fields)) if given is None else np.array([given[name] for name in influence.fields])
+
+    def _check_weights(self, fields: Sequence[str]) -> None:
+        given = self._field_weights
+        if given is not None and set(given) != set(fields):
             raise ConfigurationError(
-                f"field_weights names {sorted(given)}, but the environment's fields are {list(influence.fields)}: give "
-                "each of them a weight"
+                f"field_weights names {sorted(given)}, but the environment's fields are {list(fields)}: give each of "
+                "them a weight"
             )
-        return np.array([given[name] for name in influence.fields])
 
 
 def measured_influence(state: Any) -> Influence | None:

@@ -9,7 +9,7 @@ Shapes: D domains, T = 26 topics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError, 
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, SOURCE, TARGET, DomainMap, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
+from dmagent_loader.policies.fields import report_roles, report_unknown_topics
 from dmagent_loader.policies.informed import LENGTH, QUESTIONS
 from dmagent_loader.policies.passes import MOST_PASSES, PassLimit
 from dmagent_loader.policies.topic_classifier import TopicClassifier
@@ -74,6 +75,8 @@ class QuestionTopics:
         self._classifier = classifier
         self._passes = PassLimit(space, most_passes)
         self._topics: dict[str, FloatArray] = {}
+        self._label = f"policy {name!r}"
+        self._checked_fields: tuple[str, ...] = ()
 
     @property
     def topics(self) -> dict[str, dict[str, float]]:
@@ -82,6 +85,19 @@ class QuestionTopics:
             name: {t: float(s) for t, s in zip(CANONICAL_TOPICS, shares, strict=True) if s > 0}
             for name, shares in self._topics.items()
         }
+
+    def check_fields(self, fields: Sequence[str]) -> None:
+        """Logs which field is kept and which acquired, and warns of unknown topics; see `policies.fields`."""
+        if tuple(fields) != self._checked_fields:
+            self._checked_fields = tuple(fields)
+            report_unknown_topics(self._label, self.space)
+            self.report_roles(fields)
+
+    def report_roles(self, fields: Sequence[str]) -> None:
+        """The part of `check_fields` about the environment."""
+        if len(fields) > 1:
+            remedy = "list the field to keep first and the field to acquire last"
+            report_roles(self._label, fields[0], fields[-1], self.space, remedy=remedy)
 
     def needed(self, decision: int) -> frozenset[str]:
         """The questions, once, and the length of the run."""

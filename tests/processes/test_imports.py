@@ -40,3 +40,8 @@ def test_a_missing_extra_is_named(package, integration, extra):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "MissingExtraError" in done.stdout
     assert f"dmagent-loader[{extra}]" in done.stdout
+
+
+def test_the_package_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "dmagent_loader", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "dmagent-loader")

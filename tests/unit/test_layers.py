@@ -39,6 +39,7 @@ ROOMS = {
     "_report": CORE | {"policies", "_run"},
     "_demo": ALL - {"training"},
     "cli": ALL,
+    "__main__": {"cli"},
     "__init__": {
         "_version",
         "_run",

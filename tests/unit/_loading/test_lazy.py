@@ -51,7 +51,7 @@ def test_a_lazy_row_is_the_sample_that_an_eager_one_is(shards, tmp_path):
         assert len(lazy) == len(eager)
         again = pickle.loads(pickle.dumps(lazy))
         for sample in (lazy, again):
-            assert [sample[name] for name in ("__key__", "__domain__", "__index__")] == list(eager.values())[:3]
+            assert [sample[name] for name in ("__index__", "__key__", "__domain__")] == list(eager.values())[:3]
             assert np.array_equal(sample[PACKED_MEMBER], eager[PACKED_MEMBER])
         assert type(again) is dict
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,9 +221,9 @@ def test_tokenizer_of_another_model_is_refused(model):
 @pytest.mark.parametrize(
     ("output", "shown"),
     [
-        (lambda ids: "text", "returned str"),
-        (lambda ids: torch.zeros(ids.shape), r"returned \(1, 3\)"),
-        (lambda ids: torch.zeros(1, 1, 256), r"returned \(1, 1, 256\)"),
+        (lambda ids: "text", "returned a str"),
+        (lambda ids: torch.zeros(ids.shape), r"returned a tensor of shape \(1, 3\)"),
+        (lambda ids: torch.zeros(1, 1, 256), r"returned a tensor of shape \(1, 1, 256\)"),
     ],
 )
 def test_model_without_logits_is_refused(output, shown):
@@ -298,9 +300,24 @@ def test_cost_is_exposed_and_logged(model, pairs, caplog):
     assert "on 40 questions in" in caplog.text
 
 
-def test_progress_bar_can_be_switched_off(model, pairs, capsys):
-    quiet({"x": pairs}).evaluate(model)
-    assert capsys.readouterr().err == ""
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    Environment.from_pairs({"x": pairs}, to_bytes).evaluate(model)
-    assert "environment" in capsys.readouterr().err
+
+@pytest.mark.parametrize(
+    ("stream", "setting", "argument", "shown"),
+    [
+        (Terminal, True, True, True),
+        (Terminal, False, True, False),
+        (Terminal, True, False, False),
+        (io.StringIO, True, True, False),
+    ],
+)
+def test_a_progress_bar_is_shown_on_a_terminal_unless_switched_off(
+    model, pairs, monkeypatch, stream, setting, argument, shown
+):
+    """In a log file, it would be a line per decision."""
+    monkeypatch.setattr(sys, "stderr", stream())
+    Environment.from_pairs({"x": pairs}, to_bytes, progress=setting).evaluate(model, progress=argument)
+    assert ("environment" in sys.stderr.getvalue()) == shown

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dmagent_loader.errors import DomainError, MixError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, Domain, DomainMap, DomainSpace
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, Domain, DomainMap, DomainSpace, nearest_topic
 
 TWO = DomainSpace.from_names(["source/web", "target/math"])
 
@@ -80,8 +81,41 @@ def test_topics_come_from_the_composition_the_name_or_nothing() -> None:
 def test_wrong_compositions_are_refused() -> None:
     with pytest.raises(DomainError, match=r"unknown topics \['Maths'\]"):
         Domain(name="a", field="source", composition={"Maths": 1.0}).topic_distribution()
-    with pytest.raises(MixError, match=r"composition of domain 'a' is not a distribution: .*sums to 0\.5"):
-        Domain(name="a", field="source", composition={"Science": 0.5}).topic_distribution()
+    with pytest.raises(
+        DomainError, match=r"\['computers', 'web'\] \(is 'computers' for 'Computers_and_Electronics' meant\?"
+    ):
+        Domain(name="a", field="source", composition={"web": 1, "computers": 1}).topic_distribution()
+    for composition, message in (
+        ({"Science": 0.5}, r"sums to 0\.5"),
+        ({"Science": 3, "News": 0.5}, r"sums to 3\.5"),
+        ({"Science": 3, "News": -1}, "negative"),
+        ({"Science": 0}, "weights are 0"),
+        ({"Science": float("inf")}, "not finite"),
+    ):
+        with pytest.raises(MixError, match=f"domain 'a' is neither a distribution nor counts: .*{message}"):
+            Domain(name="a", field="source", composition=composition).topic_distribution()
+
+
+def test_a_composition_may_count_documents() -> None:
+    counted = Domain(name="a", field="source", composition=Counter(Health=1, News=3)).topic_distribution()
+    shares = Domain(name="a", field="source", composition={"Health": 0.25, "News": 0.75}).topic_distribution()
+    np.testing.assert_array_equal(counted, shares)
+
+
+@pytest.mark.parametrize(
+    ("name", "topic"),
+    [
+        ("science", "Science"),
+        ("scince", "Science"),
+        ("Law & Government", "Law_and_Government"),
+        ("travel-blogs", "Travel_and_Transportation"),
+        ("web", None),
+        ("and", None),
+        ("", None),
+    ],
+)
+def test_the_nearest_topic_is_that_of_the_name_or_of_a_word_in_it(name: str, topic: str | None) -> None:
+    assert nearest_topic(name) == topic
 
 
 def test_a_map_needs_both_fields() -> None:

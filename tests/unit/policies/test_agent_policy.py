@@ -91,7 +91,7 @@ def test_an_environment_with_other_fields_than_the_roles_is_refused_before_train
     """Every decision would fail, and the run would go to its end on the first mix."""
     AgentPolicy(agent, TWO).check_fields(("general", "math"))
     for fields in (("general",), ("general", "math", "law")):
-        with pytest.raises(ConfigurationError, match=rf"{len(fields)} field\(s\).*AgentWeightedSampler\(roles"):
+        with pytest.raises(ConfigurationError, match=rf"{len(fields)} field\(s\).*DecisionConfig\(roles"):
             AgentPolicy(agent, TWO).check_fields(fields)
     by_name = AgentPolicy(agent, TWO, roles={"acquire": "math", "keep": "general"})
     by_name.check_fields(("law", "math", "general"))
@@ -125,10 +125,18 @@ def test_domains_of_unknown_topics_beside_known_ones_are_warned_of(
         made(agent, DomainSpace.from_names(["source/Health", "source/web", "target/math"], compositions=topics))
         made(agent, TWO)
     assert "unknown" not in caplog.text
-    with caplog.at_level(logging.INFO):
-        made(agent, DomainSpace.from_names(["source/web", "source/wiki", "target/math"]))
-    assert "the topics of ['source/web', 'source/wiki'] are unknown: the agent sets the total weight" in caplog.text
-    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_domains_of_which_no_topic_is_known_are_warned_of_with_the_ways_out(
+    agent: MixingAgent, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The agent would choose among them by their row counts only, and nobody would notice."""
+    made(agent, DomainSpace.from_names(["source/web", "source/books", "target/math"]))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "the topics of ['source/web', 'source/books'] are unknown, so agent 'three' sets only the total" in warning
+    assert "(is 'source/books' for 'Books_and_Literature' meant?)" in warning
+    assert "compositions=" in warning
+    assert "topics='influence'" in warning
 
 
 def test_the_standardization_is_passed_on(agent: MixingAgent, make_history: MakeHistory) -> None:

@@ -45,6 +45,15 @@ def test_decisions_are_due_before_the_first_sample_and_every_interval(build):
     assert due == [0, 32, 64, 96]
 
 
+def test_feedback_on_the_wrong_number_of_fields_stops_at_the_first_call(build):
+    """Each decision would fail in the policy, and the run would go to its end on the first mix."""
+    sampler = build(agent="dmagent-rl")
+    with pytest.raises(ConfigurationError, match=r"1 field\(s\) \['general'\], but agent 'dmagent-rl' reads 2"):
+        sampler.reweight({"general": -2.0}, consumed=0)
+    assert not sampler.measurements
+    assert sampler.reweight({"general": -2.0, "math": -1.0}, consumed=0).in_force
+
+
 def test_the_policy_sees_the_achieved_mixes_and_all_feedback(build):
     policy = Scripted([0.5, 0, 0.5, 0], [0, 0, 0, 1.0], [0.25] * 4)
     sampler = build(policy=policy, start_state={"source/web": 1.0}, exhausted="repeat")

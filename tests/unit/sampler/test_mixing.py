@@ -122,8 +122,12 @@ def test_exhaustion_error_comes_after_the_last_good_sample(build):
 
 def test_length_is_known_only_if_the_run_ends(build):
     assert len(build(rank=0, world_size=2)) == len(build()) // 2
+    endless = build(exhausted="repeat")
     with pytest.raises(TypeError, match="no length"):
-        len(build(exhausted="repeat"))
+        len(endless)
+    assert hasattr(build(), "__len__")
+    assert not hasattr(endless, "__len__"), "some trainers look before they call"
+    assert bool(endless)
 
 
 def test_numpy_integers_are_the_same_as_pythons(build):

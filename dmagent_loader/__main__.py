@@ -1,4 +1,4 @@
-"""``python -m dmagent_loader.cli``."""
+"""``python -m dmagent_loader``: the command line ``dmagent``."""
 
 import sys
 
