@@ -235,7 +235,7 @@ def test_largest_domains_stand_alone_and_the_rest_is_summed_by_field() -> None:
         ("exhausted", [], "exhausted is \\[\\], not a list"),
         ("seed", "0", "seed is '0'"),
         ("shuffle_window", 0, "shuffle_window is 0"),
-        ("samples_per_reweight", 0, "samples_per_reweight 0"),
+        ("samples_per_reweight", 0, "samples_per_reweight is 0"),
         ("policy", ["x"], "has policy"),
         ("consumed", -1, "consumed is -1"),
         ("counts", {}, "counts at sample"),
