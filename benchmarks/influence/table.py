@@ -223,28 +223,42 @@ def key(line: dict[str, Any]) -> tuple[str, str, int, str]:
     return line["environment"], line["size"], line["stream"], line["policy"]
 
 
+COLUMNS = {
+    "best of shares": "best of five natural shares",
+    "natural 30%": "natural 30%",
+    "uniform 30%": "uniform 30%",
+    "dmagent-rl": "`dmagent-rl`",
+    "dmagent-rl's mean, static": "its mean mix, static",
+    "dmagent-rl, topics by influence": '`dmagent-rl`, `topics="influence"`',
+    "question topics": '`"question-topics"`',
+    "influence, one measurement": "influence alone, 32 rows",
+    "influence": "influence alone",
+    "influence shuffled": "influence alone, scores permuted",
+    "influence x topics": '**`"influence"`**',
+    "clone probe": "clones",
+    "clone x topics": "clones, with topics",
+    "natural 30%, probe's tokens more": "natural 30%, its tokens added",
+}
+"""Policies of the printed table, with their headings."""
+
+
 def table(path: Path, size: str) -> str:
-    """Objective of each policy in each environment: mean ± standard error over the streams, and how many these are."""
-    found = [line for line in lines(path) if line["size"] == size]
+    """Objective of each policy in each environment: mean ± standard error over the streams; (1): of one stream."""
     by_cell: dict[tuple[str, str], dict[int, float]] = {}
-    for line in found:
-        by_cell.setdefault((line["environment"], line["policy"]), {})[line["stream"]] = line["objective"]
-    environments = list(dict.fromkeys(environment for environment, _ in by_cell))
-    names = list(dict.fromkeys(policy for _, policy in by_cell))
+    for line in lines(path):
+        if line["size"] == size:
+            by_cell.setdefault((line["environment"], line["policy"]), {})[line["stream"]] = line["objective"]
     shares = [f"natural {share:.0%}" for share in SHARES]
-    for environment in environments:
-        static = {name: by_cell[environment, name] for name in shares if (environment, name) in by_cell}
-        if len(static) == len(shares):
-            by_cell[environment, "best of shares"] = max(static.values(), key=lambda cell: np.mean(list(cell.values())))
-    names.insert(0, "best of shares")
-    rows = ["| policy | " + " | ".join(environments) + " |", "|---|" + "---:|" * len(environments)]
-    for name in names:
+    rows = ["| questions | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    for environment in dict.fromkeys(environment for environment, _ in by_cell):
+        static = [by_cell[environment, name] for name in shares if (environment, name) in by_cell]
+        best = max(static, key=lambda cell: np.mean(list(cell.values()))) if len(static) == len(shares) else {}
         cells = []
-        for environment in environments:
-            values = list(by_cell.get((environment, name), {}).values())
-            error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.2f}{error} ({len(values)})" if values else "")
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+        for name in COLUMNS:
+            values = list((best if name == "best of shares" else by_cell.get((environment, name), {})).values())
+            error = f" ± {_error(values):.2f}" if len(values) > 1 else " (1)"
+            cells.append(f"{np.mean(values):.2f}{error}" if values else "")
+        rows.append(f"| {environment} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
