@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.bad_rows import OnBadRow, validated_on_bad_row
 from dmagent_loader._loading.config import LoaderSettings, ReadingConfig
 from dmagent_loader._loading.dataset import FeedDataset
 from dmagent_loader._loading.feed import Feed, validated_ranks
@@ -68,6 +69,9 @@ class AgentWeightedSampler(FeedDataset):
             first access to a value; `transforms.collate_packed` reads a batch at once), ``None`` (raw bytes),
             extension -> decoder, or a function of a row.
         transform: Function from sample to sample, for example tokenisation. Dropped tags are restored.
+        on_bad_row: Rows that cannot be decoded, on which the transform fails, or that lack a member: ``"raise"``, or
+            ``"skip"``: another row of the domain takes the place of a bad one, the same on all ranks and after a
+            resume. Skipped rows are logged and counted, and `ReadingConfig.max_bad_rows` bounds them.
         fields: Field of each domain whose name does not begin with it.
         compositions: P(topic | domain) over the 26 canonical topics, or numbers of documents by topic, by domain.
         reading: Settings of the reader: workers, shuffling, threads, damage, index cache.
@@ -108,6 +112,7 @@ class AgentWeightedSampler(FeedDataset):
         world_size: int | None = None,
         decode: Any = "default",
         transform: Callable[[Any], Sample] | None = None,
+        on_bad_row: OnBadRow = "raise",
         fields: Mapping[str, str] | None = None,
         compositions: Mapping[str, Mapping[str, float]] | None = None,
         reading: ReadingConfig | None = None,
@@ -125,6 +130,7 @@ class AgentWeightedSampler(FeedDataset):
             deciding = _config("deciding", deciding, DecisionConfig)
             if transform is not None and not callable(transform):
                 raise ConfigurationError(f"transform is {shown(transform)}; it must be a function of a sample")
+            on_bad_row = validated_on_bad_row(on_bad_row)
             by_domain = shards if isinstance(shards, Mapping) else load_manifest(shards)
             space = DomainSpace.from_names(by_domain, fields=fields, compositions=compositions)
         collection = open_on_all_ranks(by_domain, reading)
@@ -135,7 +141,14 @@ class AgentWeightedSampler(FeedDataset):
             first = natural if initial_mix is None else space.mix(initial_mix, shares=natural)
             plan.append(LedgerEntry(start=0, mix=tuple(first.tolist()), decided_by=INITIAL, decided_at=0))
             feed = Feed(
-                collection, plan, decode=decode, transform=transform, reading=reading, rank=rank, world_size=world_size
+                collection,
+                plan,
+                decode=decode,
+                transform=transform,
+                reading=reading,
+                on_bad_row=on_bad_row,
+                rank=rank,
+                world_size=world_size,
             )
             super().__init__(feed)
             chosen = make_policy(
@@ -254,6 +267,12 @@ class AgentWeightedSampler(FeedDataset):
     def measurements(self) -> tuple[Measurement, ...]:
         """Feedback of all reweighting steps so far."""
         return tuple(self._deciding().decider.measurements)
+
+    @property
+    def bad_rows(self) -> dict[str, int]:
+        """Domain -> samples handed out whose row was bad and was replaced (`on_bad_row`); those of other ranks are
+        included up to the last decision. Domains without bad rows are left out."""
+        return self._feed.bad_rows.counts(self._feed.cursor.frontier)
 
     @property
     def start_state(self) -> dict[str, float]:

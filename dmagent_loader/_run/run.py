@@ -57,6 +57,7 @@ class Run:
             guard=decider.guard.config,
             shadow=decider.shadow,
             history_mix=decider.history_mix,
+            on_bad_row=feed.bad_rows.on_bad_row,
             start_state=rank_check.digest(decider.start_state.tolist()),
             world_size=feed.world_size,
             loader=feed.loader,
@@ -106,6 +107,7 @@ class Run:
                 decision = self.decider.decide(feedback, consumed)
         decision = distributed.broadcast_object(decision, _DECIDING)
         assert decision is not None
+        self.feed.bad_rows.share(consumed, lambda found: distributed.all_gather_object(found, _DECIDING))
         self.feed.cursor.consume(consumed)
         entry = self.feed.plan.ledger.last
         if not decision.shadow:
@@ -141,7 +143,7 @@ class Run:
             consumed = whole_number("consumed", consumed, least=0)
             if cursor.stream is not None or workers:
                 self.feed.check_consumed(consumed)
-        return write_state(self.settings, self.decider, consumed)
+        return write_state(self.settings, self.decider, consumed, self.feed.bad_rows.to_json(consumed))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues a saved run."""
@@ -149,7 +151,7 @@ class Run:
             settings = replace(self.settings, samples_per_reweight=None) if self.cadence.is_derived else self.settings
             restored = read_state(state, settings, self.decider)
             facts |= restored.to_compare()
-        self.feed.restore(restored.plan, restored.consumed)
+        self.feed.restore(restored.plan, restored.consumed, restored.bad_rows)
         self.cadence.restore(restored.samples_per_reweight)
         self._begun = False
         self.decider.restore(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dmagent_loader._files import write_atomically
+from dmagent_loader._loading.bad_rows import SavedBadRows
 from dmagent_loader._run.decisions import Decider, Measurement, measurements_from_json
 from dmagent_loader._run.rank_check import digest
 from dmagent_loader._run.settings import RESTORE, RunSettings
@@ -26,11 +27,11 @@ from dmagent_loader.policies import InformedPolicy
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 4
+SCHEMA = 5
 MAX_STATE_BYTES = 1 << 32
 MAX_ROWS = 1 << 62
 
-_RUN = {"rows", "consumed", "counts", "start_state", "ledger", "fields", "measurements", "policy_failures"}
+_RUN = {"rows", "consumed", "counts", "start_state", "ledger", "fields", "measurements", "policy_failures", "bad_rows"}
 _POLICY_STATE = "policy_state"
 """Key of the state of an informed policy; only states of runs with such a policy have it."""
 _KEYS = {"schema", *_RUN, *(name for name, restore in RESTORE.items() if restore != "free")}
@@ -46,6 +47,7 @@ class RestoredState:
     measurements: list[Measurement]
     policy_failures: int
     samples_per_reweight: int | None
+    bad_rows: SavedBadRows
     policy_state: Mapping[str, Any] | None = None
 
     def to_compare(self) -> dict[str, Any]:
@@ -59,8 +61,14 @@ class RestoredState:
         }
 
 
-def write_state(settings: RunSettings, decider: Decider, consumed: int) -> dict[str, Any]:
+def write_state(settings: RunSettings, decider: Decider, consumed: int, bad_rows: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a run after `consumed` samples, as JSON values.
+
+    Args:
+        settings: Settings of the run.
+        decider: Decider of the run, with its plan.
+        consumed: Samples consumed over all ranks.
+        bad_rows: `BadRows.to_json` after as many samples.
 
     Raises:
         StateError: `consumed` contradicts the run.
@@ -89,6 +97,7 @@ def write_state(settings: RunSettings, decider: Decider, consumed: int) -> dict[
         "fields": list(decider.fields),
         "measurements": decider.to_json(),
         "policy_failures": decider.failures,
+        "bad_rows": bad_rows,
         **({} if decider.policy_state is None else {_POLICY_STATE: decider.policy_state}),
     }
 
@@ -242,6 +251,7 @@ def _restored(state: Mapping[str, Any], plan: Plan) -> RestoredState:
         measurements=measurements_from_json(state["measurements"], state["fields"], consumed),
         policy_failures=failures,
         samples_per_reweight=interval,
+        bad_rows=SavedBadRows.from_json(state["bad_rows"], consumed),
     )
 
 

@@ -111,14 +111,19 @@ def replay(args: argparse.Namespace) -> int:
     if end is not None and end < stop:
         print(f"the run ends at sample {end}, because its data are used up", file=sys.stderr)
         stop = end
+    replaced = dict(state["bad_rows"]["replaced"])
     first = args.start + (args.rank - args.start) % args.world_size
     for begin in range(first, stop, _BATCH * args.world_size):
         indices = np.arange(begin, min(stop, begin + _BATCH * args.world_size), args.world_size)
         located = sampler.plan.locate(indices)
         for g, d, s, r in zip(indices, located.domain, located.shard, located.row, strict=True):
-            raw = sampler.collection.read(int(d), int(s), int(r))
-            line = {"index": int(g), "domain": sampler.space.names[d], "shard": int(s), "row": int(r), "key": raw.key}
-            print(json.dumps(line))
+            shard, row, planned = int(s), int(r), {}
+            if attempt := replaced.get(int(g)):
+                planned = {"instead_of": {"shard": shard, "row": row}}
+                shard, row = sampler.plan.replacement(int(g), int(d), attempt)
+            key = sampler.collection.read(int(d), shard, row).key
+            line = {"index": int(g), "domain": sampler.space.names[d], "shard": shard, "row": row, "key": key}
+            print(json.dumps({**line, **planned}))
     return 0
 
 

@@ -370,6 +370,20 @@ class Plan:
         shard, row = self._rows.locate(domain, draw)
         return Located(domain, draw, shard, row)
 
+    def replacement(self, index: int, domain: int, attempt: int) -> tuple[int, int]:
+        """Shard and row of its domain that stand in for a row that cannot be used: any row, equally likely.
+
+        Args:
+            index: Global sample index.
+            domain: Domain number of the sample.
+            attempt: Number of the row in the sequence of candidates, from 1.
+        """
+        key = stream_key(self.seed, "replacement", self.space.names[domain], index, attempt)
+        position = key % int(self.num_rows[domain])
+        ends = np.cumsum(self._shard_rows[domain])
+        shard = int(np.searchsorted(ends, position, side="right"))
+        return shard, position - int(ends[shard] - self._shard_rows[domain][shard])
+
     def _refuse(self, segment: _Segment) -> None:
         if segment.failed:
             names = [self.space.names[i] for i in segment.failed]

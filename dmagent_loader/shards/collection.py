@@ -202,6 +202,10 @@ class ShardCollection:
                 f"purpose, remove its cached index {self._catalogue.cached_index(number)} and open the shards again"
             ) from None
 
+    def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]:
+        """Extensions that most rows of a shard have, and this row does not."""
+        return self._tables.get(self._spans[domain][0] + shard).missing_members(row)
+
     def read_equal(
         self, rows: Sequence[tuple[int, int, int]], extension: str
     ) -> tuple[list[str], NDArray[np.uint8]] | None:

@@ -33,6 +33,7 @@ SETTINGS = RunSettings(
     guard=GuardConfig(),
     shadow=False,
     history_mix="achieved",
+    on_bad_row="raise",
     start_state="0123456789abcdef",
     world_size=2,
     loader=LoaderSettings(batch_size=4, samples_per_fetch=4),
@@ -49,6 +50,7 @@ OTHER: dict[str, Any] = {
     "guard": GuardConfig(max_change=0.1),
     "shadow": True,
     "history_mix": "requested",
+    "on_bad_row": "skip",
     "start_state": "fedcba9876543210",
     "world_size": 4,
     "loader": LoaderSettings(batch_size=2, samples_per_fetch=2),
@@ -65,7 +67,7 @@ def restore() -> Restore:
     plan = Plan(DomainSpace.from_names(SETTINGS.domains), [np.array([30]), np.array([20])], seed=0)
     plan.append(LedgerEntry(start=0, mix=(0.5, 0.5), decided_by="initial", decided_at=0))
     decider = Decider.configured(DecisionConfig(), StaticPolicy([0.5, 0.5]), plan, np.array([1.0, 0.0]))
-    state = json.loads(json.dumps(write_state(SETTINGS, decider, consumed=12)))
+    state = json.loads(json.dumps(write_state(SETTINGS, decider, 12, {"counts": {}, "replaced": []})))
     return lambda settings: read_state(state, settings, decider)
 
 
