@@ -118,13 +118,15 @@ class FeedDataset(IterableDataset[Sample]):
     def achieved(self, start: int = 0, stop: int | None = None) -> dict[str, int]:
         """Domain -> samples among the global indices from `start` up to `stop` (None: all handed out).
 
+        Domains that a run with changed data has left behind come last.
+
         Raises:
             ConfigurationError: The indices are not whole numbers of 0 or more, or `stop` is before `start`.
         """
         start = whole_number("start", start, least=0)
         stop = whole_number("stop", self._feed.cursor.frontier if stop is None else stop, least=start)
-        counts = self.plan.counts(stop) - self.plan.counts(start)
-        return {name: int(count) for name, count in zip(self.space.names, counts, strict=True)}
+        before, counts = self.plan.drawn(start), self.plan.drawn(stop)
+        return {name: count - before[name] for name, count in counts.items()}
 
     @property
     def rank(self) -> int:

@@ -21,7 +21,7 @@ from dmagent_loader._loading.feed import Feed
 from dmagent_loader._loading.lazy import LazyRow, RowAddress, RowReader
 from dmagent_loader._loading.readahead import Readahead
 from dmagent_loader.errors import ConfigurationError, ExhaustedError, StateError
-from dmagent_loader.mixture.plan import Located
+from dmagent_loader.mixture.segment import Located
 from dmagent_loader.mixture.sharding import StreamLayout
 from dmagent_loader.mixture.simplex import IntArray
 

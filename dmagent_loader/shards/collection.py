@@ -159,6 +159,14 @@ class ShardCollection:
         """(S,) number of rows of each shard of a domain, in listed order."""
         return self._rows[domain]
 
+    def shard_contents(self, domain: int) -> NDArray[np.uint64]:
+        """(S,) 64 bits that identify the content of each shard of a domain: keys, extensions, sizes, checksums."""
+        return self._catalogue.contents[slice(*self._spans[domain])]
+
+    def shard_names(self, domain: int) -> list[str]:
+        """File names of the shards of a domain, without folders."""
+        return [base_name(url) for url in self._catalogue.urls(domain)]
+
     @property
     def damage(self) -> tuple[ShardDamage, ...]:
         """All damage, in the order of domains and shards."""
