@@ -21,6 +21,7 @@ from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import NO_RUNS, RestOfPass, ShardLeft, ShardSet, rows_of, runs_of
 from dmagent_loader.mixture.row_order import RowOrders
+from dmagent_loader.mixture.sharding import StreamLayout
 
 NAMES = ["source/a", "source/b", "target/x", "target/y"]
 Row = tuple[str, int, int]
@@ -132,12 +133,17 @@ def test_no_row_comes_twice_in_a_pass_whatever_happens_to_the_data(begin: int, a
     for what, number in actions:
         random = Random(number)
         if what == "draw":
-            most = consumed + random.randint(1, 60)
+            world = random.randint(1, 4)  # the number of ranks changes each time
+            most = consumed + world * random.randint(1, 20)
             end = plan.ends_by(most)
-            stop = most if end is None else end
-            for row in located(plan, range(consumed, stop)):
-                oracle.draw(row, now)
-            consumed = max(consumed, stop)
+            count = ((most if end is None else end) - consumed) // world
+            layouts = [StreamLayout(base=consumed, rank=rank, world_size=world) for rank in range(world)]
+            ranks = np.stack([layout.indices(0, count) for layout in layouts])
+            rows = dict(zip(ranks.ravel().tolist(), located(plan, ranks.ravel()), strict=True))
+            assert sorted(rows) == list(range(consumed, consumed + world * count))
+            for index in sorted(rows):
+                oracle.draw(rows[index], now)
+            consumed += world * count
         elif what == "mix":
             start = consumed + random.choice([0, 0, 7])  # further samples may have been fetched
             if start >= plan.ledger.last.start:
@@ -204,3 +210,17 @@ def test_a_shard_that_was_away_goes_on_where_its_pass_was() -> None:
         "source/a": [9],
         "target/x": [1],
     }
+
+
+def test_changing_the_data_often_starves_no_domain() -> None:
+    """What the mix owes a domain is carried into the next segment."""
+    data = Data({"source/a": [(1, 50)], "source/b": [(2, 50)], "target/x": [(3, 50)]})
+    plan = started(data, 0, (0.01, 0.49, 0.5))
+    for index in range(10, 1000, 10):
+        names = list(data.shards)[:: 1 if index % 20 else -1]
+        data = Data({name: [(content + 3, rows) for content, rows in data.shards[name]] for name in names})
+        rules = exhaustion_rules(data.space, data.exhausted)
+        plan = plan.changed(index, data.space, data.shard_set, rules=rules, window=4)
+    assert len(plan.segments) == 100
+    assert abs(plan.drawn(1000)["source/a"] - 10) <= 1.5
+    assert abs(plan.drawn(1000)["source/b"] - 490) <= 1.5
