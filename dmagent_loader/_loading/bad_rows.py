@@ -23,7 +23,7 @@ import torch
 from dmagent_loader._loading.lazy import RowAddress
 from dmagent_loader._loading.mailbox import MAX_WORKERS
 from dmagent_loader._validation import is_count, shown
-from dmagent_loader.errors import ConfigurationError, DecodeError, DMAgentError, StateError
+from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DecodeError, DMAgentError, StateError
 from dmagent_loader.mixture.hashing import stream_key
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.shards import ShardCollection
@@ -33,10 +33,7 @@ logger = logging.getLogger(__name__)
 OnBadRow = Literal["raise", "skip"]
 MAX_ATTEMPTS = 100
 """Rows tried for one sample. With half of a domain bad, one sample in 2**100 would need more."""
-_REMEDY = (
-    "pass on_bad_row='skip' to train on another row instead, or repair the shard and resume with "
-    "load_state_dict(state, data='changed')"
-)
+_REMEDY = "pass on_bad_row='skip' to train on another row instead, or repair the shard"
 _MAX_LISTED = 10_000
 """Replaced samples that a state lists; older ones are only counted."""
 _CAPACITY = 512
@@ -129,9 +126,10 @@ class BadRows:
             raise error
         if not self.skips:
             if isinstance(error, DecodeError):
-                reason = str(error) if where in str(error) else f"{where}: {error}"
-                raise DecodeError(f"{reason}; {_REMEDY}") from error
-            error.add_note(f"at {where}; {_REMEDY}")
+                reason = str(error).removesuffix(f"; {HOW_TO_RESUME}")
+                reason = reason if where in reason else f"{where}: {reason}"
+                raise DecodeError(f"{reason}; {_REMEDY}; {HOW_TO_RESUME}") from error
+            error.add_note(f"at {where}; {_REMEDY}; {HOW_TO_RESUME}")
             raise error
         self._log(where, error)
         name = self._collection.domains[domain]
@@ -149,7 +147,7 @@ class BadRows:
             return sample
         raise DecodeError(
             f"{where}: {error}; the {MAX_ATTEMPTS} rows of the domain tried in its place are bad, too: check decode= "
-            "and transform= on one row of this domain, or give it other shards"
+            f"and transform= on one row of this domain, or give it other shards; {HOW_TO_RESUME}"
         ) from error
 
     def _where(self, domain: int, shard: int, row: int) -> str:

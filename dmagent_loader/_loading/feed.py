@@ -20,7 +20,7 @@ from dmagent_loader._loading.cursor import Cursor
 from dmagent_loader._loading.lazy import TAGS, Sample
 from dmagent_loader._loading.mailbox import Mailbox
 from dmagent_loader._validation import shown, whole_number
-from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, StateError
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.sharding import StreamLayout
@@ -122,7 +122,8 @@ class Feed:
         if self.world_size > total:
             raise ConfigurationError(
                 f"world size {self.world_size} is larger than the {total} rows of all {len(self.plan.space)} domains "
-                "together: some ranks would have nothing to train on; use fewer ranks or more data"
+                "together: some ranks would have nothing to train on; use fewer ranks, or more data: "
+                f"{HOW_TO_RESUME}"
             )
 
     def set_loader(self, loader: LoaderSettings) -> None:
@@ -328,9 +329,10 @@ class Feed:
         if begin and self.finished(begin):
             logger.warning(
                 "data are used up after %d samples, so a new pass has none: a run is one pass, however often the "
-                "source field repeats; start another run with a new sampler, or let the target field repeat "
-                "(exhausted='repeat')",
+                "source field repeats; start another run with a new sampler, or continue this one with more data or "
+                "exhausted='repeat': %s",
                 begin,
+                HOW_TO_RESUME,
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dmagent_loader.errors import EmptyShardError, ExhaustedError
+from dmagent_loader.errors import HOW_TO_RESUME, EmptyShardError, ExhaustedError
 from dmagent_loader.mixture.domain_order import RESOLUTION, DomainOrder, in_quanta
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.exhaustion import ExhaustionRule
@@ -110,7 +110,9 @@ class Segment:
         self.num_rows: IntArray = np.array([rows.sum() for rows in shards.rows], dtype=np.int64)
         empty = [name for name, rows in zip(space.names, self.num_rows, strict=True) if rows == 0]
         if empty:
-            raise EmptyShardError(f"domains {empty} have no rows: add shards to them, or leave them out")
+            raise EmptyShardError(
+                f"domains {empty} have no rows: add shards to them, or leave them out; {HOW_TO_RESUME}"
+            )
         self._rows = SegmentRows(space.names, shards, seed=seed, window=window, begin=begin, left=left)
         self.first_pass = self._rows.first_pass
         """(D,) rows of the pass with which the segment begins, which may be the rest of one."""
@@ -329,7 +331,7 @@ class Segment:
             names = [self.space.names[i] for i in stretch.failed]
             raise ExhaustedError(
                 f"domains {names} were used up at sample {stretch.start} and their rule is 'error': add shards, lower "
-                "their weight, or choose exhausted='repeat', 'stop' or 'redistribute'"
+                f"their weight, or choose exhausted='repeat', 'stop' or 'redistribute'; {HOW_TO_RESUME}"
             )
         if stretch.quanta is None:
             names = [self.space.names[i] for i in stretch.used_up]

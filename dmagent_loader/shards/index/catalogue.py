@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from dmagent_loader.errors import DamagedShardError
+from dmagent_loader.errors import HOW_TO_RESUME, DamagedShardError
 from dmagent_loader.shards.index.cache import IndexCache, build_and_cache
 from dmagent_loader.shards.index.inventory import inventory_text
 from dmagent_loader.shards.index.overview import SHARDS_OF_OVERVIEW, KnownShard, Overview
@@ -193,7 +193,7 @@ class Catalogue:
             self.forget_overview(number)
             raise DamagedShardError(
                 f"shard {display_url(url)} was replaced since it was opened: its rows are others; restore it, or open "
-                "the shards again to index the new version"
+                f"the shards again to index the new version; {HOW_TO_RESUME}"
             )
         return index
 

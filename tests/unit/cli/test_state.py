@@ -63,9 +63,7 @@ def test_differences_and_both_ways_are_said_and_true(
     assert main(["state", saved, "--shards", other, "--exhausted", "repeat"]) == 1
     out = capsys.readouterr().out
     assert "domain 'target/code' is new: 1 shard (code-000000.tar) with 7 rows" in out
-    assert (
-        "domain 'source/web': new 1 shard (web-000004.tar) with 7 rows; unchanged 4 shards with 28 rows" in out
-    )
+    assert "domain 'source/web': new 1 shard (web-000004.tar) with 7 rows; unchanged 4 shards with 28 rows" in out
     assert "domain 'target/math': lost 1 shard (math-000002.tar) with 7 rows; unchanged 2" in out
     assert "the exhaustion rule of 'target/math' was 'stop' and is 'repeat'" in out
     assert "load_state_dict(state) is refused" in out
