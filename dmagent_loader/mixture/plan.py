@@ -259,7 +259,9 @@ class Plan:
         mix = segment.mix_at(index)
         if segment is self._last:
             return mix
-        return carried_mix(mix, segment.space.domains, self.space, self.num_rows) if mix.any() else self.num_rows * 0.0
+        if not mix.any():  # that segment had ended
+            return np.zeros(len(self.space))
+        return carried_mix(mix, segment.space.domains, self.space, self.num_rows)
 
     def used_up_at(self, index: int) -> tuple[str, ...]:
         """Names of the domains that have run out before a global index from `begin` on."""
