@@ -124,9 +124,6 @@ def _compare(args: argparse.Namespace, saved: Mapping[str, Any], plan: Plan, con
     print("\n".join(f"  {line}" for line in found.lines()))
     print()
     print("load_state_dict(state) is refused, because the order of the samples that are left would be another")
-    print(
-        f"load_state_dict(state, data='changed') begins segment {len(plan.segments) + (consumed > plan.begin)} there:"
-    )
     changed = plan.changed(consumed, present.space, present.shards, rules=present.rules, window=present.window)
     print(f"load_state_dict(state, data='changed') begins segment {len(changed.segments)} of the run:")
     weights, left = changed.ledger.in_force(consumed).weights(), changed.rows_left(consumed)

@@ -24,7 +24,10 @@ PROMISED = {
 }
 """Class -> its methods and attributes."""
 ARGUMENTS = {
-    SAMPLER: "shards agent policy samples_per_reweight seed initial_mix exhausted rank world_size decode transform on_bad_row data",
+    SAMPLER: (
+        "shards agent policy samples_per_reweight seed initial_mix exhausted rank world_size decode transform "
+        "on_bad_row data"
+    ),
     f"{SAMPLER}.set_mix": "weights",
     f"{SAMPLER}.reweight": "feedback consumed",
     f"{SAMPLER}.reweight_due": "consumed",
