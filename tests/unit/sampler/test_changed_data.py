@@ -18,6 +18,7 @@ from shard_fixtures import rewritten
 from dmagent_loader import AgentWeightedSampler, MixingAgent, ReadingConfig
 from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.mixture.influence import Influence, Score
 from dmagent_loader.policies import GuardConfig, StaticPolicy
 from dmagent_loader.testing import assert_same_after_resume, sample_ids, write_toy_shards
 
@@ -332,3 +333,26 @@ def test_damaged_segments_are_refused(build, shards: Shards, damage: dict[str, A
         another(shards["target/math"][0])
     with pytest.raises(StateError, match=r"segment|shards|append-only"):
         build(shards).load_state_dict(state, data=data)
+
+
+def test_influence_stays_for_domains_that_were_measured_and_is_measured_again_for_others(
+    build, shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampler = build(shards, policy="influence")
+    assert "influence" in sampler.policy.needed(0)
+    scores = {field: {name: Score(0.1 * n, 0.05) for n, name in enumerate(shards)} for field in ("general", "math")}
+    sampler.policy.inform("influence", Influence(scores=scores, way="gradient"))
+    sampler.reweight({"general": -2.0, "math": -3.0}, consumed=0)
+    sample_ids(sampler, 16)
+    state = state_of(sampler)
+    fewer = {name: shards[name] for name in ("target/math", "source/web")}
+    resumed = build(fewer, policy="influence")
+    resumed.load_state_dict(state, data="changed")
+    assert resumed.policy.influence is not None
+    assert resumed.reweight({"general": -2.0, "math": -3.0}, consumed=16).outcome.accepted
+    more = {**shards, **write_toy_shards(tmp_path / "new", {"target/code": 20})}
+    again = build(more, policy="influence")
+    again.load_state_dict(state, data="changed")
+    assert again.policy.influence is None
+    assert "influence" in again.policy.needed(1)
+    assert logged(caplog, "it is collected again before the next decision")
