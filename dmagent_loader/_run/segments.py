@@ -13,14 +13,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from dmagent_loader._validation import is_count, shown
 from dmagent_loader.errors import ConfigurationError, EmptyShardError, StateError
 from dmagent_loader.mixture.domains import Domain, DomainSpace
-from dmagent_loader.mixture.exhaustion import ExhaustionRule
+from dmagent_loader.mixture.exhaustion import EXHAUSTION_RULES, ExhaustionRule
 from dmagent_loader.mixture.hashing import UIntArray
 from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.mixture.plan import Plan
@@ -197,14 +197,21 @@ def _positions(contents: UIntArray, rows: IntArray, shards: ShardSet) -> IntArra
 
 def _read_segment(saved: Mapping[str, Any], following: ShardSet | None) -> SavedSegment:
     try:
-        names, rules, begin, window = saved["domains"], saved["exhausted"], saved["begin"], saved["shuffle_window"]
-        if not is_count(begin) or not is_count(window) or window < 1:
-            raise ValueError(f"begin is {shown(begin)} and shuffle_window {shown(window)}")
-        if not set(rules) <= set(get_args(ExhaustionRule)):
-            raise ValueError(f"its exhaustion rules are {shown(rules)}")
-        fields = saved["domain_fields"]
-        if not len(names) == len(rules) == len(fields):
-            raise ValueError(f"it has {len(fields)} fields and {len(rules)} exhaustion rules for {len(names)} domains")
+        names, fields, rules = saved["domains"], saved["domain_fields"], saved["exhausted"]
+        for key, values in (("domains", names), ("domain_fields", fields), ("exhausted", rules)):
+            texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
+            if not texts or len(values) != len(names):
+                raise StateError(
+                    f"the state's {key} is {shown(values)}, not a list with a text for each domain: it is damaged; "
+                    "load an older one"
+                )
+        if not set(rules) <= set(EXHAUSTION_RULES):
+            raise ValueError(f"exhausted is {shown(rules)}")
+        begin, window = saved["begin"], saved["shuffle_window"]
+        if not is_count(begin):
+            raise ValueError(f"begin is {shown(begin)}")
+        if not is_count(window) or window < 1:
+            raise ValueError(f"shuffle_window is {shown(window)}")
         space = DomainSpace(tuple(Domain(name=name, field=field) for name, field in zip(names, fields, strict=True)))
         shards, files = _read_shards(saved["shards"], len(space), following)
         return SavedSegment(
