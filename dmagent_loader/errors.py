@@ -51,6 +51,10 @@ __all__ = [
 ]
 
 
+HOW_TO_RESUME = "after a change of its data, a run resumes with load_state_dict(state, data='changed')"
+"""End of messages whose remedy changes shards, domains or their settings: an exact resumption would refuse them."""
+
+
 class DMAgentError(Exception):
     """Base class of all errors of this package."""
 

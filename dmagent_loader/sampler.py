@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.bad_rows import OnBadRow, validated_on_bad_row
 from dmagent_loader._loading.config import LoaderSettings, ReadingConfig
 from dmagent_loader._loading.dataset import FeedDataset
 from dmagent_loader._loading.feed import Feed, validated_ranks
@@ -24,12 +25,14 @@ from dmagent_loader._run import rank_check
 from dmagent_loader._run.cadence import Cadence
 from dmagent_loader._run.decisions import Decider, Decision, DecisionConfig, Measurement
 from dmagent_loader._run.run import Run
+from dmagent_loader._run.state import Data, validated_data
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.mixture.domains import DomainSpace, start_state_mix
 from dmagent_loader.mixture.ledger import INITIAL, LedgerEntry
 from dmagent_loader.mixture.plan import Plan
+from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.policies import Policy, make_policy
 from dmagent_loader.shards import load_manifest
 
@@ -61,13 +64,18 @@ class AgentWeightedSampler(FeedDataset):
             domains' shares of rows.
         start_state: Mix of the base model's own training data (paper, 3.1), the first mix in the policy's history.
             None: the source domains' shares of rows.
-        exhausted: Rule for domains whose rows are used up: see `mixture.plan.exhaustion_rules`.
+        exhausted: Rule for domains whose rows are used up: see `mixture.exhaustion.exhaustion_rules`.
         rank: Data-parallel rank of this process; None: from `torch.distributed`.
         world_size: Number of data-parallel processes; None: from `torch.distributed`.
         decode: ``"default"`` (allow-listed decoders), ``"lazy"`` (the same, but rows of local shards are read on the
             first access to a value; `transforms.collate_packed` reads a batch at once), ``None`` (raw bytes),
             extension -> decoder, or a function of a row.
         transform: Function from sample to sample, for example tokenisation. Dropped tags are restored.
+        on_bad_row: Rows that cannot be decoded, on which the transform fails, or that lack a member: ``"raise"``, or
+            ``"skip"``: another row of the domain takes the place of a bad one, the same on all ranks and after a
+            resume. Skipped rows are logged and counted, and `ReadingConfig.max_bad_rows` bounds them.
+        data: Default of `load_state_dict`, for trainers that load the state by themselves: ``"exact"`` or
+            ``"changed"``.
         fields: Field of each domain whose name does not begin with it.
         compositions: P(topic | domain) over the 26 canonical topics, or numbers of documents by topic, by domain.
         reading: Settings of the reader: workers, shuffling, threads, damage, index cache.
@@ -108,6 +116,8 @@ class AgentWeightedSampler(FeedDataset):
         world_size: int | None = None,
         decode: Any = "default",
         transform: Callable[[Any], Sample] | None = None,
+        on_bad_row: OnBadRow = "raise",
+        data: Data = "exact",
         fields: Mapping[str, str] | None = None,
         compositions: Mapping[str, Mapping[str, float]] | None = None,
         reading: ReadingConfig | None = None,
@@ -125,17 +135,26 @@ class AgentWeightedSampler(FeedDataset):
             deciding = _config("deciding", deciding, DecisionConfig)
             if transform is not None and not callable(transform):
                 raise ConfigurationError(f"transform is {shown(transform)}; it must be a function of a sample")
+            on_bad_row, data = validated_on_bad_row(on_bad_row), validated_data(data)
             by_domain = shards if isinstance(shards, Mapping) else load_manifest(shards)
             space = DomainSpace.from_names(by_domain, fields=fields, compositions=compositions)
         collection = open_on_all_ranks(by_domain, reading)
         with distributed.together(_BUILDING) as facts:
             rows = [collection.shard_rows(d) for d in range(len(space))]
-            plan = Plan(space, rows, seed=seed, exhausted=exhausted, window=reading.shuffle_window)
+            shard_set = ShardSet(rows, [collection.shard_contents(d) for d in range(len(space))])
+            plan = Plan(space, shard_set, seed=seed, exhausted=exhausted, window=reading.shuffle_window)
             natural = plan.natural_mix
             first = natural if initial_mix is None else space.mix(initial_mix, shares=natural)
             plan.append(LedgerEntry(start=0, mix=tuple(first.tolist()), decided_by=INITIAL, decided_at=0))
             feed = Feed(
-                collection, plan, decode=decode, transform=transform, reading=reading, rank=rank, world_size=world_size
+                collection,
+                plan,
+                decode=decode,
+                transform=transform,
+                reading=reading,
+                on_bad_row=on_bad_row,
+                rank=rank,
+                world_size=world_size,
             )
             super().__init__(feed)
             chosen = make_policy(
@@ -148,6 +167,7 @@ class AgentWeightedSampler(FeedDataset):
                 standardization=deciding.standardization,
             )
             start = start_state_mix(space, natural, start_state)
+            self._data = data
             self._run: Run | None = Run(feed, Decider.configured(deciding, chosen, plan, start), cadence)
             if distributed.is_active():
                 facts |= {"initial_mix": rank_check.digest(first.tolist()), **self._run.settings.to_compare()}
@@ -232,14 +252,23 @@ class AgentWeightedSampler(FeedDataset):
         """
         return self._deciding().state_dict(consumed)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], data: Data | None = None) -> None:
         """Continues after the consumed samples of a saved state. Numbers of ranks and workers may differ from then.
 
+        Args:
+            state: Return value of `state_dict`.
+            data: ``"exact"`` continues with exactly the samples that were left, and refuses a state of other shards,
+                domains, exhaustion rules or another shuffle window. ``"changed"`` allows all of these to differ: rows
+                of unchanged shards that the present pass has drawn are not drawn again, new and changed shards join,
+                and new domains have weight 0 until the next decision. Where nothing differs, it is the same as
+                ``"exact"``. None: the sampler's `data`.
+
         Raises:
-            StateError: The state has another schema, seed or shard set, or is damaged. The sampler stays unchanged.
+            StateError: The state has another schema or seed, belongs to other data (``"exact"``), or is damaged. The
+                sampler stays unchanged.
             RankError: Another rank could not load its state, has a different state, or does not answer.
         """
-        self._deciding().load_state_dict(state)
+        self._deciding().load_state_dict(state, self._data if data is None else validated_data(data))
 
     @property
     def policy(self) -> Policy | None:
@@ -254,6 +283,12 @@ class AgentWeightedSampler(FeedDataset):
     def measurements(self) -> tuple[Measurement, ...]:
         """Feedback of all reweighting steps so far."""
         return tuple(self._deciding().decider.measurements)
+
+    @property
+    def bad_rows(self) -> dict[str, int]:
+        """Domain -> samples handed out whose row was bad and was replaced (`on_bad_row`); those of other ranks are
+        included up to the last decision. Domains without bad rows are left out."""
+        return self._feed.bad_rows.counts(self._feed.cursor.frontier)
 
     @property
     def start_state(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 
 from dmagent_loader._loading.lazy import TAGS, read_together
 from dmagent_loader._validation import whole_number
-from dmagent_loader.errors import ConfigurationError, DecodeError
+from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DecodeError
 from dmagent_loader.shards.writing.packing import PACKED_MEMBER
 
 __all__ = ["IGNORED_LABEL", "PACKED_MEMBER", "ShiftedTokens", "TokenizeText", "collate_packed", "packed_tokens"]
@@ -71,7 +71,9 @@ def _stacked(samples: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, Any]:
             f"{sample['__key__']!r} of {sample['__domain__']!r}: {len(row)}"
             for sample, row in zip(samples, rows, strict=True)
         )
-        raise DecodeError(f"the rows of a batch have different lengths ({named}): pack all domains alike")
+        raise DecodeError(
+            f"the rows of a batch have different lengths ({named}): pack all domains alike; {HOW_TO_RESUME}"
+        )
     return np.stack(rows)
 
 
@@ -85,7 +87,7 @@ def _packed(sample: Mapping[str, Any]) -> np.ndarray[Any, Any]:
         raise DecodeError(
             f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} has no member {PACKED_MEMBER!r}, only "
             f"{[name for name in sample if not name.startswith('__')]}: write the shards with --tokenizer, or use "
-            "TokenizeText"
+            f"TokenizeText; {HOW_TO_RESUME}"
         )
     return np.asarray(sample[PACKED_MEMBER])
 

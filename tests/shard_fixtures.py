@@ -62,6 +62,23 @@ def pairs(write_tar: WriteTar) -> Path:
     )
 
 
+def rewritten(shard: str | Path, change: Callable[[str, dict[str, bytes]], dict[str, bytes]]) -> None:
+    """Writes a shard again, with the members of each row as a function makes them of its key and its members."""
+    rows: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            file = tar.extractfile(member)
+            assert file is not None
+            rows.setdefault(key, {})[extension] = file.read()
+    with tarfile.open(shard, "w") as tar:
+        for key, members in rows.items():
+            for extension, data in change(key, members).items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
 def content(shard: int, row: int) -> bytes:
     return f"{shard}/{row} ".encode() * (1 + (shard + row) % 50)
 

@@ -31,6 +31,9 @@ class ReadingConfig:
             remote, else 0, because handing a cached row from thread to thread costs more than reading it. Use 2 or
             more for files on a slow network mount.
         num_rows: Rows requested from the threads at a time; one such block is read while another is delivered.
+        max_bad_rows: Bound of `on_bad_row="skip"`: the largest number of replaced samples of the run, or, as a float
+            from 0 to 1, the largest share of the rows of each domain (after its first pass: of its samples). More are
+            an error. Each rank counts its own, and those of the others up to the last decision.
         on_damage: ``"raise"`` refuses damaged shards; ``"skip"`` uses their whole rows and logs the loss.
         key_ends_at: The dot of a file name in a shard at which the key of its row ends. ``"first-dot"`` is webdataset's
             rule; ``"last-dot"`` is for base names with dots in them, such as ``arxiv.2101.00000.txt``.
@@ -46,6 +49,7 @@ class ReadingConfig:
     shuffle_window: int = DEFAULT_WINDOW
     num_threads: int | None = None
     num_rows: int = 512
+    max_bad_rows: float = 0.01
     on_damage: OnDamage = "raise"
     key_ends_at: KeyEnd = "first-dot"
     cache_dir: str | os.PathLike[str] | None = None
@@ -59,6 +63,13 @@ class ReadingConfig:
         whole_number("num_rows", self.num_rows, least=1)
         if self.num_threads is not None:
             whole_number("num_threads", self.num_threads, least=0)
+        if isinstance(self.max_bad_rows, float):
+            if not 0 <= self.max_bad_rows <= 1:
+                raise ConfigurationError(
+                    f"max_bad_rows is {self.max_bad_rows}; it must be a number of samples, or a share from 0.0 to 1.0"
+                )
+        else:
+            whole_number("max_bad_rows", self.max_bad_rows, least=0)
         if self.on_damage not in get_args(OnDamage):
             raise ConfigurationError(f"on_damage is {shown(self.on_damage)}; choose one of {list(get_args(OnDamage))}")
         if self.key_ends_at not in get_args(KeyEnd):

@@ -14,6 +14,7 @@ from dmagent_loader._loading.feed import Feed
 from dmagent_loader._loading.lazy import Sample
 from dmagent_loader._loading.stream import SampleStream
 from dmagent_loader._validation import whole_number
+from dmagent_loader.errors import DecodeError
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.mixture.length import RunLength
@@ -83,9 +84,21 @@ class FeedDataset(IterableDataset[Sample]):
         self._feed.cursor.seek(whole_number("consumed", consumed, least=0))
 
     def peek(self) -> Sample:
-        """The first row of the first domain, as a batch would get it; it counts as neither read nor consumed."""
-        shard = int(np.flatnonzero(self.collection.shard_rows(0))[0])
-        return self._feed.sample_at(0, shard, 0)
+        """The first row of the first domain, as a batch would get it; it counts as neither read nor consumed.
+
+        Raises:
+            DecodeError: The row cannot be decoded; or all rows of the shard are bad, and bad rows are skipped.
+        """
+        rows = self.collection.shard_rows(0)
+        shard = int(np.flatnonzero(rows)[0])
+        for row in range(rows[shard]):
+            sample = self._feed.sample_at(0, shard, row)
+            if sample is not None:
+                return sample
+        raise DecodeError(
+            f"none of the {rows[shard]} rows of shard {self.collection.display(0, shard)} can be used: check decode= "
+            "and transform= on one of them"
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Does not change the order; the loaders of accelerate call it before each pass.
@@ -105,13 +118,15 @@ class FeedDataset(IterableDataset[Sample]):
     def achieved(self, start: int = 0, stop: int | None = None) -> dict[str, int]:
         """Domain -> samples among the global indices from `start` up to `stop` (None: all handed out).
 
+        Domains that a run with changed data has left behind come last.
+
         Raises:
             ConfigurationError: The indices are not whole numbers of 0 or more, or `stop` is before `start`.
         """
         start = whole_number("start", start, least=0)
         stop = whole_number("stop", self._feed.cursor.frontier if stop is None else stop, least=start)
-        counts = self.plan.counts(stop) - self.plan.counts(start)
-        return {name: int(count) for name, count in zip(self.space.names, counts, strict=True)}
+        before, counts = self.plan.drawn(start), self.plan.drawn(stop)
+        return {name: count - before[name] for name, count in counts.items()}
 
     @property
     def rank(self) -> int:

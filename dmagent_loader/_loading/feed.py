@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.bad_rows import BadRows, OnBadRow, SavedBadRows, is_bad_row
 from dmagent_loader._loading.config import LoaderSettings, ReadingConfig
 from dmagent_loader._loading.cursor import Cursor
-from dmagent_loader._loading.lazy import Sample
+from dmagent_loader._loading.lazy import TAGS, Sample
 from dmagent_loader._loading.mailbox import Mailbox
-from dmagent_loader._validation import whole_number
-from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader._validation import shown, whole_number
+from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, StateError
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.sharding import StreamLayout
@@ -29,6 +30,8 @@ from dmagent_loader.shards import ShardCollection, make_decoder
 logger = logging.getLogger(__name__)
 
 LAZY = "lazy"
+NO_INDEX = -1
+"""``__index__`` of rows that are not samples of the run."""
 
 
 class Feed:
@@ -40,6 +43,7 @@ class Feed:
         decode: Decoders, as `AgentWeightedSampler` takes them.
         transform: Function from sample to sample.
         reading: Settings of the reader.
+        on_bad_row: ``"raise"`` or ``"skip"``.
         rank: Data-parallel rank of this process; None: from `torch.distributed`.
         world_size: Number of data-parallel processes; None: from `torch.distributed`.
 
@@ -48,6 +52,7 @@ class Feed:
 
     Attributes:
         loader: Loader that reads the feed.
+        bad_rows: Rows that cannot be used.
         version: Number of changes of the plan; iterators plan again when it grows.
     """
 
@@ -59,6 +64,7 @@ class Feed:
         decode: Any,
         transform: Callable[[Any], Sample] | None,
         reading: ReadingConfig,
+        on_bad_row: OnBadRow = "raise",
         rank: int | None,
         world_size: int | None,
     ) -> None:
@@ -70,6 +76,7 @@ class Feed:
             samples_per_fetch=reading.batch_size,
             prefetch_factor=reading.prefetch_factor,
         )
+        self.bad_rows = BadRows(collection, on_bad_row, reading.max_bad_rows)
         self._rank, self._world_size = rank, world_size
         self.mailbox = Mailbox(len(plan.space))
         self.cursor = Cursor(self.mailbox)
@@ -115,7 +122,8 @@ class Feed:
         if self.world_size > total:
             raise ConfigurationError(
                 f"world size {self.world_size} is larger than the {total} rows of all {len(self.plan.space)} domains "
-                "together: some ranks would have nothing to train on; use fewer ranks or more data"
+                "together: some ranks would have nothing to train on; use fewer ranks, or more data: "
+                f"{HOW_TO_RESUME}"
             )
 
     def set_loader(self, loader: LoaderSettings) -> None:
@@ -190,10 +198,30 @@ class Feed:
         index = self.cursor.frontier
         return self.plan.mix_at(index) if self.plan.used_up_at(index) else self.plan.ledger.in_force(index).weights()
 
-    def sample_at(self, domain: int, shard: int, row: int) -> Sample:
-        """One row with decoder and transform applied; reading it consumes nothing."""
-        sample = self.decoder(self.collection.read(domain, shard, row))
-        return sample if self.transform is None else self.transform(sample)
+    def transformed(self, sample: Mapping[str, Any]) -> Sample:
+        """A sample after the transform, with its tags.
+
+        Raises:
+            ConfigurationError: The transform does not return a sample.
+        """
+        assert self.transform is not None
+        tags = {name: sample[name] for name in TAGS}
+        transformed = self.transform(sample)
+        if not isinstance(transformed, Mapping):
+            raise ConfigurationError(f"transform returned {shown(transformed)}; it must return a sample (a dict)")
+        return {**tags, **transformed}
+
+    def sample_at(self, domain: int, shard: int, row: int) -> Sample | None:
+        """One row as a sample; reading it consumes nothing. None: the row is bad, and bad rows are skipped."""
+        raw = self.collection.read(domain, shard, row)
+        tags = {"__index__": NO_INDEX, "__key__": raw.key, "__domain__": self.plan.space.names[domain]}
+        try:
+            sample = {**tags, **self.decoder(raw)}
+            return sample if self.transform is None else self.transformed(sample)
+        except Exception as error:
+            if self.bad_rows.skips and is_bad_row(error):
+                return None
+            raise
 
     # Changes of the mix
 
@@ -253,9 +281,10 @@ class Feed:
             self._received += 1
             self.version += 1
 
-    def restore(self, plan: Plan, consumed: int) -> None:
+    def restore(self, plan: Plan, consumed: int, bad_rows: SavedBadRows) -> None:
         """Continues another plan after `consumed` samples."""
         self.plan = plan
+        self.bad_rows.restore(bad_rows, consumed)
         self.cursor.restore(consumed)
         self.version += 1
 
@@ -300,9 +329,10 @@ class Feed:
         if begin and self.finished(begin):
             logger.warning(
                 "data are used up after %d samples, so a new pass has none: a run is one pass, however often the "
-                "source field repeats; start another run with a new sampler, or let the target field repeat "
-                "(exhausted='repeat')",
+                "source field repeats; start another run with a new sampler, or continue this one with more data or "
+                "exhausted='repeat': %s",
                 begin,
+                HOW_TO_RESUME,
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,16 +22,30 @@ TAGS = ("__index__", "__key__", "__domain__")
 first entry, and cannot from strings."""
 
 
+Substitute = Callable[[RowAddress, Exception, Callable[[RowAddress], Any]], Any]
+"""From the address of a bad row, its error, and a function that makes samples, to a sample of another row."""
+
+
 class RowReader:
     """Reads and decodes the samples of one iterator.
 
     Args:
         collection: The shards.
         decode: Function from the bytes of a row to its values.
+        substitute: Function for bad rows; it raises the error again if these are not skipped.
+        check_members: Whether a row is bad if it lacks a member that most rows of its shard have.
     """
 
-    def __init__(self, collection: ShardCollection, decode: Callable[[RawSample], Sample]) -> None:
-        self.collection, self._decode = collection, decode
+    def __init__(
+        self,
+        collection: ShardCollection,
+        decode: Callable[[RawSample], Sample],
+        substitute: Substitute,
+        *,
+        check_members: bool = False,
+    ) -> None:
+        self.collection, self.substitute = collection, substitute
+        self._decode, self._check_members = decode, check_members
         self.names = collection.domains
 
     def sample(self, address: RowAddress, raw: RawSample | None = None) -> Sample:
@@ -42,7 +56,7 @@ class RowReader:
             raw: Bytes of the row; None: they are read now.
 
         Raises:
-            DecodeError: The row cannot be decoded; the message names domain and shard.
+            DecodeError: The row cannot be decoded, or lacks a member; the message names domain and shard.
             DamagedShardError: The shard changed since it was indexed.
         """
         index, domain, _, shard, row = address
@@ -50,6 +64,8 @@ class RowReader:
             raw = self.collection.read(domain, shard, row)
         try:
             values = self._decode(raw)
+            if self._check_members and (missing := self.collection.missing_members(domain, shard, row)):
+                raise DecodeError(f"the row has no {' and no '.join(missing)}, which most rows of its shard have")
         except DecodeError as error:
             where = f"domain {self.names[domain]!r}, row {row} of shard {self.collection.display(domain, shard)}"
             raise DecodeError(f"{where}: {error}") from error
@@ -73,7 +89,10 @@ class LazyRow(Mapping[str, Any]):
     def read(self) -> Sample:
         """The sample, read once."""
         if self._sample is None:
-            self._sample = self._reader.sample(self._address)
+            try:
+                self._sample = self._reader.sample(self._address)
+            except Exception as error:
+                self._sample = self._reader.substitute(self._address, error, self._reader.sample)
         return self._sample
 
     def __getitem__(self, name: str) -> Any:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from dmagent_loader._loading.feed import Feed
-from dmagent_loader._validation import shown
-from dmagent_loader.errors import ConfigurationError
+from dmagent_loader._loading.lazy import Sample
 from dmagent_loader.mixture.simplex import IntArray
 
 GOLDEN = 0.6180339887498949
 """Golden ratio minus 1: any number of its multiples, modulo 1, is evenly spread, so probes read different rows."""
-
-NO_INDEX = -1
-"""``__index__`` of probe rows, which are not samples of the run."""
 
 
 def probe_rows(feed: Feed, rows: int, probe: int) -> dict[str, list[Any]]:
@@ -30,7 +25,8 @@ def probe_rows(feed: Feed, rows: int, probe: int) -> dict[str, list[Any]]:
         probe: Number of the probe; each probe reads different rows.
 
     Returns:
-        Domain -> rows, in the order of the run's domains; domains without rows are left out.
+        Domain -> rows, in the order of the run's domains; domains without rows are left out. Bad rows are left out if
+        the run skips them.
 
     Raises:
         ConfigurationError: The transform does not return a sample.
@@ -41,7 +37,8 @@ def probe_rows(feed: Feed, rows: int, probe: int) -> dict[str, list[Any]]:
         ends = np.cumsum(feed.collection.shard_rows(domain))
         if not len(ends) or ends[-1] == 0:
             continue
-        by_domain[name] = [_row(feed, domain, ends, position) for position in positions(int(ends[-1]), rows, probe)]
+        found = (_row(feed, domain, ends, position) for position in positions(int(ends[-1]), rows, probe))
+        by_domain[name] = [row for row in found if row is not None]
     return by_domain
 
 
@@ -52,15 +49,7 @@ def positions(total: int, rows: int, probe: int) -> list[int]:
     return [int((number + shift) * total / count) for number in range(count)]
 
 
-def _row(feed: Feed, domain: int, ends: IntArray, position: int) -> Any:
+def _row(feed: Feed, domain: int, ends: IntArray, position: int) -> Sample | None:
     shard = int(np.searchsorted(ends, position, side="right"))
     row = position - (int(ends[shard - 1]) if shard else 0)
-    raw = feed.collection.read(domain, shard, row)
-    tags = {"__index__": NO_INDEX, "__key__": raw.key, "__domain__": feed.plan.space.names[domain]}
-    sample = {**tags, **feed.decoder(raw)}
-    if feed.transform is None:
-        return sample
-    transformed = feed.transform(sample)
-    if not isinstance(transformed, Mapping):
-        raise ConfigurationError(f"transform returned {shown(transformed)}; it must return a sample (a dict)")
-    return {**tags, **transformed}
+    return feed.sample_at(domain, shard, row)

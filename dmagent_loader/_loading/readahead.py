@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from dmagent_loader._loading.config import ReadingConfig
-from dmagent_loader.mixture.plan import Located
+from dmagent_loader.mixture.segment import Located
 from dmagent_loader.shards import RawSample, ShardCollection
 
 _ROWS_PER_TASK = 16

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from dmagent_loader._loading.bad_rows import Substitution
 from dmagent_loader._loading.feed import Feed
-from dmagent_loader._loading.lazy import TAGS, LazyRow, RowAddress, RowReader
+from dmagent_loader._loading.lazy import LazyRow, RowAddress, RowReader
 from dmagent_loader._loading.readahead import Readahead
-from dmagent_loader._validation import shown
 from dmagent_loader.errors import ConfigurationError, ExhaustedError, StateError
-from dmagent_loader.mixture.plan import Located
+from dmagent_loader.mixture.segment import Located
 from dmagent_loader.mixture.sharding import StreamLayout
 from dmagent_loader.mixture.simplex import IntArray
 
@@ -78,7 +78,12 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 )
         self._layout: StreamLayout | None = None
         self._readahead = Readahead.configured(feed.collection, feed.reading)
-        self._reader = RowReader(feed.collection, feed.decoder)
+        self._reader = RowReader(
+            feed.collection,
+            feed.decoder,
+            Substitution(feed.bad_rows, feed.plan, None if info is None else info.id),
+            check_members=feed.bad_rows.skips and feed.transform is None,
+        )
         self._version = -1
         self._done = False
         self._block = _NOTHING_PLANNED
@@ -127,23 +132,27 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             cursor = 0
         located = self._block.rows[cursor]
         sample: Mapping[str, Any]
-        if self._readahead is not None:
-            _, domain, draw, shard, row = located
-            sample = self._reader.sample(located, self._readahead.take(domain, draw, shard, row))
-        elif feed.is_lazy:
-            sample = LazyRow(self._reader, located)
-        else:
-            sample = self._reader.sample(located)
-        if feed.transform is not None:
-            tags = {name: sample[name] for name in TAGS}
-            transformed = feed.transform(sample)
-            if not isinstance(transformed, Mapping):
-                raise ConfigurationError(f"transform returned {shown(transformed)}; it must return a sample (a dict)")
-            sample = {**tags, **transformed}
+        try:
+            if self._readahead is not None:
+                _, domain, draw, shard, row = located
+                sample = self._reader.sample(located, self._readahead.take(domain, draw, shard, row))
+            elif feed.is_lazy:
+                sample = LazyRow(self._reader, located)
+            else:
+                sample = self._reader.sample(located)
+            if feed.transform is not None:
+                sample = feed.transformed(sample)
+        except Exception as error:
+            sample = self._reader.substitute(located, error, self._sample)
         self._cursor = cursor + 1
         if self._worker is not None:
             feed.mailbox.advance(self._worker.id, self._block.frontiers[cursor + 1])
         return sample
+
+    def _sample(self, address: RowAddress) -> Mapping[str, Any]:
+        """A sample that was not read ahead."""
+        sample = self._reader.sample(address)
+        return sample if self._feed.transform is None else self._feed.transformed(sample)
 
     def _begin(self) -> StreamLayout:
         """Fixes the layout at the first sample, when the loader is known.

@@ -89,9 +89,9 @@ class RunHistory:
     @cached_property
     def rows_left(self) -> IntArray:
         """(D,) rows that the present pass over each domain has not reached; 0 for a domain that is used up."""
-        rows = self.plan.num_rows
+        left = self.plan.rows_left(self.consumed)
         repeats = np.array([rule == "repeat" for rule in self.plan.rules])
-        return np.where(repeats, rows - self.counts % rows, rows - self.counts)
+        return np.where(repeats & (left == 0), self.plan.num_rows, left)
 
     @cached_property
     def mix_now(self) -> FloatArray:

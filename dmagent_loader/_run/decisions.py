@@ -158,7 +158,8 @@ class Decider:
     failures: int = 0
     """Number of steps at which the policy gave no usable mix."""
     _counts: list[IntArray] = field(default_factory=list)
-    """(D,) samples drawn from each domain up to each measurement; cached, because the past does not change."""
+    """(U,) samples drawn from each domain of all segments up to each measurement; cached, as the past does not change.
+    """
 
     @classmethod
     def configured(cls, config: DecisionConfig, policy: Policy | None, plan: Plan, start_state: FloatArray) -> Decider:
@@ -218,10 +219,11 @@ class Decider:
             ledger = self.plan.ledger
             mixes = [ledger.in_force(max(0, after.consumed - 1)).weights() for after in measurements[1:]]
         else:
-            self._counts += [self.plan.counts(m.consumed) for m in self.measurements[len(self._counts) :]]
-            counts = self._counts if newest is None else [*self._counts, self.plan.counts(newest.consumed)]
+            count = self.plan.counts_of_all
+            self._counts += [count(m.consumed) for m in self.measurements[len(self._counts) :]]
+            counts = self._counts if newest is None else [*self._counts, count(newest.consumed)]
             trained = [after.consumed - before.consumed for before, after in pairwise(measurements)]
-            mixes = [(b - a) / n for (a, b), n in zip(pairwise(counts), trained, strict=True)]
+            mixes = [self.plan.carried((b - a) / n) for (a, b), n in zip(pairwise(counts), trained, strict=True)]
         feedback = np.array([[float(m.feedback[f]) for f in fields] for m in measurements])
         mixes = [self.start_state, *mixes]
         return History(domains=self.plan.space.names, fields=fields, mixes=np.array(mixes), feedback=feedback)

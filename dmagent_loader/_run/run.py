@@ -15,8 +15,9 @@ from dmagent_loader._loading.feed import Feed
 from dmagent_loader._run import rank_check
 from dmagent_loader._run.cadence import Cadence
 from dmagent_loader._run.decisions import Decider, Decision
+from dmagent_loader._run.segments import RunData, SegmentWriter
 from dmagent_loader._run.settings import RunSettings
-from dmagent_loader._run.state import read_state, write_state
+from dmagent_loader._run.state import Data, read_state, write_state
 from dmagent_loader._validation import whole_number
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.mixture.ledger import MANUAL, LedgerEntry
@@ -40,6 +41,16 @@ class Run:
     def __init__(self, feed: Feed, decider: Decider, cadence: Cadence) -> None:
         self.feed, self.decider, self.cadence = feed, decider, cadence
         self._silence_reported = self._begun = False
+        plan, collection = feed.plan, feed.collection
+        self._present = RunData(
+            space=plan.space,
+            rules=plan.rules,
+            window=plan.window,
+            shards=plan.shards,
+            names=[collection.shard_names(domain) for domain in range(len(plan.space))],
+        )
+        self._writer: SegmentWriter | None = None
+        self._first_fingerprint = collection.fingerprint
 
     @property
     def settings(self) -> RunSettings:
@@ -57,6 +68,7 @@ class Run:
             guard=decider.guard.config,
             shadow=decider.shadow,
             history_mix=decider.history_mix,
+            on_bad_row=feed.bad_rows.on_bad_row,
             start_state=rank_check.digest(decider.start_state.tolist()),
             world_size=feed.world_size,
             loader=feed.loader,
@@ -106,6 +118,7 @@ class Run:
                 decision = self.decider.decide(feedback, consumed)
         decision = distributed.broadcast_object(decision, _DECIDING)
         assert decision is not None
+        self.feed.bad_rows.share(consumed, lambda found: distributed.all_gather_object(found, _DECIDING))
         self.feed.cursor.consume(consumed)
         entry = self.feed.plan.ledger.last
         if not decision.shadow:
@@ -141,15 +154,20 @@ class Run:
             consumed = whole_number("consumed", consumed, least=0)
             if cursor.stream is not None or workers:
                 self.feed.check_consumed(consumed)
-        return write_state(self.settings, self.decider, consumed)
+        if self._writer is None or self._writer.plan is not self.feed.plan:
+            self._writer = SegmentWriter(self.feed.plan, self._present.names)
+        segments = {**self._writer.to_json(), "first_fingerprint": self._first_fingerprint}
+        bad_rows = self.feed.bad_rows.to_json(consumed)
+        return write_state(self.settings, self.decider, consumed, segments, bad_rows)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], data: Data = "exact") -> None:
         """Continues a saved run."""
         with self._together(_LOADING) as facts:
             settings = replace(self.settings, samples_per_reweight=None) if self.cadence.is_derived else self.settings
-            restored = read_state(state, settings, self.decider)
-            facts |= restored.to_compare()
-        self.feed.restore(restored.plan, restored.consumed)
+            restored = read_state(state, settings, self.decider, self._present, data)
+            facts |= {"data": data, **restored.to_compare()}
+        self._first_fingerprint = restored.first_fingerprint
+        self.feed.restore(restored.plan, restored.consumed, restored.bad_rows)
         self.cadence.restore(restored.samples_per_reweight)
         self._begun = False
         self.decider.restore(

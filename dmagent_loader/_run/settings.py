@@ -40,6 +40,7 @@ class RunSettings:
         guard: Limits on proposals.
         shadow: Whether decisions are only logged.
         history_mix: Mixes that the policy sees, ``"achieved"`` or ``"requested"``.
+        on_bad_row: Rule for bad rows, ``"raise"`` or ``"skip"``.
         start_state: Digest of the start state, which a saved state carries itself.
         world_size: Number of data-parallel processes.
         loader: Loader that reads the run.
@@ -56,6 +57,7 @@ class RunSettings:
     guard: GuardConfig = field(metadata=_FREE)
     shadow: bool = field(metadata=_FREE)
     history_mix: str = field(metadata=_FREE)
+    on_bad_row: str = field(metadata=_FREE)
     start_state: str = field(metadata=_FREE)
     world_size: int = field(metadata=_FREE)
     loader: LoaderSettings = field(metadata=_FREE)

@@ -8,32 +8,51 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dmagent_loader._files import write_atomically
+from dmagent_loader._loading.bad_rows import SavedBadRows
 from dmagent_loader._run.decisions import Decider, Measurement, measurements_from_json
+from dmagent_loader._run.differences import differences
 from dmagent_loader._run.rank_check import digest
+from dmagent_loader._run.segments import RunData, read_segments, rebuild
 from dmagent_loader._run.settings import RESTORE, RunSettings
-from dmagent_loader._validation import is_count, is_finite_number, read_regular, shown, whole_number
-from dmagent_loader.errors import ConfigurationError, EmptyShardError, MixError, StateError
-from dmagent_loader.mixture.domains import Domain, DomainSpace
-from dmagent_loader.mixture.ledger import Ledger
-from dmagent_loader.mixture.plan import Plan
+from dmagent_loader._validation import is_count, is_finite_number, read_regular, shown
+from dmagent_loader.errors import ConfigurationError, DomainError, MixError, StateError
+from dmagent_loader.mixture.plan import Plan, carried_mix
+from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 from dmagent_loader.policies import InformedPolicy
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 4
+SCHEMA = 5
 MAX_STATE_BYTES = 1 << 32
-MAX_ROWS = 1 << 62
 
-_RUN = {"rows", "consumed", "counts", "start_state", "ledger", "fields", "measurements", "policy_failures"}
+Data = Literal["exact", "changed"]
+
+_RUN = {"consumed", "counts", "start_state", "fields", "measurements", "policy_failures", "bad_rows"}
+_SEGMENTS = {"begin", "shards", "ledger", "earlier_segments", "first_fingerprint"}
+_CONTINUE = (
+    "load_state_dict(state, data='changed') (with a trainer: AgentWeightedSampler(data='changed')); "
+    "`dmagent state STATE --shards MANIFEST` says what that does"
+)
 _POLICY_STATE = "policy_state"
 """Key of the state of an informed policy; only states of runs with such a policy have it."""
-_KEYS = {"schema", *_RUN, *(name for name, restore in RESTORE.items() if restore != "free")}
+_KEYS = {"schema", *_RUN, *_SEGMENTS, *(name for name, restore in RESTORE.items() if restore != "free")}
+
+
+def validated_data(value: Any) -> Data:
+    """How to load a state, as passed by a user.
+
+    Raises:
+        ConfigurationError: There is no such way.
+    """
+    if value not in get_args(Data):
+        raise ConfigurationError(f"data is {shown(value)}; choose one of {list(get_args(Data))}")
+    return value  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +65,11 @@ class RestoredState:
     measurements: list[Measurement]
     policy_failures: int
     samples_per_reweight: int | None
+    bad_rows: SavedBadRows
+    first_fingerprint: str
+    """Fingerprint of the data with which the run began."""
+    earlier: str
+    """Digest of the earlier segments."""
     policy_state: Mapping[str, Any] | None = None
 
     def to_compare(self) -> dict[str, Any]:
@@ -53,14 +77,24 @@ class RestoredState:
         return {
             "the state's consumed samples": self.consumed,
             "the state's mixes": self.plan.ledger.summary(),
+            "the state's earlier data": self.earlier,
             "the state's feedback": f"{len(self.measurements)} steps, digest {digest(self.measurements)}",
             "the state's start_state": digest(self.start_state.tolist()),
             "the state of the policy": digest(json.dumps(self.policy_state)),
         }
 
 
-def write_state(settings: RunSettings, decider: Decider, consumed: int) -> dict[str, Any]:
+def write_state(
+    settings: RunSettings, decider: Decider, consumed: int, segments: Mapping[str, Any], bad_rows: Mapping[str, Any]
+) -> dict[str, Any]:
     """The state of a run after `consumed` samples, as JSON values.
+
+    Args:
+        settings: Settings of the run.
+        decider: Decider of the run, with its plan.
+        consumed: Samples consumed over all ranks.
+        segments: `SegmentWriter.to_json` of the plan.
+        bad_rows: `BadRows.to_json` after as many samples.
 
     Raises:
         StateError: `consumed` contradicts the run.
@@ -71,72 +105,77 @@ def write_state(settings: RunSettings, decider: Decider, consumed: int) -> dict[
         raise StateError(
             f"consumed is {consumed}, but the run has {end} samples: count the samples of all ranks since the run began"
         )
+    if consumed < plan.begin:
+        raise StateError(
+            f"consumed is {consumed}, but the data changed after {plan.begin} samples: use the state of the run "
+            "before that change"
+        )
     measured = decider.measurements
     if measured and consumed < measured[-1].consumed:
         raise StateError(
             f"consumed is {consumed}, but a decision was made after {measured[-1].consumed} samples, so no run could "
             "resume from this state: count the samples of all ranks since the run began"
         )
-    counts = plan.counts(consumed)
     return {
         "schema": SCHEMA,
         **settings.saved(),
-        "rows": plan.num_rows.tolist(),
         "consumed": int(consumed),
-        "counts": {name: int(count) for name, count in zip(plan.space.names, counts, strict=True)},
+        "counts": plan.drawn(consumed),
         "start_state": decider.start_state.tolist(),
-        "ledger": plan.ledger.to_json(),
+        **segments,
         "fields": list(decider.fields),
         "measurements": decider.to_json(),
         "policy_failures": decider.failures,
+        "bad_rows": bad_rows,
         **({} if decider.policy_state is None else {_POLICY_STATE: decider.policy_state}),
     }
 
 
-def read_state(state: Mapping[str, Any], settings: RunSettings, decider: Decider) -> RestoredState:
+def read_state(
+    state: Mapping[str, Any], settings: RunSettings, decider: Decider, present: RunData, data: Data = "exact"
+) -> RestoredState:
     """Checks a saved state against a run and rebuilds its plan.
 
     Args:
         state: Return value of `write_state`.
         settings: Settings of this run.
         decider: Decider of this run, with its plan and start state.
+        present: Data of this run.
+        data: ``"exact"`` refuses a state of other data or settings; ``"changed"`` begins a new segment of the plan.
 
     Raises:
         StateError: The state belongs to another run, or cannot be read; the message names the difference.
     """
     _check_keys(state)
-    plan, present = decider.plan, settings.saved()
-    for key in (name for name, restore in RESTORE.items() if restore == "refuse" and state[name] != present[name]):
-        if key == "fingerprint":
-            raise StateError(
-                f"the state belongs to another shard set: its fingerprint is {shown(state[key])}, the one of this run "
-                f"{shown(present[key])}; load it with the same shards: names, order, row counts and contents must be "
-                "the same (their folder may differ)"
-            )
-        raise StateError(
-            f"the state is of a run with {key} {shown(state[key])}, this run has {shown(present[key])}: a different "
-            f"{key} would change the order of samples; build the sampler with the saved value"
-        )
-    restored = _restored(state, plan.empty_copy())
-    for key in (name for name, restore in RESTORE.items() if restore == "warn" and state[name] != present[name]):
-        if key == "samples_per_reweight" and None in (state[key], present[key]):
+    saved_settings = settings.saved()
+    different = {name for name in RESTORE if name in saved_settings and state[name] != saved_settings[name]}
+    refused = [name for name in RESTORE if name in different and RESTORE[name] == "refuse"]
+    if refused and (data == "exact" or "seed" in refused):
+        raise StateError(_refusal(refused[0], state, saved_settings, present))
+    segments = read_segments(state)
+    if not refused and not _same_shards(segments[-1].shards, present.shards):
+        raise StateError("the state's shards contradict its fingerprint: it is damaged or edited; load an older one")
+    restored = _restored(state, rebuild(segments, settings.seed, None if refused else present))
+    for name in (name for name in RESTORE if name in different and RESTORE[name] == "warn"):
+        if name == "samples_per_reweight" and None in (state[name], saved_settings[name]):
             continue  # one of the two follows the other
         logger.warning(
             "the state was saved with %s %s, but this run has %r: decisions will differ",
-            key,
-            shown(state[key]),
-            present[key],
+            name,
+            shown(state[name]),
+            saved_settings[name],
         )
-    if not np.allclose(restored.start_state, decider.start_state, rtol=0, atol=1e-9):
+    if refused:
+        restored = _with_changed_data(restored, present)
+        summary = differences(segments[-1], present).summary()
+        logger.warning("the run continues with changed data from sample %d on: %s", restored.consumed, summary)
+    elif not np.allclose(restored.start_state, decider.start_state, rtol=0, atol=1e-9):
         logger.warning("the state was saved with another start_state than that of this run: the saved one is used")
-    return replace(restored, policy_state=_policy_state(state, decider))
+    return replace(restored, policy_state=_policy_state(state, decider, are_data_changed=bool(refused)))
 
 
 def rebuild_state(state: Any) -> RestoredState:
     """Rebuilds a run from its saved state alone, without shards and policy.
-
-    The plan counts the samples of each domain, past and future. It knows the rows of a domain, but not its shards, so
-    it cannot locate rows.
 
     Args:
         state: Return value of `write_state`.
@@ -145,32 +184,52 @@ def rebuild_state(state: Any) -> RestoredState:
         StateError: The state cannot be read.
     """
     _check_keys(state)
-    names, fields, rules, rows = (state[key] for key in ("domains", "domain_fields", "exhausted", "rows"))
-    for key, values in (("domains", names), ("domain_fields", fields), ("exhausted", rules), ("rows", rows)):
-        valid = is_count if values is rows else _is_text
-        if not isinstance(values, list) or len(values) != len(names) or not all(map(valid, values)):
-            raise StateError(
-                f"the state's {key} is {shown(values)}, not a list with {'a count' if values is rows else 'a text'} "
-                "for each domain: it is damaged; load an older one"
-            )
-    if sum(rows) >= MAX_ROWS:
-        raise StateError(f"the state's rows are {shown(rows)}, more than a run can have: it is damaged")
-    try:
-        space = DomainSpace(tuple(Domain(name=n, field=f) for n, f in zip(names, fields, strict=True)))
-        plan = Plan(
-            space,
-            [np.array([count], dtype=np.int64) for count in rows],
-            seed=whole_number("seed", state["seed"]),
-            exhausted=dict(zip(names, rules, strict=True)),
-            window=whole_number("shuffle_window", state["shuffle_window"], least=1),
+    if not is_count(state["seed"]):
+        raise StateError(f"the state's seed is {shown(state['seed'])}, not a number: it is damaged; load an older one")
+    restored = _restored(state, rebuild(read_segments(state), state["seed"]))
+    return replace(restored, policy_state=state.get(_POLICY_STATE))
+
+
+def _with_changed_data(restored: RestoredState, present: RunData) -> RestoredState:
+    """A restored run with a new segment."""
+    before = restored.plan
+    plan = before.changed(restored.consumed, present.space, present.shards, rules=present.rules, window=present.window)
+    start_state = carried_mix(restored.start_state, before.space.domains, plan.space, plan.num_rows)
+    return replace(restored, plan=plan, start_state=start_state)
+
+
+def _restored(state: Mapping[str, Any], plan: Plan) -> RestoredState:
+    """The contents of a state with all its keys, after all checks; without the state of the policy.
+
+    Args:
+        state: The state.
+        plan: Plan of its segments.
+
+    Raises:
+        StateError: The state is damaged.
+    """
+    consumed, start_state = _checked_consumed(state, plan), _start_state(state, plan)
+    failures, first = state["policy_failures"], state["first_fingerprint"]
+    if not is_count(failures):
+        raise StateError(f"the state's policy_failures is {shown(failures)}, not a count: it is damaged")
+    interval = state["samples_per_reweight"]
+    if interval is not None and not (is_count(interval) and interval > 0):
+        raise StateError(
+            f"the state's samples_per_reweight is {shown(interval)}, not a number of samples: it is damaged"
         )
-    except (ConfigurationError, EmptyShardError) as error:
-        raise StateError(f"the state does not describe a run ({error}): it is damaged; load an older one") from error
-    return replace(_restored(state, plan), policy_state=state.get(_POLICY_STATE))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    if not isinstance(first, str):
+        raise StateError(f"the state's first_fingerprint is {shown(first)}, not a text: it is damaged")
+    return RestoredState(
+        plan=plan,
+        consumed=consumed,
+        start_state=start_state,
+        measurements=measurements_from_json(state["measurements"], state["fields"], consumed),
+        policy_failures=failures,
+        samples_per_reweight=interval,
+        bad_rows=SavedBadRows.from_json(state["bad_rows"], consumed),
+        first_fingerprint=first,
+        earlier=digest(json.dumps([state["begin"], state["earlier_segments"]])),
+    )
 
 
 def _check_keys(state: Any) -> None:
@@ -192,32 +251,41 @@ def _check_keys(state: Any) -> None:
         logger.warning("the state has %s, which this version does not know and ignores", ", ".join(unknown[:10]))
 
 
-def _restored(state: Mapping[str, Any], plan: Plan) -> RestoredState:
-    """The contents of a state with all its keys, after all checks; without the state of the policy.
+def _refusal(key: str, state: Mapping[str, Any], settings: Mapping[str, Any], present: RunData) -> str:
+    """The message for a state of other data or settings."""
+    if key == "fingerprint":
+        try:
+            found = differences(read_segments(state)[-1], present).summary()
+        except StateError:
+            found = f"its fingerprint is {shown(state[key])}, the one of this run {shown(settings[key])}"
+        return (
+            f"the state belongs to another shard set: {found}; load it with the shards of the run (their folder may "
+            f"differ), or continue with those of this one by {_CONTINUE}"
+        )
+    message = (
+        f"the state is of a run with {key} {shown(state[key])}, this run has {shown(settings[key])}: a different "
+        f"{key} would change the order of samples; build the sampler with the saved value"
+    )
+    return message if key == "seed" else f"{message}, or continue with this one by {_CONTINUE}"
 
-    Args:
-        state: The state.
-        plan: Plan of the run, with an empty ledger; it receives the state's mixes.
 
-    Raises:
-        StateError: The state is damaged.
-    """
-    for entry in Ledger.from_json(plan.space.names, state["ledger"]):
-        plan.append(entry)
+def _same_shards(one: ShardSet, other: ShardSet) -> bool:
+    return len(one.rows) == len(other.rows) and all(
+        np.array_equal(a, b) for a, b in zip([*one.rows, *one.contents], [*other.rows, *other.contents], strict=True)
+    )
+
+
+def _checked_consumed(state: Mapping[str, Any], plan: Plan) -> int:
+    """The consumed samples of a state, after the check that its counts follow from its plan."""
     consumed, counts = state["consumed"], state["counts"]
-    valid = is_count(consumed)
+    valid = is_count(consumed) and consumed >= plan.begin
     end = plan.ends_by(consumed) if valid else None
     if not valid or (end is not None and consumed > end):
         raise StateError(
             f"the state's consumed is {shown(consumed)}, which is not an index of this run: the state is damaged or "
             "was edited; load an older one"
         )
-    interval = state["samples_per_reweight"]
-    if interval is not None and not (is_count(interval) and interval > 0):
-        raise StateError(
-            f"the state's samples_per_reweight is {shown(interval)}, not a number of samples: it is damaged"
-        )
-    expected = {n: int(c) for n, c in zip(plan.space.names, plan.counts(consumed), strict=True)}
+    expected = plan.drawn(consumed)
     if counts != expected:
         raise StateError(
             f"the state's counts at sample {consumed} do not follow from its ledger (differences: "
@@ -225,27 +293,20 @@ def _restored(state: Mapping[str, Any], plan: Plan) -> RestoredState:
             "it is damaged, or was written by a version with another order of samples; load an older state, or install "
             "that version"
         )
+    return int(consumed)
+
+
+def _start_state(state: Mapping[str, Any], plan: Plan) -> FloatArray:
     weights = state["start_state"]
     if not isinstance(weights, list) or not all(map(is_finite_number, weights)):
         raise StateError(f"the state's start_state is {shown(weights)}, not a list of numbers: the state is damaged")
     try:
-        start_state = validate_mix(weights, plan.space.names)
+        return validate_mix(weights, plan.space.names)
     except MixError as error:
         raise StateError(f"the state's start_state is not a mix: {error}") from error
-    failures = state["policy_failures"]
-    if not is_count(failures):
-        raise StateError(f"the state's policy_failures is {shown(failures)}, not a count: it is damaged")
-    return RestoredState(
-        plan=plan,
-        consumed=consumed,
-        start_state=start_state,
-        measurements=measurements_from_json(state["measurements"], state["fields"], consumed),
-        policy_failures=failures,
-        samples_per_reweight=interval,
-    )
 
 
-def _policy_state(state: Mapping[str, Any], decider: Decider) -> Mapping[str, Any] | None:
+def _policy_state(state: Mapping[str, Any], decider: Decider, *, are_data_changed: bool) -> Mapping[str, Any] | None:
     """The saved state of the policy, checked on a copy of it; None: it is another policy, or has no state.
 
     Raises:
@@ -254,7 +315,18 @@ def _policy_state(state: Mapping[str, Any], decider: Decider) -> Mapping[str, An
     saved, policy = state.get(_POLICY_STATE), decider.policy
     if saved is None or state["policy"] != decider.policy_name or not isinstance(policy, InformedPolicy):
         return None
-    copy.deepcopy(policy).load_state_dict(saved)
+    try:
+        copy.deepcopy(policy).load_state_dict(saved)
+    except DomainError as error:
+        if not are_data_changed:
+            raise
+        logger.warning(
+            "the evidence of policy %r is not about all domains of this run (%s): it is collected again before the "
+            "next decision",
+            decider.policy_name,
+            error,
+        )
+        return None
     return saved  # type: ignore[no-any-return]
 
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dmagent_loader._version import __version__
 from dmagent_loader.cli.demo import add_demo_command
 from dmagent_loader.cli.inspect import add_inspect_command
-from dmagent_loader.cli.plan import add_plan_commands
+from dmagent_loader.cli.plan import add_simulate_command
 from dmagent_loader.cli.report import add_report_command
 from dmagent_loader.cli.shards import add_shard_commands
+from dmagent_loader.cli.state import add_state_commands
 from dmagent_loader.cli.train_agent import add_train_agent_command
 from dmagent_loader.errors import DMAgentError
 
@@ -28,7 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     add_demo_command(commands)
     add_shard_commands(commands)
-    add_plan_commands(commands)
+    add_simulate_command(commands)
+    add_state_commands(commands)
     add_report_command(commands)
     add_inspect_command(commands)
     add_train_agent_command(commands)

@@ -1,60 +1,22 @@
-"""``dmagent replay`` lists the samples of a run; ``dmagent simulate`` predicts those of a planned run."""
+"""``dmagent simulate`` predicts the samples of a planned run."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import logging
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
-from dmagent_loader import ReadingConfig
-from dmagent_loader._validation import shown
-from dmagent_loader.cli.saved_states import find_saved_state
-from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.exhaustion import EXHAUSTION_RULES
 from dmagent_loader.mixture.ledger import INITIAL, LedgerEntry
-from dmagent_loader.mixture.plan import EXHAUSTION_RULES, Plan
+from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.shards import ShardCollection, load_manifest
 
-_BATCH = 4096
 
-
-def add_plan_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``replay`` and ``simulate``."""
-    _add_replay(subparsers)
-    _add_simulate(subparsers)
-
-
-def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "replay",
-        help="list the samples of a run from its saved state",
-        description="Prints a JSON line for each sample: global index, domain, shard, row and key.",
-    )
-    parser.add_argument(
-        "state", help="a saved state_dict() as JSON, a checkpoint, or a folder of one run's checkpoints"
-    )
-    parser.add_argument(
-        "--shards", required=True, metavar="MANIFEST", help="manifest.json of the shards, or its folder"
-    )
-    parser.add_argument("--start", type=int, default=0, metavar="N", help="first global index (default: 0)")
-    parser.add_argument(
-        "--stop", type=int, metavar="N", help="global index to stop before (default: the consumed samples)"
-    )
-    parser.add_argument("--rank", type=int, default=0, help="data-parallel rank to list (default: %(default)s)")
-    parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default: %(default)s)")
-    parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
-    parser.set_defaults(run=replay)
-
-
-def _add_simulate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_simulate_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``simulate``."""
     parser = subparsers.add_parser(
         "simulate",
         help="predict when domains run out, before you spend GPU time",
@@ -79,58 +41,6 @@ def _add_simulate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample order (default: %(default)s)")
     parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
     parser.set_defaults(run=simulate)
-
-
-def replay(args: argparse.Namespace) -> int:
-    """Prints the samples of a run."""
-    state = find_saved_state(Path(args.state)).state
-    shards = load_manifest(args.shards)
-    if list(shards) != state.get("domains"):
-        raise StateError(
-            f"the state is of a run with the domains {shown(state.get('domains'))}, but {args.shards} has "
-            f"{shown(list(shards))}: pass the manifest of the run's shards"
-        )
-    sampler = AgentWeightedSampler(
-        shards,
-        samples_per_reweight=state.get("samples_per_reweight", 1),
-        seed=state.get("seed", 0),
-        exhausted=dict(zip(state.get("domains", []), state.get("exhausted", []), strict=False)),
-        fields=dict(zip(state.get("domains", []), state.get("domain_fields", []), strict=False)),
-        reading=ReadingConfig(shuffle_window=state.get("shuffle_window", 1), cache_dir=args.cache_dir),
-    )
-    with _without_warnings("dmagent_loader._run.state"):  # they warn of different decisions, but none are made here
-        sampler.load_state_dict(state)
-    if not 0 <= args.rank < args.world_size:
-        raise ConfigurationError(
-            f"rank {args.rank} is outside a world of {args.world_size} ranks: pass a smaller --rank, or --world-size"
-        )
-    if args.start < 0:
-        raise ConfigurationError(f"--start is {args.start}; the first sample is number 0")
-    stop = state["consumed"] if args.stop is None else args.stop
-    end = sampler.plan.ends_by(stop)
-    if end is not None and end < stop:
-        print(f"the run ends at sample {end}, because its data are used up", file=sys.stderr)
-        stop = end
-    first = args.start + (args.rank - args.start) % args.world_size
-    for begin in range(first, stop, _BATCH * args.world_size):
-        indices = np.arange(begin, min(stop, begin + _BATCH * args.world_size), args.world_size)
-        located = sampler.plan.locate(indices)
-        for g, d, s, r in zip(indices, located.domain, located.shard, located.row, strict=True):
-            raw = sampler.collection.read(int(d), int(s), int(r))
-            line = {"index": int(g), "domain": sampler.space.names[d], "shard": int(s), "row": int(r), "key": raw.key}
-            print(json.dumps(line))
-    return 0
-
-
-@contextlib.contextmanager
-def _without_warnings(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def simulate(args: argparse.Namespace) -> int:

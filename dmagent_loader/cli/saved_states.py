@@ -35,7 +35,7 @@ _MARK = b'"ledger"', b"ledger"
 _MOST_FOLDERS_DEEP = 5
 """lightning_logs/version_0/checkpoints/epoch=0.ckpt/meta.pt"""
 _MOST_VALUES_DEEP = 8
-_SAME_RUN = "seed", "fingerprint", "domains"
+_SAME_RUN = "seed", "first_fingerprint"
 _EXPECTED = (
     "pass a file of save_state(), a checkpoint of the Trainer, Lightning, NeMo or Megatron that was saved with data "
     "mixing, or a folder of one run's checkpoints"

@@ -9,7 +9,7 @@ from typing import Any
 from dmagent_loader import _distributed as distributed
 from dmagent_loader.environment import Environment, Influence
 from dmagent_loader.environment.probe_rows import has_token_to_predict
-from dmagent_loader.errors import ConfigurationError, InfluenceError
+from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, InfluenceError
 from dmagent_loader.policies import INFLUENCE, LENGTH, QUESTIONS, InformedPolicy, name_of
 from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.transforms import PACKED_MEMBER, packed_tokens
@@ -119,7 +119,7 @@ def _scorable(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         raise InfluenceError(
             f"among the rows that were read, {empty or 'all domains'} have "
             f"{'none' if empty else 'only one'} with a token to predict within {MAX_ROW_TOKENS} tokens, but a standard "
-            "error needs more: give the domains more rows, or use the policy 'question-topics'"
+            f"error needs more: use the policy 'question-topics', or give the domains more rows; {HOW_TO_RESUME}"
         )
     return kept
 

@@ -291,7 +291,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         collate = loader.collate_fn
         if self.sampler.transform is not None or not isinstance(collate, RemoveColumnsCollator):
             return
-        columns = sorted(self.sampler.peek())
+        columns = sorted(name for name in self.sampler.peek() if not name.startswith("__"))
         if set(columns).isdisjoint(collate.signature_columns):
             raise ConfigurationError(
                 f"the rows have {columns}, but the model takes none of these, and the Trainer would remove them all: "

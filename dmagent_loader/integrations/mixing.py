@@ -35,6 +35,7 @@ class Report:
         full: All metrics: those in `short`, ``mix/<domain>`` (the new mix), ``achieved/<domain>`` (shares trained on
             since the last decision), ``epochs/<domain>`` (passes over its rows so far), ``rows_left/<domain>`` (rows
             not read yet), ``dmagent/policy_failures`` (steps of the run at which the last good mix was kept),
+            ``dmagent/bad_rows`` (samples of the run whose row was bad and was replaced),
             ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
             ``dmagent/evaluation_share`` (share of the time since training began). If influence was measured for this
             decision: ``influence/<field>/<domain>``, ``dmagent/influence_seconds``, ``dmagent/influence_tokens``. With
@@ -171,6 +172,7 @@ class Mixing:
         full |= self._passes.metrics(self.consumed)
         full |= {
             "dmagent/policy_failures": float(decision.failures),
+            "dmagent/bad_rows": float(sum(self.sampler.bad_rows.values())),
             "dmagent/consumed_samples": float(self.consumed),
             "dmagent/decision_seconds": decision.seconds,
             "dmagent/evaluation_seconds": seconds,

@@ -19,6 +19,7 @@ from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 
 INITIAL = "initial"
 MANUAL = "manual"
+CHANGED_DATA = "changed data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class LedgerEntry:
     Args:
         start: Global sample index from which the mix applies.
         mix: D weights that sum to 1, in the order of the ledger's domains.
-        decided_by: ``"initial"``, ``"manual"`` or the name of the policy.
+        decided_by: ``"initial"``, ``"manual"``, ``"changed data"`` (the mix in force, over the domains that a run
+            continued with) or the name of the policy.
         decided_at: Samples that training had consumed at the decision; ``start - decided_at`` is the staleness.
         feedback: Feedback behind the decision, by field; None for manual and initial mixes.
         accepted: False if the policy failed and the last good mix was kept.
@@ -58,10 +60,11 @@ class Ledger:
 
     Args:
         domains: The D domain names.
+        begin: Global sample index at which the first entry starts.
     """
 
-    def __init__(self, domains: tuple[str, ...]) -> None:
-        self.domains = domains
+    def __init__(self, domains: tuple[str, ...], begin: int = 0) -> None:
+        self.domains, self.begin = domains, begin
         self._entries: list[LedgerEntry] = []
         self._digests: list[bytes] = []
 
@@ -69,12 +72,12 @@ class Ledger:
         """Adds an entry. It replaces the last one if both start at the same sample: none was drawn under the last.
 
         Raises:
-            StateError: The entry starts before the last one, or the first entry does not start at 0.
+            StateError: The entry starts before the last one, or the first entry does not start at `begin`.
         """
         if len(entry.mix) != len(self.domains):
             raise StateError(f"the ledger entry has {len(entry.mix)} weights for {len(self.domains)} domains")
-        last = self._entries[-1].start if self._entries else 0
-        if entry.start < last or (not self._entries and entry.start != 0):
+        last = self._entries[-1].start if self._entries else self.begin
+        if entry.start < last or (not self._entries and entry.start != self.begin):
             raise StateError(
                 f"a mix from sample {entry.start} on cannot follow a mix from sample {last} on: the ledger is "
                 "append-only"
@@ -126,7 +129,7 @@ class Ledger:
         ]
 
     @classmethod
-    def from_json(cls, domains: tuple[str, ...], entries: Any) -> Ledger:
+    def from_json(cls, domains: tuple[str, ...], entries: Any, begin: int = 0) -> Ledger:
         """Rebuilds a ledger from `to_json`.
 
         Raises:
@@ -134,7 +137,7 @@ class Ledger:
         """
         if not isinstance(entries, list) or not entries:
             raise StateError("the saved ledger is not a list of entries: the state is damaged")
-        ledger = cls(domains)
+        ledger = cls(domains, begin)
         for number, saved in enumerate(entries):
             try:
                 entry = _entry(saved, domains)

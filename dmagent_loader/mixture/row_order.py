@@ -24,6 +24,7 @@ DEFAULT_WINDOW = 8192
 """Rows per shuffle window."""
 
 _NO_EPOCH = -1
+_NONE: IntArray = np.empty(0, dtype=np.int64)
 _SHARDS_AT_A_TIME = 1 << 14
 """Shards ordered in one call: few enough for the caches of a core."""
 
@@ -97,6 +98,42 @@ class RowOrders:
             self._begin_epochs(domain[earliest].tolist(), epoch[earliest].tolist())
             ready = left[self._epoch[domain[left]] == epoch[left]]
             waiting[ready] = False
+
+    def rows_left(self, domain: int, epoch: int, drawn: int) -> list[tuple[int, IntArray]]:
+        """Rows that an epoch has not drawn yet, of every shard from which it has drawn.
+
+        Args:
+            domain: Domain number.
+            epoch: Number of the epoch.
+            drawn: Samples of the epoch that were drawn, at least 1.
+
+        Returns:
+            Shard number and (n,) rising row numbers, by shard.
+        """
+        if self._varies[domain] and self._epoch[domain] != epoch:
+            self._begin_epochs([domain], [epoch])
+        span = slice(int(self._first_shard[domain]), int(self._first_shard[domain + 1]))
+        order = self._order[span]
+        starts, rows = self._starts[span] - self._first_row[domain], self._rows[span][order]
+        # All rows before the present window were drawn, and some of the window.
+        window = drawn // self._window
+        begin = window * self._window
+        positions = np.arange(drawn - begin)
+        length = min(int(self.num_rows[domain]) - begin, self._window)
+        key = random_bits(random_bits(self._keys[[domain]], np.array([epoch])), np.array([window]))
+        drawn_here = np.sort(begin + scatter(key.repeat(len(positions)), positions, np.full(len(positions), length)))
+        found = np.searchsorted(drawn_here, [starts, starts + rows])
+        left = []
+        for number in np.flatnonzero((rows > 0) & ((starts < begin) | (found[0] < found[1]))).tolist():
+            start, count = int(starts[number]), int(rows[number])
+            if start + count <= begin:
+                left.append((int(order[number]), _NONE))
+                continue
+            is_left = np.ones(count, dtype=bool)
+            is_left[: max(0, begin - start)] = False
+            is_left[drawn_here[found[0, number] : found[1, number]] - start] = False
+            left.append((int(order[number]), np.flatnonzero(is_left)))
+        return sorted(left, key=lambda one: one[0])
 
     def _in_epoch(self, domain: IntArray, sequential: IntArray) -> tuple[IntArray, IntArray]:
         """Shards and rows of positions in the present epoch of each domain."""

@@ -15,7 +15,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError
+from dmagent_loader.errors import (
+    HOW_TO_RESUME,
+    ConfigurationError,
+    DamagedShardError,
+    EmptyShardError,
+    ShardLayoutError,
+    ShardNotFoundError,
+)
 from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
@@ -131,10 +138,13 @@ class ShardCollection:
         urls = ((domain, expand_shards(domain, patterns)) for domain, patterns in shards.items())
         cache = IndexCache(Path(cache_dir) if cache_dir is not None else default_cache_dir(), key_ends_at)
         given = (*manifests, shards) if isinstance(shards, Manifest) else tuple(manifests)
-        catalogue = Catalogue(urls, cache, Manifests(given), progress)
-        collection = cls(catalogue, verify=verify, max_open_files=max_open_files)
-        collection._check_damage(on_damage)
-        collection._check_emptiness()
+        try:
+            catalogue = Catalogue(urls, cache, Manifests(given), progress)
+            collection = cls(catalogue, verify=verify, max_open_files=max_open_files)
+            collection._check_damage(on_damage)
+            collection._check_emptiness()
+        except (DamagedShardError, EmptyShardError, ShardLayoutError, ShardNotFoundError) as error:
+            raise type(error)(f"{error}; {HOW_TO_RESUME}") from error
         collection._check_copies()
         for oddity in oddities(catalogue):
             logger.warning("%s", oddity)
@@ -158,6 +168,14 @@ class ShardCollection:
     def shard_rows(self, domain: int) -> NDArray[np.int64]:
         """(S,) number of rows of each shard of a domain, in listed order."""
         return self._rows[domain]
+
+    def shard_contents(self, domain: int) -> NDArray[np.uint64]:
+        """(S,) 64 bits that identify the content of each shard of a domain: keys, extensions, sizes, checksums."""
+        return self._catalogue.contents[slice(*self._spans[domain])]
+
+    def shard_names(self, domain: int) -> list[str]:
+        """File names of the shards of a domain, without folders."""
+        return [base_name(url) for url in self._catalogue.urls(domain)]
 
     @property
     def damage(self) -> tuple[ShardDamage, ...]:
@@ -199,8 +217,13 @@ class ShardCollection:
             raise DamagedShardError(
                 f"row {row} (key {table.key(row)!r}) of shard {self._display(number)} changed since it was indexed "
                 f"({change}): the file was overwritten or its disk is failing; restore it, or, if it was replaced on "
-                f"purpose, remove its cached index {self._catalogue.cached_index(number)} and open the shards again"
+                f"purpose, remove its cached index {self._catalogue.cached_index(number)} and open the shards again; "
+                f"{HOW_TO_RESUME}"
             ) from None
+
+    def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]:
+        """Extensions that most rows of a shard have, and this row does not."""
+        return self._tables.get(self._spans[domain][0] + shard).missing_members(row)
 
     def read_equal(
         self, rows: Sequence[tuple[int, int, int]], extension: str
@@ -367,10 +390,11 @@ class ShardCollection:
         ]
         logger.warning(
             "%d shard(s) hold the same rows as another one, which are so trained on more than once a pass, or in two "
-            "domains: %s%s; list each shard once, in one domain",
+            "domains: %s%s; list each shard once, in one domain; %s",
             count,
             "; ".join(pairs),
             f", and {count - len(pairs)} more" if count > len(pairs) else "",
+            HOW_TO_RESUME,
         )
 
 

@@ -37,6 +37,7 @@ class RowTable:
     """
 
     __slots__ = (
+        "_common",
         "_extension",
         "_extensions",
         "_first",
@@ -70,11 +71,23 @@ class RowTable:
             np.ascontiguousarray(column).data for column in columns[:-1]
         )
         self._keys = index.keys.tobytes()
+        self._common: tuple[int, ...] | None = None
+        """Extensions of more than half of the rows; None: not counted yet."""
 
     def key(self, row: int) -> str:
         """The key of a row."""
         key_end = self._key_end
         return self._keys[key_end[row] : key_end[row + 1]].decode("utf-8", "surrogateescape")
+
+    def missing_members(self, row: int) -> tuple[str, ...]:
+        """Extensions that more than half of the rows have, and this one does not."""
+        if self.only is not None:
+            return ()
+        if self._common is None:
+            counts = np.bincount(np.asarray(self._extension), minlength=len(self._extensions))
+            self._common = tuple(np.flatnonzero(2 * counts > self.num_rows).tolist())
+        present = set(self._extension[self._first[row] : self._first[row + 1]].tolist())
+        return tuple(self._extensions[number] for number in self._common if number not in present)
 
     def read(self, source: Source, row: int, verify: bool) -> RawSample:
         """Reads one row with a single read of its shard.

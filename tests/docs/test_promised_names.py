@@ -24,16 +24,20 @@ PROMISED = {
 }
 """Class -> its methods and attributes."""
 ARGUMENTS = {
-    SAMPLER: "shards agent policy samples_per_reweight seed initial_mix exhausted rank world_size decode transform",
+    SAMPLER: (
+        "shards agent policy samples_per_reweight seed initial_mix exhausted rank world_size decode transform "
+        "on_bad_row data"
+    ),
     f"{SAMPLER}.set_mix": "weights",
     f"{SAMPLER}.reweight": "feedback consumed",
     f"{SAMPLER}.reweight_due": "consumed",
     f"{SAMPLER}.state_dict": "consumed",
+    f"{SAMPLER}.load_state_dict": "state data",
     f"{ENVIRONMENT}.from_files": "files tokenizer",
     f"{ENVIRONMENT}.influence": "model rows_by_domain",
     f"{AGENT}.from_pretrained": "name_or_path",
 }
-COMMANDS = ["demo", "index", "inspect", "simulate", "replay", "report", "shard", "train-agent"]
+COMMANDS = ["demo", "index", "inspect", "simulate", "replay", "state", "report", "shard", "train-agent"]
 
 
 def found(name: str) -> object:

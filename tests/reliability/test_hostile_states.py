@@ -202,7 +202,7 @@ class _Counting(list[Any]):
 
 def test_a_plan_of_many_decisions_is_rebuilt_in_linear_time(sampler: AgentWeightedSampler) -> None:
     plan = sampler.plan
-    plan._segments = _Counting(plan._segments)
+    plan.segments[0]._stretches = _Counting(plan.segments[0]._stretches)
     for start in range(1, 500):
         plan.append(replace(plan.ledger.last, start=start))
     assert _Counting.seen < 10 * 500

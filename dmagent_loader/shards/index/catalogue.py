@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from dmagent_loader.errors import DamagedShardError
+from dmagent_loader.errors import HOW_TO_RESUME, DamagedShardError
 from dmagent_loader.shards.index.cache import IndexCache, build_and_cache
 from dmagent_loader.shards.index.inventory import inventory_text
 from dmagent_loader.shards.index.overview import SHARDS_OF_OVERVIEW, KnownShard, Overview
@@ -150,6 +150,12 @@ class Catalogue:
                 digest.update(json.dumps(shard).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def contents(self) -> NDArray[np.uint64]:
+        """(S,) the first 64 bits of the checksum of each shard's content."""
+        columns = np.frombuffer(self._checksums, np.dtype("<u8"))
+        return columns[:: hashlib.sha256().digest_size // 8].astype(np.uint64)
+
     def copies(self, most: int) -> tuple[int, list[tuple[int, int]]]:
         """Finds shards with the same rows as another one.
 
@@ -159,7 +165,7 @@ class Catalogue:
         Returns:
             The number of such shards, and pairs of shards with the same rows.
         """
-        begins = np.frombuffer(self._checksums, np.uint64)[:: hashlib.sha256().digest_size // 8]
+        begins = self.contents
         rising = np.argsort(begins, kind="stable")
         begins = begins[rising]
         later = np.flatnonzero((begins[1:] == begins[:-1]) & (self.rows[rising[1:]] > 0)) + 1
@@ -187,7 +193,7 @@ class Catalogue:
             self.forget_overview(number)
             raise DamagedShardError(
                 f"shard {display_url(url)} was replaced since it was opened: its rows are others; restore it, or open "
-                "the shards again to index the new version"
+                f"the shards again to index the new version; {HOW_TO_RESUME}"
             )
         return index
 

@@ -132,7 +132,7 @@ def shard_version(url: str) -> ShardVersion:
         try:
             status = os.stat(local_path(url))
         except FileNotFoundError as error:
-            raise ShardNotFoundError(f"shard {display_url(url)} does not exist") from error
+            raise ShardNotFoundError(f"shard {display_url(url)} does not exist: restore it, or leave it out") from error
         except (OSError, ValueError) as error:
             raise ShardError(f"shard {display_url(url)} cannot be reached: {error}") from error
         if not stat.S_ISREG(status.st_mode):

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import fsspec
 
 from dmagent_loader._validation import read_regular
-from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError
+from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError
 from dmagent_loader.shards.sources.urls import display_url, without_signature
 
 REMOTE_ATTEMPTS = 6
@@ -285,7 +285,7 @@ def ends_early(url: str, detail: str) -> DamagedShardError:
     """Makes the error for a shard that is shorter than its index says."""
     return DamagedShardError(
         f"shard {display_url(url)} changed since it was indexed: {detail}; open the shards again to index the new "
-        "version, or restore the file"
+        f"version, or restore the file; {HOW_TO_RESUME}"
     )
 
 

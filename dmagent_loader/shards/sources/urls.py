@@ -187,7 +187,7 @@ def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
         detail = "" if url == pattern else f" (from the pattern {pattern!r})"
         raise ShardNotFoundError(
             f"domain {domain!r}: no shard matches {path!r}{detail}, seen from {os.getcwd()!r}; check the path, or "
-            "take the domain out of the list"
+            "leave it out"
         )
     return matches
 

@@ -12,7 +12,7 @@ import pytest
 from dmagent_loader import ReadingConfig
 from dmagent_loader._loading.readahead import Readahead
 from dmagent_loader.errors import DamagedShardError
-from dmagent_loader.mixture.plan import Located
+from dmagent_loader.mixture.segment import Located
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.testing import write_toy_shards
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,17 +217,25 @@ def test_largest_domains_stand_alone_and_the_rest_is_summed_by_field() -> None:
     assert [domain.name for domain, _ in largest(space, np.ones(5), 5)] == list(space.names)
 
 
+def one_shard_each(rows: list[int]) -> dict[str, Any]:
+    """The shards of a state: one in each domain."""
+    packed = base64.b64encode(zlib.compress(np.array(rows, dtype="<i8").tobytes())).decode()
+    contents = base64.b64encode(bytes(8 * len(rows))).decode()
+    return {"numbers": [1] * len(rows), "rows": packed, "contents": contents}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("rows", [60, 20, 40], "rows is .* not a list with a count for each domain"),
-        ("rows", [60, 20, 40, -1], "not a list with a count"),
-        ("rows", [60, 20, 40, 10**400], "not a list with a count"),
-        ("rows", [2**61, 2**61, 40, 30], "more than a run can have"),
-        ("rows", [60, 20, 40, 0], "have no rows"),
-        ("rows", [60, 20, 1, 30], "counts at sample"),
-        ("rows", None, "not a list with a count"),
-        ("rows", [[60], 20, 40, 30], "not a list with a count"),
+        ("shards", one_shard_each([60, 20, 40]), "shards of 3 domains for 4"),
+        ("shards", one_shard_each([60, 20, 40, -1]), "impossible numbers of rows"),
+        ("shards", one_shard_each([2**61, 2**61, 40, 30]), "impossible numbers of rows"),
+        ("shards", one_shard_each([60, 20, 40, 0]), "have no rows"),
+        ("shards", one_shard_each([60, 20, 1, 30]), "counts at sample"),
+        ("shards", {**one_shard_each([60, 20, 40, 30]), "numbers": [1, 1, 1, 10**400]}, "shards of 4 domains"),
+        ("shards", {**one_shard_each([60, 20, 40, 30]), "numbers": [1, 1, 1, 2]}, "numbers instead of 5"),
+        ("shards", {**one_shard_each([60, 20, 40, 30]), "contents": ""}, "identifies 0 shards instead of 4"),
+        ("shards", None, "segment of the state cannot be read"),
         ("domains", [1, 2, 3, 4], "domains is .* not a list with a text"),
         ("domains", {"a": 1}, "domains is .* not a list"),
         ("domains", ["a", "a", "b", "c"], "listed twice"),

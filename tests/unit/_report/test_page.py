@@ -13,6 +13,7 @@ from dmagent_loader._loading.config import LoaderSettings
 from dmagent_loader._report.history import RunHistory, read_history
 from dmagent_loader._report.page import LISTED, RunReport, write_report
 from dmagent_loader._run.decisions import Decider, DecisionConfig, Measurement
+from dmagent_loader._run.segments import SegmentWriter
 from dmagent_loader._run.settings import RunSettings
 from dmagent_loader._run.state import write_state
 from dmagent_loader.mixture.domains import Domain, DomainSpace
@@ -71,11 +72,14 @@ def history(
         guard=GuardConfig(),
         shadow=False,
         history_mix="achieved",
+        on_bad_row="raise",
         start_state="0123456789abcdef",
         world_size=1,
         loader=LoaderSettings(batch_size=4, samples_per_fetch=4),
     )
-    state = write_state(settings, decider, 100 * max(1, decisions) if consumed is None else consumed)
+    segments = {**SegmentWriter(plan, None).to_json(), "first_fingerprint": settings.fingerprint}
+    trained = 100 * max(1, decisions) if consumed is None else consumed
+    state = write_state(settings, decider, trained, segments, {"counts": {}, "replaced": []})
     return read_history(state, name="my run", last_sample=last_sample)
 
 

@@ -13,6 +13,7 @@ from samplers import logged
 
 from dmagent_loader._loading.config import LoaderSettings
 from dmagent_loader._run.decisions import Decider, DecisionConfig
+from dmagent_loader._run.segments import RunData, SegmentWriter
 from dmagent_loader._run.settings import RESTORE, RunSettings
 from dmagent_loader._run.state import RestoredState, read_state, write_state
 from dmagent_loader.errors import StateError
@@ -33,6 +34,7 @@ SETTINGS = RunSettings(
     guard=GuardConfig(),
     shadow=False,
     history_mix="achieved",
+    on_bad_row="raise",
     start_state="0123456789abcdef",
     world_size=2,
     loader=LoaderSettings(batch_size=4, samples_per_fetch=4),
@@ -49,6 +51,7 @@ OTHER: dict[str, Any] = {
     "guard": GuardConfig(max_change=0.1),
     "shadow": True,
     "history_mix": "requested",
+    "on_bad_row": "skip",
     "start_state": "fedcba9876543210",
     "world_size": 4,
     "loader": LoaderSettings(batch_size=2, samples_per_fetch=2),
@@ -65,8 +68,11 @@ def restore() -> Restore:
     plan = Plan(DomainSpace.from_names(SETTINGS.domains), [np.array([30]), np.array([20])], seed=0)
     plan.append(LedgerEntry(start=0, mix=(0.5, 0.5), decided_by="initial", decided_at=0))
     decider = Decider.configured(DecisionConfig(), StaticPolicy([0.5, 0.5]), plan, np.array([1.0, 0.0]))
-    state = json.loads(json.dumps(write_state(SETTINGS, decider, consumed=12)))
-    return lambda settings: read_state(state, settings, decider)
+    segments = {**SegmentWriter(plan, None).to_json(), "first_fingerprint": SETTINGS.fingerprint}
+    bad_rows: dict[str, Any] = {"counts": {}, "replaced": []}
+    state = json.loads(json.dumps(write_state(SETTINGS, decider, 12, segments, bad_rows)))
+    present = RunData(space=plan.space, rules=plan.rules, window=plan.window, shards=plan.shards)
+    return lambda settings: read_state(state, settings, decider, present)
 
 
 def test_every_setting_has_a_rule_and_is_tried_here():

@@ -12,7 +12,7 @@ from dmagent_loader._run.state import save_state
 from dmagent_loader.cli import main
 from dmagent_loader.integrations.mixing import Mixing
 from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
-from dmagent_loader.testing import sample_ids
+from dmagent_loader.testing import sample_ids, write_toy_shards
 
 
 @pytest.fixture
@@ -109,11 +109,15 @@ def test_replay_reads_the_state_of_a_loop_with_mixing(manifest, tmp_path, capsys
 
 
 def test_replay_with_the_shards_of_another_run_says_so(manifest, tmp_path, capsys):
-    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, reading=ReadingConfig(progress=False))
-    state = {**sampler.state_dict(), "domains": ["source/web", "target/code"]}
-    save_state(tmp_path / "state.json", state)
+    other = write_toy_shards(tmp_path / "other", {"source/web": 30, "target/math": 20})
+    sampler = AgentWeightedSampler(other, samples_per_reweight=8, reading=ReadingConfig(progress=False))
+    save_state(tmp_path / "state.json", sampler.state_dict(consumed=5))
     assert main(["replay", str(tmp_path / "state.json"), "--shards", manifest]) == 2
-    assert "a run with the domains ['source/web', 'target/code']" in capsys.readouterr().err
+    assert "manifest.json does not have: pass the manifest that had it" in capsys.readouterr().err
+    assert main(["replay", str(tmp_path / "state.json")]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["index"], line["domain"]) for line in lines] == [one[:2] for one in sample_ids(sampler, 5)]
+    assert all("key" not in line for line in lines)
 
 
 def test_simulate_predicts_when_domains_run_out(manifest, capsys):

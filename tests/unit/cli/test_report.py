@@ -59,13 +59,13 @@ def test_the_shards_may_be_gone(state, tmp_path, monkeypatch):
         (["state.json", "--output", "folder.html"], "folder.html cannot be written"),
         (["nowhere"], "there is no file or folder nowhere"),
         (["empty"], "the folder empty does not contain the state of a sampler"),
-        (["damaged.json"], "the state's rows is"),
+        (["damaged.json"], "a segment of the state cannot be read"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(arguments, message, state, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_state("state.json", state)
-    save_state("damaged.json", {**state, "rows": [1]})
+    save_state("damaged.json", {**state, "shards": [1]})
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.html").mkdir()
     before = sorted(tmp_path.rglob("*"))

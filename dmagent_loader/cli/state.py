@@ -1,0 +1,254 @@
+"""``dmagent state`` describes a saved run and compares it with shards; ``dmagent replay`` lists its samples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmagent_loader._run.differences import DomainDifference, differences
+from dmagent_loader._run.segments import RunData, read_segments
+from dmagent_loader._run.state import rebuild_state
+from dmagent_loader.cli.saved_states import find_saved_state
+from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.exhaustion import EXHAUSTION_RULES, exhaustion_rules
+from dmagent_loader.mixture.plan import Plan
+from dmagent_loader.mixture.rest_of_pass import ShardSet
+from dmagent_loader.mixture.segment import Segment
+from dmagent_loader.shards import ShardCollection, load_manifest
+
+_BATCH = 4096
+_STATE_HELP = "a saved state_dict() as JSON, a checkpoint, or a folder of one run's checkpoints"
+
+
+def add_state_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``state`` and ``replay``."""
+    _add_state(subparsers)
+    _add_replay(subparsers)
+
+
+def _add_state(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "state",
+        help="describe a saved state, and what it takes to resume it with other shards",
+        description=(
+            "Prints the progress of a saved run. With --shards, also every difference between these shards and those "
+            "of the run, and what load_state_dict(state) and load_state_dict(state, data='changed') would do. Nothing "
+            "is changed. Exit status 1 if an exact resumption is not possible."
+        ),
+    )
+    parser.add_argument("state", help=_STATE_HELP)
+    parser.add_argument(
+        "--shards", metavar="MANIFEST", help="manifest.json of the shards to resume with, or its folder"
+    )
+    parser.add_argument(
+        "--exhausted", choices=EXHAUSTION_RULES, help="rule for all domains (default: the rules of the run)"
+    )
+    parser.add_argument("--shuffle-window", type=int, metavar="N", help="rows per window (default: that of the run)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
+    parser.set_defaults(run=state)
+
+
+def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "replay",
+        help="list the samples of a run from its saved state",
+        description=(
+            "Prints a JSON line for each sample: global index, domain, shard, row and key. Shards are numbered as in "
+            "the list that the run had at that sample. The order follows from the state alone; the keys are read from "
+            "the shards."
+        ),
+    )
+    parser.add_argument("state", help=_STATE_HELP)
+    parser.add_argument(
+        "--shards",
+        action="append",
+        default=[],
+        metavar="MANIFEST",
+        help="manifest.json of the shards, or its folder; several if the data changed; without it, keys are left out",
+    )
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="first global index (default: 0)")
+    parser.add_argument(
+        "--stop", type=int, metavar="N", help="global index to stop before (default: the consumed samples)"
+    )
+    parser.add_argument("--rank", type=int, default=0, help="data-parallel rank to list (default: %(default)s)")
+    parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default: %(default)s)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
+    parser.set_defaults(run=replay)
+
+
+def state(args: argparse.Namespace) -> int:
+    """Describes a saved state."""
+    saved = find_saved_state(Path(args.state)).state
+    run = rebuild_state(saved)
+    plan, consumed = run.plan, run.consumed
+    segment = f", {len(plan.segments)} segments, the last from sample {plan.begin:,} on" * (len(plan.segments) > 1)
+    print(f"a run of {consumed:,} samples{segment}, with {len(saved['measurements'])} decisions, seed {plan.seed}")
+    drawn, left = plan.drawn(consumed), plan.rows_left(consumed)
+    width = max(len("domain"), *map(len, drawn))
+    print(f"{'domain':{width}}  {'weight':>7}  {'samples':>12}  {'rows':>12}  {'left of this pass':>17}  rule")
+    weights = plan.ledger.in_force(consumed).weights()
+    for number, name in enumerate(plan.space.names):
+        print(
+            f"{name:{width}}  {weights[number]:>7.4f}  {drawn[name]:>12,}  {plan.num_rows[number]:>12,}  "
+            f"{left[number]:>17,}  {plan.rules[number]}"
+        )
+    for domain in plan.removed:
+        print(f"{domain.name:{width}}  {'-':>7}  {drawn[domain.name]:>12,}  {'-':>12}  {'-':>17}  removed")
+    bad = saved["bad_rows"]["counts"]
+    if bad:
+        print(f"bad rows that were replaced: {', '.join(f'{name} {count:,}' for name, count in bad.items())}")
+    if args.shards is None:
+        return 0
+    return _compare(args, saved, plan, consumed)
+
+
+def _compare(args: argparse.Namespace, saved: Mapping[str, Any], plan: Plan, consumed: int) -> int:
+    collection, present = _present(args, plan)
+    before = read_segments(saved)[-1]
+    same_settings = (present.rules, present.window) == (plan.rules, plan.window)
+    print()
+    if collection.fingerprint == saved["fingerprint"] and same_settings:
+        print(f"{args.shards} has the data of the run:")
+        print(f"load_state_dict(state) resumes exactly at sample {consumed:,}, with data='changed' too")
+        return 0
+    found = differences(before, present)
+    print(f"{args.shards} differs from the data of the run:")
+    print("\n".join(f"  {line}" for line in found.lines()))
+    print()
+    print("load_state_dict(state) is refused, because the order of the samples that are left would be another")
+    changed = plan.changed(consumed, present.space, present.shards, rules=present.rules, window=present.window)
+    print(f"load_state_dict(state, data='changed') begins segment {len(changed.segments)} of the run:")
+    weights, left = changed.ledger.in_force(consumed).weights(), changed.rows_left(consumed)
+    kinds = {domain.name: domain for domain in found.domains}
+    width = max(len("domain"), *map(len, changed.space.names))
+    print(f"  {'domain':{width}}  {'weight':>7}  {'rows':>12}  {'left of this pass':>17}")
+    for number, name in enumerate(changed.space.names):
+        print(
+            f"  {name:{width}}  {weights[number]:>7.4f}  {changed.num_rows[number]:>12,}  {left[number]:>17,}"
+            f"{_remark(kinds[name])}"
+        )
+    for domain in changed.removed:
+        print(f"  {domain.name} leaves: its weight goes to the other domains of {domain.field!r}")
+    return 1
+
+
+def _remark(domain: DomainDifference) -> str:
+    if domain.kind == "new":
+        return "  new: no weight until the next decision or set_mix()"
+    if domain.is_same:
+        return ""
+    joins = sum(domain.changed.rows) + sum(domain.new.rows)
+    return f"  {joins:,} rows join" if joins else "  shards leave"
+
+
+def _present(args: argparse.Namespace, plan: Plan) -> tuple[ShardCollection, RunData]:
+    """The shards on the command line, with the settings of the run where the command line has none."""
+    shards = load_manifest(args.shards)
+    collection = ShardCollection.open(shards, cache_dir=args.cache_dir, on_damage="skip")
+    fields = {domain.name: domain.field for segment in plan.segments for domain in segment.space.domains}
+    space = DomainSpace.from_names(shards, fields={name: fields[name] for name in shards if name in fields})
+    exhausted: Any = args.exhausted
+    if exhausted is None:
+        exhausted = {name: rule for name, rule in zip(plan.space.names, plan.rules, strict=True) if name in shards}
+    window = plan.window if args.shuffle_window is None else args.shuffle_window
+    if window < 1:
+        raise ConfigurationError(f"--shuffle-window is {window}; it must be at least 1")
+    numbers = range(len(space))
+    return collection, RunData(
+        space=space,
+        rules=exhaustion_rules(space, exhausted),
+        window=window,
+        shards=ShardSet([collection.shard_rows(d) for d in numbers], [collection.shard_contents(d) for d in numbers]),
+        names=[collection.shard_names(d) for d in numbers],
+    )
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Prints the samples of a run."""
+    saved = find_saved_state(Path(args.state)).state
+    run = rebuild_state(saved)
+    plan, consumed = run.plan, run.consumed
+    if not 0 <= args.rank < args.world_size:
+        raise ConfigurationError(
+            f"rank {args.rank} is outside a world of {args.world_size} ranks: pass a smaller --rank, or --world-size"
+        )
+    if args.start < 0:
+        raise ConfigurationError(f"--start is {args.start}; the first sample is number 0")
+    stop = consumed if args.stop is None else args.stop
+    end = plan.ends_by(stop) if stop >= plan.begin else None
+    if end is not None and end < stop:
+        print(f"the run ends at sample {end}, because its data are used up", file=sys.stderr)
+        stop = end
+    keys = _Keys(args.shards, args.cache_dir) if args.shards else None
+    replaced = dict(saved["bad_rows"]["replaced"])
+    ends = [*(segment.begin for segment in plan.segments[1:]), stop]
+    for number, (segment, last) in enumerate(zip(plan.segments, ends, strict=True)):
+        begin = max(args.start, segment.begin)
+        first = begin + (args.rank - begin) % args.world_size
+        more = {"segment": number} if len(plan.segments) > 1 else {}
+        end = min(last, stop)
+        for start in range(first, end, _BATCH * args.world_size):
+            indices = np.arange(start, min(end, start + _BATCH * args.world_size), args.world_size)
+            _print_samples(segment, indices, replaced, keys, more)
+    return 0
+
+
+def _print_samples(
+    segment: Segment, indices: Any, replaced: Mapping[int, int], keys: _Keys | None, more: Mapping[str, Any]
+) -> None:
+    located = segment.locate(indices)
+    columns = (indices, located.domain, located.shard, located.row)
+    for index, domain, shard, row in zip(*(column.tolist() for column in columns), strict=True):
+        planned: dict[str, Any] = {}
+        if attempt := replaced.get(index):
+            planned = {"instead_of": {"shard": shard, "row": row}}
+            shard, row = segment.replacement(index, domain, attempt)
+        line = {"index": index, "domain": segment.space.names[domain], "shard": shard, "row": row}
+        if keys is not None:
+            line["key"] = keys.find(segment, index, domain, shard, row)
+        print(json.dumps({**line, **more, **planned}))
+
+
+class _Keys:
+    """Keys of rows, read from shards that are found by their content.
+
+    Args:
+        manifests: Manifests of the shards.
+        cache_dir: Folder of the shard indexes.
+    """
+
+    def __init__(self, manifests: Sequence[str], cache_dir: str | os.PathLike[str] | None) -> None:
+        self._manifests = manifests
+        self._found: dict[tuple[str, int, int], tuple[ShardCollection, int, int]] = {}
+        for manifest in manifests:
+            collection = ShardCollection.open(load_manifest(manifest), cache_dir=cache_dir, on_damage="skip")
+            for domain, name in enumerate(collection.domains):
+                contents, rows = collection.shard_contents(domain).tolist(), collection.shard_rows(domain).tolist()
+                for shard, key in enumerate(zip(contents, rows, strict=True)):
+                    self._found.setdefault((name, *key), (collection, domain, shard))
+
+    def find(self, segment: Segment, index: int, domain: int, shard: int, row: int) -> str:
+        """The key of a row.
+
+        Raises:
+            StateError: None of the manifests has its shard.
+        """
+        name, shards = segment.space.names[domain], segment.shards
+        content, rows = int(shards.contents[domain][shard]), int(shards.rows[domain][shard])
+        found = self._found.get((name, content, rows))
+        if found is None:
+            raise StateError(
+                f"sample {index} was read from shard {shard} of domain {name!r} with {rows} rows, which "
+                f"{', '.join(self._manifests)} does not have: pass the manifest that had it as well (--shards may come "
+                "several times), or leave --shards out to list samples without keys"
+            )
+        collection, number, position = found
+        return collection.read(number, position, row).key

@@ -1,0 +1,378 @@
+"""One segment of the order of samples: a pure function of (seed, shard set, ledger, global sample index).
+
+Each *stretch* of a segment has a constant effective mix. It ends where a new mix starts or a domain runs out. A stretch
+holds an order of domains with random access (`domain_order`) and the number of samples drawn from each domain before
+it, so any sample is found without visiting the earlier ones.
+
+Shapes: D domains, n samples.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dmagent_loader.errors import HOW_TO_RESUME, EmptyShardError, ExhaustedError
+from dmagent_loader.mixture.domain_order import RESOLUTION, DomainOrder, in_quanta
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.exhaustion import ExhaustionRule
+from dmagent_loader.mixture.hashing import stream_key
+from dmagent_loader.mixture.ledger import Ledger, LedgerEntry
+from dmagent_loader.mixture.rest_of_pass import ShardLeft, ShardSet
+from dmagent_loader.mixture.segment_rows import SegmentRows
+from dmagent_loader.mixture.simplex import FloatArray, IntArray
+
+_OFF_BY = 4
+"""More samples than a domain can be off its share, including the debt of the last mix."""
+
+_WINDOW = 1 << 14
+"""Samples examined one by one to find where a domain runs out; a wider range is bisected instead."""
+
+_NEVER = float(1 << 60)
+
+_KEPT_ORDERS = 16
+"""Stretches whose order stays in memory, at about 100 bytes per domain: a run may have thousands of mixes."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """Location of a batch of samples; all arrays are (n,) int64.
+
+    Attributes:
+        domain: Domain number.
+        draw: Number of samples that the segment drew from that domain before this one.
+        shard: Shard number within the domain.
+        row: Row within the shard.
+    """
+
+    domain: IntArray
+    draw: IntArray
+    shard: IntArray
+    row: IntArray
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A stretch with one effective mix.
+
+    It lasts at least up to the index `safe`. Its `stop` is known once it is `settled`; None: it never ends by itself.
+    """
+
+    start: int
+    quanta: IntArray | None
+    """(D,) int32: the mix in force (`dmagent_loader.mixture.domain_order.in_quanta`); None: the plan ends here."""
+    base: IntArray
+    """(D,) samples that the segment drew from each domain before `start`."""
+    carry: IntArray | None = None
+    safe: int = 0
+    used_up: tuple[int, ...] = ()
+    failed: tuple[int, ...] = ()
+    stop: int | None = None
+    settled: bool = False
+
+
+class Segment:
+    """The order of samples from a global index on, with one set of shards and settings.
+
+    Args:
+        space: The domains.
+        shards: Their shards.
+        seed: Seed of the run.
+        rules: (D,) exhaustion rules.
+        window: Rows per shuffle window.
+        begin: Global index of its first sample.
+        owed: (D,) debt to each domain from the segment before (`DomainOrder.counts_and_owed`).
+        left: What the present pass of each domain has left of shards from which it has drawn; None: no pass has begun.
+
+    Raises:
+        EmptyShardError: A domain has no rows.
+    """
+
+    def __init__(
+        self,
+        space: DomainSpace,
+        shards: ShardSet,
+        *,
+        seed: int,
+        rules: Sequence[ExhaustionRule],
+        window: int,
+        begin: int = 0,
+        owed: IntArray | None = None,
+        left: Mapping[str, Sequence[ShardLeft]] | None = None,
+    ) -> None:
+        if not len(shards.rows) == len(shards.contents) == len(rules) == len(space):
+            raise ValueError(f"shards of {len(shards.rows)} and rules of {len(rules)} domains for {len(space)} domains")
+        self.space, self.shards, self.seed, self.window, self.begin = space, shards, seed, window, begin
+        self.rules = tuple(rules)
+        self.num_rows: IntArray = np.array([rows.sum() for rows in shards.rows], dtype=np.int64)
+        empty = [name for name, rows in zip(space.names, self.num_rows, strict=True) if rows == 0]
+        if empty:
+            raise EmptyShardError(
+                f"domains {empty} have no rows: add shards to them, or leave them out; {HOW_TO_RESUME}"
+            )
+        self._rows = SegmentRows(space.names, shards, seed=seed, window=window, begin=begin, left=left)
+        self.first_pass = self._rows.first_pass
+        """(D,) rows of the pass with which the segment begins, which may be the rest of one."""
+        self._owed = np.zeros(len(space), dtype=np.int64) if owed is None else owed
+        self._limited = np.array([rule != "repeat" for rule in self.rules])
+        self._stretches: list[_Stretch] = []
+        self._starts: list[int] = []
+        self._orders: dict[int, DomainOrder] = {}
+        self.ledger = Ledger(space.names, begin)
+
+    def append(self, entry: LedgerEntry) -> None:
+        """Puts a new mix into force from ``entry.start`` on; earlier samples do not change.
+
+        Raises:
+            StateError: The entry would change the past of the ledger.
+        """
+        if self._stretches:
+            self._extend(entry.start)
+        self.ledger.append(entry)
+        # Stretches from entry.start on were derived from the mix that this entry replaces.
+        while self._stretches and self._stretches[-1].start >= entry.start:
+            self._stretches.pop()
+            self._orders.pop(self._starts.pop(), None)
+        base = np.zeros(len(self.space), dtype=np.int64)
+        owed = self._owed
+        if self._stretches:
+            last = self._stretches[-1]
+            if last.quanta is None:
+                return
+            base, owed = self._order(last).counts_and_owed(entry.start - last.start)
+            base += last.base
+            self._stretches[-1] = replace(last, stop=entry.start, settled=True)
+        self._stretches.append(self._stretch(entry.start, base, owed))
+        self._starts.append(entry.start)
+
+    def _stretch(self, start: int, base: IntArray, owed: IntArray, drawn: np.ndarray | None = None) -> _Stretch:
+        """The stretch that begins at `start`, under the newest mix.
+
+        Args:
+            start: Global index.
+            base: (D,) samples that the segment drew from each domain before `start`.
+            owed: (D,) debt to each domain (`DomainOrder.counts_and_owed`).
+            drawn: (D,) whether each domain was drawn from in the previous stretch of the same mix; None: whether it has
+                weight in the mix.
+        """
+        mix = self.ledger.last.weights()
+        used_up = self._limited & (base >= self.first_pass)
+        weights = self._effective(mix, used_up)
+        members = tuple(int(i) for i in np.flatnonzero(used_up))
+        drawn = mix > 0 if drawn is None else drawn
+        # A used-up domain that the mix does not draw from is not a failure.
+        failed = tuple(i for i in members if self.rules[i] == "error" and drawn[i])
+        if weights is None or failed:
+            return _Stretch(start, None, base, safe=start, used_up=members, failed=failed)
+        quanta = in_quanta(weights)
+        safe = start + self._safe_length(quanta, base)
+        return _Stretch(start, quanta.astype(np.int32), base, owed, safe, members)
+
+    def _order(self, stretch: _Stretch) -> DomainOrder:
+        """The order of domains in a stretch, rebuilt if it is no longer in memory."""
+        order = self._orders.get(stretch.start)
+        if order is None:
+            assert stretch.quanta is not None
+            order = DomainOrder(stretch.quanta, stream_key(self.seed, "order", stretch.start), stretch.carry)
+            if len(self._orders) >= _KEPT_ORDERS:
+                del self._orders[next(iter(self._orders))]
+            self._orders[stretch.start] = order
+        return order
+
+    def _extend(self, index: int | None) -> None:
+        """Adds stretches until one holds the sample `index`; None: until no domain runs out any more."""
+        while (last := self._stretches[-1]).quanta is not None:
+            if not last.settled:
+                # Finding the exact stop is costly, so it waits until `index` comes near it.
+                if index is not None and index < last.safe:
+                    return
+                length = self._until_used_up(self._order(last), last.base)
+                last = replace(last, stop=None if length is None else last.start + length, settled=True)
+                self._stretches[-1] = last
+            if last.stop is None or (index is not None and index < last.stop):
+                return
+            assert last.quanta is not None
+            counts, owed = self._order(last).counts_and_owed(last.stop - last.start)
+            self._stretches.append(self._stretch(last.stop, last.base + counts, owed, last.quanta > 0))
+            self._starts.append(last.stop)
+
+    def _effective(self, mix: FloatArray, used_up: np.ndarray) -> FloatArray | None:
+        """The mix after the weights of used-up domains moved to others; None: the run ends here."""
+        if not used_up.any():
+            return mix
+        weights = np.where(used_up, 0.0, mix)
+        for field_name in self.space.fields:
+            members = list(self.space.members(field_name))
+            lost, left = float(mix[members][used_up[members]].sum()), float(weights[members].sum())
+            spare = [i for i in members if not used_up[i]]
+            if left > 0:
+                weights[members] *= (left + lost) / left
+            elif spare:
+                weights[spare] = lost * self.num_rows[spare] / self.num_rows[spare].sum()
+            elif any(self.rules[i] == "stop" for i in members):
+                return None
+        if weights.sum() <= 0:
+            weights = np.where(used_up, 0.0, self.num_rows.astype(np.float64))
+        total = float(weights.sum())
+        return None if total <= 0 else weights / total
+
+    def _safe_length(self, quanta: IntArray, base: IntArray) -> int:
+        """Lower bound on `_until_used_up`: cheap, and a few samples below it."""
+        waiting = self._limited & (quanta > 0)
+        if not waiting.any():
+            return int(_NEVER)
+        share = quanta[waiting] / RESOLUTION
+        soonest = float((((self.first_pass - base)[waiting] - _OFF_BY) / share).min())
+        return max(0, int(min(soonest, _NEVER)))
+
+    def _until_used_up(self, order: DomainOrder, base: IntArray) -> int | None:
+        """Samples until the first limited domain with weight is used up; None: never."""
+        waiting = self._limited & (order.quanta > 0)
+        if not waiting.any():
+            return None
+        left = (self.first_pass - base)[waiting]
+        share = order.quanta[waiting] / RESOLUTION
+        latest = float(((left + _OFF_BY) / share).min())
+        if latest > _NEVER:
+            return None
+        low, high = self._safe_length(order.quanta, base), int(np.ceil(latest))
+
+        def reached(length: int) -> bool:
+            return bool((order.counts(length)[waiting] >= left).any())
+
+        if high - low <= _WINDOW:
+            domain, rank = order.locate(np.arange(low, high))
+            last = np.full(len(self.space), -1, dtype=np.int64)
+            last[waiting] = left - 1
+            last_rows = np.flatnonzero(rank == last[domain])
+            if len(last_rows):
+                return low + int(last_rows[0]) + 1
+        # Both bounds are estimates: make sure that `low` is not reached and `high` is, then bisect.
+        low = low if low and not reached(low) else 0
+        while not reached(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if reached(middle) else (middle, high)
+        return high
+
+    @property
+    def end(self) -> int | None:
+        """Global index at which the data are used up and the run ends, under the present ledger; None: never."""
+        self._extend(None)
+        return self._ended()
+
+    def ends_by(self, index: int) -> int | None:
+        """`end` if it is at or before a global index, else None; cheaper than `end` if many domains run out."""
+        self._extend(index)
+        end = self._ended()
+        return end if end is not None and end <= index else None
+
+    @property
+    def failure(self) -> tuple[int, tuple[str, ...]] | None:
+        """Global index at which domains with rule ``error`` run out, and their names; None: none does."""
+        self._extend(None)
+        last = self._stretches[-1]
+        return (last.start, tuple(self.space.names[i] for i in last.failed)) if last.failed else None
+
+    def _ended(self) -> int | None:
+        last = self._stretches[-1]
+        return last.start if last.quanta is None and not last.failed else None
+
+    def locate(self, indices: IntArray) -> Located:
+        """Domain, draw, shard and row of samples.
+
+        Args:
+            indices: (n,) global sample indices, each from `begin` on and below `end`.
+
+        Raises:
+            ExhaustedError: A domain with rule ``error`` was used up before one of the indices, or the plan has ended.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        domain, draw = np.empty_like(indices), np.empty_like(indices)
+        if not len(indices):
+            return Located(indices, indices, indices, indices)
+        self._extend(int(indices.max()))
+        first, last = (bisect_right(self._starts, int(end)) - 1 for end in (indices.min(), indices.max()))
+        stretch_of = first + np.searchsorted(self._starts[first + 1 : last + 1], indices, side="right")
+        for number in np.unique(stretch_of):
+            stretch = self._stretches[int(number)]
+            self._refuse(stretch)
+            chosen = stretch_of == number
+            domain[chosen], draw[chosen] = self._order(stretch).locate(indices[chosen] - stretch.start)
+            draw[chosen] += stretch.base[domain[chosen]]
+        shard, row = self._rows.locate(domain, draw)
+        return Located(domain, draw, shard, row)
+
+    def left(self, index: int) -> dict[str, list[ShardLeft]]:
+        """Domain -> what its present pass has left of the shards from which it has drawn, before a global index."""
+        return self._rows.left(self.counts(index))
+
+    def rows_left(self, index: int) -> IntArray:
+        """Rows that the present pass of each domain has not drawn before a global index: (D,)."""
+        return self._rows.num_left(self.counts(index))
+
+    def replacement(self, index: int, domain: int, attempt: int) -> tuple[int, int]:
+        """Shard and row of its domain that stand in for a row that cannot be used: any row, equally likely.
+
+        Args:
+            index: Global sample index.
+            domain: Domain number of the sample.
+            attempt: Number of the row in the sequence of candidates, from 1.
+        """
+        key = stream_key(self.seed, "replacement", self.space.names[domain], index, attempt)
+        return self._rows.at(domain, key % int(self.num_rows[domain]))
+
+    def _refuse(self, stretch: _Stretch) -> None:
+        if stretch.failed:
+            names = [self.space.names[i] for i in stretch.failed]
+            raise ExhaustedError(
+                f"domains {names} were used up at sample {stretch.start} and their rule is 'error': add shards, lower "
+                f"their weight, or choose exhausted='repeat', 'stop' or 'redistribute'; {HOW_TO_RESUME}"
+            )
+        if stretch.quanta is None:
+            names = [self.space.names[i] for i in stretch.used_up]
+            raise ExhaustedError(f"the plan ends at sample {stretch.start}: {names} are used up")
+
+    def counts(self, index: int) -> IntArray:
+        """Samples that the segment drew from each domain before a global index: (D,) int64."""
+        stretch = self._at(index)
+        if stretch.quanta is None or index == stretch.start:
+            return stretch.base.copy()
+        return stretch.base + self._order(stretch).counts(index - stretch.start)
+
+    def owed(self, index: int) -> IntArray:
+        """Debt to each domain before a global index: (D,) int64 (`DomainOrder.counts_and_owed`)."""
+        stretch = self._at(index)
+        if stretch.quanta is None:
+            return np.zeros(len(self.space), dtype=np.int64)
+        return self._order(stretch).counts_and_owed(index - stretch.start)[1]
+
+    def mix_at(self, index: int) -> FloatArray:
+        """The effective mix at a global index, without used-up domains: (D,)."""
+        stretch = self._at(index)
+        if stretch.quanta is None:
+            return np.zeros(len(self.space))
+        return np.asarray(stretch.quanta / RESOLUTION, dtype=np.float64)
+
+    def used_up_at(self, index: int) -> tuple[str, ...]:
+        """Names of the domains that have run out before a global index."""
+        stretch = self._at(index)
+        return tuple(self.space.names[i] for i in stretch.used_up)
+
+    def changes(self) -> list[tuple[int, tuple[str, ...]]]:
+        """Every index at which domains run out, under the present ledger: (index, names used up from there on)."""
+        self._extend(None)
+        changes: list[tuple[int, tuple[str, ...]]] = []
+        for stretch in self._stretches:
+            names = tuple(self.space.names[i] for i in stretch.used_up)
+            if names and (not changes or changes[-1][1] != names):
+                changes.append((stretch.start, names))
+        return changes
+
+    def _at(self, index: int) -> _Stretch:
+        self._extend(index)
+        return self._stretches[bisect_right(self._starts, index) - 1]

@@ -1,0 +1,226 @@
+"""Runs whose data change: no row twice in a pass, true counts, and a replay that gives what was trained on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmagent_loader._run.segments import SegmentWriter, read_segments, rebuild
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.exhaustion import exhaustion_rules
+from dmagent_loader.mixture.ledger import LedgerEntry
+from dmagent_loader.mixture.plan import Plan
+from dmagent_loader.mixture.rest_of_pass import NO_RUNS, RestOfPass, ShardLeft, ShardSet, rows_of, runs_of
+from dmagent_loader.mixture.row_order import RowOrders
+from dmagent_loader.mixture.sharding import StreamLayout
+
+NAMES = ["source/a", "source/b", "target/x", "target/y"]
+Row = tuple[str, int, int]
+"""Domain, content of the shard, row."""
+
+
+@dataclass
+class Data:
+    """Domains with their shards, each (content, rows), and the settings of the order."""
+
+    shards: dict[str, list[tuple[int, int]]]
+    exhausted: str = "repeat"
+    window: int = 4
+
+    @property
+    def space(self) -> DomainSpace:
+        return DomainSpace.from_names(self.shards)
+
+    @property
+    def shard_set(self) -> ShardSet:
+        return ShardSet(
+            [np.array([rows for _, rows in its], dtype=np.int64) for its in self.shards.values()],
+            [np.array([content for content, _ in its], dtype=np.uint64) for its in self.shards.values()],
+        )
+
+    def rows_of(self, domain: str) -> set[Row]:
+        return {(domain, content, row) for content, rows in self.shards.get(domain, ()) for row in range(rows)}
+
+
+@dataclass
+class Oracle:
+    """What was trained on, and the rows that the present pass of each domain has drawn."""
+
+    trained: list[Row] = field(default_factory=list)
+    drawn: dict[str, set[Row]] = field(default_factory=dict)
+
+    def draw(self, row: Row, data: Data) -> None:
+        drawn, rows = self.drawn.setdefault(row[0], set()), data.rows_of(row[0])
+        assert row in rows
+        if rows <= drawn:
+            drawn.clear()  # the pass is over, also for shards that are gone
+        assert row not in drawn, f"{row} comes twice in a pass"
+        drawn.add(row)
+        self.trained.append(row)
+
+
+def located(segment: Any, indices: Sequence[int]) -> list[Row]:
+    found = segment.locate(np.array(indices, dtype=np.int64))
+    return [
+        (segment.space.names[d], int(segment.shards.contents[d][s]), int(r))
+        for d, s, r in zip(found.domain.tolist(), found.shard.tolist(), found.row.tolist(), strict=True)
+    ]
+
+
+def saved(plan: Plan, data: Data) -> dict[str, Any]:
+    names = [[f"{content}.tar" for content, _ in its] for its in data.shards.values()]
+    fields = [domain.field for domain in plan.space.domains]
+    more = {
+        "domains": list(data.shards),
+        "domain_fields": fields,
+        "exhausted": list(plan.rules),
+        "shuffle_window": plan.window,
+    }
+    return json.loads(json.dumps({**SegmentWriter(plan, names).to_json(), **more}))
+
+
+def shard_list(random: Random) -> list[tuple[int, int]]:
+    contents = random.sample(range(1, 13), random.randint(1, 5))
+    return [(content, content * 5 % 6 + 1) for content in contents]
+
+
+def changed(before: Data, random: Random) -> Data:
+    """Other data: shards lost, replaced, added or come back, domains too, in another order, with other settings."""
+    shards = {}
+    for name in random.sample(NAMES, len(NAMES)):
+        kept = [one for one in before.shards.get(name, []) if random.random() < 0.7]
+        known = {content for content, _ in kept}
+        kept += [one for one in shard_list(random) if one[0] not in known and random.random() < 0.4]
+        random.shuffle(kept)
+        if kept and random.random() < 0.85:
+            shards[name] = kept
+    window = random.choice([1, 3, 4, 50])
+    return Data(shards or before.shards, random.choice(["repeat", "stop", "redistribute"]), window)
+
+
+def mix_over(random: Random, space: DomainSpace) -> tuple[float, ...]:
+    weights = np.array([random.randint(0, 3) for _ in range(len(space))])
+    weights[random.randrange(len(space))] += 1
+    return tuple((weights / weights.sum()).tolist())
+
+
+def started(data: Data, seed: int, mix: tuple[float, ...]) -> Plan:
+    plan = Plan(data.space, data.shard_set, seed=seed, exhausted=data.exhausted, window=data.window)
+    plan.append(LedgerEntry(start=0, mix=mix, decided_by="initial", decided_at=0))
+    return plan
+
+
+ACTIONS = ["draw", "draw", "change", "mix", "save", "kill"]
+
+
+@given(st.integers(0, 2**32), st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2**32)), max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_no_row_comes_twice_in_a_pass_whatever_happens_to_the_data(begin: int, actions: list[tuple[str, int]]) -> None:
+    """Catches a new segment that forgets what earlier ones have drawn, and a state from which another plan is built."""
+    random = Random(begin)
+    now, seed = changed(Data({name: shard_list(random) for name in NAMES}), random), begin % 10
+    plan, oracle, consumed = started(now, seed, mix_over(random, now.space)), Oracle(), 0
+    snapshots = [(saved(plan, now), now, copy.deepcopy(oracle), 0)]
+    for what, number in actions:
+        random = Random(number)
+        if what == "draw":
+            world = random.randint(1, 4)  # the number of ranks changes each time
+            most = consumed + world * random.randint(1, 20)
+            end = plan.ends_by(most)
+            count = ((most if end is None else end) - consumed) // world
+            layouts = [StreamLayout(base=consumed, rank=rank, world_size=world) for rank in range(world)]
+            ranks = np.stack([layout.indices(0, count) for layout in layouts])
+            rows = dict(zip(ranks.ravel().tolist(), located(plan, ranks.ravel()), strict=True))
+            assert sorted(rows) == list(range(consumed, consumed + world * count))
+            for index in sorted(rows):
+                oracle.draw(rows[index], now)
+            consumed += world * count
+        elif what == "mix":
+            start = consumed + random.choice([0, 0, 7])  # further samples may have been fetched
+            if start >= plan.ledger.last.start:
+                mix = mix_over(random, now.space)
+                plan.append(LedgerEntry(start=start, mix=mix, decided_by="test", decided_at=consumed))
+        elif what == "change":
+            now = changed(now, random)
+            rules = exhaustion_rules(now.space, now.exhausted)
+            plan = plan.changed(consumed, now.space, now.shard_set, rules=rules, window=now.window)
+            assert abs(sum(plan.ledger.last.mix) - 1) < 1e-9
+        elif what == "save":
+            snapshots.append((saved(plan, now), now, copy.deepcopy(oracle), consumed))
+        else:
+            state, now, oracle, consumed = copy.deepcopy(random.choice(snapshots))
+            plan = rebuild(read_segments(state), seed)
+        counts = Counter(domain for domain, _, _ in oracle.trained)
+        assert {name: count for name, count in plan.drawn(consumed).items() if count} == dict(counts)
+        assert plan.counts_of_all(consumed).sum() == consumed
+    again = rebuild(read_segments(saved(plan, now)), seed)
+    assert again.ledger.summary() == plan.ledger.summary()
+    replayed: list[Row] = []
+    ends = [*(segment.begin for segment in again.segments[1:]), consumed]
+    for segment, end in zip(again.segments, ends, strict=True):
+        replayed += located(segment, range(segment.begin, end))
+    assert replayed == oracle.trained
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_rows_left_of_a_pass_are_those_it_has_not_drawn(data) -> None:
+    rows = np.array(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)))
+    window = data.draw(st.integers(1, 30))
+    order = RowOrders(data.draw(st.integers(0, 9)), ["source/a"], [rows], window)
+    epoch, total = data.draw(st.integers(0, 3)), int(rows.sum())
+    drawn = data.draw(st.integers(1, total))
+    draws = epoch * total + np.arange(drawn)
+    shard, row = order.locate(np.zeros_like(draws), draws)
+    taken = set(zip(shard.tolist(), row.tolist(), strict=True))
+    left = dict(order.rows_left(0, epoch, drawn))
+    assert set(left) == {number for number, _ in taken}
+    for number, numbers in left.items():
+        assert {(number, int(r)) for r in numbers} == {(number, r) for r in range(rows[number])} - taken
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_runs_hold_row_numbers(chosen) -> None:
+    rows = np.flatnonzero(np.array(chosen, dtype=bool))
+    runs = runs_of(rows)
+    assert rows_of(runs).tolist() == rows.tolist()
+    assert len(runs) <= (len(chosen) + 1) // 2
+
+
+def test_a_shard_that_was_away_goes_on_where_its_pass_was() -> None:
+    """Catches a rest of a pass that forgets shards which are gone for a while, as on a mount that was missing."""
+    shards = ShardSet([np.array([3, 2])], [np.array([7, 8], dtype=np.uint64)])
+    left = {
+        "source/a": [ShardLeft(7, 3, np.array([[1, 1]])), ShardLeft(9, 4, NO_RUNS)],
+        "target/x": [ShardLeft(1, 1, NO_RUNS)],
+    }
+    rest = RestOfPass(["source/a"], shards, left)
+    assert rest.counts[0].tolist() == [1, 2]
+    assert rest.rows(np.array([0, 0]), np.array([0, 1]), np.array([0, 1])).tolist() == [1, 1]
+    assert {name: [one.content for one in its] for name, its in rest.absent.items()} == {
+        "source/a": [9],
+        "target/x": [1],
+    }
+
+
+def test_changing_the_data_often_starves_no_domain() -> None:
+    """What the mix owes a domain is carried into the next segment."""
+    data = Data({"source/a": [(1, 50)], "source/b": [(2, 50)], "target/x": [(3, 50)]})
+    plan = started(data, 0, (0.01, 0.49, 0.5))
+    for index in range(10, 1000, 10):
+        names = list(data.shards)[:: 1 if index % 20 else -1]
+        data = Data({name: [(content + 3, rows) for content, rows in data.shards[name]] for name in names})
+        rules = exhaustion_rules(data.space, data.exhausted)
+        plan = plan.changed(index, data.space, data.shard_set, rules=rules, window=4)
+    assert len(plan.segments) == 100
+    assert abs(plan.drawn(1000)["source/a"] - 10) <= 1.5
+    assert abs(plan.drawn(1000)["source/b"] - 490) <= 1.5
