@@ -331,7 +331,7 @@ def test_damaged_segments_are_refused(build, shards: Shards, damage: dict[str, A
     state = {**state_of(sampler), **damage}
     if data == "changed":
         another(shards["target/math"][0])
-    with pytest.raises(StateError, match=r"segment|shards|append-only"):
+    with pytest.raises(StateError, match=r"segment|shards|append-only|domain_fields is"):
         build(shards).load_state_dict(state, data=data)
 
 
