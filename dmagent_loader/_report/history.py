@@ -16,7 +16,7 @@ import numpy as np
 from dmagent_loader._report.records import FeedbackPoint, MixStep, RunRecord
 from dmagent_loader._report.selection import Groups
 from dmagent_loader._run.state import RestoredState, rebuild_state
-from dmagent_loader._validation import is_count, shown
+from dmagent_loader._validation import shown
 from dmagent_loader.errors import StateError
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.plan import Plan
@@ -56,7 +56,7 @@ class RunHistory:
     Attributes:
         name: Name of the run for readers.
         policy: Name of the policy; None: mixes changed by hand only.
-        samples_per_reweight: Samples between two decisions.
+        samples_per_reweight: Samples between two decisions; None: not derived from the length of the run yet.
         run: The checked state.
         counts: (D,) samples trained on.
         forecast: End of the run.
@@ -65,7 +65,7 @@ class RunHistory:
 
     name: str
     policy: str | None
-    samples_per_reweight: int
+    samples_per_reweight: int | None
     run: RestoredState
     counts: IntArray
     forecast: Forecast
@@ -100,11 +100,13 @@ class RunHistory:
 
     @property
     def next_decision(self) -> int | None:
-        """Samples after which the next decision is due; None: there is no policy."""
+        """Samples after which the next decision is due; None: unknown, or there is no policy."""
+        done, interval = self.run.measurements, self.samples_per_reweight
         if self.policy is None:
             return None
-        done = self.run.measurements
-        return (done[-1].consumed // self.samples_per_reweight + 1) * self.samples_per_reweight if done else 0
+        if not done:
+            return 0
+        return None if interval is None else (done[-1].consumed // interval + 1) * interval
 
     @cached_property
     def stretches(self) -> tuple[IntArray, FloatArray]:
@@ -141,16 +143,13 @@ def read_history(state: Mapping[str, Any], *, name: str, last_sample: int | None
         StateError: The state is damaged.
     """
     run = rebuild_state(state)
-    policy, interval = state["policy"], state["samples_per_reweight"]
-    if not (policy is None or isinstance(policy, str)) or not is_count(interval) or not interval:
-        raise StateError(
-            f"the state has policy {shown(policy)} and samples_per_reweight {shown(interval)}: it is damaged; load an "
-            "older one"
-        )
+    policy = state["policy"]
+    if not (policy is None or isinstance(policy, str)):
+        raise StateError(f"the state's policy is {shown(policy)}, not a name: it is damaged; load an older one")
     return RunHistory(
         name=name,
         policy=policy,
-        samples_per_reweight=interval,
+        samples_per_reweight=run.samples_per_reweight,
         run=run,
         counts=run.plan.counts(run.consumed),
         forecast=_forecast(run.plan, last_sample),

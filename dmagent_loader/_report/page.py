@@ -312,14 +312,14 @@ def _decision_section(decisions: DecisionTables) -> str:
 
 
 def _settings(history: RunHistory, source: str) -> Table:
-    plan = history.plan
+    plan, interval = history.plan, history.samples_per_reweight
     rules = ", ".join(f"{rule} ({plan.rules.count(rule):,})" for rule in dict.fromkeys(plan.rules))
     return Table(
         columns=("setting", "value"),
         rows=[
             ("state", source),
             ("policy", history.policy or "none"),
-            ("samples between two decisions", f"{history.samples_per_reweight:,}"),
+            ("samples between two decisions", "not known yet" if interval is None else f"{interval:,}"),
             ("rule for used-up domains (number of domains)", rules),
             ("seed of the sample order", f"{plan.seed}"),
             ("rows per shuffle window", f"{plan.window:,}"),

@@ -18,6 +18,7 @@ from dmagent_loader._report.history import RunHistory, read_history
 from dmagent_loader._report.selection import by_field, largest
 from dmagent_loader.errors import StateError
 from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.influence import Influence, scores_from
 from dmagent_loader.policies import GuardConfig, LinearSchedule
 from dmagent_loader.testing import write_toy_shards
 
@@ -71,6 +72,15 @@ def test_counts_passes_and_rows_left_are_those_of_the_sampler(build: Build) -> N
     np.testing.assert_array_equal(seen.rows_left, left)
     np.testing.assert_allclose(seen.mix_now, list(sampler.mix.values()), atol=1e-6)
     assert seen.next_decision == 80
+
+
+@pytest.mark.parametrize("policy", [None, SCHEDULE])
+def test_a_run_whose_interval_is_not_derived_yet(build: Build, policy: LinearSchedule | None) -> None:
+    """Without a policy it never is, with one only after the first decision."""
+    sampler = build(policy=policy, samples_per_reweight=None)
+    seen = history(sampler, 0)
+    assert seen.samples_per_reweight is None
+    assert seen.next_decision == (None if policy is None else 0)
 
 
 def test_the_forecast_is_where_the_run_ends(build: Build) -> None:
@@ -246,7 +256,7 @@ def one_shard_each(rows: list[int]) -> dict[str, Any]:
         ("seed", "0", "seed is '0'"),
         ("shuffle_window", 0, "shuffle_window is 0"),
         ("samples_per_reweight", 0, "samples_per_reweight is 0"),
-        ("policy", ["x"], "has policy"),
+        ("policy", ["x"], "policy is"),
         ("consumed", -1, "consumed is -1"),
         ("counts", {}, "counts at sample"),
         ("schema", 3, "schema 3"),
@@ -267,3 +277,14 @@ def test_a_state_of_another_kind_of_policy_shows_no_influence(build: Build) -> N
     decide(sampler, 20)
     state = sampler.state_dict(consumed=20)
     assert read_history({**state, "policy_state": {"measured": "yes"}}, name="run").influence is None
+
+
+def test_influence_inside_a_combined_policy_is_found(build: Build) -> None:
+    sampler = build()
+    decide(sampler, 20)
+    scores = scores_from(("general",), tuple(ROWS), np.array([[1.0, 2.0, 3.0, 4.0]]), np.full((1, 4), 0.1))
+    measured = {"measured": [Influence(scores=scores, way="gradient").to_json()], "unavailable": False}
+    part = {**measured, "slots_done": 1, "topics": None}
+    seen = read_history({**sampler.state_dict(consumed=20), "policy_state": {"within": part}}, name="run")
+    assert seen.influence is not None
+    assert seen.influence["general"]["target/code"].value == 4.0
