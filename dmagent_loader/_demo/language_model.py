@@ -16,6 +16,7 @@ import torch
 
 from dmagent_loader._demo.config import CONTEXT_TOKENS, DemoConfig
 from dmagent_loader.errors import require_extra
+from dmagent_loader.shards.writing.documents import Document
 from dmagent_loader.shards.writing.packing import Packer, TextTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -54,7 +55,8 @@ def packed_rows(tokenizer_folder: Path, documents: Sequence[str], row_tokens: in
     Returns:
         (N, L).
     """
-    rows = list(Packer(TextTokenizer.load(tokenizer_folder), row_tokens).rows(documents))
+    held_out = (Document(text, {}, f"held-out document {number}") for number, text in enumerate(documents, start=1))
+    rows = list(Packer(TextTokenizer.load(tokenizer_folder), row_tokens).rows(held_out))
     return np.array(rows, dtype=np.int64).reshape(len(rows), row_tokens)
 
 

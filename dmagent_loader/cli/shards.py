@@ -51,6 +51,11 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--keep-columns", nargs="+", default=[], metavar="COLUMN", help="columns kept as a json member")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder written by save_pretrained")
     parser.add_argument("--eos-token", metavar="TOKEN", help="end-of-text token (default: the tokenizer's)")
+    parser.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        help="let text that spells a special token become that token, as chat formats need (default: it stays text)",
+    )
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens per packed row")
     parser.add_argument("--rows-per-shard", type=int, metavar="N", help="maximum rows per shard")
     parser.add_argument(
@@ -94,6 +99,7 @@ def shard(args: argparse.Namespace) -> int:
         keep_columns=tuple(args.keep_columns),
         tokenizer=args.tokenizer,
         eos_token=args.eos_token,
+        parse_special_tokens=args.parse_special_tokens,
         sequence_length=args.sequence_length,
         rows_per_shard=args.rows_per_shard,
         max_shard_bytes=args.max_shard_bytes,
@@ -106,6 +112,9 @@ def shard(args: argparse.Namespace) -> int:
         tokens = (
             "" if record.tokens is None else f", {record.tokens:,} tokens ({record.dropped_tokens} dropped at the end)"
         )
+        if record.special_token_documents:
+            meaning = "parsed" if args.parse_special_tokens else "kept as text"
+            tokens += f", special tokens spelled in {record.special_token_documents:,} documents ({meaning})"
         empty = f", {record.empty_documents} empty documents left out" if record.empty_documents else ""
         print(
             f"{name:{width}}  {record.rows:>10,} rows in {len(record.shards)} shard(s), {record.bytes:,} bytes, "

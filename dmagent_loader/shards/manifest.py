@@ -60,6 +60,7 @@ class DomainRecord:
         empty_documents: Number of documents without text, which are left out.
         tokens: Tokens in all rows, including end-of-text tokens; None for raw text.
         dropped_tokens: Tokens at the end that did not fill a row and are left out; None for raw text.
+        special_token_documents: Documents whose text spells a special token; None for raw text.
         settings: Settings of the writer.
         shards: The files, in order.
     """
@@ -69,6 +70,7 @@ class DomainRecord:
     empty_documents: int
     tokens: int | None
     dropped_tokens: int | None
+    special_token_documents: int | None
     settings: dict[str, Any]
     shards: tuple[ShardRecord, ...]
 

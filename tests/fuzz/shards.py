@@ -212,6 +212,7 @@ def _manifest() -> tuple[Path, dict[str, Any]]:
         empty_documents=0,
         tokens=None,
         dropped_tokens=None,
+        special_token_documents=None,
         settings={"format": "text"},
         shards=(ShardRecord(path="source/a/a-000000.tar", rows=2, bytes=10240, sha256="0" * 64),),
     )

@@ -26,12 +26,14 @@ class Document:
     """A text and the columns that are kept with it.
 
     Attributes:
-        text: Text of the document.
+        text: Text of the document, which can be encoded as UTF-8.
         columns: Column name -> value, as in the JSON line.
+        origin: File and line, for error messages.
     """
 
     text: str
     columns: dict[str, Any]
+    origin: str
 
 
 @dataclass
@@ -87,7 +89,7 @@ class DocumentReader:
             raise ShardError(f"{path} is damaged ({error}): what follows would be lost; fetch it again") from error
 
     def _whole(self, path: Path, file: IO[bytes]) -> Iterator[Document]:
-        yield Document(_utf8(file.read(), str(path)), {})
+        yield Document(_utf8(file.read(), str(path)), {}, str(path))
 
     def _lines(self, path: Path, file: IO[bytes]) -> Iterator[Document]:
         for number, line in enumerate(file, start=1):
@@ -96,7 +98,7 @@ class DocumentReader:
             place = f"{path}, line {number}"
             try:
                 row = json.loads(_utf8(line, place))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # integers of thousands of digits, brackets in brackets
                 raise ShardError(
                     f"{place} is not JSON ({error}): repair or remove the line; in files named *.json, too, "
                     "each line has to be an object"
@@ -112,7 +114,25 @@ class DocumentReader:
                     f"{place} has no text in column {self.text_key!r}; it has {found}: name the text column "
                     "(--text-key, text_key=), or give a file that is a text itself another ending"
                 )
-            yield Document(row[self.text_key], {name: row[name] for name in self.keep_columns if name in row})
+            text = row[self.text_key]
+            if b"\\u" in line:  # the only way for half of a surrogate pair to get into valid UTF-8
+                encoded(text, f"column {self.text_key!r} in {place}")
+            yield Document(text, {name: row[name] for name in self.keep_columns if name in row}, place)
+
+
+def encoded(text: str, place: str) -> bytes:
+    """Text as UTF-8.
+
+    Raises:
+        ShardError: The text contains half of a surrogate pair.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ShardError(
+            f"{place} contains half of a surrogate pair ({error}), which is not text and could not be read again: "
+            "repair or remove the line"
+        ) from error
 
 
 def is_json_lines(path: Path) -> bool:

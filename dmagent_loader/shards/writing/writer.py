@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from dmagent_loader._files import locked, write_atomically
 from dmagent_loader.errors import ConfigurationError, DomainError, EmptyShardError
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, load_manifest, manifest_text
-from dmagent_loader.shards.writing.documents import DocumentReader, find_files
+from dmagent_loader.shards.writing.documents import DocumentReader, encoded, find_files
 from dmagent_loader.shards.writing.packing import PACKED_MEMBER, Packer, TextTokenizer, encode_npy
 from dmagent_loader.shards.writing.tar_writer import TarWriter
 
@@ -39,7 +39,9 @@ class ShardingConfig:
         keep_columns: Other columns to keep, as a ``json`` member beside ``txt``; raw text only.
         tokenizer: A ``tokenizer.json``, a folder or a Hub name, for packed rows; None: raw text.
         eos_token: End-of-text token between packed documents; None: that of the tokenizer.
-        sequence_length: Tokens per packed row.
+        parse_special_tokens: Whether text that spells a special token, such as ``<|endoftext|>``, becomes that token, as
+            documents in a chat format need. False: it is text like any other.
+        sequence_length: Tokens per packed row, at least 2.
         rows_per_shard: Largest number of rows in a shard; None: no limit.
         max_shard_bytes: Size in bytes at which a shard is closed.
     """
@@ -48,6 +50,7 @@ class ShardingConfig:
     keep_columns: tuple[str, ...] = ()
     tokenizer: str | None = None
     eos_token: str | None = None
+    parse_special_tokens: bool = False
     sequence_length: int | None = None
     rows_per_shard: int | None = None
     max_shard_bytes: int = 256 << 20
@@ -66,6 +69,15 @@ class ShardingConfig:
         if self.eos_token is not None and self.tokenizer is None:
             raise ConfigurationError(
                 f"eos_token={self.eos_token!r} without a tokenizer has no effect: raw text has no tokens"
+            )
+        if self.parse_special_tokens and self.tokenizer is None:
+            raise ConfigurationError(
+                "parse_special_tokens=True without a tokenizer has no effect: raw text has no tokens"
+            )
+        if self.sequence_length == 1:
+            raise ConfigurationError(
+                "sequence_length=1: a row of one token has no next token to predict, so its loss is NaN; it must be "
+                "at least 2"
             )
         for name in ("sequence_length", "rows_per_shard", "max_shard_bytes"):
             value = getattr(self, name)
@@ -153,7 +165,11 @@ def shard_files(
                 "digits, '_', '-', '+', '.'"
             )
     files = {domain: find_files(domain, paths) for domain, paths in domains.items()}
-    tokenizer = TextTokenizer.load(config.tokenizer, config.eos_token) if config.tokenizer is not None else None
+    tokenizer = (
+        TextTokenizer.load(config.tokenizer, config.eos_token, parse_special_tokens=config.parse_special_tokens)
+        if config.tokenizer is not None
+        else None
+    )
     with _exclusive(root):
         kept = _earlier_entries(root, list(domains))
         _refuse_other_rows(root, kept, _settings(config, tokenizer))
@@ -218,13 +234,14 @@ def _write_domain(
     packer = Packer(tokenizer, config.sequence_length) if tokenizer and config.sequence_length else None
     try:
         if packer is not None:
-            for row in packer.rows(document.text for document in reader):
+            for row in packer.rows(reader):
                 writer.write({PACKED_MEMBER: encode_npy(row)})
         else:
             for document in reader:
-                members = {"txt": document.text.encode("utf-8", "surrogatepass")}
+                members = {"txt": document.text.encode()}
                 if config.keep_columns:
-                    members["json"] = json.dumps(document.columns, ensure_ascii=False).encode("utf-8", "surrogatepass")
+                    columns = json.dumps(document.columns, ensure_ascii=False)
+                    members["json"] = encoded(columns, f"a column to keep in {document.origin}")
                 writer.write(members)
         writer.finish()
     finally:
@@ -243,6 +260,7 @@ def _write_domain(
         empty_documents=reader.num_empty,
         tokens=rows * config.sequence_length if config.sequence_length else None,
         dropped_tokens=packer.num_dropped if packer else None,
+        special_token_documents=packer.num_spelling_special_tokens if packer else None,
         settings=_settings(config, tokenizer),
         shards=tuple(
             ShardRecord(path=f"{domain}/{record.path}", rows=record.rows, bytes=record.bytes, sha256=record.sha256)
@@ -260,6 +278,7 @@ def _settings(config: ShardingConfig, tokenizer: TextTokenizer | None) -> dict[s
         "tokenizer": os.path.basename(os.path.normpath(config.tokenizer or "")),
         "vocabulary": tokenizer.vocabulary,
         "eos_id": tokenizer.eos_id,
+        "parse_special_tokens": config.parse_special_tokens,
         "sequence_length": config.sequence_length,
         "dtype": tokenizer.dtype.name,
     }
