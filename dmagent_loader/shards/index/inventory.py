@@ -79,7 +79,7 @@ def parse_inventory(text: str) -> Inventory:
 
 
 def _kinds(index: ShardIndex) -> list[str] | list[tuple[list[str], int, str]]:
-    """The extensions of all rows; where they differ, those of each kind, with the number and the first key of its rows."""
+    """The extensions of all rows; where they differ, those of each kind, with the number and first key of its rows."""
     first, extension, rows = index.row_first, index.extension, index.num_rows
     if not rows:
         return []
