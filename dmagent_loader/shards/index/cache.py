@@ -199,7 +199,8 @@ class IndexCache:
     def _overview(self, urls: Iterable[str]) -> Path:
         digest = hashlib.sha256()
         for url in urls:
-            digest.update(os.fsencode(url if is_local(url) else without_signature(url)) + b"\0")
+            identity = without_signature(url) if "?" in url and not is_local(url) else url
+            digest.update(os.fsencode(identity) + b"\0")
         digest.update(self._suffix)
         return self._folder / "overview" / f"{digest.hexdigest()}.safetensors"
 

@@ -222,12 +222,15 @@ class Catalogue:
         return bisect_right(self._groups, number, key=lambda shards: shards.start) - 1
 
     def _add(self, number: int, facts: _Facts) -> None:
-        self.rows[number] = facts.known.rows
-        inventory = self.inventories.setdefault(facts.known.inventory, len(self.inventories))
+        known = facts.known
+        self.rows[number] = known.rows
+        inventory = self.inventories.get(known.inventory)
+        if inventory is None:
+            inventory = self.inventories[known.inventory] = len(self.inventories)
         if inventory:
             self.inventory[number] = inventory
-        size = len(facts.known.checksum)
-        self._checksums[number * size : (number + 1) * size] = facts.known.checksum
+        size = len(known.checksum)
+        self._checksums[number * size : (number + 1) * size] = known.checksum
         if facts.damage:
             self.damage[number] = facts.damage
         if facts.index is not None:

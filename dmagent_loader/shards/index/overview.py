@@ -117,8 +117,10 @@ class Overview:
     def to_bytes(self, format: str) -> bytes:
         """The file of this overview, marked with the format of the indexes."""
         columns = {name: getattr(self, f"_{name}") for name in _COLUMNS}
-        texts = {name: json.dumps(getattr(self, f"_{name}")) for name in (*_TEXTS, "copies")}
-        return write_columns(columns, {"format": format, **texts})
+        texts = {name: getattr(self, f"_{name}") for name in (*_TEXTS, "copies")}
+        # A column, because metadata are escaped and parsed several times over.
+        columns["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+        return write_columns(columns, {"format": format})
 
     @classmethod
     def from_bytes(cls, data: bytes, num_shards: int, format: str) -> Overview:
@@ -132,11 +134,12 @@ class Overview:
         if metadata["format"] != format:
             return overview
         columns = read_columns(data, metadata)
+        texts = json.loads(columns["texts"].tobytes())
         for name in _TEXTS:
-            texts = json.loads(metadata[name])
-            if not isinstance(texts, list) or len(texts) != num_shards or not all(isinstance(t, str) for t in texts):
+            values = texts[name]
+            if not isinstance(values, list) or len(values) != num_shards or not all(isinstance(v, str) for v in values):
                 raise ValueError(f"it is not about {num_shards} shards")
-            setattr(overview, f"_{name}", texts)
+            setattr(overview, f"_{name}", values)
         for name in _COLUMNS:
             column, expected = columns[name], getattr(overview, f"_{name}")
             if (column.shape, column.dtype) != (expected.shape, expected.dtype):
@@ -146,7 +149,7 @@ class Overview:
             raise ValueError("its rows are fewer than none")
         for text in set(overview._inventories):
             parse_inventory(text)
-        overview._copies = json.loads(metadata["copies"])
+        overview._copies = texts["copies"]
         if not isinstance(overview._copies, dict):
             raise ValueError("its copies are none")
         return overview
