@@ -85,8 +85,9 @@ class Feed:
         """Published mixes that this copy has applied."""
         self._length: int | None = None
         self.limit: int | None = None
-        self.decision_step: int | None = None
         """Samples, over all ranks, at which the trainer stops; None: unknown."""
+        self.decision_step: int | None = None
+        """Samples, over all ranks, between two moments at which the trainer can make a decision; None: one step."""
         self._undercount_reported = False
         self.check_ranks()
 

@@ -59,6 +59,11 @@ class Cadence:
         if self.is_derived:
             self.interval, self._is_restored = interval, interval is not None
 
+    def forget(self) -> None:
+        """Lets the next `begin` derive the interval anew, unless it was given or restored."""
+        if self.is_derived and not self._is_restored:
+            self.interval = None
+
     def begin(self, total: int | None, step: int) -> None:
         """Derives the interval, if it is not known yet, and logs how many decisions the run will have.
 

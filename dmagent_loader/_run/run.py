@@ -100,6 +100,9 @@ class Run:
     def begin_decisions(self) -> None:
         """Fixes the interval between decisions under the present mix, and logs how many the run will have."""
         self._begun = True
+        if len(self.decider.measurements) == 1:
+            # After an out-of-memory error, a trainer begins again with smaller steps, and so with fewer samples.
+            self.cadence.forget()
         self.cadence.begin(self.feed.total_samples, self.feed.decision_step or self.feed.global_batch)
 
     def reweight(self, feedback: Mapping[str, float], consumed: int) -> Decision:

@@ -10,7 +10,7 @@ from dmagent_loader.sampler import AgentWeightedSampler
 
 logger = logging.getLogger(__name__)
 
-MOST_PASSES = 3
+_UNWARNED_PASSES = 3
 """Passes over a domain without a warning. Up to four epochs of repeated data cost almost nothing against new data
 (arXiv 2305.16264)."""
 _LISTED = 5
@@ -50,7 +50,7 @@ class Passes:
         logger.warning(
             "the %dth pass over the rows of %s has begun after %d samples: more than four passes teach a model little; "
             "add rows, lower the weight (most_passes= of a policy, ceiling= of GuardConfig), or train for fewer steps",
-            MOST_PASSES + 1,
+            _UNWARNED_PASSES + 1,
             _listed(new),
             consumed,
         )
@@ -101,7 +101,7 @@ class Passes:
     def _beyond(self, consumed: int) -> list[str]:
         passes, _ = _passes(self._sampler, consumed)
         names = zip(self._sampler.space.names, passes, strict=True)
-        return [name for name, value in names if value > MOST_PASSES]
+        return [name for name, value in names if value > _UNWARNED_PASSES]
 
 
 def _passes(sampler: AgentWeightedSampler, consumed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -158,7 +158,6 @@ class Influence:
                 f"the measurements have fields {[list(part.fields) for part in parts]}, so they have no mean: average "
                 "measurements of one environment"
             )
-        # JSON objects need not keep an order: the Trainer sorts their keys.
         order = [[part.fields.index(name) for name in self.fields] for part in parts]
         values = np.mean([part.values(self.domains)[k] for part, k in zip(parts, order, strict=True)], axis=0)
         groups = [part._by_group(self.fields, self.domains) for part in parts]
@@ -185,8 +184,14 @@ class Influence:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The measurement as JSON values; `from_json` makes an equal object of them."""
+        """The measurement as JSON values; `from_json` makes an equal object of them.
+
+        The order of fields and domains is a value of its own, because JSON objects need not keep theirs: the Trainer
+        sorts their keys, and `by_questions` lists the domains in order.
+        """
         return {
+            "fields": list(self.fields),
+            "domains": list(self.domains),
             "scores": {
                 name: {domain: [score.value, score.error] for domain, score in by_domain.items()}
                 for name, by_domain in self.scores.items()
@@ -208,10 +213,12 @@ class Influence:
             StateError: The value is not a measurement, or has numbers that are not finite.
         """
         try:
-            scores = {
-                str(name): {str(domain): _score(pair) for domain, pair in by_domain.items()}
-                for name, by_domain in value["scores"].items()
-            }
+            fields, domains = value["fields"], value["domains"]
+            if any(sorted(by_domain) != sorted(domains) for by_domain in value["scores"].values()):
+                raise ValueError("scores of other domains than those listed")
+            if sorted(value["scores"]) != sorted(fields):
+                raise ValueError("scores of other fields than those listed")
+            scores = {name: {domain: _score(value["scores"][name][domain]) for domain in domains} for name in fields}
             counts = [*value["rows"].values(), *value["questions"].values(), value["tokens"]]
             if not all(map(is_count, counts)) or not is_finite_number(value["seconds"]):
                 raise ValueError("counts or seconds that are not numbers")

@@ -21,6 +21,7 @@ from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.base import Policy, name_of
 from dmagent_loader.policies.fields import FieldPolicy
 from dmagent_loader.policies.informed import InformedPolicy
+from dmagent_loader.policies.passes import PassLimitedPolicy
 
 
 class CombinedPolicy:
@@ -31,7 +32,8 @@ class CombinedPolicy:
         weight_d = sum of p over f * q_d / sum of q over f
 
     Where `within` gives a field no weight, the shares of `fields` remain. Both policies see the mixes that were trained
-    on, and each receives the evidence that it requests.
+    on, and each receives the evidence that it requests. A limit of `within` on passes (`policies.passes`) applies to the
+    combined mix.
 
     Args:
         fields: Policy that sets the weight of each field.
@@ -46,7 +48,8 @@ class CombinedPolicy:
         >>> from dmagent_loader.policies import StaticPolicy
         >>> space = DomainSpace.from_names(["source/web", "source/wiki", "target/math"])
         >>> policy = CombinedPolicy(StaticPolicy([0.3, 0.3, 0.4]), StaticPolicy([0.1, 0.4, 0.5]), space)
-        >>> start = History(space.names, ("keep",), mixes=np.full((1, 3), 1 / 3), feedback=np.zeros((1, 1)))
+        >>> mixes, feedback = np.full((1, 3), 1 / 3), np.zeros((1, 1))
+        >>> start = History(domains=space.names, fields=("general",), mixes=mixes, feedback=feedback)
         >>> policy.propose(start).round(2).tolist()
         [0.12, 0.48, 0.4]
     """
@@ -101,7 +104,10 @@ class CombinedPolicy:
         Raises:
             DMAgentError: Any error of one of the policies.
         """
-        outer, inner = (np.asarray(part.propose(history), dtype=np.float64) for part in self.parts)
+        fields, within = self.parts
+        limits = isinstance(within, PassLimitedPolicy)
+        outer = np.asarray(fields.propose(history), dtype=np.float64)
+        inner = np.asarray(within.unlimited(history) if limits else within.propose(history), dtype=np.float64)
         for part, proposal in zip(self.parts, (outer, inner), strict=True):
             if proposal.shape != (len(self.space),):
                 raise PolicyError(
@@ -112,7 +118,7 @@ class CombinedPolicy:
             members = list(self.space.members(name))
             if inner[members].sum() > 0:
                 mix[members] = outer[members].sum() * inner[members] / inner[members].sum()
-        return mix
+        return within.passes.limited(mix) if limits else mix
 
     def state_dict(self) -> dict[str, Any]:
         """The evidence of both parts, as JSON values."""

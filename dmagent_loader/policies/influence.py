@@ -107,7 +107,7 @@ class InfluencePolicy:
         self.natural = validate_mix(natural, space.names)
         self._masses = field_masses(space, self.natural, balance)
         self._temperature, self._most_boost = temperature, most_boost
-        self._passes = PassLimit(space, most_passes)
+        self.passes = PassLimit(space, most_passes)
         self._field_weights = None if field_weights is None else dict(field_weights)
         self._every = None if every is None else whole_number("every", every, least=1)
         self._topics, self._combine = topics, combine
@@ -143,7 +143,7 @@ class InfluencePolicy:
 
         Influence is needed again after a measurement that was not reliable.
         """
-        wanted = self._passes.needed(decision)
+        wanted = self.passes.needed(decision)
         self._slot = 0 if self._every is None else decision // self._every
         if not self._is_unavailable and self._slot >= self._slots_done:
             wanted |= {INFLUENCE}
@@ -159,7 +159,7 @@ class InfluencePolicy:
             DomainError: The measurement lacks a domain of the run.
         """
         if need == LENGTH:
-            self._passes.inform(evidence)
+            self.passes.inform(evidence)
             return
         if need != INFLUENCE and self._topics is not None:
             self._topics.inform(need, evidence)
@@ -197,7 +197,16 @@ class InfluencePolicy:
         return max(0.0, min(shares))
 
     def propose(self, history: History) -> FloatArray:
-        """The mix of the next step; it changes only with a new measurement.
+        """The mix of the next step; it changes only with a new measurement, or if the limit on passes does.
+
+        Raises:
+            DomainError: The history has other domains.
+            PolicyError: There is no measurement yet.
+        """
+        return self.passes.limited(self.unlimited(history))
+
+    def unlimited(self, history: History) -> FloatArray:
+        """The mix before the limit on passes: (D,), sums to 1.
 
         Raises:
             DomainError: The history has other domains.
@@ -229,7 +238,7 @@ class InfluencePolicy:
                     most_boost=self._most_boost,
                 )
             result[members] = mass * shares
-        return self._passes.limited(np.asarray(result / result.sum(), dtype=np.float64))
+        return np.asarray(result / result.sum(), dtype=np.float64)
 
     def state_dict(self) -> dict[str, Any]:
         """All measurements, as JSON values."""
@@ -289,7 +298,7 @@ class InfluencePolicy:
 
 
 def measured_influence(state: Any) -> Influence | None:
-    """Mean of the measurements in a state of `InfluencePolicy`; None: there is none, or it is of another policy.
+    """Mean of the measurements in a state of `InfluencePolicy`, or of a combination with one; None: there are none.
 
     Args:
         state: Return value of a policy's `state_dict`; None: the policy has no state.
@@ -297,7 +306,12 @@ def measured_influence(state: Any) -> Influence | None:
     Raises:
         StateError: A measurement cannot be read.
     """
-    if not isinstance(state, Mapping) or not set(state) >= _STATE_KEYS or not state["measured"]:
+    if not isinstance(state, Mapping):
+        return None
+    if not set(state) >= _STATE_KEYS:  # `CombinedPolicy` saves the state of each part under a label
+        found = map(measured_influence, state.values())
+        return next((influence for influence in found if influence is not None), None)
+    if not state["measured"]:
         return None
     first, *others = map(Influence.from_json, state["measured"])
     return first.averaged(others)

@@ -10,13 +10,14 @@ rows read equally often, with a warning.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from dmagent_loader._validation import is_finite_number, shown
 from dmagent_loader.errors import ConfigurationError, PolicyError
 from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.length import RunLength
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.guard import project_to_bounds
@@ -106,3 +107,18 @@ class PassLimit:
         if key not in self._reported:
             self._reported.add(key)
             logger.log(level, text)
+
+
+@runtime_checkable
+class PassLimitedPolicy(Protocol):
+    """A policy that limits passes; a combination sets other weights of the fields, so it enforces the limit itself.
+
+    Attributes:
+        passes: The limit.
+    """
+
+    passes: PassLimit
+
+    def unlimited(self, history: History) -> FloatArray:
+        """The mix before the limit: (D,), sums to 1."""
+        ...

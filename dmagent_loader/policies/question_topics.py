@@ -73,7 +73,7 @@ class QuestionTopics:
         self.map = DomainMap(space, natural=self.natural)
         self._target_share, self._natural_part = target_share, natural_part
         self._classifier = classifier
-        self._passes = PassLimit(space, most_passes)
+        self.passes = PassLimit(space, most_passes)
         self._topics: dict[str, FloatArray] = {}
         self._label = f"policy {name!r}"
         self._checked_fields: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class QuestionTopics:
 
     def needed(self, decision: int) -> frozenset[str]:
         """The questions, once, and the length of the run."""
-        return self._passes.needed(decision) | (frozenset() if self._topics else frozenset({QUESTIONS}))
+        return self.passes.needed(decision) | (frozenset() if self._topics else frozenset({QUESTIONS}))
 
     def inform(self, need: str, evidence: Any) -> None:
         """Takes the questions (field of the environment -> texts) or the length of the run.
@@ -110,7 +110,7 @@ class QuestionTopics:
             PolicyError: There are no questions, or the evidence is of another kind.
         """
         if need == LENGTH:
-            self._passes.inform(evidence)
+            self.passes.inform(evidence)
             return
         if need != QUESTIONS or not evidence:
             raise PolicyError(
@@ -151,12 +151,21 @@ class QuestionTopics:
             DomainError: The history has other domains.
             PolicyError: The questions are not known yet.
         """
+        return self.passes.limited(self.unlimited(history))
+
+    def unlimited(self, history: History) -> FloatArray:
+        """The mix before the limit on passes: (D,), sums to 1.
+
+        Raises:
+            DomainError: The history has other domains.
+            PolicyError: The questions are not known yet.
+        """
         if history.domains != self.space.names:
             raise DomainError(
                 f"the history has the domains {shown(list(history.domains))}, but this policy was built for "
                 f"{shown(list(self.space.names))}"
             )
-        return self._passes.limited(self.with_target_share(self.within()))
+        return self.with_target_share(self.within())
 
     def with_target_share(self, within: FloatArray) -> FloatArray:
         """Scales the weights inside the fields to a mix: (D,) -> (D,), sums to 1."""

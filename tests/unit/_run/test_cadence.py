@@ -70,6 +70,19 @@ def test_the_length_is_taken_after_the_first_decision(build):
     assert sampler.samples_per_reweight == 16  # 19 steps of 4
 
 
+def test_an_attempt_with_a_smaller_batch_spreads_the_decisions_anew(build):
+    """`auto_find_batch_size` keeps max_steps: with the interval of the first attempt, a run would hardly decide."""
+    sampler = begun(build, 400, decisions=10)
+    assert sampler.samples_per_reweight == 40
+    sampler.bind(LoaderSettings(batch_size=1, by_trainer=True), limit=100)
+    sampler.begin_decisions()
+    assert sampler.samples_per_reweight == 10
+    sampler.reweight({"general": -2.0}, consumed=10)
+    sampler.bind(BATCHES_OF_4, limit=400)
+    sampler.begin_decisions()
+    assert sampler.samples_per_reweight == 10  # later decisions keep the interval of those before
+
+
 def test_both_settings_are_refused(build):
     with pytest.raises(ConfigurationError, match=r"decisions=80 and samples_per_reweight=64 both.*leave one out"):
         build(decisions=80, samples_per_reweight=64)

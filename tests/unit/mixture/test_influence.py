@@ -74,6 +74,21 @@ def test_a_measurement_survives_json():
     assert all(np.array_equal(*pair) for pair in zip(again.contrasts(), measured.contrasts(), strict=True))
 
 
+def test_a_measurement_survives_json_with_sorted_keys():
+    """The Trainer sorts them; the influence on each group of questions would then be that on another domain."""
+    values, errors, by_group = estimate(
+        [np.random.default_rng(8).normal(size=(2, 4, 6)) * scale for scale in (5.0, 5.0, 0.1, 0.1)],
+        [np.full(4, 0.25)] * 2,
+    )
+    domains = ("target/b", "target/a", "source/d", "source/c")
+    scores = scores_from(("math", "general"), domains, values, errors)
+    measured = Influence(scores=scores, way="gradient", by_questions=grouped(("math", "general"), by_group))
+    again = Influence.from_json(json.loads(json.dumps(measured.to_json(), sort_keys=True)))
+    assert (again.fields, again.domains) == (measured.fields, measured.domains)
+    for some in (domains[:2], domains[2:]):
+        np.testing.assert_array_equal(again.contrasts(some), measured.contrasts(some))
+
+
 def test_groups_of_another_shape_are_refused():
     scores = scores_from(FIELDS, "abc", np.zeros((2, 3)), np.ones((2, 3)))
     with pytest.raises(ConfigurationError, match="by_questions has the shapes"):

@@ -9,6 +9,7 @@ import pytest
 
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.errors import CheckpointError, ConfigurationError, DomainError, PolicyError, StateError
+from dmagent_loader.mixture import RunLength
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.influence import Influence, scores_from
 from dmagent_loader.policies import (
@@ -69,6 +70,22 @@ def test_the_agent_sets_the_fields_and_the_other_policy_the_shares_inside(name, 
 def test_where_the_inner_policy_gives_a_field_nothing_the_shares_of_the_outer_remain(make_history):
     policy = CombinedPolicy(StaticPolicy([0.3, 0.3, 0.1, 0.3]), StaticPolicy([0.9, 0.1, 0.0, 0.0]), SPACE)
     np.testing.assert_allclose(policy.propose(make_history(SPACE.names)), [0.54, 0.06, 0.1, 0.3])
+
+
+def test_the_limit_on_passes_holds_for_the_combined_mix(make_history):
+    """Under the inner policy's own weight of the target field, 0.3, the limit would be kept; the other sets 0.8."""
+    inner = InfluencePolicy(SPACE, np.array([0.4, 0.2, 0.2, 0.2]), most_passes=4)
+    policy = CombinedPolicy(StaticPolicy([0.1, 0.1, 0.4, 0.4]), inner, SPACE)
+    rows = np.array([4000, 4000, 3000, 1000])
+    length = RunLength(rows=rows, repeats=np.full(4, True), limit=10_000, ending=())
+    evidence = {"influence": HELPFUL, "length": length}
+    for need in policy.needed(0):
+        policy.inform(need, evidence[need])
+    history = make_history(SPACE.names)
+    assert (inner.propose(history) * 10_000 / rows).max() <= 4.0 + 1e-9
+    mix = policy.propose(history)
+    assert mix[2:].sum() == pytest.approx(0.8)
+    assert mix[3] == pytest.approx(4 * 1000 / 10_000)
 
 
 @pytest.mark.parametrize("name", ["influence", "question-topics"])
