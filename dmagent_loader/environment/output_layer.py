@@ -9,17 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmagent_loader.environment.batches import Batch
+
+
+CAN_FORCE_EAGER = hasattr(torch.compiler, "set_stance")
+"""Whether this torch (2.6 or newer) can run compiled modules uncompiled."""
 
 
 def output_layer(model: object) -> nn.Linear | None:
     """The model's output layer, if the model exposes it and it is a plain `nn.Linear`.
 
     None for other layer types and for layers with their own ``forward`` (adapters; quantised, offloaded or sharded
-    weights): these may communicate, and ranks would call them an unequal number of times. Also None inside compiled
-    code, which keeps the hooks it was compiled with.
+    weights): these may communicate, and ranks would call them an unequal number of times. Before torch 2.6, also None
+    inside compiled code, which cannot be run uncompiled there and keeps the hooks it was compiled with.
     """
     named = getattr(model, "get_output_embeddings", None)
     if not isinstance(model, nn.Module) or not callable(named):
@@ -30,7 +35,9 @@ def output_layer(model: object) -> nn.Linear | None:
         return None
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         return None
-    if any(_compiled(module) and any(part is layer for part in module.modules()) for module in model.modules()):
+    if not CAN_FORCE_EAGER and any(
+        _compiled(module) and any(part is layer for part in module.modules()) for module in model.modules()
+    ):
         return None
     return layer
 
@@ -51,6 +58,40 @@ def scored_hidden(layer: nn.Module, inputs: tuple[Any, ...], batch: Batch) -> Te
         return None
     chosen: Tensor = hidden[batch.rows, batch.columns]
     return chosen
+
+
+class StandIn:
+    """Replaces the output of a layer during one call of its model, to show whether the model returns it unchanged.
+
+    Comparing real logits cannot show that: a cap on logits is the identity, up to rounding, as long as they are small.
+
+    Args:
+        layer: Layer returned by `output_layer`.
+
+    Attributes:
+        outputs: The layer's own outputs, one for each time the model used it.
+        replacements: Random values of many magnitudes (up to thousands), which the model got instead.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self.outputs: list[Tensor] = []
+        self.replacements: list[Tensor] = []
+
+    def __enter__(self) -> StandIn:
+        # First of the hooks, so that any other acts on the replacement.
+        self._handle = self._layer.register_forward_hook(self._replace, prepend=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _replace(self, module: nn.Module, inputs: tuple[Any, ...], output: object) -> Tensor | None:
+        if type(output) is not Tensor:
+            return None  # a shard of a tensor that spans several ranks
+        self.outputs.append(output)
+        self.replacements.append(torch.randn_like(output).pow(5) * 10)
+        return self.replacements[-1]
 
 
 @contextmanager

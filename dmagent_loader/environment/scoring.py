@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from dmagent_loader.environment.batches import Batch, ScoredWindow
 from dmagent_loader.environment.calling import LogitsOf, ModelCaller
-from dmagent_loader.environment.output_layer import hooked, output_layer, scored_hidden
+from dmagent_loader.environment.output_layer import CAN_FORCE_EAGER, StandIn, hooked, output_layer, scored_hidden
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.simplex import IntArray
 
@@ -57,8 +58,7 @@ LENGTH_ATTRIBUTES = (
 def unwrap(model: Model) -> Model:
     """The model inside DistributedDataParallel, DataParallel and torch.compile wrappers.
 
-    Ranks score different pairs, so wrappers that communicate in each call must be bypassed. A compiled model would be
-    recompiled for the shape of each call.
+    Ranks score different pairs, so wrappers that communicate in each call must be bypassed.
     """
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -92,7 +92,8 @@ def scoring_state(model: Model) -> Iterator[None]:
 
     Restored: the mode of every submodule, ``config.use_cache``, the gradient mode, and the random states of torch (CPU
     and the model's GPUs), numpy and Python. Modes are set as flags, not by ``eval()``, because some modules override it
-    with side effects (merging adapter weights). Gradients are disabled by ``no_grad``: tensors cached by a model under
+    with side effects (merging adapter weights). Compiled parts run uncompiled: they would be compiled anew for the shape
+    of each call, and keep the hooks they were compiled with. Gradients are disabled by ``no_grad``: tensors cached by a model under
     ``inference_mode`` (rotary tables) would break the next backward pass.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
@@ -103,6 +104,8 @@ def scoring_state(model: Model) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=_gpus(model)))
         stack.enter_context(torch.no_grad())
+        if CAN_FORCE_EAGER and "torch._dynamo" in sys.modules:  # nothing is compiled without it, and its import takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for module in modules:
                 module.training = False
@@ -144,7 +147,8 @@ class Scorer:
         With a vocabulary of 50k, this layer and the softmax cost more than all other layers of a small model, and the
         logits of one call can take more memory than the model. A hook, registered only during the call, reads the
         layer's input. This is done only if a trial call with a few tokens shows that the model exposes its output layer
-        (``get_output_embeddings``), uses it once, and does not change the logits afterwards.
+        (``get_output_embeddings``), uses it once, and returns its output unchanged, whatever the logits: the way of
+        scoring must not depend on how far the model is trained.
 
         Args:
             windows: Pairs of this evaluation.
@@ -166,11 +170,14 @@ class Scorer:
             if hidden is not None:
                 seen.append(module.forward(hidden))
 
-        with hooked(layer, look):
+        with hooked(layer, look), StandIn(layer) as stand_in:
             logits = self._logits(batch)
-        expected = logits[batch.rows, batch.columns]
-        if len(seen) == 1 and _alike(seen[0], expected):
-            self._output_layer = layer
+        if len(seen) == len(stand_in.outputs) == 1:
+            scored = batch.rows, batch.columns
+            returned, given = logits[scored], stand_in.replacements[0][scored]
+            is_returned = returned.shape == given.shape and bool((returned == given.to(returned.device)).all())
+            if is_returned and _alike(seen[0], stand_in.outputs[0][scored]):
+                self._output_layer = layer
         return self._output_layer is not None
 
     def log_probs(self, windows: Sequence[ScoredWindow]) -> Tensor | None:

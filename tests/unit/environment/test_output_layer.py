@@ -196,9 +196,87 @@ def test_nothing_is_left_on_the_layer(pairs, fails):
     assert called, "hooks of others are still called"
 
 
+AFTER = {
+    "cap": lambda logits: 30 * torch.tanh(logits / 30),
+    "scale": lambda logits: logits * 1.003,
+    "bias": lambda logits: logits + 0.004,
+    "bias of one token": lambda logits: logits + (torch.arange(VOCABULARY) == 7) * 0.004,
+}
+
+
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize("size", [0.01, 1.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_function_of_the_logits_is_never_left_out(pairs, after, size, dtype):
+    """A cap of 30 was left out as long as logits were small: feedback jumped when they grew, in the middle of a run."""
+    model = Causal()
+    model.logits = lambda hidden: AFTER[after](model.head(hidden))
+    with torch.no_grad():
+        model.head.weight.mul_(size)
+    model.to(dtype)
+
+    assert not takes_over(model, pairs)
+    np.testing.assert_allclose(sums(model, pairs), expected_sums(model, pairs), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_of_scoring_does_not_depend_on_the_size_of_the_logits(pairs, size, dtype):
+    model = Causal()
+    with torch.no_grad():
+        model.head.weight.mul_(size)
+    assert takes_over(model.to(dtype), pairs)
+
+
+def test_a_hook_of_others_that_changes_the_logits_is_obeyed(pairs):
+    model = Causal()
+    model.head.weight.data.mul_(0.01)
+    model.head.register_forward_hook(lambda module, inputs, output: AFTER["cap"](output))
+
+    assert not takes_over(model.to(torch.bfloat16), pairs)
+
+
 @pytest.mark.slow
-def test_compiled_models_are_left_alone(pairs):
+def test_compiled_models_are_scored_uncompiled(pairs):
+    """A model compiled in place was compiled anew for the shape of each call: minutes. Slow: torch.compile imports."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    class Outer(Causal):
+        def __init__(self, inner, head):
+            super().__init__()
+            self.inner, self.head = inner, head
+
+        def forward(self, input_ids, attention_mask):
+            return self.inner(input_ids, attention_mask)
+
+    in_place, inside, method = Causal(), Causal(), Causal()
+    in_place.compile(backend=backend)
+    method.forward = torch.compile(method.forward, backend=backend)
+    outer = Outer(torch.compile(inside, backend=backend), inside.head)
+
+    for model in (in_place, method, outer, Outer(in_place, in_place.head)):
+        torch.compiler.reset()  # or code compiled for one model would serve the next
+        compiled.clear()
+        training_batch = torch.ones(2, 9, dtype=torch.int64), None
+        model(*training_batch)
+        before = len(compiled)
+        assert before, "the model is compiled for training"
+
+        assert takes_over(model, pairs)
+        np.testing.assert_allclose(sums(model, pairs), expected_sums(Causal(), pairs), rtol=0, atol=1e-4)
+        model(*training_batch)
+        assert len(compiled) == before, "neither scoring nor the next training step compiled anything"
+
+
+@pytest.mark.slow
+def test_compiled_models_are_left_alone_where_they_cannot_be_run_uncompiled(pairs, monkeypatch):
     """Compiled code keeps the hooks that it was compiled with. Slow: torch.compile imports for seconds."""
+    monkeypatch.setattr("dmagent_loader.environment.output_layer.CAN_FORCE_EAGER", False)
+    monkeypatch.setattr("dmagent_loader.environment.scoring.CAN_FORCE_EAGER", False)
     in_place, inside, method = Causal(), Causal(), Causal()
     in_place.compile(backend="eager")
     method.forward = torch.compile(method.forward, backend="eager")
