@@ -178,13 +178,14 @@ def table(path: Path) -> str:
         cells.setdefault((line["environment"], line["space"], line["policy"]), {})[line["stream"]] = line["objective"]
     names = (NATURAL, MEASURED, CLONES, ONCE, PERMUTED)
     rows = [f"| environment | space | {' | '.join(names)} | gain / clones' gain |", "|---|---|" + "---:|" * 6]
-    for environment, space in dict.fromkeys((environment, space) for environment, space, _ in cells):
+    for environment, space in sorted({(environment, space) for environment, space, _ in cells}):
         found = [cells.get((environment, space, name), {}) for name in names]
         streams = sorted(set.intersection(*(set(values) for values in found[:3])))
         if not streams:
             continue
         natural, measured, clones = (np.array([values[s] for s in streams]) for values in found[:3])
-        part = f"{np.mean(measured - natural) / np.mean(clones - natural):.2f}"
+        gain = float(np.mean(clones - natural))
+        part = f"{np.mean(measured - natural) / gain:.2f}" if gain > 0.1 else ""
         rows.append(f"| {environment} | {space} | {' | '.join(map(_cell, found))} | {part} |")
     return "\n".join(rows)
 
