@@ -12,13 +12,16 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
+from itertools import islice
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection, load_manifest, shard_files
+from dmagent_loader.shards.manifest import parse_manifest
 
 pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
 
@@ -220,6 +223,30 @@ def test_a_new_signature_does_not_index_again(server: Server, tmp_path: Path) ->
     server.files["a.tar"], server.etags["a.tar"] = tar_bytes(["new"]), '"2"'
     shards = {"source/a": [signed(server, "a.tar", "wednesday")]}
     assert texts_of(ShardCollection.open(shards, progress=False)) == ["new"]
+
+
+def test_a_run_resumes_with_new_signatures(server: Server) -> None:
+    server.files["a.tar"] = tar_bytes(TEXTS)
+    samplers = []
+    for server.signature in ("monday", "tuesday"):
+        shards = {"source/a": signed(server, "a.tar", server.signature)}
+        samplers.append(AgentWeightedSampler(shards, samples_per_reweight=10, reading=ReadingConfig(progress=False)))
+    first, second = samplers
+    server.signature = "monday"
+    keys = [sample["__key__"] for sample in islice(first, 20)]
+    server.signature = "tuesday"
+    second.load_state_dict(first.state_dict(consumed=8))
+    assert [sample["__key__"] for sample in islice(second, 12)] == keys[8:]
+
+
+def test_a_manifest_knows_shards_by_their_urls_without_signatures(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("alpha")
+    shard_files({"source/a": [tmp_path / "a.txt"]}, tmp_path / "out", progress=False)
+    manifest = parse_manifest(server.url("manifest.json"), (tmp_path / "out" / "manifest.json").read_bytes())
+    name = "source/a/a-000000.tar"
+    server.files[name], server.signature = tar_bytes(["beta!"]), "monday"
+    with pytest.raises(DamagedShardError, match="is not the file that was written"):
+        ShardCollection.open({"source/a": signed(server, name, "monday")}, progress=False, manifests=[manifest])
 
 
 def test_two_signatures_of_one_shard_are_the_same_shard(server: Server) -> None:

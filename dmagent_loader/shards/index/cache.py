@@ -3,9 +3,8 @@
 There is one file per shard (`dmagent_loader.shards.index.columns_file`), named by the hash of its path, or of its URL
 without signature. It is valid for one content: one size, and the modification times or etags of the copies that were
 read through, of which nodes with disks of their own may have several. The index of a replaced shard overwrites that of
-the earlier one, unless both have the same modification time and some of the same rows: then the shard was damaged. A
-file that is damaged in any way is built again. Overviews of many shards lie beside the indexes
-(`dmagent_loader.shards.index.overview`).
+the earlier one, unless both have the same modification time: then the shard was damaged. A file that is damaged in any
+way is built again. Overviews of many shards lie beside the indexes (`dmagent_loader.shards.index.overview`).
 """
 
 from __future__ import annotations

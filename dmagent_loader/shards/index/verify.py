@@ -95,13 +95,10 @@ def without_new_rows(url: str, index: ShardIndex, before: ShardIndex, cached_ind
         cached_index: File of the earlier index.
 
     Returns:
-        The index; None if the shard was not damaged, but replaced: none of its rows is known, as where all files of an
-        image have one time, or all earlier rows are there, in a file of the same size.
+        The index; None if nothing is lost: all earlier rows are there, in a file of the same size.
     """
     known = {(before.key(row), crc) for row, crc in enumerate(before.row_crc.tolist())}
     present = [(index.key(row), crc) for row, crc in enumerate(index.row_crc.tolist())]
-    if present and known.isdisjoint(present):
-        return None
     if index.file_size == before.file_size and known <= set(present):
         return None
     index = without_rows(index, [number for number, row in enumerate(present) if row not in known])

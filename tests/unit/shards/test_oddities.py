@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import tarfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
+from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, ShardLayoutError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.index.inventory import RowKind, inventory_text, parse_inventory
@@ -92,6 +95,17 @@ def test_files_that_become_one_row_are_named_with_the_remedy(
     assert {name: bytes(data) for name, data in collection.read(0, 0, 7).members.items()} == {"txt": b"7"}
     again = ShardCollection.open({"source/a": path}, progress=False)
     assert again.num_rows.tolist() == [1], "the indexes of both kinds of keys lie side by side"
+
+
+def test_samplers_and_the_command_take_the_end_of_keys(write_tar: WriteTar, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tar("a.tar", [(f"arxiv.2101.{n:05d}.txt", b"%d" % n) for n in range(20)])
+    reading = ReadingConfig(key_ends_at="last-dot", progress=False)
+    sampler = AgentWeightedSampler({"source/a": str(path)}, samples_per_reweight=10, reading=reading)
+    assert {sample["__key__"] for sample in islice(sampler, 20)} == {f"arxiv.2101.{n:05d}" for n in range(20)}
+    assert main(["index", str(path), "--key-ends-at", "last-dot", "--no-progress"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[1:3] == ["20", "20"]
+    with pytest.raises(ConfigurationError, match="key_ends_at is 'dot'"):
+        ReadingConfig(key_ends_at="dot")  # type: ignore[arg-type]
 
 
 def test_members_that_are_packed_stay_together_at_the_last_dot(write_tar: WriteTar) -> None:

@@ -8,7 +8,26 @@ import pytest
 import webdataset
 
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
-from dmagent_loader.shards.sources.urls import base_name, display_url, expand_shards, local_path
+from dmagent_loader.shards.sources.urls import base_name, display_url, expand_shards, local_path, without_signature
+
+
+@pytest.mark.parametrize(
+    ("url", "identity"),
+    [
+        ("s3://bucket/a.tar", "s3://bucket/a.tar"),
+        ("https://host/a.tar?X-Amz-Date=1&X-Amz-Signature=f", "https://host/a.tar"),
+        ("https://host/a.tar?anything=at&all", "https://host/a.tar"),
+        ("https://host/a.tar?versionId=3&X-Amz-Signature=f", "https://host/a.tar?versionId=3"),
+        ("https://host/a.tar?X-Goog-Signature=f&generation=7", "https://host/a.tar?generation=7"),
+        ("https://host/get?file=a.tar&sv=2024&sig=f&se=2026", "https://host/get?file=a.tar"),
+        ("https://host/get?file=a.tar&Expires=1&Signature=f&Key-Pair-Id=k", "https://host/get?file=a.tar"),
+        ("https://host/get?serial=a&seed=b", "https://host/get?serial=a&seed=b"),
+        ("https://host/get?X-Amz-Signature=f", "https://host/get"),
+    ],
+)
+def test_a_shard_is_known_by_its_url_without_the_signature(url: str, identity: str) -> None:
+    """Catches one shard for each signature, and one shard for all that a query names."""
+    assert without_signature(url) == identity
 
 
 @pytest.fixture
