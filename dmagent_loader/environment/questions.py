@@ -98,10 +98,10 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
 
 def _parse(line: bytes, origin: str, cloze: bool) -> Question:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise EnvironmentDataError(f"{origin} is not UTF-8 ({error}): convert the file to UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, brackets in brackets
         raise EnvironmentDataError(f"{origin} is not JSON ({error}): write one JSON object per line") from error
     if not isinstance(row, dict):
         raise EnvironmentDataError(

@@ -12,25 +12,90 @@ from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import PACKED_MEMBER, ShiftedTokens, TokenizeText, collate_packed, packed_tokens
 
 
+def characters(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
 def test_packed_rows_become_inputs_and_labels():
     sample = packed_tokens({"__key__": "a", "input_ids.npy": np.array([5, 65_535], dtype=np.uint16)})
     assert sample["input_ids"].tolist() == sample["labels"].tolist() == [5, 65_535]
 
 
 def test_text_is_cut_or_padded_and_padding_is_not_learnt():
-    transform = TokenizeText(encode=lambda text: [ord(c) for c in text], length=3, pad_token=0)
+    transform = TokenizeText(encode=characters, length=3, pad_token=0, end_token=None)
     assert transform({"txt": "abcd"})["labels"].tolist() == [97, 98, 99]
-    short = transform({"txt": "a"})
-    assert short["input_ids"].tolist() == [97, 0, 0]
-    assert short["attention_mask"].tolist() == [1, 0, 0]
-    assert short["labels"].tolist() == [97, -100, -100]
+    short = transform({"txt": "ab"})
+    assert short["input_ids"].tolist() == [97, 98, 0]
+    assert short["attention_mask"].tolist() == [1, 1, 0]
+    assert short["labels"].tolist() == [97, 98, -100]
+
+
+def test_documents_get_their_end_token_once():
+    transform = TokenizeText(encode=characters, length=4, pad_token=0, end_token=9)
+    assert transform({"txt": "ab"})["labels"].tolist() == [97, 98, 9, -100]
+    assert transform({"txt": "ab\t"})["labels"].tolist() == [97, 98, 9, -100], "a tokenizer may append it itself"
+    with pytest.raises(ConfigurationError, match=r"end-of-text token is unknown.*pass end_token="):
+        TokenizeText(encode=characters, length=4, pad_token=0)
+
+
+def test_a_row_with_nothing_to_predict_is_named():
+    """The loss of a batch of such rows is NaN, and so is the model after the step."""
+    transform = TokenizeText(encode=characters, length=4, pad_token=0, end_token=9)
+    assert transform({"txt": "a"})["labels"].tolist() == [97, 9, -100, -100]
+    with pytest.raises(DecodeError, match=r"row 'k7' of 'source/a' has 1 token\(s\)"):
+        transform({"__key__": "k7", "__domain__": "source/a", "txt": ""})
+    with pytest.raises(ConfigurationError, match="length"):
+        TokenizeText(encode=characters, length=1, pad_token=0, end_token=9)
+
+
+def test_rows_that_are_cut_are_counted_and_logged(caplog):
+    transform = TokenizeText(encode=characters, length=4, pad_token=0, end_token=9)
+    for number in range(25):
+        transform({"__key__": str(number), "__domain__": "source/a", "txt": "ab"})  # with its end token, it fits
+        transform({"__key__": str(number), "__domain__": "source/a", "txt": "abcdefg"})
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "row '0' of 'source/a' has 8 tokens and was cut to length=4; so far 1 of 2 rows" in messages[0]
+    assert "so far 10 of 20 rows were cut in this process, 36.4% of their tokens lost" in messages[1]
+
+
+def test_a_function_that_truncates_or_pads_is_refused():
+    with pytest.raises(ConfigurationError, match="8 tokens for a text of 20 words, so it truncates below length=10"):
+        TokenizeText(encode=lambda text: characters(text)[:8], length=10, pad_token=0, end_token=9)
+    with pytest.raises(ConfigurationError, match="64 tokens for 'a', so it pads"):
+        TokenizeText(encode=lambda text: (characters(text) + [0] * 64)[:64], length=10, pad_token=0, end_token=9)
+
+
+def test_text_that_spells_the_end_token_is_refused_where_it_cannot_be_read_as_text():
+    row = {"__key__": "k7", "__domain__": "source/a", "txt": "ab\tcd"}
+    with pytest.raises(DecodeError, match=r"row 'k7' of 'source/a' spells the end-of-text token \(id 9\)"):
+        TokenizeText(encode=characters, length=8, pad_token=0, end_token=9)(row)
+    parsed = TokenizeText(encode=characters, length=8, pad_token=0, end_token=9, parse_special_tokens=True)
+    assert parsed(row)["labels"].tolist() == [97, 98, 9, 99, 100, 9, -100, -100]
+
+
+def test_text_that_spells_a_special_token_is_text_for_tokenizers_of_transformers():
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "</s>": 1, "<s>": 2, "a": 3, "<": 4, "/": 5, "s": 6, ">": 7}, "[UNK]")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    words.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    words.enable_truncation(4)
+    words.enable_padding(length=4, pad_id=0)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", bos_token="<s>")
+
+    text = TokenizeText(encode=tokenizer.encode, length=8, pad_token=1)({"txt": "a</s>"})
+    assert text["labels"].tolist() == [2, 3, 4, 5, 6, 7, 1, -100]
+    parsed = TokenizeText(encode=tokenizer.encode, length=8, pad_token=1, parse_special_tokens=True)({"txt": "</s>a"})
+    assert parsed["labels"].tolist() == [2, 1, 3, 1, -100, -100, -100, -100]
 
 
 def test_a_row_without_the_member_is_named():
     with pytest.raises(DecodeError, match=r"'k7' of 'source/a'.*\['txt'\].*--tokenizer"):
         packed_tokens({"__key__": "k7", "__domain__": "source/a", "txt": "x"})
     with pytest.raises(DecodeError, match="pass member="):
-        TokenizeText(encode=lambda text: [1], length=1, pad_token=0)({"text": "x"})
+        TokenizeText(encode=characters, length=2, pad_token=0, end_token=9)({"text": "x"})
 
 
 @pytest.mark.parametrize(

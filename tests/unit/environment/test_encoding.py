@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from dmagent_loader.environment import Environment
 from dmagent_loader.environment.encoding import PairEncoder, request
 from dmagent_loader.environment.questions import Question
 from dmagent_loader.errors import ConfigurationError, EnvironmentDataError
@@ -49,7 +52,21 @@ def test_context_and_answer_are_encoded_together():
     whole = Merging()("abcdefg")
 
     assert split(encoder.encode("ab", "cdefg", "here")) == (whole[:1], whole[1:])
-    assert split(encoder.encode("abc", "defg", "here")) == (Merging()("abc"), whole[2:])
+    assert encoder.num_spanning == 0
+
+
+def test_answer_that_shares_a_token_with_the_question_is_encoded_alone_and_counted():
+    """The harness would drop "d" and score "efg", and it would score nothing at all of "d"."""
+    encoder = PairEncoder(Merging())
+
+    assert split(encoder.encode("abc", "defg", "here")) == (Merging()("abc"), Merging()("defg"))
+    assert split(encoder.encode("abc", "d", "here")) == (Merging()("abc"), Merging()("d"))
+    assert encoder.num_spanning == 2
+
+
+def test_answer_encoded_alone_has_no_bos_in_front():
+    encoder = PairEncoder(lambda text: [BOS, *Merging()(text)])
+    assert split(encoder.encode("abc", "d", "here")) == ([BOS, *Merging()("abc")], Merging()("d"))
 
 
 @pytest.mark.parametrize(
@@ -71,10 +88,71 @@ def test_prefix_token_stands_in_for_an_empty_context():
         PairEncoder(lambda text: [*text.encode()]).encode("", "b", "line 3")
 
 
-def test_tokenizer_that_ends_every_text_is_refused():
+@pytest.mark.parametrize(
+    ("tokenizer", "appended"),
+    [
+        (Special(add_eos=True), [EOS]),
+        (lambda text: [BOS, *text.encode(), EOS], [EOS]),
+        (lambda text: [*text.encode(), 7, EOS], [7, EOS]),
+    ],
+)
+def test_tokenizer_that_ends_every_text_is_refused(tokenizer, appended):
     """The harness would drop the answer's first token and score it after an EOS, without a word."""
-    with pytest.raises(ConfigurationError, match="appends its EOS token"):
-        PairEncoder(Special(add_eos=True))
+    with pytest.raises(ConfigurationError, match=re.escape(f"appends tokens of its own ({appended}) to every text")):
+        PairEncoder(tokenizer)
+
+
+def file_tokenizer():
+    """A tokenizer of words of the tokenizers package, with the special token ``</s>``."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "</s>": 1, "a": 2, "b": 3}, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def truncating(tokenizer):
+    tokenizer.enable_truncation(32)
+
+
+def padding(tokenizer):
+    tokenizer.enable_padding(length=64, pad_id=0)
+
+
+@pytest.mark.parametrize("setting", [truncating, padding])
+def test_truncation_and_padding_of_a_tokenizer_file_are_ignored(setting):
+    """Only the first tokens of a long answer were scored, or a short one was said to have none."""
+    question, answer = "a " * 20, "b " * 40
+    tokenizer = file_tokenizer()
+    setting(tokenizer)
+    before = tokenizer.to_str()
+
+    environment = Environment.from_pairs({"x": [(question, answer)]}, tokenizer, progress=False)
+
+    assert split(environment._encoded[0]) == ([2] * 20, [3] * 40)
+    assert tokenizer.to_str() == before, "the tokenizer of the caller keeps its settings"
+
+
+@pytest.mark.parametrize("setting", [truncating, padding])
+def test_function_that_truncates_or_pads_is_refused(setting):
+    tokenizer = file_tokenizer()
+    setting(tokenizer)
+    with pytest.raises(ConfigurationError, match="so it pads" if setting is padding else "so it truncates"):
+        Environment.from_pairs({"x": [("a " * 20, "b " * 40)]}, lambda text: tokenizer.encode(text).ids, progress=False)
+
+
+def test_pairs_shorter_than_any_truncation_are_not_judged():
+    """Twice a word may be one token as well."""
+    Environment.from_pairs({"x": [("", "b")]}, lambda text: [1] * bool(text), prefix_token_id=0, progress=False)
+
+
+def test_questions_that_spell_a_special_token_and_spanning_ones_are_counted(caplog):
+    pairs = [("a </s>", "b"), ("a", "b"), ("a b", "b </s>")]
+    Environment.from_pairs({"x": pairs}, file_tokenizer(), progress=False)
+    assert "2 of 3 questions spell a special token" in caplog.text
+    assert "spans" not in caplog.text
+    Environment.from_pairs({"x": [("abc", "d"), ("ab", "cd")]}, Merging(), separator="", progress=False)
+    assert "in 1 of 2 questions, one token spans" in caplog.text
 
 
 def test_object_that_is_no_tokenizer_is_refused():

@@ -31,6 +31,13 @@ def test_plain_and_gzipped_files_are_read_in_order_and_blank_lines_skipped(tmp_p
     assert questions[1].origin == f"line 3 of {plain}"
 
 
+def test_byte_order_mark_is_ignored(tmp_path):
+    """Editors on Windows write one, and `dmagent shard` ignores it too."""
+    path = tmp_path / "one.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD)
+    assert [q.question for q in load(path).questions["x"]] == ["q", "q"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -39,6 +46,7 @@ def test_plain_and_gzipped_files_are_read_in_order_and_blank_lines_skipped(tmp_p
         (b"{}", r"line 2 of .* has no column 'question' \(its columns: none\)"),
         (b'{"question": "q", "answer": 5}', r"column 'answer' in line 2 of .* is 5: it must be text"),
         (b'{"question": null, "answer": "a"}', r"column 'question' in line 2 of .* is None"),
+        (b'{"question": "q", "answer": "a", "n": ' + b"1" * 5000 + b"}", r"line 2 of .* is not JSON"),
         (b'{"question": "q", "answer": "\\ud800"}', r"column 'answer' in line 2 of .* surrogate"),
         (b'{"question": "q", ', r"line 2 of .* is not JSON"),
         (b"[" * 100_000, r"line 2 of .* is not JSON"),
