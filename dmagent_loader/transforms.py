@@ -160,14 +160,14 @@ class TokenizeText:
         pad_token: Token id that fills short rows; for a tokenizer without one, that of the end-of-text token.
         member: Name of the text member.
         end_token: Token id that ends every document, unless `encode` has put it there. ``"tokenizer"``: the
-            ``eos_token_id`` of the tokenizer whose method `encode` is. None: no such token.
-        parse_special_tokens: Whether text that spells a special token, such as ``<|endoftext|>``, becomes that token, as
-            documents in a chat format need. False: it is text like any other if `encode` is a method of a tokenizer of
-            transformers; with another function, a row with the end token in its middle is an error.
+            ``eos_token_id`` of the tokenizer whose method `encode` is; with another function, none, with a warning.
+            None: no such token.
+        parse_special_tokens: Whether text that spells a special token, such as ``<|endoftext|>``, becomes that token,
+            as documents in a chat format need. False: it is text like any other if `encode` is a method of a tokenizer
+            of transformers; with another function, a row with the end token in its middle is an error.
 
     Raises:
-        ConfigurationError: `pad_token` is None, the end token is unknown, or `encode` does not return token ids,
-            truncates or pads.
+        ConfigurationError: `pad_token` is None, or `encode` does not return token ids, truncates or pads.
     """
 
     encode: Callable[..., Sequence[int]]
@@ -199,8 +199,8 @@ class TokenizeText:
         if self.end_token == "tokenizer":
             end_token = getattr(getattr(self.encode, "__self__", None), "eos_token_id", None)
             if end_token is None:
-                raise ConfigurationError(
-                    "the end-of-text token is unknown, so documents would not end: pass end_token= (its id), or "
+                logger.warning(
+                    "the end-of-text token is unknown, so documents will not end: pass end_token= (its id), or "
                     "end_token=None if the function encode puts it there or it is not wanted"
                 )
             object.__setattr__(self, "end_token", end_token)
@@ -208,8 +208,8 @@ class TokenizeText:
             whole_number("end_token", self.end_token, least=0)
         if len(probe) >= _LEAST_PADDED:
             raise ConfigurationError(
-                f"encode returns {len(probe)} tokens for 'a', so it pads and padding would be trained on: pass a function "
-                "without padding, TokenizeText pads"
+                f"encode returns {len(probe)} tokens for 'a', so it pads and padding would be trained on: pass a "
+                "function without padding, TokenizeText pads"
             )
         if not self._is_method_of_transformers():  # whose encode truncates on request only, and warns of long texts
             found = len(self._encoded("a " * 2 * self.length))
@@ -234,6 +234,7 @@ class TokenizeText:
             )
         ids = self._encoded(sample[self.member])
         if self.end_token is not None:
+            assert self.end_token != "tokenizer"  # replaced at the start
             if not self.parse_special_tokens and self.end_token in ids[1:-1]:
                 raise DecodeError(
                     f"{row} spells the end-of-text token (id {self.end_token}), so the document would end there: pass "
@@ -273,8 +274,8 @@ class TokenizeText:
         cuts.cut_tokens += num_tokens - self.length
         if cuts.cut_rows == 10 ** (len(str(cuts.cut_rows)) - 1):
             logger.warning(
-                "%s has %d tokens and was cut to length=%d; so far %d of %d rows were cut in this process, %.1f%% of their "
-                "tokens lost: pack the documents (dmagent shard --tokenizer) to lose none",
+                "%s has %d tokens and was cut to length=%d; so far %d of %d rows were cut in this process, %.1f%% of "
+                "their tokens lost: pack the documents (dmagent shard --tokenizer) to lose none",
                 row,
                 num_tokens,
                 self.length,

@@ -423,8 +423,8 @@ class Environment:
             return
         if encoder.num_spanning:
             logger.warning(
-                "in %d of %d questions, one token spans the end of the question and the beginning of the answer, so the "
-                "answer was encoded alone: separate them by white space if that matters",
+                "in %d of %d questions, one token spans the end of the question and the beginning of the answer, so "
+                "the answer was encoded alone: separate them by white space if that matters",
                 encoder.num_spanning,
                 len(self._encoded),
             )

@@ -1,8 +1,8 @@
 """Tokenization of questions, as in lm-evaluation-harness (0.4.13: ``_encode_pair`` and ``loglikelihood``).
 
-Following the harness exactly lets tests compare log-likelihoods with it request by request. There is one exception: where
-a token spans question and answer, the harness drops the beginning of the answer, or all of it. Here the answer is then
-encoded alone, as the harness does for encoder-decoder models.
+Following the harness exactly lets tests compare log-likelihoods with it request by request. There is one exception:
+where a token spans question and answer, the harness drops the beginning of the answer, or all of it. Here the answer is
+then encoded alone, as the harness does for encoder-decoder models.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class PairEncoder:
 
     Attributes:
         num_spanning: Requests so far in which a token spans question and answer.
-        num_spelling_special_tokens: Requests so far whose text spells a special token, which thus becomes that token, as
-            in the harness. A BOS token at the beginning does not count.
+        num_spelling_special_tokens: Requests so far whose text spells a special token, which thus becomes that token,
+            as in the harness. A BOS token at the beginning does not count.
     """
 
     def __init__(self, tokenizer: Tokenizer, prefix_token_id: int | None = None) -> None:
@@ -117,8 +117,8 @@ class PairEncoder:
         """Encodes one request.
 
         Trailing white space of the context moves to the continuation. Both are encoded together, then split at the
-        number of tokens of the context alone. If these are not the first tokens of both, a token spans the boundary, and
-        the continuation is encoded alone.
+        number of tokens of the context alone. If these are not the first tokens of both, a token spans the boundary,
+        and the continuation is encoded alone.
 
         Args:
             context: Question.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dmagent_loader.environment.batches import Batch
 
-
 CAN_FORCE_EAGER = hasattr(torch.compiler, "set_stance")
 """Whether this torch (2.6 or newer) can run compiled modules uncompiled."""
 

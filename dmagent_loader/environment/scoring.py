@@ -92,9 +92,9 @@ def scoring_state(model: Model) -> Iterator[None]:
 
     Restored: the mode of every submodule, ``config.use_cache``, the gradient mode, and the random states of torch (CPU
     and the model's GPUs), numpy and Python. Modes are set as flags, not by ``eval()``, because some modules override it
-    with side effects (merging adapter weights). Compiled parts run uncompiled: they would be compiled anew for the shape
-    of each call, and keep the hooks they were compiled with. Gradients are disabled by ``no_grad``: tensors cached by a model under
-    ``inference_mode`` (rotary tables) would break the next backward pass.
+    with side effects (merging adapter weights). Compiled parts run uncompiled: they would be compiled anew for the
+    shape of each call, and keep the hooks they were compiled with. Gradients are disabled by ``no_grad``: tensors
+    cached by a model under ``inference_mode`` (rotary tables) would break the next backward pass.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]

@@ -32,8 +32,8 @@ class CombinedPolicy:
         weight_d = sum of p over f * q_d / sum of q over f
 
     Where `within` gives a field no weight, the shares of `fields` remain. Both policies see the mixes that were trained
-    on, and each receives the evidence that it requests. A limit of `within` on passes (`policies.passes`) applies to the
-    combined mix.
+    on, and each receives the evidence that it requests. If `within` limits passes (`policies.passes`), the limit
+    applies to the combined mix.
 
     Args:
         fields: Policy that sets the weight of each field.
@@ -105,9 +105,9 @@ class CombinedPolicy:
             DMAgentError: Any error of one of the policies.
         """
         fields, within = self.parts
-        limits = isinstance(within, PassLimitedPolicy)
+        limited = within if isinstance(within, PassLimitedPolicy) else None
         outer = np.asarray(fields.propose(history), dtype=np.float64)
-        inner = np.asarray(within.unlimited(history) if limits else within.propose(history), dtype=np.float64)
+        inner = np.asarray((limited.unlimited if limited else within.propose)(history), dtype=np.float64)
         for part, proposal in zip(self.parts, (outer, inner), strict=True):
             if proposal.shape != (len(self.space),):
                 raise PolicyError(
@@ -118,7 +118,7 @@ class CombinedPolicy:
             members = list(self.space.members(name))
             if inner[members].sum() > 0:
                 mix[members] = outer[members].sum() * inner[members] / inner[members].sum()
-        return within.passes.limited(mix) if limits else mix
+        return limited.passes.limited(mix) if limited else mix
 
     def state_dict(self) -> dict[str, Any]:
         """The evidence of both parts, as JSON values."""

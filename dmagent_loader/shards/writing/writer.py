@@ -39,8 +39,8 @@ class ShardingConfig:
         keep_columns: Other columns to keep, as a ``json`` member beside ``txt``; raw text only.
         tokenizer: A ``tokenizer.json``, a folder or a Hub name, for packed rows; None: raw text.
         eos_token: End-of-text token between packed documents; None: that of the tokenizer.
-        parse_special_tokens: Whether text that spells a special token, such as ``<|endoftext|>``, becomes that token, as
-            documents in a chat format need. False: it is text like any other.
+        parse_special_tokens: Whether text that spells a special token, such as ``<|endoftext|>``, becomes that token,
+            as documents in a chat format need. False: it is text like any other.
         sequence_length: Tokens per packed row, at least 2.
         rows_per_shard: Largest number of rows in a shard; None: no limit.
         max_shard_bytes: Size in bytes at which a shard is closed.

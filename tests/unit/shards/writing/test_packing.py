@@ -1,4 +1,4 @@
-"""Packed rows hold the documents, the whole documents and nothing but the documents, whatever the tokenizer's file says."""
+"""Packed rows hold whole documents and nothing else, whatever the tokenizer's file says."""
 
 from __future__ import annotations
 
