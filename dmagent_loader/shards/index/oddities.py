@@ -75,7 +75,8 @@ def _odd_rows(domain: str, total: int, found: Sequence[_Rows]) -> Iterator[str]:
             yield (
                 f"domain {domain!r}: {missing} of {total} rows {'has' if missing == 1 else 'have'} no {extension!r}, "
                 f"which nearly all have (first: {lacking[0].place}, with {', '.join(lacking[0].kind.extensions)}): "
-                "whatever needs it fails there; leave such files out when the shards are written"
+                "whatever needs it fails there; leave such files out when the shards are written, or pass "
+                "on_bad_row='skip'"
             )
 
 
