@@ -36,6 +36,7 @@ class Bytes(nn.Module):
         return self.head(self.dropout(self.embedding(input_ids).cumsum(dim=1)))
 
 
+sys.stderr.isatty = lambda: True  # bars are shown on a terminal only
 distributed = "RANK" in os.environ
 if distributed:
     dist.init_process_group("gloo")

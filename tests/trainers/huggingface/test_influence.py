@@ -86,7 +86,7 @@ def test_the_cost_and_the_scores_are_logged_once(tmp_path):
     assert {name for name in measured[0] if name.startswith("influence/")} == {
         f"influence/{field}/{domain}" for field in ("keep", "acquire") for domain in DOMAINS
     }
-    assert sampler.policy.influence.rows == dict.fromkeys(DOMAINS, 32)
+    assert sampler.policy.influence.rows == DOMAINS  # few domains: all rows are read
     assert all(line["mix/target"] == pytest.approx(0.3) for line in decisions)
 
 
