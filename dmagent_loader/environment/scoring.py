@@ -104,9 +104,8 @@ def scoring_state(model: Model) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=_gpus(model)))
         stack.enter_context(torch.no_grad())
-        if (
-            CAN_FORCE_EAGER and "torch._dynamo" in sys.modules
-        ):  # nothing is compiled without it, and its import takes seconds
+        # Nothing is compiled without this module, and importing it takes seconds.
+        if CAN_FORCE_EAGER and "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for module in modules:
