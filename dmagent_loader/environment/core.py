@@ -116,7 +116,8 @@ class Environment:
             for question in listed
         ]
         encoder.refuse_truncation()
-        self._report_encoding(encoder)
+        if get_rank() == 0:
+            encoder.warn(len(self._encoded))
         self._largest_token = max(int(encoded.tokens.max()) for encoded in self._encoded)
         self._windows: dict[int, list[ScoredWindow]] = {}
 
@@ -417,24 +418,6 @@ class Environment:
     def _max_length(self, model: Model) -> int:
         """Maximum number of tokens the model reads."""
         return self.settings.max_length or model_max_length(model) or self._tokenizer_max_length or DEFAULT_MAX_LENGTH
-
-    def _report_encoding(self, encoder: PairEncoder) -> None:
-        if get_rank() != 0:
-            return
-        if encoder.num_spanning:
-            logger.warning(
-                "in %d of %d questions, one token spans the end of the question and the beginning of the answer, so "
-                "the answer was encoded alone: separate them by white space if that matters",
-                encoder.num_spanning,
-                len(self._encoded),
-            )
-        if encoder.num_spelling_special_tokens:
-            logger.warning(
-                "%d of %d questions spell a special token of the tokenizer, which reads it as that token and not as "
-                "text: remove it if that is not intended",
-                encoder.num_spelling_special_tokens,
-                len(self._encoded),
-            )
 
     def _report_cuts(self, max_length: int) -> None:
         cut = sum(len(encoded.tokens) > max_length + 1 for encoded in self._encoded)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -22,6 +23,8 @@ from dmagent_loader.errors import ConfigurationError, EnvironmentDataError
 Tokens: TypeAlias = npt.NDArray[np.int64]
 Tokenizer: TypeAlias = Any
 """A Hugging Face tokenizer, a ``tokenizers.Tokenizer``, or any callable from text to token ids."""
+
+logger = logging.getLogger(__name__)
 
 LEAST_LENGTH = 16
 """Tokens. Nobody truncates or pads to fewer, and a text of fewer may have as many tokens as twice the text: one."""
@@ -173,6 +176,27 @@ class PairEncoder:
                 f"the tokenizer returns {length} tokens for the longest pair of question and answer, and no more for "
                 "twice its text, so it truncates and answers would be cut off: pass a function from text to "
                 "all of its token ids"
+            )
+
+    def warn(self, num_requests: int) -> None:
+        """Warns of requests that may not be read as their authors meant them.
+
+        Args:
+            num_requests: Number of all requests so far.
+        """
+        if self.num_spanning:
+            logger.warning(
+                "in %d of %d questions, one token spans the end of the question and the beginning of the answer, so "
+                "the answer was encoded alone: separate them by white space if that matters",
+                self.num_spanning,
+                num_requests,
+            )
+        if self.num_spelling_special_tokens:
+            logger.warning(
+                "%d of %d questions spell a special token of the tokenizer, which reads it as that token and not as "
+                "text: remove it if that is not intended",
+                self.num_spelling_special_tokens,
+                num_requests,
             )
 
     def _alone(self, text: str) -> list[int]:
