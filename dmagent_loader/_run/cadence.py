@@ -74,31 +74,24 @@ class Cadence:
             step: Samples of one step over all ranks.
         """
         wanted = self._asked or DEFAULT_DECISIONS
-        if self.interval is None and total is None:
-            self.interval = FALLBACK_INTERVAL
-            logger.warning(
-                "the length of this run is unknown, so its %d decisions cannot be spread over it: one decision follows "
-                "after every %d samples instead; limit the run (max_steps of the trainer, or samples= of "
-                "Mixing.begin), or pass samples_per_reweight= to the sampler",
-                wanted,
-                self.interval,
-            )
-            return
-        if self.interval is None:
-            assert total is not None
-            steps = max(1, -(-total // step))
-            self.interval = -(-steps // wanted) * step
         if total is None:
-            logger.info("one decision after every %d samples, in a run of unknown length", self.interval)
+            self._begin_without_end(wanted)
             return
-        count = max(1, -(-total // self.interval))
+        spread = -(-max(1, -(-total // step)) // wanted) * step
+        interval = self.interval = self.interval or spread
+        count = max(1, -(-total // interval))
         if self._is_restored:
-            logger.info(
+            is_ignored = self._asked is not None and interval != spread
+            logger.log(
+                logging.WARNING if is_ignored else logging.INFO,
                 "the saved run decides after every %d samples, and this run keeps that interval: %d decisions in %d "
-                "samples",
-                self.interval,
+                "samples%s",
+                interval,
                 count,
                 total,
+                f"; decisions={self._asked} has no effect, pass samples_per_reweight={spread} instead"
+                if is_ignored
+                else "",
             )
         elif count < FEW_DECISIONS and count != self._asked:
             logger.warning(
@@ -106,7 +99,7 @@ class Cadence:
                 "is; %s",
                 count,
                 total,
-                self.interval,
+                interval,
                 f"the run has only {-(-total // step)} steps of {step} samples, so train for longer"
                 if self.is_derived
                 else f"pass decisions={DEFAULT_DECISIONS} to the sampler in place of samples_per_reweight",
@@ -117,6 +110,20 @@ class Cadence:
                 "(%d steps)",
                 count,
                 total,
-                self.interval,
-                max(1, self.interval // step),
+                interval,
+                max(1, interval // step),
             )
+
+    def _begin_without_end(self, wanted: int) -> None:
+        """`begin` for a run of unknown length."""
+        if self.interval is not None:
+            logger.info("one decision after every %d samples, in a run of unknown length", self.interval)
+            return
+        self.interval = FALLBACK_INTERVAL
+        logger.warning(
+            "the length of this run is unknown, so its %d decisions cannot be spread over it: one decision follows "
+            "after every %d samples instead; limit the run (max_steps of the trainer, or samples= of Mixing.begin), or "
+            "pass samples_per_reweight= to the sampler",
+            wanted,
+            self.interval,
+        )

@@ -151,7 +151,20 @@ def test_a_resumed_run_keeps_the_interval_whatever_its_length(build, caplog):
     assert logged(
         caplog, "the saved run decides after every 80 samples, and this run keeps that interval: 50 decisions"
     )
+    assert logged(caplog, "decisions=5 has no effect, pass samples_per_reweight=800 instead")
     assert not logged(caplog, "decisions will differ")
+
+
+@pytest.mark.parametrize(("decisions", "warnings"), [(None, 0), (5, 0), (50, 1)])
+def test_a_number_of_decisions_that_a_resume_cannot_give_is_warned_of(build, caplog, decisions, warnings):
+    state = begun(build, 400, decisions=5).state_dict(consumed=0)
+    resumed = build(**DERIVED, exhausted="repeat", decisions=decisions)
+    resumed.load_state_dict(state)
+    resumed.bind(BATCHES_OF_4, limit=400)
+    caplog.clear()
+    resumed.begin_decisions()
+    assert resumed.samples_per_reweight == 80
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == warnings
 
 
 def test_an_interval_that_is_set_at_a_resume_replaces_the_saved_one_with_a_warning(build, caplog):
