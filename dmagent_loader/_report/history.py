@@ -29,7 +29,7 @@ class Forecast:
     """The end of the run if the present mix stays.
 
     Attributes:
-        end: Global sample index at which the data end the run; None: they never do.
+        end: Global sample index at which the data end the run, after its last whole step; None: they never do.
         used_up: Domains that are used up there.
         fails: Whether the run ends with an error there, because a domain with rule ``error`` is used up.
         stop: Samples at which the trainer stops by its own count of steps; None: unknown.
@@ -131,13 +131,16 @@ class RunHistory:
         return RunRecord(name=name, mix=steps, feedback=feedback)
 
 
-def read_history(state: Mapping[str, Any], *, name: str, last_sample: int | None = None) -> RunHistory:
+def read_history(
+    state: Mapping[str, Any], *, name: str, last_sample: int | None = None, samples_per_step: int | None = None
+) -> RunHistory:
     """The history of a run from its saved state.
 
     Args:
         state: State of a sampler, as JSON values.
         name: Name of the run for readers.
         last_sample: Samples at which the trainer stops; None: unknown.
+        samples_per_step: Samples of a step over all ranks; None: unknown.
 
     Raises:
         StateError: The state is damaged.
@@ -152,12 +155,13 @@ def read_history(state: Mapping[str, Any], *, name: str, last_sample: int | None
         samples_per_reweight=run.samples_per_reweight,
         run=run,
         counts=run.plan.counts(run.consumed),
-        forecast=_forecast(run.plan, last_sample),
+        forecast=_forecast(run, last_sample, samples_per_step or 1),
         influence=measured_influence(run.policy_state),
     )
 
 
-def _forecast(plan: Plan, stop: int | None) -> Forecast:
+def _forecast(run: RestoredState, stop: int | None, step: int) -> Forecast:
+    plan, consumed = run.plan, run.consumed
     end, failure = plan.end, plan.failure
     first: dict[str, int] = {}
     for index, names in plan.changes():
@@ -166,4 +170,6 @@ def _forecast(plan: Plan, stop: int | None) -> Forecast:
     runs_out = np.array([first.get(name, -1) for name in plan.space.names], dtype=np.int64)
     last = failure[0] if failure is not None else end
     used_up = failure[1] if failure is not None else () if end is None else plan.used_up_at(end)
+    if failure is None and last is not None:
+        last = consumed + (last - consumed) // step * step
     return Forecast(end=last, used_up=used_up, fails=failure is not None, stop=stop, runs_out=runs_out)

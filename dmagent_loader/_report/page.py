@@ -108,7 +108,8 @@ def _forecast(history: RunHistory) -> list[str]:
     """The end of the run, and the domains that run out before it."""
     plan, forecast, consumed = history.plan, history.forecast, history.consumed
     facts = []
-    if forecast.stop is not None:
+    is_over = forecast.end is not None and forecast.end <= consumed and not forecast.fails
+    if forecast.stop is not None and not is_over:
         facts.append(
             f"The trainer stops after {_when(forecast.stop, consumed)}, by its number of steps."
             if forecast.stop > consumed
@@ -118,7 +119,7 @@ def _forecast(history: RunHistory) -> list[str]:
         facts.append("The data do not end the run: domains that are used up repeat, or others take their weight.")
     else:
         names, when = _some(forecast.used_up), _when(forecast.end, consumed)
-        if forecast.end <= consumed and not forecast.fails:
+        if is_over:
             facts.append(f"The run has ended: {names} used up.")
         elif forecast.fails:
             facts.append(f"Under the present mix the run fails after {when}: {names} used up, and the rule is 'error'.")

@@ -59,7 +59,10 @@ def report(args: argparse.Namespace) -> int:
 
     saved = find_saved_state(args.state)
     name = args.state.resolve().name
-    written = write_report(read_history(saved.state, name=name, last_sample=saved.last_sample), source=str(saved.path))
+    history = read_history(
+        saved.state, name=name, last_sample=saved.last_sample, samples_per_step=saved.samples_per_step
+    )
+    written = write_report(history, source=str(saved.path))
     print(f"{saved.path}:")
     for line in written.lines:
         print(f"  {line}")

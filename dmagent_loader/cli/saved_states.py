@@ -50,11 +50,13 @@ class SavedState:
         state: The state of a sampler; not checked any further.
         path: File that holds it.
         last_sample: Samples at which the trainer stops by its own count of steps; None: the file does not say.
+        samples_per_step: Samples of one of its steps over all ranks; None: the file does not say.
     """
 
     state: Mapping[str, Any]
     path: Path
     last_sample: int | None = None
+    samples_per_step: int | None = None
 
 
 def find_saved_state(path: Path) -> SavedState:
@@ -119,8 +121,8 @@ def _states_of(file: Path) -> list[SavedState]:
         StateError: The file cannot be read.
     """
     value = _read_torch(file) if file.suffix in TORCH_FILES else _read_json(file)
-    last = _last_sample(value)
-    return [SavedState(state=state, path=file, last_sample=last) for state in _states_in(value)]
+    last, step = _trainer_steps(value)
+    return [SavedState(state=state, path=file, last_sample=last, samples_per_step=step) for state in _states_in(value)]
 
 
 def _read_json(file: Path) -> Any:
@@ -179,12 +181,12 @@ def _states_in(value: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
             yield from _states_in(part, depth + 1)
 
 
-def _last_sample(value: Any) -> int | None:
-    """Samples at which the Hugging Face Trainer stops, from its ``trainer_state.json``."""
+def _trainer_steps(value: Any) -> tuple[int | None, int | None]:
+    """Samples at which the Hugging Face Trainer stops, and those of a step, from its ``trainer_state.json``."""
     try:
         held = value["stateful_callbacks"]["DataMixingCallback"]
         attributes = (held[-1] if isinstance(held, list) else held)["attributes"]
-        left = int(value["max_steps"]) - int(value["global_step"])
-        return int(attributes["sampler"]["consumed"]) + left * int(attributes["samples_per_step"])
+        left, step = int(value["max_steps"]) - int(value["global_step"]), int(attributes["samples_per_step"])
+        return int(attributes["sampler"]["consumed"]) + left * step, step if step > 0 else None
     except (LookupError, TypeError, ValueError):
-        return None
+        return None, None

@@ -92,16 +92,15 @@ def state(args: argparse.Namespace) -> int:
     segment = f", {len(plan.segments)} segments, the last from sample {plan.begin:,} on" * (len(plan.segments) > 1)
     print(f"a run of {consumed:,} samples{segment}, with {len(saved['measurements'])} decisions, seed {plan.seed}")
     drawn, left = plan.drawn(consumed), plan.rows_left(consumed)
-    width = max(len("domain"), *map(len, drawn))
-    print(f"{'domain':{width}}  {'weight':>7}  {'samples':>12}  {'rows':>12}  {'left of this pass':>17}  rule")
     weights = plan.ledger.in_force(consumed).weights()
+    table = [("domain", "weight", "samples", "rows", "left of this pass", "rule")]
     for number, name in enumerate(plan.space.names):
-        print(
-            f"{name:{width}}  {weights[number]:>7.4f}  {drawn[name]:>12,}  {plan.num_rows[number]:>12,}  "
-            f"{left[number]:>17,}  {plan.rules[number]}"
+        rows = f"{plan.num_rows[number]:,}"
+        table.append(
+            (name, f"{weights[number]:.4f}", f"{drawn[name]:,}", rows, f"{left[number]:,}", plan.rules[number])
         )
-    for domain in plan.removed:
-        print(f"{domain.name:{width}}  {'-':>7}  {drawn[domain.name]:>12,}  {'-':>12}  {'-':>17}  removed")
+    table += [(domain.name, "-", f"{drawn[domain.name]:,}", "-", "-", "removed") for domain in plan.removed]
+    _print_table(table)
     bad = saved["bad_rows"]["counts"]
     if bad:
         print(f"bad rows that were replaced: {', '.join(f'{name} {count:,}' for name, count in bad.items())}")
@@ -128,13 +127,11 @@ def _compare(args: argparse.Namespace, saved: Mapping[str, Any], plan: Plan, con
     print(f"load_state_dict(state, data='changed') begins segment {len(changed.segments)} of the run:")
     weights, left = changed.ledger.in_force(consumed).weights(), changed.rows_left(consumed)
     kinds = {domain.name: domain for domain in found.domains}
-    width = max(len("domain"), *map(len, changed.space.names))
-    print(f"  {'domain':{width}}  {'weight':>7}  {'rows':>12}  {'left of this pass':>17}")
+    table = [("domain", "weight", "rows", "left of this pass", "")]
     for number, name in enumerate(changed.space.names):
-        print(
-            f"  {name:{width}}  {weights[number]:>7.4f}  {changed.num_rows[number]:>12,}  {left[number]:>17,}"
-            f"{_remark(kinds[name])}"
-        )
+        rows, remark = f"{changed.num_rows[number]:,}", _remark(kinds[name])
+        table.append((name, f"{weights[number]:.4f}", rows, f"{left[number]:,}", remark))
+    _print_table(table, indent="  ")
     for domain in changed.removed:
         print(f"  {domain.name} leaves: its weight goes to the other domains of {domain.field!r}")
     return 1
@@ -142,11 +139,19 @@ def _compare(args: argparse.Namespace, saved: Mapping[str, Any], plan: Plan, con
 
 def _remark(domain: DomainDifference) -> str:
     if domain.kind == "new":
-        return "  new: no weight until the next decision or set_mix()"
+        return "new: no weight until the next decision or set_mix()"
     if domain.is_same:
         return ""
     joins = sum(domain.changed.rows) + sum(domain.new.rows)
-    return f"  {joins:,} rows join" if joins else "  shards leave"
+    return f"{joins:,} rows join" if joins else "shards leave"
+
+
+def _print_table(rows: Sequence[tuple[str, ...]], *, indent: str = "") -> None:
+    """Prints rows in columns: the first and the last flush left, numbers flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *numbers, last in rows:
+        cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:-1], strict=True)]
+        print(f"{indent}{'  '.join([f'{first:{widths[0]}}', *cells, last])}".rstrip())
 
 
 def _present(args: argparse.Namespace, plan: Plan) -> tuple[ShardCollection, RunData]:

@@ -98,6 +98,18 @@ def test_the_forecast_is_where_the_run_ends(build: Build) -> None:
     assert history(sampler, 60, last_sample=70).forecast.last_sample == 70
 
 
+def test_the_end_is_that_of_the_last_whole_step(build: Build) -> None:
+    """A trainer stops where the samples left make no step; the report must not promise more of them."""
+    sampler = build()
+    decide(sampler, 60)
+    end = sampler.plan.end
+    assert end is not None
+    step = end - 60 + 1
+    over = history(sampler, 60, last_sample=60 + 2 * step, samples_per_step=step).forecast
+    assert over.end == over.last_sample == 60
+    assert history(sampler, 60, samples_per_step=end - 60).forecast.end == end
+
+
 def test_a_run_whose_domains_repeat_has_no_end(build: Build) -> None:
     sampler = build(exhausted="repeat")
     decide(sampler, 20)

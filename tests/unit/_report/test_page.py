@@ -36,6 +36,7 @@ def history(
     consumed: int | None = None,
     rules: str = "repeat",
     last_sample: int | None = None,
+    samples_per_step: int | None = None,
 ) -> RunHistory:
     """A run with a decision at every 100 samples, whose mix changes each time."""
     space = DomainSpace(tuple(Domain(name=name, field=name.split("/")[0]) for name in names))
@@ -80,7 +81,7 @@ def history(
     segments = {**SegmentWriter(plan, None).to_json(), "first_fingerprint": settings.fingerprint}
     trained = 100 * max(1, decisions) if consumed is None else consumed
     state = write_state(settings, decider, trained, segments, {"counts": {}, "replaced": []})
-    return read_history(state, name="my run", last_sample=last_sample)
+    return read_history(state, name="my run", last_sample=last_sample, samples_per_step=samples_per_step)
 
 
 def report(**settings: Any) -> RunReport:
@@ -126,6 +127,13 @@ def test_a_page_stands_alone():
     assert all(source.startswith("data:image/png") for source in sources)
     for foreign in ("<script", "<link", "@import", "url(", "http"):
         assert foreign not in page
+
+
+def test_a_run_that_its_data_ended_is_over_whatever_the_trainer_has_planned():
+    page = report(rules="stop", consumed=200, decisions=2, last_sample=600, samples_per_step=100).page
+    assert "The run has ended:" in page
+    assert "due now" not in page
+    assert "The trainer stops" not in page
 
 
 def test_a_page_has_all_parts_of_a_run():
