@@ -15,8 +15,8 @@ _UNWARNED_PASSES = 3
 (arXiv 2305.16264)."""
 _LISTED = 5
 """Domains named in one line of the log."""
-_SHORTER = 0.95
-"""A run that ends before this part of the trainer's limit is warned of."""
+ENDS_EARLY = 0.95
+"""Part of the planned run, or of the data, before which an end is warned of."""
 
 
 class Passes:
@@ -76,7 +76,7 @@ class Passes:
             first,
             _summary(sampler, total),
         )
-        if limit is not None and end is not None and end < _SHORTER * limit:
+        if limit is not None and end is not None and end < ENDS_EARLY * limit:
             logger.warning(
                 "under the present mix, the data are used up after step %d, but the trainer plans %d steps, and with "
                 "them its learning rate: set max_steps=%d, or let the domains repeat (exhausted='repeat')",
@@ -90,11 +90,13 @@ class Passes:
         sampler = self._sampler
         plan_end = sampler.plan.ends_by(consumed + sampler.global_batch)
         used_up = sampler.plan.used_up_at(consumed if plan_end is None else plan_end)
+        left = 0 if plan_end is None else plan_end - consumed
         self.warn(consumed)
         logger.info(
-            "training ended after %d samples; used up: %s; %s",
+            "training ended after %d samples; used up: %s%s; %s",
             consumed,
             _listed(used_up) if used_up else "nothing",
+            f", but for {left} samples that make no whole step" if left > 0 else "",
             _summary(sampler, consumed),
         )
 

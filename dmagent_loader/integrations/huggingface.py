@@ -29,6 +29,7 @@ from dmagent_loader.data_loader import MixingDataLoader
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations._calling_trainer import trainer_calling
+from dmagent_loader.integrations._passes import ENDS_EARLY
 from dmagent_loader.integrations._trainer_checks import follow_log_level, refuse_as_evaluation_data, warn_about_order
 from dmagent_loader.integrations.mixing import Mixing
 from dmagent_loader.sampler import AgentWeightedSampler, LoaderSettings
@@ -44,9 +45,6 @@ from transformers.trainer_utils import RemoveColumnsCollator, SaveStrategy  # no
 __all__ = ["DataMixingCallback", "DataMixingTrainerMixin", "last_whole_checkpoint"]
 
 logger = logging.getLogger(__name__)
-
-_SHORTER = 0.95
-"""Epochs that end before this part of the data are warned of."""
 
 
 class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -346,7 +344,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         if end is None or args.max_steps > 0:
             return
         steps = state.global_step + -(-(end - self.consumed) // self._samples_per_step)
-        if state.max_steps < _SHORTER * steps:
+        if state.max_steps < ENDS_EARLY * steps:
             logger.warning(
                 "num_train_epochs=%g plans %d steps, because the Trainer measures an epoch under the initial mix, but "
                 "under the present mix the data last for %d steps: set max_steps=%d to use them up",
