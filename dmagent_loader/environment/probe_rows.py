@@ -53,6 +53,11 @@ def probe_windows(
     return windows
 
 
+def num_tokens(row: Row) -> int:
+    """Number of token ids in a row, padding included."""
+    return len(row["input_ids"] if isinstance(row, Mapping) else row)
+
+
 def has_token_to_predict(row: Row, max_length: int) -> bool:
     """Whether a row can be scored: not an empty document, nor one whose labels are all -100 within the limit.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dmagent_loader import _distributed as distributed
 from dmagent_loader.environment import Environment, Influence
-from dmagent_loader.environment.probe_rows import has_token_to_predict
+from dmagent_loader.environment.probe_rows import has_token_to_predict, num_tokens
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, InfluenceError
 from dmagent_loader.policies import INFLUENCE, LENGTH, QUESTIONS, InformedPolicy, name_of
 from dmagent_loader.sampler import AgentWeightedSampler
@@ -23,6 +23,8 @@ ALL_ROWS = 52 * ROWS
 each other, and noise must be smaller to tell them apart (docs/influence.md)."""
 PROBES_PER_DECISION = 64
 """Numbers of probes that are reserved for the repeated measurements of a decision."""
+MOST_COST = 0.01
+"""Largest part of a run of known length that measurements may cost if they are repeated; the first is always made."""
 MAX_ROW_TOKENS = 1024
 """Largest number of tokens read from a row: with `ALL_ROWS`, 1.7 million tokens."""
 
@@ -49,24 +51,22 @@ def inform(
         The influence, if it was measured; the mean, if more than once.
 
     Raises:
-        ConfigurationError: The policy needs evidence of an unknown kind.
+        ConfigurationError: The policy needs evidence of an unknown kind, or does not stop asking.
     """
     decision = len(sampler.measurements)
-    measured: list[Influence] = []
-    count = max(ROWS, ALL_ROWS // len(sampler.space))
-    has_more_rows = True
+    probes = _Probes(sampler, environment, measure, name_of(policy))
+    rounds = 0
     # A policy that does not get one kind of evidence may then need another.
     while needs := policy.needed(decision):
+        rounds += 1
+        if rounds > PROBES_PER_DECISION:
+            raise ConfigurationError(
+                f"policy {name_of(policy)!r} still needs {sorted(needs)} after {PROBES_PER_DECISION} requests for one "
+                "decision: its needed() must come to return nothing"
+            )
         for need in sorted(needs):
             if need == INFLUENCE:
-                influence = None
-                if has_more_rows:
-                    probe = decision * PROBES_PER_DECISION + len(measured)
-                    influence = _influence(policy, sampler, environment, measure, count, probe)
-                if influence is not None:
-                    measured.append(influence)
-                    has_more_rows = any(rows >= count for rows in influence.rows.values())
-                policy.inform(need, influence)
+                policy.inform(need, probes.next(decision))
             elif need == LENGTH:
                 policy.inform(need, sampler.run_length)
             elif need == QUESTIONS:
@@ -76,7 +76,7 @@ def inform(
                     f"policy {name_of(policy)!r} needs {need!r}, which no integration provides: let it use "
                     f"{INFLUENCE!r}, {LENGTH!r} and {QUESTIONS!r} only"
                 )
-    return measured[0].averaged(measured[1:]) if measured else None
+    return probes.mean()
 
 
 def texts(environment: Environment) -> dict[str, list[str]]:
@@ -84,24 +84,59 @@ def texts(environment: Environment) -> dict[str, list[str]]:
     return {field: [f"{q.question} {q.answer}" for q in listed] for field, listed in environment.questions.items()}
 
 
-def _influence(
-    policy: InformedPolicy,
-    sampler: AgentWeightedSampler,
-    environment: Environment,
-    measure: Measure | None,
-    count: int,
-    probe: int,
-) -> Influence | None:
-    try:
-        if measure is None:
-            raise InfluenceError("this trainer gives no access to the model's gradients")
-        with distributed.together("reading rows of each domain", shared=(InfluenceError,)):
-            rows = _scorable(sampler.probe_rows(count, probe=probe))
-        return measure(environment, rows, {"max_row_tokens": MAX_ROW_TOKENS})
-    except InfluenceError as error:
-        if distributed.get_rank() == 0:
-            logger.warning("policy %r decides without influence: %s", name_of(policy), error)
-        return None
+class _Probes:
+    """The measurements of influence for one decision.
+
+    Args:
+        sampler: Source of the rows.
+        environment: Source of the questions.
+        measure: Function that measures influence; None: this trainer gives no access to gradients.
+        policy: Name of the policy, for messages.
+    """
+
+    def __init__(
+        self, sampler: AgentWeightedSampler, environment: Environment, measure: Measure | None, policy: str
+    ) -> None:
+        self._sampler, self._environment, self._measure, self._policy = sampler, environment, measure, policy
+        self._count = max(ROWS, ALL_ROWS // len(sampler.space))
+        self._row_tokens = 0.0
+        """Mean number of tokens in a row."""
+        self._measured: list[Influence] = []
+
+    def next(self, decision: int) -> Influence | None:
+        """Another measurement, on rows that were not read before; None: it is not possible, or too expensive."""
+        if self._measured and not self._may_repeat():
+            return None
+        try:
+            if self._measure is None:
+                raise InfluenceError("this trainer gives no access to the model's gradients")
+            probe = decision * PROBES_PER_DECISION + len(self._measured)
+            with distributed.together("reading rows of each domain", shared=(InfluenceError,)):
+                rows = _scorable(self._sampler.probe_rows(self._count, probe=probe))
+            lengths = [num_tokens(row) for listed in rows.values() for row in listed]
+            self._row_tokens = sum(lengths) / len(lengths)
+            found = self._measure(self._environment, rows, {"max_row_tokens": MAX_ROW_TOKENS})
+        except InfluenceError as error:
+            if distributed.get_rank() == 0:
+                without = "without another measurement of influence" if self._measured else "without influence"
+                logger.warning("policy %r decides %s: %s", self._policy, without, error)
+            return None
+        self._measured.append(found)
+        return found
+
+    def _may_repeat(self) -> bool:
+        """Whether there are more rows to read, and the run is long enough for the cost of another measurement."""
+        has_more_rows = any(rows >= self._count for rows in self._measured[-1].rows.values())
+        samples = self._sampler.total_samples
+        if samples is None or not has_more_rows:
+            return has_more_rows
+        cost = sum(influence.tokens for influence in self._measured) + self._measured[-1].tokens
+        # Of a training step, too, the backward pass counts as two forward ones.
+        return cost <= MOST_COST * 3 * samples * self._row_tokens
+
+    def mean(self) -> Influence | None:
+        """Mean of the measurements; None: there is none."""
+        return self._measured[0].averaged(self._measured[1:]) if self._measured else None
 
 
 def _scorable(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

@@ -212,3 +212,49 @@ def test_the_agent_with_other_topics_still_needs_its_fields(tmp_path):
     one_field = {"keep": QUESTIONS["keep"]}
     with pytest.raises(ConfigurationError, match="1 field"):
         mixing(tmp_path, None, questions=one_field, agent="dmagent-rl", topics="question-topics").begin()
+
+
+def test_a_policy_that_never_stops_asking_is_refused(tmp_path):
+    class Insatiable(InfluencePolicy):
+        def needed(self, decision):
+            return frozenset({"length"})
+
+    space = mixing(tmp_path, None).sampler.space
+    run = mixing(tmp_path, Insatiable(space, np.full(len(space), 1 / len(space))))
+    run.begin()
+    with pytest.raises(ConfigurationError, match=r"still needs \['length'\] after 64 requests"):
+        run.reweight(lambda environment: environment.evaluate(Model()))
+
+
+@pytest.mark.parametrize(("samples", "times"), [(1_000, 1), (10_000_000, 3)], ids=["short", "long"])
+def test_a_measurement_is_repeated_only_in_a_run_that_is_long_enough_for_its_cost(tmp_path, samples, times):
+    domains = {f"source/{name}": 2000 for name in "ab"}
+    space = mixing(tmp_path / "space", None, domains=domains).sampler.space
+    policy = InfluencePolicy(space, np.full(2, 0.5), reliability=0.999999, max_measurements=3)
+    run, model, asked = mixing(tmp_path, policy, domains=domains, exhausted="repeat"), Model(), []
+
+    def measure(environment, rows, settings):
+        asked.append(len(rows))
+        return environment.influence(model, rows, **settings)
+
+    run.begin(samples=samples)
+    report = run.reweight(lambda environment: environment.evaluate(model), measure=measure)
+    assert len(asked) == times
+    assert report.full["dmagent/influence_tokens"] > 0
+
+
+def test_a_repetition_that_fails_is_not_called_a_decision_without_influence(tmp_path, caplog):
+    space = mixing(tmp_path / "space", None, domains=dict.fromkeys(("source/a", "source/b"), 2000)).sampler.space
+    policy, model, asked = InfluencePolicy(space, np.full(2, 0.5), reliability=0.999999), Model(), []
+    run = mixing(tmp_path, policy, domains=dict.fromkeys(("source/a", "source/b"), 2000), exhausted="repeat")
+
+    def measure(environment, rows, settings):
+        asked.append(len(rows))
+        if len(asked) > 1:
+            raise InfluenceError("no room any more")
+        return environment.influence(model, rows, **settings)
+
+    run.begin()
+    run.reweight(lambda environment: environment.evaluate(model), measure=measure)
+    assert len(asked) == 2
+    assert "decides without another measurement of influence: no room any more" in caplog.text
