@@ -10,7 +10,7 @@ so one search serves all:
 | Lightning | ``*.ckpt`` | ``callbacks.DataMixingCallback`` |
 | Accelerate | ``custom_checkpoint_*.pkl`` | the object itself |
 | NeMo | ``weights/common.pt`` | ``AgentWeightedDataModule``, as JSON text |
-| Megatron-core | ``common.pt`` | the user's key, as JSON text |
+| Megatron-core | ``common.pt``, or the common state that ``.metadata`` lists | the user's key, as JSON text |
 | Megatron-LM | ``train_dataloader_dprank*.pt`` | ``dataloader_state_dict``, as JSON text |
 
 Nothing in these files is executed: torch files are read with ``weights_only=True``, without the tensors' data.
@@ -18,6 +18,7 @@ Nothing in these files is executed: torch files are read with ``weights_only=Tru
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -28,6 +29,7 @@ from typing import Any
 
 from dmagent_loader._run.state import MAX_STATE_BYTES
 from dmagent_loader._validation import read_regular, shown
+from dmagent_loader.cli.distributed_checkpoint import METADATA, common_state
 from dmagent_loader.errors import StateError
 
 JSON_FILES, TORCH_FILES = (".json",), (".ckpt", ".pt", ".pth", ".pkl")
@@ -98,16 +100,24 @@ def _candidates(folder: Path) -> Iterator[Path]:
         for file in sorted(map(Path(where).joinpath, files)):
             try:
                 if (file.suffix in JSON_FILES and _MARK[0] in read_regular(file, MAX_STATE_BYTES)) or (
-                    file.suffix in TORCH_FILES and _MARK[1] in _structure(file)
+                    _is_torch(file) and _MARK[1] in _structure(file)
                 ):
                     yield file
             except (OSError, ValueError, zipfile.BadZipFile):
                 continue  # another program's file, or one that is being written
 
 
+def _is_torch(file: Path) -> bool:
+    return file.suffix in TORCH_FILES or file.name == METADATA
+
+
+def _torch_file(file: Path) -> Path | io.BytesIO:
+    return io.BytesIO(common_state(file)) if file.name == METADATA else file
+
+
 def _structure(file: Path) -> bytes:
     """The part of a torch file that describes its objects, as bytes."""
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(_torch_file(file)) as archive:
         names = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
         if len(names) != 1 or names[0].file_size > MAX_STATE_BYTES:
             raise ValueError("it is not a torch file")
@@ -120,7 +130,7 @@ def _states_of(file: Path) -> list[SavedState]:
     Raises:
         StateError: The file cannot be read.
     """
-    value = _read_torch(file) if file.suffix in TORCH_FILES else _read_json(file)
+    value = _read_torch(file) if _is_torch(file) else _read_json(file)
     last, step = _trainer_steps(value)
     return [SavedState(state=state, path=file, last_sample=last, samples_per_step=step) for state in _states_in(value)]
 
@@ -139,7 +149,8 @@ def _read_torch(file: Path) -> Any:
     import torch
 
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        opened = _torch_file(file)
+        return torch.load(opened, map_location="cpu", weights_only=True, mmap=opened is file)
     except pickle.UnpicklingError as error:
         raise StateError(
             f"{file} contains objects that could execute code when they are loaded: {_unsafe(file)}; this command "
@@ -155,7 +166,7 @@ def _unsafe(file: Path) -> str:
     import torch
 
     try:
-        return shown(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        return shown(torch.serialization.get_unsafe_globals_in_checkpoint(_torch_file(file)))
     except Exception:  # the pickle is damaged, too
         return "unknown ones"
 

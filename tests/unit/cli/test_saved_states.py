@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import checkpoint
 
 from dmagent_loader import AgentWeightedSampler, ReadingConfig, save_state
 from dmagent_loader.cli.saved_states import find_saved_state
@@ -61,6 +63,9 @@ def put(path: Path, value: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
         save_state(path, value)
+    elif path.name == ".metadata":
+        parts = {"common_state/shard_0_1": [value], "weight": torch.ones(3), "extra/shard_0_1": [b"ledger"]}
+        checkpoint.save(parts, checkpoint_id=path.parent, no_dist=True)
     else:
         torch.save(value, path)
     return path
@@ -75,6 +80,7 @@ KINDS = [
     ("checkpoint_0/custom_checkpoint_0.pkl", lambda state: {"sampler": state, "environment": None}),
     ("checkpoints/run--step=4/weights/common.pt", nemo),
     ("iter_0000004/common.pt", megatron),
+    ("iter_0000004/.metadata", megatron),
     ("iter_0000004/train_dataloader_dprank000.pt", megatron_lm),
 ]
 
@@ -129,6 +135,22 @@ def test_a_file_without_a_state_is_refused(name, content, tmp_path):
         find_saved_state(tmp_path / name)
     with pytest.raises(StateError, match=r"the folder .* does not contain the state of a sampler"):
         find_saved_state(tmp_path)
+
+
+class Executed:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("content", [Executed(), {"storage_data": Executed()}, [1], b"ledger"], ids=range(4))
+def test_metadata_of_a_distributed_checkpoint_execute_nothing(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(StateError, match=r"metadata cannot be read as a torch file: .* does not list a common state"):
+        find_saved_state(tmp_path / ".metadata")
+    with pytest.raises(StateError, match=r"the folder .* does not contain the state of a sampler"):
+        find_saved_state(tmp_path)
+    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize("name", ["cut.json", "cut.ckpt", "noise.pt", "model.safetensors"])
