@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from dmagent_loader import _distributed
-from dmagent_loader.environment import Environment
 from dmagent_loader.errors import InfluenceError
+from influence_steps import ROWS, byte_environment, train_step, whole
 
 
 class Middle(nn.Module):
@@ -56,25 +56,10 @@ class Model(nn.Module):
         return self.head(torch.tanh(self.last(torch.tanh(self.middle(torch.tanh(x))))))
 
 
-def step(model, optimizer, seed):
-    torch.manual_seed(seed)
-    optimizer.zero_grad()
-    batch = torch.randint(0, 256, (4, 12))
-    logits = model(batch[:, :-1], None)
-    nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
-    optimizer.step()
-
-
-def whole(tensor):
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
-
-
 # A rank that waits for one that has left ends with an error after this time.
 dist.init_process_group("gloo", timeout=timedelta(seconds=40))
 rank = dist.get_rank()
-pairs = {"a": [("why " * (i % 4), "because" + str(i * i)) for i in range(11)], "b": [("q", "a"), ("c", "d")]}
-environment = Environment.from_pairs(pairs, lambda t: list(t.encode()), prefix_token_id=0, progress=False)
-rows = {f"d{d}": [[(d * 37 + i * 11 + j * j) % 256 for j in range(9 + i)] for i in range(5)] for d in range(3)}
+environment = byte_environment()
 errors = {"memory": torch.OutOfMemoryError, "influence": InfluenceError, "other": ValueError}
 report = {}
 for kind in ("ddp", "fsdp"):
@@ -91,18 +76,18 @@ for kind in ("ddp", "fsdp"):
                 for layer in (model.first, model.middle, model.last, model):
                     fully_shard(layer)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-            step(model, optimizer, 0)
+            train_step(model, optimizer, 0)
             middle = model.module.middle if kind == "ddp" else model.middle
             middle.place, middle.room, middle.error = place, room, errors.get(error) if rank == 1 else None
             started = time.monotonic()
             try:
-                found = environment.influence(model, rows, optimizer=optimizer, way=way)
+                found = environment.influence(model, ROWS, optimizer=optimizer, way=way)
                 result = {"scores": found.values().tolist(), "way": found.way, "notes": found.notes}
             except Exception as fault:
                 result = {"error": f"{type(fault).__name__}: {fault}"}
             result["seconds"] = time.monotonic() - started
             middle.error = None
-            step(model, optimizer, 1)  # training goes on
+            train_step(model, optimizer, 1)  # training goes on
             result["after"] = [whole(p).double().sum().item() for p in model.parameters()]
             report[f"{kind} {way} {error} {place} {room}"] = result
 try:
@@ -134,7 +119,7 @@ def ranks(tmp_path_factory):
     worker.write_text(WORKER)
     done = subprocess.run(
         [*python(2), str(worker), str(folder)],
-        env=environment(),
+        env=environment(PYTHONPATH=str(REPOSITORY / "tests")),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from dmagent_loader.environment import Environment
+from influence_steps import ROWS, byte_environment, train_step, whole
 
 
 class Model(nn.Module):
@@ -33,27 +33,11 @@ class Model(nn.Module):
         return self.head(torch.tanh(self.middle(self.dropout(self.embedding(input_ids).cumsum(dim=1)))))
 
 
-def step(model, optimizer, seed):
-    torch.manual_seed(seed)
-    optimizer.zero_grad()
-    batch = torch.randint(0, 256, (4, 12))
-    logits = model(batch[:, :-1], None)
-    nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
-    optimizer.step()
-
-
-def whole(tensor):
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
 distributed = "RANK" in os.environ
 if distributed:
     dist.init_process_group("gloo")
 rank = dist.get_rank() if distributed else 0
-pairs = {"a": [("why " * (i % 4), "because" + str(i * i)) for i in range(11)]}
-pairs["b"] = [("q", "a"), ("c", "d"), ("e", "f")]
-environment = Environment.from_pairs(pairs, lambda t: list(t.encode()), prefix_token_id=0, progress=False)
-rows = {f"d{d}": [[(d * 37 + i * 11 + j * j) % 256 for j in range(9 + i)] for i in range(5)] for d in range(3)}
+environment = byte_environment()
 report = {}
 for kind in ("ddp", "fsdp"):
     for way in ("gradient", "ghost", "reverse"):
@@ -66,20 +50,20 @@ for kind in ("ddp", "fsdp"):
                 fully_shard(model)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
             for seed in range(3):
-                step(model, optimizer, seed)
+                train_step(model, optimizer, seed)
             model.train()
             before = [whole(p) for p in model.parameters()]
             grads = [p.grad for p in model.parameters()]
             kept = [whole(g) for g in grads]
             torch.manual_seed(100 + rank)
             state = torch.get_rng_state()
-            found = environment.influence(model, rows, optimizer=optimizer if knows else None, way=way)
+            found = environment.influence(model, ROWS, optimizer=optimizer if knows else None, way=way)
             same = torch.equal(state, torch.get_rng_state()) and all(m.training for m in model.modules())
             same &= all(p.grad is g for p, g in zip(model.parameters(), grads))
             same &= all(torch.equal(whole(g), k) for g, k in zip(grads, kept))
             same &= all(torch.equal(whole(p), b) for p, b in zip(model.parameters(), before))
             model.eval()
-            step(model, optimizer, 7)  # training goes on
+            train_step(model, optimizer, 7)  # training goes on
             report[f"{kind} {way} {knows}"] = {
                 "way": found.way, "notes": found.notes,
                 "scores": found.values().tolist(), "errors": found.errors().tolist(), "same": same,
@@ -88,13 +72,13 @@ for kind in ("ddp", "fsdp"):
 plain = Model()
 plain.fails = rank == 1
 try:
-    environment.influence(plain, rows)
+    environment.influence(plain, ROWS)
     report["error"] = None
 except Exception as error:
     report["error"] = f"{type(error).__name__}: {error}"
 plain.fails = False
 try:
-    environment.influence(plain, {d: r[: 4 + rank] for d, r in rows.items()})
+    environment.influence(plain, {d: r[: 4 + rank] for d, r in ROWS.items()})
     report["differ"] = None
 except Exception as error:
     report["differ"] = f"{type(error).__name__}: {error}"
@@ -121,7 +105,12 @@ def reports(tmp_path_factory):
         output = folder / name
         output.mkdir()
         done = subprocess.run(
-            [*command, str(output)], env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=280
+            [*command, str(output)],
+            env=environment(PYTHONPATH=str(REPOSITORY / "tests")),
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=280,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         results.append([json.loads(Path(file).read_text()) for file in sorted(output.glob("rank*.json"))])
