@@ -263,8 +263,8 @@ def _refusal(key: str, state: Mapping[str, Any], settings: Mapping[str, Any], pr
             f"differ), or continue with those of this one by {_CONTINUE}"
         )
     message = (
-        f"the state is of a run with {key} {shown(state[key])}, this run has {shown(settings[key])}: a different "
-        f"{key} would change the order of samples; build the sampler with the saved value"
+        f"the state is of a run with {key} {shown(state[key])}, this run has {shown(settings[key])}: another value "
+        "would change the order of samples; build the sampler with the saved value"
     )
     return message if key == "seed" else f"{message}, or continue with this one by {_CONTINUE}"
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tarfile
 import uuid
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from dmagent_loader.testing import write_toy_shards
 
 ROWS = {"source/Science": 60, "source/News": 50, "target/Science": 64, "target/Finance": 32}
 DOMAINS = list(ROWS)
+NEW_DOMAIN = "source/Law"
 TIMEOUT_SECONDS = float(os.environ.get("CONFORMANCE_TIMEOUT", "280"))
 """Of one program; NeMo alone takes a minute to be imported on a busy machine."""
 
@@ -63,6 +66,10 @@ class Run:
 class Launcher:
     """Starts a program on one set of shards.
 
+    Attributes:
+        shards: Domain -> paths.
+        changed_shards: The same without `lost_shard`, and with the domain `NEW_DOMAIN`.
+
     Args:
         folder: Of all runs.
         program: Path of the program.
@@ -72,7 +79,9 @@ class Launcher:
         self.folder, self.program = folder, program
         self.number = 0
         self.shards = write_toy_shards(folder / "shards", ROWS, tokens=16)
-        (folder / "shards.json").write_text(json.dumps(self.shards))
+        self.lost_shard, *left = self.shards["source/News"]
+        new = write_toy_shards(folder / "new", {NEW_DOMAIN: 40}, tokens=16)
+        self.changed_shards = {**self.shards, "source/News": left, **new}
 
     def __call__(
         self,
@@ -81,10 +90,14 @@ class Launcher:
         data_ranks: int | None = None,
         batch_size: int = 2,
         check: bool = True,
+        changed: bool = False,
     ) -> Run:
+        """Runs the program to its end, on `shards` or on `changed_shards`."""
         out = self.folder / f"run-{self.number}"
         self.number += 1
-        command = [*python(processes), str(self.program), "--shards", str(self.folder / "shards.json")]
+        listed = self.folder / f"{out.name}-shards.json"
+        listed.write_text(json.dumps(self.changed_shards if changed else self.shards))
+        command = [*python(processes), str(self.program), "--shards", str(listed)]
         command += ["--out", str(out), "--batch-size", str(batch_size), *options]
         mark = {"CONFORMANCE_RUN": uuid.uuid4().hex}
         # Into a file: a process that a killed one leaves behind would hold a pipe open.
@@ -100,6 +113,14 @@ class Launcher:
             assert done.returncode == 0, printed[-5000:]
             run.results = [json.loads((out / f"result-{rank}.json").read_text()) for rank in range(processes)]
         return run
+
+    def keys_of(self, shards: Iterable[str]) -> set[int]:
+        """crc32 of the keys of all rows of some shards."""
+        keys: set[int] = set()
+        for path in shards:
+            with tarfile.open(path) as tar:
+                keys |= {zlib.crc32(name.split(".")[0].encode()) for name in tar.getnames()}
+        return keys
 
     def replay(self, run: Run, indices: list[int]) -> dict[int, int]:
         """Global index -> crc32 of the key, from the run's ledger alone."""

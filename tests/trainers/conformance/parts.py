@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--save-every", type=int, default=0, help="optimizer steps; 0: never")
     options.add_argument("--samples-per-reweight", type=int, default=16)
     options.add_argument("--resume", help="checkpoint to go on from")
+    options.add_argument("--data", choices=["exact", "changed"], default="exact", help="at resume; see the sampler")
     options.add_argument("--kill-at", type=int, help="SIGKILL to oneself after so many optimizer steps")
     options.add_argument("--slow-until", type=int, default=0, help="wait a little after each of the first steps")
     options.add_argument("--dropout", type=float, default=0.0)
@@ -69,6 +70,7 @@ def build_sampler(options: argparse.Namespace, *, transform: Any = causal_row, *
         samples_per_reweight=options.samples_per_reweight,
         seed=3,
         transform=transform,
+        data=options.data,
         reading=ReadingConfig(progress=False, cache_dir=options.out.parent / "cache"),
         **settings,
     )

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from trainers.conformance.launch import DOMAINS, Launcher, Run
+from trainers.conformance.launch import DOMAINS, NEW_DOMAIN, Launcher, Run
 
 from dmagent_loader._report.history import read_history
 from dmagent_loader.cli.saved_states import find_saved_state
@@ -156,7 +156,9 @@ def launchers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Integration
         start = Launcher(tmp_path_factory.mktemp(integration.program), program)
 
         @functools.cache
-        def run(*options: str, processes: int = 1, batch_size: int = 2, check: bool = True) -> Run:
+        def run(
+            *options: str, processes: int = 1, batch_size: int = 2, check: bool = True, changed: bool = False
+        ) -> Run:
             return start(
                 *integration.options,
                 *options,
@@ -164,9 +166,10 @@ def launchers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Integration
                 data_ranks=max(1, processes // integration.model_parallel),
                 batch_size=batch_size,
                 check=check,
+                changed=changed,
             )
 
-        run.replay = start.replay  # type: ignore[attr-defined]
+        run.launcher = start  # type: ignore[attr-defined]
         return run
 
     return launcher
@@ -214,7 +217,7 @@ def test_every_sample_is_trained_on_once_and_in_order(integration, setting, run,
         for rank, indices in enumerate(ranks):
             assert [i % run.data_ranks for i in indices] == [rank] * run.batch_size
     keys = run.keys()
-    assert keys == start.replay(run, sorted(keys))
+    assert keys == start.launcher.replay(run, sorted(keys))
     assert [line["step"] for line in run.seen(0)] == [n // setting.accumulation for n in range(len(batches))]
 
 
@@ -299,6 +302,29 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(integration, setting, 
     assert resumed.keys() == {i: key for i, key in whole.keys().items() if i in set(resumed.indices())}
     assert resumed.results[0]["ledger"] == whole.results[0]["ledger"]
     assert resumed.results[0]["weights"] == whole.results[0]["weights"]
+
+
+@every_integration
+def test_a_run_continues_with_changed_data(integration, start):
+    """Catches a trainer that begins such a run anew, repeats rows of the present pass, or keeps the old domains."""
+    common = ["--workers", "0", "--steps", "12", "--save-every", "5"]
+    killed = start(*common, "--kill-at", "8", processes=2, check=False)
+    assert killed.returncode in (-signal.SIGKILL, 1), killed.printed[-2000:]
+    resume = [*common, "--resume", str(killed.out / "checkpoints")]
+    refused = start(*resume, processes=2, check=False, changed=True)
+    assert refused.returncode != 0
+    assert "AgentWeightedSampler(data='changed')" in refused.printed
+    resumed = start(*resume, "--data", "changed", processes=2, changed=True)
+    done = 5 * killed.batch_size * killed.data_ranks
+    assert sorted(resumed.indices()) == list(range(done, resumed.results[0]["consumed"]))
+    before = {index: key for index, key in killed.keys().items() if index < done}
+    after = set(resumed.keys().values())
+    assert len({*before.values(), *after}) == resumed.results[0]["consumed"]  # so few samples are no second pass
+    launcher = start.launcher
+    assert not after & launcher.keys_of([launcher.lost_shard])
+    assert after & launcher.keys_of(launcher.changed_shards[NEW_DOMAIN])
+    assert {len(entry["mix"]) for entry in resumed.results[0]["ledger"]} == {len(launcher.changed_shards)}
+    assert resumed.results[0]["global_step"] == 12
 
 
 @every_integration
