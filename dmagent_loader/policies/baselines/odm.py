@@ -25,7 +25,8 @@ class OnlineDataMixing(LossPolicy):
     The first mix is thus the uniform one. In the paper, a round is a training step, and only the domains of its batch
     are rewarded. Here the loss of every domain is measured, and a decision stands for `rounds_per_decision` rounds with
     these losses. With a single round, the exploration rate would stay at 1 / D, the uniform mix, for D log D decisions
-    (205 with 52 domains). The value of alpha is ours.
+    (205 with 52 domains). As e_t falls, the exploitation e_{t-1} R does, too: late in a long run, the mix approaches
+    the uniform one again. The value of alpha is ours.
 
     Args:
         space: Domains of the run.

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from dmagent_loader import AgentWeightedSampler, Environment, Mixing, ReadingConfig
+from dmagent_loader.environment import RowEnvironment
 from dmagent_loader.errors import ConfigurationError, InfluenceError
-from dmagent_loader.policies import InfluencePolicy
+from dmagent_loader.policies import InfluencePolicy, OnlineDataMixing
 from dmagent_loader.testing import write_toy_shards
 
 DOMAINS = {"source/Science": 40, "source/Sports": 40, "target/Finance": 40, "target/Health": 40}
@@ -130,7 +131,7 @@ def test_a_policy_that_asks_for_what_nobody_has_is_refused(tmp_path):
 
 
 def test_an_unknown_name_of_a_policy_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(ConfigurationError, match="'influence' or 'question-topics'"):
+    with pytest.raises(ConfigurationError, match="'influence', 'question-topics', 'natural', 'uniform' or 'odm'"):
         mixing(tmp_path, "influenze")
 
 
@@ -258,3 +259,61 @@ def test_a_repetition_that_fails_is_not_called_a_decision_without_influence(tmp_
     run.reweight(lambda environment: environment.evaluate(model), measure=measure)
     assert len(asked) == 2
     assert "decides without another measurement of influence: no room any more" in caplog.text
+
+
+def test_losses_are_measured_before_each_decision_on_the_same_rows(tmp_path):
+    """The rows, scored apart, give what the policy received; the model changes in between, the rows do not."""
+    run, model = mixing(tmp_path, "odm"), Model()
+    run.begin()
+    for consumed in (0, 10, 20):
+        run.consumed = consumed
+        list(zip(run.sampler, range(10), strict=False))
+        report = run.reweight(lambda environment: environment.evaluate(model))
+        rows = {
+            domain: [{"input_ids": row["input_ids.npy"].astype(int)} for row in listed]
+            for domain, listed in run.sampler.probe_rows(1000).items()
+        }
+        expected = RowEnvironment(rows).evaluate(model)
+        for domain in DOMAINS:
+            assert report.full[f"loss/{domain}"] == pytest.approx(-expected[domain], abs=1e-5)
+        assert report.full["dmagent/losses_tokens"] == 16 * sum(DOMAINS.values())
+        assert report.full["dmagent/losses_seconds"] > 0
+        assert report.decision.outcome.accepted
+        with torch.no_grad():
+            model.table.weight[:, consumed] += 2.0
+    assert run.sampler.policy.updates == 2
+    assert len({entry.mix for entry in run.sampler.ledger}) == 3
+
+
+def test_a_resumed_run_makes_the_same_decisions_from_losses(tmp_path):
+    def decide(run, consumed):
+        run.consumed = consumed
+        list(zip(run.sampler, range(10), strict=False))
+        return run.reweight(lambda environment: environment.evaluate(model)).decision.proposed
+
+    model, first = Model(), mixing(tmp_path, "odm")
+    first.begin()
+    decide(first, 0)
+    decide(first, 10)
+    state = first.state_dict()
+    second = mixing(tmp_path, "odm")
+    second.load_state_dict(state)
+    assert decide(second, 20) == decide(first, 20)
+
+
+def test_where_losses_cannot_be_had_the_mix_stays_and_the_log_says_so(tmp_path, caplog):
+    run = mixing(tmp_path, "odm")
+    run.sampler.bind(transform=lambda sample: {"input_ids": sample["input_ids.npy"][:1]})
+    run.begin()
+    report = run.reweight(lambda environment: environment.evaluate(Model()))
+    assert "decides without the domains' losses: none of the rows" in caplog.text
+    assert report.decision.proposed == pytest.approx(dict.fromkeys(DOMAINS, 0.25))
+    assert not any(name.startswith("loss/") for name in report.full)
+
+
+def test_an_evaluation_that_ignores_its_environment_cannot_give_losses(tmp_path):
+    """Catches feedback of the fields taken for losses of the domains."""
+    run = mixing(tmp_path, OnlineDataMixing)
+    run.begin()
+    with pytest.raises(ConfigurationError, match="must evaluate the environment that it is passed"):
+        run.reweight(lambda _: {"keep": -3.0, "acquire": -4.0})
