@@ -67,10 +67,9 @@ TABLE_5 = np.array(
 def test_rewards_of_one_field_follow_its_benchmarks_as_in_the_paper(
     record: FeedbackRecord, field: int, correlation: float
 ) -> None:
-    """Table 5: the rewards so far correlate with the benchmarks as the feedback does, if the other field weighs nothing.
+    """Table 5: rewards so far correlate with the benchmarks as the feedback does, if the other field weighs nothing.
 
-    Catches a reward of another sign or scale at each step, such as one standardised along the run: with the spread of
-    the run so far, the correlations are others.
+    Catches a reward of another sign, or of another scale at each step, as if it were standardised along the run.
     """
     feedback, lengths = record.feedback.copy(), record.trajectories.lengths.copy()
     feedback[0, :5], lengths[0] = TABLE_5[:, :2], 4
