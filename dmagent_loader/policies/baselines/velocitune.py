@@ -94,8 +94,8 @@ def power_law_loss(tokens: Sequence[float], losses: Sequence[float], at: float) 
     Example:
         >>> tokens = [1e6, 2e6, 4e6, 8e6]
         >>> losses = [2.0 + 3.0 * (n / 1e6) ** -0.5 for n in tokens]
-        >>> round(power_law_loss(tokens, losses, 64e6), 2)  # 2 + 3 / 8
-        2.38
+        >>> round(power_law_loss(tokens, losses, 100e6), 1)  # 2 + 3 / 10
+        2.3
     """
     n, loss = np.asarray(tokens, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if n.shape != loss.shape or len(np.unique(n)) < 3 or (n <= 0).any() or not (loss > 0).all() or not at > 0:

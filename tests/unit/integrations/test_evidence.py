@@ -14,6 +14,7 @@ from dmagent_loader.environment import RowEnvironment
 from dmagent_loader.errors import ConfigurationError, InfluenceError
 from dmagent_loader.policies import InfluencePolicy, OnlineDataMixing
 from dmagent_loader.testing import write_toy_shards
+from dmagent_loader.transforms import ShiftedTokens, packed_tokens
 
 DOMAINS = {"source/Science": 40, "source/Sports": 40, "target/Finance": 40, "target/Health": 40}
 QUESTIONS = {
@@ -317,3 +318,18 @@ def test_an_evaluation_that_ignores_its_environment_cannot_give_losses(tmp_path)
     run.begin()
     with pytest.raises(ConfigurationError, match="must evaluate the environment that it is passed"):
         run.reweight(lambda _: {"keep": -3.0, "acquire": -4.0})
+
+
+@pytest.mark.parametrize("length", [15, 16], ids=["longer by a token", "last position masked"])
+def test_rows_shifted_for_megatron_have_the_losses_of_plain_rows(tmp_path, length):
+    model = Model()
+
+    def losses(folder, transform):
+        run = mixing(folder, "odm")
+        run.sampler.bind(transform=transform)
+        run.begin()
+        full = run.reweight(lambda environment: environment.evaluate(model)).full
+        return {domain: full[f"loss/{domain}"] for domain in DOMAINS}
+
+    shifted = losses(tmp_path / "shifted", ShiftedTokens(length=length))
+    assert shifted == pytest.approx(losses(tmp_path / "plain", packed_tokens), abs=1e-6)
