@@ -25,8 +25,8 @@ class MixtureLaw:
         L(n, r) = E + B r^eta / m^beta + C / (r + eps)^gamma        m = n / largest n of the runs
 
     This is the D-CPT law without its term of the model size, which E takes up. It is fitted by the Huber loss of log
-    residuals (delta 0.001), from several first guesses. The form is as we remember the paper; it is checked by
-    recovering losses that follow it.
+    residuals (delta 0.001), from several first guesses. The form is reconstructed from the paper's description, and
+    the bounds of the parameters are ours.
 
     Args:
         shares: Share of the field in each measurement, from 0 to 1.

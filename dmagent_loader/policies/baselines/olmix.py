@@ -85,8 +85,9 @@ class Olmix:
 
         minimise  sum over k of b_k L_k(p) + kl KL(p || prior)     with p_d samples <= most_passes rows_d
 
-    The problem is convex, and solved by mirror descent. The cap concerns domains whose rows repeat, and holds as soon
-    as the length of the run is known. If all rows together are too few for it, it is left out, with a warning.
+    Reconstructed from the paper's description. The problem is convex, and solved by mirror descent. The cap concerns
+    domains whose rows repeat, and holds as soon as the length of the run is known. If all rows together are too few for
+    it, it is left out, with a warning.
 
     Args:
         space: Domains of the run, those of the table.

@@ -95,7 +95,7 @@ class RegMix:
     """Proposes the mix that a regression on proxy runs predicts to be best, held static.
 
     The mix is the mean of the `best` of `candidates` mixes drawn from a Dirichlet distribution around the natural
-    shares, by the predicted loss.
+    shares, by the predicted loss. The defaults of these numbers follow the authors' notebook, as far as known.
 
     Args:
         space: Domains of the run, those of the table.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from dmagent_loader import AgentWeightedSampler, Environment, Mixing, ReadingConfig
 from dmagent_loader.environment import RowEnvironment
 from dmagent_loader.errors import ConfigurationError, InfluenceError
-from dmagent_loader.policies import InfluencePolicy, OnlineDataMixing
+from dmagent_loader.policies import InfluencePolicy, Olmix, OnlineDataMixing, ProxyTable
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import ShiftedTokens, packed_tokens
 
@@ -333,3 +334,22 @@ def test_rows_shifted_for_megatron_have_the_losses_of_plain_rows(tmp_path, lengt
 
     shifted = losses(tmp_path / "shifted", ShiftedTokens(length=length))
     assert shifted == pytest.approx(losses(tmp_path / "plain", packed_tokens), abs=1e-6)
+
+
+def test_olmix_learns_the_length_of_the_run_and_is_resumed(tmp_path):
+    """The table wants all weight on one domain, whose 40 rows may be read 4 times in a run of 400 samples."""
+    mixes = np.random.default_rng(0).dirichlet(np.ones(4), 60)
+    losses = 2 + np.exp(-3 * mixes[:, :1])
+    table = ProxyTable(domains=tuple(DOMAINS), metrics=("loss",), mixes=mixes, losses=losses)
+
+    def decide(run, consumed):
+        run.consumed = consumed
+        list(zip(run.sampler, range(10), strict=False))
+        return run.reweight(lambda environment: environment.evaluate(Model())).decision.proposed
+
+    first, second = (mixing(tmp_path, partial(Olmix, table=table, kl=0.01), exhausted="repeat") for _ in range(2))
+    first.begin(samples=400)
+    assert decide(first, 0)["source/Science"] == pytest.approx(4 * 40 / 400, abs=1e-4)
+    second.begin(samples=400)
+    second.load_state_dict(first.state_dict())
+    assert decide(second, 10) == decide(first, 10)
