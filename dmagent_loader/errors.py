@@ -120,7 +120,7 @@ class PolicyError(DMAgentError):
 
 
 class InfluenceError(DMAgentError, RuntimeError):
-    """Influence of the domains that cannot be measured: for lack of memory, or on a model without gradients."""
+    """Influence or losses of the domains that cannot be measured, for lack of memory or of access to the model."""
 
 
 class CheckpointError(DMAgentError):

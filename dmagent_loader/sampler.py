@@ -33,7 +33,7 @@ from dmagent_loader.mixture.domains import DomainSpace, start_state_mix
 from dmagent_loader.mixture.ledger import INITIAL, LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
-from dmagent_loader.policies import Policy, make_policy
+from dmagent_loader.policies import Policy, PolicyFactory, make_policy
 from dmagent_loader.shards import load_manifest
 
 __all__ = ["AgentWeightedSampler", "Decision", "DecisionConfig", "LoaderSettings", "Measurement", "ReadingConfig"]
@@ -53,9 +53,10 @@ class AgentWeightedSampler(FeedDataset):
             learn ``target/...``.
         agent: Name, path or Hub id of an agent checkpoint, or a loaded `MixingAgent`.
         policy: Another policy instead of an agent: ``"influence"`` (trains on domains that help the questions, as
-            measured on the model), ``"question-topics"``, or an object with `propose`.
+            measured on the model), ``"question-topics"``, ``"natural"``, ``"uniform"``, ``"odm"``, an object with
+            `propose`, or a function that makes one from the domains and their natural shares (`make_policy`).
         topics: Policy that sets the shares of the domains inside each field while the agent sets the weights of the
-            fields: ``"influence"``, ``"question-topics"``, or an object with `propose`. None: the agent sets both.
+            fields, in the forms of `policy`. None: the agent sets both.
         decisions: Number of decisions, evenly spaced over the run; None: 80, as in the paper. The interval between them
             is derived once, after the first decision, from the length of the run; a resumed run keeps it.
         samples_per_reweight: Samples, over all ranks, between two decisions, in place of `decisions`.
@@ -106,8 +107,8 @@ class AgentWeightedSampler(FeedDataset):
         *,
         decisions: int | None = None,
         samples_per_reweight: int | None = None,
-        policy: Policy | str | None = None,
-        topics: Policy | str | None = None,
+        policy: Policy | PolicyFactory | str | None = None,
+        topics: Policy | PolicyFactory | str | None = None,
         seed: int = 0,
         initial_mix: Mapping[str, float] | None = None,
         start_state: Mapping[str, float] | None = None,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from dmagent_loader._version import __version__
 from dmagent_loader.cli.demo import add_demo_command
+from dmagent_loader.cli.fit_mix import add_fit_mix_command
 from dmagent_loader.cli.inspect import add_inspect_command
 from dmagent_loader.cli.plan import add_simulate_command
 from dmagent_loader.cli.report import add_report_command
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_state_commands(commands)
     add_report_command(commands)
     add_inspect_command(commands)
+    add_fit_mix_command(commands)
     add_train_agent_command(commands)
     return parser
 

@@ -9,6 +9,7 @@ short) -> `influence_ways` (gradients, or a virtual step) -> `gradients` (parame
 from dmagent_loader.environment.core import Environment, LogLikelihoods
 from dmagent_loader.environment.influence import InfluenceSettings
 from dmagent_loader.environment.questions import Question
+from dmagent_loader.environment.rows import RowEnvironment
 from dmagent_loader.environment.settings import EnvironmentSettings
 from dmagent_loader.mixture.influence import Influence, Score
 
@@ -19,5 +20,6 @@ __all__ = [
     "InfluenceSettings",
     "LogLikelihoods",
     "Question",
+    "RowEnvironment",
     "Score",
 ]

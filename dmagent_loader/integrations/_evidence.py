@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dmagent_loader import _distributed as distributed
-from dmagent_loader.environment import Environment, Influence
-from dmagent_loader.environment.probe_rows import has_token_to_predict, num_tokens
+from dmagent_loader._validation import shown
+from dmagent_loader.environment import Environment, Influence, RowEnvironment
+from dmagent_loader.environment.probe_rows import IGNORED_LABEL, has_token_to_predict, num_tokens
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, InfluenceError
-from dmagent_loader.policies import INFLUENCE, LENGTH, QUESTIONS, InformedPolicy, name_of
+from dmagent_loader.policies import INFLUENCE, LENGTH, LOSSES, QUESTIONS, InformedPolicy, name_of
 from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.transforms import PACKED_MEMBER, packed_tokens
 
@@ -31,30 +36,61 @@ MAX_ROW_TOKENS = 1024
 Measure = Callable[[Environment, Mapping[str, Sequence[Any]], Mapping[str, Any]], Influence]
 """Measures influence on the trainer's model, from environment, rows by domain and settings of `Environment.influence`.
 """
+Evaluate = Callable[[Environment], Mapping[str, float]]
+"""Evaluates the trainer's model on an environment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Loss of the model on each domain.
+
+    Attributes:
+        by_domain: Domain -> mean loss per token, in nats.
+        tokens: Number of tokens that were read.
+        seconds: Duration.
+    """
+
+    by_domain: Mapping[str, float]
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The measurements that were made for a decision.
+
+    Attributes:
+        influence: Influence, the mean if it was measured more than once; None: not measured.
+        losses: Loss on each domain; None: not measured.
+    """
+
+    influence: Influence | None = None
+    losses: Losses | None = None
 
 
 def inform(
     policy: InformedPolicy,
     sampler: AgentWeightedSampler,
     environment: Environment,
+    evaluate: Evaluate,
     measure: Measure | None,
-) -> Influence | None:
+) -> Evidence:
     """Passes a policy the evidence for its next decision. All ranks call it together.
 
     Args:
         policy: Policy of the sampler.
         sampler: Source of the rows.
         environment: Source of the questions.
+        evaluate: Function that evaluates the trainer's model.
         measure: Function that measures influence; None: this trainer gives no access to gradients.
-
-    Returns:
-        The influence, if it was measured; the mean, if more than once.
 
     Raises:
         ConfigurationError: The policy needs evidence of an unknown kind, or does not stop asking.
+        FeedbackError: The losses are not finite.
     """
     decision = len(sampler.measurements)
     probes = _Probes(sampler, environment, measure, name_of(policy))
+    losses: Losses | None = None
     rounds = 0
     # A policy that does not get one kind of evidence may then need another.
     while needs := policy.needed(decision):
@@ -69,14 +105,17 @@ def inform(
                 policy.inform(need, probes.next(decision))
             elif need == LENGTH:
                 policy.inform(need, sampler.run_length)
+            elif need == LOSSES:
+                losses = losses or probes.losses(evaluate)
+                policy.inform(need, None if losses is None else losses.by_domain)
             elif need == QUESTIONS:
                 policy.inform(need, texts(environment))
             else:
                 raise ConfigurationError(
                     f"policy {name_of(policy)!r} needs {need!r}, which no integration provides: let it use "
-                    f"{INFLUENCE!r}, {LENGTH!r} and {QUESTIONS!r} only"
+                    f"{INFLUENCE!r}, {LENGTH!r}, {LOSSES!r} and {QUESTIONS!r} only"
                 )
-    return probes.mean()
+    return Evidence(influence=probes.mean(), losses=losses)
 
 
 def texts(environment: Environment) -> dict[str, list[str]]:
@@ -85,7 +124,7 @@ def texts(environment: Environment) -> dict[str, list[str]]:
 
 
 class _Probes:
-    """The measurements of influence for one decision.
+    """The measurements of influence and losses for one decision.
 
     Args:
         sampler: Source of the rows.
@@ -124,6 +163,37 @@ class _Probes:
         self._measured.append(found)
         return found
 
+    def losses(self, evaluate: Evaluate) -> Losses | None:
+        """The loss on each domain, on the same rows before each decision; None: it is not possible."""
+        started = time.perf_counter()
+        try:
+            with distributed.together("reading rows of each domain", shared=(InfluenceError,)):
+                rows = _with_tokens(self._sampler.probe_rows(self._count))
+                if empty := [domain for domain, listed in rows.items() if not listed]:
+                    raise InfluenceError(
+                        f"none of the rows that were read of {empty} has a token to predict within {MAX_ROW_TOKENS} "
+                        f"tokens: give these domains other rows; {HOW_TO_RESUME}"
+                    )
+                scored = RowEnvironment(
+                    {domain: [_cut(row) for row in listed] for domain, listed in rows.items()},
+                    self._environment.settings,
+                )
+            feedback = evaluate(scored)
+        except InfluenceError as error:
+            if distributed.get_rank() == 0:
+                logger.warning("policy %r decides without the domains' losses: %s", self._policy, error)
+            return None
+        if set(feedback) != set(rows):
+            raise ConfigurationError(
+                f"the losses of the domains are needed, but evaluate() returned {shown(list(feedback))}: it must "
+                "evaluate the environment that it is passed, as lambda environment: environment.evaluate(model) does"
+            )
+        return Losses(
+            by_domain={domain: -value for domain, value in feedback.items()},
+            tokens=scored.num_tokens,
+            seconds=time.perf_counter() - started,
+        )
+
     def _may_repeat(self) -> bool:
         """Whether there are more rows to read, and the run is long enough for the cost of another measurement."""
         has_more_rows = any(rows >= self._count for rows in self._measured[-1].rows.values())
@@ -145,10 +215,7 @@ def _scorable(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     Raises:
         InfluenceError: A domain has none, or no domain has two.
     """
-    kept = {
-        domain: [row for row in map(_tokens, listed) if has_token_to_predict(row, MAX_ROW_TOKENS)]
-        for domain, listed in rows.items()
-    }
+    kept = _with_tokens(rows)
     empty = [domain for domain, listed in kept.items() if not listed]
     if empty or all(len(listed) < 2 for listed in kept.values()):
         raise InfluenceError(
@@ -159,6 +226,31 @@ def _scorable(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     return kept
 
 
+def _with_tokens(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    return {
+        domain: [row for row in map(_tokens, listed) if has_token_to_predict(row, MAX_ROW_TOKENS)]
+        for domain, listed in rows.items()
+    }
+
+
+def _cut(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The first tokens of a row."""
+    return {
+        name: row[name][: MAX_ROW_TOKENS + 1]
+        for name in ("input_ids", "attention_mask", "labels")
+        if row.get(name) is not None
+    }
+
+
 def _tokens(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row as tokens, even if its shards are packed and only the loader's `collate_packed` would convert it."""
-    return packed_tokens(row) if PACKED_MEMBER in row and "input_ids" not in row else row
+    """A row as tokens, even if only the loader's `collate_packed` would convert it, or it is shifted for Megatron."""
+    if "input_ids" in row:
+        return row
+    if PACKED_MEMBER in row:
+        return packed_tokens(row)
+    if "tokens" in row and "labels" in row:
+        tokens, following = np.asarray(row["tokens"]), np.asarray(row["labels"])
+        counted = np.asarray(row["loss_mask"]) != 0 if "loss_mask" in row else np.ones(len(following), bool)
+        labels = np.concatenate([[IGNORED_LABEL], np.where(counted, following, IGNORED_LABEL)])
+        return {"input_ids": np.concatenate([tokens, following[-1:]]), "labels": labels}
+    return row

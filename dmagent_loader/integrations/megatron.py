@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dmagent_loader import _distributed as distributed
 from dmagent_loader.data_loader import MixingDataLoader
 from dmagent_loader.environment import Environment
-from dmagent_loader.errors import ConfigurationError, StateError, require_extra
+from dmagent_loader.errors import ConfigurationError, InfluenceError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing, Report
 from dmagent_loader.sampler import AgentWeightedSampler
 
@@ -358,9 +358,10 @@ class MegatronMixing:
             return None
 
         def measure(environment: Environment) -> Mapping[str, float]:
-            if known is not None:
+            if known is not None and environment is self._mixing.environment:
                 return known
-            assert model is not None
+            if model is None:
+                raise InfluenceError("the base model was evaluated in an earlier process, without the domains' losses")
             return evaluate(environment, model, max_length=self.max_length)
 
         report = self._mixing.reweight(measure)

@@ -16,7 +16,7 @@ from dmagent_loader import _distributed as distributed
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.integrations._evidence import Measure, inform, texts
+from dmagent_loader.integrations._evidence import Evidence, Measure, inform, texts
 from dmagent_loader.integrations._passes import Passes
 from dmagent_loader.policies import AgentPolicy, FieldPolicy, InformedPolicy
 from dmagent_loader.sampler import AgentWeightedSampler, Decision
@@ -38,7 +38,8 @@ class Report:
             ``dmagent/bad_rows`` (samples of the run whose row was bad and was replaced),
             ``dmagent/consumed_samples``, ``dmagent/decision_seconds``, ``dmagent/evaluation_seconds`` and
             ``dmagent/evaluation_share`` (share of the time since training began). If influence was measured for this
-            decision: ``influence/<field>/<domain>``, ``dmagent/influence_seconds``, ``dmagent/influence_tokens``. With
+            decision: ``influence/<field>/<domain>``, ``dmagent/influence_seconds``, ``dmagent/influence_tokens``. If
+            the loss on each domain was: ``loss/<domain>``, ``dmagent/losses_seconds``, ``dmagent/losses_tokens``. With
             an informed policy: ``dmagent/influence_share`` (share of the time since training began).
         decision: The decision itself.
     """
@@ -151,10 +152,10 @@ class Mixing:
         feedback = evaluate(self.environment)
         seconds = time.perf_counter() - started
         self._evaluating_seconds += seconds
-        policy, influence = self.sampler.policy, None
+        policy, evidence = self.sampler.policy, Evidence()
         if isinstance(policy, InformedPolicy):
             started = time.perf_counter()
-            influence = inform(policy, self.sampler, self.environment, measure)
+            evidence = inform(policy, self.sampler, self.environment, evaluate, measure)
             self._measuring_seconds += time.perf_counter() - started
         decision = self.sampler.reweight(feedback, consumed=self.consumed)
         elapsed = time.perf_counter() - self._started
@@ -180,14 +181,18 @@ class Mixing:
         }
         if isinstance(policy, InformedPolicy):
             full["dmagent/influence_share"] = self._measuring_seconds / elapsed if elapsed > 0 else 0.0
-        if influence is not None:
+        if evidence.influence is not None:
             full |= {
                 f"influence/{field}/{domain}": score.value
-                for field, scores in influence.scores.items()
+                for field, scores in evidence.influence.scores.items()
                 for domain, score in scores.items()
             }
-            full["dmagent/influence_seconds"] = influence.seconds
-            full["dmagent/influence_tokens"] = float(influence.tokens)
+            full["dmagent/influence_seconds"] = evidence.influence.seconds
+            full["dmagent/influence_tokens"] = float(evidence.influence.tokens)
+        if evidence.losses is not None:
+            full |= {f"loss/{domain}": loss for domain, loss in evidence.losses.by_domain.items()}
+            full["dmagent/losses_seconds"] = evidence.losses.seconds
+            full["dmagent/losses_tokens"] = float(evidence.losses.tokens)
         return Report(short=short, full=full, decision=decision)
 
     def finished(self) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, cast
+
+import numpy as np
 
 from dmagent_loader._validation import shown
 from dmagent_loader.agent import MixingAgent
@@ -13,19 +17,26 @@ from dmagent_loader.mixture.history import Standardization
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.agent import AgentPolicy
 from dmagent_loader.policies.base import Policy
+from dmagent_loader.policies.baselines import OnlineDataMixing
 from dmagent_loader.policies.combined import CombinedPolicy
 from dmagent_loader.policies.fields import report_unknown_topics
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
+from dmagent_loader.policies.static import StaticPolicy
+
+PolicyFactory: TypeAlias = Callable[[DomainSpace, FloatArray], Policy]
+"""Function from the domains of a run and their natural shares, (D,), to its policy."""
+
+_NAMES = "'influence', 'question-topics', 'natural', 'uniform' or 'odm'"
 
 
 def make_policy(
     agent: str | os.PathLike[str] | MixingAgent | None,
-    policy: Policy | str | None,
+    policy: Policy | PolicyFactory | str | None,
     space: DomainSpace,
     natural: FloatArray,
     *,
-    topics: Policy | str | None = None,
+    topics: Policy | PolicyFactory | str | None = None,
     roles: Mapping[str, str] | None = None,
     standardization: Standardization | None = None,
 ) -> Policy | None:
@@ -33,11 +44,12 @@ def make_policy(
 
     Args:
         agent: Name, path or Hub id of a checkpoint, or a loaded agent.
-        policy: Policy to use instead of an agent, or its name: ``"influence"`` or ``"question-topics"``.
+        policy: Policy to use instead of an agent, its name (`named_policy`), or a function that makes it from the
+            domains and their natural shares, such as a class of baselines with ``functools.partial`` for its settings.
         space: Domains of the run.
         natural: (D,), share of all rows in each domain.
-        topics: Policy that sets the shares of the domains inside each field instead of the agent, or its name; only
-            with an agent.
+        topics: Policy that sets the shares of the domains inside each field instead of the agent, in the same forms;
+            only with an agent.
         roles: See `AgentPolicy`; only with an agent.
         standardization: See `AgentPolicy`; only with an agent.
 
@@ -73,6 +85,8 @@ def make_policy(
 def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
     """A policy with its default settings.
 
+    ``"natural"`` keeps the domains' shares of rows, and ``"uniform"`` equal shares. ``"odm"`` is `OnlineDataMixing`.
+
     ``"influence"`` starts from the topics of the questions if the topics of all domains are known, which was better in
     every environment measured (docs/influence.md). Otherwise it starts from the natural shares. If the fields of the
     domains are source and target, topics are also the fallback when influence cannot be measured.
@@ -86,17 +100,31 @@ def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
         topics = QuestionTopics(space, natural) if set(space.fields) == set(FIELDS) else None
         labelled = all(domain.topic is not None or domain.composition is not None for domain in space.domains)
         return InfluencePolicy(space, natural, topics=topics, combine=labelled and topics is not None)
-    raise ConfigurationError(
-        f"there is no policy named {shown(name)}: choose 'influence' or 'question-topics', or pass a policy object"
-    )
+    if name == "natural":
+        return StaticPolicy(natural, name=name)
+    if name == "uniform":
+        return StaticPolicy(np.full(len(space), 1 / len(space)), name=name)
+    if name == "odm":
+        return OnlineDataMixing(space, natural)
+    raise ConfigurationError(f"there is no policy named {shown(name)}: choose {_NAMES}, or pass a policy object")
 
 
-def _policy(argument: str, given: Policy | str, space: DomainSpace, natural: FloatArray) -> Policy:
+def _policy(argument: str, given: Policy | PolicyFactory | str, space: DomainSpace, natural: FloatArray) -> Policy:
     if isinstance(given, str):
         return named_policy(given, space, natural)
-    if isinstance(given, type) or not callable(getattr(given, "propose", None)):
+    made: object = given
+    if callable(given) and (isinstance(given, type) or not hasattr(given, "propose")):
+        try:
+            inspect.signature(given).bind(space, natural)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"{argument} is {shown(given)}, which cannot be called with the domains and their natural shares "
+                f"({error}): pass a policy object, or functools.partial(...) with the other arguments"
+            ) from error
+        made = given(space, natural)
+    if isinstance(made, type) or not callable(getattr(made, "propose", None)):
         raise ConfigurationError(
-            f"{argument} is {shown(given)}; it must be 'influence', 'question-topics', or an object with a method "
-            "propose(history)"
+            f"{argument} is {shown(given)}; it must be {_NAMES}, an object with a method propose(history), or a "
+            "function that makes one from the domains and their natural shares"
         )
-    return given
+    return cast(Policy, made)

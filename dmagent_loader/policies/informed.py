@@ -18,6 +18,10 @@ INFLUENCE = "influence"
 LENGTH = "length"
 """Evidence of type `mixture.RunLength`, as far as the length of the run is known before the decision."""
 
+LOSSES = "losses"
+"""Evidence of type ``Mapping[str, float]``: domain -> mean loss per token of the current model on rows of it, in nats.
+The rows are the same before each decision. They belong to the training data."""
+
 QUESTIONS = "questions"
 """Evidence of type ``Mapping[str, Sequence[str]]``: field of the environment -> its questions with their answers."""
 
@@ -28,7 +32,7 @@ class InformedPolicy(Protocol):
 
     Attributes:
         name: See `policies.base.Policy`.
-        needs: Kinds of evidence that the policy may request: `INFLUENCE`, `LENGTH`, `QUESTIONS`.
+        needs: Kinds of evidence that the policy may request: `INFLUENCE`, `LENGTH`, `LOSSES`, `QUESTIONS`.
     """
 
     name: str

@@ -53,3 +53,48 @@ class LinearSchedule:
         start, end = validate_mix(self._start, history.domains), validate_mix(self._end, history.domains)
         part = min(1.0, len(history) / self._steps)
         return np.asarray((1.0 - part) * start + part * end, dtype=np.float64)
+
+
+class TwoPhaseSchedule:
+    """Keeps one mix for the first part of a run and another for the rest, such as a mid-training phase.
+
+    Args:
+        first: Mix of the first phase, in one of the forms of `StaticPolicy`.
+        second: Mix of the second phase, in the same forms.
+        steps: Number of reweighting steps of the run.
+        switch: Part of the steps in the first phase; Marin's runs (github.com/marin-community/marin) have 0.8.
+        name: See `policies.base.Policy`.
+
+    Raises:
+        ConfigurationError: `steps` is less than 2, or `switch` leaves a phase without a step.
+        MixError: `first` or `second` is not a distribution.
+
+    Example:
+        >>> policy = TwoPhaseSchedule({"source/web": 1.0}, {"target/math": 1.0}, steps=10)
+        >>> domains = ("source/web", "target/math")
+        >>> history = History(domains=domains, fields=("x",), mixes=np.full((8, 2), 0.5), feedback=np.zeros((8, 1)))
+        >>> policy.propose(history).tolist()  # the last of 8 steps
+        [1.0, 0.0]
+    """
+
+    always_answers = True
+
+    def __init__(
+        self, first: Weights, second: Weights, steps: int, *, switch: float = 0.8, name: str = "two-phase"
+    ) -> None:
+        self._first_steps = round(switch * steps)
+        if not 0 < self._first_steps < steps:
+            raise ConfigurationError(
+                f"of {steps} steps, switch={switch:g} gives {self._first_steps} to the first phase: each phase needs a "
+                "step"
+            )
+        self.name = name
+        self._first, self._second = checked(first), checked(second)
+
+    def propose(self, history: History) -> FloatArray:
+        """The mix of step `len(history)`.
+
+        Raises:
+            DomainError, MixError: See `StaticPolicy.propose`.
+        """
+        return validate_mix(self._first if len(history) <= self._first_steps else self._second, history.domains)

@@ -37,7 +37,7 @@ ARGUMENTS = {
     f"{ENVIRONMENT}.influence": "model rows_by_domain",
     f"{AGENT}.from_pretrained": "name_or_path",
 }
-COMMANDS = ["demo", "index", "inspect", "simulate", "replay", "state", "report", "shard", "train-agent"]
+COMMANDS = ["demo", "fit-mix", "index", "inspect", "simulate", "replay", "state", "report", "shard", "train-agent"]
 
 
 def found(name: str) -> object:

@@ -26,6 +26,11 @@ def whole(launch):
     return launch("--steps", "12", "--save-every", "5", batch_size=4)
 
 
+@pytest.fixture(scope="module")
+def odm(launch):
+    return launch("--steps", "8", "--save-every", "5", "--policy", "odm", batch_size=4)
+
+
 @pytest.mark.parametrize(
     ("options", "data_ranks", "batch_size"),
     [(["--tensor", "2"], 1, 4), (["--pipeline", "2"], 1, 4), ([], 2, 2)],
@@ -48,6 +53,32 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(launch, whole, options, data
         assert (entry["start"], entry["decided_at"]) == (expected["start"], expected["decided_at"])
         assert entry["feedback"] == pytest.approx(expected["feedback"], abs=1e-4)
         assert entry["mix"] == pytest.approx(expected["mix"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "data_ranks", "batch_size"),
+    [(["--tensor", "2"], 1, 4), (["--pipeline", "2"], 1, 4), ([], 2, 2)],
+    ids=["tensor-parallel", "pipeline-parallel", "data-parallel"],
+)
+def test_losses_by_domain_are_those_of_one_process_wherever_the_model_lies(
+    launch, odm, options, data_ranks, batch_size
+):
+    """Rows are shifted for Megatron; the same weights have the same losses, and the state of the policy is restored.
+
+    Catches losses of a part of the rows or of the vocabulary, and a policy that begins anew.
+    """
+    checkpoints = str(odm.out / "checkpoints")
+    settings = {"processes": 2, "data_ranks": data_ranks, "batch_size": batch_size}
+    run = launch("--steps", "8", "--policy", "odm", "--resume", checkpoints, "--no-random", *options, **settings)
+    metrics, expected = run.results[0]["metrics"], odm.results[0]["metrics"]
+    for domain in ("source/Science", "target/Finance"):
+        (measured,) = metrics[f"loss/{domain}"]  # of the decision after the resume
+        assert measured == pytest.approx(expected[f"loss/{domain}"][-1], abs=1e-4)
+        assert measured != expected[f"loss/{domain}"][0]
+    for result in run.results:
+        assert len(result["ledger"]) == len(odm.results[0]["ledger"]) == 3
+        for entry, before in zip(result["ledger"], odm.results[0]["ledger"], strict=True):
+            assert entry["mix"] == pytest.approx(before["mix"], abs=1e-4)
 
 
 PROGRAM = """
@@ -99,6 +130,12 @@ DECISIONS = """
     run.begin(None, base_feedback={"general": -4.0})
     print(ready.samples_per_reweight, ready.total_samples)
 """
+WITHOUT_LOSSES = (
+    DECISIONS.replace("StaticPolicy([0.5, 0.5])", "'odm'")
+    + """
+    print(ready.ledger.last.mix, ready.policy.base_losses)
+"""
+)
 
 
 def run(actions: str) -> subprocess.CompletedProcess[str]:
@@ -109,6 +146,13 @@ def run(actions: str) -> subprocess.CompletedProcess[str]:
 def test_decisions_are_spread_over_the_iterations():
     done = run(DECISIONS)
     assert done.stdout.splitlines()[-1:] == ["8 40"], done.stderr[-3000:]
+
+
+def test_a_base_model_that_an_earlier_process_evaluated_has_no_losses():
+    """Megatron-LM: catches its feedback taken for losses of the domains."""
+    done = run(WITHOUT_LOSSES)
+    assert done.stdout.splitlines()[-2:] == ["8 40", "(0.5, 0.5) None"], done.stderr[-3000:]
+    assert "decides without the domains' losses: the base model was evaluated in an earlier process" in done.stderr
 
 
 def test_what_cannot_work_is_refused_with_the_remedy():

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--slow-until", type=int, default=0, help="wait a little after each of the first steps")
     options.add_argument("--dropout", type=float, default=0.0)
     options.add_argument("--no-agent", action="store_true")
+    options.add_argument("--policy", help="name of a policy in place of the agent")
     return options
 
 
@@ -66,7 +67,8 @@ def causal_row(sample: Mapping[str, Any]) -> dict[str, Any]:
 def build_sampler(options: argparse.Namespace, *, transform: Any = causal_row, **settings: Any) -> AgentWeightedSampler:
     return AgentWeightedSampler(
         json.loads(Path(options.shards).read_text()),
-        agent=None if options.no_agent else build_agent(),
+        agent=None if options.no_agent or options.policy else build_agent(),
+        policy=options.policy,
         samples_per_reweight=options.samples_per_reweight,
         seed=3,
         transform=transform,

@@ -1,6 +1,8 @@
-"""The stock Trainer with policy="influence": the probe leaves training as it was, and its cost is in the metrics."""
+"""The stock Trainer with policies that measure the model: training stays as it was, and the cost is in the metrics."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from dmagent_loader import AgentWeightedSampler, Environment, ReadingConfig
+from dmagent_loader.environment import RowEnvironment
 from dmagent_loader.integrations.huggingface import DataMixingCallback
-from dmagent_loader.policies import StaticPolicy
+from dmagent_loader.policies import DynamicBatchLoading, RecordedPath, ReplayPolicy, StaticPolicy
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import packed_tokens
 
@@ -108,3 +111,35 @@ def test_probe_rows_are_those_of_training_and_none_is_consumed(tmp_path):
     assert first["__index__"] == 0
     by_key = {row["__key__"]: row for row in sampler.probe_rows(60)[first["__domain__"]]}
     assert np.array_equal(by_key[first["__key__"]]["input_ids"], first["input_ids"])
+
+
+def test_dynamic_batch_loading_gets_the_losses_of_the_trained_model(tmp_path):
+    """The losses are those of the model at each decision; the weights, from the logs alone, follow its formula."""
+    shards = write_toy_shards(tmp_path / "shards", DOMAINS, tokens=24)
+    reference = {"source/Science": 4.0, "source/News": 9.0, "target/code": 4.1, "target/math": 3.9}
+    trainer, sampler = train(tmp_path / "a", shards, partial(DynamicBatchLoading, reference=reference, smoothing=0.0))
+    decisions = [line for line in trainer.state.log_history if "mix/source" in line]
+    assert len(decisions) == 4
+    mix = np.full(4, 0.25)
+    for number, line in enumerate(decisions):
+        if number:
+            mix = mix * [np.exp(max(line[f"loss/{domain}"] - reference[domain], 0.0)) for domain in DOMAINS]
+            mix = mix / mix.sum()
+        assert [line[f"mix/{domain}"] for domain in DOMAINS] == pytest.approx(mix.tolist(), rel=1e-5)
+        assert line["dmagent/losses_tokens"] == 24 * 240
+    rows = {domain: [row["input_ids"] for row in listed] for domain, listed in sampler.probe_rows(60).items()}
+    after = RowEnvironment(rows).evaluate(trainer.model)
+    for domain in DOMAINS:  # the last decision comes after the last step
+        assert decisions[-1][f"loss/{domain}"] == pytest.approx(-after[domain], abs=1e-5)
+        assert decisions[-1][f"loss/{domain}"] != decisions[0][f"loss/{domain}"]
+
+
+def test_training_with_losses_is_training_on_a_replay_of_its_path(tmp_path):
+    """The same path without any measurement ends in the same weights, bit for bit."""
+    shards = write_toy_shards(tmp_path / "shards", DOMAINS, tokens=24)
+    measured, sampler = train(tmp_path / "a", shards, "odm")
+    path = RecordedPath.from_state(sampler.state_dict())
+    assert len(np.unique(path.mixes, axis=0)) > 2
+    replayed, _ = train(tmp_path / "b", shards, ReplayPolicy(path))
+    for one, other in zip(measured.model.parameters(), replayed.model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dmagent_loader import AgentWeightedSampler, Environment, MixingDataLoader
+from dmagent_loader.environment import RowEnvironment
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import LinearSchedule, StaticPolicy
 from dmagent_loader.testing import write_toy_shards
@@ -112,6 +113,18 @@ def environment():
 
 def decided(sampler):
     return [entry.decided_at for entry in sampler.ledger if entry.decided_by == LESS_TARGET.name]
+
+
+def test_losses_by_domain_are_those_of_the_module(build, trainer):
+    sampler, module = build(policy="odm", exhausted="repeat"), Module()
+    rows = {domain: [row["input_ids"] for row in listed] for domain, listed in sampler.probe_rows(60).items()}
+    before = RowEnvironment(rows).evaluate(module)
+    callback = DataMixingCallback(sampler, environment())
+    trainer(callback, max_steps=8).fit(module, MixingDataLoader(sampler, batch_size=4))
+    policy = sampler.policy
+    assert policy.base_losses == pytest.approx([-before[domain] for domain in ROWS], abs=1e-5)
+    assert policy.updates == len(sampler.measurements) - 1 > 0, "the losses at the start update nothing"
+    assert RowEnvironment(rows).evaluate(module)["source/a"] != before["source/a"]
 
 
 # Epochs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 
 from dmagent_loader import AgentWeightedSampler, Environment, Mixing, ReadingConfig
+from dmagent_loader.environment import RowEnvironment
 from dmagent_loader.errors import ConfigurationError, InfluenceError
-from dmagent_loader.policies import InfluencePolicy
+from dmagent_loader.policies import InfluencePolicy, Olmix, OnlineDataMixing, ProxyTable
 from dmagent_loader.testing import write_toy_shards
+from dmagent_loader.transforms import ShiftedTokens, packed_tokens
 
 DOMAINS = {"source/Science": 40, "source/Sports": 40, "target/Finance": 40, "target/Health": 40}
 QUESTIONS = {
@@ -130,7 +133,7 @@ def test_a_policy_that_asks_for_what_nobody_has_is_refused(tmp_path):
 
 
 def test_an_unknown_name_of_a_policy_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(ConfigurationError, match="'influence' or 'question-topics'"):
+    with pytest.raises(ConfigurationError, match="'influence', 'question-topics', 'natural', 'uniform' or 'odm'"):
         mixing(tmp_path, "influenze")
 
 
@@ -258,3 +261,95 @@ def test_a_repetition_that_fails_is_not_called_a_decision_without_influence(tmp_
     run.reweight(lambda environment: environment.evaluate(model), measure=measure)
     assert len(asked) == 2
     assert "decides without another measurement of influence: no room any more" in caplog.text
+
+
+def test_losses_are_measured_before_each_decision_on_the_same_rows(tmp_path):
+    """The rows, scored apart, give what the policy received; the model changes in between, the rows do not."""
+    run, model = mixing(tmp_path, "odm"), Model()
+    run.begin()
+    for consumed in (0, 10, 20):
+        run.consumed = consumed
+        list(zip(run.sampler, range(10), strict=False))
+        report = run.reweight(lambda environment: environment.evaluate(model))
+        rows = {
+            domain: [{"input_ids": row["input_ids.npy"].astype(int)} for row in listed]
+            for domain, listed in run.sampler.probe_rows(1000).items()
+        }
+        expected = RowEnvironment(rows).evaluate(model)
+        for domain in DOMAINS:
+            assert report.full[f"loss/{domain}"] == pytest.approx(-expected[domain], abs=1e-5)
+        assert report.full["dmagent/losses_tokens"] == 16 * sum(DOMAINS.values())
+        assert report.full["dmagent/losses_seconds"] > 0
+        assert report.decision.outcome.accepted
+        with torch.no_grad():
+            model.table.weight[:, consumed] += 2.0
+    assert run.sampler.policy.updates == 2
+    assert len({entry.mix for entry in run.sampler.ledger}) == 3
+
+
+def test_a_resumed_run_makes_the_same_decisions_from_losses(tmp_path):
+    def decide(run, consumed):
+        run.consumed = consumed
+        list(zip(run.sampler, range(10), strict=False))
+        return run.reweight(lambda environment: environment.evaluate(model)).decision.proposed
+
+    model, first = Model(), mixing(tmp_path, "odm")
+    first.begin()
+    decide(first, 0)
+    decide(first, 10)
+    state = first.state_dict()
+    second = mixing(tmp_path, "odm")
+    second.load_state_dict(state)
+    assert decide(second, 20) == decide(first, 20)
+
+
+def test_where_losses_cannot_be_had_the_mix_stays_and_the_log_says_so(tmp_path, caplog):
+    run = mixing(tmp_path, "odm")
+    run.sampler.bind(transform=lambda sample: {"input_ids": sample["input_ids.npy"][:1]})
+    run.begin()
+    report = run.reweight(lambda environment: environment.evaluate(Model()))
+    assert "decides without the domains' losses: none of the rows" in caplog.text
+    assert report.decision.proposed == pytest.approx(dict.fromkeys(DOMAINS, 0.25))
+    assert not any(name.startswith("loss/") for name in report.full)
+
+
+def test_an_evaluation_that_ignores_its_environment_cannot_give_losses(tmp_path):
+    """Catches feedback of the fields taken for losses of the domains."""
+    run = mixing(tmp_path, OnlineDataMixing)
+    run.begin()
+    with pytest.raises(ConfigurationError, match="must evaluate the environment that it is passed"):
+        run.reweight(lambda _: {"keep": -3.0, "acquire": -4.0})
+
+
+@pytest.mark.parametrize("length", [15, 16], ids=["longer by a token", "last position masked"])
+def test_rows_shifted_for_megatron_have_the_losses_of_plain_rows(tmp_path, length):
+    model = Model()
+
+    def losses(folder, transform):
+        run = mixing(folder, "odm")
+        run.sampler.bind(transform=transform)
+        run.begin()
+        full = run.reweight(lambda environment: environment.evaluate(model)).full
+        return {domain: full[f"loss/{domain}"] for domain in DOMAINS}
+
+    shifted = losses(tmp_path / "shifted", ShiftedTokens(length=length))
+    assert shifted == pytest.approx(losses(tmp_path / "plain", packed_tokens), abs=1e-6)
+
+
+def test_olmix_learns_the_length_of_the_run_and_is_resumed(tmp_path):
+    """The table wants all weight on one domain, whose 40 rows may be read 4 times in a run of 400 samples."""
+    mixes = np.random.default_rng(0).dirichlet(np.ones(4), 60)
+    losses = 2 + np.exp(-3 * mixes[:, :1])
+    table = ProxyTable(domains=tuple(DOMAINS), metrics=("loss",), mixes=mixes, losses=losses)
+
+    def decide(run, consumed):
+        run.consumed = consumed
+        list(zip(run.sampler, range(10), strict=False))
+        return run.reweight(lambda environment: environment.evaluate(Model())).decision.proposed
+
+    first, second = (mixing(tmp_path, partial(Olmix, table=table, kl=0.01), exhausted="repeat") for _ in range(2))
+    first.begin(samples=400)
+    assert decide(first, 0)["source/Science"] == pytest.approx(4 * 40 / 400, abs=1e-4)
+    second.begin(samples=400)
+    second.load_state_dict(first.state_dict())
+    assert decide(second, 10) == decide(first, 10)

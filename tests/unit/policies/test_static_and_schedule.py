@@ -1,4 +1,4 @@
-"""The two policies that do not look at the feedback."""
+"""The policies that do not look at the feedback."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pytest
 
 from dmagent_loader.errors import ConfigurationError, DomainError, MixError
 from dmagent_loader.mixture.history import History
-from dmagent_loader.policies import LinearSchedule, Policy, StaticPolicy
+from dmagent_loader.policies import LinearSchedule, Policy, StaticPolicy, TwoPhaseSchedule
 
 MakeHistory = Callable[..., History]
 DOMAINS = ("source/web", "source/books", "target/math")
 
 
-def test_both_are_policies() -> None:
+def test_all_are_policies() -> None:
+    assert isinstance(TwoPhaseSchedule([1.0], [1.0], 10), Policy)
     assert isinstance(StaticPolicy([1.0]), Policy)
     assert isinstance(LinearSchedule([1.0], [1.0], 1), Policy)
 
@@ -69,3 +70,16 @@ def test_every_mix_of_a_schedule_sums_to_one(make_history: MakeHistory) -> None:
 def test_a_schedule_over_no_steps_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="over 0 steps"):
         LinearSchedule([1.0], [1.0], 0)
+
+
+def test_two_phases_by_hand(make_history: MakeHistory) -> None:
+    """0.75 of 8 steps are 6: the first 6 decisions have the first mix, whatever comes after the 8th."""
+    policy = TwoPhaseSchedule({"source/web": 1.0}, {"target/math": 1.0}, 8, switch=0.75)
+    shares = [policy.propose(make_history(DOMAINS, steps))[2] for steps in range(1, 11)]
+    assert shares == [0.0] * 6 + [1.0] * 4
+
+
+@pytest.mark.parametrize(("steps", "switch"), [(1, 0.5), (8, 0.0), (8, 1.0), (8, 1.5), (4, 0.9)])
+def test_a_phase_without_a_step_is_refused(steps: int, switch: float) -> None:
+    with pytest.raises(ConfigurationError, match="each phase needs a step"):
+        TwoPhaseSchedule([1.0], [1.0], steps, switch=switch)

@@ -30,7 +30,7 @@ from dmagent_loader.policies import GuardConfig, StaticPolicy
         ({"rank": 0, "world_size": 1.5}, "world_size is 1.5"),
         ({"transform": 5}, "transform is 5"),
         ({"policy": object()}, "with a method propose"),
-        ({"policy": StaticPolicy}, "with a method propose"),
+        ({"policy": StaticPolicy}, "which cannot be called with the domains"),
         ({"agent": 5}, "agent is 5"),
         ({"exhausted": ["stop"]}, "exhausted is"),
         ({"initial_mix": "half"}, "the mix is 'half'"),

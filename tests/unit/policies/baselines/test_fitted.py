@@ -1,0 +1,223 @@
+"""RegMix and Olmix: a hand-computed mix each, and the properties that a fit must have."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmagent_loader.errors import ConfigurationError, DomainError, MissingExtraError, PolicyError
+from dmagent_loader.mixture.domains import DomainSpace
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.length import RunLength
+from dmagent_loader.policies import LENGTH, LogLinearLaw, Olmix, ProxyTable, RegMix, Regression, rank_correlation
+
+Start = Callable[..., History]
+HALF = np.array([0.5, 0.5])
+
+
+def made(losses: Callable[[np.ndarray], np.ndarray], runs: int = 60, seed: int = 0, **more: Any) -> ProxyTable:
+    """Proxies of two domains, in the other order than the run's, with losses that are a function of the math share."""
+    mixes = np.random.default_rng(seed).dirichlet([1.0, 1.0], runs)
+    columns = losses(mixes[:, 0])
+    return ProxyTable(
+        domains=("target/math", "source/web"),
+        metrics=tuple(f"m{k}" for k in range(columns.shape[1])),
+        mixes=mixes,
+        losses=columns,
+        **more,
+    )
+
+
+def exponential(share: np.ndarray) -> np.ndarray:
+    return (2.0 + np.exp(-share))[:, None]
+
+
+def length(rows: tuple[int, int], limit: int | None) -> RunLength:
+    return RunLength(rows=np.array(rows), repeats=np.array([True, True]), limit=limit, ending=())
+
+
+# RegMix
+
+
+@pytest.mark.parametrize("regressor", ["lightgbm", "linear", "log-linear"])
+def test_regmix_finds_the_better_end_in_the_run_s_order_of_domains(
+    regressor: Any, two: DomainSpace, start: Start
+) -> None:
+    policy = RegMix(two, HALF, table=made(exponential, run_tokens=1000), regressor=regressor, candidates=2000)
+    mix = policy.propose(start())
+    assert mix[1] > 0.85, "math is the second domain of the run and the first of the table"
+    assert mix.sum() == pytest.approx(1.0)
+    assert policy.proxy_tokens == 60_000
+
+
+def test_the_linear_regression_by_hand(two: DomainSpace) -> None:
+    """Losses 3.0, 2.9 and 2.5 at math shares 0, 0.5 and 1: slope -0.5, mean 2.8, so 2.8 + 0.25 = 3.05 at share 0."""
+    table = ProxyTable(
+        domains=two.names,
+        metrics=("loss",),
+        mixes=np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]),
+        losses=np.array([[3.0], [2.9], [2.5]]),
+    )
+    found = Regression(table, "linear").predict(np.array([[1.0, 0.0], [0.7, 0.3]]))
+    assert found[:, 0] == pytest.approx([3.05, 2.9])
+
+
+def test_boosted_trees_see_an_optimum_inside_which_no_line_can(two: DomainSpace) -> None:
+    table = made(lambda share: ((share - 0.3) ** 2)[:, None], runs=300)
+    mix = RegMix(two, HALF, table=table, candidates=5000, concentration=2.0).mix
+    assert mix[1] == pytest.approx(0.3, abs=0.05)
+    line = RegMix(two, HALF, table=table, candidates=5000, concentration=2.0, regressor="linear").mix
+    assert line[1] < 0.1
+
+
+def test_metrics_decide_what_is_best(two: DomainSpace) -> None:
+    table = made(lambda share: np.stack([3 - share, 2 + share], axis=1))
+    mixes = [
+        RegMix(two, HALF, table=table, regressor="linear", metrics={name: 1.0}, candidates=500, best=5).mix[1]
+        for name in ("m0", "m1")
+    ]
+    assert mixes[0] > 0.95
+    assert mixes[1] < 0.05
+
+
+def test_a_domain_without_rows_gets_no_weight(two: DomainSpace) -> None:
+    policy = RegMix(two, np.array([1.0, 0.0]), table=made(exponential), regressor="linear", candidates=50, best=5)
+    assert policy.mix.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("method", [RegMix, Olmix])
+def test_a_table_of_other_domains_is_refused(method: Any) -> None:
+    other = DomainSpace.from_names(["source/web", "target/code"])
+    with pytest.raises(DomainError, match="target/code"):
+        method(other, HALF, table=made(exponential))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"regressor": "forest"}, {"candidates": 0}, {"best": 0}, {"concentration": 0}, {"metrics": {"m7": 1}}]
+)
+def test_wrong_settings_of_regmix_are_refused(settings: dict[str, Any], two: DomainSpace) -> None:
+    with pytest.raises(ConfigurationError):
+        RegMix(two, HALF, table=made(exponential), **{"regressor": "linear", **settings})
+
+
+@pytest.mark.parametrize(
+    ("missing", "use"),
+    [
+        ("lightgbm", lambda two: RegMix(two, HALF, table=made(exponential))),
+        ("scipy", lambda two: Olmix(two, HALF, table=made(exponential))),
+    ],
+)
+def test_the_error_of_a_missing_package_names_the_extra(
+    missing: str, use: Any, two: DomainSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.import_module
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.split(".")[0] == missing:
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(MissingExtraError, match=r"dmagent-loader\[baselines\]"):
+        use(two)
+    assert RegMix(two, HALF, table=made(exponential), regressor="linear", candidates=9).mix.sum() == pytest.approx(1)
+
+
+# Olmix
+
+
+def test_the_optimum_of_olmix_by_hand(two: DomainSpace, start: Start) -> None:
+    """L = 2 + exp(-x) at math share x, prior one half, kl 0.1: the derivative -exp(-x) + 0.1 log(x / (1 - x)) is 0.
+
+    At x = 0.9772 the logarithm is 3.7580 and 10 exp(-x) is 3.7637; at 0.9774, 3.7670 and 3.7629. So x is 0.9773.
+    """
+    policy = Olmix(two, HALF, table=made(exponential, run_tokens=10), kl=0.1)
+    assert policy.propose(start())[1] == pytest.approx(0.9773, abs=2e-4)
+    assert policy.proxy_tokens == 600
+
+
+def test_a_larger_kl_keeps_closer_to_the_prior(two: DomainSpace) -> None:
+    mixes = [Olmix(two, np.array([0.7, 0.3]), table=made(exponential), kl=kl).solve()[1] for kl in (0.05, 0.5, 50.0)]
+    assert mixes[0] > mixes[1] > mixes[2]
+    assert mixes[2] == pytest.approx(0.3, abs=0.01)
+
+
+def test_the_cap_on_repetition_holds_once_the_length_is_known(two: DomainSpace, start: Start) -> None:
+    """4 passes over 70 rows are 280 of 400 samples: math gets 0.7 at most. With 30 more rows, all it wants."""
+    policy = Olmix(two, HALF, table=made(exponential))
+    assert policy.propose(start())[1] > 0.9
+    for decision, (rows, expected) in enumerate([((100, 70), 0.7), ((100, 100), 0.9773)]):
+        assert policy.needed(decision) == {LENGTH}
+        policy.inform(LENGTH, length(rows, 400))
+        assert policy.needed(decision) == frozenset()
+        assert policy.propose(start())[1] == pytest.approx(expected, abs=2e-4)
+    policy.inform(LENGTH, length((100, 70), None))
+    assert policy.propose(start())[1] > 0.9, "a run without end has no cap"
+
+
+def test_a_cap_that_no_mix_can_keep_is_left_out_with_a_warning(
+    two: DomainSpace, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = Olmix(two, HALF, table=made(exponential))
+    policy.needed(0)
+    policy.inform(LENGTH, length((10, 10), 400))
+    with caplog.at_level(logging.WARNING):
+        assert policy.propose(start())[1] == pytest.approx(0.9773, abs=2e-4)
+        policy.propose(start())
+    assert caplog.text.count("has no cap on repetition: 20 rows") == 1
+
+
+def test_the_solution_for_many_domains_satisfies_the_conditions_of_an_optimum() -> None:
+    """Where no bound is met, the derivatives of the Lagrangian are equal; at the cap, they ask for more."""
+    rng = np.random.default_rng(1)
+    space = DomainSpace.from_names([f"source/{n}" for n in range(40)])
+    mixes = rng.dirichlet(np.ones(40), 200)
+    slopes = rng.normal(0, 2.0, (40, 3))
+    table = ProxyTable(domains=space.names, metrics=tuple("abc"), mixes=mixes, losses=1 + np.exp(mixes @ slopes))
+    prior, high = rng.dirichlet(np.ones(40)), np.full(40, 0.08)
+    policy = Olmix(space, prior, table=table, kl=0.05)
+    mix = policy.solve(high)
+    weights = np.full(3, 1 / 3)
+    derivative = policy.law.gradient(mix, weights) + 0.05 * np.log(mix / prior)
+    free = mix < 0.0799
+    assert free.any()
+    assert not free.all()
+    assert np.ptp(derivative[free]) < 1e-5
+    assert derivative[~free].max() < derivative[free].min() + 1e-5
+    others = rng.dirichlet(50 * mix + 1e-3, 200)
+    feasible = others[(others <= high).all(axis=1)]
+    assert all(policy.objective(other) >= policy.objective(mix) for other in feasible)
+
+
+def test_the_law_recovers_what_it_was_made_from_and_shrugs_off_outliers() -> None:
+    """Three of 60 runs are off by a nat: squared errors would move the law by hundredths."""
+    clean = made(exponential)
+    losses = clean.losses.copy()
+    losses[:3] += 1.0
+    table = ProxyTable(domains=clean.domains, metrics=clean.metrics, mixes=clean.mixes, losses=losses)
+    shares = np.linspace(0, 1, 11)
+    predicted = LogLinearLaw(table).predict(np.stack([shares, 1 - shares], axis=1))
+    assert np.abs(predicted[:, 0] - 2 - np.exp(-shares)).max() < 0.01
+
+
+def test_the_law_ranks_held_out_runs_of_another_seed() -> None:
+    def noisy(share: np.ndarray) -> np.ndarray:
+        return np.stack([2 + np.exp(-share), 1 + np.exp(share - 1)], axis=1)
+
+    law, test = LogLinearLaw(made(noisy)), made(noisy, seed=1)
+    assert rank_correlation(law.predict(test.mixes), test.losses) == pytest.approx([1.0, 1.0])
+
+
+def test_what_olmix_cannot_use_is_refused(two: DomainSpace) -> None:
+    with pytest.raises(ConfigurationError, match="positive losses"):
+        Olmix(two, HALF, table=made(lambda share: (share - 0.5)[:, None]))
+    for settings in ({"kl": 0}, {"most_passes": -1}):
+        with pytest.raises(ConfigurationError):
+            Olmix(two, HALF, table=made(exponential), **settings)
+    with pytest.raises(PolicyError, match="length of the run"):
+        Olmix(two, HALF, table=made(exponential)).inform("questions", {})
