@@ -8,7 +8,8 @@ Each finished run is a line with these values; runs that are there are not run a
 |---|---|
 | `task`, `spec`, `stream` | id of the task, all its settings, and the stream of rows |
 | `path` | how the mixes were drawn: `natural S%`, `random N`, `schedule N`, `walk N`, `influence N` |
-| `domains`, `natural`, `start_mix`, `rows`, `repeats` | (D,) each: names, natural shares (half in each field), the mix of the base model, rows, whether they repeat |
+| `domains`, `natural`, `start_mix` | (D,) each: names, natural shares (half in each field), mix of the base model |
+| `rows`, `repeats` | (D,) each: number of rows, whether they are read again when they are used up |
 | `mixes` | (T, D); a single row if the mix was constant |
 | `feedback` | (T + 1, K) on the questions that policies read, in nats, keep first; row 0 of the base model |
 | `gains` | (K,) on the scored questions, in nats, over the base model |
@@ -27,6 +28,7 @@ import torch
 
 from benchmarks.comparison.records import add, lines, rounded
 from dmagent_loader.mixture.domains import TARGET
+from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies import INFLUENCE, LENGTH
@@ -88,8 +90,6 @@ def around_influence(start: Start, spec: TaskSpec, rng: np.random.Generator, inf
     policy = InfluencePolicy(start.space, start.natural, temperature=float(rng.uniform(0.3, 1.5)), max_measurements=1)
     policy.inform(INFLUENCE, influence)
     policy.inform(LENGTH, start.length)
-    from dmagent_loader.mixture.history import History
-
     mix = policy.propose(
         History(domains=start.space.names, fields=start.fields, mixes=start.mix[None], feedback=start.feedback[None])
     )
