@@ -20,6 +20,7 @@ Each finished run is a line with these values; runs that are there are not run a
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,6 +63,10 @@ def _share(rng: np.random.Generator) -> float:
     return float(rng.beta(1.3, 2.2))
 
 
+def _natural(share: float, start: Start, *_: object) -> FloatArray:
+    return start.at(share)
+
+
 def random_static(start: Start, spec: TaskSpec, rng: np.random.Generator, _: Influence) -> FloatArray:
     """Weights of the domains spread by a random sharpness around the natural ones."""
     within = start.natural * np.exp(rng.normal(0, rng.uniform(0.3, 2.0), len(start.natural)))
@@ -102,7 +107,7 @@ def paths(turn: int) -> Iterator[tuple[str, Draw]]:
     """Paths of one task; another turn draws others."""
     if turn == 0:
         for share in (0.0, 0.3, 1.0):
-            yield f"natural {share:.0%}", lambda start, spec, rng, influence, share=share: start.at(share)
+            yield f"natural {share:.0%}", functools.partial(_natural, share)
     kinds: dict[str, Draw] = {
         "influence": around_influence,
         "random": random_static,
@@ -125,7 +130,7 @@ def record(spec: TaskSpec, turn: int, simulator: ProxySimulator, output: Path) -
         influence = simulator.influence()
         rng = np.random.default_rng([spec.number, turn, place])
         mixes = draw(start, spec, rng, influence)
-        episode = run_episode(simulator, spec, stream, lambda _, mixes=mixes: mixes)
+        episode = run_episode(simulator, spec, stream, lambda _, mixes=mixes: mixes)  # type: ignore[misc]
         add(
             output,
             {

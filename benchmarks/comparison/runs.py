@@ -143,7 +143,7 @@ class Comparison:
 
     def _path_of(self, spec: TaskSpec) -> Any:
         def recorded(name: str, stream: int) -> FloatArray:
-            return np.load(self._path(spec, name, stream)).astype(np.float64)
+            return np.asarray(np.load(self._path(spec, name, stream)), dtype=np.float64)
 
         return recorded
 
@@ -168,7 +168,7 @@ def summary(episode: Episode, start: Start) -> dict[str, Any]:
     is_target = np.array([domain.field == TARGET for domain in start.space.domains])
     steps = len(episode.mixes) - 1
     marks = sorted({round(i * steps / MARKS) for i in range(MARKS + 1)})
-    is_read = np.isfinite(episode.feedback).all(axis=1)
+    is_read = np.asarray(np.isfinite(episode.feedback).all(axis=1))
     read = [mark for mark in marks if is_read[mark]] if is_read.all() else np.flatnonzero(is_read).tolist()
     influence = episode.influence
     return {

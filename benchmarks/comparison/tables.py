@@ -241,7 +241,8 @@ def _claim(claim: str, policy: str, figure: str, passes: bool, scores: Scores) -
 
 def _task(spec: TaskSpec) -> str:
     fault = "" if spec.perturbation.kind == "none" else f", {spec.perturbation.label}"
-    return f"{spec.number}: {spec.keep} + {spec.fields[1].removeprefix('acquire ')}, {spec.space}, {spec.steps} steps{fault}"
+    acquired = spec.fields[1].removeprefix("acquire ")
+    return f"{spec.number}: {spec.keep} + {acquired}, {spec.space}, {spec.steps} steps{fault}"
 
 
 def _with_error(estimate: Estimate) -> str:

@@ -9,7 +9,7 @@ everything at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -121,7 +121,7 @@ AXES = {
         balance=(0.25, 0.5, 0.75),
     ),
 }
-BAD_BASE = {"tokens": 400_000, "sharpness": 0.03}
+BAD_BASE_TOKENS, BAD_BASE_SHARPNESS = 400_000, 0.03
 """A base model for the perturbation ``"bad_base"``: few tokens of two or three topics."""
 
 
@@ -162,7 +162,7 @@ def _task(axes: Axes, split: str, number: int, seed: int) -> TaskSpec:
     perturbation = _dealt([*key, 4], axes.perturbation, 2 * group + place - 1) if is_perturbed else NONE
     base = BaseModel(size=size, tokens=base_tokens, seed=base_seed, sharpness=sharpness)
     if perturbation.kind == "bad_base":
-        base = BaseModel(size=size, seed=base_seed, **BAD_BASE)
+        base = replace(base, tokens=BAD_BASE_TOKENS, sharpness=BAD_BASE_SHARPNESS)
     steps, tokens = own(5, axes.steps), own(6, axes.tokens)
     unit = ROW_TOKENS * ROWS_PER_UPDATE
     return TaskSpec(

@@ -155,7 +155,7 @@ def attainable(gains: Sequence[FloatArray]) -> FloatArray:
         gains: (K,) of the natural mixes with the target shares `RANGE_SHARES` in the `range_task`.
     """
     stacked = np.array(gains)
-    return np.maximum(stacked.max(axis=0) - stacked.min(axis=0), LEAST_RANGE)
+    return np.asarray(np.maximum(stacked.max(axis=0) - stacked.min(axis=0), LEAST_RANGE), dtype=np.float64)
 
 
 def reward(gains: FloatArray, ranges: FloatArray, balance: float) -> float:

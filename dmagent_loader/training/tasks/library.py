@@ -7,7 +7,7 @@ and ``env/NAME.jsonl.gz`` (columns ``question`` and ``answer``), see docs/agent-
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,10 @@ class TaskLibrary:
         self.data, self.work = data, work
         self._corpus_config = corpus or CorpusConfig(max_tokens=400_000)
         # Few of each: a corpus is 30 MB of text.
-        self.corpus = functools.lru_cache(maxsize=3)(self._corpus)
-        self.weights = functools.lru_cache(maxsize=8)(self._weights)
-        self.space = functools.lru_cache(maxsize=6)(self._space)
-        self.questions = functools.lru_cache(maxsize=16)(self._questions)
+        self.corpus: Callable[[str], Corpus] = functools.lru_cache(maxsize=3)(self._corpus)
+        self.weights: Callable[[str, BaseModel], dict[str, Tensor]] = functools.lru_cache(maxsize=8)(self._weights)
+        self.space: Callable[[str, str, int], Space] = functools.lru_cache(maxsize=6)(self._space)
+        self.questions: Callable[[str, str, str], Halves] = functools.lru_cache(maxsize=16)(self._questions)
 
     def _corpus(self, target: str) -> Corpus:
         """The corpus of a target field; a topic that is the target is no source domain."""
@@ -117,7 +117,8 @@ class TaskLibrary:
         natural = self.corpus(target).start_state
         if base.sharpness is None:
             return natural
-        return start_states(natural, BaseConfig(models=2, sharpness=base.sharpness, seed=base.seed))[1]
+        states = start_states(natural, BaseConfig(models=2, sharpness=base.sharpness, seed=base.seed))
+        return np.asarray(states[1], dtype=np.float64)
 
     def _weights(self, target: str, base: BaseModel) -> dict[str, Tensor]:
         """Weights of a base model: trained once, then read from the work folder."""

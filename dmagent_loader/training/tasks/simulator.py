@@ -150,7 +150,9 @@ class ProxySimulator:
     def step(self, mix: FloatArray, *, feedback: bool = True) -> FloatArray:
         """See `Simulator`."""
         self._trainer.train(torch.from_numpy(self._rows.next(mix)[None]))
-        return self._asked.feedback(self._trainer.averaged)[0] if feedback else np.full(2, np.nan)
+        if not feedback:
+            return np.full(2, np.nan)
+        return np.asarray(self._asked.feedback(self._trainer.averaged)[0], dtype=np.float64)
 
     def finish(self) -> FloatArray:
         """See `Simulator`."""
