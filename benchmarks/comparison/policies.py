@@ -49,6 +49,7 @@ class Entry:
         is_shuffled: Whether it receives influence permuted over the domains of each field (an ablation).
         is_frozen: Whether it is shown the first feedback at every step (an ablation).
         after: Policy whose recorded mixes it needs, on both streams of a pair.
+        turn: Policies of a lower turn are run first, on all tasks.
     """
 
     make: Factory
@@ -56,6 +57,7 @@ class Entry:
     is_shuffled: bool = False
     is_frozen: bool = False
     after: str | None = None
+    turn: int = 0
 
 
 def natural(share: float, context: TaskContext) -> FloatArray:
@@ -119,9 +121,9 @@ def with_ablations(name: str, entry: Entry, *, influence: bool = True) -> dict[s
     if influence:
         found[f"{name}, influence shuffled"] = replace(entry, is_shuffled=True)
     if entry.reads_feedback:
-        found[f"{name}, feedback frozen"] = replace(entry, is_frozen=True)
-        found[f"{name}, replayed"] = Entry(make=functools.partial(replayed, name), after=name)
-        found[f"{name}, mean static"] = Entry(make=functools.partial(held, name), after=name)
+        found[f"{name}, feedback frozen"] = replace(entry, is_frozen=True, turn=entry.turn + 1)
+        found[f"{name}, replayed"] = Entry(make=functools.partial(replayed, name), after=name, turn=entry.turn + 1)
+        found[f"{name}, mean static"] = Entry(make=functools.partial(held, name), after=name, turn=entry.turn + 1)
     return found
 
 
@@ -138,10 +140,14 @@ def entries() -> dict[str, Entry]:
         **with_ablations(
             "dmagent-rl", Entry(make=functools.partial(agent, "dmagent-rl"), reads_feedback=True), influence=False
         ),
-        **{f"natural {share:.0%}": Entry(make=functools.partial(natural, share)) for share in SHARES if share != 0.3},
-        "question-topics": Entry(make=functools.partial(named, "question-topics")),
+        **{
+            f"natural {share:.0%}": Entry(make=functools.partial(natural, share), turn=1)
+            for share in SHARES
+            if share != 0.3
+        },
+        "question-topics": Entry(make=functools.partial(named, "question-topics"), turn=2),
         "dmagent-rl, topics by influence": Entry(
-            make=functools.partial(agent, "dmagent-rl", topics="influence"), reads_feedback=True
+            make=functools.partial(agent, "dmagent-rl", topics="influence"), reads_feedback=True, turn=2
         ),
-        "uniform 30%": Entry(make=uniform),
+        "uniform 30%": Entry(make=uniform, turn=2),
     }

@@ -50,17 +50,19 @@ def work_list(specs: Sequence[TaskSpec], entries: Mapping[str, Entry], streams: 
 
     Args:
         specs: Tasks, the most telling first.
-        entries: Policies by name, the most telling first.
+        entries: Policies by name, the most telling first; those of a lower turn are run first, on all tasks.
         streams: Number of streams of each task, even.
     """
     chosen = {(spec.split, spec.number): spec for spec in specs}
     for key in NOISE_FLOOR:
         if key in chosen:
             yield from ((chosen[key], REFERENCE, stream) for stream in range(NOISE_STREAMS))
+    turns = sorted({entry.turn for entry in entries.values()})
     for first in range(0, streams, 2):
-        for spec in specs:
-            for name in entries:
-                yield from ((spec, name, stream) for stream in (first, first + 1))
+        for turn in turns:
+            for spec in specs:
+                for name in (name for name, entry in entries.items() if entry.turn == turn):
+                    yield from ((spec, name, stream) for stream in (first, first + 1))
 
 
 class Comparison:

@@ -8,7 +8,7 @@ Shapes: K = 2 fields of questions, D domains.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -65,7 +65,7 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
     Example of use: ``env = MixingEnv(ProxySimulator(library), sample_tasks("train", 1))``.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata = {"render_modes": []}  # noqa: RUF012 - as gymnasium declares it
 
     def __init__(
         self,

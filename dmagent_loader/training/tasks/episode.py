@@ -21,6 +21,8 @@ from dmagent_loader.training.tasks.spec import Perturbation, TaskSpec
 
 MOST_REQUESTS = 16
 """Requests for evidence before one decision."""
+MOST_MEASUREMENTS = 2
+"""Measurements of influence in a run; then there is none to be had, as from integrations, which stop by cost."""
 RANGE_SHARES = (0.0, 0.3, 1.0)
 """Target shares of the natural mixes that show what is attainable in a task."""
 RANGE_STREAM = 900
@@ -131,6 +133,8 @@ class _Evidence:
 
     def _of(self, need: str, policy: Policy) -> object:
         if need == INFLUENCE:
+            if len(self._measured) == MOST_MEASUREMENTS:
+                return None
             self._measured.append(self._measure(len(self._measured)))
             return self._measured[-1]
         if need == LENGTH:

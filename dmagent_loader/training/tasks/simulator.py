@@ -31,8 +31,8 @@ from dmagent_loader.training.tasks.spec import TaskSpec, learning_rate_factor
 
 ASKED, ASKED_NOISY = (64, 24), (8, 4)
 """Questions read after each step, to keep and to acquire: as many as in the recorded set, and if they are noisy."""
-PROBE_ROWS, ALL_PROBE_ROWS = 32, 52 * 32
-"""Rows of each domain in a measurement of influence, and of all domains at least, as integrations read them."""
+PROBE_ROWS = 52 * 32
+"""Rows of all domains in a measurement of influence at least; integrations read as many, and 32 of each domain."""
 PROBE_STREAMS = 5_000_000
 """Streams of probe rows are numbered from here on: other rows than any that a run trains on first."""
 
@@ -102,10 +102,11 @@ class ProxySimulator:
 
     Args:
         library: Text, questions and base models.
+        probe_rows: Rows of all domains that a measurement of influence reads at least.
     """
 
-    def __init__(self, library: TaskLibrary) -> None:
-        self.library = library
+    def __init__(self, library: TaskLibrary, *, probe_rows: int = PROBE_ROWS) -> None:
+        self.library, self._probe_rows = library, probe_rows
         self._spec: TaskSpec | None = None
 
     def reset(self, spec: TaskSpec, stream: int) -> Start:
@@ -156,14 +157,14 @@ class ProxySimulator:
 
     def finish(self) -> FloatArray:
         """See `Simulator`."""
-        return self._scored.feedback(self._trainer.averaged)[0] - self._before
+        return np.asarray(self._scored.feedback(self._trainer.averaged)[0] - self._before, dtype=np.float64)
 
     def influence(self, repeat: int = 0) -> Influence:
         """See `Simulator`; a measurement is kept in the work folder of the library."""
         assert self._spec is not None, "reset comes first"
         path = self.library.work / "influence" / f"{self._spec.id}-{repeat}.json"
         if not path.exists():
-            count = max(PROBE_ROWS, ALL_PROBE_ROWS // len(self._domains))
+            count = max(min(32, self._probe_rows), self._probe_rows // len(self._domains))
             rows = TaskRows(self._space, self._spec, PROBE_STREAMS + repeat, topic=self._topic).of_each(count)
             model = ProxyModel(proxy_config(self._spec.base.size), self._probed_weights())
             found = self._environment.influence(model, {name: list(listed) for name, listed in rows.items()})
