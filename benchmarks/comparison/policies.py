@@ -138,16 +138,18 @@ def entries() -> dict[str, Entry]:
         REFERENCE: Entry(make=functools.partial(natural, 0.3)),
         **with_ablations(PRIOR, Entry(make=functools.partial(named, "influence"))),
         **with_ablations(
-            "dmagent-rl", Entry(make=functools.partial(agent, "dmagent-rl"), reads_feedback=True), influence=False
+            "dmagent-rl",
+            Entry(make=functools.partial(agent, "dmagent-rl"), reads_feedback=True, turn=1),
+            influence=False,
         ),
         **{
-            f"natural {share:.0%}": Entry(make=functools.partial(natural, share), turn=1)
+            f"natural {share:.0%}": Entry(make=functools.partial(natural, share), turn=2)
             for share in SHARES
             if share != 0.3
         },
-        "question-topics": Entry(make=functools.partial(named, "question-topics"), turn=2),
+        "question-topics": Entry(make=functools.partial(named, "question-topics"), turn=3),
         "dmagent-rl, topics by influence": Entry(
-            make=functools.partial(agent, "dmagent-rl", topics="influence"), reads_feedback=True, turn=2
+            make=functools.partial(agent, "dmagent-rl", topics="influence"), reads_feedback=True, turn=3
         ),
-        "uniform 30%": Entry(make=uniform, turn=2),
+        "uniform 30%": Entry(make=uniform, turn=3),
     }

@@ -60,9 +60,9 @@ def work_list(specs: Sequence[TaskSpec], entries: Mapping[str, Entry], streams: 
     turns = sorted({entry.turn for entry in entries.values()})
     for first in range(0, streams, 2):
         for turn in turns:
-            for spec in specs:
-                for name in (name for name, entry in entries.items() if entry.turn == turn):
-                    yield from ((spec, name, stream) for stream in (first, first + 1))
+            for stream in (first, first + 1):
+                for spec in specs:
+                    yield from ((spec, name, stream) for name, entry in entries.items() if entry.turn == turn)
 
 
 class Comparison:

@@ -83,8 +83,15 @@ def _estimate(
         by_stratum.setdefault(strata[task], []).append(task)
     draws = []
     for _ in range(DRAWS):
-        drawn = [tasks[i] for tasks in by_stratum.values() for i in rng.integers(len(tasks), size=len(tasks))]
-        draws.append(statistic([rng.choice(values[task], size=len(values[task])) for task in drawn]))
+        drawn = [
+            values[tasks[i]]
+            for tasks in by_stratum.values()
+            for i in rng.integers(len(tasks), size=len(tasks)).tolist()
+        ]
+        places = rng.random((len(drawn), max(map(len, drawn))))
+        draws.append(
+            statistic([v[(u[: len(v)] * len(v)).astype(np.int64)] for v, u in zip(drawn, places, strict=True)])
+        )
     means = np.array([listed.mean() for listed in values.values()])
     error = float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else float("nan")
     low, high = np.percentile(draws, [2.5, 97.5])

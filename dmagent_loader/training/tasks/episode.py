@@ -21,8 +21,8 @@ from dmagent_loader.training.tasks.spec import Perturbation, TaskSpec
 
 MOST_REQUESTS = 16
 """Requests for evidence before one decision."""
-MOST_MEASUREMENTS = 2
-"""Measurements of influence in a run; then there is none to be had, as from integrations, which stop by cost."""
+MOST_MEASUREMENTS = 1
+"""Measurements of influence that a policy gets: integrations do not repeat one in a run that costs as little."""
 RANGE_SHARES = (0.0, 0.3, 1.0)
 """Target shares of the natural mixes that show what is attainable in a task."""
 RANGE_STREAM = 900

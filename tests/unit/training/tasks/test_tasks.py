@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ class Curious:
 
     def __init__(self, start: Start) -> None:
         self.mix = start.at(0.5)
-        self.told: list[tuple[str, object]] = []
+        self.told: list[tuple[str, Any]] = []
         self.shown: list[History] = []
         self._decision = -1
 
@@ -62,7 +63,7 @@ class Curious:
         self._decision = decision
         return self.needs
 
-    def inform(self, need: str, evidence: object) -> None:
+    def inform(self, need: str, evidence: Any) -> None:
         self.told.append((need, evidence))
 
     def propose(self, history: History) -> np.ndarray:
@@ -89,7 +90,9 @@ def test_a_policy_gets_its_evidence_and_the_history(simulator: ProxySimulator, t
     assert episode.influence is not None
     assert episode.influence.fields == task.fields
     measured = [evidence for need, evidence in made[0].told if need == INFLUENCE]
-    assert (measured[0].values() != measured[1].values()).any(), "a repeated measurement must read other rows"
+    assert measured[1:] == [None] * (task.steps - 1)
+    other = simulator.influence(1)
+    assert (measured[0].values() != other.values()).any(), "a repeated measurement must read other rows"
 
     made.clear()
     run_episode(simulator, task, 0, choose, frozen_feedback=True)
