@@ -31,7 +31,15 @@ from dmagent_loader.training.tasks.spec import TaskSpec
 NOISE_FLOOR = (("test", 0), ("test", 7))
 """Tasks whose natural mix is run on `NOISE_STREAMS` streams."""
 NOISE_STREAMS = 12
-TOLD = (("test", 0, 6), ("validation", 0, 3), ("test", 6, 12), ("validation", 3, 9), ("test", 12, 24), ("train", 0, 9))
+TOLD = (
+    ("test", 0, 3),
+    ("test", 6, 15),
+    ("validation", 0, 3),
+    ("test", 3, 6),
+    ("validation", 3, 9),
+    ("test", 15, 24),
+    ("train", 0, 9),
+)
 """Split, first task and end, in the order of running."""
 MARKS = 8
 """Feedbacks of a run under a policy that does not read it."""
