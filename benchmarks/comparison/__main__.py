@@ -2,6 +2,7 @@
 
 python -m benchmarks.comparison run --data DATA --work build/tasks --output build/tasks/comparison.jsonl
 python -m benchmarks.comparison tables --output build/tasks/comparison.jsonl
+    python -m benchmarks.comparison pictures --output build/tasks/comparison.jsonl --folder build/tasks
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.comparison.pictures import pareto
 from benchmarks.comparison.policies import Entry, entries
 from benchmarks.comparison.runs import Comparison, tasks, work_list
 from benchmarks.comparison.tables import tables
@@ -40,11 +42,17 @@ def main() -> None:
     run.add_argument("--also", nargs="*", default=[], metavar="MODULE", help="modules with further policies")
     show = commands.add_parser("tables", help="print the tables of what is there")
     show.add_argument("--reference", nargs="*", default=["natural 30%", "influence"], help="policies to compare with")
-    for command in (run, show):
+    draw = commands.add_parser("pictures", help="draw what policies keep against what they acquire")
+    draw.add_argument("--folder", type=Path, default=Path("build/tasks"))
+    for command in (run, show, draw):
         command.add_argument("--output", type=Path, default=Path("build/tasks/comparison.jsonl"))
     arguments = parser.parse_args()
     if arguments.command == "tables":
         print(tables(arguments.output, arguments.reference))
+        return
+    if arguments.command == "pictures":
+        for split in ("test", "validation"):
+            print(pareto(arguments.output, arguments.folder, split))
         return
     if arguments.streams < 2 or arguments.streams % 2:
         parser.error(f"--streams is {arguments.streams}; replays need pairs of streams")

@@ -92,8 +92,8 @@ def tables(path: Path, references: Sequence[str]) -> str:
         if results.of_split(results.scores(REFERENCE), split):
             parts += [f"## {split} tasks", policies(results, split)]
             parts += [differences(results, split, reference) for reference in references]
-            parts += [by_task(results, split)]
-    parts += ["## Claims", claims(results)]
+            parts += [groups(results, split, references[0]), by_task(results, split)]
+    parts += ["## Claims", claims(results, references)]
     if results.failed:
         parts.append(failures(results))
     return "\n\n".join(parts)
@@ -199,16 +199,19 @@ def by_task(results: Results, split: str) -> str:
     return "\n".join(rows)
 
 
-def claims(results: Results) -> str:
+def claims(results: Results, references: Sequence[str]) -> str:
     """The rules of RULES.md, on test tasks."""
     rows = ["| claim | policy | tasks | figure | passes |", "|---|---|---:|---:|---|"]
-    for name in results.policies:
-        if name == REFERENCE or ", " in name:
-            continue
+    for name in (name for name in results.policies if ", " not in name and name != REFERENCE):
         scores = results.of_split(paired(results.scores(name), results.scores(REFERENCE)), "test")
         if scores:
             least = min(float(np.mean(list(streams.values()))) for streams in scores.values())
             rows.append(_claim("does no harm", name, f"{least:+.2f} in the least task", least >= HARM, scores))
+        for reference in (*references, BEST_SHARE):
+            for kind in (None, "perturbed"):
+                scores = results.of_split(paired(results.scores(name), results.scores(reference)), "test", kind)
+                if scores and name != reference:
+                    rows.append(_ahead(results, name, reference, kind, scores))
     for ablation, claim in (
         ("replayed", "dynamic"),
         ("influence shuffled", "adaptive"),
@@ -223,6 +226,25 @@ def claims(results: Results) -> str:
     return "\n".join(rows)
 
 
+def groups(results: Results, split: str, reference: str) -> str:
+    """Differences from one policy by the number of decisions and the domain space."""
+    specs = {task: spec for task, spec in results.specs.items() if spec.split == split and task in results.ranges}
+    columns: dict[str, set[str]] = {}
+    for task, spec in specs.items():
+        columns.setdefault(f"{spec.steps} steps", set()).add(task)
+        columns.setdefault(spec.space, set()).add(task)
+    names = sorted(columns, key=lambda name: (not name.endswith("steps"), len(name), name))
+    rows = [f"| minus {reference} | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    for policy in results.policies:
+        scores = paired(results.scores(policy), results.scores(reference))
+        parts = [{task: streams for task, streams in scores.items() if task in columns[name]} for name in names]
+        if policy != reference and any(parts):
+            means = [mean_over_tasks(part, results.strata) if part else None for part in parts]
+            cells = [f"{_with_error(mean)} ({mean.tasks})" if mean else "" for mean in means]
+            rows.append(f"| {policy} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def failures(results: Results) -> str:
     """Runs that failed."""
     return "\n".join(
@@ -231,6 +253,14 @@ def failures(results: Results) -> str:
             *(f"- {line['policy']}, {_task(results.specs[line['task']])}: {line['failed']}" for line in results.failed),
         ]
     )
+
+
+def _ahead(results: Results, name: str, reference: str, kind: str | None, scores: Scores) -> str:
+    mean = mean_over_tasks(scores, results.strata)
+    better = over_runs(scores, results.strata, improvement)
+    claim = f"ahead of {reference}" + (" under perturbations" if kind else "")
+    figure = f"{_with_error(mean)}, {better.value:.2f} [{better.low:.2f}, {better.high:.2f}]"
+    return _claim(claim, name, figure, mean.value > 2 * mean.error and better.low > 0.5, scores)
 
 
 def _claim(claim: str, policy: str, figure: str, passes: bool, scores: Scores) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.comparison import policies, records
+from benchmarks.comparison.pictures import pareto
 from benchmarks.comparison.policies import Entry, TaskContext, entries, natural, shuffled, with_ablations
 from benchmarks.comparison.record import paths, record
 from benchmarks.comparison.runs import NOISE_STREAMS, Comparison, tasks, work_list
@@ -91,6 +92,9 @@ def test_a_comparison_that_was_stopped_goes_on(simulator: ProxySimulator, task: 
     assert "too few runs" in shown
     assert "| adaptive | influence | 2 |" in shown
     assert "| dynamic | reacting | 2 |" in shown
+    assert "| ahead of natural 30% | influence | 2 |" in shown
+    assert "| minus natural 30% | 2 steps | merged-7 |" in shown
+    assert pareto(whole, tmp_path, "test").stat().st_size > 10_000
 
 
 def test_a_failing_policy_is_recorded_and_the_rest_goes_on(
