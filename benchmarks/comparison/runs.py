@@ -92,9 +92,8 @@ class Comparison:
         for spec, name, stream in units:
             if (spec.id, name, stream) in self._lines:
                 continue
-            ranges = self.ranges(spec)
             try:
-                line = self._compared(spec, name, stream, ranges)
+                line = self._compared(spec, name, stream, self.ranges(spec))
             except Exception as error:  # a policy of any origin; the rest of the comparison must go on
                 line = {"failed": f"{type(error).__name__}: {error}"}
             self._record(spec, name, stream, line)

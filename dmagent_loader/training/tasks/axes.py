@@ -100,7 +100,7 @@ AXES = {
     "test": Axes(
         keep=("hellaswag", "arc", "boolq", "text"),
         acquire={
-            "code": ("mbpp", "humaneval", "code_text"),
+            "code": ("mbpp", "humaneval", "text"),
             "Online_Communities": ("text",),
             "Business_and_Industrial": ("text",),
         },

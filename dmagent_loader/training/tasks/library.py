@@ -46,7 +46,6 @@ QUESTIONS = {
     "aqua": ("aqua_dev", "aqua_test"),
     "mbpp": ("mbpp",),
     "humaneval": ("humaneval",),
-    "code_text": ("code_text_val",),
 }
 """Question set -> its files in ``env``."""
 MOST_KEPT, MOST_ACQUIRED = 480, 240
