@@ -1,8 +1,8 @@
 """Runs the comparison, or prints its tables; it can be stopped and called again.
 
-    python -m benchmarks.comparison run --data DATA --work build/tasks --output build/tasks/comparison.jsonl
-    python -m benchmarks.comparison tables --output build/tasks/comparison.jsonl
-    python -m benchmarks.comparison pictures --output build/tasks/comparison.jsonl --folder build/tasks
+python -m benchmarks.comparison run --data DATA --work build/tasks --output build/tasks/comparison.jsonl
+python -m benchmarks.comparison tables --output build/tasks/comparison.jsonl
+python -m benchmarks.comparison pictures --output build/tasks/comparison.jsonl --folder build/tasks
 """
 
 from __future__ import annotations

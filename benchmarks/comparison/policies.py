@@ -119,7 +119,7 @@ def with_ablations(name: str, entry: Entry, *, influence: bool = True) -> dict[s
     """A policy and what shows where its gain comes from."""
     found = {name: entry}
     if influence:
-        found[f"{name}, influence shuffled"] = replace(entry, is_shuffled=True)
+        found[f"{name}, influence shuffled"] = replace(entry, is_shuffled=True, turn=entry.turn + entry.reads_feedback)
     if entry.reads_feedback:
         found[f"{name}, feedback frozen"] = replace(entry, is_frozen=True, turn=entry.turn + 1)
         found[f"{name}, replayed"] = Entry(make=functools.partial(replayed, name), after=name, turn=entry.turn + 1)

@@ -27,6 +27,8 @@ from dmagent_loader.training.tasks.episode import (
 from dmagent_loader.training.tasks.simulator import Simulator, Start
 from dmagent_loader.training.tasks.spec import TaskSpec
 
+__all__ = ["MixingEnv"]
+
 STREAMS = 1_000_000
 """Streams that seeds are mapped to."""
 
@@ -61,8 +63,6 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
 
     Raises:
         ConfigurationError: `specs` is empty.
-
-    Example of use: ``env = MixingEnv(ProxySimulator(library), sample_tasks("train", 1))``.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 - as gymnasium declares it
