@@ -20,11 +20,14 @@ from benchmarks.comparison.statistics import (
     over_runs,
     paired,
 )
+from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.training.tasks.episode import RANGE_SHARES, attainable, reward
 from dmagent_loader.training.tasks.spec import TaskSpec
 
 BEST_SHARE = "best of five natural shares"
 LEAST_TASKS, LEAST_STREAMS = 12, 2
 """Test tasks and streams that a claim needs (RULES.md)."""
+RANGE_RUNS = {f"range {share:.0%}" for share in RANGE_SHARES}
 HARM = -0.1
 """Difference from the reference below which a policy does harm in a task."""
 
@@ -37,7 +40,12 @@ class Results:
         self.specs = {line["task"]: TaskSpec.from_json(line["spec"]) for line in listed}
         self.runs = [line for line in listed if "reward" in line]
         self.failed = [line for line in listed if "failed" in line]
-        self.ranges = {line["task"]: np.array(line["ranges"]) for line in self.runs}
+        natural: dict[str, list[FloatArray]] = {}
+        for line in listed:
+            if line["policy"] in RANGE_RUNS and "gains" in line:
+                natural.setdefault(line["task"], []).append(np.array(line["gains"]))
+        run = {line["task"] for line in self.runs}
+        self.ranges = {task: attainable(gains) for task, gains in natural.items() if task in run}
         self.policies = list(dict.fromkeys(line["policy"] for line in self.runs))
         self.strata = {
             task: f"{spec.split} {'perturbed' if spec.perturbation.kind != 'none' else 'plain'}"
@@ -59,9 +67,14 @@ class Results:
         found: dict[str, dict[int, float]] = {}
         for line in self.runs:
             if line["policy"] == policy and line["stream"] < streams:
-                value = line["reward"] if which == "reward" else line["gains"][("keep", "acquire").index(which)]
-                found.setdefault(line["task"], {})[line["stream"]] = value
+                found.setdefault(line["task"], {})[line["stream"]] = self._score(line, which)
         return found
+
+    def _score(self, line: Mapping[str, Any], which: str) -> float:
+        gains, task = np.array(line["gains"]), line["task"]
+        if which == "reward":
+            return reward(gains, self.ranges[task], self.specs[task].balance)
+        return float(gains[("keep", "acquire").index(which)])
 
     def _best_share(self, which: str) -> dict[str, dict[int, float]]:
         """For each task the natural share with the highest mean reward, where all five are there."""

@@ -155,10 +155,12 @@ def range_task(spec: TaskSpec) -> TaskSpec:
 def attainable(gains: Sequence[FloatArray]) -> FloatArray:
     """Attainable range of each field in a task: largest minus smallest gain of some static runs, in nats, (K,).
 
+    The base model counts, too, with a gain of 0: all static runs from a bad one gain about as much.
+
     Args:
         gains: (K,) of the natural mixes with the target shares `RANGE_SHARES` in the `range_task`.
     """
-    stacked = np.array(gains)
+    stacked = np.vstack([*gains, np.zeros(2)])
     return np.asarray(np.maximum(stacked.max(axis=0) - stacked.min(axis=0), LEAST_RANGE), dtype=np.float64)
 
 

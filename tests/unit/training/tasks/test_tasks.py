@@ -149,6 +149,7 @@ def test_reward_by_hand() -> None:
     ranges = attainable([np.array([0.1, 0.0]), np.array([0.0, 1.0]), np.array([-0.3, 2.0])])
     np.testing.assert_allclose(ranges, [0.4, 2.0])
     assert reward(np.array([-0.1, 1.0]), ranges, 0.25) == pytest.approx(0.75 * -0.25 + 0.25 * 0.5)
+    np.testing.assert_allclose(attainable([np.array([0.3, 0.5]), np.array([0.2, 0.4])]), [0.3, 0.5])
     assert attainable([np.zeros(2)] * 3).tolist() == [LEAST_RANGE] * 2
 
 
