@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dmagent_loader import _distributed as distributed
@@ -68,7 +69,7 @@ def inform(
             if need == INFLUENCE:
                 policy.inform(need, probes.next(decision))
             elif need == LENGTH:
-                policy.inform(need, sampler.run_length)
+                policy.inform(need, replace(sampler.run_length, interval=sampler.samples_per_reweight))
             elif need == QUESTIONS:
                 policy.inform(need, texts(environment))
             else:

@@ -8,6 +8,7 @@ from dmagent_loader.policies.fields import FieldPolicy
 from dmagent_loader.policies.guard import Guard, GuardConfig, Outcome, propose_guarded
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.informed import INFLUENCE, LENGTH, QUESTIONS, InformedPolicy
+from dmagent_loader.policies.plus import PlusPolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 from dmagent_loader.policies.schedule import LinearSchedule
 from dmagent_loader.policies.static import StaticPolicy
@@ -24,6 +25,7 @@ __all__ = [
     "LENGTH",
     "LinearSchedule",
     "Outcome",
+    "PlusPolicy",
     "Policy",
     "QUESTIONS",
     "QuestionTopics",

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from dmagent_loader._validation import shown
 from dmagent_loader.agent import MixingAgent
+from dmagent_loader.agent.checkpoint import is_plus
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import FIELDS, DomainSpace
+from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import Standardization
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.agent import AgentPolicy
@@ -16,6 +17,7 @@ from dmagent_loader.policies.base import Policy
 from dmagent_loader.policies.combined import CombinedPolicy
 from dmagent_loader.policies.fields import report_unknown_topics
 from dmagent_loader.policies.influence import InfluencePolicy
+from dmagent_loader.policies.plus import PlusPolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 
 
@@ -61,6 +63,13 @@ def make_policy(
         return None if policy is None else _policy("policy", policy, space, natural)
     if not isinstance(agent, (str, os.PathLike, MixingAgent)):
         raise ConfigurationError(f"agent is {shown(agent)}; it must be a name, a path, a Hub id or a MixingAgent")
+    if not isinstance(agent, MixingAgent) and is_plus(agent):
+        if topics is not None or standardization is not None:
+            raise ConfigurationError(
+                f"topics and standardization have no effect on agent {shown(agent)}, which chooses the domains itself "
+                "and reads feedback in nats: leave them out"
+            )
+        return PlusPolicy.from_pretrained(agent, space, natural, roles=roles)
     within = None if topics is None else _policy("topics", topics, space, natural)
     loaded = agent if isinstance(agent, MixingAgent) else MixingAgent.from_pretrained(agent)
     decides = AgentPolicy(loaded, space, natural, roles=roles, standardization=standardization)
@@ -71,11 +80,7 @@ def make_policy(
 
 
 def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
-    """A policy with its default settings.
-
-    ``"influence"`` starts from the topics of the questions if the topics of all domains are known, which was better in
-    every environment measured (docs/influence.md). Otherwise it starts from the natural shares. If the fields of the
-    domains are source and target, topics are also the fallback when influence cannot be measured.
+    """A policy with its default settings; those of ``"influence"`` are in `InfluencePolicy.configured`.
 
     Raises:
         ConfigurationError: There is no policy of that name.
@@ -83,9 +88,7 @@ def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
     if name == "question-topics":
         return QuestionTopics(space, natural)
     if name == "influence":
-        topics = QuestionTopics(space, natural) if set(space.fields) == set(FIELDS) else None
-        labelled = all(domain.topic is not None or domain.composition is not None for domain in space.domains)
-        return InfluencePolicy(space, natural, topics=topics, combine=labelled and topics is not None)
+        return InfluencePolicy.configured(space, natural)
     raise ConfigurationError(
         f"there is no policy named {shown(name)}: choose 'influence' or 'question-topics', or pass a policy object"
     )
