@@ -21,7 +21,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmagent_loader.agent.plus.observation import DOMAIN_FEATURES, RUN_FEATURES, Facts, Moment, log_odds, tokens
+from dmagent_loader.agent.plus.observation import (
+    DOMAIN_FEATURES,
+    RUN_FEATURES,
+    Facts,
+    Moment,
+    at_domains,
+    log_odds,
+    of_fields,
+    tokens,
+)
 from dmagent_loader.mixture.simplex import FloatArray
 
 WIDTH = 12
@@ -76,6 +85,10 @@ class PlusNetwork:
         weights["share.balance"] = np.array(BALANCE_SLOPE)
         return cls(weights)
 
+    def in_float32(self) -> PlusNetwork:
+        """The same network in single precision, for training."""
+        return PlusNetwork({name: value.astype(np.float32) for name, value in self.weights.items()})
+
     @property
     def width(self) -> int:
         """H."""
@@ -109,9 +122,9 @@ class PlusNetwork:
         x, g = tokens(facts, moment)
         hidden = np.tanh(x @ w["token.domain"] + (g @ w["token.run"] + w["token.bias"])[..., None, :])
         by_field = self._attention(hidden, facts)
-        mass = np.einsum("...fd,...d->...f", facts.fields, facts.prior)
-        overall = np.einsum("...f,...fh->...h", mass, by_field)
-        of_domain = np.einsum("...fd,...fh->...dh", facts.fields, by_field @ w["domain.field"])
+        mass = of_fields(facts.fields, facts.prior)
+        overall = (mass[..., None, :] @ by_field)[..., 0, :]
+        of_domain = np.swapaxes(facts.fields, -1, -2) @ (by_field @ w["domain.field"])
         common = (overall @ w["domain.all"] + w["domain.bias"])[..., None, :]
         second = np.tanh(hidden @ w["domain.own"] + of_domain + common)
         domain = _limited(second @ w["domain.output"] + x @ w["domain.skip"])
@@ -127,13 +140,12 @@ class PlusNetwork:
 
     def _attention(self, hidden: FloatArray, facts: Facts) -> FloatArray:
         """c of the module docstring: (..., F, H)."""
-        scores = hidden @ self.weights["attention.query"]
-        raised = np.exp(scores - scores.max(axis=-2, keepdims=True)) * facts.natural[..., None]
-        weights = np.einsum("...fd,...dq->...fdq", facts.fields, raised)
-        weights /= np.maximum(weights.sum(axis=-2, keepdims=True), 1e-300)
-        heads = hidden.reshape(*hidden.shape[:-1], self.queries, self.width // self.queries)
-        found = np.einsum("...fdq,...dqh->...fqh", weights, heads)
-        return np.asarray(found.reshape(*found.shape[:-2], self.width))
+        # Hidden values lie in [-1, 1], so the scores are bounded and need no shift before exp.
+        raised = np.exp(hidden @ self.weights["attention.query"]) * facts.natural[..., None]
+        per_head = self.width // self.queries
+        summed = facts.fields @ (hidden * np.repeat(raised, per_head, axis=-1))
+        total = np.repeat(facts.fields @ raised, per_head, axis=-1)
+        return np.asarray(np.divide(summed, total, out=np.zeros_like(summed), where=total > 0))
 
 
 def corrected(facts: Facts, domain: FloatArray, share: FloatArray) -> FloatArray:
@@ -145,12 +157,11 @@ def corrected(facts: Facts, domain: FloatArray, share: FloatArray) -> FloatArray
         share: (..., F), correction of each field of the data.
     """
     raised = facts.prior * np.exp(domain)
-    before = np.einsum("...fd,...d->...f", facts.fields, facts.prior)
-    after = np.einsum("...fd,...d->...f", facts.fields, raised)
+    before, after = of_fields(facts.fields, facts.prior), of_fields(facts.fields, raised)
     within = np.divide(before, after, out=np.ones_like(before), where=after > 0)
     factor = np.exp(share)
     between = factor * (before.sum(axis=-1, keepdims=True) / (before * factor).sum(axis=-1, keepdims=True))
-    return np.asarray(raised * np.einsum("...fd,...f->...d", facts.fields, within * between))
+    return raised * at_domains(facts.fields, within * between)
 
 
 def _limited(correction: FloatArray) -> FloatArray:

@@ -57,7 +57,7 @@ RUN_FEATURES = (
 """Features of the run's token, in order; the first six against the base model."""
 
 KEEP, ACQUIRE = 0, 1
-GAIN_UNITS = np.array([0.05, 0.25])
+GAIN_UNITS = (0.05, 0.25)
 """Changes of feedback, in nats, up to which the features of the two roles are nearly linear."""
 DEFAULT_HORIZON = 5.0
 """Decisions that the moving averages reach back if the length of the run is unknown."""
@@ -162,7 +162,7 @@ class Memory:
             gains: (..., R), feedback against the base model.
             horizon: (...), decisions that the moving averages reach back.
         """
-        rate = (1.0 / np.maximum(np.asarray(horizon, dtype=np.float64), 1.0))[..., None]
+        rate = (1.0 / np.maximum(horizon, 1.0))[..., None]
         steps = self.steps + 1
         return Memory(
             exposure=self.exposure + (mix - self.exposure) / steps,
@@ -207,18 +207,18 @@ def log_odds(balance: FloatArray) -> FloatArray:
 
 def tokens(facts: Facts, moment: Moment) -> tuple[FloatArray, FloatArray]:
     """The tokens of the domains, (..., D, features), and of the run, (..., features); all values are of order 1."""
-    domain_field_mass = np.einsum("...fd,...d->...f", facts.fields, facts.prior)
-    natural_field_mass = np.einsum("...fd,...d->...f", facts.fields, facts.natural)
-    per_domain = np.swapaxes(facts.fields, -1, -2)
-    prior_within = facts.prior / np.maximum(_to_domains(per_domain, domain_field_mass), _SMALL)
-    natural_within = facts.natural / np.maximum(_to_domains(per_domain, natural_field_mass), _SMALL)
+    members = facts.fields
+    prior_within, natural_within = (
+        shares / np.maximum(at_domains(members, of_fields(members, shares)), _SMALL)
+        for shares in (facts.prior, facts.natural)
+    )
     has_rows = facts.natural > 0
     tilt = np.where(has_rows & (facts.prior > 0), _log_ratio(prior_within, natural_within), 0.0)
     started = (moment.exposure.sum(axis=-1) > 0)[..., None]
     exposed = np.where(started & (facts.prior > 0), _log_ratio(moment.exposure, facts.prior), 0.0)
     by_domain = np.ones_like(facts.prior)
-    target = _to_domains(per_domain, facts.acquires)
-    across = np.einsum("...fd,...rf->...rd", facts.fields, facts.across)
+    target = at_domains(members, facts.acquires)
+    across = facts.across @ members
     domain_tokens = np.stack(
         [
             np.clip(tilt / 2, -2, 2),
@@ -238,16 +238,19 @@ def tokens(facts: Facts, moment: Moment) -> tuple[FloatArray, FloatArray]:
         ],
         axis=-1,
     )
-    felt = np.arcsinh(moment.gains / GAIN_UNITS)
     run_tokens = np.stack(
         [
-            *(felt[..., kind, role] for role in (KEEP, ACQUIRE) for kind in range(3)),
+            *(
+                np.arcsinh(moment.gains[..., kind, role] / GAIN_UNITS[role])
+                for role in (KEEP, ACQUIRE)
+                for kind in range(3)
+            ),
             moment.progress,
             moment.progress_known,
             moment.learning_rate - 1.0,
             moment.learning_rate_known,
             log_odds(moment.balance) / 2,
-            np.einsum("...d,...d->...", target, moment.exposure),
+            (target * moment.exposure).sum(axis=-1),
             facts.measured,
             facts.reliability[..., KEEP],
             facts.reliability[..., ACQUIRE],
@@ -258,9 +261,14 @@ def tokens(facts: Facts, moment: Moment) -> tuple[FloatArray, FloatArray]:
     return domain_tokens * has_rows[..., None], run_tokens
 
 
-def _to_domains(per_domain: FloatArray, by_field: FloatArray) -> FloatArray:
-    """Values of fields, (..., F), at their domains: (..., D)."""
-    return np.asarray(np.einsum("...df,...f->...d", per_domain, by_field))
+def of_fields(members: FloatArray, by_domain: FloatArray) -> FloatArray:
+    """Sums over the domains of each field, from `Facts.fields`: (..., D) -> (..., F)."""
+    return np.asarray((members @ by_domain[..., None])[..., 0])
+
+
+def at_domains(members: FloatArray, by_field: FloatArray) -> FloatArray:
+    """The value of its field at each domain, from `Facts.fields`: (..., F) -> (..., D)."""
+    return np.asarray((by_field[..., None, :] @ members)[..., 0, :])
 
 
 def _log_ratio(above: FloatArray, below: FloatArray) -> FloatArray:

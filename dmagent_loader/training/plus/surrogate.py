@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from dmagent_loader.agent.plus.observation import Facts, Memory, Moment, horizon_of
+from dmagent_loader.agent.plus.observation import Facts, Memory, Moment, at_domains, horizon_of, of_fields
 from dmagent_loader.mixture.simplex import FloatArray
 
 Decide = Callable[[Facts, Moment], FloatArray]
@@ -93,9 +93,8 @@ class SurrogateTasks:
     def natural_at(self, share: float) -> FloatArray:
         """The natural mixes with a share of the target field: (B, D)."""
         masses = np.array([1 - share, share])
-        within = np.einsum("bfd,bd->bf", self.facts.fields, self.facts.natural)
-        factor = masses / np.maximum(within, 1e-12)
-        return np.asarray(self.facts.natural * np.einsum("bfd,bf->bd", self.facts.fields, factor))
+        factor = masses / np.maximum(of_fields(self.facts.fields, self.facts.natural), 1e-12)
+        return self.facts.natural * at_domains(self.facts.fields, factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +122,15 @@ def rollout(tasks: SurrogateTasks, decide: Decide, seed: int) -> Rollout:
     """
     rng = np.random.default_rng(seed)
     batch, domains, total = len(tasks), tasks.facts.prior.shape[-1], tasks.decisions
-    noises = rng.normal(size=(total, batch, 2)) * tasks.feedback_noise
-    level, averaged = np.zeros((batch, 2)), np.zeros((batch, 2))
-    used = np.zeros((batch, domains))
+    dtype = tasks.value.dtype
+    noises = rng.normal(size=(total, batch, 2)).astype(dtype) * tasks.feedback_noise
+    level, averaged = np.zeros((batch, 2), dtype), np.zeros((batch, 2), dtype)
+    used = np.zeros((batch, domains), dtype)
     known = tasks.progress_known
-    horizon = np.where(known > 0, horizon_of(total), horizon_of(None))
-    memory = Memory.empty((batch,), domains)
+    horizon = np.where(known > 0, horizon_of(total), horizon_of(None)).astype(dtype)
+    memory = Memory(exposure=used, fast=level, slow=level, last=level, steps=0)
     lag = 1 - np.exp(-1 / max(LAG * total, 0.3))
-    mixes, feedback = np.zeros((batch, total, domains)), np.zeros((batch, total, 2))
+    mixes, feedback = np.zeros((batch, total, domains), dtype), np.zeros((batch, total, 2), dtype)
     for step in range(total):
         progress = step / total
         mix = limited(tasks, decide(tasks.facts, _moment(tasks, memory, used, progress)))
@@ -159,29 +159,24 @@ def rewards(tasks: SurrogateTasks, gains: FloatArray, attainable: FloatArray) ->
 def limited(tasks: SurrogateTasks, mix: FloatArray) -> FloatArray:
     """The mixes with at most `MOST_PASSES` over a repeating domain, where the length of the run is known: (B, D)."""
     applies = (tasks.progress_known[:, None] > 0) & (tasks.repeats > 0)
-    ceiling = np.where(applies, MOST_PASSES / np.maximum(tasks.passes, 1e-9), np.inf)
-    if (mix <= ceiling).all():
+    ceilings = np.where(applies, MOST_PASSES / np.maximum(tasks.passes, 1e-9), 1e6)
+    over = (mix > ceilings).any(axis=-1)
+    if not over.any():
         return mix
-    members = tasks.facts.fields
-    share = np.einsum("bfd,bd->bf", members, mix)
-    room = np.einsum("bfd,bd->bf", members, np.minimum(ceiling, 1e6))
-    result = mix
-    for _ in range(8):
-        clipped = np.minimum(result, ceiling)
-        missing = share - np.einsum("bfd,bd->bf", members, clipped)
+    members, ceiling = tasks.facts.fields[over], ceilings[over]
+    share = of_fields(members, mix[over])
+    found = mix[over]
+    for _ in range(5):
+        clipped = np.minimum(found, ceiling)
         free = np.where(clipped < ceiling, np.maximum(clipped, 1e-9), 0.0)
-        spread = missing / np.maximum(np.einsum("bfd,bd->bf", members, free), 1e-12)
-        result = clipped + free * np.einsum("bfd,bf->bd", members, spread)
-    rows = np.where(tasks.facts.natural > 0, 1 / np.maximum(tasks.passes, 1e-9), 0.0)
-    by_rows = (
-        rows
-        / np.maximum(np.einsum("bfd,bd->bf", members, rows), 1e-12).repeat(1, axis=1)[
-            np.arange(len(tasks))[:, None], np.argmax(members, axis=1)
-        ]
-    )
-    too_small = np.einsum("bfd,bf->bd", members, (room <= share).astype(float)) > 0
-    natural = by_rows * np.einsum("bfd,bf->bd", members, share)
-    result = np.where(too_small, natural, result)
+        missing = share - of_fields(members, clipped)
+        found = clipped + free * at_domains(members, missing / np.maximum(of_fields(members, free), 1e-12))
+    # A field whose rows do not suffice for its share gets the natural mix.
+    rows = np.where(tasks.facts.natural[over] > 0, 1 / np.maximum(tasks.passes[over], 1e-9), 0.0)
+    natural = rows * at_domains(members, share / np.maximum(of_fields(members, rows), 1e-12))
+    too_small = at_domains(members, (of_fields(members, ceiling) <= share).astype(mix.dtype)) > 0
+    result = mix.copy()
+    result[over] = np.where(too_small, natural, found)
     return np.asarray(result / result.sum(axis=-1, keepdims=True))
 
 
@@ -199,7 +194,7 @@ def _moment(tasks: SurrogateTasks, memory: Memory, used: FloatArray, progress: f
         gains=memory.gains(),
         progress=progress * known,
         progress_known=known,
-        age=np.where(known > 0, progress, steps / 80),
+        age=np.where(known > 0, progress, steps / 80).astype(known.dtype),
         passes=used * known[:, None],
         final_passes=final * known[:, None],
         rows_left=np.where((tasks.repeats > 0) | (known[:, None] == 0), 1.0, np.clip(1 - used, 0, 1)),
@@ -216,8 +211,7 @@ def _delivered(tasks: SurrogateTasks, mix: FloatArray, used: FloatArray) -> Floa
         return mix
     members = tasks.facts.fields
     rest = np.where(gone, 0.0, mix + 1e-9 * tasks.facts.natural)
-    factor = np.einsum("bfd,bd->bf", members, mix) / np.maximum(np.einsum("bfd,bd->bf", members, rest), 1e-12)
-    return np.asarray(rest * np.einsum("bfd,bf->bd", members, factor))
+    return rest * at_domains(members, of_fields(members, mix) / np.maximum(of_fields(members, rest), 1e-12))
 
 
 def _levels(tasks: SurrogateTasks, mix: FloatArray, used: FloatArray, progress: float) -> FloatArray:
@@ -226,13 +220,13 @@ def _levels(tasks: SurrogateTasks, mix: FloatArray, used: FloatArray, progress: 
     fresh = np.exp(-np.maximum(used - 1, 0) / tasks.repetition[:, None])
     spoiled = tasks.noise * (progress >= tasks.onset)[:, None]
     value = (1 - progress) * tasks.value + progress * tasks.late_value
-    found = np.einsum("bkd,bd->bk", value, weights * fresh * (1 - spoiled))
+    found = (value @ (weights * fresh * (1 - spoiled))[..., None])[..., 0]
     harm = tasks.harm * (weights * spoiled).sum(axis=-1, keepdims=True)
     return np.asarray(tasks.scale * np.log(tasks.kappa + found) + tasks.offset - harm)
 
 
 def joined(parts: list[SurrogateTasks]) -> SurrogateTasks:
-    """Tasks of the same number of decisions in one batch, their domains padded."""
+    """Tasks of the same number of decisions in one batch, in float32, their domains padded."""
     width = max(part.facts.prior.shape[-1] for part in parts)
     by_domain = {"prior", "natural", "fields", "influence", "error", "topics", "value", "late_value", "passes"}
     by_domain |= {"repeats", "noise"}
@@ -240,7 +234,7 @@ def joined(parts: list[SurrogateTasks]) -> SurrogateTasks:
     def stacked(values: list[FloatArray], name: str) -> FloatArray:
         if name in by_domain:
             values = [np.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, width - v.shape[-1])]) for v in values]
-        return np.concatenate(values)
+        return np.concatenate(values).astype(np.float32)
 
     facts = {e.name: stacked([getattr(p.facts, e.name) for p in parts], e.name) for e in fields(Facts)}
     rest = {
@@ -249,4 +243,5 @@ def joined(parts: list[SurrogateTasks]) -> SurrogateTasks:
         if e.name not in ("decisions", "facts", "kappa", "kinds")
     }
     kinds = tuple(kind for part in parts for kind in part.kinds)
-    return replace(parts[0], facts=Facts(**facts), kinds=kinds, **rest)
+    kappa = parts[0].kappa.astype(np.float32)
+    return replace(parts[0], facts=Facts(**facts), kinds=kinds, kappa=kappa, **rest)
