@@ -44,10 +44,10 @@ class EvolutionConfig:
 
     generations: int = 100
     pairs: int = 8
-    sigma: float = 0.08
-    learning_rate: float = 0.03
+    sigma: float = 0.1
+    learning_rate: float = 0.04
     decay: float = 0.002
-    harm_weight: float = 1.0
+    harm_weight: float = 2.0
     tolerance: float = 0.03
     batches: int = 2
     save_every: int = 10

@@ -179,20 +179,21 @@ def final_rank_correlation(record: FeedbackRecord, constants: RateFit, trajector
     )
 
 
-def _paths(record: FeedbackRecord) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _paths(record: FeedbackRecord) -> tuple[FloatArray, FloatArray, np.ndarray]:
     """Target share, (M, T), gains, (M, T, K), and whether there was a step, (M, T)."""
     mixes = np.nan_to_num(record.trajectories.mixes)
     share = mixes[:, 1:, NUM_TOPICS:].sum(axis=-1)
     gains = record.feedback[:, 1:] - record.feedback[:, :1]
     valid = np.arange(share.shape[1]) < record.trajectories.lengths[:, None]
-    return np.where(valid, share, 0.0), gains, valid
+    return np.where(valid, share, 0.0), gains, np.asarray(valid)
 
 
 def _relaxed(parameters: FloatArray, share: FloatArray, k: int) -> FloatArray:
     scale, log_kappa, offset, log_rate = parameters
     levels = scale * np.log(np.exp(log_kappa) + (share if k else 1 - share)) + offset
-    path, gain = np.zeros_like(levels), np.zeros(len(levels))
+    path: FloatArray = np.zeros(levels.shape)
+    gain: FloatArray = np.zeros(len(levels))
     for step in range(levels.shape[1]):
         gain = gain + np.exp(log_rate) * (levels[:, step] - gain)
         path[:, step] = gain
-    return path
+    return np.asarray(path)

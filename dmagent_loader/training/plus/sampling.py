@@ -151,6 +151,7 @@ class TaskSource:
             noise=noise[None],
             onset=np.array([onset]),
             harm=(scale * rng.uniform(0, 2, 2))[None],
+            overfit=(rng.lognormal(np.log(0.05), 0.9) * rng.uniform(0.5, 1.5, 2))[None],
             feedback_noise=feedback_noise[None],
             learning_rate=schedule[None],
             learning_rate_known=np.array([float(schedule_known)]),
@@ -289,7 +290,7 @@ def _pools(
     passes, repeats = np.zeros(len(natural)), np.ones(len(natural))
     for members, share, made in (
         (~is_target, 0.7, rng.uniform(0.02, 0.4)),
-        (is_target, 0.3, rng.choice([0.1, 0.5, 2.0, 3.0, 4.0, 6.0, 8.0])),
+        (is_target, 0.3, rng.choice([0.02, 0.05, 0.1, 0.5, 2.0, 3.0, 4.0, 6.0, 8.0])),
     ):
         passes[members] = made / share / (natural[members] / natural[members].sum())
     if kind == "runs_out" and is_target.sum() > 1:
