@@ -42,7 +42,7 @@ class EvolutionConfig:
         save_every: Generations between two saved states.
     """
 
-    generations: int = 100
+    generations: int = 60
     pairs: int = 8
     sigma: float = 0.1
     learning_rate: float = 0.04
