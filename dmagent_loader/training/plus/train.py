@@ -74,10 +74,9 @@ class PlusConfig:
     trainings: int = 10
     evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
     train: tuple[Bucket, ...] = (
-        Bucket(decisions=10, tasks=192, batch=48),
-        Bucket(decisions=16, tasks=240, batch=48),
-        Bucket(decisions=24, tasks=240, batch=48),
-        Bucket(decisions=40, tasks=144, batch=24),
+        Bucket(decisions=10, tasks=240, batch=24),
+        Bucket(decisions=16, tasks=240, batch=24),
+        Bucket(decisions=24, tasks=120, batch=24),
     )
     judged: tuple[Bucket, ...] = (
         Bucket(decisions=10, tasks=96, batch=48),
