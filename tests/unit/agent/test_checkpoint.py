@@ -18,8 +18,8 @@ import torch
 
 from dmagent_loader.agent import AgentConfig, MixingAgent, list_bundled
 from dmagent_loader.agent.checkpoint import is_plus
-from dmagent_loader.agent.plus import checkpoint
 from dmagent_loader.agent.config import SCHEMA_VERSION
+from dmagent_loader.agent.plus import checkpoint
 from dmagent_loader.errors import CheckpointError
 from dmagent_loader.mixture.history import FeedbackStatistics, History
 
