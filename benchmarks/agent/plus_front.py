@@ -34,7 +34,8 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 
 def mean_gains(batches: list[Judged], decide: Decide) -> FloatArray:
     """Mean gains as shares of the range: (K,)."""
-    return np.concatenate([rollout(b.tasks, decide, 0).gains / b.attainable for b in batches]).mean(axis=0)
+    found = np.concatenate([rollout(b.tasks, decide, 0).gains / b.attainable for b in batches])
+    return np.asarray(found.mean(axis=0))
 
 
 def at_share(share: float) -> Decide:

@@ -30,6 +30,8 @@ def make_policy(
     topics: Policy | str | None = None,
     roles: Mapping[str, str] | None = None,
     standardization: Standardization | None = None,
+    balance: float | None = None,
+    floor: float | None = None,
 ) -> Policy | None:
     """The policy of a run; None: mixes are only changed manually.
 
@@ -42,6 +44,8 @@ def make_policy(
             with an agent.
         roles: See `AgentPolicy`; only with an agent.
         standardization: See `AgentPolicy`; only with an agent.
+        balance: See `PlusPolicy`; only with such an agent.
+        floor: See `PlusPolicy`; only with such an agent.
 
     Raises:
         ConfigurationError: Both were given, one has the wrong type, or a setting would have no effect.
@@ -54,6 +58,12 @@ def make_policy(
             "roles and standardization are for an agent, but none was given, so they would have no effect: pass agent= "
             "or leave them out"
         )
+    plus = agent if isinstance(agent, (str, os.PathLike)) and is_plus(agent) else None
+    if plus is None and (balance is not None or floor is not None):
+        raise ConfigurationError(
+            "balance and floor are for agent='dmagent-plus', so they would have no effect: pass this agent, or leave "
+            "them out and set the target share of a policy"
+        )
     if agent is None and topics is not None:
         raise ConfigurationError(
             f"topics={shown(topics)} replaces an agent's choice of domains, but no agent was given, so it would have "
@@ -63,13 +73,13 @@ def make_policy(
         return None if policy is None else _policy("policy", policy, space, natural)
     if not isinstance(agent, (str, os.PathLike, MixingAgent)):
         raise ConfigurationError(f"agent is {shown(agent)}; it must be a name, a path, a Hub id or a MixingAgent")
-    if not isinstance(agent, MixingAgent) and is_plus(agent):
+    if plus is not None:
         if topics is not None or standardization is not None:
             raise ConfigurationError(
                 f"topics and standardization have no effect on agent {shown(agent)}, which chooses the domains itself "
                 "and reads feedback in nats: leave them out"
             )
-        return PlusPolicy.from_pretrained(agent, space, natural, roles=roles)
+        return PlusPolicy.from_pretrained(plus, space, natural, roles=roles, balance=balance, floor=floor)
     within = None if topics is None else _policy("topics", topics, space, natural)
     loaded = agent if isinstance(agent, MixingAgent) else MixingAgent.from_pretrained(agent)
     decides = AgentPolicy(loaded, space, natural, roles=roles, standardization=standardization)

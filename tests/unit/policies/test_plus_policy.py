@@ -182,6 +182,12 @@ def test_a_checkpoint_round_trip_and_loading_by_agent(tmp_path):
     policy = make_policy(tmp_path / "mine", None, SPACE, NATURAL, roles={"keep": "math", "acquire": "general"})
     assert isinstance(policy, PlusPolicy)
     assert policy.name == "mine"
+    floored = make_policy(tmp_path / "mine", None, SPACE, NATURAL, floor=0.1)
+    assert isinstance(floored, PlusPolicy)
+    assert floored.balances(np.full((50, 2), -0.5), 5.0) < 0.1
+    for agent, policy in (("dmagent-rl", None), (None, "influence")):
+        with pytest.raises(ConfigurationError, match="balance and floor are for agent='dmagent-plus'"):
+            make_policy(agent, policy, SPACE, NATURAL, balance=0.3)
     with pytest.raises(ConfigurationError, match="topics and standardization"):
         make_policy(tmp_path / "mine", None, SPACE, NATURAL, topics="influence")
     with pytest.raises(CheckpointError, match=r"PlusPolicy\.from_pretrained"):
