@@ -297,15 +297,18 @@ def _what_was_done(
 ) -> list[str]:
     base_tokens = config.base_steps * config.batch_rows * config.row_tokens
     topics = sum(domain.topic is not None for domain in corpus.space.domains)
-    knowledge = (
-        "The agent corrects the mix of influence, which was measured on the base model."
-        if not reads_names
-        else "No domain is named after a topic that the agent knows, so the agent sets only the weights of the two fields; "
-        "inside a field the domains keep their natural shares."
-        if not topics
-        else f"{topics} of {len(corpus.space)} domains are named after a topic that the agent knows; the agent treats "
-        "each other domain as a blend of all topics."
-    )
+    if not reads_names:
+        knowledge = "The agent corrects the mix of influence, which was measured on the base model."
+    elif not topics:
+        knowledge = (
+            "No domain is named after a topic that the agent knows, so the agent sets only the weights of the two "
+            "fields; inside a field the domains keep their natural shares."
+        )
+    else:
+        knowledge = (
+            f"{topics} of {len(corpus.space)} domains are named after a topic that the agent knows; the agent treats "
+            "each other domain as a blend of all topics."
+        )
     return [
         f"A base model of {num_parameters / 1e6:.1f}M parameters was trained on {base_tokens:,} tokens of the source "
         "field alone.",
