@@ -27,12 +27,17 @@ class TaskContext:
         start: What is known before the first decision.
         stream: Number of the repetition.
         recorded: Function from the name of a policy and a stream to the mixes that it asked for there, (T, D).
+        proxies: As many whole runs of the task with random constant mixes as the entry asks for: the mixes, (N, D), and
+            the feedback at their ends, (N, K), in nats; None: it asks for none.
+        ranges: (K,), attainable ranges, in nats.
     """
 
     spec: TaskSpec
     start: Start
     stream: int
     recorded: Callable[[str, int], FloatArray]
+    proxies: tuple[FloatArray, FloatArray] | None
+    ranges: FloatArray
 
 
 Factory: TypeAlias = Callable[[TaskContext], FloatArray | Policy]
@@ -50,6 +55,7 @@ class Entry:
         is_frozen: Whether it is shown the first feedback at every step (an ablation).
         after: Policy whose recorded mixes it needs, on both streams of a pair.
         turn: Policies of a lower turn are run first, on all tasks.
+        proxies: Runs with random constant mixes that it is fitted on.
     """
 
     make: Factory
@@ -58,6 +64,7 @@ class Entry:
     is_frozen: bool = False
     after: str | None = None
     turn: int = 0
+    proxies: int = 0
 
 
 def natural(share: float, context: TaskContext) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ TOLD = (
     ("train", 0, 9),
 )
 """Split, first task and end, in the order of running."""
+PROXY_STREAM = 2000
+"""Stream of the first run that a policy's own proxies make."""
 MARKS = 8
 """Feedbacks of a run under a policy that does not read it."""
 
@@ -118,10 +121,20 @@ class Comparison:
     def _compared(self, spec: TaskSpec, name: str, stream: int, ranges: FloatArray) -> dict[str, Any]:
         entry = self._entries[name]
         kept: list[Start] = []
+        proxies = self._proxies(spec, entry.proxies) if entry.proxies else None
 
         def choose(start: Start) -> FloatArray | Policy:
             kept.append(start)
-            return entry.make(TaskContext(spec=spec, start=start, stream=stream, recorded=self._path_of(spec)))
+            return entry.make(
+                TaskContext(
+                    spec=spec,
+                    start=start,
+                    stream=stream,
+                    recorded=self._path_of(spec),
+                    proxies=proxies,
+                    ranges=ranges,
+                )
+            )
 
         def permuted(repeat: int) -> Influence:
             return shuffled(self._simulator.influence(repeat), stream)
@@ -150,6 +163,28 @@ class Comparison:
             "wall_seconds": round(time.perf_counter() - started, 2),
         }
 
+    def _proxies(self, spec: TaskSpec, count: int) -> tuple[FloatArray, FloatArray]:
+        """See `TaskContext.proxies`; each run is recorded."""
+        mixes, feedback = [], []
+        start = self._simulator.reset(spec, PROXY_STREAM)
+        for number in range(count):
+            rng = np.random.default_rng([spec.number, number, 13])
+            natural = start.at(float(rng.uniform(0.02, 0.98)))
+            mix = rng.dirichlet(len(natural) ** 0.5 * natural + 1e-3)
+            mix = np.where(start.natural > 0, mix, 0.0)
+            mix /= mix.sum()
+            name, stream = f"proxy {number}", PROXY_STREAM + number
+            if (spec.id, name, stream) not in self._lines:
+                episode = run_episode(
+                    self._simulator, spec, stream, functools.partial(_always, mix), feedback_every=spec.steps
+                )
+                self._record(
+                    spec, name, stream, {"gains": rounded(episode.gains), "end": rounded(episode.feedback[-1])}
+                )
+            mixes.append(mix)
+            feedback.append(self._lines[spec.id, name, stream]["end"])
+        return np.array(mixes), np.array(feedback)
+
     def _path_of(self, spec: TaskSpec) -> Any:
         def recorded(name: str, stream: int) -> FloatArray:
             return np.asarray(np.load(self._path(spec, name, stream)), dtype=np.float64)
@@ -165,6 +200,10 @@ class Comparison:
         self._lines[key(line)] = line
         told = result.get("failed", f"{result.get('reward', '')} {result.get('gains')}")
         print(f"{spec.split} {spec.number} [{spec.perturbation.label}] {name} {stream}: {told}", flush=True)
+
+
+def _always(mix: FloatArray, _: Start) -> FloatArray:
+    return mix
 
 
 def key(line: Mapping[str, Any]) -> tuple[str, str, int]:

@@ -15,7 +15,7 @@ from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.policies import INFLUENCE, LENGTH, QUESTIONS, InformedPolicy, Policy, name_of
+from dmagent_loader.policies import INFLUENCE, LENGTH, LOSSES, QUESTIONS, InformedPolicy, Policy, name_of
 from dmagent_loader.training.tasks.simulator import Simulator, Start
 from dmagent_loader.training.tasks.spec import Perturbation, TaskSpec
 
@@ -80,7 +80,7 @@ def run_episode(
         policy, path = None, np.broadcast_to(chosen, (spec.steps, len(start.natural)))
     else:
         policy, path = chosen, np.zeros((spec.steps, len(start.natural)))
-    evidence = _Evidence(start, measure or simulator.influence)
+    evidence = _Evidence(start, measure or simulator.influence, simulator)
     mixes, feedback = [start.mix], [start.feedback]
     seconds = 0.0
     for step in range(spec.steps):
@@ -110,8 +110,8 @@ def run_episode(
 class _Evidence:
     """Evidence for informed policies, see `policies.informed`."""
 
-    def __init__(self, start: Start, measure: Measure) -> None:
-        self._start, self._measure = start, measure
+    def __init__(self, start: Start, measure: Measure, simulator: Simulator) -> None:
+        self._start, self._measure, self._simulator = start, measure, simulator
         self._measured: list[Influence] = []
 
     @property
@@ -139,6 +139,8 @@ class _Evidence:
             return self._measured[-1]
         if need == LENGTH:
             return self._start.length
+        if need == LOSSES:
+            return self._simulator.losses()
         if need == QUESTIONS:
             return self._start.questions
         raise ConfigurationError(f"policy {name_of(policy)!r} needs {need!r}, which tasks do not provide")

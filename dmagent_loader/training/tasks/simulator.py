@@ -33,6 +33,8 @@ ASKED, ASKED_NOISY = (64, 24), (8, 4)
 """Questions read after each step, to keep and to acquire: as many as in the recorded set, and if they are noisy."""
 PROBE_ROWS = 52 * 32
 """Rows of all domains in a measurement of influence at least; integrations read as many, and 32 of each domain."""
+LOSS_ROWS, LOSS_STREAM = 4, 4_900_000
+"""Rows of each domain that its loss is measured on, and their stream."""
 PROBE_STREAMS = 5_000_000
 """Streams of probe rows are numbered from here on: other rows than any that a run trains on first."""
 
@@ -86,6 +88,10 @@ class Simulator(Protocol):
 
     def finish(self) -> FloatArray:
         """Gains over the base model on questions that no policy reads, in nats: (K,)."""
+        ...
+
+    def losses(self) -> Mapping[str, float]:
+        """Mean loss per token of the present model on each domain, always on the same training rows."""
         ...
 
     def influence(self, repeat: int = 0) -> Influence:
@@ -144,6 +150,7 @@ class ProxySimulator:
                 repeats=self._rows.repeats,
                 limit=spec.steps * spec.tokens_per_step // ROW_TOKENS,
                 ending=(),
+                interval=spec.tokens_per_step // ROW_TOKENS,
             ),
             questions=self._texts,
         )
@@ -158,6 +165,14 @@ class ProxySimulator:
     def finish(self) -> FloatArray:
         """See `Simulator`."""
         return np.asarray(self._scored.feedback(self._trainer.averaged)[0] - self._before, dtype=np.float64)
+
+    @torch.no_grad()
+    def losses(self) -> Mapping[str, float]:
+        """See `Simulator`."""
+        assert self._spec is not None, "reset comes first"
+        rows = TaskRows(self._space, self._spec, LOSS_STREAM, topic=self._topic).of_each(LOSS_ROWS)
+        model = self._trainer.averaged
+        return {name: float(model.losses(torch.from_numpy(listed[None]))) for name, listed in rows.items()}
 
     def influence(self, repeat: int = 0) -> Influence:
         """See `Simulator`; a measurement is kept in the work folder of the library."""
