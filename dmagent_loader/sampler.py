@@ -166,6 +166,8 @@ class AgentWeightedSampler(FeedDataset):
                 topics=topics,
                 roles=deciding.roles,
                 standardization=deciding.standardization,
+                balance=deciding.balance,
+                floor=deciding.floor,
             )
             start = start_state_mix(space, natural, start_state)
             self._data = data

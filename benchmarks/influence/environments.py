@@ -6,54 +6,43 @@ Each set is split in halves: policies and probes read one, scores are of the oth
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dmagent_loader.environment import Environment, EnvironmentSettings, Question
-from dmagent_loader.environment.encoding import PairEncoder, request
-from dmagent_loader.environment.questions import evenly_spaced, read_questions
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_CANONICAL
+from dmagent_loader.environment import Environment, EnvironmentSettings
+from dmagent_loader.mixture.domains import NUM_CANONICAL
 from dmagent_loader.mixture.simplex import IntArray
-from dmagent_loader.training.data.corpus import Corpus, CorpusConfig, build_corpus
+from dmagent_loader.training.data.corpus import Corpus
+from dmagent_loader.training.data.spaces import ROW_TOKENS
 from dmagent_loader.training.data.streams import MixStream
 from dmagent_loader.training.proxies.bases import BaseConfig, train_bases
-from dmagent_loader.training.proxies.model import ProxyConfig, StackedProxies
+from dmagent_loader.training.proxies.model import ProxyConfig
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
+from dmagent_loader.training.tasks.library import MOST_KEPT, TaskLibrary, proxy_config
 
-ROW_TOKENS = 128
-MOST_KEPT, MOST_ACQUIRED = 480, 240
-"""Pairs of each set at most, both halves together."""
 AGENT_QUESTIONS = (64, 24)
 PROBE_STREAMS = 5_000_000
 """Streams of probe rows are numbered from here on: other rows than any that a run trains on first."""
 
-KEEP = {
-    "mmlu": ("mmlu_val", "mmlu_test_sample"),
-    "piqa": ("piqa_val_sample",),
-    "hellaswag": ("hellaswag_val_sample",),
-    "sciq": ("sciq_val",),
-    "arc": ("arc_easy_val", "arc_challenge_val"),
-    "openbookqa": ("openbookqa_val",),
-    "socialiqa": ("socialiqa_val_sample",),
-    "commonsenseqa": ("commonsense_qa_val",),
-    "boolq": ("boolq_val_sample",),
-    "winogrande": ("winogrande_val_sample",),
-}
-ACQUIRE = {
-    "math": ("math_train_500", "math_test_sample"),
-    "gsm8k": ("gsm8k_test",),
-    "svamp": ("svamp_test",),
-    "mathqa": ("mathqa_test",),
-    "mbpp": ("mbpp",),
-    "humaneval": ("humaneval",),
-}
+KEEP = (
+    "mmlu",
+    "piqa",
+    "hellaswag",
+    "sciq",
+    "arc",
+    "openbookqa",
+    "socialiqa",
+    "commonsenseqa",
+    "boolq",
+    "winogrande",
+)
 CODE = {"mbpp", "humaneval"}
 
 TOLD = (
@@ -75,14 +64,6 @@ TOLD = (
     ("arc", "mathqa"),
 )
 """Environments of the table, the most telling ones first."""
-
-SIZES = {
-    "0.06M": ProxyConfig(width=32, heads=2, feed_forward=86),
-    "0.16M": ProxyConfig(),
-    "0.7M": ProxyConfig(width=128, layers=3, feed_forward=340),
-    "2.7M": ProxyConfig(width=224, layers=5, heads=7, feed_forward=596),
-    "5M": ProxyConfig(width=288, layers=5, heads=9, feed_forward=768),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,20 +95,6 @@ class Setting:
     def domains(self) -> IntArray:
         """Numbers of the domains that hold rows."""
         return np.flatnonzero(self.corpus.num_tokens > ROW_TOKENS)
-
-
-class ProxyModel(nn.Module):
-    """One proxy as a causal language model that `Environment` reads."""
-
-    def __init__(self, config: ProxyConfig, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.proxies = StackedProxies(1, config)
-        self.proxies.load_state_dict(dict(weights))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits, (B, T, V); rows are padded on the right, which a causal model does not see."""
-        logits = self.proxies.logits(self.proxies.hidden(input_ids[None]))
-        return logits.view(*input_ids.shape, -1)
 
 
 def layered(config: ProxyConfig, weights: Mapping[str, Tensor]) -> LlamaForCausalLM:
@@ -165,21 +132,10 @@ def layered(config: ProxyConfig, weights: Mapping[str, Tensor]) -> LlamaForCausa
     return model
 
 
-def proxy_config(size: str) -> ProxyConfig:
-    """The proxies of the recorded set, in another size."""
-    settings = {**vars(SIZES[size]), "rows_per_update": 4, "learning_rate": 1.5e-3, "warmup_updates": 20}
-    return ProxyConfig(**{**settings, "averaging": 0.95})
-
-
 @functools.cache
-def corpus(data: Path, work: Path, kind: Literal["math", "code"]) -> Corpus:
-    """The corpus whose target field is mathematics or code; built once, then read from `work`."""
-    folder = work / f"corpus-{kind}"
-    if not (folder / "corpus.json").exists():
-        source = {topic: [data / "source" / f"{topic}.jsonl.gz"] for topic in CANONICAL_TOPICS}
-        target = sorted((data / f"target_{kind}").glob("*.jsonl.gz"))
-        build_corpus(source, target, CorpusConfig(max_tokens=400_000)).save(folder)
-    return Corpus.load(folder)
+def library(data: Path, work: Path) -> TaskLibrary:
+    """Text and questions, made once and then read from `work`."""
+    return TaskLibrary(data, work)
 
 
 def base_weights(
@@ -199,14 +155,12 @@ def base_weights(
 
 def setting(keep: str, acquire: str, data: Path, work: Path) -> Setting:
     """An environment by the names of its question sets."""
-    found = corpus(data, work, "code" if acquire in CODE else "math")
+    target = "code" if acquire in CODE else "math"
+    made = library(data, work)
+    found = made.corpus(target)
     tokenizer = found.tokenizer()
-    halves = [
-        _halves([data / "env" / f"{file}.jsonl.gz" for file in files], tokenizer, most)
-        for files, most in ((KEEP[keep], MOST_KEPT), (ACQUIRE[acquire], MOST_ACQUIRED))
-    ]
-    read = {keep: halves[0][0], acquire: halves[1][0]}
-    scored = {keep: halves[0][1], acquire: halves[1][1]}
+    halves = {keep: made.questions(target, keep, "keep"), acquire: made.questions(target, acquire, "acquire")}
+    read, scored = ({name: getattr(half, side) for name, half in halves.items()} for side in ("read", "scored"))
     config = QuestionConfig(max_tokens=ROW_TOKENS, max_questions=MOST_KEPT, batch_tokens=512)
     settings = EnvironmentSettings(score="pair", cloze=True, max_length=ROW_TOKENS, progress=False, batch_tokens=512)
     return Setting(
@@ -226,15 +180,6 @@ def probe_rows(source: Corpus, *, rows: int, number: int, domains: IntArray) -> 
         stream = MixStream(source, rows_per_step=rows, row_tokens=ROW_TOKENS, seed=0, number=PROBE_STREAMS + number)
         found[domain] = stream.next(np.eye(NUM_CANONICAL)[domain])
     return found
-
-
-def _halves(files: Sequence[Path], tokenizer: Any, most: int) -> tuple[list[Question], list[Question]]:
-    """Evenly spaced pairs that fit into a row, dealt in turn into two halves."""
-    encoder = PairEncoder(tokenizer)
-    listed = [question for file in files for question in read_questions(file, cloze=True)]
-    fitting = [q for q in listed if len(encoder.encode(*request(q, " "), q.origin).tokens) <= ROW_TOKENS + 1]
-    chosen = evenly_spaced(fitting, most)
-    return chosen[::2], chosen[1::2]
 
 
 def one_thread() -> None:

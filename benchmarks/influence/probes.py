@@ -15,13 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.influence.environments import ROW_TOKENS, ProxyModel, Setting, probe_rows, proxy_config
+from benchmarks.influence.environments import Setting, probe_rows
 from dmagent_loader._files import write_atomically
-from dmagent_loader.mixture.domains import FIELDS, DomainSpace
+from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.influence import Influence, scores_from
 from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.training.data.spaces import ROW_TOKENS
+from dmagent_loader.training.proxies.language_model import ProxyModel
 from dmagent_loader.training.proxies.model import ProxyConfig
 from dmagent_loader.training.proxies.trainer import ProxyTrainer
+from dmagent_loader.training.tasks.library import proxy_config
 
 CLONE_ROWS = 32
 """Rows that a clone is trained on: 8 updates of 4 rows."""
@@ -105,26 +108,6 @@ def mean_of_clones(setting: Setting, domains: list[str], first: FloatArray, seco
         way="clone",
         rows=dict.fromkeys(domains, 2 * CLONE_ROWS),
         tokens=tokens,
-    )
-
-
-def shuffled(influence: Influence, seed: int) -> Influence:
-    """The same scores with their errors, permuted over the domains of each field of the data: the control."""
-    domains = list(influence.domains)
-    rng = np.random.default_rng([seed, 77])
-    places = list(range(len(domains)))
-    for name in FIELDS:
-        members = [i for i, domain in enumerate(domains) if domain.startswith(f"{name}/")]
-        for place, taken in zip(members, rng.permutation(members), strict=True):
-            places[place] = int(taken)
-    values, errors = influence.values()[:, places], influence.errors()[:, places]
-    return Influence(
-        scores=scores_from(influence.fields, domains, values, errors),
-        way="shuffled",
-        by_questions={
-            name: np.array(by_group)[:, places].tolist() for name, by_group in influence.by_questions.items()
-        },
-        tokens=influence.tokens,
     )
 
 

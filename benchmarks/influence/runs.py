@@ -12,13 +12,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from benchmarks.influence.environments import ROW_TOKENS, ProxyModel, Setting, proxy_config
+from benchmarks.influence.environments import Setting
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies import Policy
+from dmagent_loader.training.data.spaces import ROW_TOKENS
 from dmagent_loader.training.data.streams import MixStream
+from dmagent_loader.training.proxies.language_model import ProxyModel
 from dmagent_loader.training.proxies.trainer import ProxyTrainer
+from dmagent_loader.training.tasks.library import proxy_config
 
 STEPS, TOKENS_PER_STEP = 80, 2048
 ROWS_PER_STEP = TOKENS_PER_STEP // ROW_TOKENS

@@ -17,31 +17,41 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from benchmarks.influence.domain_spaces import Space, SpaceRows, spaces
-from benchmarks.influence.environments import (
-    PROBE_STREAMS,
-    TOLD,
-    ProxyModel,
-    Setting,
-    base_weights,
-    one_thread,
-    proxy_config,
-    setting,
-)
-from benchmarks.influence.probes import CLONE_ROWS, mean_of_clones, shuffled, trained_on_each
+from benchmarks.comparison.policies import shuffled
+from benchmarks.influence.environments import PROBE_STREAMS, TOLD, Setting, base_weights, one_thread, setting
+from benchmarks.influence.probes import CLONE_ROWS, mean_of_clones, trained_on_each
 from benchmarks.influence.runs import STREAMS, run
 from benchmarks.influence.table import REPEATS, ROWS, lines
 from dmagent_loader._files import write_atomically
+from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL, NUM_TOPICS, SOURCE, TARGET, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
-from dmagent_loader.mixture.simplex import FloatArray, effective_domains
+from dmagent_loader.mixture.simplex import FloatArray, IntArray, effective_domains
 from dmagent_loader.policies import INFLUENCE
 from dmagent_loader.policies.influence import InfluencePolicy
+from dmagent_loader.training.data.corpus import Corpus
+from dmagent_loader.training.data.spaces import Documents, Space, SpaceRows, merged
+from dmagent_loader.training.proxies.language_model import ProxyModel
+from dmagent_loader.training.tasks.library import proxy_config
 
 SIZE = "0.16M"
 NATURAL, MEASURED, ONCE, CLONES, PERMUTED = "natural 30%", "influence", "influence, 32 rows", "clones", "permuted"
 ALL_ROWS = 52 * ROWS
 """Rows of all domains in a measurement at least, as the callbacks read them."""
+
+
+GROUPS = {SOURCE: 5, TARGET: 2}
+CLUSTERS = {SOURCE: 130, TARGET: 70}
+"""Of documents, in proportion to neither text nor topics; together 200."""
+PARTS = 4
+"""Random parts of each of the 50 or so domains with rows."""
+KINDS = (
+    ("Computers_and_Electronics", "Internet_and_Telecom", "Science", "Health"),
+    ("Business_and_Industrial", "Finance", "Jobs_and_Education", "Law_and_Government", "News", "Real_Estate"),
+    ("Adult", "Online_Communities", "People_and_Society", "Sensitive_Subjects"),
+    ("Arts_and_Entertainment", "Books_and_Literature", "Games", "Hobbies_and_Leisure", "Sports"),
+)
+"""Source topics merged by kind; all others are the fifth group."""
 
 
 class Compared:
@@ -194,6 +204,38 @@ def _cell(by_stream: dict[int, float]) -> str:
     values = list(by_stream.values())
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
     return f"{np.mean(values):.2f}{error} ({len(values)})" if values else ""
+
+
+def spaces(corpus: Corpus, work: Path) -> dict[str, Space]:
+    """The spaces that are compared, by name; what takes long is kept in `work`."""
+    rng = np.random.default_rng(7)
+    arbitrary, kinds = np.zeros(NUM_CANONICAL, dtype=np.int64), np.zeros(NUM_CANONICAL, dtype=np.int64)
+    by_kind = {f"{SOURCE}/{topic}": number for number, topics in enumerate(KINDS) for topic in topics}
+    for number, name in enumerate(DomainSpace.canonical().names):
+        kinds[number] = by_kind.get(name, len(KINDS))
+    first = 0
+    for position, field in enumerate(FIELDS):
+        part = slice(position * NUM_TOPICS, (position + 1) * NUM_TOPICS)
+        arbitrary[part] = first + rng.permutation(NUM_TOPICS) % GROUPS[field]
+        if field == TARGET:
+            kinds[part] = arbitrary[part]
+        first += GROUPS[field]
+    documents = Documents.of(corpus)
+    clusters = _kept(work / f"clusters-{corpus.fingerprint[:8]}.npy", lambda: documents.clusters(CLUSTERS))
+    return {
+        "52": merged("52", corpus, np.arange(NUM_CANONICAL)),
+        "7 arbitrary": merged("7 arbitrary", corpus, arbitrary),
+        "7 kinds": merged("7 kinds", corpus, kinds),
+        "200 clusters": documents.space("200 clusters", clusters),
+        "200 parts": documents.space("200 parts", documents.parts(PARTS)),
+    }
+
+
+def _kept(path: Path, make: Callable[[], IntArray]) -> IntArray:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, make())
+    return np.asarray(np.load(path), dtype=np.int64)
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from benchmarks.influence.environments import SIZES, TOLD, Setting, base_weights, one_thread, setting
-from benchmarks.influence.probes import NAMES, cloned, measured, shuffled
+from benchmarks.comparison.policies import shuffled
+from benchmarks.influence.environments import TOLD, Setting, base_weights, one_thread, setting
+from benchmarks.influence.probes import NAMES, cloned, measured
 from benchmarks.influence.runs import STEPS, TOKENS_PER_STEP, run
 from dmagent_loader import MixingAgent
 from dmagent_loader.environment import Question
@@ -30,6 +31,7 @@ from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies import INFLUENCE, AgentPolicy, CombinedPolicy, Policy
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
+from dmagent_loader.training.tasks.library import SIZES
 
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.7)
 ROUNDS = ((0, 1), (2, 3, 4))

@@ -22,27 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.agent.rank_correlation import spearman
-from benchmarks.influence.environments import (
-    ROW_TOKENS,
-    SIZES,
-    ProxyModel,
-    Setting,
-    base_weights,
-    layered,
-    one_thread,
-    probe_rows,
-    proxy_config,
-    setting,
-)
+from benchmarks.influence.environments import Setting, base_weights, layered, one_thread, probe_rows, setting
 from benchmarks.influence.probes import CLONE_RATE, CLONE_ROWS, NAMES, clone_gains, clone_seconds
 from benchmarks.influence.runs import STREAMS, TOKENS_PER_STEP
 from benchmarks.influence.table import lines
 from dmagent_loader.mixture.domains import FIELDS
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.training.data.spaces import ROW_TOKENS
 from dmagent_loader.training.data.streams import MixStream
+from dmagent_loader.training.proxies.language_model import ProxyModel
 from dmagent_loader.training.proxies.model import ProxyConfig
 from dmagent_loader.training.proxies.trainer import ProxyTrainer
+from dmagent_loader.training.tasks.library import SIZES, proxy_config
 
 ENVIRONMENTS = (("piqa", "gsm8k"), ("mmlu", "math"))
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -40,13 +40,13 @@ class Method:
     Args:
         name: Name in the report.
         mix: Fixed mix for the whole run; None: `agent` or `policy` decides.
-        agent: Agent that decides.
+        agent: Agent that decides, or the name of its checkpoint.
         policy: Name of the policy that decides.
     """
 
     name: str
     mix: Mapping[str, float] | None = None
-    agent: MixingAgent | None = None
+    agent: MixingAgent | str | None = None
     policy: str | None = None
 
 
@@ -73,7 +73,7 @@ class MethodResult:
     problems: list[str]
 
 
-def methods(space: DomainSpace, rows: Mapping[str, int], agent: MixingAgent) -> list[Method]:
+def methods(space: DomainSpace, rows: Mapping[str, int], agent: MixingAgent | str) -> list[Method]:
     """Four methods: target only, half and half, agent, influence.
 
     Inside a field the static mixes follow the natural shares.

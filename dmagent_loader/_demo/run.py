@@ -31,6 +31,7 @@ from dmagent_loader._report.charts import overview_chart, png_bytes
 from dmagent_loader._report.tables import Table
 from dmagent_loader._version import __version__
 from dmagent_loader.agent import MixingAgent
+from dmagent_loader.agent.checkpoint import is_plus
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, require_extra
 from dmagent_loader.mixture.domains import FIELDS, SOURCE, TARGET
@@ -89,7 +90,7 @@ def run_demo(
     config = config or DemoConfig()
     started = time.perf_counter()
     # First, because a wrong name should not cost minutes of training.
-    loaded = MixingAgent.from_pretrained(agent)
+    loaded = agent if is_plus(agent) else MixingAgent.from_pretrained(agent)
     _prepare(output)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(config.num_threads, os.cpu_count() or 1))
@@ -100,7 +101,12 @@ def run_demo(
 
 
 def _run(
-    output: Path, data: Path | None, target: str | None, agent: MixingAgent, config: DemoConfig, started: float
+    output: Path,
+    data: Path | None,
+    target: str | None,
+    agent: MixingAgent | str,
+    config: DemoConfig,
+    started: float,
 ) -> DemoReport:
     with Phase("collecting text") as phase:
         if data is None:
@@ -216,7 +222,7 @@ def _report(
     environment: Environment,
     scores: list[Scores],
     results: list[MethodResult],
-    agent: MixingAgent,
+    agent: MixingAgent | str,
     config: DemoConfig,
     started: float,
 ) -> DemoReport:
@@ -243,7 +249,9 @@ def _report(
     decisions = [s for result in results if result.record.name == "agent" for s in result.decision_seconds]
     settings = {
         "text": corpus.title,
-        "agent": f"{agent.name}, standardisation of feedback: {agent.config.standardization}",
+        "agent": agent
+        if isinstance(agent, str)
+        else f"{agent.name}, standardisation of feedback: {agent.config.standardization}",
         **{name.replace("_", " "): f"{value:,}" for name, value in asdict(config).items()},
         "questions asked": ", ".join(f"{field} {count}" for field, count in environment.num_questions.items()),
         "seconds of the demo": f"{seconds:.0f}",
@@ -257,7 +265,7 @@ def _report(
     versions |= {name: importlib.metadata.version(name) for name in _VERSIONS}
     details = [*corpus.notes, *problems]
     tokens = domain_table(corpus.space, {r.record.name: r.tokens for r in results})
-    done = _what_was_done(corpus, config, budget, results[0].model.num_parameters())
+    done = _what_was_done(corpus, config, budget, results[0].model.num_parameters(), isinstance(agent, MixingAgent))
     page = html.page(
         "Data Mixing Agent: a demonstration",
         [
@@ -284,16 +292,23 @@ def _report(
     return DemoReport(table=table, notes=[*notes, *problems], files=files, seconds=seconds)
 
 
-def _what_was_done(corpus: Corpus, config: DemoConfig, budget: str, num_parameters: int) -> list[str]:
+def _what_was_done(
+    corpus: Corpus, config: DemoConfig, budget: str, num_parameters: int, reads_names: bool
+) -> list[str]:
     base_tokens = config.base_steps * config.batch_rows * config.row_tokens
     topics = sum(domain.topic is not None for domain in corpus.space.domains)
-    knowledge = (
-        "No domain is named after a topic that the agent knows, so the agent sets only the weights of the two fields; "
-        "inside a field the domains keep their natural shares."
-        if not topics
-        else f"{topics} of {len(corpus.space)} domains are named after a topic that the agent knows; the agent treats "
-        "each other domain as a blend of all topics."
-    )
+    if not reads_names:
+        knowledge = "The agent corrects the mix of influence, which was measured on the base model."
+    elif not topics:
+        knowledge = (
+            "No domain is named after a topic that the agent knows, so the agent sets only the weights of the two "
+            "fields; inside a field the domains keep their natural shares."
+        )
+    else:
+        knowledge = (
+            f"{topics} of {len(corpus.space)} domains are named after a topic that the agent knows; the agent treats "
+            "each other domain as a blend of all topics."
+        )
     return [
         f"A base model of {num_parameters / 1e6:.1f}M parameters was trained on {base_tokens:,} tokens of the source "
         "field alone.",

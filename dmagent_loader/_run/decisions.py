@@ -45,6 +45,10 @@ class DecisionConfig:
             "code"}``; None: the environment's fields are in the order keep, acquire. Only with an agent.
         standardization: Standardisation of feedback for the agent: ``"frozen"``, ``"running"`` or ``"anchored"``; None:
             the mode in its checkpoint. Only with an agent.
+        balance: Weight of the field to acquire in the objective, between 0 and 1; None: 0.5. Only with
+            ``agent="dmagent-plus"``, see `PlusPolicy`.
+        floor: Largest loss of the field to keep against the base model, in nats, instead of a balance; None: no floor.
+            Only with ``agent="dmagent-plus"``.
         guard: Limits on proposals.
         shadow: Whether to log proposals only, and keep the mix.
         history_mix: Mixes that the policy sees: those ``"achieved"``, or those ``"requested"`` (parity with the paper,
@@ -56,6 +60,8 @@ class DecisionConfig:
 
     roles: Mapping[str, str] | None = None
     standardization: Standardization | None = None
+    balance: float | None = None
+    floor: float | None = None
     guard: GuardConfig = field(default_factory=GuardConfig)
     shadow: bool = False
     history_mix: HistoryMix = "achieved"

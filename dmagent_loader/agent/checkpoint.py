@@ -29,6 +29,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 
+PLUS = "dmagent-plus"
+"""Value of ``kind`` in the config of a `plus.network.PlusNetwork`; the config of a `MixingAgent` has none."""
+
 MAX_HEADER_BYTES = 1 << 20
 """Size limit of config.json and of the header of the weights; both are a few kilobytes."""
 
@@ -114,6 +117,11 @@ def read_agent_config(directory: Path) -> tuple[AgentConfig, str]:
         CheckpointError: ``config.json`` is missing, is not JSON, or does not describe an agent.
     """
     values = read_config(directory)
+    if values.get("kind") == PLUS:
+        raise CheckpointError(
+            f"{directory} holds an agent of the kind {PLUS!r}, which is not a MixingAgent: pass it as agent= to "
+            "AgentWeightedSampler, or load it with policies.PlusPolicy.from_pretrained"
+        )
     sha256 = values.pop("weights_sha256", None)
     if not isinstance(sha256, str):
         raise CheckpointError(f"{directory / CONFIG_FILE} has no weights_sha256: it was not written by save_pretrained")
@@ -121,6 +129,15 @@ def read_agent_config(directory: Path) -> tuple[AgentConfig, str]:
         return AgentConfig.from_dict(values), sha256
     except ConfigurationError as error:
         raise CheckpointError(f"{directory / CONFIG_FILE}: {error}") from error
+
+
+def is_plus(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint is a `plus.network.PlusNetwork`.
+
+    Raises:
+        CheckpointError: See `resolve` and `read_config`.
+    """
+    return read_config(resolve(name_or_path)).get("kind") == PLUS
 
 
 def read_config(directory: Path) -> dict[str, Any]:

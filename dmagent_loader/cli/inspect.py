@@ -6,7 +6,8 @@ import argparse
 import json
 
 from dmagent_loader.agent import MixingAgent
-from dmagent_loader.agent.checkpoint import CARD_FILE, list_bundled, read_config, resolve
+from dmagent_loader.agent.checkpoint import CARD_FILE, is_plus, list_bundled, read_config, resolve
+from dmagent_loader.agent.plus import checkpoint
 
 CARD_LINES = 12
 
@@ -22,13 +23,16 @@ def add_inspect_command(subparsers: argparse._SubParsersAction[argparse.Argument
 
 def inspect(args: argparse.Namespace) -> int:
     """Verifies the checkpoint by loading it, and prints it."""
-    agent = MixingAgent.from_pretrained(args.name_or_path)
     directory = resolve(args.name_or_path)
     values = read_config(directory)
-    domains = values.pop("domains")
-    print(
-        f"{agent.name}: {agent.num_parameters():,} parameters, {len(domains)} domains ({domains[0]} ... {domains[-1]})"
-    )
+    if is_plus(args.name_or_path):
+        network, name = checkpoint.load(args.name_or_path)
+        print(f"{name}: {network.num_parameters():,} parameters, any number of domains")
+    else:
+        agent = MixingAgent.from_pretrained(args.name_or_path)
+        domains = values.pop("domains")
+        ends = f"{domains[0]} ... {domains[-1]}"
+        print(f"{agent.name}: {agent.num_parameters():,} parameters, {len(domains)} domains ({ends})")
     for key, value in values.items():
         print(f"  {key}: {json.dumps(value)}")
     card = directory / CARD_FILE

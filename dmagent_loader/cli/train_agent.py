@@ -21,6 +21,7 @@ STAGES = {
     "cql": "recorded set and imitating agent -> agent trained further with Conservative Q-Learning",
     "all": "all stages, from text files to both agents",
 }
+PLUS = "recorded runs -> calibrated surrogate -> evolution strategies -> dmagent-plus"
 
 
 def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -60,6 +61,23 @@ def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.Argu
         )
         command.add_argument("--no-progress", action="store_true", help="no progress bars")
         command.set_defaults(run=run_stage)
+    _add_plus_arguments(commands.add_parser("plus", help=PLUS, description=f"{PLUS}. Repeat it to continue."))
+
+
+def _add_plus_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", type=Path, required=True, help="folder for the trainings and the checkpoint")
+    command.add_argument(
+        "--recorded", default="recorded-math", help="recorded trajectories for the rate (default: %(default)s)"
+    )
+    command.add_argument(
+        "--calibration",
+        type=Path,
+        help="calibration record (default: that of the checkout, training_record/plus/calibration.safetensors)",
+    )
+    command.add_argument("--trainings", type=int, default=10, help="trainings to choose from (default: %(default)s)")
+    command.add_argument("--generations", type=int, help="generations of each training")
+    command.add_argument("--notes", type=Path, help="Markdown sections for the model card")
+    command.set_defaults(run=run_plus)
 
 
 def _add_worker_arguments(command: argparse.ArgumentParser) -> None:
@@ -124,6 +142,35 @@ def run_stage(args: argparse.Namespace) -> int:
         made = [SFT, RL, "sft.md", "cql.md"]
     for name in made:
         print(args.output / name)
+    return 0
+
+
+def run_plus(args: argparse.Namespace) -> int:
+    """Trains `dmagent-plus` and prints the paths of its results.
+
+    Raises:
+        StateError: A record is missing, or the output folder holds results of other settings.
+    """
+    from dmagent_loader.agent.checkpoint import bundled_roots
+    from dmagent_loader.training.plus.calibration import CALIBRATION
+    from dmagent_loader.training.plus.evolution import EvolutionConfig
+    from dmagent_loader.training.plus.train import PlusConfig, PlusTraining
+    from dmagent_loader.training.record import FeedbackRecord
+    from dmagent_loader.training.stages import find_record
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    known = [path for root in bundled_roots() if (path := root / "plus" / CALIBRATION).is_file()]
+    calibration = args.calibration or (known[0] if known else Path(CALIBRATION))
+    evolution = EvolutionConfig() if args.generations is None else EvolutionConfig(generations=args.generations)
+    training = PlusTraining(
+        config=PlusConfig(trainings=args.trainings, evolution=evolution),
+        calibration=calibration,
+        record=FeedbackRecord.load(find_record(args.recorded)),
+        output=args.output,
+        notes="" if args.notes is None else args.notes.read_text(encoding="utf-8"),
+    )
+    print(training.run())
+    print(args.output / "plus.md")
     return 0
 
 

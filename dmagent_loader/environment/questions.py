@@ -9,12 +9,13 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from dmagent_loader.errors import EnvironmentDataError
 
 COLUMNS = ("question", "answer")
 
+T = TypeVar("T")
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -67,7 +68,7 @@ def questions_from_pairs(field: str, pairs: Iterable[tuple[str, str]]) -> list[Q
     return questions
 
 
-def evenly_spaced(questions: list[Question], limit: int | None) -> list[Question]:
+def evenly_spaced(questions: list[T], limit: int | None) -> list[T]:
     """At most `limit` questions, evenly spaced: the first rows of a file sorted by subject would cover one subject."""
     if limit is None or len(questions) <= limit:
         return questions

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from dmagent_loader import _distributed as distributed
 from dmagent_loader._validation import shown
 from dmagent_loader.environment import Environment, Influence, RowEnvironment
-from dmagent_loader.environment.probe_rows import IGNORED_LABEL, has_token_to_predict, num_tokens
+from dmagent_loader.environment.probe_rows import has_token_to_predict, num_tokens
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, InfluenceError
 from dmagent_loader.policies import INFLUENCE, LENGTH, LOSSES, QUESTIONS, InformedPolicy, name_of
 from dmagent_loader.sampler import AgentWeightedSampler
@@ -104,7 +102,7 @@ def inform(
             if need == INFLUENCE:
                 policy.inform(need, probes.next(decision))
             elif need == LENGTH:
-                policy.inform(need, sampler.run_length)
+                policy.inform(need, replace(sampler.run_length, interval=sampler.samples_per_reweight))
             elif need == LOSSES:
                 losses = losses or probes.losses(evaluate)
                 policy.inform(need, None if losses is None else losses.by_domain)
@@ -243,14 +241,5 @@ def _cut(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokens(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row as tokens, even if only the loader's `collate_packed` would convert it, or it is shifted for Megatron."""
-    if "input_ids" in row:
-        return row
-    if PACKED_MEMBER in row:
-        return packed_tokens(row)
-    if "tokens" in row and "labels" in row:
-        tokens, following = np.asarray(row["tokens"]), np.asarray(row["labels"])
-        counted = np.asarray(row["loss_mask"]) != 0 if "loss_mask" in row else np.ones(len(following), bool)
-        labels = np.concatenate([[IGNORED_LABEL], np.where(counted, following, IGNORED_LABEL)])
-        return {"input_ids": np.concatenate([tokens, following[-1:]]), "labels": labels}
-    return row
+    """A row as tokens, even if its shards are packed and only the loader's `collate_packed` would convert it."""
+    return packed_tokens(row) if PACKED_MEMBER in row and "input_ids" not in row else row

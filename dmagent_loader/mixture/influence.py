@@ -133,7 +133,7 @@ class Influence:
         if by_group is None or values.shape[1] < 2:
             return differences, errors
         chosen = self.domains if domains is None else domains
-        among = by_group[..., [self.domains.index(name) for name in chosen]]
+        among = by_group[..., self._places(chosen)]
         centred = among - among.mean(axis=-1, keepdims=True)
         degrees = values.shape[1] / (values.shape[1] - 1)
         over_questions = degrees * variance_over_questions(centred)[:, None]
@@ -244,8 +244,13 @@ class Influence:
         """Influence on each group of questions, (K, G, D); None: unknown."""
         if not self.by_questions:
             return None
-        places = [self.domains.index(name) for name in domains or self.domains]
+        places = self._places(domains or self.domains)
         return np.array([self.by_questions[name] for name in fields or self.fields], dtype=np.float64)[..., places]
+
+    def _places(self, domains: Sequence[str]) -> list[int]:
+        """Numbers of some domains, whose search in a tuple would take quadratic time."""
+        numbers = {name: number for number, name in enumerate(self.domains)}
+        return [numbers[name] for name in domains]
 
     def _variance_over_rows(self, errors: FloatArray) -> FloatArray:
         """The part of squared errors (K, D) of this measurement's scores that is due to the choice of rows."""
@@ -255,7 +260,8 @@ class Influence:
 
     def _numbers(self, domains: Sequence[str] | None) -> FloatArray:
         chosen = self.domains if domains is None else tuple(domains)
-        missing = [name for name in chosen if name not in self.domains]
+        known = set(self.domains)
+        missing = [name for name in chosen if name not in known]
         if missing:
             raise DomainError(
                 f"the influence of {shown(missing)} was not measured, only that of {shown(list(self.domains))}: "

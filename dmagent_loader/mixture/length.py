@@ -20,12 +20,14 @@ class RunLength:
         repeats: (D,), whether the rows of a domain are read again when they are used up.
         limit: Samples, over all ranks, at which the trainer stops; None: no limit is known.
         ending: Domain numbers of each field that ends the run when it is used up.
+        interval: Samples, over all ranks, between two decisions; None: unknown.
     """
 
     rows: IntArray
     repeats: np.ndarray
     limit: int | None
     ending: tuple[tuple[int, ...], ...]
+    interval: int | None = None
 
     def samples(self, mix: FloatArray) -> float | None:
         """Samples of a run with one mix, over all ranks; None: unknown.

@@ -24,6 +24,7 @@ from dmagent_loader.policies.fields import FieldPolicy
 from dmagent_loader.policies.guard import Guard, GuardConfig, Outcome, propose_guarded
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.informed import INFLUENCE, LENGTH, LOSSES, QUESTIONS, InformedPolicy
+from dmagent_loader.policies.plus import PlusPolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 from dmagent_loader.policies.schedule import LinearSchedule, TwoPhaseSchedule
 from dmagent_loader.policies.static import StaticPolicy
@@ -47,6 +48,7 @@ __all__ = [
     "Olmix",
     "OnlineDataMixing",
     "Outcome",
+    "PlusPolicy",
     "Policy",
     "PolicyFactory",
     "ProxyTable",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 
 from dmagent_loader._validation import shown
 from dmagent_loader.agent import MixingAgent
+from dmagent_loader.agent.checkpoint import is_plus
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import FIELDS, DomainSpace
+from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import Standardization
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.agent import AgentPolicy
@@ -21,6 +22,7 @@ from dmagent_loader.policies.baselines import OnlineDataMixing
 from dmagent_loader.policies.combined import CombinedPolicy
 from dmagent_loader.policies.fields import report_unknown_topics
 from dmagent_loader.policies.influence import InfluencePolicy
+from dmagent_loader.policies.plus import PlusPolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
 from dmagent_loader.policies.static import StaticPolicy
 
@@ -39,6 +41,8 @@ def make_policy(
     topics: Policy | PolicyFactory | str | None = None,
     roles: Mapping[str, str] | None = None,
     standardization: Standardization | None = None,
+    balance: float | None = None,
+    floor: float | None = None,
 ) -> Policy | None:
     """The policy of a run; None: mixes are only changed manually.
 
@@ -52,6 +56,8 @@ def make_policy(
             only with an agent.
         roles: See `AgentPolicy`; only with an agent.
         standardization: See `AgentPolicy`; only with an agent.
+        balance: See `PlusPolicy`; only with such an agent.
+        floor: See `PlusPolicy`; only with such an agent.
 
     Raises:
         ConfigurationError: Both were given, one has the wrong type, or a setting would have no effect.
@@ -64,6 +70,12 @@ def make_policy(
             "roles and standardization are for an agent, but none was given, so they would have no effect: pass agent= "
             "or leave them out"
         )
+    plus = agent if isinstance(agent, (str, os.PathLike)) and is_plus(agent) else None
+    if plus is None and (balance is not None or floor is not None):
+        raise ConfigurationError(
+            "balance and floor are for agent='dmagent-plus', so they would have no effect: pass this agent, or leave "
+            "them out and set the target share of a policy"
+        )
     if agent is None and topics is not None:
         raise ConfigurationError(
             f"topics={shown(topics)} replaces an agent's choice of domains, but no agent was given, so it would have "
@@ -73,6 +85,13 @@ def make_policy(
         return None if policy is None else _policy("policy", policy, space, natural)
     if not isinstance(agent, (str, os.PathLike, MixingAgent)):
         raise ConfigurationError(f"agent is {shown(agent)}; it must be a name, a path, a Hub id or a MixingAgent")
+    if plus is not None:
+        if topics is not None or standardization is not None:
+            raise ConfigurationError(
+                f"topics and standardization have no effect on agent {shown(agent)}, which chooses the domains itself "
+                "and reads feedback in nats: leave them out"
+            )
+        return PlusPolicy.from_pretrained(plus, space, natural, roles=roles, balance=balance, floor=floor)
     within = None if topics is None else _policy("topics", topics, space, natural)
     loaded = agent if isinstance(agent, MixingAgent) else MixingAgent.from_pretrained(agent)
     decides = AgentPolicy(loaded, space, natural, roles=roles, standardization=standardization)
@@ -86,10 +105,7 @@ def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
     """A policy with its default settings.
 
     ``"natural"`` keeps the domains' shares of rows, and ``"uniform"`` equal shares. ``"odm"`` is `OnlineDataMixing`.
-
-    ``"influence"`` starts from the topics of the questions if the topics of all domains are known, which was better in
-    every environment measured (docs/influence.md). Otherwise it starts from the natural shares. If the fields of the
-    domains are source and target, topics are also the fallback when influence cannot be measured.
+    The settings of ``"influence"`` are in `InfluencePolicy.configured`.
 
     Raises:
         ConfigurationError: There is no policy of that name.
@@ -97,9 +113,7 @@ def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
     if name == "question-topics":
         return QuestionTopics(space, natural)
     if name == "influence":
-        topics = QuestionTopics(space, natural) if set(space.fields) == set(FIELDS) else None
-        labelled = all(domain.topic is not None or domain.composition is not None for domain in space.domains)
-        return InfluencePolicy(space, natural, topics=topics, combine=labelled and topics is not None)
+        return InfluencePolicy.configured(space, natural)
     if name == "natural":
         return StaticPolicy(natural, name=name)
     if name == "uniform":
@@ -127,4 +141,5 @@ def _policy(argument: str, given: Policy | PolicyFactory | str, space: DomainSpa
             f"{argument} is {shown(given)}; it must be {_NAMES}, an object with a method propose(history), or a "
             "function that makes one from the domains and their natural shares"
         )
-    return cast(Policy, made)
+    assert isinstance(made, Policy) or hasattr(made, "propose")
+    return made  # type: ignore[return-value]

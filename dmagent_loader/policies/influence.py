@@ -26,7 +26,7 @@ import numpy as np
 
 from dmagent_loader._validation import is_count, is_finite_number, shown, whole_number
 from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError, StateError
-from dmagent_loader.mixture.domains import TARGET, DomainSpace
+from dmagent_loader.mixture.domains import FIELDS, TARGET, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
@@ -120,6 +120,23 @@ class InfluencePolicy:
         self._slots_done, self._slot = 0, 0
         """Slots whose measurement was tried, successfully or not, and the slot asked for last. Without `every` there is
         one slot for the run, otherwise one for `every` decisions."""
+
+    @classmethod
+    def configured(cls, space: DomainSpace, natural: FloatArray, **settings: Any) -> InfluencePolicy:
+        """The policy of the name ``"influence"``.
+
+        It starts from the topics of the questions if the topics of all domains are known, which was better in every
+        environment measured (docs/influence.md). Otherwise it starts from the natural shares. If the fields of the
+        domains are source and target, topics are also the fallback when influence cannot be measured.
+
+        Args:
+            space: Domains of the run.
+            natural: (D,), natural share of each domain; sums to 1.
+            settings: Further arguments of the class.
+        """
+        topics = QuestionTopics(space, natural) if set(space.fields) == set(FIELDS) else None
+        labelled = all(domain.topic is not None or domain.composition is not None for domain in space.domains)
+        return cls(space, natural, topics=topics, combine=labelled and topics is not None, **settings)
 
     @property
     def influence(self) -> Influence | None:
@@ -223,7 +240,7 @@ class InfluencePolicy:
                 f"policy {self.name!r} has no measurement yet: use DataMixingCallback or Mixing, which measure before "
                 "the first decision, or call inform('influence', environment.influence(model, rows))"
             )
-        base = self._base()
+        base = self.base()
         result = np.zeros(len(self.space))
         measurable = self._measurable()
         for name, mass in self._masses.items():
@@ -277,11 +294,15 @@ class InfluencePolicy:
         """Domains with rows."""
         return [name for name, share in zip(self.space.names, self.natural, strict=True) if share > 0]
 
-    def _base(self) -> FloatArray:
+    @property
+    def uses_topics(self) -> bool:
+        """Whether `base` follows the topics of the questions."""
         topics = self._topics
-        if topics is not None and (self._combine or self._is_unavailable) and topics.topics:
-            return topics.within()
-        return self.natural
+        return topics is not None and (self._combine or self._is_unavailable) and bool(topics.topics)
+
+    def base(self) -> FloatArray:
+        """Weights that influence starts from, (D,); only their ratios inside a field of the data matter."""
+        return self._topics.within() if self._topics is not None and self.uses_topics else self.natural
 
     def _weights(self, influence: Influence) -> FloatArray:
         self._check_weights(influence.fields)
@@ -327,14 +348,27 @@ def standardised(influence: Influence, domains: list[str], weights: FloatArray) 
     """
     if len(domains) < 2:
         return np.zeros(len(domains))
-    gains, squared_errors = comparable(influence, domains, weights)
+    shrunk, scale = shrunken(*comparable(influence, domains, weights))
+    return np.asarray(shrunk.sum(axis=0) / scale, dtype=np.float64)
+
+
+def shrunken(gains: FloatArray, squared_errors: FloatArray) -> tuple[FloatArray, float]:
+    """Gains of the module docstring times tau2 / (tau2 + error2), and the denominator of z.
+
+    Args:
+        gains: (K, domains), from `comparable`, as `squared_errors`.
+        squared_errors: (K, domains).
+
+    Returns:
+        (K, domains), 0 where noise explains the differences, and the denominator, 1 if it does in all fields.
+    """
     variances = gains.var(axis=1, ddof=1, keepdims=True)
-    signal = variances - noise_quantile(len(domains) - 1) * squared_errors.mean(axis=1, keepdims=True)
+    signal = variances - noise_quantile(gains.shape[1] - 1) * squared_errors.mean(axis=1, keepdims=True)
     has_signal = signal > 0
     if not has_signal.any():
-        return np.zeros(len(domains))
+        return np.zeros_like(gains), 1.0
     shrunk = np.divide(signal, signal + squared_errors, out=np.zeros_like(gains), where=has_signal) * gains
-    return np.asarray(shrunk.sum(axis=0) / np.sqrt(variances[has_signal].sum()), dtype=np.float64)
+    return shrunk, float(np.sqrt(variances[has_signal].sum()))
 
 
 def comparable(influence: Influence, domains: list[str], weights: FloatArray) -> tuple[FloatArray, FloatArray]:

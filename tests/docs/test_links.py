@@ -59,7 +59,8 @@ def test_paths_exist(page: Path) -> None:
         if "NAME" not in path and path != "docs/" and not path.startswith("docs/build"):
             assert (REPOSITORY / path).exists(), f"{page.name} names {path}"
     for module in _MODULE.findall(text):
-        assert (REPOSITORY / module.replace(".", "/")).with_suffix(".py").exists(), f"{page.name} names {module}"
+        path = REPOSITORY / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name} names {module}"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)

@@ -37,8 +37,8 @@ NEEDS_OTHER_ENVIRONMENT = {"dmagent_loader.integrations.nemo", "dmagent_loader.i
 
 
 def public_modules() -> list[str]:
-    """The package, its modules without underscore, and those of the integrations and of testing."""
-    found = ["dmagent_loader"]
+    """The package, its modules without underscore, those of the integrations and of testing, and tasks."""
+    found = ["dmagent_loader", "dmagent_loader.training.tasks", "dmagent_loader.training.tasks.environment"]
     for package in (dmagent_loader, integrations, testing):
         names = [info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_")]
         found += [f"{package.__name__}.{name}" for name in names]

@@ -76,6 +76,9 @@ def test_the_wheel_holds_the_package_and_what_a_run_needs(wheel: Path) -> None:
         f"dmagent_loader/agent_checkpoints/{name}"
         for name in (
             "README.md",
+            "dmagent-plus/README.md",
+            "dmagent-plus/config.json",
+            "dmagent-plus/model.safetensors",
             "dmagent-rl/README.md",
             "dmagent-rl/config.json",
             "dmagent-rl/model.safetensors",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class ProxyTrainer:
         config: Size and optimiser of each proxy.
         start: Initial weights, (P, ...) each; None: drawn from the seed.
         device: ``"cpu"``, ``"cuda"`` and so on. On CUDA, matrix products are computed in bfloat16.
+        schedule: Function from the number of updates done to the learning rate as a part of `config.learning_rate`,
+            after the warm-up; None: constant.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class ProxyTrainer:
         *,
         start: Mapping[str, Tensor] | None = None,
         device: str | torch.device = "cpu",
+        schedule: Callable[[int], float] | None = None,
     ) -> None:
         self.config = config
+        self._schedule = schedule or (lambda _: 1.0)
         self.device = torch.device(device)
         self.model = StackedProxies(num_proxies, config).to(self.device)
         if start is not None:
@@ -81,10 +85,11 @@ class ProxyTrainer:
         mean = torch.zeros(self.model.num_proxies, device=self.device)
         batches = torch.split(rows.to(self.device), self.config.rows_per_update, dim=1)
         for batch in batches:
+            factor = self._schedule(self.updates)
             self.updates += 1
             warmup = min(1.0, self.updates / self.config.warmup_updates)
             for group in self._optimizer.param_groups:
-                group["lr"] = self.config.learning_rate * warmup
+                group["lr"] = self.config.learning_rate * warmup * factor
             self._optimizer.zero_grad()
             with mixed_precision(self.device):
                 losses = self.model.losses(batch)

@@ -17,7 +17,9 @@ import safetensors.torch
 import torch
 
 from dmagent_loader.agent import AgentConfig, MixingAgent, list_bundled
+from dmagent_loader.agent.checkpoint import is_plus
 from dmagent_loader.agent.config import SCHEMA_VERSION
+from dmagent_loader.agent.plus import checkpoint
 from dmagent_loader.errors import CheckpointError
 from dmagent_loader.mixture.history import FeedbackStatistics, History
 
@@ -280,7 +282,8 @@ def test_files_get_the_users_usual_permissions(saved: Path) -> None:
 
 def test_every_bundled_checkpoint_loads() -> None:
     for name in list_bundled():
-        assert MixingAgent.from_pretrained(name).name == name
+        loaded = checkpoint.load(name)[1] if is_plus(name) else MixingAgent.from_pretrained(name).name
+        assert loaded == name
 
 
 def test_relative_paths_load(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,41 +1,29 @@
-"""Domain spaces of a user's own over the text of the corpus: unnamed domains, of any number, without topics.
+"""Domain spaces over the text of a corpus: its 52 domains, or unnamed ones of any number, merged, split or clustered.
 
 A space says which rows each of its domains holds, and how often each row comes in the natural mix. The natural mix is
 that of the 52 domains in every space, so runs on it differ in the order of their rows only.
 
-Shapes: D domains, N rows of `ROW_TOKENS` tokens.
+Shapes: D domains, N rows of `Space.row_tokens` tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.influence.environments import ROW_TOKENS
-from benchmarks.influence.runs import ROWS_PER_STEP
+from dmagent_loader.errors import require_extra
 from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL, NUM_TOPICS, SOURCE, TARGET, DomainSpace
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.training.data.corpus import Corpus
 
+ROW_TOKENS = 128
+"""Tokens of a row, unless another number is given."""
 END = 0
 """Token at the end of a document."""
-GROUPS = {SOURCE: 5, TARGET: 2}
-CLUSTERS = {SOURCE: 130, TARGET: 70}
-"""Of documents, in proportion to neither text nor topics; together 200."""
-PARTS = 4
-"""Random parts of each of the 50 or so domains with rows."""
-KINDS = (
-    ("Computers_and_Electronics", "Internet_and_Telecom", "Science", "Health"),
-    ("Business_and_Industrial", "Finance", "Jobs_and_Education", "Law_and_Government", "News", "Real_Estate"),
-    ("Adult", "Online_Communities", "People_and_Society", "Sensitive_Subjects"),
-    ("Arts_and_Entertainment", "Books_and_Literature", "Games", "Hobbies_and_Leisure", "Sports"),
-)
-"""Source topics merged by kind; all others are the fifth group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +36,10 @@ class Space:
         starts: (N,), position in `tokens` where each row starts.
         domains: (N,), number of the domain of each row.
         weights: (N,), share of each row in the natural mix of its field.
+        canonical: (N,), number of the one of the 52 domains that each row is from.
+        names: Names of the domains: (D,).
         fields: Field of each domain: (D,).
+        row_tokens: Tokens of a row; it is read with one more token, the last to be predicted.
     """
 
     name: str
@@ -56,12 +47,10 @@ class Space:
     starts: IntArray
     domains: IntArray
     weights: FloatArray
+    canonical: IntArray
+    names: tuple[str, ...]
     fields: tuple[str, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names that say the field and nothing else."""
-        return tuple(f"{field}/{number:03d}" for number, field in enumerate(self.fields))
+    row_tokens: int = ROW_TOKENS
 
     @property
     def domain_space(self) -> DomainSpace:
@@ -75,18 +64,43 @@ class Space:
         mix = np.array([share[field] for field in self.fields]) * within
         return np.asarray(mix / mix.sum(), dtype=np.float64)
 
-    def rows(self, domain: int, most: int, number: int) -> npt.NDArray[np.int64]:
-        """Rows of a domain for a probe: (rows, `ROW_TOKENS` + 1); a small domain has fewer than `most`."""
-        return self._read(self._order(domain, number)[:most])
+    @property
+    def num_rows(self) -> IntArray:
+        """Number of rows of each domain: (D,)."""
+        return np.bincount(self.domains, minlength=len(self.fields))
 
-    def _order(self, domain: int, number: int) -> IntArray:
+    def mix_of(self, canonical: FloatArray) -> FloatArray:
+        """The mix of this space that reads a mix of the 52 domains, as far as these hold rows: (52,) -> (D,)."""
+        within = np.bincount(self.canonical, weights=self.weights, minlength=NUM_CANONICAL)
+        per_row = (
+            self.weights * np.divide(canonical, within, out=np.zeros(NUM_CANONICAL), where=within > 0)[self.canonical]
+        )
+        mix = np.bincount(self.domains, weights=per_row, minlength=len(self.fields))
+        return np.asarray(mix / mix.sum(), dtype=np.float64)
+
+    def selected(self, rows: npt.NDArray[np.bool_]) -> Space:
+        """The space with some of its rows: (N,) mask. A domain that loses all of them stays, without rows."""
+        return replace(
+            self,
+            starts=self.starts[rows],
+            domains=self.domains[rows],
+            weights=self.weights[rows],
+            canonical=self.canonical[rows],
+        )
+
+    def rows(self, domain: int, most: int, number: int) -> npt.NDArray[np.int64]:
+        """Rows of a domain for a probe: (rows, `row_tokens` + 1); a small domain has fewer than `most`."""
+        return self.read(self.order(domain, number)[:most])
+
+    def order(self, domain: int, number: int) -> IntArray:
         """Rows of a domain in the order of weighted draws without replacement."""
         members = np.flatnonzero(self.domains == domain)
         waits = np.random.default_rng([1, number, domain]).exponential(size=len(members)) / self.weights[members]
         return np.asarray(members[np.argsort(waits)], dtype=np.int64)
 
-    def _read(self, rows: IntArray) -> npt.NDArray[np.int64]:
-        return np.asarray(self.tokens[self.starts[rows][:, None] + np.arange(ROW_TOKENS + 1)], dtype=np.int64)
+    def read(self, rows: IntArray) -> npt.NDArray[np.int64]:
+        """Tokens of some rows: (R,) numbers -> (R, `row_tokens` + 1)."""
+        return np.asarray(self.tokens[self.starts[rows][:, None] + np.arange(self.row_tokens + 1)], dtype=np.int64)
 
 
 class SpaceRows:
@@ -95,53 +109,39 @@ class SpaceRows:
     Args:
         space: The space.
         number: Of the stream; streams of one number read the same rows of a domain first.
+        rows_per_step: R.
     """
 
-    def __init__(self, space: Space, number: int) -> None:
-        self._space, self._number, self._step = space, number, 0
+    def __init__(self, space: Space, number: int, rows_per_step: int = 16) -> None:
+        self._space, self._number, self._rows_per_step = space, number, rows_per_step
+        self._step = 0
         self._orders: dict[int, IntArray] = {}
         self._taken = np.zeros(len(space.fields), dtype=np.int64)
 
+    @property
+    def taken(self) -> IntArray:
+        """Rows of each domain that were read so far: (D,)."""
+        return self._taken
+
     def next(self, mix: FloatArray) -> npt.NDArray[np.int64]:
-        """See `runs.Rows`; row counts by systematic sampling."""
+        """Tokens of the next step under a mix: (D,) -> (R, `row_tokens` + 1)."""
+        return self._space.read(self.draw(mix))
+
+    def draw(self, mix: FloatArray) -> IntArray:
+        """Numbers of the rows of the next step, (R,); counts of the domains by systematic sampling."""
         self._step += 1
         rng = np.random.default_rng([2, self._number, self._step])
         edges = np.cumsum(mix)
-        points = (np.arange(ROWS_PER_STEP) + rng.random()) / ROWS_PER_STEP * edges[-1]
+        points = (np.arange(self._rows_per_step) + rng.random()) / self._rows_per_step * edges[-1]
         drawn = rng.permutation(np.searchsorted(edges, points, side="right"))
-        return self._space._read(np.array([self._next_row(int(domain)) for domain in drawn]))
+        return np.array([self._next_row(int(domain)) for domain in drawn])
 
     def _next_row(self, domain: int) -> int:
         if domain not in self._orders:
-            self._orders[domain] = self._space._order(domain, self._number)
+            self._orders[domain] = self._space.order(domain, self._number)
         order = self._orders[domain]
         self._taken[domain] += 1
         return int(order[(self._taken[domain] - 1) % len(order)])
-
-
-def spaces(corpus: Corpus, work: Path) -> dict[str, Space]:
-    """The spaces that are compared, by name; what takes long is kept in `work`."""
-    rng = np.random.default_rng(7)
-    arbitrary, kinds = np.zeros(NUM_CANONICAL, dtype=np.int64), np.zeros(NUM_CANONICAL, dtype=np.int64)
-    by_kind = {f"{SOURCE}/{topic}": number for number, topics in enumerate(KINDS) for topic in topics}
-    for number, name in enumerate(DomainSpace.canonical().names):
-        kinds[number] = by_kind.get(name, len(KINDS))
-    first = 0
-    for position, field in enumerate(FIELDS):
-        part = slice(position * NUM_TOPICS, (position + 1) * NUM_TOPICS)
-        arbitrary[part] = first + rng.permutation(NUM_TOPICS) % GROUPS[field]
-        if field == TARGET:
-            kinds[part] = arbitrary[part]
-        first += GROUPS[field]
-    documents = Documents.of(corpus)
-    clusters = _kept(work / f"clusters-{corpus.fingerprint[:8]}.npy", lambda: documents.clusters(corpus))
-    return {
-        "52": merged("52", corpus, np.arange(NUM_CANONICAL)),
-        "7 arbitrary": merged("7 arbitrary", corpus, arbitrary),
-        "7 kinds": merged("7 kinds", corpus, kinds),
-        "200 clusters": documents.space("200 clusters", clusters),
-        "200 parts": documents.space("200 parts", documents.parts()),
-    }
 
 
 def merged(name: str, corpus: Corpus, group: IntArray) -> Space:
@@ -152,10 +152,22 @@ def merged(name: str, corpus: Corpus, group: IntArray) -> Space:
         corpus: Tokens of the 52 domains.
         group: (52,), number of the domain that each of them goes to.
     """
+    return _space(name, *_canonical_rows(corpus, group), corpus)
+
+
+def canonical_space(corpus: Corpus) -> Space:
+    """The 52 domains by their names, without those that hold no row."""
+    names = DomainSpace.canonical().names
+    space = _space("canonical", *_canonical_rows(corpus, np.arange(NUM_CANONICAL)), corpus)
+    return replace(space, names=tuple(names[number] for number in np.unique(space.canonical)))
+
+
+def _canonical_rows(corpus: Corpus, group: IntArray) -> tuple[npt.NDArray[np.uint16], IntArray, IntArray, IntArray]:
+    """Text, starts of the rows, and their canonical domains and groups."""
     available = np.maximum(corpus.num_tokens - 1, 0) // ROW_TOKENS
     canonical = np.repeat(np.arange(NUM_CANONICAL), available)
     offsets = np.concatenate([np.arange(count) * ROW_TOKENS for count in available])
-    return _space(name, corpus.tokens, corpus.bounds[canonical] + offsets, canonical, group[canonical], corpus)
+    return corpus.tokens, corpus.bounds[canonical] + offsets, canonical, group[canonical]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,25 +196,31 @@ class Documents:
             canonical += [domain] * (len(edges) - 1)
         return cls(corpus=corpus, bounds=np.array(bounds), canonical=np.array(canonical))
 
-    def parts(self) -> IntArray:
-        """A random one of `PARTS` parts of the document's domain, as one number: (documents,)."""
-        return self.canonical * PARTS + np.random.default_rng(8).integers(PARTS, size=len(self.canonical))
+    def parts(self, count: int, seed: int = 8) -> IntArray:
+        """A random one of some parts of the document's domain, as one number: (documents,)."""
+        return self.canonical * count + np.random.default_rng(seed).integers(count, size=len(self.canonical))
 
-    def clusters(self, corpus: Corpus) -> IntArray:
-        """k-means over the words of the documents of each field, whatever their domains: (documents,)."""
+    def clusters(self, counts: Mapping[str, int]) -> IntArray:
+        """k-means over the words of the documents of each field, whatever their domains: (documents,).
+
+        Args:
+            counts: Field -> number of its clusters.
+        """
+        require_extra("sklearn", "rl")
         from sklearn.cluster import KMeans
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.preprocessing import normalize
 
+        corpus = self.corpus
         texts = corpus.tokenizer().decode_batch([corpus.tokens[start:end].tolist() for start, end in self.bounds])
         labels, first = np.zeros(len(texts), dtype=np.int64), 0
         for position, field in enumerate(FIELDS):
             here = np.flatnonzero(self.canonical // NUM_TOPICS == position)
             words = TfidfVectorizer(sublinear_tf=True, max_features=20_000, min_df=3, stop_words="english")
             reduced = TruncatedSVD(64, random_state=0).fit_transform(words.fit_transform([texts[i] for i in here]))
-            labels[here] = first + KMeans(CLUSTERS[field], n_init=1, random_state=0).fit_predict(normalize(reduced))
-            first += CLUSTERS[field]
+            labels[here] = first + KMeans(counts[field], n_init=1, random_state=0).fit_predict(normalize(reduced))
+            first += counts[field]
         return labels
 
     def space(self, name: str, labels: IntArray) -> Space:
@@ -250,18 +268,14 @@ def _space(
     weights = shares[canonical] / counts[canonical]
     kept, numbers = np.unique(domains, return_inverse=True)
     position = {int(domain): int(c) // NUM_TOPICS for domain, c in zip(domains, canonical, strict=True)}
+    fields = tuple(FIELDS[position[int(domain)]] for domain in kept)
     return Space(
         name=name,
         tokens=tokens,
         starts=starts.astype(np.int64),
         domains=numbers.astype(np.int64),
         weights=weights,
-        fields=tuple(FIELDS[position[int(domain)]] for domain in kept),
+        canonical=canonical.astype(np.int64),
+        names=tuple(f"{field}/{number:03d}" for number, field in enumerate(fields)),
+        fields=fields,
     )
-
-
-def _kept(path: Path, make: Any) -> IntArray:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, make())
-    return np.asarray(np.load(path), dtype=np.int64)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.influence.domain_spaces import Documents, Space, SpaceRows, merged
-from benchmarks.influence.environments import ROW_TOKENS
-from benchmarks.influence.runs import ROWS_PER_STEP
 from dmagent_loader.mixture.domains import NUM_CANONICAL, NUM_TOPICS, SOURCE, TARGET
 from dmagent_loader.training.data.corpus import Corpus
+from dmagent_loader.training.data.spaces import ROW_TOKENS, Documents, Space, SpaceRows, merged
+
+ROWS_PER_STEP = 16
 
 
 @pytest.fixture(scope="module")

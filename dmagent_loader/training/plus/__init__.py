@@ -1,0 +1,1 @@
+"""Training of `dmagent-plus`: a surrogate of runs, evolution strategies, offline reinforcement learning."""

@@ -1,0 +1,159 @@
+"""The comparison on tiny real proxies: it goes on where it was stopped, and its tables hold at any time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.comparison import policies, records
+from benchmarks.comparison.pictures import pareto
+from benchmarks.comparison.policies import Entry, TaskContext, entries, natural, shuffled, with_ablations
+from benchmarks.comparison.record import paths, record
+from benchmarks.comparison.runs import NOISE_STREAMS, Comparison, tasks, work_list
+from benchmarks.comparison.tables import Results, tables
+from dmagent_loader.mixture.history import History
+from dmagent_loader.mixture.influence import Influence, Score
+from dmagent_loader.training.tasks.simulator import ProxySimulator, Start
+from dmagent_loader.training.tasks.spec import Perturbation, TaskSpec
+
+pytestmark = pytest.mark.timeout(240)
+
+
+class Reacting:
+    """More target text after each fall of the feedback on the field to keep."""
+
+    name = "reacting"
+    always_answers = True
+
+    def __init__(self, context: TaskContext) -> None:
+        self._start: Start = context.start
+
+    def propose(self, history: History) -> np.ndarray:
+        fell = (np.diff(history.feedback[:, 0]) < 0).sum()
+        return self._start.at(float(min(0.9, 0.2 + 0.2 * fell + 0.05 * len(history))))
+
+
+def small_entries() -> dict[str, Entry]:
+    return {
+        "natural 30%": Entry(make=functools.partial(natural, 0.3)),
+        **with_ablations("influence", Entry(make=functools.partial(policies.named, "influence"))),
+        **with_ablations("reacting", Entry(make=Reacting, reads_feedback=True), influence=False),
+    }
+
+
+def run(
+    simulator: ProxySimulator, specs: list[TaskSpec], folder: Path, chosen: Mapping[str, Entry], most: int | None = None
+) -> Path:
+    output = folder / "comparison.jsonl"
+    units = list(work_list(specs, chosen, 2))
+    Comparison(simulator, chosen, output, folder / "paths").run(units[:most])
+    return output
+
+
+def without_times(line: dict[str, object]) -> dict[str, object]:
+    kept = {name: value for name, value in line.items() if "seconds" not in name}
+    if isinstance(kept.get("influence"), dict):
+        kept["influence"] = {n: v for n, v in kept["influence"].items() if n != "seconds"}  # type: ignore[attr-defined]
+    return kept
+
+
+@pytest.mark.slow
+def test_a_comparison_that_was_stopped_goes_on(simulator: ProxySimulator, task: TaskSpec, tmp_path: Path) -> None:
+    task = replace(task, split="test", number=1, steps=2)
+    specs = [task, replace(task, number=2, perturbation=Perturbation(kind="noise", noise="random", onset=0.5))]
+    chosen = small_entries()
+    whole = run(simulator, specs, tmp_path / "whole", chosen)
+    stopped = run(simulator, specs, tmp_path / "stopped", chosen, most=7)
+    half = stopped.read_text()
+    stopped.write_text(half[: len(half) - 40])  # killed in the middle of a line
+    run(simulator, specs, tmp_path / "stopped", chosen)
+    done = [without_times(line) for line in records.lines(whole)]
+    again = [without_times(line) for line in records.lines(stopped)]
+    order = ["task", "policy", "stream"]
+    assert sorted(done, key=lambda line: [str(line[n]) for n in order]) == sorted(
+        again, key=lambda line: [str(line[n]) for n in order]
+    )
+    assert len(done) == 2 * (3 + 2 * len(chosen))
+    by_key = {(line["spec"]["number"], line["policy"], line["stream"]): line for line in records.lines(whole)}
+    mean, held = (by_key[1, name, 0]["mean_mix"] for name in ("reacting", "reacting, mean static"))
+    assert mean == pytest.approx(held, abs=1e-4)
+    assert by_key[1, "reacting, replayed", 0]["target_share"] == by_key[1, "reacting", 1]["target_share"]
+    before = whole.read_text()
+    run(simulator, specs, tmp_path / "whole", chosen)
+    assert whole.read_text() == before, "finished runs were run again"
+
+    shown = tables(whole, ["natural 30%"])
+    assert "| natural 30% | 2 |" in shown
+    assert "too few runs" in shown
+    assert "| adaptive | influence | 2 |" in shown
+    assert "| dynamic | reacting | 2 |" in shown
+    assert "| ahead of natural 30% | influence | 2 |" in shown
+    assert "| minus natural 30% | 2 steps | merged-7 |" in shown
+    assert pareto(whole, tmp_path, "test").stat().st_size > 10_000
+
+
+def test_a_failing_policy_is_recorded_and_the_rest_goes_on(
+    simulator: ProxySimulator, task: TaskSpec, tmp_path: Path
+) -> None:
+    def fail(context: TaskContext) -> np.ndarray:
+        raise ValueError("no such mix")
+
+    chosen = {"broken": Entry(make=fail), "natural 30%": Entry(make=functools.partial(natural, 0.3))}
+    output = run(simulator, [replace(task, split="test", steps=1)], tmp_path, chosen)
+    results = Results(records.lines(output))
+    assert [line["failed"] for line in results.failed] == ["ValueError: no such mix"] * 2
+    assert results.policies == ["natural 30%"]
+    assert "- broken, 0: sciq + gsm8k, merged-7, 1 steps: ValueError: no such mix" in tables(output, ["natural 30%"])
+
+
+def test_tables_of_an_empty_output_are_printed(tmp_path: Path) -> None:
+    assert tables(tmp_path / "none.jsonl", ["natural 30%"]).startswith("0 runs")
+
+
+def test_the_work_list_has_the_noise_floor_first_and_then_turns_through_all_tasks() -> None:
+    specs, chosen = tasks(), entries()
+    units = list(work_list(specs, chosen, 2))
+    assert [stream for _, _, stream in units[:NOISE_STREAMS]] == list(range(NOISE_STREAMS))
+    rest = units[2 * NOISE_STREAMS :]
+    assert len(rest) == len(specs) * len(chosen) * 2
+    turns = [chosen[name].turn for _, name, _ in rest]
+    assert turns == sorted(turns)
+    for name, entry in chosen.items():
+        if entry.after:
+            assert chosen[entry.after].turn < entry.turn, f"{name} comes before the path that it needs"
+
+
+def test_shuffled_scores_stay_in_their_field_with_their_errors() -> None:
+    domains = [f"source/{i}" for i in range(6)] + [f"target/{i}" for i in range(4)]
+    influence = Influence(scores={"k": {d: Score(float(i), i / 10) for i, d in enumerate(domains)}}, way="gradient")
+    found = shuffled(influence, 0)
+    values, errors = found.values()[0], found.errors()[0]
+    assert sorted(values[:6]) == list(range(6))
+    assert sorted(values[6:]) == list(range(6, 10))
+    assert list(values) != list(range(10))
+    np.testing.assert_allclose(errors, values / 10)
+    again, other = shuffled(influence, 0), shuffled(influence, 1)
+    assert (found.values() == again.values()).all()
+    assert (found.values() != other.values()).any()
+
+
+def test_recorded_paths_are_mixes(simulator: ProxySimulator, task: TaskSpec, tmp_path: Path) -> None:
+    output = tmp_path / "record.jsonl"
+    task = replace(task, steps=2)
+    record(task, 0, simulator, output)
+    found = records.lines(output)
+    assert [line["path"] for line in found] == [name for name, _ in paths(0)]
+    for line in found:
+        mixes = np.array(line["mixes"])
+        assert mixes.shape in ((1, 7), (2, 7))
+        np.testing.assert_allclose(mixes.sum(axis=1), 1, atol=1e-4)
+        assert np.array(line["feedback"]).shape == (3, 2)
+        assert Influence.from_json(line["influence"]).domains == tuple(line["domains"])
+    before = output.read_text()
+    record(task, 0, simulator, output)
+    assert output.read_text() == before

@@ -1,0 +1,103 @@
+"""Evolution strategies and offline training of `dmagent-plus`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from launching import REPOSITORY
+
+from dmagent_loader.agent.plus import checkpoint
+from dmagent_loader.agent.plus.network import PlusNetwork
+from dmagent_loader.agent.plus.observation import Facts
+from dmagent_loader.errors import StateError
+from dmagent_loader.training.plus.calibration import CALIBRATION, Calibration
+from dmagent_loader.training.plus.evolution import EvolutionConfig, Judged, evolve
+from dmagent_loader.training.plus.fitting import fit
+from dmagent_loader.training.plus.offline import acted, actions_of
+from dmagent_loader.training.plus.sampling import TaskSource
+from dmagent_loader.training.plus.train import Bucket, PlusConfig, PlusTraining, split
+from dmagent_loader.training.record import FeedbackRecord
+from dmagent_loader.training.stages import find_record
+
+RECORD = REPOSITORY / "training_record" / "plus" / CALIBRATION
+SMALL = EvolutionConfig(generations=6, pairs=3, batches=1, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[Judged]:
+    calibration = Calibration.load(RECORD)
+    train = split(calibration)[0]
+    source = TaskSource(
+        calibration=calibration, constants=fit(calibration, train), rate=np.array([0.031, 0.043]), environments=train
+    )
+    return [Judged.of(source.batch(6, 5, seed)) for seed in range(3)]
+
+
+def test_a_stopped_training_continues_to_the_same_weights(tasks, tmp_path):
+    whole = evolve(tasks, SMALL, 1, tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(generation: int, _: float) -> None:
+        if generation == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        evolve(tasks, SMALL, 1, tmp_path / "part", on_generation=stop)
+    assert np.array_equal(evolve(tasks, SMALL, 1, tmp_path / "part").vector(), whole.vector())
+    assert not np.array_equal(evolve(tasks, SMALL, 2, tmp_path / "other").vector(), whole.vector())
+    with pytest.raises(StateError, match="other sigma"):
+        evolve(tasks, replace(SMALL, sigma=0.5), 1, tmp_path / "part")
+
+
+def test_the_influence_policy_has_no_advantage_over_itself(tasks):
+    even = [replace(b, tasks=replace(b.tasks, balance=np.full_like(b.tasks.balance, 0.5))) for b in tasks]
+    even = [Judged.of(b.tasks) for b in even]
+    found = np.concatenate([b.advantages(PlusNetwork.untrained(4).in_float32().mix, 3) for b in even])
+    assert np.allclose(found, 0, atol=1e-5)
+
+
+def test_the_whole_stage_leaves_a_checkpoint_and_a_report(tmp_path):
+    small = (Bucket(decisions=4, tasks=6, batch=3),)
+    config = PlusConfig(trainings=2, evolution=replace(SMALL, generations=1), train=small, judged=small)
+    record = FeedbackRecord.load(find_record("recorded-math"))
+    training = PlusTraining(config=config, calibration=RECORD, record=record, output=tmp_path, notes="## Notes")
+    folder = training.run()
+    network, _ = checkpoint.load(folder)
+    assert np.abs(network.vector() - PlusNetwork.untrained(0).vector()).max() > 0
+    assert "## Notes" in (folder / "README.md").read_text()
+    assert "| training 1" in (tmp_path / "plus.md").read_text()
+    before = (folder / "model.safetensors").read_bytes()
+    assert (training.run() / "model.safetensors").read_bytes() == before
+
+
+def facts(domains: int = 8) -> Facts:
+    rng = np.random.default_rng(0)
+    members = np.zeros((2, domains))
+    members[0, : domains // 2] = members[1, domains // 2 :] = 1
+    return Facts(
+        prior=rng.dirichlet(np.ones(domains)),
+        natural=rng.dirichlet(np.ones(domains)),
+        fields=members,
+        acquires=np.array([0.0, 1.0]),
+        influence=rng.normal(size=(2, domains)),
+        error=rng.random((2, domains)),
+        across=rng.normal(size=(2, 2)),
+        reliability=rng.random(2),
+        measured=np.ones(()),
+        topics=np.zeros(domains),
+        topics_known=np.zeros(()),
+    )
+
+
+def test_actions_of_a_mix_lead_back_to_it():
+    rng = np.random.default_rng(1)
+    actions = np.stack([rng.uniform(-1.5, 1.5, 20), rng.uniform(-1.5, 0.8, 20), rng.uniform(-1.5, 0.8, 20)], axis=1)
+    own = facts()
+    mixes = np.stack([acted(own, action) for action in actions])
+    assert np.allclose(mixes.sum(axis=1), 1)
+    assert np.allclose(actions_of(own, mixes), actions, atol=1e-6)
+    assert np.allclose(acted(own, np.zeros(3)), own.prior)

@@ -1,0 +1,174 @@
+"""Tasks on real, tiny proxies: paired streams, evidence, rewards and the gymnasium environment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.mixture.history import History
+from dmagent_loader.policies import INFLUENCE, LENGTH, QUESTIONS
+from dmagent_loader.policies.choice import make_policy
+from dmagent_loader.training.tasks.environment import MixingEnv
+from dmagent_loader.training.tasks.episode import LEAST_RANGE, attainable, reward, run_episode
+from dmagent_loader.training.tasks.library import TaskLibrary, held_out_pairs
+from dmagent_loader.training.tasks.simulator import ProxySimulator, Start
+from dmagent_loader.training.tasks.spec import Perturbation, TaskSpec
+
+
+def test_a_run_is_a_function_of_task_stream_and_mixes(simulator: ProxySimulator, task: TaskSpec) -> None:
+    runs = [run_episode(simulator, task, stream, lambda start: start.at(0.3)) for stream in (0, 0, 1)]
+    np.testing.assert_array_equal(runs[0].feedback, runs[1].feedback)
+    np.testing.assert_array_equal(runs[0].gains, runs[1].gains)
+    assert (runs[0].gains != runs[2].gains).all()
+
+
+def test_training_on_the_target_raises_the_field_to_acquire(simulator: ProxySimulator, task: TaskSpec) -> None:
+    task = replace(task, steps=6)
+    none, all_of_it = (run_episode(simulator, task, 0, lambda s, t=t: s.at(t)).gains for t in (0.0, 1.0))
+    assert all_of_it[1] > none[1]
+    assert none[0] > all_of_it[0]
+
+
+def test_feedback_is_read_only_where_it_is_asked_for(simulator: ProxySimulator, task: TaskSpec) -> None:
+    """The questions do not touch the model: its gains are the same."""
+    every, last = (
+        run_episode(simulator, task, 0, lambda start: start.at(0.3), feedback_every=every) for every in (1, 3)
+    )
+    assert np.isfinite(every.feedback).all()
+    assert np.isnan(last.feedback[1:-1]).all()
+    np.testing.assert_array_equal(every.gains, last.gains)
+
+
+class Curious:
+    """Asks for everything before each decision; notes what it was told and shown."""
+
+    name = "curious"
+    needs = frozenset({INFLUENCE, LENGTH, QUESTIONS})
+    always_answers = True
+
+    def __init__(self, start: Start) -> None:
+        self.mix = start.at(0.5)
+        self.told: list[tuple[str, Any]] = []
+        self.shown: list[History] = []
+        self._decision = -1
+
+    def needed(self, decision: int) -> frozenset[str]:
+        if decision == self._decision:
+            return frozenset()
+        self._decision = decision
+        return self.needs
+
+    def inform(self, need: str, evidence: Any) -> None:
+        self.told.append((need, evidence))
+
+    def propose(self, history: History) -> np.ndarray:
+        self.shown.append(history)
+        return self.mix
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state: object) -> None: ...
+
+
+def test_a_policy_gets_its_evidence_and_the_history(simulator: ProxySimulator, task: TaskSpec) -> None:
+    made: list[Curious] = []
+
+    def choose(start: Start) -> Curious:
+        made.append(Curious(start))
+        return made[0]
+
+    episode = run_episode(simulator, task, 0, choose)
+    assert [need for need, _ in made[0].told] == sorted(Curious.needs) * task.steps
+    assert [len(history) for history in made[0].shown] == [1, 2, 3]
+    np.testing.assert_array_equal(made[0].shown[-1].feedback, episode.feedback[:-1])
+    assert episode.influence is not None
+    assert episode.influence.fields == task.fields
+    measured = [evidence for need, evidence in made[0].told if need == INFLUENCE]
+    assert measured[1:] == [None] * (task.steps - 1)
+    other = simulator.influence(1)
+    assert (measured[0].values() != other.values()).any(), "a repeated measurement must read other rows"
+
+    made.clear()
+    run_episode(simulator, task, 0, choose, frozen_feedback=True)
+    assert (made[0].shown[-1].feedback == made[0].shown[0].feedback[0]).all()
+
+
+def test_the_influence_policy_runs_by_name(simulator: ProxySimulator, task: TaskSpec) -> None:
+    episode = run_episode(simulator, task, 0, lambda s: make_policy(None, "influence", s.space, s.natural))
+    np.testing.assert_allclose(episode.mixes.sum(axis=1), 1)
+    assert episode.influence is not None
+
+
+@pytest.mark.parametrize("space", ["canonical", "merged-2", "parts-2", "clusters-12"])
+def test_every_space_runs(simulator: ProxySimulator, task: TaskSpec, space: str) -> None:
+    task = replace(task, space=space, steps=1)
+    episode = run_episode(simulator, task, 0, lambda start: start.at(0.3))
+    assert np.isfinite(episode.gains).all()
+    assert episode.mixes.shape[1] == len(simulator.reset(task, 0).space)
+
+
+def test_a_target_topic_is_no_source_domain(library: TaskLibrary, task: TaskSpec, simulator: ProxySimulator) -> None:
+    """Its held-out documents are the questions, as pairs that fit into a row."""
+    task = replace(task, target="Health", acquire="text", space="canonical", steps=1)
+    start = simulator.reset(task, 0)
+    assert "source/Health" not in start.space.names
+    assert task.fields == ("keep sciq", "acquire Health")
+    assert all("healt" in text for text in start.questions["acquire Health"][:5])
+    corpus = library.corpus("Health")
+    assert len(held_out_pairs(corpus, "target", 1000)) >= len(held_out_pairs(corpus, "target", 4)) > 0
+
+
+def test_few_questions_are_asked_if_they_are_noisy(simulator: ProxySimulator, task: TaskSpec) -> None:
+    noisy = replace(task, perturbation=Perturbation(kind="noisy_questions"))
+    assert [len(listed) for listed in simulator.reset(noisy, 0).questions.values()] == [8, 4]
+
+
+def test_a_stale_probe_measures_another_model(simulator: ProxySimulator, task: TaskSpec) -> None:
+    task = replace(task, base=replace(task.base, tokens=40_960))
+    stale = replace(task, perturbation=Perturbation(kind="stale_probe"))
+    starts, influences = [], []
+    for spec in (task, stale):
+        starts.append(simulator.reset(spec, 0))
+        influences.append(simulator.influence())
+    np.testing.assert_array_equal(starts[0].feedback, starts[1].feedback)
+    assert (influences[0].values() != influences[1].values()).any()
+
+
+def test_steps_must_divide_into_updates(simulator: ProxySimulator, task: TaskSpec) -> None:
+    with pytest.raises(ConfigurationError, match="a step of 1000 tokens does not divide into updates of 512"):
+        simulator.reset(replace(task, tokens_per_step=1000), 0)
+
+
+def test_reward_by_hand() -> None:
+    ranges = attainable([np.array([0.1, 0.0]), np.array([0.0, 1.0]), np.array([-0.3, 2.0])])
+    np.testing.assert_allclose(ranges, [0.4, 2.0])
+    assert reward(np.array([-0.1, 1.0]), ranges, 0.25) == pytest.approx(0.75 * -0.25 + 0.25 * 0.5)
+    np.testing.assert_allclose(attainable([np.array([0.3, 0.5]), np.array([0.2, 0.4])]), [0.3, 0.5])
+    assert attainable([np.zeros(2)] * 3).tolist() == [LEAST_RANGE] * 2
+
+
+def test_gymnasium_accepts_the_environment(simulator: ProxySimulator, task: TaskSpec) -> None:
+    check_env(MixingEnv(simulator, task), skip_render_check=True)
+
+
+def test_the_reward_comes_at_the_end(simulator: ProxySimulator, task: TaskSpec) -> None:
+    env = MixingEnv(simulator, [task, replace(task, number=1, balance=0.2)])
+    observation, info = env.reset(seed=3, options={"task": 1})
+    assert observation["balance"] == [0.2]
+    assert info["task"] == env.spec_of_task.id
+    rewards, ended = [], False
+    while not ended:
+        observation, value, ended, truncated, info = env.step(np.zeros(len(env.start.natural)))
+        assert not truncated
+        rewards.append(value)
+    assert rewards[:-1] == [0.0] * (task.steps - 1)
+    assert rewards[-1] == pytest.approx(np.array([0.8, 0.2]) @ info["shares"])
+    np.testing.assert_allclose(observation["mix"], env.start.at(0.3))
+    read = observation["exposure"] * np.maximum(env.start.length.rows, 1)
+    assert read.sum() == pytest.approx(task.steps * task.tokens_per_step / 128)
