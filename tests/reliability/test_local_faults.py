@@ -216,12 +216,12 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(
 
 
 def test_a_full_disk_while_shards_are_written_leaves_the_folder_as_it_was(small_disk: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("alpha")
-    (tmp_path / "b.txt").write_text("beta " * 10_000)
-    shard_files({"source/a": [tmp_path / "a.txt"]}, small_disk / "out", progress=False)
+    (tmp_path / "a.jsonl").write_text('{"text": "alpha"}')
+    (tmp_path / "b.jsonl").write_text('{"text": "%s"}' % ("beta " * 10_000))
+    shard_files({"source/a": [tmp_path / "a.jsonl"]}, small_disk / "out", progress=False)
     before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
     with pytest.raises(OSError, match="No space left"):
-        shard_files({"source/b": [tmp_path / "b.txt"]}, small_disk / "out", progress=False)
+        shard_files({"source/b": [tmp_path / "b.jsonl"]}, small_disk / "out", progress=False)
     assert {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()} == before
 
 
@@ -230,7 +230,7 @@ def _domains(folder: Path, texts: list[str]) -> Path:
         for number in range(3):
             (folder / f"{name}{number}.jsonl").write_text("".join(f'{{"text": "{name} {text}"}}\n' for text in texts))
     sources = {f"source/{name}": [folder / f"{name}{number}.jsonl" for number in range(3)] for name in ("a", "b")}
-    shard_files(sources, folder / "out", ShardingConfig(rows_per_shard=len(texts)), progress=False)
+    shard_files(sources, folder / "out", ShardingConfig(rows_per_shard=len(texts), shuffle_seed=None), progress=False)
     return folder / "out"
 
 
