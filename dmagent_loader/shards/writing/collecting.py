@@ -46,7 +46,7 @@ class Collection:
     piece: Piece
     folder: Path
     config: ShardingConfig
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int
 
     def chunks(self) -> list[Path]:
         """Chunks of the piece that are written, in order."""

@@ -23,12 +23,12 @@ from dmagent_loader._files import locked, write_atomically
 from dmagent_loader.errors import ConfigurationError, DomainError, EmptyShardError, ShardError
 from dmagent_loader.shards.inputs.finding import find_inputs
 from dmagent_loader.shards.inputs.kinds import Input
-from dmagent_loader.shards.inputs.pieces import divide
+from dmagent_loader.shards.inputs.pieces import PIECE_BYTES, divide
 from dmagent_loader.shards.inputs.records import Advance
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, load_manifest, manifest_text
 from dmagent_loader.shards.writing.assembling import Assembly, plan_shards
 from dmagent_loader.shards.writing.chunks import Counts, read_tensor
-from dmagent_loader.shards.writing.collecting import Collection, check_bad
+from dmagent_loader.shards.writing.collecting import CHUNK_BYTES, Collection, check_bad
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.job import Job
 from dmagent_loader.shards.writing.packing import TextTokenizer
@@ -101,7 +101,7 @@ def shard_files(
             )
         _refuse_other_rows(root, kept, settings)
         present = {domain: len(entry["shards"]) for domain, entry in earlier.items()}
-        job = Job(root, inputs, config, {**settings, "present": present})
+        job = Job(root, inputs, config, {**settings, "present": present, "piece_bytes": PIECE_BYTES})
         run = _Run(config, tokenizer, workers, progress)
         try:
             parts = run.write(job, inputs, earlier)
@@ -136,8 +136,15 @@ class _Run:
         """Writes the chunks and shards of all domains."""
         collections = {
             domain: [
-                Collection(domain=domain, number=number, piece=piece, folder=job.chunks(domain), config=self.config)
-                for number, piece in enumerate(divide(items))
+                Collection(
+                    domain=domain,
+                    number=number,
+                    piece=piece,
+                    folder=job.chunks(domain),
+                    config=self.config,
+                    chunk_bytes=CHUNK_BYTES,
+                )
+                for number, piece in enumerate(divide(items, PIECE_BYTES))
             ]
             for domain, items in inputs.items()
         }

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 import pytest
 
 from dmagent_loader.errors import MissingExtraError, ShardError
 from dmagent_loader.shards.inputs.documents import Document, DocumentReader
 from dmagent_loader.shards.inputs.finding import find_inputs
-from dmagent_loader.shards.inputs.kinds import Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.pieces import divide
 
@@ -180,7 +178,7 @@ def test_a_saved_data_set_with_a_file_that_was_cut_or_is_missing_is_refused(tmp_
 def test_data_sets_are_read_by_name(tmp_path: Path) -> None:
     """A folder stands for a name of the Hub; both go through the same function of the library."""
     (tmp_path / "corpus").mkdir()
-    for split, name in (("train", "train-0.parquet"), ("train", "train-1.parquet"), ("test", "test-0.parquet")):
+    for name in ("train-0.parquet", "train-1.parquet", "test-0.parquet"):
         (tmp_path / "corpus" / name).write_bytes(parquet())
     assert [document.text for document in documents(f"hf:{tmp_path}/corpus")] == [*TEXTS, *TEXTS]
     assert [document.text for document in documents(f"hf:{tmp_path}/corpus:test")] == TEXTS
@@ -293,24 +291,6 @@ def test_progress_counts_all_stored_bytes(tmp_path: Path) -> None:
         options = ReadOptions()
         list(DocumentReader(find_inputs("source/a", [path]), options, done.append))
         assert 0 < sum(done) <= path.stat().st_size, name
-
-
-def test_megatron_tokens_are_read_as_documents(tmp_path: Path) -> None:
-    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    torch = pytest.importorskip("torch")
-    builder = indexed.IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.uint16)
-    for tokens in ([5, 6, 7, 0], [8, 9]):
-        builder.add_item(torch.tensor(tokens))
-        builder.end_document()
-    builder.add_document(torch.tensor([1, 2, 3]), [2, 1])
-    builder.finalize(str(tmp_path / "a.idx"))
-    (found,) = find_inputs("source/a", [tmp_path])
-    assert found.kind is Kind.MEGATRON
-    tokens = [document.tokens.tolist() for document in documents(tmp_path / "a.idx") if document.tokens is not None]
-    assert tokens == [[5, 6, 7, 0], [8, 9], [1, 2, 3]]
-    (tmp_path / "a.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:-2])
-    with pytest.raises(ShardError, match=r"a\.bin has 16 bytes, but its \.idx describes 18"):
-        documents(tmp_path / "a.bin")
 
 
 def test_packages_that_are_missing_are_named_with_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
