@@ -6,6 +6,8 @@ import enum
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from dmagent_loader.shards.sources.urls import base_name
+
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -75,9 +77,14 @@ class Input:
     version: str = field(default="", compare=False)
 
     @property
+    def name(self) -> str:
+        """File name in lower case, without folders and the query of a URL."""
+        return base_name(self.url).lower()
+
+    @property
     def compression(self) -> str:
         """``""``, or one of `COMPRESSIONS`."""
-        return _compression(self.url) if self.kind in COMPRESSIBLE else ""
+        return _compression(self.name) if self.kind in COMPRESSIBLE else ""
 
 
 def kind_of_name(name: str, text_files: Collection[str] = ()) -> Kind | None:
@@ -115,5 +122,4 @@ def remedy_for(name: str) -> str:
 
 
 def _compression(name: str) -> str:
-    lower = name.lower()
-    return next((ending for ending in COMPRESSIONS if lower.endswith(ending)), "")
+    return next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")

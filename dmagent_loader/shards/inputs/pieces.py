@@ -89,7 +89,7 @@ def _boundaries(source: Input, piece_bytes: int) -> list[int]:
     if source.kind is Kind.SAVED_DATASET:
         rows, parts = saved_rows(source), source.size // piece_bytes
         return [rows * part // parts for part in range(parts + 1)]
-    if source.kind is Kind.JSON and not source.compression and not source.url.lower().endswith(".json"):
+    if source.kind is Kind.JSON and not source.compression and not source.name.endswith(".json"):
         return _line_starts(source, piece_bytes)
     return []
 

@@ -68,7 +68,7 @@ def read_text(
             if source.kind is Kind.TEXT:
                 records = _whole(name, file)
             elif source.kind is Kind.CSV:
-                records = _csv(name, file, "\t" if ".tsv" in source.url.lower() else ",", options)
+                records = _csv(name, file, "\t" if ".tsv" in source.name else ",", options)
             elif _begins_array(file) and not start:
                 records = _json_array(name, file)
             else:
