@@ -68,6 +68,11 @@ def read_mds(source: Input, start: int, stop: int | None, options: ReadOptions, 
             raise ShardError(missing_column(name, sorted(encodings), options))
         if shard.get("compression"):
             raise ShardError(f"{name} is compressed ({shard['compression']}): unpack its shards, or write it without")
+        file, size = os.path.join(folder, shard["raw_data"]["basename"]), shard["raw_data"]["bytes"]
+        if not os.path.isfile(file) or os.path.getsize(file) != size:  # the reader takes texts that were cut
+            raise ShardError(
+                f"{file} is missing, or does not have the {size} bytes that its index says: fetch it again"
+            )
     rows: Any = require_extra("streaming", "mds").LocalDataset(folder)
     for number in range(len(rows)):
         try:
