@@ -35,7 +35,7 @@ def test_samples_are_documents(tmp_path: Path) -> None:
         list(DocumentReader([found], ReadOptions(text_key="body")))
     last = max(folder.glob("*.mds"))
     last.write_bytes(last.read_bytes()[:-8])
-    with pytest.raises(ShardError, match="does not have the .* bytes that its index says"):
+    with pytest.raises(ShardError, match=r"does not have the .* bytes that its index says"):
         list(DocumentReader([found]))
 
 

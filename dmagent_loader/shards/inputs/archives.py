@@ -54,25 +54,12 @@ def read_mds(source: Input, start: int, stop: int | None, options: ReadOptions, 
         MissingExtraError: The package is not installed.
     """
     folder, name = local_path(source.url), display_url(source.url)
-    with open(os.path.join(folder, "index.json"), encoding="utf-8") as file:
-        shards = json.load(file)["shards"]
-    for shard in shards:
-        encodings = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-        unsafe = {column: encoding for column, encoding in encodings.items() if encoding not in _SAFE_MDS}
-        if unsafe:
-            raise ShardError(
-                f"{name} has columns of the encodings {unsafe}, and reading 'pkl' can execute code: write the folder "
-                f"again with text columns only ({', '.join(sorted(_SAFE_MDS))})"
-            )
-        if options.document_key not in encodings:
-            raise ShardError(missing_column(name, sorted(encodings), options))
-        if shard.get("compression"):
-            raise ShardError(f"{name} is compressed ({shard['compression']}): unpack its shards, or write it without")
-        file, size = os.path.join(folder, shard["raw_data"]["basename"]), shard["raw_data"]["bytes"]
-        if not os.path.isfile(file) or os.path.getsize(file) != size:  # the reader takes texts that were cut
-            raise ShardError(
-                f"{file} is missing, or does not have the {size} bytes that its index says: fetch it again"
-            )
+    try:
+        with open(os.path.join(folder, "index.json"), encoding="utf-8") as file:
+            for shard in json.load(file)["shards"]:
+                _check_mds(folder, name, shard, options)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ShardError(f"the index.json of {name} cannot be read ({error!r}): fetch or write it again") from error
     rows: Any = require_extra("streaming", "mds").LocalDataset(folder)
     for number in range(len(rows)):
         try:
@@ -81,6 +68,24 @@ def read_mds(source: Input, start: int, stop: int | None, options: ReadOptions, 
             raise ShardError(f"{name}, row {number + 1} cannot be read ({error}): fetch the folder again") from error
         yield Record(f"{name}, row {number + 1}", {column: row[column] for column in options.columns(list(row))})
         advance(source.size // len(rows))
+
+
+def _check_mds(folder: str, name: str, shard: dict[str, Any], options: ReadOptions) -> None:
+    """Raises ShardError if a shard of an MDS folder must not or cannot be read."""
+    encodings = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+    unsafe = {column: encoding for column, encoding in encodings.items() if encoding not in _SAFE_MDS}
+    if unsafe:
+        raise ShardError(
+            f"{name} has columns of the encodings {unsafe}, and reading 'pkl' can execute code: write the folder again "
+            f"with text columns only ({', '.join(sorted(_SAFE_MDS))})"
+        )
+    if options.document_key not in encodings:
+        raise ShardError(missing_column(name, sorted(encodings), options))
+    if shard.get("compression"):
+        raise ShardError(f"{name} is compressed ({shard['compression']}): unpack its shards, or write it without")
+    stored, size = os.path.join(folder, os.path.basename(shard["raw_data"]["basename"])), shard["raw_data"]["bytes"]
+    if not os.path.isfile(stored) or os.path.getsize(stored) != size:  # the reader takes texts that were cut
+        raise ShardError(f"{stored} is missing, or does not have the {size} bytes that its index says: fetch it again")
 
 
 def read_megatron(
