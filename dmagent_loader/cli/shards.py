@@ -218,6 +218,8 @@ def _domains_of_folder(folder: str, text_files: Sequence[str]) -> dict[str, list
     domains: dict[str, list[str]] = {}
     strays = []
     for path in sorted(path for path in Path(folder).iterdir() if not path.name.startswith(".")):
+        if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
+            continue  # the other half of a pair of Megatron
         if not path.is_file() or kind_of_name(path.name, text_files) is None:
             strays.append(path.name)
         else:

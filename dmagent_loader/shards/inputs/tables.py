@@ -40,20 +40,18 @@ def read_table(source: Input, start: int, stop: int | None, options: ReadOptions
         Kind.DATASET: _dataset_batches,
     }
     name = display_url(source.url)
-    number, reported = 0, 0
+    reported = 0
     with _named_damage(name):
         for first, bytes_done, batch in readers[source.kind](source, start, stop, options):
-            number = number or first
             columns = {column: batch.column(column).to_pylist() for column in batch.schema.names}
-            for values in zip(*columns.values(), strict=True):
-                number += 1
+            for number, values in enumerate(zip(*columns.values(), strict=True), start=first + 1):
                 yield Record(f"{name}, row {number}", dict(zip(columns, values, strict=True)))
             advance(bytes_done - reported)
             reported = bytes_done
 
 
 _Batches = Iterator[tuple[int, int, Any]]
-"""Number of the first row of all, stored bytes read so far, and a batch or table of Arrow."""
+"""Number of the first row, counted from 0; stored bytes read up to its end; a batch or table of Arrow."""
 
 
 def _parquet_batches(source: Input, start: int, stop: int | None, options: ReadOptions) -> _Batches:
@@ -69,6 +67,7 @@ def _parquet_batches(source: Input, start: int, stop: int | None, options: ReadO
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=[number], columns=columns):
                 done += per_row * batch.num_rows
                 yield first, int(done), batch
+                first += batch.num_rows
 
 
 def parquet_row_groups(source: Input) -> list[int]:
@@ -94,8 +93,10 @@ def _arrow_batches(source: Input, start: int, stop: int | None, options: ReadOpt
         reader = ipc.open_file(stored) if is_file else ipc.open_stream(stored)
         columns = _columns(source, reader.schema.names, options)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        first = 0
         for batch in batches:
-            yield 0, stored.tell(), batch.select(columns)
+            yield first, stored.tell(), batch.select(columns)
+            first += batch.num_rows
 
 
 def _check_end_of_stream(name: str, stored: IO[bytes]) -> None:
@@ -116,10 +117,11 @@ def _saved_batches(source: Input, start: int, stop: int | None, options: ReadOpt
     table = _saved(source)
     columns = _columns(source, table.column_names, options)
     chosen = range(start, len(table) if stop is None else stop)
-    per_row, done = source.size / max(len(table), 1), 0.0
+    first = start
     for batch in table.select_columns(columns).select(chosen).with_format("arrow").iter(_BATCH_ROWS):
-        done += per_row * batch.num_rows
-        yield start, int(done), batch
+        done = first + batch.num_rows
+        yield first, source.size * (done - start) // len(table), batch
+        first = done
 
 
 def _saved(source: Input) -> Any:
@@ -152,8 +154,10 @@ def _dataset_batches(source: Input, start: int, stop: int | None, options: ReadO
     columns = _columns(source, whole.column_names, options)
     for number in range(start, whole.num_shards if stop is None else stop):
         part = whole.shard(whole.num_shards, number) if whole.num_shards > 1 else whole
+        first = 0
         for batch in part.select_columns(columns).with_format("arrow").iter(_BATCH_ROWS):
-            yield 0, 0, batch
+            yield first, 0, batch
+            first += batch.num_rows
 
 
 def _dataset(source: Input) -> Any:

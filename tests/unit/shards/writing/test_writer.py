@@ -298,3 +298,22 @@ def test_json_lines_are_known_by_any_of_their_names(tmp_path, ending):
     path.write_bytes(gzip.compress(lines) if ending.endswith("gz") else lines)
     records = shard_files({"source/web": [path]}, tmp_path / "out", ShardingConfig(), progress=False)
     assert records["source/web"].rows == 2
+
+
+def test_the_command_passes_its_settings_on(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/News.jsonl").write_text('{"body": "one"}\n{"text": "no body"}\n{"body": "two"}\n')
+    (tmp_path / "in/README.md").write_text("a text")
+    (tmp_path / "in/folder").mkdir()
+    common = ("--field", "source", "--output", str(tmp_path / "out"), "--text-key", "body", "--keep-order")
+    assert run("shard", "--input", str(tmp_path / "in"), *common, "--max-bad", "1") == 0
+    printed = capsys.readouterr()
+    assert "not read, because they are not data files: README.md, folder" in printed.err
+    assert "1 bad records left out (see source/News/rejects.jsonl)" in printed.out
+    readme = f"source/News={tmp_path}/in/README.md"
+    assert run("shard", "--domain", readme, *common, "--append", "--text-files", ".md") == 0
+    assert [row["txt"] for row in read_all(tmp_path / "out", "source/News")] == ["one", "two", "a text"]
+    (tmp_path / "in/News.jsonl").unlink()
+    (tmp_path / "in/folder").rmdir()
+    with pytest.raises(ConfigurationError, match=r"holds no data files, only \['README.md'\]: pass a folder"):
+        run("shard", "--input", str(tmp_path / "in"), *common)
