@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dmagent_loader.errors import ShardError, require_extra
+from dmagent_loader.errors import DecodeError, ShardError, require_extra
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.decode import Decoder
 from dmagent_loader.shards.inputs.kinds import Input
@@ -41,8 +41,16 @@ def read_tar(
             fault = f"has no member {member!r}, only {sorted(sample.members)}: name another (--tar-member, tar_member=)"
             yield rejected(place, fault, None)
             continue
-        only = sample._replace(members={member: sample.members[member]})
-        yield Record(place, decode(only)[member])
+        try:
+            value = decode(sample._replace(members={member: sample.members[member]}))[member]
+        except DecodeError as error:
+            yield rejected(place, f"cannot be decoded ({error}): repair or leave out the row", None)
+            continue
+        if isinstance(value, (str, dict)):
+            yield Record(place, value)
+        else:
+            fault = f"has no text in its member {member!r}: name a text, or a row in JSON (--tar-member, tar_member=)"
+            yield rejected(place, fault, value)
         advance(source.size // rows)
 
 

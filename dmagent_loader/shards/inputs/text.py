@@ -80,7 +80,9 @@ def read_text(
                 advance(position - reported)
                 reported = position
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
-        raise ShardError(f"{name} is damaged ({error}): what follows would be lost; fetch it again") from error
+        raise ShardError(
+            f"{name} is damaged or cannot be read to its end ({error}): what follows would be lost; fetch it again"
+        ) from error
 
 
 def _unpacked(stored: IO[bytes], compression: str) -> contextlib.AbstractContextManager[IO[bytes]]:

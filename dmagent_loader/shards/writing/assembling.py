@@ -67,6 +67,8 @@ class Assembly:
         record = self.record()
         if record is not None:
             return record
+        for leftover in self.path.parent.glob(f"{self.path.name}.*"):
+            leftover.unlink()
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         writer = TarWriter(temporary)
         try:
@@ -85,10 +87,11 @@ class Assembly:
 
     def _texts(self) -> Iterator[dict[str, bytes]]:
         position = -self.skipped
-        for documents in self._documents(len(self.config.keep_columns[:1]) + 1):
+        names = ("txt", "json") if self.config.keep_columns else ("txt",)
+        for documents in self._documents(len(names)):
             for parts in zip(*documents, strict=True):
                 if 0 <= position < self.rows:
-                    yield {name: part.tobytes() for name, part in zip(("txt", "json"), parts, strict=False)}
+                    yield {name: part.tobytes() for name, part in zip(names, parts, strict=True)}
                 position += 1
 
     def _packed(self, length: int) -> Iterator[dict[str, bytes]]:
@@ -96,6 +99,8 @@ class Assembly:
         tokens: NDArray[Any] = np.zeros(0, np.uint8)
         ends: IntArray = np.zeros(0, np.int64)  # where documents end in `tokens`
         for (documents,) in self._documents(1):
+            if not documents:
+                continue
             ends = np.concatenate([ends, len(tokens) + np.cumsum([len(ids) for ids in documents], dtype=np.int64)])
             tokens = np.concatenate([tokens, *documents] if len(tokens) else documents)
             whole = min(len(tokens) - skip, missing) // length * length

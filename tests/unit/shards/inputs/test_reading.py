@@ -145,6 +145,9 @@ def test_files_behind_urls_give_the_same_documents(name: str) -> None:
 def test_tar_shards_give_the_member_that_is_named(tmp_path: Path, member: str) -> None:
     (tmp_path / "a.tar").write_bytes(TARS[member]())
     assert [d.text for d in documents(tmp_path / "a.tar", ReadOptions(tar_member=member))] == TEXTS
+    (tmp_path / "bad.tar").write_bytes(tar("json", lambda row: "[" if row["id"] else "[]"))
+    with pytest.raises(ShardError, match=r"bad\.tar, row '0000' has no text in its member 'json'"):
+        documents(tmp_path / "bad.tar", ReadOptions(tar_member="json"))
     other = "json" if member == "txt" else "txt"
     with pytest.raises(ShardError, match=rf"has no member '{other}', only \['{member}'\]"):
         documents(tmp_path / "a.tar", ReadOptions(tar_member=other))

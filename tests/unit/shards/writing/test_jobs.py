@@ -141,6 +141,22 @@ def test_packed_rows_of_any_number_of_shards_are_the_same(
         assert found != [tuple(ids) for ids in expected[: len(found)]]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("per_shard", [1, 2, 5])
+def test_few_documents_make_whole_shards(tmp_path: Path, tokenizer: str, count: int, per_shard: int) -> None:
+    """Some of the buckets between few documents are empty."""
+    documents = [" ".join([f"w{number + 1}"] * (5 * number % 7 + 1)) for number in range(count)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in documents])
+    shard([path], tmp_path / "text", rows_per_shard=per_shard)
+    assert sorted(texts(tmp_path / "text")) == sorted(documents)
+    settings = {"tokenizer": tokenizer, "eos_token": "<end>", "sequence_length": 2, "shuffle_seed": None}
+    record = shard([path], tmp_path / "packed", rows_per_shard=per_shard, **settings)
+    expected = [token for text in documents for token in (*(int(word[1:]) for word in text.split()), END)]
+    found = np.concatenate([row[PACKED_MEMBER] for row in rows(tmp_path / "packed")]).tolist()
+    assert found == expected[: len(expected) // 2 * 2]
+    assert max(item.rows for item in record.shards) <= per_shard
+
+
 def test_shards_are_added_to_a_domain(tmp_path: Path, tokenizer: str) -> None:
     first, second = numbered(tmp_path / "1.jsonl", 20), numbered(tmp_path / "2.jsonl", 15, first=20)
     shard([first], tmp_path / "out", rows_per_shard=10)
