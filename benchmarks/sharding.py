@@ -185,7 +185,7 @@ def main() -> None:
         megabytes = prepare(args, Path(scratch))
         results = list(rounds(args, Path(scratch)))
     print(f"{megabytes:.1f} MB of text, rows of {args.sequence_length} tokens, {args.rounds} rounds\n")
-    print("| way | tokens | MB per CPU second: median (range) | dmagent shard is faster by: median (range) |")
+    print("| way | tokens | MB per CPU second: median (range) | CPU time, dmagent shard = 1: median (range) |")
     print("|---|---:|---:|---:|")
     for way in [way for way in WAYS if way in results[0]]:
         speeds = [megabytes / result[way]["cpu"] for result in results]

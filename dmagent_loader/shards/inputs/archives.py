@@ -16,7 +16,7 @@ from dmagent_loader.shards.decode import Decoder
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.records import Advance, Record, Rejected, rejected
-from dmagent_loader.shards.inputs.text import missing_column
+from dmagent_loader.shards.inputs.text import missing_column, stored_file
 from dmagent_loader.shards.sources.urls import display_url, local_path
 
 _SAFE_MDS = frozenset(("str", "json", "int", "bytes", "str_int", "str_float", "str_decimal"))
@@ -63,7 +63,7 @@ def read_mds(source: Input, start: int, stop: int | None, options: ReadOptions, 
     """
     folder, name = local_path(source.url), display_url(source.url)
     try:
-        with open(os.path.join(folder, "index.json"), encoding="utf-8") as file:
+        with stored_file(os.path.join(folder, "index.json")) as file:
             for shard in json.load(file)["shards"]:
                 _check_mds(folder, name, shard, options)
     except (KeyError, TypeError, ValueError) as error:
