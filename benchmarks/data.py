@@ -34,8 +34,9 @@ from tokenizers import ByteLevelBPETokenizer
 from dmagent_loader._demo.config import DemoConfig
 from dmagent_loader._demo.python_corpus import build_python_corpus
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
+from dmagent_loader.shards import ShardingConfig, shard_files
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, manifest_text
-from dmagent_loader.shards.writing.writer import DomainWriter, ShardingConfig, shard_files
+from dmagent_loader.shards.writing.tar_writer import TarWriter
 
 FOLDER = Path("build/bench_data")
 KINDS = ("packed", "text")
@@ -152,17 +153,25 @@ def repeated(base: Path, record: DomainRecord, output: Path, name: str, times: i
     count = min(most, max(least, -(-record.bytes * times // SHARD_BYTES)))
     folder = output / name
     folder.mkdir(parents=True)
-    writer = DomainWriter(folder, folder.name, ShardingConfig(rows_per_shard=-(-rows // count)))
-    for _ in range(times):
-        for shard in record.shards:
-            with tarfile.open(base / shard.path) as tar:
-                for info in tar:
-                    file = tar.extractfile(info)
-                    assert file is not None
-                    writer.write({MEMBER[kind]: file.read()})
-    writer.finish()
-    shards = tuple(dataclasses.replace(s, path=f"{name}/{s.path}") for s in writer.records)
-    return dataclasses.replace(record, rows=rows, shards=shards, tokens=record.tokens and record.tokens * times)
+    contents = rows_of([base / shard.path for shard in record.shards] * times)
+    shards = []
+    for number in range(count):
+        writer = TarWriter(folder / f"{folder.name}-{number:06d}.tar")
+        for row in range(rows * number // count, rows * (number + 1) // count):
+            writer.add(f"{row:09d}", {MEMBER[kind]: next(contents)})
+        written = writer.close()
+        shards.append(dataclasses.replace(written, path=f"{name}/{written.path}"))
+    return dataclasses.replace(record, rows=rows, shards=tuple(shards), tokens=record.tokens and record.tokens * times)
+
+
+def rows_of(shards: list[Path]) -> Iterator[bytes]:
+    """The only member of each row of some shards."""
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            for info in tar:
+                file = tar.extractfile(info)
+                assert file is not None
+                yield file.read()
 
 
 def survey(folder: Path, kind: str, records: dict[str, DomainRecord]) -> dict[str, Any]:

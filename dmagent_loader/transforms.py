@@ -18,7 +18,7 @@ import torch
 from dmagent_loader._loading.lazy import TAGS, read_together
 from dmagent_loader._validation import whole_number
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DecodeError
-from dmagent_loader.shards.writing.packing import PACKED_MEMBER
+from dmagent_loader.shards.writing.packing import LENGTHS_MEMBER, PACKED_MEMBER
 
 __all__ = ["IGNORED_LABEL", "PACKED_MEMBER", "ShiftedTokens", "TokenizeText", "collate_packed", "packed_tokens"]
 
@@ -41,7 +41,9 @@ def packed_tokens(sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def collate_packed(samples: Sequence[Mapping[str, Any]], *, labels: bool = True) -> dict[str, Any]:
+def collate_packed(
+    samples: Sequence[Mapping[str, Any]], *, labels: bool = True, end_token: int | None = None
+) -> dict[str, Any]:
     """A batch of packed rows: ``input_ids`` and ``labels``, both (B, T) int64; the model shifts the labels.
 
     Rows of a sampler with ``decode="lazy"`` are read here, all into one array.
@@ -52,6 +54,10 @@ def collate_packed(samples: Sequence[Mapping[str, Any]], *, labels: bool = True)
         samples: B rows.
         labels: Whether to add labels. A training step that uses the tokens themselves as labels can do without, and
             data workers then transfer half as much (``collate_fn=functools.partial(collate_packed, labels=False)``).
+        end_token: Id of the end-of-text token, to keep the documents of a row apart; None: a row is one text. Then
+            ``position_ids`` (B, T) int64 begin at 0 in each document, by which models of transformers limit attention
+            to it, and the first token of each document has no label. Where documents may contain the token (shards of
+            ``dmagent shard --parse-special-tokens``), the rows say themselves where documents end.
 
     Raises:
         DecodeError: A row holds no packed tokens, or the rows have different lengths.
@@ -63,11 +69,30 @@ def collate_packed(samples: Sequence[Mapping[str, Any]], *, labels: bool = True)
         tags = {name: [sample[name] for sample in samples] for name in TAGS}
         stacked = _stacked(samples)
     # One block of memory for both: half the cost of allocating it, and of passing it from a worker to the trainer.
-    wide = np.empty((1 + labels, *stacked.shape), np.int64)
-    wide[:] = stacked
-    names = ("input_ids", "labels")[: len(wide)]
+    names = ["input_ids", *["labels"] * labels, *["position_ids"] * (end_token is not None)]
+    wide = np.empty((len(names), *stacked.shape), np.int64)
+    wide[: 1 + labels] = stacked
+    if end_token is not None:
+        starts = _document_starts(samples, stacked, end_token)
+        places = np.arange(stacked.shape[1])
+        np.subtract(places, np.maximum.accumulate(np.where(starts, places, 0), axis=1), out=wide[-1])
+        if labels:
+            wide[1][starts] = IGNORED_LABEL
     index = torch.from_numpy(np.array(tags["__index__"], np.int64))
     return {**tags, "__index__": index, **dict(zip(names, torch.from_numpy(wide), strict=True))}
+
+
+def _document_starts(
+    samples: Sequence[Mapping[str, Any]], rows: np.ndarray[Any, Any], end_token: int
+) -> np.ndarray[Any, Any]:
+    """Whether a document, or a part of one, begins at a token, (B, T)."""
+    starts = np.ones(rows.shape, np.bool_)
+    starts[:, 1:] = rows[:, :-1] == end_token
+    for sample, row in zip(samples, starts, strict=True):
+        if LENGTHS_MEMBER in sample:
+            row[1:] = False
+            row[np.cumsum(sample[LENGTHS_MEMBER])[:-1]] = True
+    return starts
 
 
 def _stacked(samples: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, Any]:

@@ -126,6 +126,12 @@ def files_under(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+def published(folder: Path) -> list[str]:
+    """The files of a writer's output, without its lock and the work of a job that did not finish."""
+    names = (path.relative_to(folder).as_posix() for path in files_under(folder))
+    return sorted(name for name in names if not name.startswith("."))
+
+
 @pytest.fixture
 def web(tmp_path: Path) -> Path:
     rows = [{"text": f"text {n} ☃", "url": f"u{n}", "score": n} for n in range(25)]

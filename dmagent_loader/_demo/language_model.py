@@ -16,8 +16,8 @@ import torch
 
 from dmagent_loader._demo.config import CONTEXT_TOKENS, DemoConfig
 from dmagent_loader.errors import require_extra
-from dmagent_loader.shards.writing.documents import Document
-from dmagent_loader.shards.writing.packing import Packer, TextTokenizer
+from dmagent_loader.shards.inputs.documents import Document
+from dmagent_loader.shards.writing.packing import DocumentTokenizer, TextTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _WARMUP_STEPS = 30
@@ -55,9 +55,9 @@ def packed_rows(tokenizer_folder: Path, documents: Sequence[str], row_tokens: in
     Returns:
         (N, L).
     """
-    held_out = (Document(text, {}, f"held-out document {number}") for number, text in enumerate(documents, start=1))
-    rows = list(Packer(TextTokenizer.load(tokenizer_folder), row_tokens).rows(held_out))
-    return np.array(rows, dtype=np.int64).reshape(len(rows), row_tokens)
+    held_out = [Document(text, {}, f"held-out document {number}") for number, text in enumerate(documents, start=1)]
+    tokens = np.concatenate(DocumentTokenizer(TextTokenizer.load(tokenizer_folder)).tokens(held_out), dtype=np.int64)
+    return tokens[: len(tokens) // row_tokens * row_tokens].reshape(-1, row_tokens)
 
 
 def new_model(config: DemoConfig, vocab_size: int) -> Any:

@@ -37,7 +37,8 @@ from dmagent_loader.errors import ConfigurationError, require_extra
 from dmagent_loader.mixture.domains import FIELDS, SOURCE, TARGET
 from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.shards import ShardCollection, load_manifest
-from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
+from dmagent_loader.shards.writing.config import ShardingConfig
+from dmagent_loader.shards.writing.writer import shard_files
 from dmagent_loader.transforms import packed_tokens
 
 MARKER = "demo.json"
@@ -124,7 +125,9 @@ def _run(
         tokenizer.save_pretrained(output / "base_model")
         phase.note(f"{len(tokenizer)} tokens")
     with Phase("packed shards") as phase:
-        packing = ShardingConfig(tokenizer=str(output / "base_model"), sequence_length=config.row_tokens)
+        packing = ShardingConfig(
+            tokenizer=str(output / "base_model"), sequence_length=config.row_tokens, shuffle_seed=None
+        )
         shard_files({name: [path] for name, path in documents.items()}, output / "shards", packing, progress=False)
         shards = load_manifest(output / "shards")
         held_out = _held_out_rows(corpus, output / "base_model", config)

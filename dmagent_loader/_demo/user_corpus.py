@@ -12,7 +12,9 @@ from dmagent_loader.environment import Question
 from dmagent_loader.environment.questions import read_questions
 from dmagent_loader.errors import ConfigurationError, EmptyShardError, EnvironmentDataError
 from dmagent_loader.mixture.domains import SOURCE, TARGET
-from dmagent_loader.shards.writing.documents import DocumentReader, domain_name, is_json_lines
+from dmagent_loader.shards.inputs.documents import DocumentReader
+from dmagent_loader.shards.inputs.finding import domain_name, find_inputs
+from dmagent_loader.shards.inputs.kinds import Kind, kind_of_name
 
 HELD_OUT_ONE_IN = 20
 _FIRST_HELD_OUT = 4
@@ -83,7 +85,7 @@ def read_user_corpus(
 
 
 def _json_lines_in(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if is_json_lines(path)) if folder.is_dir() else []
+    files = sorted(path for path in folder.iterdir() if kind_of_name(path.name) is Kind.JSON) if folder.is_dir() else []
     if not files:
         raise ConfigurationError(f"{str(folder)!r} is missing or holds no .jsonl or .jsonl.gz file: {_LAYOUT}")
     names = [domain_name(path) for path in files]
@@ -100,7 +102,7 @@ def _read_documents(path: Path, limit: int, counter: Iterator[int], held_out: li
     """The first documents of a file, up to `limit` characters; adds those that are not trained on to `held_out`."""
     train: list[str] = []
     chars = 0
-    for document in DocumentReader([path], "text", (), lambda size: None):
+    for document in DocumentReader(find_inputs(str(path), [path])):
         if next(counter) % HELD_OUT_ONE_IN == _FIRST_HELD_OUT:
             held_out.append(document.text)
             continue
@@ -116,7 +118,7 @@ def _read_documents(path: Path, limit: int, counter: Iterator[int], held_out: li
 
 def _question_files(folder: Path, target: str) -> dict[str, Path]:
     """The environment: ``general``, and the questions of the target field."""
-    files = sorted(path for path in folder.iterdir() if is_json_lines(path)) if folder.is_dir() else []
+    files = sorted(path for path in folder.iterdir() if kind_of_name(path.name) is Kind.JSON) if folder.is_dir() else []
     general = _best(files, (GENERAL, "mmlu"))
     others = [path for path in files if path != general]
     acquired = _best(others, (target,)) if target else others[0] if len(others) == 1 else None

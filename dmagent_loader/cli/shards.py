@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.collection import ShardCollection
+from dmagent_loader.shards.inputs.finding import domain_name
+from dmagent_loader.shards.inputs.kinds import READ, kind_of_name
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
 from dmagent_loader.shards.tar import KeyEnd
-from dmagent_loader.shards.writing.documents import domain_name
-from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
+from dmagent_loader.shards.writing.config import ShardingConfig
+from dmagent_loader.shards.writing.writer import REJECTS_NAME, shard_files
 
 
 def add_shard_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,12 +29,12 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     defaults = ShardingConfig()
     parser = subparsers.add_parser(
         "shard",
-        help="write shards per domain from jsonl(.gz) or text files",
+        help="write shards per domain from JSON lines, parquet, CSV, data sets and other kinds of data",
         description=(
             "Writes OUTPUT/<field>/<domain>/<domain>-000000.tar ... and OUTPUT/manifest.json for the sampler. Without "
             "--tokenizer, every document is a row. With it, rows are packed with --sequence-length tokens, and the "
             "end-of-text token separates documents; tokens at the end that do not fill a row are dropped and counted. "
-            "Run it again with other domains to add them."
+            "Run it again with other domains to add them, or after a kill to go on where it stood."
         ),
     )
     where = parser.add_mutually_exclusive_group(required=True)
@@ -38,16 +42,16 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--domain",
         action="append",
         metavar="NAME=PATH[,PATH...]",
-        help="a domain, such as source/web=web.jsonl.gz; PATH is a file, a glob or a folder; files named "
-        ".jsonl, .ndjson, .jsonlines or .json (also .gz) hold a JSON object in each line, others are one text each; "
-        "repeatable",
+        help="a domain, such as source/web=web.jsonl.gz; PATH is a file, a glob, a folder, a URL, or hf:DATASET; "
+        "the endings of files say how they are read; repeatable",
     )
     where.add_argument(
-        "--input", metavar="DIR", help="every file in DIR is a domain, named after the file; needs --field"
+        "--input", metavar="DIR", help="every data file in DIR is a domain, named after the file; needs --field"
     )
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
-    parser.add_argument("--text-key", default=defaults.text_key, help="column with the text (default: %(default)s)")
+    parser.add_argument("--append", action="store_true", help="add shards to domains that the folder holds")
+    _add_reading(parser, defaults)
     parser.add_argument("--keep-columns", nargs="+", default=[], metavar="COLUMN", help="columns kept as a json member")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder written by save_pretrained")
     parser.add_argument("--eos-token", metavar="TOKEN", help="end-of-text token (default: the tokenizer's)")
@@ -57,16 +61,62 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="let text that spells a special token become that token, as chat formats need (default: it stays text)",
     )
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens per packed row")
+    parser.add_argument(
+        "--shuffle-seed",
+        type=int,
+        default=defaults.shuffle_seed,
+        metavar="N",
+        help="seed of the order of a domain's documents (default: %(default)s)",
+    )
+    parser.add_argument("--keep-order", action="store_true", help="keep the order of the input instead")
     parser.add_argument("--rows-per-shard", type=int, metavar="N", help="maximum rows per shard")
     parser.add_argument(
         "--max-shard-bytes",
         type=int,
         default=defaults.max_shard_bytes,
         metavar="N",
-        help="maximum bytes per shard (default: %(default)s)",
+        help="maximum bytes per shard, on average; its shards have equal numbers of rows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes (default: one, in which the tokenizer uses all cores)",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=shard)
+
+
+def _add_reading(parser: argparse.ArgumentParser, defaults: ShardingConfig) -> None:
+    """Adds what says which part of the input is text."""
+    parser.add_argument("--text-key", default=defaults.text_key, help="column with the text (default: %(default)s)")
+    parser.add_argument(
+        "--chat-template",
+        metavar="PATH",
+        help="render conversations by the chat template of this tokenizer, or by a .jinja file",
+    )
+    parser.add_argument(
+        "--messages-key", default=defaults.messages_key, help="column with the messages (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text-files",
+        nargs="+",
+        default=[],
+        metavar="ENDING",
+        help="endings of plain text files, such as .txt .md, each of which is one document (default: none are read)",
+    )
+    parser.add_argument(
+        "--tar-member", metavar="NAME", help="write tar shards again, from this member of their rows, such as txt"
+    )
+    parser.add_argument(
+        "--max-bad",
+        type=int,
+        default=defaults.max_bad,
+        metavar="N",
+        help=f"leave out up to N records of a domain that are no documents, and list them in its {REJECTS_NAME} "
+        "(default: %(default)s)",
+    )
 
 
 def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -97,16 +147,24 @@ def shard(args: argparse.Namespace) -> int:
     config = ShardingConfig(
         text_key=args.text_key,
         keep_columns=tuple(args.keep_columns),
+        chat_template=args.chat_template,
+        messages_key=args.messages_key,
+        text_files=tuple(args.text_files),
+        tar_member=args.tar_member,
         tokenizer=args.tokenizer,
         eos_token=args.eos_token,
         parse_special_tokens=args.parse_special_tokens,
         sequence_length=args.sequence_length,
         rows_per_shard=args.rows_per_shard,
         max_shard_bytes=args.max_shard_bytes,
+        shuffle_seed=None if args.keep_order else args.shuffle_seed,
+        max_bad=args.max_bad,
     )
-    domains = _domains_of_folder(args.input) if args.input else _named_domains(args.domain)
+    domains = _domains_of_folder(args.input, config.text_files) if args.input else _named_domains(args.domain)
     domains = {_with_field(name, args.field): paths for name, paths in domains.items()}
-    records = shard_files(domains, args.output, config, progress=not args.no_progress)
+    records = shard_files(
+        domains, args.output, config, append=args.append, workers=args.workers, progress=not args.no_progress
+    )
     width = max(len(name) for name in records)
     for name, record in records.items():
         tokens = (
@@ -116,6 +174,8 @@ def shard(args: argparse.Namespace) -> int:
             meaning = "parsed" if args.parse_special_tokens else "kept as text"
             tokens += f", special tokens spelled in {record.special_token_documents:,} documents ({meaning})"
         empty = f", {record.empty_documents} empty documents left out" if record.empty_documents else ""
+        if record.bad_records:
+            empty += f", {record.bad_records} bad records left out (see {name}/{REJECTS_NAME})"
         print(
             f"{name:{width}}  {record.rows:>10,} rows in {len(record.shards)} shard(s), {record.bytes:,} bytes, "
             f"{record.documents:,} documents{tokens}{empty}"
@@ -152,12 +212,17 @@ def index(args: argparse.Namespace) -> int:
     return 1 if collection.damage else 0
 
 
-def _domains_of_folder(folder: str) -> dict[str, list[str]]:
+def _domains_of_folder(folder: str, text_files: Sequence[str]) -> dict[str, list[str]]:
     if not os.path.isdir(folder):
         raise ConfigurationError(f"--input {folder!r} is not a folder: pass a folder, or use --domain for a file")
     domains: dict[str, list[str]] = {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+    strays = []
+    for path in sorted(path for path in Path(folder).iterdir() if not path.name.startswith(".")):
+        if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
+            continue  # the other half of a pair of Megatron
+        if not path.is_file() or kind_of_name(path.name, text_files) is None:
+            strays.append(path.name)
+        else:
             name = domain_name(path)
             if name in domains:
                 raise ConfigurationError(
@@ -166,7 +231,12 @@ def _domains_of_folder(folder: str) -> dict[str, list[str]]:
                 )
             domains[name] = [str(path)]
     if not domains:
-        raise ConfigurationError(f"--input {folder!r} holds no files: pass a folder with one file per domain")
+        raise ConfigurationError(
+            f"--input {folder!r} holds no data files{f', only {strays[:5]}' if strays else ''}: pass a folder with one "
+            f"file per domain; what is read: {READ}"
+        )
+    if strays:
+        print(f"not read, because they are not data files: {', '.join(strays)}", file=sys.stderr)
     return domains
 
 

@@ -4,7 +4,8 @@ from dmagent_loader.shards.collection import ShardCollection, ShardSummary
 from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, decode_npy_rows, make_decoder
 from dmagent_loader.shards.manifest import Manifest, load_manifest
 from dmagent_loader.shards.tar import ShardDamage
-from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
+from dmagent_loader.shards.writing.config import ShardingConfig
+from dmagent_loader.shards.writing.writer import shard_files
 
 __all__ = [
     "Decoder",

@@ -58,6 +58,7 @@ class DomainRecord:
         rows: Number of samples.
         documents: Number of documents with text.
         empty_documents: Number of documents without text, which are left out.
+        bad_records: Number of records that are no documents, which are left out.
         tokens: Tokens in all rows, including end-of-text tokens; None for raw text.
         dropped_tokens: Tokens at the end that did not fill a row and are left out; None for raw text.
         special_token_documents: Documents whose text spells a special token; None for raw text.
@@ -68,6 +69,7 @@ class DomainRecord:
     rows: int
     documents: int
     empty_documents: int
+    bad_records: int
     tokens: int | None
     dropped_tokens: int | None
     special_token_documents: int | None

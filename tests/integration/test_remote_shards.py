@@ -240,8 +240,8 @@ def test_a_run_resumes_with_new_signatures(server: Server) -> None:
 
 
 def test_a_manifest_knows_shards_by_their_urls_without_signatures(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("alpha")
-    shard_files({"source/a": [tmp_path / "a.txt"]}, tmp_path / "out", progress=False)
+    (tmp_path / "a.jsonl").write_text('{"text": "alpha"}')
+    shard_files({"source/a": [tmp_path / "a.jsonl"]}, tmp_path / "out", progress=False)
     manifest = parse_manifest(server.url("manifest.json"), (tmp_path / "out" / "manifest.json").read_bytes())
     name = "source/a/a-000000.tar"
     server.files[name], server.signature = tar_bytes(["beta!"]), "monday"
@@ -368,8 +368,8 @@ def test_many_threads_read_over_http(server: Server) -> None:
 
 def test_memory_filesystem_and_manifest(tmp_path: Path) -> None:
     """A folder of shards can be copied anywhere that fsspec reaches, and its manifest goes with it."""
-    (tmp_path / "a.txt").write_text("alpha")
-    shard_files({"source/a": [tmp_path / "a.txt"]}, tmp_path / "out", progress=False)
+    (tmp_path / "a.jsonl").write_text('{"text": "alpha"}')
+    shard_files({"source/a": [tmp_path / "a.jsonl"]}, tmp_path / "out", progress=False)
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path / "out"), "/corpus-of-test", recursive=True)
     shards = load_manifest("memory://corpus-of-test/manifest.json")

@@ -102,8 +102,8 @@ def test_what_webdataset_passes_over_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_shards_written_here_are_read_by_webdataset(tmp_path: Path) -> None:
-    (tmp_path / "web.txt").write_text("one text\n", encoding="utf-8")
-    shard_files({"source/web": [tmp_path / "web.txt"]}, tmp_path / "out", progress=False)
+    (tmp_path / "web.jsonl").write_text('{"text": "one text\\n"}', encoding="utf-8")
+    shard_files({"source/web": [tmp_path / "web.jsonl"]}, tmp_path / "out", progress=False)
     (shard,) = load_manifest(tmp_path / "out")["source/web"]
     assert by_webdataset(shard, decode=True) == [{"__key__": "000000000", "txt": "one text\n"}]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from launching import REPOSITORY, environment, python
 
-from dmagent_loader.shards.writing.writer import DomainWriter, ShardingConfig
+from dmagent_loader.shards.writing.tar_writer import TarWriter
 
 PROGRAM = """
 import json, os, signal, sys
@@ -115,15 +115,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, first in (("source/letters", 60), ("source/noise", 0), ("target/signs", 30), ("target/noise", 1)):
         home = folder / name
         home.mkdir(parents=True)
-        writer = DomainWriter(home, home.name, ShardingConfig(rows_per_shard=40))
         rng = np.random.default_rng(first)
-        for _ in range(120):
+        for number in range(120):
+            if number % 40 == 0:
+                writer = TarWriter(home / f"{home.name}-{number // 40:06d}.tar")
             start = rng.integers(first, first + 8)
             row = np.arange(start, start + 24) if first > 1 else rng.integers(100, 256, 24)
             data = io.BytesIO()
             np.save(data, row.astype(np.uint16))
-            writer.write({"input_ids.npy": data.getvalue()})
-        writer.finish()
+            writer.add(f"{number:09d}", {"input_ids.npy": data.getvalue()})
+            if number % 40 == 39:
+                writer.close()
         shards[name] = sorted(str(path) for path in home.glob("*.tar"))
     (folder / "shards.json").write_text(json.dumps(shards))
     (folder / "program.py").write_text(PROGRAM)

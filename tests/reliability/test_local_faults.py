@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from reading import quiet
+from shard_fixtures import published
 
 from benchmarks.reliability.remote_faults import TEXTS, tar_bytes
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
@@ -183,10 +184,10 @@ def test_a_shard_that_is_written_while_it_is_indexed_is_refused(
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A file system of 16 KiB, really full when it is full."""
+    """A file system of 32 KiB, really full when it is full."""
     folder = Path(tempfile.mkdtemp())
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode:
         folder.rmdir()
@@ -215,14 +216,18 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(
     assert IndexCache(cache).load(str(shard), shard_version(str(shard)), None) is not None
 
 
-def test_a_full_disk_while_shards_are_written_leaves_the_folder_as_it_was(small_disk: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("alpha")
-    (tmp_path / "b.txt").write_text("beta " * 10_000)
-    shard_files({"source/a": [tmp_path / "a.txt"]}, small_disk / "out", progress=False)
-    before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
+@pytest.mark.parametrize("words", [10_000, 2_400])
+def test_a_full_disk_while_shards_are_written_adds_nothing(small_disk: Path, tmp_path: Path, words: int) -> None:
+    """The larger text finds no room for its chunk, the smaller one for its shard."""
+    out = small_disk / "out"
+    (tmp_path / "a.jsonl").write_text('{"text": "alpha"}')
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "beta " * words}))
+    shard_files({"source/a": [tmp_path / "a.jsonl"]}, out, progress=False)
+    before = {name: (out / name).read_bytes() for name in published(out)}
     with pytest.raises(OSError, match="No space left"):
-        shard_files({"source/b": [tmp_path / "b.txt"]}, small_disk / "out", progress=False)
-    assert {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()} == before
+        shard_files({"source/b": [tmp_path / "b.jsonl"]}, out, progress=False)
+    assert {name: (out / name).read_bytes() for name in published(out)} == before
+    assert (out / ".partial").exists() == (words < 10_000), "what is done is kept for the next call"
 
 
 def _domains(folder: Path, texts: list[str]) -> Path:
@@ -230,7 +235,7 @@ def _domains(folder: Path, texts: list[str]) -> Path:
         for number in range(3):
             (folder / f"{name}{number}.jsonl").write_text("".join(f'{{"text": "{name} {text}"}}\n' for text in texts))
     sources = {f"source/{name}": [folder / f"{name}{number}.jsonl" for number in range(3)] for name in ("a", "b")}
-    shard_files(sources, folder / "out", ShardingConfig(rows_per_shard=len(texts)), progress=False)
+    shard_files(sources, folder / "out", ShardingConfig(rows_per_shard=len(texts), shuffle_seed=None), progress=False)
     return folder / "out"
 
 

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from dmagent_loader import AgentWeightedSampler
 from dmagent_loader.errors import ConfigurationError, DecodeError
+from dmagent_loader.shards.writing.packing import LENGTHS_MEMBER
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import PACKED_MEMBER, ShiftedTokens, TokenizeText, collate_packed, packed_tokens
 
@@ -136,6 +137,45 @@ def test_labels_can_be_left_out():
     whole, tokens = collate_packed(rows), collate_packed(rows, labels=False)
     assert whole.keys() - tokens.keys() == {"labels"}
     assert torch.equal(whole["input_ids"], tokens["input_ids"])
+
+
+def rows_of_documents() -> list[dict]:
+    """Documents that end with 9; in the last row, the first one contains it."""
+    tokens = [[1, 2, 9, 3, 4], [9, 5, 9, 9, 6], [1, 9, 2, 9, 3]]
+    rows = [{"__key__": str(n), "__domain__": "d", "__index__": n} for n in range(3)]
+    rows = [row | {PACKED_MEMBER: np.array(ids, np.uint16)} for row, ids in zip(rows, tokens, strict=True)]
+    rows[2][LENGTHS_MEMBER] = np.array([4, 1], np.uint32)
+    return rows
+
+
+def test_documents_of_a_row_can_be_kept_apart():
+    batch = collate_packed(rows_of_documents(), end_token=9)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 0, 0], [0, 1, 2, 3, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 9, -100, 4], [-100, -100, 9, -100, -100], [-100, 9, 2, 9, -100]]
+    assert batch["input_ids"].tolist() == [row[PACKED_MEMBER].tolist() for row in rows_of_documents()]
+    plain = collate_packed(rows_of_documents(), end_token=9, labels=False)
+    assert torch.equal(plain["position_ids"], batch["position_ids"])
+    assert "labels" not in plain
+    assert "position_ids" not in collate_packed(rows_of_documents())
+
+
+def test_a_model_does_not_see_other_documents_of_the_row():
+    """The model of transformers gives each document the logits that it has alone."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    batch = collate_packed(rows_of_documents(), end_token=9)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        packed = model(**inputs, use_cache=False).logits
+        crossing = model(batch["input_ids"], use_cache=False).logits
+        for row, first, last in ((0, 0, 3), (0, 3, 5), (1, 1, 3), (2, 0, 4)):
+            alone = model(batch["input_ids"][row : row + 1, first:last], use_cache=False).logits[0]
+            assert torch.allclose(packed[row, first:last], alone, atol=1e-5)
+        assert not torch.allclose(crossing[0, 3:], packed[0, 3:], atol=1e-5)
 
 
 def test_rows_of_different_lengths_make_no_batch():

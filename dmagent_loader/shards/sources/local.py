@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import resource
 import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from dmagent_loader._validation import kind_of
 from dmagent_loader.errors import ShardError, ShardNotFoundError
@@ -149,6 +150,13 @@ def shard_version(url: str) -> ShardVersion:
             f"the server does not say how large {display_url(url)} is, so it cannot be read by position: "
             "serve it with a Content-Length, or copy it to a local disk"
         )
-    keys = [key for key in (*_CONTENT_KEYS, *_TIME_KEYS) if info.get(key) is not None]
-    tag = ";".join(f"{key}={info[key]}" for key in keys)
-    return ShardVersion(size=int(info["size"]), tag=tag, is_sure=not set(keys).isdisjoint(_CONTENT_KEYS))
+    return ShardVersion(size=int(info["size"]), tag=version_tag(info), is_sure=bool(_known(info, _CONTENT_KEYS)))
+
+
+def version_tag(info: Mapping[str, Any]) -> str:
+    """A text that changes with a remote file, from the information of its filesystem: etag, checksum or times."""
+    return ";".join(f"{key}={info[key]}" for key in _known(info, (*_CONTENT_KEYS, *_TIME_KEYS)))
+
+
+def _known(info: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    return [key for key in keys if info.get(key) is not None]

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader.errors import ConfigurationError, ShardError, require_extra
-from dmagent_loader.shards.writing.documents import Document
+from dmagent_loader.shards.inputs.documents import Document
+from dmagent_loader.shards.inputs.records import Rejected, rejected
 
 PACKED_MEMBER = "input_ids.npy"
 """The member that holds the tokens of a packed row."""
+LENGTHS_MEMBER = "document_lengths.npy"
+"""The member that says how many tokens of a packed row belong to each document, where end-of-text tokens do not."""
 
 BATCH_CHARACTERS = 1 << 20
 """Length of the texts that are passed to the tokenizer together."""
@@ -42,6 +45,7 @@ class TextTokenizer:
         encode: Function from texts to token ids, whole and without tokens added to them. It takes many texts at once,
             which tokenizers encode in parallel.
         eos_id: Id of the end-of-text token.
+        num_ids: One more than the largest token id.
         dtype: uint16 if all ids fit, otherwise uint32.
         vocabulary: Hex sha256 of the tokens and their ids, because the files of most tokenizers have the same name.
         special_tokens: Texts of the special tokens.
@@ -50,6 +54,7 @@ class TextTokenizer:
 
     encode: Callable[[list[str]], list[list[int]]]
     eos_id: int
+    num_ids: int
     dtype: np.dtype[Any]
     vocabulary: str
     special_tokens: tuple[str, ...]
@@ -95,18 +100,20 @@ class TextTokenizer:
                 "tokens), so packed documents would run into each other: name one (--eos-token, eos_token=)"
             )
         largest = max(vocabulary.values())
-        if bare:
-            # transformers ignores these settings of the file, unless a call asks for them.
-            for setting, unset in (("truncation", loaded.no_truncation), ("padding", loaded.no_padding)):
-                if getattr(loaded, setting) is not None:
-                    unset()
-                    logger.warning("tokenizer %r has %s settings, which packing ignores", name, setting)
-            loaded.encode_special_tokens = not parse_special_tokens
         added = (loaded.get_added_tokens_decoder() if bare else loaded.added_tokens_decoder).values()
+        # transformers makes more of each text than its tokens: with short rows, that takes as long as the tokens.
+        backend: Any = loaded if bare else getattr(loaded, "backend_tokenizer", None)
+        if backend is not None:
+            for setting, unset in (("truncation", backend.no_truncation), ("padding", backend.no_padding)):
+                if getattr(backend, setting) is not None:
+                    unset()
+                    if bare:  # transformers ignores these settings of the file, unless a call asks for them
+                        logger.warning("tokenizer %r has %s settings, which packing ignores", name, setting)
+            backend.encode_special_tokens = not parse_special_tokens
 
         def encode(texts: list[str]) -> list[list[int]]:
-            if bare:
-                return [encoding.ids for encoding in loaded.encode_batch(texts, add_special_tokens=False)]
+            if backend is not None:
+                return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
             ids: list[list[int]] = loaded(
                 texts, add_special_tokens=False, split_special_tokens=not parse_special_tokens, verbose=False
             )["input_ids"]
@@ -115,6 +122,7 @@ class TextTokenizer:
         return cls(
             encode=encode,
             eos_id=vocabulary[end],
+            num_ids=largest + 1,
             dtype=np.dtype(np.uint16 if largest < 1 << 16 else np.uint32),
             vocabulary=hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest(),
             special_tokens=tuple(sorted({end, *(token.content for token in added if token.special)})),
@@ -122,57 +130,54 @@ class TextTokenizer:
         )
 
 
-class Packer:
-    """Packs the documents of one domain.
+class DocumentTokenizer:
+    """Tokenises documents, each ended by the end-of-text token.
 
     Args:
         tokenizer: Tokenizer of the rows.
-        sequence_length: Tokens per row.
-
-    Attributes:
-        num_dropped: Tokens that did not fill the last row; set when `rows` is exhausted.
-        num_spelling_special_tokens: Documents so far whose text spells a special token.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, sequence_length: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._sequence_length = sequence_length
         self._special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)))
         self._special_starts = {token[:2] for token in tokenizer.special_tokens}  # far faster to find than the pattern
-        self.num_dropped = 0
-        self.num_spelling_special_tokens = 0
 
-    def rows(self, documents: Iterable[Document]) -> Iterator[TokenArray]:
-        """Yields the packed rows, (sequence_length,) each.
+    def tokens(self, documents: Sequence[Document]) -> list[TokenArray | Rejected]:
+        """The tokens of each document, or why it has none; tokenised documents keep theirs."""
+        texts = [document.text for document in documents if document.tokens is None]
+        encoded = iter(self._tokenizer.encode(texts))
+        return [
+            self._ended(document, next(encoded) if document.tokens is None else self._known(document))
+            for document in documents
+        ]
 
-        Raises:
-            ShardError: The tokens of a document contain the end-of-text token, and special tokens are not parsed.
-        """
-        left = np.zeros(0, self._tokenizer.dtype)
-        length, eos_id = self._sequence_length, self._tokenizer.eos_id
-        for batch in _batches(documents):
-            self.num_spelling_special_tokens += sum(self._spells_special_token(document.text) for document in batch)
-            tokens: list[int] = []
-            encoded = self._tokenizer.encode([document.text for document in batch])
-            for ids in encoded:
-                tokens.extend(ids)
-                tokens.append(eos_id)
-            packed = np.array(tokens, self._tokenizer.dtype)
-            if not self._tokenizer.parses_special_tokens and np.count_nonzero(packed == eos_id) > len(batch):
-                split = next(document for document, ids in zip(batch, encoded, strict=True) if eos_id in ids)
-                raise ShardError(
-                    f"{split.origin} spells the end-of-text token (id {eos_id}), and this tokenizer cannot read it as "
-                    "text, so the document would end there: remove it from the text, name another end-of-text token "
-                    "(--eos-token, eos_token=), or let it end documents (--parse-special-tokens)"
-                )
-            left = np.concatenate([left, packed])
-            whole = len(left) // length * length
-            yield from left[:whole].reshape(-1, length)
-            left = left[whole:]
-        self.num_dropped = len(left)
-
-    def _spells_special_token(self, text: str) -> bool:
+    def spells_special_token(self, text: str) -> bool:
+        """Whether a text spells a special token."""
         return any(start in text for start in self._special_starts) and self._special.search(text) is not None
+
+    def _known(self, document: Document) -> list[int]:
+        assert document.tokens is not None
+        largest = int(document.tokens.max(initial=0))
+        if largest >= self._tokenizer.num_ids or int(document.tokens.min(initial=0)) < 0:
+            raise ShardError(
+                f"{document.origin} has token {largest}, but the tokenizer has {self._tokenizer.num_ids}: name the one "
+                "that made these tokens (--tokenizer)"
+            )
+        ids: list[int] = document.tokens.tolist()
+        return ids
+
+    def _ended(self, document: Document, ids: list[int]) -> TokenArray | Rejected:
+        end = self._tokenizer.eos_id
+        if not ids or ids[-1] != end or not (self._tokenizer.parses_special_tokens or document.tokens is not None):
+            ids.append(end)
+        if not self._tokenizer.parses_special_tokens and ids.index(end) != len(ids) - 1:
+            fault = (
+                f"spells the end-of-text token (id {end}), and this tokenizer cannot read it as text, so the document "
+                "would end there: remove it from the text, name another end-of-text token (--eos-token, eos_token=), "
+                "or let it end documents (--parse-special-tokens)"
+            )
+            return rejected(document.origin, fault, document.text)
+        return np.array(ids, self._tokenizer.dtype)
 
 
 def encode_npy(array: np.ndarray[Any, Any]) -> bytes:
@@ -180,16 +185,3 @@ def encode_npy(array: np.ndarray[Any, Any]) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -12,6 +12,13 @@ from typing import Any
 
 from dmagent_loader.shards.manifest import ShardRecord
 
+_BLOCK = 512
+
+
+def member_bytes(size: int) -> int:
+    """Bytes that a member takes in a tar: a header, and its content in whole blocks."""
+    return _BLOCK + -(-size // _BLOCK) * _BLOCK
+
 
 class _HashingFile(io.FileIO):
     """A new file that computes its sha256 while it is written."""
@@ -40,7 +47,7 @@ class TarWriter:
         self._path = path
         self._raw = _HashingFile(path)
         self._file = io.BufferedWriter(self._raw, 1 << 20)
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self.rows = 0
 
     @property

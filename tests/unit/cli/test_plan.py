@@ -11,7 +11,7 @@ from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader._run.state import save_state
 from dmagent_loader.cli import main
 from dmagent_loader.integrations.mixing import Mixing
-from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
+from dmagent_loader.shards import ShardingConfig, shard_files
 from dmagent_loader.testing import sample_ids, write_toy_shards
 
 
@@ -79,8 +79,8 @@ def test_two_files_that_would_be_one_domain_are_refused(tmp_path, capsys):
 
 
 def test_an_output_that_is_a_file_is_refused_in_one_line(manifest, tmp_path, capsys):
-    (tmp_path / "in.txt").write_text("text")
-    arguments = ["shard", "--domain", f"source/a={tmp_path / 'in.txt'}", "--output", str(tmp_path / "in.txt")]
+    (tmp_path / "in.jsonl").write_text("text")
+    arguments = ["shard", "--domain", f"source/a={tmp_path / 'in.jsonl'}", "--output", str(tmp_path / "in.jsonl")]
     assert main(arguments) == 2
     assert "shards cannot be written to" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ from shard_fixtures import rewritten
 from dmagent_loader import AgentWeightedSampler, ReadingConfig, save_state
 from dmagent_loader.cli import main
 from dmagent_loader.errors import StateError
-from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
+from dmagent_loader.shards import ShardingConfig, shard_files
 from dmagent_loader.testing import sample_ids
 
 SETTINGS = {"samples_per_reweight": 8, "initial_mix": {"source/web": 0.5, "target/math": 0.5}}
@@ -25,7 +25,7 @@ def write(folder: Path, rows: dict[str, int]) -> str:
         path = folder / f"{domain.replace('/', '-')}.jsonl"
         path.write_text("".join(json.dumps({"text": f"{domain} {i}"}) + "\n" for i in range(count)))
         sources[domain] = [path]
-    shard_files(sources, folder / "shards", ShardingConfig(rows_per_shard=7), progress=False)
+    shard_files(sources, folder / "shards", ShardingConfig(rows_per_shard=7, shuffle_seed=None), progress=False)
     return str(folder / "shards" / "manifest.json")
 
 

@@ -109,8 +109,8 @@ def test_a_copy_for_a_spawned_worker_is_small_and_reads_the_manifests_above_loca
 def test_remote_shards_of_several_manifests_are_compared_with_all_of_them(tmp_path: Path) -> None:
     memory, shards, manifests = fsspec.filesystem("memory"), {}, []
     for name in ("one", "two"):
-        (tmp_path / f"{name}.txt").write_text(name)
-        shard_files({f"source/{name}": [tmp_path / f"{name}.txt"]}, tmp_path / name, progress=False)
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+        shard_files({f"source/{name}": [tmp_path / f"{name}.jsonl"]}, tmp_path / name, progress=False)
         memory.put(str(tmp_path / name), f"/several/{name}", recursive=True)
         manifests.append(load_manifest(f"memory://several/{name}"))
         shards |= manifests[-1]

@@ -25,4 +25,4 @@ def test_only_sources_opens_shards_or_sockets() -> None:
     assert files["sources/local.py"] == {"os.open", "os.preadv"}
     assert files["sources/remote.py"] == {"fsspec"}
     others = {name for name, found in files.items() if found and not name.startswith("sources/")}
-    assert others == {"writing/documents.py"}, "it reads the texts that shards are made of"
+    assert others == {"inputs/text.py"}, "it reads the texts that shards are made of"

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from dmagent_loader.errors import ConfigurationError, ShardError
 from dmagent_loader.shards import ShardingConfig, shard_files
 from dmagent_loader.shards.manifest import DomainRecord
+from dmagent_loader.shards.writing.packing import PACKED_MEMBER
 
 END, PAD = "<|endoftext|>", "<pad>"
 ROW = 16
@@ -48,12 +49,12 @@ def saved(tokenizer: Tokenizer, folder: Path, kind: str) -> str:
 
 def packed(texts: list[str], tokenizer: str, folder: Path, **settings: Any) -> tuple[DomainRecord, list[int]]:
     path = write_jsonl(folder / "documents.jsonl", [{"text": text} for text in texts])
-    config = ShardingConfig(tokenizer=tokenizer, sequence_length=ROW, **settings)
+    config = ShardingConfig(tokenizer=tokenizer, sequence_length=ROW, shuffle_seed=None, **settings)
     record = shard_files({"source/a": [path]}, folder / "out", config, progress=False)["source/a"]
     tokens: list[int] = []
     for shard in record.shards:
         with tarfile.open(folder / "out" / shard.path) as tar:
-            for member in tar.getmembers():
+            for member in (member for member in tar.getmembers() if member.name.endswith(PACKED_MEMBER)):
                 stored = tar.extractfile(member)
                 assert stored is not None
                 tokens.extend(np.load(io.BytesIO(stored.read())).tolist())

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shard_fixtures import files_under, write_jsonl
+from shard_fixtures import published, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dmagent_loader._files import locked
@@ -46,19 +46,21 @@ def tokenizer_file(tmp_path: Path) -> Path:
 
 
 def test_raw_text_comes_back_in_order_over_several_shards(web: Path, tmp_path: Path) -> None:
-    records = shard_files({"source/web": [web]}, tmp_path / "out", ShardingConfig(rows_per_shard=10), progress=False)
-    assert [shard.rows for shard in records["source/web"].shards] == [10, 10, 5]
+    config = ShardingConfig(rows_per_shard=10, shuffle_seed=None)
+    records = shard_files({"source/web": [web]}, tmp_path / "out", config, progress=False)
+    assert [shard.rows for shard in records["source/web"].shards] == [8, 8, 9]
     assert read_all(tmp_path / "out", "source/web") == [{"txt": f"text {n} ☃"} for n in range(25)]
     names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert names == ["manifest.json", *(f"source/web/web-{n:06d}.tar" for n in range(3))]
 
 
 def test_columns_are_kept_beside_the_text(web: Path, tmp_path: Path) -> None:
-    shard_files({"source/web": [web]}, tmp_path / "out", ShardingConfig(keep_columns=("url", "score")), progress=False)
+    config = ShardingConfig(keep_columns=("url", "score"), shuffle_seed=None)
+    shard_files({"source/web": [web]}, tmp_path / "out", config, progress=False)
     assert read_all(tmp_path / "out", "source/web")[3] == {"txt": "text 3 ☃", "json": {"url": "u3", "score": 3}}
 
 
-def test_shards_are_closed_at_their_size(web: Path, tmp_path: Path) -> None:
+def test_shards_have_the_size_that_is_asked_for(web: Path, tmp_path: Path) -> None:
     records = shard_files(
         {"source/web": [web]}, tmp_path / "out", ShardingConfig(max_shard_bytes=5 * 1024), progress=False
     )
@@ -69,7 +71,8 @@ def test_text_files_are_one_document_each_and_empty_ones_are_counted(tmp_path: P
     (tmp_path / "in/sub").mkdir(parents=True)
     for name, text in {"b.txt": "two", "a.py": "one", "sub/c.md": "three", "empty.txt": " \n", ".git": "x"}.items():
         (tmp_path / "in" / name).write_text(text)
-    records = shard_files({"source/docs": [tmp_path / "in"]}, tmp_path / "out", progress=False)
+    config = ShardingConfig(text_files=(".txt", ".py", ".MD"), shuffle_seed=None)
+    records = shard_files({"source/docs": [tmp_path / "in"]}, tmp_path / "out", config, progress=False)
     assert [row["txt"] for row in read_all(tmp_path / "out", "source/docs")] == ["one", "two", "three"]
     assert records["source/docs"].empty_documents == 1
 
@@ -78,7 +81,9 @@ def test_packed_rows_are_the_documents_with_end_tokens_minus_the_tail(tokenizer_
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, size=rng.integers(1, 40))) for _ in range(100)]
     path = write_jsonl(tmp_path / "a.jsonl", [{"content": text} for text in texts])
-    config = ShardingConfig(text_key="content", tokenizer=str(tokenizer_file), sequence_length=64, rows_per_shard=7)
+    config = ShardingConfig(
+        text_key="content", tokenizer=str(tokenizer_file), sequence_length=64, rows_per_shard=7, shuffle_seed=None
+    )
     record = shard_files({"target/a": [path]}, tmp_path / "out", config, progress=False)["target/a"]
     expected = [token for text in texts for token in [*(int(word[1:]) + 2 for word in text.split()), 1]]
     rows = [row["input_ids.npy"] for row in read_all(tmp_path / "out", "target/a")]
@@ -114,7 +119,7 @@ def test_domains_are_added_to_a_folder_and_never_overwritten(web: Path, tmp_path
     shard_files({"target/web": [web]}, tmp_path / "out", progress=False)
     assert list(load_manifest(tmp_path / "out")) == ["source/web", "target/web"]
     before = (tmp_path / "out/manifest.json").read_bytes()
-    with pytest.raises(DomainError, match=r"\['target/web'\] already"):
+    with pytest.raises(DomainError, match=r"\['target/web'\] already.*--append"):
         shard_files({"target/web": [web], "target/new": [web]}, tmp_path / "out", progress=False)
     assert (tmp_path / "out/manifest.json").read_bytes() == before
 
@@ -168,7 +173,7 @@ def test_a_bad_line_is_named_and_nothing_is_left(web: Path, tmp_path: Path, rows
     bad = write_jsonl(tmp_path / "bad.jsonl", rows)
     with pytest.raises(ShardError, match=message):
         shard_files({"source/web": [web], "source/bad": [bad]}, tmp_path / "out", progress=False)
-    assert files_under(tmp_path / "out") == []
+    assert published(tmp_path / "out") == []
 
 
 def test_broken_input_files_are_named(web: Path, tmp_path: Path) -> None:
@@ -181,8 +186,9 @@ def test_broken_input_files_are_named(web: Path, tmp_path: Path) -> None:
     for name, case in cases.items():
         data, message = case if isinstance(case, tuple) else (case, "is not UTF-8")
         (tmp_path / name).write_bytes(data)
+        config = ShardingConfig(text_files=(".txt",))
         with pytest.raises(ShardError, match=rf"{name}.*{message}"):
-            shard_files({"source/x": [tmp_path / name]}, tmp_path / "out", progress=False)
+            shard_files({"source/x": [tmp_path / name]}, tmp_path / "out", config, progress=False)
 
 
 def test_domains_without_rows_are_errors(tokenizer_file: Path, tmp_path: Path) -> None:
@@ -294,11 +300,20 @@ def test_json_lines_are_known_by_any_of_their_names(tmp_path, ending):
     assert records["source/web"].rows == 2
 
 
-def test_a_json_array_and_a_compressed_table_are_refused_with_a_remedy(tmp_path):
-    for name, data, said in (
-        ("all.json", b'[{"text": "one"},\n{"text": "two"}]', "each line has to be an object"),
-        ("rows.parquet", b"PAR1\xff\xfe\x00", "parquet, xz, zstd"),
-    ):
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(ShardError, match=said):
-            shard_files({"source/web": [tmp_path / name]}, tmp_path / "out", ShardingConfig(), progress=False)
+def test_the_command_passes_its_settings_on(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/News.jsonl").write_text('{"body": "one"}\n{"text": "no body"}\n{"body": "two"}\n')
+    (tmp_path / "in/README.md").write_text("a text")
+    (tmp_path / "in/folder").mkdir()
+    common = ("--field", "source", "--output", str(tmp_path / "out"), "--text-key", "body", "--keep-order")
+    assert run("shard", "--input", str(tmp_path / "in"), *common, "--max-bad", "1") == 0
+    printed = capsys.readouterr()
+    assert "not read, because they are not data files: README.md, folder" in printed.err
+    assert "1 bad records left out (see source/News/rejects.jsonl)" in printed.out
+    readme = f"source/News={tmp_path}/in/README.md"
+    assert run("shard", "--domain", readme, *common, "--append", "--text-files", ".md") == 0
+    assert [row["txt"] for row in read_all(tmp_path / "out", "source/News")] == ["one", "two", "a text"]
+    (tmp_path / "in/News.jsonl").unlink()
+    (tmp_path / "in/folder").rmdir()
+    with pytest.raises(ConfigurationError, match=r"holds no data files, only \['README.md'\]: pass a folder"):
+        run("shard", "--input", str(tmp_path / "in"), *common)

@@ -1,0 +1,47 @@
+"""What readers yield: records, and what could not be read as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmagent_loader._validation import shown
+
+Advance = Callable[[int], object]
+"""Called with the number of stored bytes read since the last call."""
+
+TokenArray = NDArray[np.integer[Any]]
+
+
+class Record(NamedTuple):
+    """A record of an input.
+
+    Attributes:
+        origin: Where it stands, for messages.
+        value: A row as a mapping from column to value, a whole text, or the tokens of a document.
+    """
+
+    origin: str
+    value: dict[str, Any] | str | TokenArray
+
+
+class Rejected(NamedTuple):
+    """A record that is not a document.
+
+    Attributes:
+        origin: Where it stands.
+        reason: The fault, its place, and the remedy.
+        excerpt: The beginning of the record.
+    """
+
+    origin: str
+    reason: str
+    excerpt: str
+
+
+def rejected(origin: str, fault: str, value: object) -> Rejected:
+    """A rejected record whose reason is ``ORIGIN FAULT``."""
+    return Rejected(origin, f"{origin} {fault}", shown(value))

@@ -1,0 +1,198 @@
+"""Reads parquet, Arrow files, and data sets of the library datasets, in batches of rows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from dmagent_loader.errors import ShardError, require_extra
+from dmagent_loader.shards.inputs.kinds import DATASET_PREFIX, Input, Kind
+from dmagent_loader.shards.inputs.options import ReadOptions
+from dmagent_loader.shards.inputs.records import Advance, Record
+from dmagent_loader.shards.inputs.text import check_columns, stored_file
+from dmagent_loader.shards.sources.urls import display_url, local_path
+
+_BATCH_ROWS = 1024
+_ARROW_FILE = b"ARROW1"
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_DEFAULT_SPLIT = "train"
+
+
+def read_table(source: Input, start: int, stop: int | None, options: ReadOptions, advance: Advance) -> Iterator[Record]:
+    """Reads a parquet or Arrow file, or a data set.
+
+    Args:
+        source: The table.
+        start, stop: Row groups of a parquet file, rows of a saved data set, shards of another one; 0 and None: all.
+        options: Columns to read.
+        advance: See `Advance`.
+
+    Raises:
+        ShardError: The table is damaged, or has no column with the text.
+        MissingExtraError: The package is not installed.
+    """
+    readers = {
+        Kind.PARQUET: _parquet_batches,
+        Kind.ARROW: _arrow_batches,
+        Kind.SAVED_DATASET: _saved_batches,
+        Kind.DATASET: _dataset_batches,
+    }
+    name = display_url(source.url)
+    reported = 0
+    with _named_damage(name):
+        for first, bytes_done, batch in readers[source.kind](source, start, stop, options):
+            columns = {column: batch.column(column).to_pylist() for column in batch.schema.names}
+            for number, values in enumerate(zip(*columns.values(), strict=True), start=first + 1):
+                yield Record(f"{name}, row {number}", dict(zip(columns, values, strict=True)))
+            advance(bytes_done - reported)
+            reported = bytes_done
+
+
+_Batches = Iterator[tuple[int, int, Any]]
+"""Number of the first row, counted from 0; stored bytes read up to its end; a batch or table of Arrow."""
+
+
+def _parquet_batches(source: Input, start: int, stop: int | None, options: ReadOptions) -> _Batches:
+    parquet = require_extra("pyarrow.parquet", "data")
+    with stored_file(source.url) as stored:
+        file = parquet.ParquetFile(stored)
+        columns = _columns(source, file.schema_arrow.names, options)
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        chosen = range(start, len(groups) if stop is None else stop)
+        first, done = sum(group.num_rows for group in groups[:start]), 0.0
+        for number in chosen:
+            per_row = _stored_bytes(groups[number]) / max(groups[number].num_rows, 1)
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[number], columns=columns):
+                done += per_row * batch.num_rows
+                yield first, int(done), batch
+                first += batch.num_rows
+
+
+def parquet_row_groups(source: Input) -> list[int]:
+    """Stored bytes of each row group."""
+    parquet = require_extra("pyarrow.parquet", "data")
+    with stored_file(source.url) as stored, _named_damage(display_url(source.url)):
+        metadata = parquet.ParquetFile(stored).metadata
+        return [_stored_bytes(metadata.row_group(number)) for number in range(metadata.num_row_groups)]
+
+
+def _stored_bytes(group: Any) -> int:
+    return sum(int(group.column(number).total_compressed_size) for number in range(group.num_columns))
+
+
+def _arrow_batches(source: Input, start: int, stop: int | None, options: ReadOptions) -> _Batches:
+    ipc = require_extra("pyarrow.ipc", "data")
+    name = display_url(source.url)
+    with stored_file(source.url) as stored:
+        is_file = stored.read(len(_ARROW_FILE)) == _ARROW_FILE
+        if not is_file:
+            _check_end_of_stream(name, stored)
+        stored.seek(0)
+        reader = ipc.open_file(stored) if is_file else ipc.open_stream(stored)
+        columns = _columns(source, reader.schema.names, options)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        first = 0
+        for batch in batches:
+            yield first, stored.tell(), batch.select(columns)
+            first += batch.num_rows
+
+
+def _check_end_of_stream(name: str, stored: IO[bytes]) -> None:
+    """Raises ShardError for a stream that was cut between two batches, which the library takes for a whole one."""
+    stored.seek(max(0, stored.seek(0, os.SEEK_END) - len(_END_OF_STREAM)))
+    if stored.read() != _END_OF_STREAM:
+        raise ShardError(
+            f"{name} is damaged (it does not end as an Arrow stream does): rows may be missing; fetch it again"
+        )
+
+
+def saved_rows(source: Input) -> int:
+    """Rows of a saved data set."""
+    return len(_saved(source))
+
+
+def _saved_batches(source: Input, start: int, stop: int | None, options: ReadOptions) -> _Batches:
+    table = _saved(source)
+    columns = _columns(source, table.column_names, options)
+    chosen = range(start, len(table) if stop is None else stop)
+    first = start
+    for batch in table.select_columns(columns).select(chosen).with_format("arrow").iter(_BATCH_ROWS):
+        done = first + batch.num_rows
+        yield first, source.size * (done - start) // len(table), batch
+        first = done
+
+
+def _saved(source: Input) -> Any:
+    datasets = require_extra("datasets", "data")
+    name = display_url(source.url)
+    with _named_damage(name):
+        loaded = datasets.load_from_disk(local_path(source.url))
+    if isinstance(loaded, datasets.DatasetDict):
+        if len(loaded) != 1:
+            raise ShardError(f"{name} has the splits {sorted(loaded)}: give the folder of one, such as {name}/train")
+        loaded = next(iter(loaded.values()))
+    for file in loaded.cache_files:
+        with stored_file(file["filename"]) as stored:
+            _check_end_of_stream(file["filename"], stored)
+    return loaded
+
+
+def dataset_shards(source: Input) -> int:
+    """Number of files, or the like, of a data set."""
+    return int(_dataset(source).num_shards)
+
+
+def dataset_version(source: Input) -> str:
+    """A text that changes with the files of a data set."""
+    return str(_builder(source)[0].hash)
+
+
+def _dataset_batches(source: Input, start: int, stop: int | None, options: ReadOptions) -> _Batches:
+    whole = _dataset(source)
+    columns = _columns(source, whole.column_names, options)
+    for number in range(start, whole.num_shards if stop is None else stop):
+        part = whole.shard(whole.num_shards, number) if whole.num_shards > 1 else whole
+        first = 0
+        for batch in part.select_columns(columns).with_format("arrow").iter(_BATCH_ROWS):
+            yield first, 0, batch
+            first += batch.num_rows
+
+
+def _dataset(source: Input) -> Any:
+    builder, split = _builder(source)
+    name = source.url
+    with _named_damage(name):
+        splits = builder.as_streaming_dataset()
+        if split not in splits:
+            raise ShardError(f"{name} has no split {split!r}, but {sorted(splits)}: name one, {name}:SPLIT")
+        dataset = splits[split]
+        return dataset if dataset.column_names is not None else dataset._resolve_features()
+
+
+def _builder(source: Input) -> tuple[Any, str]:
+    datasets = require_extra("datasets", "data")
+    name, _, split = source.url.removeprefix(DATASET_PREFIX).partition(":")
+    name, _, config = name.partition("@")
+    with _named_damage(source.url):
+        return datasets.load_dataset_builder(name, config or None), split or _DEFAULT_SPLIT
+
+
+def _columns(source: Input, available: Iterable[str], options: ReadOptions) -> list[str]:
+    names = list(available)
+    check_columns(display_url(source.url), names, options)
+    return options.columns(names)
+
+
+@contextlib.contextmanager
+def _named_damage(name: str) -> Iterator[None]:
+    """Errors of the libraries as ShardError; those of Arrow are subclasses of ValueError, OSError and the like."""
+    try:
+        yield
+    except ShardError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise ShardError(
+            f"{name} cannot be read ({type(error).__name__}: {error}): check its name, or fetch or write it again"
+        ) from error

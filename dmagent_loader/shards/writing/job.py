@@ -1,0 +1,94 @@
+"""The unfinished work of a job, in a hidden folder of its output, from which the same job goes on after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dmagent_loader.shards.inputs.kinds import Input, Kind
+from dmagent_loader.shards.inputs.tables import dataset_version
+from dmagent_loader.shards.writing.config import ShardingConfig
+
+_FOLDER = ".partial"
+_NOT_IDENTITY = ("max_bad",)
+"""Settings that may differ when a job goes on: they change none of its rows."""
+
+logger = logging.getLogger(__name__)
+
+
+class Job:
+    """Chunks and shards that are written, but not yet part of the output.
+
+    Args:
+        output: Folder of the shards.
+        inputs: Domain -> its inputs.
+        config: Settings.
+        settings: What else decides the rows, such as the tokenizer's vocabulary.
+
+    Attributes:
+        folder: Folder of the work.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        inputs: Mapping[str, Sequence[Input]],
+        config: ShardingConfig,
+        settings: Mapping[str, Any],
+    ) -> None:
+        facts = {
+            "inputs": {
+                domain: [(item.url, item.kind.value, item.size, _version(item)) for item in items]
+                for domain, items in inputs.items()
+            },
+            "config": {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTITY},
+            "settings": dict(settings),
+        }
+        identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = output / _FOLDER / identity
+        others = [path for path in (output / _FOLDER).glob("*") if path != self.folder]
+        if others:
+            logger.warning(
+                "%s holds unfinished work of %d other job(s), with other inputs or settings, which goes on when they "
+                "are run again: remove %s if they will not be",
+                output,
+                len(others),
+                ", ".join(map(str, others)),
+            )
+        if self.folder.exists():
+            logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", output)
+
+    def chunks(self, domain: str) -> Path:
+        """The folder of the chunks of a domain, which is made."""
+        return _made(self.folder / "chunks" / domain)
+
+    def shards(self, domain: str) -> Path:
+        """The folder of the shards of a domain, which is made."""
+        return _made(self.folder / "shards" / domain)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to go on with."""
+        return any(path.suffix in (".safetensors", ".tar") for path in self.folder.rglob("*"))
+
+    def remove(self) -> None:
+        """Removes the work, and the folder of all jobs if it is empty."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        parent = self.folder.parent
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+
+
+def _version(item: Input) -> str:
+    return dataset_version(item) if item.kind is Kind.DATASET else item.version
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
