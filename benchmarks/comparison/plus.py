@@ -24,6 +24,4 @@ def plus(checkpoint: str, context: TaskContext) -> PlusPolicy:
 
 def entries() -> dict[str, Entry]:
     """The bundled agent; further trainings are added by their folders."""
-    return with_ablations(
-        "dmagent-plus", Entry(make=functools.partial(plus, "dmagent-plus"), reads_feedback=True)
-    )
+    return with_ablations("dmagent-plus", Entry(make=functools.partial(plus, "dmagent-plus"), reads_feedback=True))
