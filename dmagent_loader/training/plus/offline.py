@@ -155,7 +155,6 @@ def train_offline(
             "batch_size": 128,
             "actor_encoder_factory": encoder,
             "critic_encoder_factory": encoder,
-            "observation_scaler": d3rlpy.preprocessing.StandardObservationScaler(),
             "action_scaler": d3rlpy.preprocessing.MinMaxActionScaler(minimum=LOW, maximum=HIGH),
         }
         algorithm = getattr(d3rlpy.algos, f"{name}Config")(**settings).create(device=False)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dmagent_loader.agent.plus.network import PlusNetwork
 from dmagent_loader.training.cards import FRONT_MATTER
 from dmagent_loader.training.plus.sampling import KINDS
-
-if TYPE_CHECKING:
-    from dmagent_loader.training.plus.train import Scores
+from dmagent_loader.training.plus.scores import Scores
 
 
 def report(checks: Mapping[str, float], scores: Mapping[str, Sequence[Scores]], chosen: int, median: int) -> str:

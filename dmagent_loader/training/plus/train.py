@@ -32,6 +32,7 @@ from dmagent_loader.training.plus.fitting import (
 )
 from dmagent_loader.training.plus.report import card, report
 from dmagent_loader.training.plus.sampling import TaskSource
+from dmagent_loader.training.plus.scores import Scores, score
 from dmagent_loader.training.plus.surrogate import joined
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.run_folder import claim
@@ -85,24 +86,6 @@ class PlusConfig:
         Bucket(decisions=200, tasks=24, batch=24),
     )
     seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Advantages over the influence policy on tasks of one split: reward as a share of the attainable range.
-
-    Args:
-        advantages: One for each task.
-        kinds: Perturbation of each task.
-    """
-
-    advantages: FloatArray
-    kinds: tuple[str, ...]
-
-    def mean(self, kind: str | None = None) -> float:
-        """Mean over all tasks, or over those of one perturbation."""
-        chosen = np.array([kind in (None, own) for own in self.kinds])
-        return float(self.advantages[chosen].mean()) if chosen.any() else float("nan")
 
 
 def split(calibration: Calibration) -> tuple[list[int], list[int], list[int]]:
@@ -212,10 +195,3 @@ class PlusTraining:
                 logger.info("training %d, generation %d: utility %.4f", seed, generation + 1, utility)
 
         return evolve(tasks, self.config.evolution, seed, directory / f"seed-{seed}", on_generation=told)
-
-
-def score(network: PlusNetwork, batches: Sequence[Judged]) -> Scores:
-    """Advantages of a network over the influence policy."""
-    decide = network.in_float32().mix
-    found = np.concatenate([batch.advantages(decide, number) for number, batch in enumerate(batches)])
-    return Scores(advantages=found, kinds=tuple(kind for batch in batches for kind in batch.tasks.kinds))

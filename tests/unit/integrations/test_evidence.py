@@ -217,6 +217,27 @@ def test_the_agent_with_other_topics_still_needs_its_fields(tmp_path):
         mixing(tmp_path, None, questions=one_field, agent="dmagent-rl", topics="question-topics").begin()
 
 
+def test_the_length_of_a_run_comes_with_the_interval_between_decisions(tmp_path):
+    """Without it, `PlusPolicy` does not know the progress of the run."""
+    received = []
+
+    class Listening(InfluencePolicy):
+        def needed(self, decision):
+            return frozenset() if received else frozenset({"length"})
+
+        def inform(self, need, evidence):
+            received.append(evidence)
+
+        def propose(self, history):
+            return self.natural
+
+    space = mixing(tmp_path, None).sampler.space
+    run = mixing(tmp_path, Listening(space, np.full(len(space), 1 / len(space))))
+    run.begin()
+    run.reweight(lambda environment: environment.evaluate(Model()))
+    assert received[0].interval == run.sampler.samples_per_reweight > 0
+
+
 def test_a_policy_that_never_stops_asking_is_refused(tmp_path):
     class Insatiable(InfluencePolicy):
         def needed(self, decision):

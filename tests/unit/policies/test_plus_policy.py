@@ -124,7 +124,7 @@ def test_the_floor_recovers_after_a_loss_is_made_good():
     policy = PlusPolicy(PlusNetwork.untrained(), SPACE, NATURAL, floor=0.02)
     lost, good = np.tile([[-0.2, 0.0]], (200, 1)), np.tile([[0.1, 0.0]], (60, 1))
     assert policy.balances(lost, 5.0) < 0.05
-    assert policy.balances(np.vstack([lost, good]), 5.0) > 0.9
+    assert policy.balances(np.vstack([lost, good]), 5.0) > 0.7
 
 
 def test_roles_exchange_the_fields():
