@@ -34,7 +34,9 @@ from dmagent_loader.mixture.ledger import INITIAL, LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.policies import Policy, PolicyFactory, make_policy
-from dmagent_loader.shards import load_manifest
+from dmagent_loader.policies.fields import report_topics
+from dmagent_loader.shards import Manifest, load_manifest
+from dmagent_loader.shards.compositions import compositions_of
 
 __all__ = ["AgentWeightedSampler", "Decision", "DecisionConfig", "LoaderSettings", "Measurement", "ReadingConfig"]
 
@@ -78,7 +80,8 @@ class AgentWeightedSampler(FeedDataset):
         data: Default of `load_state_dict`, for trainers that load the state by themselves: ``"exact"`` or
             ``"changed"``.
         fields: Field of each domain whose name does not begin with it.
-        compositions: P(topic | domain) over the 26 canonical topics, or numbers of documents by topic, by domain.
+        compositions: P(topic | domain) over the 26 canonical topics, or numbers of documents by topic, by domain. Other
+            domains of a manifest have the compositions that ``dmagent compose`` measured, if it did.
         reading: Settings of the reader: workers, shuffling, threads, damage, index cache.
         deciding: Settings of decisions: guard, shadow mode, roles and standardisation of an agent.
 
@@ -138,7 +141,9 @@ class AgentWeightedSampler(FeedDataset):
                 raise ConfigurationError(f"transform is {shown(transform)}; it must be a function of a sample")
             on_bad_row, data = validated_on_bad_row(on_bad_row), validated_data(data)
             by_domain = shards if isinstance(shards, Mapping) else load_manifest(shards)
-            space = DomainSpace.from_names(by_domain, fields=fields, compositions=compositions)
+            measured = compositions_of(by_domain) if isinstance(by_domain, Manifest) else {}
+            stated = {name: found.shares for name, found in measured.items()} | dict(compositions or {})
+            space = DomainSpace.from_names(by_domain, fields=fields, compositions=stated)
         collection = open_on_all_ranks(by_domain, reading)
         with distributed.together(_BUILDING) as facts:
             rows = [collection.shard_rows(d) for d in range(len(space))]
@@ -169,6 +174,8 @@ class AgentWeightedSampler(FeedDataset):
                 balance=deciding.balance,
                 floor=deciding.floor,
             )
+            if chosen is not None:
+                report_topics(space, {n: m.source for n, m in measured.items() if n not in (compositions or {})})
             start = start_state_mix(space, natural, start_state)
             self._data = data
             self._run: Run | None = Run(feed, Decider.configured(deciding, chosen, plan, start), cadence)

@@ -33,18 +33,7 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             "Run it again with other domains to add them."
         ),
     )
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument(
-        "--domain",
-        action="append",
-        metavar="NAME=PATH[,PATH...]",
-        help="a domain, such as source/web=web.jsonl.gz; PATH is a file, a glob or a folder; files named "
-        ".jsonl, .ndjson, .jsonlines or .json (also .gz) hold a JSON object in each line, others are one text each; "
-        "repeatable",
-    )
-    where.add_argument(
-        "--input", metavar="DIR", help="every file in DIR is a domain, named after the file; needs --field"
-    )
+    add_input_arguments(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--text-key", default=defaults.text_key, help="column with the text (default: %(default)s)")
@@ -104,9 +93,7 @@ def shard(args: argparse.Namespace) -> int:
         rows_per_shard=args.rows_per_shard,
         max_shard_bytes=args.max_shard_bytes,
     )
-    domains = _domains_of_folder(args.input) if args.input else _named_domains(args.domain)
-    domains = {_with_field(name, args.field): paths for name, paths in domains.items()}
-    records = shard_files(domains, args.output, config, progress=not args.no_progress)
+    records = shard_files(input_domains(args), args.output, config, progress=not args.no_progress)
     width = max(len(name) for name in records)
     for name, record in records.items():
         tokens = (
@@ -126,18 +113,7 @@ def shard(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """Indexes the shards and prints the table; 1 if any is damaged."""
-    shards: dict[str, list[str]] = {}
-    manifests: list[Manifest] = []
-    for argument in args.shards:
-        name, separator, pattern = argument.partition("=")
-        if argument.endswith(".json") or os.path.isfile(os.path.join(argument, MANIFEST_NAME)):
-            manifests.append(load_manifest(argument))
-            for domain, paths in manifests[-1].items():
-                shards.setdefault(domain, []).extend(paths)
-        elif separator and "://" not in name and not os.path.exists(argument):
-            shards.setdefault(name, []).append(pattern)
-        else:
-            shards.setdefault("(shards)", []).append(argument)
+    shards, manifests = listed_shards(args.shards)
     collection = ShardCollection.open(
         shards,
         on_damage="skip",
@@ -150,6 +126,44 @@ def index(args: argparse.Namespace) -> int:
     for damage in collection.damage:
         print(damage)
     return 1 if collection.damage else 0
+
+
+def add_input_arguments(where: argparse._MutuallyExclusiveGroup) -> None:
+    """Adds the two ways to name text files; `input_domains` reads them."""
+    where.add_argument(
+        "--domain",
+        action="append",
+        metavar="NAME=PATH[,PATH...]",
+        help="a domain, such as source/web=web.jsonl.gz; PATH is a file, a glob or a folder; files named "
+        ".jsonl, .ndjson, .jsonlines or .json (also .gz) hold a JSON object in each line, others are one text each; "
+        "repeatable",
+    )
+    where.add_argument(
+        "--input", metavar="DIR", help="every file in DIR is a domain, named after the file; needs --field"
+    )
+
+
+def input_domains(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Domain -> files, from the arguments ``--domain``, ``--input`` and ``--field``."""
+    domains = _domains_of_folder(args.input) if args.input else _named_domains(args.domain)
+    return {_with_field(name, args.field): paths for name, paths in domains.items()}
+
+
+def listed_shards(arguments: list[str]) -> tuple[dict[str, list[str]], list[Manifest]]:
+    """Domain -> shards, and the manifests among the arguments: manifests, ``NAME=PATTERN``, or patterns."""
+    shards: dict[str, list[str]] = {}
+    manifests: list[Manifest] = []
+    for argument in arguments:
+        name, separator, pattern = argument.partition("=")
+        if argument.endswith(".json") or os.path.isfile(os.path.join(argument, MANIFEST_NAME)):
+            manifests.append(load_manifest(argument))
+            for domain, paths in manifests[-1].items():
+                shards.setdefault(domain, []).extend(paths)
+        elif separator and "://" not in name and not os.path.exists(argument):
+            shards.setdefault(name, []).append(pattern)
+        else:
+            shards.setdefault("(shards)", []).append(argument)
+    return shards, manifests
 
 
 def _domains_of_folder(folder: str) -> dict[str, list[str]]:

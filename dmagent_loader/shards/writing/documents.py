@@ -43,7 +43,7 @@ class DocumentReader:
     Args:
         files: Files to read, in order.
         text_key: Column of a JSON line that holds the text.
-        keep_columns: Columns to keep with the text.
+        keep_columns: Columns to keep with the text; None: all.
         advance: Called with the number of stored bytes read since the last call.
 
     Attributes:
@@ -53,13 +53,13 @@ class DocumentReader:
 
     files: Sequence[Path]
     text_key: str
-    keep_columns: Sequence[str]
+    keep_columns: Sequence[str] | None
     advance: Callable[[int], object]
     num_documents: int = field(default=0, init=False)
     num_empty: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[Document]:
-        missing = set(self.keep_columns)
+        missing = set(self.keep_columns or ())
         for path in self.files:
             for document in self._read(path):
                 if not document.text.strip():
@@ -117,7 +117,8 @@ class DocumentReader:
             text = row[self.text_key]
             if b"\\u" in line:  # the only way for half of a surrogate pair to get into valid UTF-8
                 encoded(text, f"column {self.text_key!r} in {place}")
-            yield Document(text, {name: row[name] for name in self.keep_columns if name in row}, place)
+            kept = (name for name in row if name != self.text_key) if self.keep_columns is None else self.keep_columns
+            yield Document(text, {name: row[name] for name in kept if name in row}, place)
 
 
 def encoded(text: str, place: str) -> bytes:

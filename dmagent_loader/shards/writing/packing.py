@@ -41,6 +41,7 @@ class TextTokenizer:
     Attributes:
         encode: Function from texts to token ids, whole and without tokens added to them. It takes many texts at once,
             which tokenizers encode in parallel.
+        decode: Function from token ids to text, without special tokens.
         eos_id: Id of the end-of-text token.
         dtype: uint16 if all ids fit, otherwise uint32.
         vocabulary: Hex sha256 of the tokens and their ids, because the files of most tokenizers have the same name.
@@ -49,6 +50,7 @@ class TextTokenizer:
     """
 
     encode: Callable[[list[str]], list[list[int]]]
+    decode: Callable[[list[int]], str]
     eos_id: int
     dtype: np.dtype[Any]
     vocabulary: str
@@ -112,8 +114,12 @@ class TextTokenizer:
             )["input_ids"]
             return ids
 
+        def decode(ids: list[int]) -> str:
+            return str(loaded.decode(ids, skip_special_tokens=True))
+
         return cls(
             encode=encode,
+            decode=decode,
             eos_id=vocabulary[end],
             dtype=np.dtype(np.uint16 if largest < 1 << 16 else np.uint32),
             vocabulary=hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest(),

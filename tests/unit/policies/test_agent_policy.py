@@ -17,7 +17,7 @@ from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainSpace
 from dmagent_loader.mixture.history import FeedbackStatistics, History
 from dmagent_loader.mixture.simplex import total_variation
 from dmagent_loader.policies import AgentPolicy, Policy, make_policy
-from dmagent_loader.policies.topic_classifier import TopicClassifier
+from dmagent_loader.labelling.linear import LinearClassifier
 
 MakeHistory = Callable[..., History]
 TWO = DomainSpace.from_names(["source/web", "target/math"])
@@ -191,7 +191,7 @@ COOKING = ["How do you keep a sauce with butter and flour from getting lumps? Wh
 
 def test_questions_of_other_topics_than_the_trainings_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """An agent that has learnt the topics of one question set by heart does harm with another."""
-    keep = TopicClassifier.bundled().shares([*LAW, *SCIENCE])
+    keep = LinearClassifier.bundled().shares([*LAW, *SCIENCE])
     policy = AgentPolicy(MixingAgent(AgentConfig(keep_topics=tuple(keep.tolist()))), TWO)
     policy.check_questions({"general": [*LAW, *SCIENCE], "math": COOKING})
     assert not caplog.records
@@ -201,7 +201,7 @@ def test_questions_of_other_topics_than_the_trainings_are_warned_of(caplog: pyte
 
 
 def test_the_role_and_not_the_order_says_which_questions_are_kept(caplog: pytest.LogCaptureFixture) -> None:
-    keep = TopicClassifier.bundled().shares(LAW)
+    keep = LinearClassifier.bundled().shares(LAW)
     agent = MixingAgent(AgentConfig(keep_topics=tuple(keep.tolist())))
     policy = AgentPolicy(agent, TWO, roles={"keep": "civics", "acquire": "kitchen"})
     policy.check_questions({"kitchen": COOKING, "civics": LAW})

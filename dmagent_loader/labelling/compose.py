@@ -1,0 +1,142 @@
+"""The composition of a domain over the 26 topics, from a random sample that is as large as it needs to be.
+
+The shares of a sample of n documents deviate from those of the domain by an expected total variation of
+sum_k sqrt(p_k (1 - p_k) / (2 pi n)), from the normal approximation of each share; without replacement from N documents,
+times sqrt((N - n) / (N - 1)). Intervals are Wilson's. Both are about sampling only: neither knows of the classifier's
+own errors.
+
+Shapes: T = 26 canonical topics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from dmagent_loader._validation import is_finite_number, shown
+from dmagent_loader.errors import ConfigurationError, ShardError
+from dmagent_loader.labelling.labels import Labeller, batches
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS
+from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.shards.compositions import Composition
+from dmagent_loader.shards.writing.documents import Document
+
+FIRST_DOCUMENTS = 400
+"""Documents of a sample before it is known how many are needed."""
+MAX_ERROR = 0.05
+"""Total variation, that is the largest part of a mix that can end up in a wrong topic."""
+_Z = 1.959964
+"""Quantile of the normal distribution for intervals of 95%."""
+_BATCH = 1024
+
+
+class Sampled(Protocol):
+    """Documents that can be read by position."""
+
+    @property
+    def size(self) -> int: ...
+
+    def rows(self, positions: Iterable[int]) -> Iterable[Document]: ...
+
+
+def compose(
+    name: str,
+    documents: Sampled,
+    labeller: Labeller,
+    *,
+    max_error: float = MAX_ERROR,
+    most_documents: int | None = None,
+    seed: int = 0,
+    shards: str = "",
+    progress: bool = True,
+) -> Composition:
+    """Measures the composition of a domain.
+
+    Args:
+        name: Name of the domain, for messages.
+        documents: Documents of the domain.
+        labeller: Classifier and settings.
+        max_error: Expected total variation between the shares of the sample and those of the domain.
+        most_documents: Largest sample; None: no limit.
+        seed: Seed of the sample.
+        shards: Digest of the domain's shards.
+        progress: Show a progress bar.
+
+    Raises:
+        ConfigurationError: `max_error` is not between 0 and 1, or `most_documents` is less than 1.
+        ShardError: No document of the sample has a topic.
+    """
+    if not is_finite_number(max_error) or not 0 < max_error < 1:
+        raise ConfigurationError(f"max_error is {shown(max_error)}; it must lie between 0 and 1, such as {MAX_ERROR}")
+    if most_documents is not None and most_documents < 1:
+        raise ConfigurationError(f"most_documents is {most_documents}; it must be at least 1")
+    size = documents.size
+    most = size if most_documents is None else min(size, most_documents)
+    order = np.random.default_rng(seed).permutation(size)
+    counts, taken, sure, stated = np.zeros(NUM_TOPICS), 0, 0, 0
+    wanted = min(most, FIRST_DOCUMENTS)
+    needed = size
+    with tqdm(total=wanted, unit="doc", desc=f"composing {name}", disable=not progress) as bar:
+        while taken < wanted:
+            for batch in batches(documents.rows(np.sort(order[taken:wanted]).tolist()), _BATCH):
+                labels = labeller.label(batch)
+                counts += labels.shares.sum(axis=0)
+                sure += int(labels.shares.any(axis=1).sum())
+                stated += int(labels.stated.sum())
+                bar.update(len(batch))
+            taken = wanted
+            if sure:
+                needed = math.ceil(needed_sample(counts / counts.sum(), size * sure / taken, max_error) * taken / sure)
+                # At most four times as many, because the shares of a small sample are rough.
+                wanted = min(most, max(taken, min(needed, 4 * taken)))
+                bar.total = wanted
+    if not sure:
+        raise ShardError(
+            f"domain {name!r}: none of {taken} documents has a topic with confidence {labeller.config.min_confidence}, "
+            f"because they are unlike those that {labeller.classifier.name} knows: use another one (--classifier), a "
+            "lower --min-confidence, or state the composition yourself (compositions=)"
+        )
+    shares = counts / counts.sum()
+    present = np.flatnonzero(counts)
+    low, high = wilson(shares, sure)
+    return Composition(
+        counts={CANONICAL_TOPICS[i]: round(float(counts[i]), 6) for i in present},
+        intervals={CANONICAL_TOPICS[i]: (round(float(low[i]), 6), round(float(high[i]), 6)) for i in present},
+        documents=taken,
+        unsure=taken - sure,
+        stated=stated,
+        error=round(expected_error(shares, sure, size * sure / taken), 6),
+        documents_needed=min(size, needed),
+        classifier=labeller.classifier.name,
+        shards=shards,
+    )
+
+
+def expected_error(shares: FloatArray, sample: float, size: float) -> float:
+    """Expected total variation between the shares of a sample and those of all documents.
+
+    Args:
+        shares: (T,), sums to 1.
+        sample: Number of documents in the sample.
+        size: Number of all documents.
+    """
+    left = max(0.0, (size - sample) / max(1.0, size - 1))
+    return float(np.sqrt(shares * (1 - shares) / (2 * np.pi * sample)).sum() * math.sqrt(left))
+
+
+def needed_sample(shares: FloatArray, size: float, max_error: float) -> float:
+    """Number of documents at which `expected_error` is `max_error`; at most `size`."""
+    infinite = float(np.sqrt(shares * (1 - shares) / (2 * np.pi)).sum() / max_error) ** 2
+    return infinite * size / (size - 1 + infinite) if size > 1 else size
+
+
+def wilson(shares: FloatArray, sample: int) -> tuple[FloatArray, FloatArray]:
+    """Lower and upper ends of Wilson's intervals of shares, at 95%: (T,) each."""
+    centre = shares + _Z**2 / (2 * sample)
+    half = _Z * np.sqrt(shares * (1 - shares) / sample + (_Z / (2 * sample)) ** 2)
+    scale = 1 + _Z**2 / sample
+    return np.maximum(0.0, (centre - half) / scale), np.minimum(1.0, (centre + half) / scale)
