@@ -17,13 +17,17 @@ from dmagent_loader.labelling.files import LABELS, UNSURE_FOLDER, LabelledDomain
 from dmagent_loader.labelling.labels import MIN_CONFIDENCE, LabelConfig, Labeller
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
 from dmagent_loader.shards.collection import ShardCollection
-from dmagent_loader.shards.compositions import COMPOSITIONS_NAME, Composition, compositions_text, load_compositions
+from dmagent_loader.shards.compositions import (
+    COMPOSITIONS_NAME,
+    LOW_COVERAGE,
+    Composition,
+    compositions_text,
+    load_compositions,
+)
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest
 from dmagent_loader.shards.writing.packing import TextTokenizer
 
 _SHOWN_TOPICS = 5
-LOW_COVERAGE = 0.5
-"""Part of the documents with a topic, below which a composition stands for too few of them to be trusted unseen."""
 
 
 def add_label_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -20,6 +20,8 @@ from dmagent_loader.shards.sources.urls import display_url
 
 COMPOSITIONS_NAME = "compositions.json"
 SCHEMA = 1
+LOW_COVERAGE = 0.5
+"""Part of the documents with a topic, below which a composition says little about its domain."""
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,8 @@ def load_compositions(path: str | os.PathLike[str]) -> dict[str, Composition]:
 def compositions_of(manifest: Manifest) -> dict[str, Composition]:
     """The compositions beside a manifest, of the domains that it lists; empty if there is no such file.
 
-    Warns of domains whose shards have changed since their composition was measured.
+    Warns of domains whose shards have changed since their composition was measured, and of those of which it says
+    little.
 
     Raises:
         ShardError: The file cannot be read.
@@ -117,6 +120,13 @@ def compositions_of(manifest: Manifest) -> dict[str, Composition]:
             "compose` again",
             shown(changed),
             display_url(url),
+        )
+    thin = [name for name, composition in listed.items() if composition.unsure > LOW_COVERAGE * composition.documents]
+    if thin:
+        logger.warning(
+            "most of the documents sampled of %s had no topic, so their compositions stand for the rest only: measure "
+            "them with another classifier (`dmagent compose --classifier`), or pass compositions=",
+            shown(thin),
         )
     return listed
 

@@ -13,11 +13,11 @@ import torch
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.errors import ConfigurationError, DomainError, MixError
+from dmagent_loader.labelling.linear import LinearClassifier
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainSpace
 from dmagent_loader.mixture.history import FeedbackStatistics, History
 from dmagent_loader.mixture.simplex import total_variation
 from dmagent_loader.policies import AgentPolicy, Policy, make_policy
-from dmagent_loader.labelling.linear import LinearClassifier
 
 MakeHistory = Callable[..., History]
 TWO = DomainSpace.from_names(["source/web", "target/math"])
