@@ -36,7 +36,7 @@ from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.policies import Policy, PolicyFactory, make_policy
 from dmagent_loader.policies.fields import report_topics
 from dmagent_loader.shards import Manifest, load_manifest
-from dmagent_loader.shards.compositions import compositions_of
+from dmagent_loader.shards.compositions import compositions_of, load_start_state
 
 __all__ = ["AgentWeightedSampler", "Decision", "DecisionConfig", "LoaderSettings", "Measurement", "ReadingConfig"]
 
@@ -65,8 +65,9 @@ class AgentWeightedSampler(FeedDataset):
         seed: Seed of the sample order.
         initial_mix: Mix until the first decision: domain -> weight, or field -> weight (split by rows). None: the
             domains' shares of rows.
-        start_state: Mix of the base model's own training data (paper, 3.1), the first mix in the policy's history.
-            None: the source domains' shares of rows.
+        start_state: Mix of the base model's own training data (paper, 3.1), the first mix in the policy's history:
+            domain or field -> weight; canonical topic -> share or number of documents; or the path of the file that
+            ``dmagent start-state`` wrote. None: the source domains' shares of rows.
         exhausted: Rule for domains whose rows are used up: see `mixture.exhaustion.exhaustion_rules`.
         rank: Data-parallel rank of this process; None: from `torch.distributed`.
         world_size: Number of data-parallel processes; None: from `torch.distributed`.
@@ -114,7 +115,7 @@ class AgentWeightedSampler(FeedDataset):
         topics: Policy | PolicyFactory | str | None = None,
         seed: int = 0,
         initial_mix: Mapping[str, float] | None = None,
-        start_state: Mapping[str, float] | None = None,
+        start_state: Mapping[str, float] | str | os.PathLike[str] | None = None,
         exhausted: str | Mapping[str, str] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -176,6 +177,8 @@ class AgentWeightedSampler(FeedDataset):
             )
             if chosen is not None:
                 report_topics(space, {n: m.source for n, m in measured.items() if n not in (compositions or {})})
+            if isinstance(start_state, (str, os.PathLike)):
+                start_state = load_start_state(start_state).shares
             start = start_state_mix(space, natural, start_state)
             self._data = data
             self._run: Run | None = Run(feed, Decider.configured(deciding, chosen, plan, start), cadence)

@@ -1,25 +1,37 @@
-"""``dmagent label`` finds the topics of documents; ``dmagent compose`` those of a sample of each domain."""
+"""``dmagent label`` finds the topics of documents, ``dmagent compose`` those of a sample of each domain, and ``dmagent
+start-state`` those of the base model's own training data."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from dmagent_loader._files import write_atomically
 from dmagent_loader.cli.shards import add_input_arguments, input_domains, listed_shards
-from dmagent_loader.errors import ConfigurationError, DomainError
+from dmagent_loader.errors import ConfigurationError, DomainError, require_extra
 from dmagent_loader.labelling.classifier import BUNDLED, load_classifier
-from dmagent_loader.labelling.compose import MAX_ERROR, compose
-from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, ShardDocuments
+from dmagent_loader.labelling.compose import MAX_ERROR, SampleConfig, compose
+from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, JoinedDocuments, ShardDocuments
 from dmagent_loader.labelling.files import LABELS, UNSURE_FOLDER, LabelledDomain, label_domains
+from dmagent_loader.labelling.generation import GenerationConfig
 from dmagent_loader.labelling.labels import MIN_CONFIDENCE, LabelConfig, Labeller
+from dmagent_loader.labelling.start_state import (
+    MOST_DOCUMENTS,
+    MOST_TEXTS,
+    start_state_of_documents,
+    start_state_of_model,
+)
+from dmagent_loader.labelling.transformer import chosen_device
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.compositions import (
     COMPOSITIONS_NAME,
     LOW_COVERAGE,
+    START_STATE,
     Composition,
     compositions_text,
     load_compositions,
@@ -31,9 +43,10 @@ _SHOWN_TOPICS = 5
 
 
 def add_label_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``label`` and ``compose``."""
+    """Adds ``label``, ``compose`` and ``start-state``."""
     _add_label(subparsers)
     _add_compose(subparsers)
+    _add_start_state(subparsers)
 
 
 def _add_label(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,17 +83,54 @@ def _add_compose(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"the file (default: {COMPOSITIONS_NAME} beside the manifest)"
     )
+    _add_sample_arguments(parser, "largest sample of a domain (default: no limit)")
+    _add_classifier_arguments(parser)
+    parser.set_defaults(run=compose_shards)
+
+
+def _add_start_state(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    defaults = GenerationConfig()
+    parser = subparsers.add_parser(
+        "start-state",
+        help="measure the topics of the base model's own training data, or of texts that it writes",
+        description=(
+            "Writes a file for AgentWeightedSampler(start_state=FILE). With --data or --shards, the base model's "
+            "training data are sampled. Where they are not available, --model samples texts that the model writes from "
+            "the start token alone (paper, appendix B)."
+        ),
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--data", nargs="+", metavar="PATH", help="files, globs or folders of training documents")
+    where.add_argument("--shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
+    where.add_argument("--model", metavar="NAME", help="folder or Hub id of a causal language model")
+    parser.add_argument(
+        "--output", type=Path, default=Path("start_state.json"), metavar="FILE", help="the file (default: %(default)s)"
+    )
+    _add_sample_arguments(
+        parser, f"largest sample (default: {MOST_DOCUMENTS:,} documents of files, {MOST_TEXTS:,} texts of a model)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=defaults.temperature, help="of the model's texts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=defaults.max_tokens, metavar="N", help="per text (default: %(default)s)"
+    )
+    parser.add_argument("--keep-texts", type=Path, metavar="FILE.jsonl.gz", help="keep the model's texts")
+    _add_classifier_arguments(parser)
+    parser.set_defaults(run=start_state)
+
+
+def _add_sample_arguments(parser: argparse.ArgumentParser, documents_help: str) -> None:
     parser.add_argument(
         "--max-error",
         type=float,
         default=MAX_ERROR,
         metavar="X",
-        help="expected total variation between the shares of the sample and those of the domain (default: %(default)s)",
+        help="expected total variation between the shares of the sample and those of all documents "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--documents", type=int, metavar="N", help="largest sample of a domain (default: no limit)")
+    parser.add_argument("--documents", type=int, metavar="N", help=documents_help)
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
-    _add_classifier_arguments(parser)
-    parser.set_defaults(run=compose_shards)
 
 
 def _add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,26 +205,72 @@ def compose_shards(args: argparse.Namespace) -> int:
             )
         output = Path(manifests[0].url).parent / COMPOSITIONS_NAME
     digests = {name: manifest.digest(name) for manifest in manifests for name in manifest}
+    config = _sample_config(args)
     found: dict[str, Composition] = {}
     for name, documents in _shard_documents(collection, args).items():
         found[name] = compose(
             name,
             documents,
             labeller,
-            max_error=args.max_error,
-            most_documents=args.documents,
-            seed=args.seed,
+            config,
             shards=digests.get(name, ""),
             progress=not args.no_progress,
         )
         print(_composition_line(name, found[name]))
     kept = load_compositions(output) if output.exists() else {}
+    _write(output, {**kept, **found})
+    return 0
+
+
+def start_state(args: argparse.Namespace) -> int:
+    """Measures the start state, writes it and prints a summary."""
+    labeller, config, progress = _labeller(args), _sample_config(args), not args.no_progress
+    generation = GenerationConfig(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
+    if args.model is None and args.keep_texts is not None:
+        raise ConfigurationError("--keep-texts keeps the texts of a model, but no --model is given: leave it out")
+    if args.model is not None:
+        model, tokenizer = _language_model(args.model, args.device)
+        found = start_state_of_model(
+            model, tokenizer, labeller, config, generation, keep=args.keep_texts, progress=progress
+        )
+    elif args.shards:
+        collection, _ = _open(args)
+        rows = JoinedDocuments(list(_shard_documents(collection, args).values()))
+        found = compose(START_STATE, rows, labeller, config, progress=progress)
+    else:
+        documents = FileDocuments(START_STATE, args.data, args.text_key)
+        with tqdm(
+            total=documents.size, unit="B", unit_scale=True, desc="reading documents", disable=not progress
+        ) as bar:
+            found = start_state_of_documents(documents.read(bar.update), labeller, config, progress=progress)
+    print(_composition_line(START_STATE, found))
+    _write(args.output, {START_STATE: found})
+    return 0
+
+
+def _write(output: Path, compositions: dict[str, Composition]) -> None:
     try:
-        write_atomically(output, compositions_text({**kept, **found}).encode())
+        write_atomically(output, compositions_text(compositions).encode())
     except OSError as error:
         raise ConfigurationError(f"{output} cannot be written: {error}; pass another --output") from error
     print(f"wrote {output}")
-    return 0
+
+
+def _language_model(name: str, device: str | None) -> tuple[Any, Any]:
+    transformers = require_extra("transformers", "label")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype="auto")
+    except Exception as error:  # the library raises bare Exceptions
+        raise ConfigurationError(
+            f"no language model could be loaded from {name!r} ({error}): give a folder that save_pretrained wrote, "
+            "with its tokenizer, or a Hub id"
+        ) from error
+    return model.to(chosen_device(device)), tokenizer
+
+
+def _sample_config(args: argparse.Namespace) -> SampleConfig:
+    return SampleConfig(max_error=args.max_error, most_documents=args.documents, seed=args.seed)
 
 
 def _labeller(args: argparse.Namespace) -> Labeller:

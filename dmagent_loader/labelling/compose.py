@@ -11,7 +11,8 @@ Shapes: T = 26 canonical topics.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -40,49 +41,96 @@ class Sampled(Protocol):
     @property
     def size(self) -> int: ...
 
-    def rows(self, positions: Iterable[int]) -> Iterable[Document]: ...
+    def rows(self, positions: Sequence[int]) -> Iterable[Document]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Size of a sample.
+
+    Args:
+        max_error: Expected total variation between the shares of the sample and those of all documents.
+        most_documents: Largest sample; None: no limit.
+        seed: Seed of the sample.
+
+    Raises:
+        ConfigurationError: `max_error` is not between 0 and 1, or `most_documents` is less than 1.
+    """
+
+    max_error: float = MAX_ERROR
+    most_documents: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_finite_number(self.max_error) or not 0 < self.max_error < 1:
+            raise ConfigurationError(
+                f"max_error is {shown(self.max_error)}; it must lie between 0 and 1, such as {MAX_ERROR}"
+            )
+        if self.most_documents is not None and self.most_documents < 1:
+            raise ConfigurationError(f"most_documents is {self.most_documents}; it must be at least 1")
 
 
 def compose(
     name: str,
     documents: Sampled,
     labeller: Labeller,
+    config: SampleConfig | None = None,
     *,
-    max_error: float = MAX_ERROR,
-    most_documents: int | None = None,
-    seed: int = 0,
     shards: str = "",
     progress: bool = True,
 ) -> Composition:
-    """Measures the composition of a domain.
+    """Measures the composition of a domain on a random sample of its documents.
 
     Args:
         name: Name of the domain, for messages.
         documents: Documents of the domain.
         labeller: Classifier and settings.
-        max_error: Expected total variation between the shares of the sample and those of the domain.
-        most_documents: Largest sample; None: no limit.
-        seed: Seed of the sample.
+        config: Size of the sample.
         shards: Digest of the domain's shards.
         progress: Show a progress bar.
 
     Raises:
-        ConfigurationError: `max_error` is not between 0 and 1, or `most_documents` is less than 1.
         ShardError: No document of the sample has a topic.
     """
-    if not is_finite_number(max_error) or not 0 < max_error < 1:
-        raise ConfigurationError(f"max_error is {shown(max_error)}; it must lie between 0 and 1, such as {MAX_ERROR}")
-    if most_documents is not None and most_documents < 1:
-        raise ConfigurationError(f"most_documents is {most_documents}; it must be at least 1")
-    size = documents.size
-    most = size if most_documents is None else min(size, most_documents)
-    order = np.random.default_rng(seed).permutation(size)
+    config = config or SampleConfig()
+    order = np.random.default_rng(config.seed).permutation(documents.size)
+
+    def draw(start: int, end: int) -> Iterable[Document]:
+        return documents.rows(np.sort(order[start:end]).tolist())
+
+    return measure(name, draw, documents.size, labeller, config, shards=shards, progress=progress)
+
+
+def measure(
+    name: str,
+    draw: Callable[[int, int], Iterable[Document]],
+    size: float,
+    labeller: Labeller,
+    config: SampleConfig,
+    *,
+    shards: str = "",
+    progress: bool = True,
+) -> Composition:
+    """Draws documents until the expected error of their shares is small enough; see `compose`.
+
+    Args:
+        name: Name of the domain, for messages.
+        draw: Function from two numbers to the documents of a random order between them; called in that order.
+        size: Number of all documents; infinite for generated texts.
+        labeller: Classifier and settings.
+        config: Size of the sample.
+        shards: Digest of the domain's shards.
+        progress: Show a progress bar.
+
+    Raises:
+        ShardError: No document of the sample has a topic.
+    """
+    most = size if config.most_documents is None else min(size, config.most_documents)
     counts, taken, sure, stated = np.zeros(NUM_TOPICS), 0, 0, 0
-    wanted = min(most, FIRST_DOCUMENTS)
-    needed = size
+    wanted, needed = int(min(most, FIRST_DOCUMENTS)), most
     with tqdm(total=wanted, unit="doc", desc=f"composing {name}", disable=not progress) as bar:
         while taken < wanted:
-            for batch in batches(documents.rows(np.sort(order[taken:wanted]).tolist()), _BATCH):
+            for batch in batches(draw(taken, wanted), _BATCH):
                 labels = labeller.label(batch)
                 counts += labels.shares.sum(axis=0)
                 sure += int(labels.shares.any(axis=1).sum())
@@ -90,13 +138,14 @@ def compose(
                 bar.update(len(batch))
             taken = wanted
             if sure:
-                needed = math.ceil(needed_sample(counts / counts.sum(), size * sure / taken, max_error) * taken / sure)
+                shares = counts / counts.sum()
+                needed = math.ceil(needed_sample(shares, size * sure / taken, config.max_error) * taken / sure)
                 # At most four times as many, because the shares of a small sample are rough.
-                wanted = min(most, max(taken, min(needed, 4 * taken)))
+                wanted = int(min(most, max(taken, min(needed, 4 * taken))))
                 bar.total = wanted
     if not sure:
         raise ShardError(
-            f"domain {name!r}: none of {taken} documents has a topic with confidence {labeller.config.min_confidence}, "
+            f"{name!r}: none of {taken} documents has a topic with confidence {labeller.config.min_confidence}, "
             f"because they are unlike those that {labeller.classifier.name} knows: use another one (--classifier), a "
             "lower --min-confidence, or state the composition yourself (compositions=)"
         )
@@ -110,7 +159,7 @@ def compose(
         unsure=taken - sure,
         stated=stated,
         error=round(expected_error(shares, sure, size * sure / taken), 6),
-        documents_needed=min(size, needed),
+        documents_needed=int(min(size, needed)),
         classifier=labeller.classifier.name,
         shards=shards,
     )
@@ -122,15 +171,17 @@ def expected_error(shares: FloatArray, sample: float, size: float) -> float:
     Args:
         shares: (T,), sums to 1.
         sample: Number of documents in the sample.
-        size: Number of all documents.
+        size: Number of all documents; may be infinite.
     """
-    left = max(0.0, (size - sample) / max(1.0, size - 1))
+    left = 1.0 if math.isinf(size) else max(0.0, (size - sample) / max(1.0, size - 1))
     return float(np.sqrt(shares * (1 - shares) / (2 * np.pi * sample)).sum() * math.sqrt(left))
 
 
 def needed_sample(shares: FloatArray, size: float, max_error: float) -> float:
     """Number of documents at which `expected_error` is `max_error`; at most `size`."""
     infinite = float(np.sqrt(shares * (1 - shares) / (2 * np.pi)).sum() / max_error) ** 2
+    if math.isinf(size):
+        return infinite
     return infinite * size / (size - 1 + infinite) if size > 1 else size
 
 

@@ -147,3 +147,22 @@ class ShardDocuments:
         assert self.tokenizer is not None
         pieces = np.split(tokens.reshape(-1), np.flatnonzero(tokens.reshape(-1) == self.tokenizer.eos_id) + 1)
         return self.tokenizer.decode(max(pieces, key=len).tolist())
+
+
+@dataclass(frozen=True)
+class JoinedDocuments:
+    """The rows of several domains, as one domain."""
+
+    parts: Sequence[ShardDocuments]
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return sum(part.size for part in self.parts)
+
+    def rows(self, positions: Sequence[int]) -> Iterator[Document]:
+        """The rows at these positions, in ascending order."""
+        start = 0
+        for part in self.parts:
+            yield from part.rows([p - start for p in positions if start <= p < start + part.size])
+            start += part.size

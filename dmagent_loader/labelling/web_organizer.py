@@ -148,5 +148,6 @@ def _frequencies(theta: float, scaling: Any, width: int, folder: Path) -> torch.
         if kind != "ntk" or scaling.get("mixed_b") is not None or not is_finite_number(scaling.get("factor")):
             raise CheckpointError(f"the classifier {str(folder)!r} has rope_scaling {shown(scaling)}, not fixed NTK")
         factor = float(scaling["factor"])
-    bases = torch.full((width // 2,), theta * factor)
-    return bases.pow(-torch.arange(0, width, 2) / width) / factor ** (2 / width)
+    exponents = torch.arange(0, width, 2) / width
+    frequencies: torch.Tensor = torch.full_like(exponents, theta * factor).pow(-exponents) / factor ** (2 / width)
+    return frequencies

@@ -19,6 +19,8 @@ from dmagent_loader.shards.manifest import Manifest, beside, read_stored
 from dmagent_loader.shards.sources.urls import display_url
 
 COMPOSITIONS_NAME = "compositions.json"
+START_STATE = "start state"
+"""Name of the only entry in a file of `dmagent start-state`."""
 SCHEMA = 1
 LOW_COVERAGE = 0.5
 """Part of the documents with a topic, below which a composition says little about its domain."""
@@ -92,6 +94,22 @@ def load_compositions(path: str | os.PathLike[str]) -> dict[str, Composition]:
         raise ShardNotFoundError(f"there is no {display_url(url)}: `dmagent compose` writes it") from error
     except OSError as error:
         raise ShardError(f"{display_url(url)} cannot be read: {error}") from error
+
+
+def load_start_state(path: str | os.PathLike[str]) -> Composition:
+    """Loads the file of `dmagent start-state`.
+
+    Raises:
+        ShardNotFoundError: There is no such file.
+        ShardError: It is another file.
+    """
+    found = load_compositions(path)
+    if START_STATE not in found:
+        raise ShardError(
+            f"{display_url(os.fspath(path))} holds the compositions of {shown(list(found))}, not a start state: give "
+            "the file that `dmagent start-state` wrote"
+        )
+    return found[START_STATE]
 
 
 def compositions_of(manifest: Manifest) -> dict[str, Composition]:

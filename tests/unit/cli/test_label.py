@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.cli import main
+from dmagent_loader.errors import ShardError
 from dmagent_loader.labelling.compose import FIRST_DOCUMENTS
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
 from dmagent_loader.shards import ShardCollection, load_manifest
-from dmagent_loader.shards.compositions import COMPOSITIONS_NAME, load_compositions
+from dmagent_loader.shards.compositions import COMPOSITIONS_NAME, load_compositions, load_start_state
 
 __all__ = ["own_cache"]
 
@@ -150,6 +152,37 @@ def test_domains_composed_before_are_kept(shards: Path, tmp_path: Path) -> None:
         assert main(["compose", pattern, "--output", str(file), "--no-progress"]) == 0
     assert set(load_compositions(file)) == set(patterns)
     assert load_compositions(file)["source/web"].documents == 40 < FIRST_DOCUMENTS
+
+
+def test_a_start_state_is_measured_and_taken_by_a_sampler(raw: Path, shards: Path, tmp_path: Path) -> None:
+    file = tmp_path / "start.json"
+    assert main(["start-state", "--data", str(raw / "web.jsonl.gz"), "--output", str(file), "--no-progress"]) == 0
+    assert load_start_state(file).shares == {"Sports": 0.75, "Food_and_Drink": 0.25}
+    food = shutil.copytree(shards / "target" / "cook", tmp_path / "food")
+    domains = {
+        "source/Sports": shards / "source" / "web",
+        "source/Food_and_Drink": food,
+        "target/cook": shards / "target" / "cook",
+    }
+    sampler = AgentWeightedSampler(
+        {name: f"{folder}/*.tar" for name, folder in domains.items()},
+        start_state=file,
+        reading=ReadingConfig(progress=False),
+    )
+    assert sampler.start_state == {
+        "source/Sports": pytest.approx(0.75),
+        "source/Food_and_Drink": pytest.approx(0.25),
+        "target/cook": 0,
+    }
+    assert main(["start-state", "--shards", str(shards), "--output", str(file), "--no-progress"]) == 0
+    assert load_start_state(file).documents == 60
+    with pytest.raises(ShardError, match="not a start state"):
+        load_start_state(compositions_file(shards))
+
+
+def compositions_file(shards: Path) -> Path:
+    assert main(["compose", str(shards), "--no-progress"]) == 0
+    return shards / COMPOSITIONS_NAME
 
 
 def test_inputs_that_cannot_be_used_are_refused(

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from dmagent_loader.errors import ConfigurationError, ShardError
-from dmagent_loader.labelling.compose import FIRST_DOCUMENTS, compose, expected_error, needed_sample, wilson
+from dmagent_loader.labelling.compose import (
+    FIRST_DOCUMENTS,
+    SampleConfig,
+    compose,
+    expected_error,
+    needed_sample,
+    wilson,
+)
 from dmagent_loader.labelling.labels import Labeller
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
 from dmagent_loader.shards.writing.documents import Document
@@ -68,9 +75,9 @@ def test_the_needed_sample_has_the_wanted_error(size: int) -> None:
 
 def test_the_sample_grows_until_its_error_is_small_enough() -> None:
     texts = drawn(FOUR, 50_000)
-    coarse = compose("source/web", texts, Labeller(Exact()), max_error=0.04, progress=False)
+    coarse = compose("source/web", texts, Labeller(Exact()), SampleConfig(max_error=0.04), progress=False)
     assert texts.read == coarse.documents == FIRST_DOCUMENTS
-    fine = compose("source/web", texts, Labeller(Exact()), max_error=0.01, progress=False)
+    fine = compose("source/web", texts, Labeller(Exact()), SampleConfig(max_error=0.01), progress=False)
     assert FIRST_DOCUMENTS < fine.documents < 5000
     assert fine.error <= 0.0101
     assert fine.documents >= fine.documents_needed
@@ -88,22 +95,26 @@ def test_the_intervals_hold_the_share_in_19_of_20_samples() -> None:
 
 def test_unsure_documents_are_left_out_and_make_the_sample_larger() -> None:
     half = {**{topic: share / 2 for topic, share in FOUR.items()}, "?": 0.5}
-    sure = compose("a", drawn(FOUR, 50_000), Labeller(Exact()), max_error=0.01, progress=False)
-    found = compose("a", drawn(half, 50_000), Labeller(Exact()), max_error=0.01, progress=False)
+    sure = compose("a", drawn(FOUR, 50_000), Labeller(Exact()), SampleConfig(max_error=0.01), progress=False)
+    found = compose("a", drawn(half, 50_000), Labeller(Exact()), SampleConfig(max_error=0.01), progress=False)
     assert found.documents == pytest.approx(2 * sure.documents, rel=0.1)
     assert found.unsure == pytest.approx(found.documents / 2, rel=0.1)
     assert sum(found.counts.values()) == found.documents - found.unsure
 
 
 def test_a_small_domain_is_read_whole_and_has_no_error() -> None:
-    found = compose("a", Texts(["News"] * 30 + ["Games"] * 10), Labeller(Exact()), max_error=0.01, progress=False)
+    found = compose(
+        "a", Texts(["News"] * 30 + ["Games"] * 10), Labeller(Exact()), SampleConfig(max_error=0.01), progress=False
+    )
     assert found.counts == {"News": 30, "Games": 10}
     assert (found.documents, found.error) == (40, 0.0)
 
 
 def test_the_sample_does_not_follow_the_order_of_the_rows() -> None:
     """Shards are often sorted by topic: the first rows are not a sample."""
-    found = compose("a", Texts(sorted(drawn(FOUR, 20_000))), Labeller(Exact()), most_documents=400, progress=False)
+    found = compose(
+        "a", Texts(sorted(drawn(FOUR, 20_000))), Labeller(Exact()), SampleConfig(most_documents=400), progress=False
+    )
     assert found.documents == 400
     assert found.shares["Games"] == pytest.approx(0.2, abs=0.06)
 
@@ -112,6 +123,6 @@ def test_a_domain_without_any_topic_and_settings_that_cannot_work_are_refused() 
     with pytest.raises(ShardError, match=r"none of 50 documents has a topic with confidence 0\.6"):
         compose("target/math", Texts(["?"] * 50), Labeller(Exact()), progress=False)
     with pytest.raises(ConfigurationError, match="max_error is 0"):
-        compose("a", Texts(["News"]), Labeller(Exact()), max_error=0, progress=False)
+        SampleConfig(max_error=0)
     with pytest.raises(ConfigurationError, match="most_documents is 0"):
-        compose("a", Texts(["News"]), Labeller(Exact()), most_documents=0, progress=False)
+        SampleConfig(most_documents=0)
