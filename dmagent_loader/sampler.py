@@ -36,7 +36,7 @@ from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.policies import Policy, PolicyFactory, make_policy
 from dmagent_loader.policies.fields import report_topics
 from dmagent_loader.shards import Manifest, load_manifest
-from dmagent_loader.shards.compositions import compositions_of, load_start_state
+from dmagent_loader.shards.compositions import compositions_of, load_compositions, load_start_state
 
 __all__ = ["AgentWeightedSampler", "Decision", "DecisionConfig", "LoaderSettings", "Measurement", "ReadingConfig"]
 
@@ -81,8 +81,9 @@ class AgentWeightedSampler(FeedDataset):
         data: Default of `load_state_dict`, for trainers that load the state by themselves: ``"exact"`` or
             ``"changed"``.
         fields: Field of each domain whose name does not begin with it.
-        compositions: P(topic | domain) over the 26 canonical topics, or numbers of documents by topic, by domain. Other
-            domains of a manifest have the compositions that ``dmagent compose`` measured, if it did.
+        compositions: Domain -> P(topic | domain) over the 26 canonical topics, or numbers of documents by topic; or the
+            path of a file that ``dmagent compose`` wrote. The file beside a manifest is used by itself, for domains
+            that a mapping leaves out.
         reading: Settings of the reader: workers, shuffling, threads, damage, index cache.
         deciding: Settings of decisions: guard, shadow mode, roles and standardisation of an agent.
 
@@ -124,7 +125,7 @@ class AgentWeightedSampler(FeedDataset):
         on_bad_row: OnBadRow = "raise",
         data: Data = "exact",
         fields: Mapping[str, str] | None = None,
-        compositions: Mapping[str, Mapping[str, float]] | None = None,
+        compositions: Mapping[str, Mapping[str, float]] | str | os.PathLike[str] | None = None,
         reading: ReadingConfig | None = None,
         deciding: DecisionConfig | None = None,
     ) -> None:
@@ -143,7 +144,11 @@ class AgentWeightedSampler(FeedDataset):
             on_bad_row, data = validated_on_bad_row(on_bad_row), validated_data(data)
             by_domain = shards if isinstance(shards, Mapping) else load_manifest(shards)
             measured = compositions_of(by_domain) if isinstance(by_domain, Manifest) else {}
-            stated = {name: found.shares for name, found in measured.items()} | dict(compositions or {})
+            if isinstance(compositions, (str, os.PathLike)):
+                measured, compositions = load_compositions(compositions), None
+            stated = dict(compositions or {})
+            measured = {name: found for name, found in measured.items() if name not in stated}
+            stated |= {name: found.shares for name, found in measured.items()}
             space = DomainSpace.from_names(by_domain, fields=fields, compositions=stated)
         collection = open_on_all_ranks(by_domain, reading)
         with distributed.together(_BUILDING) as facts:
@@ -176,7 +181,7 @@ class AgentWeightedSampler(FeedDataset):
                 floor=deciding.floor,
             )
             if chosen is not None:
-                report_topics(space, {n: m.source for n, m in measured.items() if n not in (compositions or {})})
+                report_topics(space, {name: found.source for name, found in measured.items()})
             if isinstance(start_state, (str, os.PathLike)):
                 start_state = load_start_state(start_state).shares
             start = start_state_mix(space, natural, start_state)

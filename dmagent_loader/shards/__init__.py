@@ -1,12 +1,14 @@
 """WebDataset tar shards with random access: index, reader, decoders, writer."""
 
 from dmagent_loader.shards.collection import ShardCollection, ShardSummary
+from dmagent_loader.shards.compositions import Composition, load_compositions, load_start_state
 from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, decode_npy_rows, make_decoder
 from dmagent_loader.shards.manifest import Manifest, load_manifest
 from dmagent_loader.shards.tar import ShardDamage
 from dmagent_loader.shards.writing.writer import ShardingConfig, shard_files
 
 __all__ = [
+    "Composition",
     "Decoder",
     "Manifest",
     "RawSample",
@@ -16,7 +18,9 @@ __all__ = [
     "ShardingConfig",
     "decode_npy",
     "decode_npy_rows",
+    "load_compositions",
     "load_manifest",
+    "load_start_state",
     "make_decoder",
     "shard_files",
 ]
