@@ -22,6 +22,7 @@ from dmagent_loader._validation import is_finite_number, shown
 from dmagent_loader.errors import ConfigurationError, ShardError
 from dmagent_loader.labelling.labels import Labeller, batches
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS
+from dmagent_loader.mixture.hashing import scatter, stream_key
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.shards.compositions import Composition
 from dmagent_loader.shards.writing.documents import Document
@@ -93,12 +94,14 @@ def compose(
         ShardError: No document of the sample has a topic.
     """
     config = config or SampleConfig()
-    order = np.random.default_rng(config.seed).permutation(documents.size)
+    size, key = documents.size, np.uint64(stream_key(config.seed, "composition", name))
 
     def draw(start: int, end: int) -> Iterable[Document]:
-        return documents.rows(np.sort(order[start:end]).tolist())
+        numbers = np.arange(start, end)
+        positions = scatter(np.full_like(numbers, key, dtype=np.uint64), numbers, np.full_like(numbers, size))
+        return documents.rows(np.sort(positions).tolist())
 
-    return measure(name, draw, documents.size, labeller, config, shards=shards, progress=progress)
+    return measure(name, draw, size, labeller, config, shards=shards, progress=progress)
 
 
 def measure(

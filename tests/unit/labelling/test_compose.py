@@ -126,3 +126,17 @@ def test_a_domain_without_any_topic_and_settings_that_cannot_work_are_refused() 
         SampleConfig(max_error=0)
     with pytest.raises(ConfigurationError, match="most_documents is 0"):
         SampleConfig(most_documents=0)
+
+
+def test_a_billion_rows_cost_no_more_than_the_sample() -> None:
+    """A permutation of all rows would take 8 GB."""
+
+    class Endless:
+        size = 10**9
+
+        def rows(self, positions: Sequence[int]) -> Iterator[Document]:
+            assert list(positions) == sorted(set(positions))
+            return (Document("News" if position % 4 else "Games", {}, "") for position in positions)
+
+    found = compose("a", Endless(), Labeller(Exact()), SampleConfig(max_error=0.01), progress=False)
+    assert found.shares["News"] == pytest.approx(0.75, abs=0.03)
