@@ -66,7 +66,7 @@ def _add_label(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the labels")
     parser.add_argument("--split", action="store_true", help="also write the documents sorted by topic")
-    _add_classifier_arguments(parser)
+    add_classifier_arguments(parser)
     parser.set_defaults(run=label)
 
 
@@ -84,7 +84,7 @@ def _add_compose(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "--output", type=Path, metavar="FILE", help=f"the file (default: {COMPOSITIONS_NAME} beside the manifest)"
     )
     _add_sample_arguments(parser, "largest sample of a domain (default: no limit)")
-    _add_classifier_arguments(parser)
+    add_classifier_arguments(parser)
     parser.set_defaults(run=compose_shards)
 
 
@@ -116,7 +116,7 @@ def _add_start_state(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         "--max-tokens", type=int, default=defaults.max_tokens, metavar="N", help="per text (default: %(default)s)"
     )
     parser.add_argument("--keep-texts", type=Path, metavar="FILE.jsonl.gz", help="keep the model's texts")
-    _add_classifier_arguments(parser)
+    add_classifier_arguments(parser)
     parser.set_defaults(run=start_state)
 
 
@@ -133,7 +133,8 @@ def _add_sample_arguments(parser: argparse.ArgumentParser, documents_help: str) 
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
 
 
-def _add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
+def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `labeller_of` and `shard_documents` read."""
     parser.add_argument(
         "--classifier",
         default=BUNDLED,
@@ -162,11 +163,11 @@ def _add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
 
 def label(args: argparse.Namespace) -> int:
     """Labels the documents and prints a summary."""
-    labeller = _labeller(args)
+    labeller = labeller_of(args)
     domains: dict[str, DomainDocuments] = {}
     if args.shards:
-        collection, _ = _open(args)
-        domains.update(_shard_documents(collection, args))
+        collection, _ = open_shards(args)
+        domains.update(shard_documents(collection, args))
         fieldless = [name for name in domains if "/" not in name]
         if fieldless:
             raise DomainError(
@@ -194,8 +195,8 @@ def label(args: argparse.Namespace) -> int:
 
 def compose_shards(args: argparse.Namespace) -> int:
     """Measures the compositions, writes them and prints a summary."""
-    labeller = _labeller(args)
-    collection, manifests = _open(args)
+    labeller = labeller_of(args)
+    collection, manifests = open_shards(args)
     output = args.output
     if output is None:
         if len(manifests) != 1 or "://" in manifests[0].url:
@@ -207,7 +208,7 @@ def compose_shards(args: argparse.Namespace) -> int:
     digests = {name: manifest.digest(name) for manifest in manifests for name in manifest}
     config = _sample_config(args)
     found: dict[str, Composition] = {}
-    for name, documents in _shard_documents(collection, args).items():
+    for name, documents in shard_documents(collection, args).items():
         found[name] = compose(
             name,
             documents,
@@ -224,7 +225,7 @@ def compose_shards(args: argparse.Namespace) -> int:
 
 def start_state(args: argparse.Namespace) -> int:
     """Measures the start state, writes it and prints a summary."""
-    labeller, config, progress = _labeller(args), _sample_config(args), not args.no_progress
+    labeller, config, progress = labeller_of(args), _sample_config(args), not args.no_progress
     generation = GenerationConfig(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     if args.model is None and args.keep_texts is not None:
         raise ConfigurationError("--keep-texts keeps the texts of a model, but no --model is given: leave it out")
@@ -234,8 +235,8 @@ def start_state(args: argparse.Namespace) -> int:
             model, tokenizer, labeller, config, generation, keep=args.keep_texts, progress=progress
         )
     elif args.shards:
-        collection, _ = _open(args)
-        rows = JoinedDocuments(list(_shard_documents(collection, args).values()))
+        collection, _ = open_shards(args)
+        rows = JoinedDocuments(list(shard_documents(collection, args).values()))
         found = compose(START_STATE, rows, labeller, config, progress=progress)
     else:
         documents = FileDocuments(START_STATE, args.data, args.text_key)
@@ -273,19 +274,22 @@ def _sample_config(args: argparse.Namespace) -> SampleConfig:
     return SampleConfig(max_error=args.max_error, most_documents=args.documents, seed=args.seed)
 
 
-def _labeller(args: argparse.Namespace) -> Labeller:
+def labeller_of(args: argparse.Namespace) -> Labeller:
+    """The classifier and settings of the arguments."""
     config = LabelConfig(
         min_confidence=args.min_confidence, label_key=args.label_key, use_stated=not args.ignore_labels
     )
     return Labeller(load_classifier(args.classifier, device=args.device, batch_size=args.batch_size), config)
 
 
-def _open(args: argparse.Namespace) -> tuple[ShardCollection, list[Manifest]]:
+def open_shards(args: argparse.Namespace) -> tuple[ShardCollection, list[Manifest]]:
+    """The shards of the arguments, and the manifests among them."""
     shards, manifests = listed_shards(args.shards)
     return ShardCollection.open(shards, progress=not args.no_progress, manifests=manifests), manifests
 
 
-def _shard_documents(collection: ShardCollection, args: argparse.Namespace) -> dict[str, ShardDocuments]:
+def shard_documents(collection: ShardCollection, args: argparse.Namespace) -> dict[str, ShardDocuments]:
+    """Domain -> its rows as documents."""
     tokenizer = None if args.tokenizer is None else TextTokenizer.load(args.tokenizer, args.eos_token)
     return {
         name: ShardDocuments(collection, number, args.text_key, tokenizer)

@@ -94,14 +94,26 @@ def compose(
         ShardError: No document of the sample has a topic.
     """
     config = config or SampleConfig()
-    size, key = documents.size, np.uint64(stream_key(config.seed, "composition", name))
+    size = documents.size
 
     def draw(start: int, end: int) -> Iterable[Document]:
-        numbers = np.arange(start, end)
-        positions = scatter(np.full_like(numbers, key, dtype=np.uint64), numbers, np.full_like(numbers, size))
-        return documents.rows(np.sort(positions).tolist())
+        return documents.rows(random_rows(name, size, start, end, config.seed))
 
     return measure(name, draw, size, labeller, config, shards=shards, progress=progress)
+
+
+def random_rows(name: str, size: int, start: int, end: int, seed: int) -> list[int]:
+    """Rows number `start` to `end` of a random order of `size` rows, in ascending order.
+
+    Args:
+        name: Name of the domain, which is part of the seed.
+        size: Number of rows of the domain.
+        start, end: Numbers in the random order.
+        seed: Seed of the order.
+    """
+    numbers = np.arange(start, end)
+    key = np.full(len(numbers), stream_key(seed, "sample", name), dtype=np.uint64)
+    return sorted(scatter(key, numbers, np.full(len(numbers), size)).tolist())
 
 
 def measure(

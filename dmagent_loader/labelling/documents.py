@@ -99,6 +99,13 @@ class ShardDocuments:
         return int(self.collection.num_rows[self.domain])
 
     @property
+    def row_tokens(self) -> int | None:
+        """Number of tokens of the first row; None: it is a row of text."""
+        members = self.collection.read(self.domain, int(np.flatnonzero(self.collection.shard_rows(self.domain))[0]), 0)
+        packed = members.members.get(PACKED_MEMBER)
+        return None if packed is None else int(decode_npy(bytes(packed)).size)
+
+    @property
     def identity(self) -> list[Any]:
         """Digests of the shards."""
         return [int(content) for content in self.collection.shard_contents(self.domain)]
