@@ -35,9 +35,9 @@ MIX = {
     "Pets_and_Animals": 0.04,
 }
 DOCUMENTS = 8000
-VOCABULARY, CONTEXT, BATCH, STEPS = 2048, 96, 16, 1500
-MODELS = {"small": (64, 1), "larger": (128, 2)}
-"""Name -> width and number of layers."""
+VOCABULARY, CONTEXT, BATCH = 2048, 96, 16
+MODELS = {"small": (64, 1, 1500), "larger": (128, 2, 1500), "larger, trained longer": (128, 2, 4500)}
+"""Name -> width, number of layers, training steps."""
 TEXTS = 4000
 SMOOTHING = 0.5
 """Count added to every topic, so that the divergence is finite where a topic has no text yet."""
@@ -60,11 +60,11 @@ def rows_of(texts: list[str], tokenizer: Any) -> torch.Tensor:
 
 
 def trained(name: str, rows: torch.Tensor, vocabulary: int) -> tuple[Any, float]:
-    """A LLaMA-style model after `STEPS` steps on the rows, and its loss."""
+    """A LLaMA-style model after its steps on the rows, and its loss."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    width, layers = MODELS[name]
+    width, layers, steps = MODELS[name]
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
@@ -80,9 +80,9 @@ def trained(name: str, rows: torch.Tensor, vocabulary: int) -> tuple[Any, float]
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     mean = 0.0
-    for step in range(STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 100, 1.1 - step / STEPS)
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 100, 1.1 - step / steps)
         batch = rows[torch.randint(len(rows), (BATCH,))]
         labels = batch.clone()
         repeated = (batch[:, 1:] == 0) & (batch[:, :-1] == 0)
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="others keep their results")
     arguments = parser.parse_args()
     classifier = LinearClassifier.bundled()
     texts = training_documents(arguments.data)
@@ -121,7 +122,9 @@ def main() -> None:
     rows = rows_of(texts, tokenizer)
     truth = classifier.shares([tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()])
     results: dict[str, Any] = {"mix": MIX, "documents": len(texts), "models": {}}
-    for name in MODELS:
+    if arguments.results.exists():
+        results["models"] = json.loads(arguments.results.read_text())["models"]
+    for name in arguments.models:
         model, loss = trained(name, rows, len(tokenizer))
         config = GenerationConfig(max_tokens=CONTEXT - 2, batch_size=200)
         written = list(itertools.islice(generate_texts(model, tokenizer, config), TEXTS))
@@ -130,7 +133,7 @@ def main() -> None:
         sure = float((classifier.probabilities(written).max(axis=1) >= 0.6).mean())
         results["models"][name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "steps": STEPS,
+            "steps": MODELS[name][2],
             "loss": loss,
             "texts": numbers,
             "kl": found,
@@ -149,7 +152,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for name, found in results["models"].items():
-        axes.plot(found["texts"], found["kl"], marker="o", label=f"{name}: {found['parameters'] / 1e6:.1f}M parameters")
+        axes.plot(
+            found["texts"],
+            found["kl"],
+            marker="o",
+            label=f"{name}: {found['parameters'] / 1e6:.2f}M parameters, loss {found['loss']:.1f}",
+        )
     axes.axhline(0.1, color="0.6", linestyle="--", linewidth=1)
     axes.set(xscale="log", xlabel="texts that the model wrote", ylabel="KL divergence, nats", ylim=(0, None))
     axes.legend(frameon=False)
