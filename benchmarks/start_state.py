@@ -138,7 +138,6 @@ def main() -> None:
             "texts": numbers,
             "kl": found,
             "share_with_confidence_0.6": sure,
-            "example": written[:3],
         }
         print(name, loss, list(zip(numbers, found, strict=True)), sure, flush=True)
         arguments.results.write_text(json.dumps(results, indent=1) + "\n")
