@@ -36,7 +36,7 @@ MIX = {
 }
 DOCUMENTS = 8000
 VOCABULARY, CONTEXT, BATCH = 2048, 96, 16
-MODELS = {"small": (64, 1, 1500), "larger": (128, 2, 1500), "larger, trained longer": (128, 2, 4500)}
+MODELS = {"small": (64, 1, 1500), "larger": (128, 2, 1500)}
 """Name -> width, number of layers, training steps."""
 TEXTS = 4000
 SMOOTHING = 0.5
@@ -114,7 +114,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="others keep their results")
     arguments = parser.parse_args()
     classifier = LinearClassifier.bundled()
     texts = training_documents(arguments.data)
@@ -122,9 +121,7 @@ def main() -> None:
     rows = rows_of(texts, tokenizer)
     truth = classifier.shares([tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()])
     results: dict[str, Any] = {"mix": MIX, "documents": len(texts), "models": {}}
-    if arguments.results.exists():
-        results["models"] = json.loads(arguments.results.read_text())["models"]
-    for name in arguments.models:
+    for name in MODELS:
         model, loss = trained(name, rows, len(tokenizer))
         config = GenerationConfig(max_tokens=CONTEXT - 2, batch_size=200)
         written = list(itertools.islice(generate_texts(model, tokenizer, config), TEXTS))
@@ -151,12 +148,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for name, found in results["models"].items():
-        axes.plot(
-            found["texts"],
-            found["kl"],
-            marker="o",
-            label=f"{name}: {found['parameters'] / 1e6:.2f}M parameters, loss {found['loss']:.1f}",
-        )
+        label = f"{name}: {found['parameters'] / 1e6:.2f}M parameters, loss {found['loss']:.1f}"
+        axes.plot(found["texts"], found["kl"], marker="o", label=label)
     axes.axhline(0.1, color="0.6", linestyle="--", linewidth=1)
     axes.set(xscale="log", xlabel="texts that the model wrote", ylabel="KL divergence, nats", ylim=(0, None))
     axes.legend(frameon=False)

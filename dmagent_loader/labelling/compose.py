@@ -153,7 +153,8 @@ def measure(
                 bar.update(len(batch))
             taken = wanted
             if sure:
-                shares = counts / counts.sum()
+                # One more document, spread over all topics: a sample of a single topic does not prove that it is alone.
+                shares = (counts + 1 / NUM_TOPICS) / (counts.sum() + 1)
                 needed = math.ceil(needed_sample(shares, size * sure / taken, config.max_error) * taken / sure)
                 # At most four times as many, because the shares of a small sample are rough.
                 wanted = int(min(most, max(taken, min(needed, 4 * taken))))

@@ -164,17 +164,20 @@ def _continue_in(folder: Path, documents: DomainDocuments, labeller: Labeller) -
     Raises:
         ConfigurationError: They are not, or the folder cannot be written to.
     """
-    settings = {
-        "documents": documents.identity,
-        "classifier": labeller.classifier.name,
-        "part_documents": PART_DOCUMENTS,
-        **asdict(labeller.config),
-    }
-    path = folder / SETTINGS_FILE
+    text = json.dumps(
+        {
+            "documents": documents.identity,
+            "classifier": labeller.classifier.name,
+            "part_documents": PART_DOCUMENTS,
+            **asdict(labeller.config),
+        },
+        indent=1,
+    )
+    path, settings = folder / SETTINGS_FILE, json.loads(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_atomically(path, json.dumps(settings, indent=1).encode())
+            write_atomically(path, text.encode())
         earlier = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"labels cannot be written to {str(folder)!r}: {error}") from error
