@@ -34,7 +34,9 @@ from dmagent_loader.mixture.ledger import INITIAL, LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.policies import Policy, PolicyFactory, make_policy
-from dmagent_loader.shards import load_manifest
+from dmagent_loader.policies.fields import report_topics
+from dmagent_loader.shards import Manifest, load_manifest
+from dmagent_loader.shards.compositions import compositions_of, load_compositions, load_start_state
 
 __all__ = ["AgentWeightedSampler", "Decision", "DecisionConfig", "LoaderSettings", "Measurement", "ReadingConfig"]
 
@@ -63,8 +65,9 @@ class AgentWeightedSampler(FeedDataset):
         seed: Seed of the sample order.
         initial_mix: Mix until the first decision: domain -> weight, or field -> weight (split by rows). None: the
             domains' shares of rows.
-        start_state: Mix of the base model's own training data (paper, 3.1), the first mix in the policy's history.
-            None: the source domains' shares of rows.
+        start_state: Mix of the base model's own training data (paper, 3.1), the first mix in the policy's history:
+            domain or field -> weight; canonical topic -> share or number of documents; or the path of the file that
+            ``dmagent start-state`` wrote. None: the source domains' shares of rows.
         exhausted: Rule for domains whose rows are used up: see `mixture.exhaustion.exhaustion_rules`.
         rank: Data-parallel rank of this process; None: from `torch.distributed`.
         world_size: Number of data-parallel processes; None: from `torch.distributed`.
@@ -78,7 +81,9 @@ class AgentWeightedSampler(FeedDataset):
         data: Default of `load_state_dict`, for trainers that load the state by themselves: ``"exact"`` or
             ``"changed"``.
         fields: Field of each domain whose name does not begin with it.
-        compositions: P(topic | domain) over the 26 canonical topics, or numbers of documents by topic, by domain.
+        compositions: Domain -> P(topic | domain) over the 26 canonical topics, or numbers of documents by topic; or the
+            path of a file that ``dmagent compose`` wrote. The file beside a manifest is used by itself, for domains
+            that a mapping leaves out.
         reading: Settings of the reader: workers, shuffling, threads, damage, index cache.
         deciding: Settings of decisions: guard, shadow mode, roles and standardisation of an agent.
 
@@ -111,7 +116,7 @@ class AgentWeightedSampler(FeedDataset):
         topics: Policy | PolicyFactory | str | None = None,
         seed: int = 0,
         initial_mix: Mapping[str, float] | None = None,
-        start_state: Mapping[str, float] | None = None,
+        start_state: Mapping[str, float] | str | os.PathLike[str] | None = None,
         exhausted: str | Mapping[str, str] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -120,7 +125,7 @@ class AgentWeightedSampler(FeedDataset):
         on_bad_row: OnBadRow = "raise",
         data: Data = "exact",
         fields: Mapping[str, str] | None = None,
-        compositions: Mapping[str, Mapping[str, float]] | None = None,
+        compositions: Mapping[str, Mapping[str, float]] | str | os.PathLike[str] | None = None,
         reading: ReadingConfig | None = None,
         deciding: DecisionConfig | None = None,
     ) -> None:
@@ -138,7 +143,13 @@ class AgentWeightedSampler(FeedDataset):
                 raise ConfigurationError(f"transform is {shown(transform)}; it must be a function of a sample")
             on_bad_row, data = validated_on_bad_row(on_bad_row), validated_data(data)
             by_domain = shards if isinstance(shards, Mapping) else load_manifest(shards)
-            space = DomainSpace.from_names(by_domain, fields=fields, compositions=compositions)
+            measured = compositions_of(by_domain) if isinstance(by_domain, Manifest) else {}
+            if isinstance(compositions, (str, os.PathLike)):
+                measured, compositions = load_compositions(compositions), None
+            stated = dict(compositions or {})
+            measured = {name: found for name, found in measured.items() if name not in stated}
+            stated |= {name: found.shares for name, found in measured.items()}
+            space = DomainSpace.from_names(by_domain, fields=fields, compositions=stated)
         collection = open_on_all_ranks(by_domain, reading)
         with distributed.together(_BUILDING) as facts:
             rows = [collection.shard_rows(d) for d in range(len(space))]
@@ -169,6 +180,10 @@ class AgentWeightedSampler(FeedDataset):
                 balance=deciding.balance,
                 floor=deciding.floor,
             )
+            if chosen is not None:
+                report_topics(space, {name: found.source for name, found in measured.items()})
+            if isinstance(start_state, (str, os.PathLike)):
+                start_state = load_start_state(start_state).shares
             start = start_state_mix(space, natural, start_state)
             self._data = data
             self._run: Run | None = Run(feed, Decider.configured(deciding, chosen, plan, start), cadence)

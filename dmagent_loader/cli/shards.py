@@ -13,6 +13,7 @@ from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.inputs.finding import domain_name
 from dmagent_loader.shards.inputs.kinds import READ, kind_of_name
+from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
 from dmagent_loader.shards.tar import KeyEnd
 from dmagent_loader.shards.writing.config import ShardingConfig
@@ -37,21 +38,19 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             "Run it again with other domains to add them, or after a kill to go on where it stood."
         ),
     )
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument(
-        "--domain",
-        action="append",
-        metavar="NAME=PATH[,PATH...]",
-        help="a domain, such as source/web=web.jsonl.gz; PATH is a file, a glob, a folder, a URL, or hf:DATASET; "
-        "the endings of files say how they are read; repeatable",
-    )
-    where.add_argument(
-        "--input", metavar="DIR", help="every data file in DIR is a domain, named after the file; needs --field"
-    )
+    add_input_arguments(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--append", action="store_true", help="add shards to domains that the folder holds")
-    _add_reading(parser, defaults)
+    add_reading_arguments(parser)
+    parser.add_argument(
+        "--max-bad",
+        type=int,
+        default=defaults.max_bad,
+        metavar="N",
+        help=f"leave out up to N records of a domain that are no documents, and list them in its {REJECTS_NAME} "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--keep-columns", nargs="+", default=[], metavar="COLUMN", help="columns kept as a json member")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder written by save_pretrained")
     parser.add_argument("--eos-token", metavar="TOKEN", help="end-of-text token (default: the tokenizer's)")
@@ -86,37 +85,6 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=shard)
-
-
-def _add_reading(parser: argparse.ArgumentParser, defaults: ShardingConfig) -> None:
-    """Adds what says which part of the input is text."""
-    parser.add_argument("--text-key", default=defaults.text_key, help="column with the text (default: %(default)s)")
-    parser.add_argument(
-        "--chat-template",
-        metavar="PATH",
-        help="render conversations by the chat template of this tokenizer, or by a .jinja file",
-    )
-    parser.add_argument(
-        "--messages-key", default=defaults.messages_key, help="column with the messages (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--text-files",
-        nargs="+",
-        default=[],
-        metavar="ENDING",
-        help="endings of plain text files, such as .txt .md, each of which is one document (default: none are read)",
-    )
-    parser.add_argument(
-        "--tar-member", metavar="NAME", help="write tar shards again, from this member of their rows, such as txt"
-    )
-    parser.add_argument(
-        "--max-bad",
-        type=int,
-        default=defaults.max_bad,
-        metavar="N",
-        help=f"leave out up to N records of a domain that are no documents, and list them in its {REJECTS_NAME} "
-        "(default: %(default)s)",
-    )
 
 
 def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -160,10 +128,13 @@ def shard(args: argparse.Namespace) -> int:
         shuffle_seed=None if args.keep_order else args.shuffle_seed,
         max_bad=args.max_bad,
     )
-    domains = _domains_of_folder(args.input, config.text_files) if args.input else _named_domains(args.domain)
-    domains = {_with_field(name, args.field): paths for name, paths in domains.items()}
     records = shard_files(
-        domains, args.output, config, append=args.append, workers=args.workers, progress=not args.no_progress
+        input_domains(args),
+        args.output,
+        config,
+        append=args.append,
+        workers=args.workers,
+        progress=not args.no_progress,
     )
     width = max(len(name) for name in records)
     for name, record in records.items():
@@ -186,18 +157,7 @@ def shard(args: argparse.Namespace) -> int:
 
 def index(args: argparse.Namespace) -> int:
     """Indexes the shards and prints the table; 1 if any is damaged."""
-    shards: dict[str, list[str]] = {}
-    manifests: list[Manifest] = []
-    for argument in args.shards:
-        name, separator, pattern = argument.partition("=")
-        if argument.endswith(".json") or os.path.isfile(os.path.join(argument, MANIFEST_NAME)):
-            manifests.append(load_manifest(argument))
-            for domain, paths in manifests[-1].items():
-                shards.setdefault(domain, []).extend(paths)
-        elif separator and "://" not in name and not os.path.exists(argument):
-            shards.setdefault(name, []).append(pattern)
-        else:
-            shards.setdefault("(shards)", []).append(argument)
+    shards, manifests = listed_shards(args.shards)
     collection = ShardCollection.open(
         shards,
         on_damage="skip",
@@ -210,6 +170,79 @@ def index(args: argparse.Namespace) -> int:
     for damage in collection.damage:
         print(damage)
     return 1 if collection.damage else 0
+
+
+def add_input_arguments(where: argparse._MutuallyExclusiveGroup) -> None:
+    """Adds the two ways to name the input; `input_domains` reads them."""
+    where.add_argument(
+        "--domain",
+        action="append",
+        metavar="NAME=PATH[,PATH...]",
+        help="a domain, such as source/web=web.jsonl.gz; PATH is a file, a glob, a folder, a URL, or hf:DATASET; "
+        "the endings of files say how they are read; repeatable",
+    )
+    where.add_argument(
+        "--input", metavar="DIR", help="every data file in DIR is a domain, named after the file; needs --field"
+    )
+
+
+def input_domains(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Domain -> inputs, from the arguments ``--domain``, ``--input`` and ``--field``."""
+    domains = _domains_of_folder(args.input, args.text_files) if args.input else _named_domains(args.domain)
+    return {_with_field(name, args.field): paths for name, paths in domains.items()}
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which part of the input is text; `read_options` reads it."""
+    defaults = ReadOptions()
+    parser.add_argument("--text-key", default=defaults.text_key, help="column with the text (default: %(default)s)")
+    parser.add_argument(
+        "--chat-template",
+        metavar="PATH",
+        help="render conversations by the chat template of this tokenizer, or by a .jinja file",
+    )
+    parser.add_argument(
+        "--messages-key", default=defaults.messages_key, help="column with the messages (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text-files",
+        nargs="+",
+        default=[],
+        metavar="ENDING",
+        help="endings of plain text files, such as .txt .md, each of which is one document (default: none are read)",
+    )
+    parser.add_argument(
+        "--tar-member", metavar="NAME", help="read tar shards, from this member of their rows, such as txt"
+    )
+
+
+def read_options(args: argparse.Namespace) -> ReadOptions:
+    """Which part of a record is the document, with all columns, from the arguments of `add_reading_arguments`."""
+    return ReadOptions(
+        text_key=args.text_key,
+        keep_columns=None,
+        chat_template=args.chat_template,
+        messages_key=args.messages_key,
+        text_files=tuple(args.text_files),
+        tar_member=args.tar_member,
+    )
+
+
+def listed_shards(arguments: list[str]) -> tuple[dict[str, list[str]], list[Manifest]]:
+    """Domain -> shards, and the manifests among the arguments: manifests, ``NAME=PATTERN``, or patterns."""
+    shards: dict[str, list[str]] = {}
+    manifests: list[Manifest] = []
+    for argument in arguments:
+        name, separator, pattern = argument.partition("=")
+        if argument.endswith(".json") or os.path.isfile(os.path.join(argument, MANIFEST_NAME)):
+            manifests.append(load_manifest(argument))
+            for domain, paths in manifests[-1].items():
+                shards.setdefault(domain, []).extend(paths)
+        elif separator and "://" not in name and not os.path.exists(argument):
+            shards.setdefault(name, []).append(pattern)
+        else:
+            shards.setdefault("(shards)", []).append(argument)
+    return shards, manifests
 
 
 def _domains_of_folder(folder: str, text_files: Sequence[str]) -> dict[str, list[str]]:

@@ -385,7 +385,8 @@ def start_state_mix(space: DomainSpace, natural: FloatArray, weights: Mapping[st
     Args:
         space: The domains.
         natural: (D,) share of all rows of each domain.
-        weights: Domain or field -> weight; None: the source domains' shares of rows.
+        weights: Domain or field -> weight; or canonical topic -> share or number of documents, which becomes the
+            closest mix of the source domains (`DomainMap.to_user`). None: the source domains' shares of rows.
 
     Returns:
         (D,), sums to 1.
@@ -394,6 +395,9 @@ def start_state_mix(space: DomainSpace, natural: FloatArray, weights: Mapping[st
         DomainError: A domain is unknown.
         MixError: The weights are not a distribution.
     """
+    if isinstance(weights, Mapping) and weights and set(weights) <= set(CANONICAL_TOPICS) - set(space.names):
+        topics = Domain(name="start_state", field=SOURCE, composition=weights).topic_distribution()
+        return DomainMap(space, natural=natural).to_user(np.concatenate([topics, np.zeros(NUM_TOPICS)])).mix
     if weights is not None:
         return space.mix(weights, shares=natural)
     source = np.array([d.field == SOURCE for d in space.domains])

@@ -9,12 +9,12 @@ import numpy as np
 
 from dmagent_loader.agent.model import MixingAgent
 from dmagent_loader.errors import ConfigurationError, DomainError
+from dmagent_loader.labelling.linear import LinearClassifier
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainMap, DomainSpace, Projection
 from dmagent_loader.mixture.history import STANDARDIZATIONS, History, Standardization
 from dmagent_loader.mixture.simplex import FloatArray, total_variation
-from dmagent_loader.policies.fields import report_roles
+from dmagent_loader.policies.fields import report_roles, report_starved
 from dmagent_loader.policies.static import Weights
-from dmagent_loader.policies.topic_classifier import TopicClassifier
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,10 @@ class AgentPolicy:
             feedback=history.feedback[:, self._columns(history.fields)],
         )
         proposal = self._agent.propose(canonical, standardization=self._standardization)
+        is_first = self._projection is None
         self._projection = self.map.to_user(proposal)
+        if is_first and self.map.natural is not None:
+            report_starved(self._label, self.map.space, self._projection.mix, self.map.natural)
         return self._projection.mix
 
     def check_questions(self, questions: Mapping[str, Sequence[str]]) -> None:
@@ -135,7 +138,7 @@ class AgentPolicy:
         if known is None or not questions:
             return
         keep = list(questions)[self._columns(tuple(questions))[0]]
-        shares = TopicClassifier.bundled().shares(questions[keep])
+        shares = LinearClassifier.bundled().shares(questions[keep])
         distance = float(total_variation(shares, np.array(known)))
         if distance <= _OTHER_TOPICS:
             return

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from dmagent_loader._validation import shown
-from dmagent_loader.mixture.domains import SOURCE, TARGET, DomainSpace, nearest_topic
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS, SOURCE, TARGET, Domain, DomainSpace, nearest_topic
+from dmagent_loader.mixture.simplex import FloatArray
 
 logger = logging.getLogger(__name__)
 
 _TOPICS = "dmagent_loader.mixture.domains.CANONICAL_TOPICS"
+_SHOWN_TOPICS = 4
+_STARVED, _NOTICED = 20.0, 0.02
+"""A domain with this part of its field's rows is starved if its weight is so many times smaller."""
 _PREFIX = 4
 """Letters of the shortest word that stands for a longer one, as ``math`` for ``mathematics``."""
 
@@ -101,6 +107,57 @@ def report_unknown_topics(label: str, space: DomainSpace) -> None:
             label,
             _TOPICS,
             _suggested(undecided),
+        )
+
+
+def report_topics(space: DomainSpace, sources: Mapping[str, str]) -> None:
+    """Logs what is known of the topics of each domain, and how.
+
+    Args:
+        space: Domains of the run.
+        sources: Domain -> origin of its composition, of those that were measured.
+    """
+    logger.info("topics of the domains:%s", "".join(f"\n  {_topics_line(domain, sources)}" for domain in space.domains))
+
+
+def _topics_line(domain: Domain, sources: Mapping[str, str]) -> str:
+    if domain.composition is None:
+        if domain.topic is not None:
+            return f"{domain.name}: {domain.topic} (its name)"
+        meant = nearest_topic(domain.name.rsplit("/", 1)[-1])
+        return f"{domain.name}: unknown" + (f" (is {meant!r} meant?)" if meant else "")
+    shares = domain.topic_distribution()
+    order = [i for i in np.argsort(-shares) if shares[i] > 0]
+    listed = ", ".join(f"{CANONICAL_TOPICS[i]} {shares[i]:.0%}" for i in order[:_SHOWN_TOPICS])
+    more = f", {len(order) - _SHOWN_TOPICS} more" if len(order) > _SHOWN_TOPICS else ""
+    return f"{domain.name}: {listed}{more} ({sources.get(domain.name, 'compositions=')})"
+
+
+def report_starved(label: str, space: DomainSpace, mix: FloatArray, natural: FloatArray) -> None:
+    """Warns of domains to which a first proposal gives far less than their rows, because of their topics.
+
+    Args:
+        label: Policy, as messages call it.
+        space: Domains of the run.
+        mix: (D,) proposal, sums to 1.
+        natural: (D,) share of all rows of each domain.
+    """
+    starved = []
+    for field in space.fields:
+        members = list(space.members(field))
+        weight, rows = mix[members].sum(), natural[members].sum()
+        if weight <= 0 or rows <= 0:
+            continue
+        for i in members:
+            share, expected = float(mix[i] / weight), float(natural[i] / rows)
+            if expected >= _NOTICED and share < expected / _STARVED:
+                starved.append(f"{space.names[i]!r} {share:.2%} of its field (it has {expected:.0%} of the rows)")
+    if starved:
+        logger.warning(
+            "%s gives %s: it finds their topics in other domains, or does not want them. Compositions that are a guess "
+            "can do that: measure them (`dmagent compose`), or set a floor (GuardConfig(floor=...))",
+            label,
+            ", ".join(starved),
         )
 
 

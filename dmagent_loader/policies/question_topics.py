@@ -16,13 +16,13 @@ import numpy as np
 
 from dmagent_loader._validation import is_finite_number, shown
 from dmagent_loader.errors import ConfigurationError, DomainError, PolicyError, StateError
+from dmagent_loader.labelling.linear import LinearClassifier
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, FIELDS, SOURCE, TARGET, DomainMap, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 from dmagent_loader.policies.fields import report_roles, report_unknown_topics
 from dmagent_loader.policies.informed import LENGTH, QUESTIONS
 from dmagent_loader.policies.passes import MOST_PASSES, PassLimit
-from dmagent_loader.policies.topic_classifier import TopicClassifier
 
 DEFAULT_TARGET_SHARE = 0.3
 """Weight of the target field. Of the natural mixes in benchmarks/results/influence.jsonl, 10 to 30% target did best on
@@ -61,7 +61,7 @@ class QuestionTopics:
         target_share: float = DEFAULT_TARGET_SHARE,
         natural_part: float = 0.1,
         most_passes: float | None = MOST_PASSES,
-        classifier: TopicClassifier | None = None,
+        classifier: LinearClassifier | None = None,
         name: str = "question-topics",
     ) -> None:
         for label, value in (("target_share", target_share), ("natural_part", natural_part)):
@@ -117,7 +117,7 @@ class QuestionTopics:
                 f"policy {self.name!r} needs the environment's questions, but received {shown(need)}: "
                 f"{shown(evidence)}; give the run an Environment"
             )
-        classifier = self._classifier or TopicClassifier.bundled()
+        classifier = self._classifier or LinearClassifier.bundled()
         listed = list(evidence.values())
         self._topics = {SOURCE: classifier.shares(listed[0]), TARGET: classifier.shares(listed[-1])}
 

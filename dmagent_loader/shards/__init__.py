@@ -1,6 +1,7 @@
 """WebDataset tar shards with random access: index, reader, decoders, writer."""
 
 from dmagent_loader.shards.collection import ShardCollection, ShardSummary
+from dmagent_loader.shards.compositions import Composition, load_compositions, load_start_state
 from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, decode_npy_rows, make_decoder
 from dmagent_loader.shards.manifest import Manifest, load_manifest
 from dmagent_loader.shards.tar import ShardDamage
@@ -8,6 +9,7 @@ from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.writer import shard_files
 
 __all__ = [
+    "Composition",
     "Decoder",
     "Manifest",
     "RawSample",
@@ -17,7 +19,9 @@ __all__ = [
     "ShardingConfig",
     "decode_npy",
     "decode_npy_rows",
+    "load_compositions",
     "load_manifest",
+    "load_start_state",
     "make_decoder",
     "shard_files",
 ]

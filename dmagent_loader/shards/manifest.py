@@ -6,6 +6,7 @@ relative to the manifest, so the folder can be moved or uploaded as it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -98,9 +99,19 @@ class Manifest(dict[str, list[str]]):
         self.url, self.version = url, version
         self._entries: dict[str, dict[str, Any]] = {}
         self._is_warned = False
+        self._paths = {domain: [str(shard["path"]) for shard in shards] for domain, shards in entries.items()}
         for domain, shards in entries.items():
-            self[domain] = [_beside(url, str(shard["path"])) for shard in shards]
+            self[domain] = [beside(url, path) for path in self._paths[domain]]
             self._entries.update((posixpath.normpath(str(shard["path"])), shard) for shard in shards)
+
+    def digest(self, domain: str) -> str:
+        """Hex sha256 over the records of a domain's shards, which changes with their contents.
+
+        Args:
+            domain: Name of a domain of the manifest.
+        """
+        records = [self._entries[posixpath.normpath(path)].get("sha256") for path in self._paths[domain]]
+        return hashlib.sha256(json.dumps(records).encode()).hexdigest()
 
     def record(self, path: str) -> ShardRecord | None:
         """The record of a shard; None if the manifest has none, or only part of one.
@@ -146,7 +157,7 @@ class Manifests:
             if is_local(manifest.url):
                 self._above[_absolute(manifest.url)] = manifest
             else:
-                self._remote[_beside(manifest.url, "")] = manifest
+                self._remote[beside(manifest.url, "")] = manifest
         self._lock = threading.Lock()
         forks.register(self)
 
@@ -187,7 +198,7 @@ class Manifests:
             manifest = self._above.get(path)
             if manifest is None or manifest.version != version:
                 try:
-                    manifest = parse_manifest(path, _bytes_of(path), version)
+                    manifest = parse_manifest(path, read_stored(path), version)
                 except (ShardError, OSError) as error:
                     logger.warning("%s is not used to check the shards below it: %s", path, error)
                     manifest = Manifest(path, {}, version)
@@ -232,7 +243,7 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     try:
         # The version first: a change while the file is read then makes the result out of date.
         version = _version_of(url) if is_local(url) else None
-        return parse_manifest(url, _bytes_of(url), version)
+        return parse_manifest(url, read_stored(url), version)
     except FileNotFoundError as error:
         raise ShardNotFoundError(
             f"there is no manifest {display_url(url)}: `dmagent shard` writes one beside the shards"
@@ -285,12 +296,18 @@ def _version_of(path: str) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _bytes_of(url: str) -> bytes:
+def read_stored(url: str) -> bytes:
+    """The bytes of a manifest or of a file beside it.
+
+    Raises:
+        OSError: The file cannot be read.
+        ShardError: It is too large.
+    """
     if is_local(url):
         return read_regular(url, MAX_MANIFEST_BYTES)
     size = shard_version(url).size
     if size > MAX_MANIFEST_BYTES:
-        raise ShardError(f"manifest {display_url(url)} has {size} bytes, more than {MAX_MANIFEST_BYTES}")
+        raise ShardError(f"{display_url(url)} has {size} bytes, more than {MAX_MANIFEST_BYTES}")
     return bytes(open_source(url).read(0, size))
 
 
@@ -300,7 +317,7 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not name.startswith("/") and ".." not in parts and not _PATTERN.search(name)
 
 
-def _beside(manifest: str, name: str) -> str:
+def beside(manifest: str, name: str) -> str:
     """The URL of a path that is relative to a manifest."""
     if is_local(manifest):
         return str(Path(manifest).parent / name)

@@ -27,7 +27,7 @@ from dmagent_loader.agent.checkpoint import bundled_roots, only_in_repository
 from dmagent_loader.agent.critic import save_critics
 from dmagent_loader.environment.questions import read_questions
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError, StateError
-from dmagent_loader.policies.topic_classifier import TopicClassifier
+from dmagent_loader.labelling.linear import LinearClassifier
 from dmagent_loader.training.cards import cql_card, cql_report, sft_card, sft_report
 from dmagent_loader.training.cql.config import CQLConfig
 from dmagent_loader.training.cql.train import train_cql
@@ -343,7 +343,7 @@ class Pipeline:
         if self.data is None:
             return None
         listed = read_questions(self.data / next(iter(self.config.questions.values())))
-        shares = TopicClassifier.bundled().shares([f"{q.question} {q.answer}" for q in listed])
+        shares = LinearClassifier.bundled().shares([f"{q.question} {q.answer}" for q in listed])
         return tuple(float(share) for share in shares)
 
     def _data(self) -> Path:

@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 GROUND = {"errors", "_files", "_validation", "_version"}
 CORE = GROUND | {"mixture"}
 READING = CORE | {"_distributed", "shards", "_loading"}
-DECIDING = CORE | {"_distributed", "agent", "policies"}
+DECIDING = CORE | {"_distributed", "agent", "labelling", "policies"}
 PUBLIC = GROUND | {"_distributed", "sampler", "data_loader", "environment", "policies", "transforms"}
 ALL = READING | DECIDING | PUBLIC | {"_run", "integrations", "training", "_report", "_demo", "__init__"}
 ROOMS = {
@@ -27,7 +27,8 @@ ROOMS = {
     "_distributed": GROUND,
     "_loading": READING,
     "agent": CORE,
-    "policies": CORE | {"agent"},
+    "labelling": CORE | {"shards"},
+    "policies": CORE | {"agent", "labelling"},
     "_run": READING | DECIDING,
     "sampler": READING | DECIDING | {"_run"},
     "data_loader": GROUND | {"_loading", "sampler"},

@@ -44,6 +44,7 @@ class TextTokenizer:
     Attributes:
         encode: Function from texts to token ids, whole and without tokens added to them. It takes many texts at once,
             which tokenizers encode in parallel.
+        decode: Function from token ids to text, without special tokens.
         eos_id: Id of the end-of-text token.
         num_ids: One more than the largest token id.
         dtype: uint16 if all ids fit, otherwise uint32.
@@ -53,6 +54,7 @@ class TextTokenizer:
     """
 
     encode: Callable[[list[str]], list[list[int]]]
+    decode: Callable[[list[int]], str]
     eos_id: int
     num_ids: int
     dtype: np.dtype[Any]
@@ -119,8 +121,12 @@ class TextTokenizer:
             )["input_ids"]
             return ids
 
+        def decode(ids: list[int]) -> str:
+            return str(loaded.decode(ids, skip_special_tokens=True))
+
         return cls(
             encode=encode,
+            decode=decode,
             eos_id=vocabulary[end],
             num_ids=largest + 1,
             dtype=np.dtype(np.uint16 if largest < 1 << 16 else np.uint32),

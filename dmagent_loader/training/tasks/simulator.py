@@ -16,11 +16,11 @@ import torch
 from dmagent_loader._files import write_atomically
 from dmagent_loader.environment import Environment, EnvironmentSettings, Question
 from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.labelling.linear import LinearClassifier
 from dmagent_loader.mixture.domains import NUM_TOPICS, SOURCE, TARGET, DomainSpace
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.length import RunLength
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.policies.topic_classifier import TopicClassifier
 from dmagent_loader.training.data.spaces import ROW_TOKENS
 from dmagent_loader.training.proxies.language_model import ProxyModel
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
@@ -219,7 +219,7 @@ class ProxySimulator:
 
     def _most_asked_topic(self, questions: list[Question], spec: TaskSpec) -> int:
         """Topic that the questions to keep are most about, among those with source text."""
-        shares = TopicClassifier.bundled().shares(texts(questions))
+        shares = LinearClassifier.bundled().shares(texts(questions))
         has_text = self.library.corpus(spec.target).num_tokens[:NUM_TOPICS] > ROW_TOKENS
         return int(np.argmax(np.where(has_text, shares, -1.0)))
 

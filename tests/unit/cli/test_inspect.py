@@ -1,4 +1,4 @@
-"""``dmagent inspect``."""
+"""``dmagent inspect`` on agents and on shards."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import argparse
 from pathlib import Path
 
 import pytest
+from shard_fixtures import own_cache, write_jsonl
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.cli.inspect import add_inspect_command
-from dmagent_loader.errors import CheckpointError
+from dmagent_loader.errors import CheckpointError, ConfigurationError
 from dmagent_loader.mixture.history import FeedbackStatistics
+from dmagent_loader.shards import shard_files
+
+__all__ = ["own_cache"]
 
 
 @pytest.fixture
@@ -39,3 +43,20 @@ def test_a_damaged_checkpoint_is_not_described(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     with pytest.raises(CheckpointError):
         run(str(saved))
+
+
+def test_it_writes_a_page_about_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    text = "The goalkeeper saved a penalty in the last minute and the team won the league match"
+    web = write_jsonl(tmp_path / "web.jsonl", [{"text": f"{text} {n % 8}"} for n in range(10)])
+    shard_files({"source/web": [web]}, tmp_path / "shards", progress=False)
+    page = tmp_path / "page.html"
+    assert run(str(tmp_path / "shards"), "--output", str(page), "--no-progress") == 0
+    line = " ".join(capsys.readouterr().out.splitlines()[2].split())
+    assert line == "source/web 10 1 0.0 85 / 85 / 85 20.0% 100% Sports 100%"
+    assert "<!DOCTYPE html>" in page.read_text()
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigurationError, match=r"must be a file that ends in \.html"):
+        run(str(tmp_path / "shards"), "--output", str(tmp_path / "page.png"))
+    with pytest.raises(ConfigurationError, match="--sample is 0"):
+        run(str(tmp_path / "shards"), "--sample", "0")

@@ -13,11 +13,12 @@ import torch
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.errors import ConfigurationError, DomainError, MixError
+from dmagent_loader.labelling.linear import LinearClassifier
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainSpace
 from dmagent_loader.mixture.history import FeedbackStatistics, History
 from dmagent_loader.mixture.simplex import total_variation
 from dmagent_loader.policies import AgentPolicy, Policy, make_policy
-from dmagent_loader.policies.topic_classifier import TopicClassifier
+from dmagent_loader.policies.fields import report_topics
 
 MakeHistory = Callable[..., History]
 TWO = DomainSpace.from_names(["source/web", "target/math"])
@@ -191,7 +192,7 @@ COOKING = ["How do you keep a sauce with butter and flour from getting lumps? Wh
 
 def test_questions_of_other_topics_than_the_trainings_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """An agent that has learnt the topics of one question set by heart does harm with another."""
-    keep = TopicClassifier.bundled().shares([*LAW, *SCIENCE])
+    keep = LinearClassifier.bundled().shares([*LAW, *SCIENCE])
     policy = AgentPolicy(MixingAgent(AgentConfig(keep_topics=tuple(keep.tolist()))), TWO)
     policy.check_questions({"general": [*LAW, *SCIENCE], "math": COOKING})
     assert not caplog.records
@@ -201,7 +202,7 @@ def test_questions_of_other_topics_than_the_trainings_are_warned_of(caplog: pyte
 
 
 def test_the_role_and_not_the_order_says_which_questions_are_kept(caplog: pytest.LogCaptureFixture) -> None:
-    keep = TopicClassifier.bundled().shares(LAW)
+    keep = LinearClassifier.bundled().shares(LAW)
     agent = MixingAgent(AgentConfig(keep_topics=tuple(keep.tolist())))
     policy = AgentPolicy(agent, TWO, roles={"keep": "civics", "acquire": "kitchen"})
     policy.check_questions({"kitchen": COOKING, "civics": LAW})
@@ -234,3 +235,51 @@ def test_feedback_outside_the_range_of_the_training_is_warned_of_once(
 def test_topics_that_are_no_shares_are_refused(topics: tuple[float, ...]) -> None:
     with pytest.raises(ConfigurationError, match="keep_topics"):
         AgentConfig(keep_topics=topics)
+
+
+def test_what_is_known_of_each_domain_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    space = DomainSpace.from_names(
+        ["source/Science", "source/scince", "source/web", "source/mixed", "target/math"],
+        compositions={
+            "source/mixed": {"News": 5, "Games": 4, "Health": 3, "Sports": 2, "Finance": 1},
+            "target/math": {"Science": 1.0},
+        },
+    )
+    with caplog.at_level(logging.INFO):
+        report_topics(space, {"source/mixed": "measured on 15 documents"})
+    assert caplog.messages == [
+        "topics of the domains:"
+        "\n  source/Science: Science (its name)"
+        "\n  source/scince: unknown (is 'Science' meant?)"
+        "\n  source/web: unknown"
+        "\n  source/mixed: News 33%, Games 27%, Health 20%, Sports 13%, 1 more (measured on 15 documents)"
+        "\n  target/math: Science 100% (compositions=)"
+    ]
+
+
+def test_domains_that_the_first_proposal_starves_are_warned_of_once(
+    agent: MixingAgent, make_history: MakeHistory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A guess at a composition can take nearly all weight from a domain: here, others have its topic and all others."""
+    names, history = ["source/web", "source/blog", "target/math"], make_history
+    everything = dict.fromkeys(CANONICAL_TOPICS, 1)
+    proposal = agent.propose(history(agent.config.domains, 3))
+    unwanted = CANONICAL_TOPICS[int(proposal[: len(CANONICAL_TOPICS)].argmin())]
+    guess = {"source/web": everything, "source/blog": {unwanted: 1.0}}
+    space = DomainSpace.from_names(names, compositions=guess)
+    policy = AgentPolicy(agent, space, [40.0, 10.0, 50.0], iterations=3000)
+    mix = policy.propose(history(names, 3))
+    policy.propose(history(names, 4))
+    assert mix[1] < 0.01 * (mix[0] + mix[1])
+    (warning,) = [message for message in caplog.messages if "gives" in message]
+    assert "agent 'three' gives 'source/blog' 0." in warning
+    assert "of its field (it has 20% of the rows)" in warning
+    assert "`dmagent compose`" in warning
+
+
+def test_domains_near_their_share_of_rows_are_not_warned_of(
+    agent: MixingAgent, make_history: MakeHistory, caplog: pytest.LogCaptureFixture
+) -> None:
+    space = DomainSpace.from_names(["source/web", "source/blog", "target/math"])
+    AgentPolicy(agent, space, [40.0, 10.0, 50.0]).propose(make_history(space.names, 3))
+    assert "source/blog" not in caplog.text

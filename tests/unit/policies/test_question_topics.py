@@ -1,4 +1,4 @@
-"""`QuestionTopics` and the bundled classifier of topics."""
+"""`QuestionTopics`, with the bundled classifier of topics."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from dmagent_loader.errors import CheckpointError, ConfigurationError, PolicyError, StateError
-from dmagent_loader.mixture.domains import CANONICAL_TOPICS, DomainSpace
+from dmagent_loader.errors import ConfigurationError, PolicyError, StateError
+from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.policies.question_topics import QuestionTopics
-from dmagent_loader.policies.topic_classifier import TopicClassifier
 
 TEXTS = {
     "Sports": "The goalkeeper saved a penalty in the last minute and the team won the league match",
@@ -20,29 +19,6 @@ TEXTS = {
     "Finance": "The central bank raised interest rates and bond yields rose with inflation",
     "Pets_and_Animals": "My dog barks at other dogs on the leash and the vet suggested a trainer",
 }
-
-
-@pytest.mark.parametrize("topic", TEXTS)
-def test_the_bundled_classifier_knows_plain_cases(topic):
-    assert CANONICAL_TOPICS[TopicClassifier.bundled().predict([TEXTS[topic]])[0]] == topic
-
-
-def test_shares_count_texts():
-    shares = TopicClassifier.bundled().shares([TEXTS["Sports"]] * 3 + [TEXTS["Health"]])
-    assert shares[CANONICAL_TOPICS.index("Sports")] == 0.75
-    assert shares.sum() == 1
-    with pytest.raises(ConfigurationError, match="give one or more"):
-        TopicClassifier.bundled().shares([])
-
-
-def test_what_is_saved_is_what_is_loaded(tmp_path):
-    bundled = TopicClassifier.bundled()
-    bundled.save(tmp_path)
-    texts = [*TEXTS.values(), "", "zzzz qqqq"]
-    np.testing.assert_allclose(TopicClassifier.load(tmp_path).scores(texts), bundled.scores(texts), rtol=1e-6)
-    (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        TopicClassifier.load(tmp_path)
 
 
 def history(space):

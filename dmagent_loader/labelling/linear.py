@@ -2,12 +2,14 @@
 
 score(topic | text) = w_topic . x + b_topic, with x_j proportional to (1 + log count_j) idf_j and |x| = 1. A word's
 bucket j is derived from its CRC-32, so no vocabulary is stored. Weights are 8-bit integers with one scale per topic.
+Probabilities are softmax(score / temperature), with the temperature that fits held-out documents (arXiv 1706.04599).
 
 Shapes: T topics, H buckets, n texts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -37,7 +39,7 @@ _WORD = re.compile(r"\w\w+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopicClassifier:
+class LinearClassifier:
     """Classifies texts into the 26 canonical topics.
 
     Args:
@@ -45,12 +47,16 @@ class TopicClassifier:
         scales: (T,), value of a quantised weight of 1.
         bias: (T,), bias of each topic.
         idf: (H,), log(texts / texts with a word of the bucket), smoothed; 0 for buckets not seen in training.
+        temperature: Divisor of the scores before the softmax.
+        name: See `labelling.Classifier`.
     """
 
     weights: npt.NDArray[np.int8]
     scales: FloatArray
     bias: FloatArray
     idf: FloatArray
+    temperature: float = 1.0
+    name: str = "linear"
 
     def __post_init__(self) -> None:
         topics, buckets = len(CANONICAL_TOPICS), len(self.idf)
@@ -60,11 +66,13 @@ class TopicClassifier:
                 f"a topic classifier has weights {shapes[0]} of {self.weights.dtype}, scales {shapes[1]}, bias "
                 f"{shapes[2]} and idf {shapes[3]}; expected int8 weights of ({topics}, buckets) and matching shapes"
             )
-        if not all(np.isfinite(array).all() for array in (self.scales, self.bias, self.idf)):
+        if not (
+            all(np.isfinite(a).all() for a in (self.scales, self.bias, self.idf)) and 0 < self.temperature < np.inf
+        ):
             raise CheckpointError("a topic classifier holds numbers that are not finite: its file is damaged")
 
     @classmethod
-    def bundled(cls) -> TopicClassifier:
+    def bundled(cls) -> LinearClassifier:
         """Loads the bundled classifier; its model card describes its training data and accuracy.
 
         Raises:
@@ -76,11 +84,11 @@ class TopicClassifier:
                 return cls.load(root / BUNDLED)
         raise CheckpointError(
             f"the topic classifier agent_checkpoints/{BUNDLED} is missing from this installation: reinstall the "
-            "package, or pass a TopicClassifier of your own"
+            "package, or pass a LinearClassifier of your own"
         )
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> TopicClassifier:
+    def load(cls, directory: str | os.PathLike[str]) -> LinearClassifier:
         """Loads a classifier written by `save`.
 
         Raises:
@@ -88,10 +96,13 @@ class TopicClassifier:
         """
         path = Path(directory) / WEIGHTS_FILE
         try:
-            found = safetensors.numpy.load(read_regular(path, MAX_BYTES))
+            data = read_regular(path, MAX_BYTES)
+            found = safetensors.numpy.load(data)
             numbers = {name: found[name].astype(np.float64) for name in ("scales", "bias", "idf")}
-            return cls(weights=found["weights"], **numbers)
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            temperature = float(found["temperature"][0])
+            name = f"linear ({hashlib.sha256(data).hexdigest()[:12]})"
+            return cls(weights=found["weights"], **numbers, temperature=temperature, name=name)
+        except (OSError, LookupError, ValueError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"the topic classifier {path} cannot be read ({error}): copy it again") from error
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -101,8 +112,20 @@ class TopicClassifier:
             "scales": self.scales.astype(np.float32),
             "bias": self.bias.astype(np.float32),
             "idf": self.idf.astype(np.float16),
+            "temperature": np.array([self.temperature], np.float32),
         }
         safetensors.numpy.save_file(arrays, Path(directory) / WEIGHTS_FILE)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The canonical topics."""
+        return CANONICAL_TOPICS
+
+    def probabilities(self, texts: Sequence[str]) -> FloatArray:
+        """Calibrated probability of each topic of each text: (n, T), rows sum to 1."""
+        scaled = self.scores(texts) / self.temperature
+        powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True), dtype=np.float64)
 
     def scores(self, texts: Sequence[str]) -> FloatArray:
         """Log-odds of each topic against the rest: (n, T)."""

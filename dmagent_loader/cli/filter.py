@@ -1,0 +1,140 @@
+"""``dmagent filter``: drops documents that should not be trained on, and counts them by reason."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from dmagent_loader.cli.shards import add_input_arguments, add_reading_arguments, input_domains, read_options
+from dmagent_loader.environment.questions import read_questions
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.labelling.classifier import load_classifier
+from dmagent_loader.labelling.documents import FileDocuments
+from dmagent_loader.labelling.filtering import NGRAM, SHORTEST_QUESTION, DocumentFilter, FilterConfig, counts_text
+from dmagent_loader.labelling.labels import batches
+
+_BATCH = 1024
+_DROPPED = "dropped"
+_PARTIAL = ".partial"
+
+
+def add_filter_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``filter``."""
+    defaults = FilterConfig()
+    parser = subparsers.add_parser(
+        "filter",
+        help="drop repeated, contaminated, short and low-quality documents",
+        description=(
+            "Writes the documents that are kept to OUTPUT/<field>/<domain>.jsonl.gz, for `dmagent shard --input "
+            "OUTPUT/<field> --field <field>`, and the reason for each of the others to OUTPUT/dropped. Of repeated "
+            "documents, the first is kept, over all domains in the order given."
+        ),
+    )
+    add_input_arguments(parser.add_mutually_exclusive_group(required=True))
+    parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the kept documents")
+    add_reading_arguments(parser)
+    parser.add_argument(
+        "--min-characters", type=int, default=defaults.min_characters, metavar="N", help="least length of a document"
+    )
+    parser.add_argument("--max-characters", type=int, metavar="N", help="largest length of a document")
+    parser.add_argument("--keep-duplicates", action="store_true", help="keep exact duplicates, too")
+    parser.add_argument(
+        "--near-duplicates",
+        type=float,
+        metavar="SIMILARITY",
+        help="also drop documents whose 5-word shingles are as similar to those of an earlier one, such as 0.8",
+    )
+    parser.add_argument(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help=f"question files (columns question, answer): drop documents with {NGRAM} consecutive words of a question",
+    )
+    parser.add_argument("--quality", metavar="NAME", help="folder or Hub id of NVIDIA's quality classifier")
+    parser.add_argument(
+        "--drop-quality",
+        nargs="+",
+        default=list(defaults.dropped_quality),
+        metavar="LABEL",
+        help="labels of the quality classifier that are dropped (default: Low)",
+    )
+    parser.add_argument("--device", help="torch device of the classifier (default: the GPU if there is one)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="texts in a batch (default: 64)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.set_defaults(run=filter_documents)
+
+
+def filter_documents(args: argparse.Namespace) -> int:
+    """Filters the documents and prints the counts."""
+    config = FilterConfig(
+        min_characters=args.min_characters,
+        max_characters=args.max_characters,
+        exact_duplicates=not args.keep_duplicates,
+        near_duplicates=args.near_duplicates,
+        dropped_quality=tuple(args.drop_quality),
+    )
+    domains = {name: FileDocuments(name, paths, read_options(args)) for name, paths in input_domains(args).items()}
+    present = [name for name in domains if (args.output / f"{name}.jsonl.gz").exists()]
+    if present:
+        raise ConfigurationError(f"{str(args.output)!r} holds the domain(s) {present} already: choose another --output")
+    questions = read_questions(args.decontaminate) if args.decontaminate else []
+    quality = load_classifier(args.quality, device=args.device, batch_size=args.batch_size) if args.quality else None
+    checked = DocumentFilter(config, (f"{q.question} {q.answer}" for q in questions), quality)
+    if questions:
+        print(
+            f"{checked.num_questions_checked:,} of {len(questions):,} questions are looked for; the others have fewer "
+            f"than {SHORTEST_QUESTION} words"
+        )
+    partial = args.output / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, documents in domains.items():
+            counts = _filter_domain(name, documents, checked, partial, progress=not args.no_progress)
+            print(f"{name}: {counts_text(counts)}")
+        for name in domains:
+            for folder in ("", _DROPPED):
+                final = args.output / folder / f"{name}.jsonl.gz"
+                final.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(partial / folder / f"{name}.jsonl.gz", final)
+    except OSError as error:
+        raise ConfigurationError(f"{str(args.output)!r} cannot be written: {error}; pass another --output") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for field in dict.fromkeys(name.split("/", 1)[0] for name in domains):
+        print(
+            f"wrote {args.output / field}; next: dmagent label or shard --input {args.output / field} --field {field}"
+        )
+    return 0
+
+
+def _filter_domain(
+    name: str, documents: FileDocuments, checked: DocumentFilter, folder: Path, *, progress: bool
+) -> Counter[str | None]:
+    counts: Counter[str | None] = Counter()
+    with contextlib.ExitStack() as stack:
+        files = []
+        for path in (folder / f"{name}.jsonl.gz", folder / _DROPPED / f"{name}.jsonl.gz"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            raw = stack.enter_context(open(path, "wb"))
+            files.append(stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0)))
+        bar = stack.enter_context(
+            tqdm(total=documents.size, unit="B", unit_scale=True, desc=f"filtering {name}", disable=not progress)
+        )
+        for batch in batches(documents.read(bar.update), _BATCH):
+            reasons = checked.reasons(batch)
+            counts.update(reasons)
+            for document, reason in zip(batch, reasons, strict=True):
+                row = {**document.columns, "text": document.text} if reason is None else {"origin": document.origin}
+                row |= {} if reason is None else {"reason": reason}
+                files[reason is not None].write(json.dumps(row, default=str).encode() + b"\n")
+    return counts

@@ -1,0 +1,339 @@
+"""``dmagent label`` finds the topics of documents, ``dmagent compose`` those of a sample of each domain, and ``dmagent
+start-state`` those of the base model's own training data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from dmagent_loader._files import write_atomically
+from dmagent_loader.cli.shards import (
+    add_input_arguments,
+    add_reading_arguments,
+    input_domains,
+    listed_shards,
+    read_options,
+)
+from dmagent_loader.errors import ConfigurationError, DomainError, require_extra
+from dmagent_loader.labelling.classifier import BUNDLED, load_classifier
+from dmagent_loader.labelling.compose import MAX_ERROR, SampleConfig, compose
+from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, JoinedDocuments, ShardDocuments
+from dmagent_loader.labelling.files import LABELS, UNSURE_FOLDER, LabelledDomain, label_domains
+from dmagent_loader.labelling.generation import GenerationConfig
+from dmagent_loader.labelling.labels import MIN_CONFIDENCE, LabelConfig, Labeller
+from dmagent_loader.labelling.start_state import (
+    MOST_DOCUMENTS,
+    MOST_TEXTS,
+    start_state_of_documents,
+    start_state_of_model,
+)
+from dmagent_loader.labelling.transformer import chosen_device
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS
+from dmagent_loader.shards.collection import ShardCollection
+from dmagent_loader.shards.compositions import (
+    COMPOSITIONS_NAME,
+    LOW_COVERAGE,
+    START_STATE,
+    Composition,
+    compositions_text,
+    load_compositions,
+)
+from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest
+from dmagent_loader.shards.writing.packing import TextTokenizer
+
+_SHOWN_TOPICS = 5
+
+
+def add_label_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``label``, ``compose`` and ``start-state``."""
+    _add_label(subparsers)
+    _add_compose(subparsers)
+    _add_start_state(subparsers)
+
+
+def _add_label(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "label",
+        help="find the topic of every document, and sort documents by topic",
+        description=(
+            "Writes the topic of every document to OUTPUT/labels/<domain>. With --split, the documents also go to "
+            "OUTPUT/<field>/<topic>.jsonl.gz, for `dmagent shard --input OUTPUT/<field> --field <field>`, and those "
+            "without a topic to OUTPUT/unsure. Labels that documents carry are used instead of the classifier. A job "
+            "that was killed continues where it stood when it is run again."
+        ),
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    add_input_arguments(where)
+    where.add_argument("--shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
+    parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the labels")
+    parser.add_argument("--split", action="store_true", help="also write the documents sorted by topic")
+    add_reading_arguments(parser)
+    add_classifier_arguments(parser)
+    parser.set_defaults(run=label)
+
+
+def _add_compose(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "compose",
+        help="measure the topics of each domain on a sample of its rows",
+        description=(
+            f"Writes {COMPOSITIONS_NAME} beside the manifest, from which a sampler takes the compositions by itself. "
+            "The sample of each domain is as large as --max-error needs."
+        ),
+    )
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"the file (default: {COMPOSITIONS_NAME} beside the manifest)"
+    )
+    _add_sample_arguments(parser, "largest sample of a domain (default: no limit)")
+    add_text_key(parser)
+    add_classifier_arguments(parser)
+    parser.set_defaults(run=compose_shards)
+
+
+def _add_start_state(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    defaults = GenerationConfig()
+    parser = subparsers.add_parser(
+        "start-state",
+        help="measure the topics of the base model's own training data, or of texts that it writes",
+        description=(
+            "Writes a file for AgentWeightedSampler(start_state=FILE). With --data or --shards, the base model's "
+            "training data are sampled. Where they are not available, --model samples texts that the model writes from "
+            "the start token alone (paper, appendix B)."
+        ),
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--data", nargs="+", metavar="PATH", help="files, globs or folders of training documents")
+    where.add_argument("--shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
+    where.add_argument("--model", metavar="NAME", help="folder or Hub id of a causal language model")
+    parser.add_argument(
+        "--output", type=Path, default=Path("start_state.json"), metavar="FILE", help="the file (default: %(default)s)"
+    )
+    _add_sample_arguments(
+        parser, f"largest sample (default: {MOST_DOCUMENTS:,} documents of files, {MOST_TEXTS:,} texts of a model)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=defaults.temperature, help="of the model's texts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=defaults.max_tokens, metavar="N", help="per text (default: %(default)s)"
+    )
+    parser.add_argument("--keep-texts", type=Path, metavar="FILE.jsonl.gz", help="keep the model's texts")
+    add_reading_arguments(parser)
+    add_classifier_arguments(parser)
+    parser.set_defaults(run=start_state)
+
+
+def _add_sample_arguments(parser: argparse.ArgumentParser, documents_help: str) -> None:
+    parser.add_argument(
+        "--max-error",
+        type=float,
+        default=MAX_ERROR,
+        metavar="X",
+        help="expected total variation between the shares of the sample and those of all documents "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--documents", type=int, metavar="N", help=documents_help)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+
+
+def add_text_key(parser: argparse.ArgumentParser) -> None:
+    """Adds the column of json members that holds the text."""
+    parser.add_argument("--text-key", default="text", help="column with the text (default: %(default)s)")
+
+
+def add_classifier_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `labeller_of` and `shard_documents` read."""
+    parser.add_argument(
+        "--classifier",
+        default=BUNDLED,
+        metavar="NAME",
+        help="'linear' (bundled), or a folder or Hub id of NVIDIA's domain classifier or WebOrganizer's topic "
+        "classifier (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-confidence",
+        type=float,
+        default=MIN_CONFIDENCE,
+        metavar="P",
+        help="least probability of a topic; below it, the answer is 'unsure' (default: %(default)s)",
+    )
+    parser.add_argument("--label-key", metavar="COLUMN", help="column with the label (default: the usual ones)")
+    parser.add_argument("--ignore-labels", action="store_true", help="classify documents that carry a label, too")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer of packed rows")
+    parser.add_argument("--eos-token", metavar="TOKEN", help="end-of-text token (default: the tokenizer's)")
+    parser.add_argument("--device", help="torch device of the classifier (default: the GPU if there is one)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="texts per batch (default: %(default)s)"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def label(args: argparse.Namespace) -> int:
+    """Labels the documents and prints a summary."""
+    labeller = labeller_of(args)
+    domains: dict[str, DomainDocuments] = {}
+    if args.shards:
+        collection, _ = open_shards(args)
+        domains.update(shard_documents(collection, args))
+        fieldless = [name for name in domains if "/" not in name]
+        if fieldless:
+            raise DomainError(
+                f"the domains {fieldless} have no field: write source/NAME=PATTERN or target/NAME=PATTERN"
+            )
+    else:
+        for name, paths in input_domains(args).items():
+            domains[name] = FileDocuments(name, paths, read_options(args))
+    counted = label_domains(domains, args.output, labeller, split=args.split, progress=not args.no_progress)
+    for name, found in counted.items():
+        print(_labels_line(name, found))
+    print(f"wrote {Path(args.output) / LABELS}")
+    if args.split:
+        for field in dict.fromkeys(name.split("/", 1)[0] for name in counted):
+            folder = Path(args.output) / field
+            print(f"wrote {folder}; next: dmagent shard --input {folder} --field {field} --output SHARDS")
+        unsure = sum(found.unsure for found in counted.values())
+        if unsure:
+            print(
+                f"{unsure:,} documents of unknown topic are in {Path(args.output) / UNSURE_FOLDER}: shard them as a "
+                "domain, or leave them out"
+            )
+    return 0
+
+
+def compose_shards(args: argparse.Namespace) -> int:
+    """Measures the compositions, writes them and prints a summary."""
+    labeller = labeller_of(args)
+    collection, manifests = open_shards(args)
+    output = args.output
+    if output is None:
+        if len(manifests) != 1 or "://" in manifests[0].url:
+            raise ConfigurationError(
+                f"compositions go beside one local {MANIFEST_NAME}, but {len(manifests)} were given, or a remote one: "
+                "pass --output FILE"
+            )
+        output = Path(manifests[0].url).parent / COMPOSITIONS_NAME
+    digests = {name: manifest.digest(name) for manifest in manifests for name in manifest}
+    config = _sample_config(args)
+    found: dict[str, Composition] = {}
+    for name, documents in shard_documents(collection, args).items():
+        found[name] = compose(
+            name,
+            documents,
+            labeller,
+            config,
+            shards=digests.get(name, ""),
+            progress=not args.no_progress,
+        )
+        print(_composition_line(name, found[name]))
+    kept = load_compositions(output) if output.exists() else {}
+    _write(output, {**kept, **found})
+    return 0
+
+
+def start_state(args: argparse.Namespace) -> int:
+    """Measures the start state, writes it and prints a summary."""
+    labeller, config, progress = labeller_of(args), _sample_config(args), not args.no_progress
+    generation = GenerationConfig(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
+    if args.model is None and args.keep_texts is not None:
+        raise ConfigurationError("--keep-texts keeps the texts of a model, but no --model is given: leave it out")
+    if args.model is not None:
+        model, tokenizer = _language_model(args.model, args.device)
+        found = start_state_of_model(
+            model, tokenizer, labeller, config, generation, keep=args.keep_texts, progress=progress
+        )
+    elif args.shards:
+        collection, _ = open_shards(args)
+        rows = JoinedDocuments(list(shard_documents(collection, args).values()))
+        found = compose(START_STATE, rows, labeller, config, progress=progress)
+    else:
+        documents = FileDocuments(START_STATE, args.data, read_options(args))
+        with tqdm(
+            total=documents.size, unit="B", unit_scale=True, desc="reading documents", disable=not progress
+        ) as bar:
+            found = start_state_of_documents(documents.read(bar.update), labeller, config, progress=progress)
+    print(_composition_line(START_STATE, found))
+    _write(args.output, {START_STATE: found})
+    return 0
+
+
+def _write(output: Path, compositions: dict[str, Composition]) -> None:
+    try:
+        write_atomically(output, compositions_text(compositions).encode())
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be written: {error}; pass another --output") from error
+    print(f"wrote {output}")
+
+
+def _language_model(name: str, device: str | None) -> tuple[Any, Any]:
+    transformers = require_extra("transformers", "label")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype="auto")
+    except Exception as error:  # the library raises bare Exceptions
+        raise ConfigurationError(
+            f"no language model could be loaded from {name!r} ({error}): give a folder that save_pretrained wrote, "
+            "with its tokenizer, or a Hub id"
+        ) from error
+    return model.to(chosen_device(device)), tokenizer
+
+
+def _sample_config(args: argparse.Namespace) -> SampleConfig:
+    return SampleConfig(max_error=args.max_error, most_documents=args.documents, seed=args.seed)
+
+
+def labeller_of(args: argparse.Namespace) -> Labeller:
+    """The classifier and settings of the arguments."""
+    config = LabelConfig(
+        min_confidence=args.min_confidence, label_key=args.label_key, use_stated=not args.ignore_labels
+    )
+    return Labeller(load_classifier(args.classifier, device=args.device, batch_size=args.batch_size), config)
+
+
+def open_shards(args: argparse.Namespace) -> tuple[ShardCollection, list[Manifest]]:
+    """The shards of the arguments, and the manifests among them."""
+    shards, manifests = listed_shards(args.shards)
+    return ShardCollection.open(shards, progress=not args.no_progress, manifests=manifests), manifests
+
+
+def shard_documents(collection: ShardCollection, args: argparse.Namespace) -> dict[str, ShardDocuments]:
+    """Domain -> its rows as documents."""
+    tokenizer = None if args.tokenizer is None else TextTokenizer.load(args.tokenizer, args.eos_token)
+    return {
+        name: ShardDocuments(collection, number, args.text_key, tokenizer)
+        for number, name in enumerate(collection.domains)
+    }
+
+
+def _labels_line(name: str, found: LabelledDomain) -> str:
+    total = max(1.0, float(found.counts.sum()))
+    most = [i for i in np.argsort(-found.counts)[:_SHOWN_TOPICS] if found.counts[i] > 0]
+    topics = ", ".join(f"{CANONICAL_TOPICS[i]} {found.counts[i] / total:.0%}" for i in most)
+    return f"{name}: {found.documents:,} documents, {_known(found.documents, found.unsure, found.stated)}: {topics}"
+
+
+def _composition_line(name: str, found: Composition) -> str:
+    total = sum(found.counts.values())
+    most = sorted(found.counts, key=lambda topic: -found.counts[topic])[:_SHOWN_TOPICS]
+    ends = {topic: "{:.0%} to {:.0%}".format(*found.intervals[topic]) for topic in most}
+    topics = ", ".join(f"{topic} {found.counts[topic] / total:.0%} ({ends[topic]})" for topic in most)
+    line = (
+        f"{name}: sample of {found.documents:,}, {_known(found.documents, found.unsure, found.stated)}: {topics}; "
+        f"expected error {found.error:.3f}, {found.documents_needed:,} documents suffice"
+    )
+    if found.unsure > LOW_COVERAGE * found.documents:
+        line += (
+            f"\n  warning: {found.unsure / found.documents:.0%} of the sample has no topic, so the composition stands "
+            "for the rest only; look at it, or use another --classifier"
+        )
+    return line
+
+
+def _known(documents: int, unsure: int, stated: int) -> str:
+    text = f"{(documents - unsure) / max(1, documents):.0%} with a topic"
+    return text + (f" ({stated:,} stated)" if stated else "")

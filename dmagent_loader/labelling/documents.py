@@ -1,0 +1,179 @@
+"""Documents to classify, from any input or from shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from dmagent_loader._validation import shown
+from dmagent_loader.errors import ShardError
+from dmagent_loader.shards.collection import ShardCollection
+from dmagent_loader.shards.decode import RawSample, decode_npy
+from dmagent_loader.shards.inputs.documents import Document, DocumentReader
+from dmagent_loader.shards.inputs.finding import find_inputs
+from dmagent_loader.shards.inputs.options import ReadOptions
+from dmagent_loader.shards.writing.packing import PACKED_MEMBER, TextTokenizer
+
+_TEXT_MEMBERS = ("txt", "text")
+
+Advance = Callable[[int], object]
+
+
+class DomainDocuments(Protocol):
+    """The documents of one domain, read in the same order every time."""
+
+    @property
+    def size(self) -> int:
+        """Length of the whole, in `unit`, for a progress bar."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """``"B"`` or ``"row"``."""
+        ...
+
+    @property
+    def identity(self) -> list[Any]:
+        """JSON values that change if the documents do."""
+        ...
+
+    def read(self, advance: Advance) -> Iterator[Document]:
+        """Reads the documents with all their columns; calls `advance` with what was read since the last call."""
+        ...
+
+
+class FileDocuments:
+    """Documents in the files, folders, URLs and data sets that `dmagent shard` reads.
+
+    Args:
+        domain: Name of the domain, for messages.
+        paths: See `shard_files`.
+        options: Which part of a record is the document; None: the column ``text``, with all other columns.
+
+    Raises:
+        ShardNotFoundError: A path matches no file.
+        ShardError: A file is of a kind that is not read.
+    """
+
+    unit = "B"
+
+    def __init__(
+        self, domain: str, paths: Sequence[str | os.PathLike[str]], options: ReadOptions | None = None
+    ) -> None:
+        self._options = options or ReadOptions(keep_columns=None)
+        self._inputs = find_inputs(domain, paths, self._options)
+        self.size = sum(source.size for source in self._inputs)
+        self.identity = [
+            asdict(self._options),
+            *([source.name, source.size, source.version] for source in self._inputs),
+        ]
+
+    def read(self, advance: Advance) -> Iterator[Document]:
+        """See `DomainDocuments`."""
+        return iter(DocumentReader(self._inputs, self._options, advance))
+
+
+@dataclass
+class ShardDocuments:
+    """Rows of one domain of a collection of shards, as documents.
+
+    A row of text is a document. Of a packed row, the longest piece between end-of-text tokens is taken.
+
+    Args:
+        collection: The shards.
+        domain: Number of the domain.
+        text_key: Column of a ``json`` member that holds the text where there is no ``txt`` member.
+        tokenizer: Tokenizer of packed rows; None: there are none.
+    """
+
+    collection: ShardCollection
+    domain: int
+    text_key: str = "text"
+    tokenizer: TextTokenizer | None = None
+    unit = "row"
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return int(self.collection.num_rows[self.domain])
+
+    @property
+    def row_tokens(self) -> int | None:
+        """Number of tokens of the first row; None: it is a row of text."""
+        members = self.collection.read(self.domain, int(np.flatnonzero(self.collection.shard_rows(self.domain))[0]), 0)
+        packed = members.members.get(PACKED_MEMBER)
+        return None if packed is None else int(decode_npy(bytes(packed)).size)
+
+    @property
+    def identity(self) -> list[Any]:
+        """Digests of the shards."""
+        return [int(content) for content in self.collection.shard_contents(self.domain)]
+
+    def read(self, advance: Advance) -> Iterator[Document]:
+        """See `DomainDocuments`."""
+        for document in self.rows(range(self.size)):
+            advance(1)
+            if document.text.strip():
+                yield document
+
+    def rows(self, positions: Iterable[int]) -> Iterator[Document]:
+        """The rows at these positions of the domain.
+
+        Raises:
+            ShardError: A row has no text, or needs a tokenizer.
+        """
+        ends = np.cumsum(self.collection.shard_rows(self.domain))
+        for position in positions:
+            shard = int(np.searchsorted(ends, position, side="right"))
+            row = int(position - (ends[shard - 1] if shard else 0))
+            raw = self.collection.read(self.domain, shard, row)
+            yield self._document(raw, f"row {raw.key} of {self.collection.display(self.domain, shard)}")
+
+    def _document(self, raw: RawSample, place: str) -> Document:
+        members = raw.members
+        columns: dict[str, Any] = {}
+        if "json" in members:
+            found = json.loads(bytes(members["json"]))
+            columns = found if isinstance(found, dict) else {}
+        for name in _TEXT_MEMBERS:
+            if name in members:
+                return Document(bytes(members[name]).decode("utf-8"), columns, place)
+        if isinstance(columns.get(self.text_key), str):
+            return Document(columns.pop(self.text_key), columns, place)
+        if PACKED_MEMBER not in members:
+            raise ShardError(
+                f"{place} has no text: its members are {shown(sorted(members))}, and a topic needs a member txt, "
+                f"{PACKED_MEMBER}, or json with the column {self.text_key!r} (--text-key)"
+            )
+        if self.tokenizer is None:
+            raise ShardError(f"{place} holds tokens, not text: name their tokenizer (--tokenizer, tokenizer=)")
+        return Document(self._longest_piece(decode_npy(bytes(members[PACKED_MEMBER]))), columns, place)
+
+    def _longest_piece(self, tokens: np.ndarray[Any, Any]) -> str:
+        assert self.tokenizer is not None
+        pieces = np.split(tokens.reshape(-1), np.flatnonzero(tokens.reshape(-1) == self.tokenizer.eos_id) + 1)
+        return self.tokenizer.decode(max(pieces, key=len).tolist())
+
+
+@dataclass(frozen=True)
+class JoinedDocuments:
+    """The rows of several domains, as one domain."""
+
+    parts: Sequence[ShardDocuments]
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return sum(part.size for part in self.parts)
+
+    def rows(self, positions: Sequence[int]) -> Iterator[Document]:
+        """The rows at these positions, in ascending order."""
+        start = 0
+        for part in self.parts:
+            yield from part.rows([p - start for p in positions if start <= p < start + part.size])
+            start += part.size

@@ -1,0 +1,61 @@
+"""`dmagent label` is killed, run again, and gives what an undisturbed run gives."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launching import environment
+from shard_fixtures import files_under, write_jsonl
+
+from dmagent_loader.labelling.files import PART_DOCUMENTS
+
+TEXTS = (
+    "The goalkeeper saved a penalty in the last minute and the team won the league match",
+    "Simmer the onions in butter, add garlic and stock, and season the soup with salt",
+    "zzzz qqqq",
+)
+
+
+def start(web: Path, output: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "dmagent_loader", "label", "--domain", f"source/web={web}", "--split"]
+    return subprocess.Popen(
+        [*command, "--output", str(output), "--no-progress"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(run: subprocess.Popen[str]) -> str:
+    out, errors = run.communicate(timeout=200)
+    assert run.returncode == 0, errors
+    return out
+
+
+def test_a_killed_job_continues_after_its_last_part(tmp_path: Path) -> None:
+    count = 4 * PART_DOCUMENTS + 100
+    web = write_jsonl(tmp_path / "web.jsonl", [{"text": f"{TEXTS[n % 3]} {n}", "id": n} for n in range(count)])
+    whole = finished(start(web, tmp_path / "whole"))
+    killed = start(web, tmp_path / "killed")
+    labels = tmp_path / "killed" / "labels" / "source" / "web"
+    deadline = time.monotonic() + 100
+    while not (labels / "part-000000.jsonl.gz").exists():
+        assert killed.poll() is None, killed.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    written = {path: path.stat().st_mtime_ns for path in labels.glob("part-*")}
+    assert len(written) < 5, "it was done before it was killed"
+    again = finished(start(web, tmp_path / "killed"))
+    assert again.replace(str(tmp_path / "killed"), str(tmp_path / "whole")) == whole
+    assert all(path.stat().st_mtime_ns == changed for path, changed in written.items())
+    names = {path.relative_to(tmp_path / "whole") for path in files_under(tmp_path / "whole")}
+    assert names == {path.relative_to(tmp_path / "killed") for path in files_under(tmp_path / "killed")}
+    for name in names:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

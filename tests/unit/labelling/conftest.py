@@ -1,0 +1,3 @@
+from shard_fixtures import own_cache
+
+__all__ = ["own_cache"]

@@ -1,0 +1,117 @@
+"""Labelling of files: every document once and in order, continued after a kill, and sorted by topic."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from shard_fixtures import write_jsonl
+
+from dmagent_loader.errors import ConfigurationError, ShardError
+from dmagent_loader.labelling import files
+from dmagent_loader.labelling.documents import FileDocuments
+from dmagent_loader.labelling.files import label_domains, read_labels
+from dmagent_loader.labelling.labels import Labeller
+from dmagent_loader.mixture.domains import CANONICAL_TOPICS
+
+
+class ByWord:
+    """Labels a text by its first word; it is unsure of texts with a question mark."""
+
+    name = "by word"
+    labels = CANONICAL_TOPICS
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        self.seen += texts
+        result = np.full((len(texts), 26), 1 / 26)
+        for row, text in zip(result, texts, strict=True):
+            if "?" not in text:
+                row[:] = np.eye(26)[self.labels.index(text.split()[0])]
+        return result
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(files, "PART_DOCUMENTS", 4)
+    rows: list[dict[str, Any]] = [{"text": f"{'Science' if n % 2 else 'Games'} {n}", "url": f"u{n}"} for n in range(8)]
+    rows += [{"text": "Games ? 8"}, {"text": "Games 9", "topic": "News"}]
+    return write_jsonl(tmp_path / "web.jsonl.gz", rows)
+
+
+def run(web: Path, output: Path, classifier: ByWord, **settings: Any) -> Any:
+    documents = {"source/web": FileDocuments("source/web", [web])}
+    return label_domains(documents, output, Labeller(classifier), progress=False, **settings)["source/web"]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+
+
+def test_labels_are_in_the_order_of_the_documents_and_counted(web: Path, tmp_path: Path) -> None:
+    found = run(web, tmp_path / "out", ByWord())
+    labels = list(read_labels(tmp_path / "out" / "labels" / "source/web"))
+    assert [label["topic"] for label in labels] == [*["Games", "Science"] * 4, None, "News"]
+    assert [label["by"] for label in labels] == [*["by word"] * 9, "stated"]
+    assert labels[3]["origin"].endswith("web.jsonl.gz, line 4")
+    counts = dict(zip(CANONICAL_TOPICS, found.counts, strict=True))
+    assert (counts["Games"], counts["Science"], counts["News"]) == (4, 4, 1)
+    assert (found.documents, found.unsure, found.stated) == (10, 1, 1)
+
+
+def test_a_killed_job_continues_after_its_last_part(web: Path, tmp_path: Path) -> None:
+    """The first classifier dies in the third part; the second one sees that part only, and nothing differs."""
+
+    class Dies(ByWord):
+        def probabilities(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+            if any("?" in text for text in texts):
+                raise KeyboardInterrupt
+            return super().probabilities(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(web, tmp_path / "killed", Dies())
+    second = ByWord()
+    assert (
+        run(web, tmp_path / "killed", second).counts.tolist() == run(web, tmp_path / "whole", ByWord()).counts.tolist()
+    )
+    assert second.seen == ["Games ? 8"]
+    for whole in (tmp_path / "whole").rglob("part-*"):
+        assert (tmp_path / "killed" / whole.relative_to(tmp_path / "whole")).read_bytes() == whole.read_bytes()
+
+
+def test_documents_are_sorted_by_topic_with_their_columns(web: Path, tmp_path: Path) -> None:
+    run(web, tmp_path / "out", ByWord(), split=True)
+    folder = tmp_path / "out" / "source"
+    assert sorted(path.name for path in folder.iterdir()) == ["Games.jsonl.gz", "News.jsonl.gz", "Science.jsonl.gz"]
+    rows = read_rows(folder / "Science.jsonl.gz")
+    assert [row["text"] for row in rows] == ["Science 1", "Science 3", "Science 5", "Science 7"]
+    assert rows[0]["url"] == "u1"
+    assert rows[0]["topic_by"] == "by word"
+    (unsure,) = read_rows(tmp_path / "out" / "unsure" / "source.jsonl.gz")
+    assert unsure["text"] == "Games ? 8"
+
+
+def test_labels_of_other_documents_or_settings_are_not_continued(web: Path, tmp_path: Path) -> None:
+    run(web, tmp_path / "out", ByWord())
+    other = ByWord()
+    other.name = "another"
+    with pytest.raises(ConfigurationError, match="holds labels with other classifier"):
+        run(web, tmp_path / "out", other)
+    write_jsonl(web, [{"text": "Science 1"}])
+    with pytest.raises(ConfigurationError, match="holds labels with other documents"):
+        run(web, tmp_path / "out", ByWord())
+
+
+def test_a_damaged_part_is_named(web: Path, tmp_path: Path) -> None:
+    run(web, tmp_path / "out", ByWord())
+    part = tmp_path / "out" / "labels" / "source/web" / "part-000001.jsonl.gz"
+    part.write_bytes(part.read_bytes()[:-9])
+    with pytest.raises(ShardError, match="part-000001"):
+        run(web, tmp_path / "out", ByWord())

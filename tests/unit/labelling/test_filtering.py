@@ -1,0 +1,144 @@
+"""Each reason to drop a document, and `dmagent filter` with its counts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from shard_fixtures import write_jsonl
+
+from dmagent_loader.cli import main
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.labelling.filtering import (
+    CONTAMINATED,
+    EXACT,
+    LENGTH,
+    NEAR,
+    QUALITY,
+    DocumentFilter,
+    FilterConfig,
+)
+from dmagent_loader.shards.inputs.documents import Document
+
+QUESTION = (
+    "A train leaves the old station at noon and travels north at forty miles an hour. How far is it at three? 120"
+)
+SHORT = "What is the name of the largest moon of Saturn? Titan"
+
+
+def reasons(texts: Sequence[str], questions: Sequence[str] = (), **settings: Any) -> list[str | None]:
+    checked = DocumentFilter(FilterConfig(**settings), questions)
+    return checked.reasons([Document(text, {}, "") for text in texts])
+
+
+def words(seed: int, count: int = 120) -> list[str]:
+    return [f"w{n}" for n in np.random.default_rng(seed).integers(0, 10_000, count)]
+
+
+def test_lengths() -> None:
+    assert reasons(["a" * n for n in (4, 5, 9, 10)], min_characters=5, max_characters=9) == [LENGTH, None, None, LENGTH]
+
+
+def test_exact_duplicates_ignore_case_and_punctuation() -> None:
+    assert reasons(["One, two!", "one two", "ONE  two.", "one three", "", ""]) == [
+        None,
+        EXACT,
+        EXACT,
+        None,
+        None,
+        EXACT,
+    ]
+    assert reasons(["?!", "!?"]) == [None, None]
+    assert reasons(["a b", "a b"], exact_duplicates=False) == [None, None]
+
+
+def test_near_duplicates_are_those_above_the_similarity() -> None:
+    """3 of 120 words changed: a Jaccard similarity of about 0.78; 30 changed: about 0.15."""
+    pytest.importorskip("datasketch")
+    text, close, far = words(0), words(0), words(0)
+    for n in (10, 60, 100):
+        close[n] = "changed"
+    far[::4] = ["changed"] * 30
+    texts = [" ".join(part) for part in (text, close, far, words(1))]
+    assert reasons(texts, near_duplicates=0.6) == [None, NEAR, None, None]
+    assert reasons(texts, near_duplicates=0.95) == [None, None, None, None]
+    assert reasons(["one two", "one, two", "three"], near_duplicates=0.9, exact_duplicates=False) == [None, NEAR, None]
+
+
+def test_a_dropped_document_does_not_stand_for_others() -> None:
+    """A repeat of a document that was dropped for its length is dropped for its length, too, not as a repeat."""
+    assert reasons(["ab", "ab", "abc", "abc"], min_characters=3) == [LENGTH, LENGTH, None, EXACT]
+
+
+def test_thirteen_words_of_a_question_contaminate() -> None:
+    some = QUESTION.split()
+    thirteen, twelve = " ".join(some[2:15]), " ".join(some[2:14])
+    texts = [f"Before. {thirteen.upper()}, after", f"before {twelve} after", QUESTION, "nothing of it"]
+    assert reasons(texts, [QUESTION]) == [CONTAMINATED, None, CONTAMINATED, None]
+
+
+def test_a_shorter_question_contaminates_as_a_whole_and_a_very_short_one_is_not_looked_for() -> None:
+    texts = [f"quiz: {SHORT}!", " ".join(SHORT.split()[:-1]), "who wrote it? me"]
+    checked = DocumentFilter(FilterConfig(), [SHORT, "Who wrote it? Me"])
+    assert checked.reasons([Document(text, {}, "") for text in texts]) == [CONTAMINATED, None, None]
+    assert checked.num_questions_checked == 1
+
+
+class ByLength:
+    """Long texts are good; it records what it is asked."""
+
+    name, labels = "by length", ("High", "Medium", "Low")
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        self.seen += texts
+        return np.stack([np.eye(3)[0 if len(text) > 8 else 1 if len(text) > 4 else 2] for text in texts])
+
+
+def test_low_quality_is_dropped_and_only_what_is_left_is_classified() -> None:
+    quality = ByLength()
+    documents = [Document(text, {}, "") for text in ("long enough", "middle", "low", "low", "x")]
+    checked = DocumentFilter(FilterConfig(min_characters=2), quality=quality)
+    assert checked.reasons(documents) == [None, None, QUALITY, EXACT, LENGTH]
+    assert quality.seen == ["long enough", "middle", "low"]
+    with pytest.raises(ConfigurationError, match=r"\['Bad'\] are not among those of by length"):
+        DocumentFilter(FilterConfig(dropped_quality=("Bad",)), quality=quality)
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no document fits"):
+        FilterConfig(min_characters=5, max_characters=4)
+    with pytest.raises(ConfigurationError, match="near_duplicates is 80"):
+        FilterConfig(near_duplicates=80)
+
+
+def test_the_command_counts_what_it_drops_over_all_domains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "kept here", "id": 1}, {"text": "x"}, {"text": f"see {QUESTION}"}]
+    web = write_jsonl(tmp_path / "web.jsonl", rows)
+    math = write_jsonl(tmp_path / "math.jsonl.gz", [{"text": "Kept here."}, {"text": "only here"}])
+    questions = [{"question": QUESTION, "answer": "120"}, {"question": "Why?", "answer": "So"}]
+    quiz = write_jsonl(tmp_path / "quiz.jsonl", questions)
+    command = ["filter", "--domain", f"source/web={web}", "--domain", f"target/math={math}", "--min-characters", "3"]
+    command += ["--decontaminate", str(quiz), "--output", str(tmp_path / "out"), "--no-progress"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 2 questions are looked for" in printed
+    assert "source/web: 1 of 3 kept; dropped: 1 length, 1 contaminated" in printed
+    assert "target/math: 1 of 2 kept; dropped: 1 exact duplicate" in printed
+
+    def read(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in gzip.decompress((tmp_path / "out" / name).read_bytes()).splitlines()]
+
+    assert read("source/web.jsonl.gz") == [{"id": 1, "text": "kept here"}]
+    assert read("target/math.jsonl.gz") == [{"text": "only here"}]
+    assert [row["reason"] for row in read("dropped/source/web.jsonl.gz")] == ["length", "contaminated"]
+    assert not (tmp_path / "out" / ".partial").exists()
+    assert main(command) == 2
+    assert "holds the domain(s) ['source/web', 'target/math'] already" in capsys.readouterr().err
