@@ -38,7 +38,15 @@ from dmagent_loader.policies.fields import report_topics
 from dmagent_loader.shards import Manifest, PackText, load_manifest
 from dmagent_loader.shards.compositions import compositions_of, load_compositions, load_start_state
 
-__all__ = ["AgentWeightedSampler", "Decision", "DecisionConfig", "LoaderSettings", "Measurement", "ReadingConfig"]
+__all__ = [
+    "AgentWeightedSampler",
+    "Decision",
+    "DecisionConfig",
+    "LoaderSettings",
+    "Measurement",
+    "PackText",
+    "ReadingConfig",
+]
 
 _BUILDING = "building the sampler"
 

@@ -72,23 +72,20 @@ class PackText:
         object.__setattr__(self, "encoder", encoder)
 
     def _end_token(self, backend: Any) -> int:
-        number = self.end_token
+        number: Any = self.end_token
         if number == "tokenizer":
-            if backend is self.tokenizer:
-                number = next(
-                    (backend.token_to_id(t) for t in COMMON_END_TOKENS if backend.token_to_id(t) is not None), None
-                )
-            else:
-                number = self.tokenizer.eos_token_id
+            known = [backend.token_to_id(token) for token in COMMON_END_TOKENS]
+            known = known if backend is self.tokenizer else [self.tokenizer.eos_token_id]
+            number = next((token for token in known if token is not None), None)
             if number is None:
                 raise ConfigurationError(
                     "the tokenizer has no end-of-text token, so packed documents would run into each other: pass "
                     "end_token= (its id)"
                 )
-        number = whole_number("end_token", number, least=0)
-        if backend.id_to_token(number) is None:
-            raise ConfigurationError(f"end_token is {number}, which is not a token of the tokenizer")
-        return number
+        end_token = whole_number("end_token", number, least=0)
+        if backend.id_to_token(end_token) is None:
+            raise ConfigurationError(f"end_token is {end_token}, which is not a token of the tokenizer")
+        return end_token
 
     @property
     def description(self) -> str:
