@@ -48,7 +48,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_data_workers_read_the_same_rows(shards, tmp_path, start):
     def batches(workers: int) -> torch.Tensor:
-        sampler = AgentWeightedSampler(shards, pack=PackText(byte_tokenizer(), 24), reading=quiet(tmp_path))
+        sampler = AgentWeightedSampler(
+            shards, pack=PackText(byte_tokenizer(), 24), reading=quiet(tmp_path), exhausted="stop"
+        )
         context = {"multiprocessing_context": start} if workers else {}
         loader = MixingDataLoader(sampler, batch_size=4, num_workers=workers, collate_fn=collate_packed, **context)
         return torch.cat([batch["input_ids"] for batch in loader])

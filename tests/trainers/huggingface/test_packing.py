@@ -55,7 +55,7 @@ def trainer(folder: Path, shards: dict[str, list[str]], steps: int, length: int 
         disable_tqdm=True,
     )
     environment = Environment.from_pairs({"general": [("the 3 birds", " sing")]}, tokenizer)
-    callbacks = [DataMixingCallback(sampler, environment, log="full")]
+    callbacks = [DataMixingCallback(sampler, environment)]
     return Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=sampler, callbacks=callbacks)
 
 
