@@ -14,7 +14,7 @@ import pytest
 import torch
 from reading import quiet
 from samplers import logged
-from text_shards import END_ID, byte_tokenizer, random_documents, write_documents
+from text_shards import END, END_ID, byte_tokenizer, random_documents, write_documents
 
 from dmagent_loader import AgentWeightedSampler, MixingDataLoader, PackText, ReadingConfig
 from dmagent_loader.cli import main
@@ -22,7 +22,7 @@ from dmagent_loader.errors import ConfigurationError, DecodeError, StateError
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import assert_same_after_resume
-from dmagent_loader.transforms import PACKED_MEMBER, ShiftedTokens, collate_packed
+from dmagent_loader.transforms import IGNORED_LABEL, PACKED_MEMBER, ShiftedTokens, collate_packed
 
 LENGTH = 16
 DOMAINS = {"source/long": (2, 6, 300), "source/short": (3, 40, 8), "target/math": (2, 25, 40)}
@@ -215,8 +215,20 @@ def test_commands_that_look_for_stored_rows_refuse_a_packed_run(shards, cache, t
         assert "the run packed its documents while it read them (rows of 16 tokens" in capsys.readouterr().err
 
 
-def test_end_tokens_mark_the_documents_of_a_batch(shards, cache):
-    """The boundaries that collate_packed uses to keep documents apart."""
-    rows = list(itertools.islice(build(shards, cache), 30))
-    short = [row[PACKED_MEMBER] for row in rows if row["__domain__"] == "source/short"]
-    assert all((row == END_ID).any() for row in short)
+@pytest.mark.parametrize("parse", [False, True])
+def test_collate_packed_keeps_the_documents_apart(cache, tmp_path, parse):
+    """By the end-of-text tokens, or, where a document may contain them, by the lengths that the row names."""
+    texts = ["ab", f"c{END}d", "efghij"]
+    paths = write_documents(tmp_path, {"source/a": [texts]})
+    pack = PackText(byte_tokenizer(), 6, parse_special_tokens=parse)
+    in_order = quiet(cache, ReadingConfig(shuffle_window=1))
+    batch = collate_packed(
+        list(AgentWeightedSampler(paths, pack=pack, reading=in_order, exhausted="stop")), end_token=END_ID
+    )
+    if parse:  # ab. c.d. | efghij (its end token is the remainder)
+        assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2]
+        assert batch["position_ids"][1].tolist() == [0, 0, 1, 2, 3, 4]
+        assert batch["labels"][0].tolist()[3] == IGNORED_LABEL != batch["labels"][0].tolist()[4]
+    else:  # the end token is text of many bytes
+        assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2]
+        assert batch["position_ids"][1:3].tolist() == [[0, 1, 2, 3, 4, 5]] * 2
