@@ -184,7 +184,7 @@ class FeedDataset(IterableDataset[Sample]):
 
     @property
     def collection(self) -> RowSource:
-        """The shards."""
+        """The rows of all domains: a `ShardCollection`, or with `PackText`, `PackedRows`."""
         return self._feed.collection
 
     @property
