@@ -57,8 +57,7 @@ class TokenCounts:
         """
         collection = self._collection
         shards = [(d, s) for d in range(len(collection.domains)) for s in range(len(collection.shard_rows(d)))]
-        known = {shard: self._load(*shard) for shard in shards}
-        missing = sum(int(collection.shard_rows(d)[s]) for (d, s), counts in known.items() if counts is None)
+        missing = sum(int(collection.shard_rows(d)[s]) for d, s in shards if not self._path(d, s).exists())
         with tqdm(
             total=missing,
             unit=" documents",
@@ -66,7 +65,8 @@ class TokenCounts:
             mininterval=0.5,
             disable=not (progress and missing),
         ) as bar:
-            for (domain, shard), counts in known.items():
+            for domain, shard in shards:
+                counts = self._load(domain, shard)
                 yield domain, shard, self._counted(domain, shard, bar) if counts is None else counts
         if missing:
             remove_leftovers(self._folder)

@@ -47,7 +47,7 @@ class PackingAccount:
         tokens: Their tokens, with end-of-text tokens.
         rows: Rows of the domain.
         remainder: Tokens at the ends of shards that fill no row.
-        bad_documents: Rows of the shards that are left out, because they hold no text.
+        bad_documents: Rows of the shards that cannot be packed and are left out.
     """
 
     documents: int
@@ -176,7 +176,7 @@ class PackedRows:
             ": put the documents into fewer shards to lose less" if level == logging.WARNING else "",
         )
         if account.bad_documents:
-            logger.warning("packing: domain %r: %d rows hold no text and are left out", name, account.bad_documents)
+            logger.warning("packing: domain %r: %d rows cannot be packed and are left out", name, account.bad_documents)
 
     def _content(self, domain: int, shard: int, counts: Counts) -> int:
         """64 bits that identify the rows of a shard: its content, the packing, and the tokens of each document."""

@@ -156,7 +156,7 @@ def test_bad_documents_are_named_or_left_out(tmp_path, caplog):
         "remainder": 14,
         "bad_documents": 2,
     }
-    assert "domain 'source/a': 2 rows hold no text and are left out" in caplog.text
+    assert "domain 'source/a': 2 rows cannot be packed and are left out" in caplog.text
 
 
 def test_text_that_spells_the_end_token_is_text_or_named(tmp_path):
@@ -267,3 +267,26 @@ def test_counts_of_a_folder_that_vanished_are_made_again(tmp_path):
     for file in (tmp_path / "cache" / "tokens").rglob("*.safetensors"):
         os.remove(file)
     assert rows_of_shard(rows) == joined(random_documents(0, 30, 60), byte_tokenizer())[: len(rows_of_shard(rows))]
+
+
+def test_an_interrupted_count_goes_on_with_the_next_shard(tmp_path, monkeypatch):
+    paths = write_documents(tmp_path, {"source/a": [random_documents(n, 30, 60) for n in range(3)]})
+    counted: list[int] = []
+    tokens = DocumentEncoder.tokens
+
+    def interrupted(self: DocumentEncoder, rows: Any) -> Any:
+        if len(counted) == 2:
+            raise KeyboardInterrupt
+        counted.append(len(rows))
+        return tokens(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DocumentEncoder, "tokens", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_packed(paths, tmp_path)
+    assert len(list((tmp_path / "cache" / "tokens").rglob("*.safetensors"))) == 2
+    assert not list((tmp_path / "cache" / "tokens").rglob("*.lock"))
+    counted.clear()
+    monkeypatch.setattr(DocumentEncoder, "tokens", lambda self, rows: counted.append(len(rows)) or tokens(self, rows))
+    open_packed(paths, tmp_path)
+    assert counted == [30]
