@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dmagent_loader.integrations.mixing import Mixing
     from dmagent_loader.mixture import DomainSpace
     from dmagent_loader.policies import GuardConfig
-    from dmagent_loader.sampler import AgentWeightedSampler, DecisionConfig, ReadingConfig
+    from dmagent_loader.sampler import AgentWeightedSampler, DecisionConfig, PackText, ReadingConfig
 
 __all__ = [
     "AgentWeightedSampler",
@@ -31,6 +31,7 @@ __all__ = [
     "Mixing",
     "MixingAgent",
     "MixingDataLoader",
+    "PackText",
     "ReadingConfig",
     "__version__",
     "load_state",
@@ -46,6 +47,7 @@ _HOMES = {
     "Mixing": "dmagent_loader.integrations.mixing",
     "MixingAgent": "dmagent_loader.agent",
     "MixingDataLoader": "dmagent_loader.data_loader",
+    "PackText": "dmagent_loader.sampler",
     "ReadingConfig": "dmagent_loader.sampler",
     "load_state": "dmagent_loader._run.state",
     "save_state": "dmagent_loader._run.state",

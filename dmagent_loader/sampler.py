@@ -35,10 +35,18 @@ from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.policies import Policy, PolicyFactory, make_policy
 from dmagent_loader.policies.fields import report_topics
-from dmagent_loader.shards import Manifest, load_manifest
+from dmagent_loader.shards import Manifest, PackText, load_manifest
 from dmagent_loader.shards.compositions import compositions_of, load_compositions, load_start_state
 
-__all__ = ["AgentWeightedSampler", "Decision", "DecisionConfig", "LoaderSettings", "Measurement", "ReadingConfig"]
+__all__ = [
+    "AgentWeightedSampler",
+    "Decision",
+    "DecisionConfig",
+    "LoaderSettings",
+    "Measurement",
+    "PackText",
+    "ReadingConfig",
+]
 
 _BUILDING = "building the sampler"
 
@@ -74,6 +82,8 @@ class AgentWeightedSampler(FeedDataset):
         decode: ``"default"`` (allow-listed decoders), ``"lazy"`` (the same, but rows of local shards are read on the
             first access to a value; `transforms.collate_packed` reads a batch at once), ``None`` (raw bytes),
             extension -> decoder, or a function of a row.
+        pack: Packing of text documents into rows of tokens while they are read; `transform` then gets these rows. None:
+            rows are read as they are stored.
         transform: Function from sample to sample, for example tokenisation. Dropped tags are restored.
         on_bad_row: Rows that cannot be decoded, on which the transform fails, or that lack a member: ``"raise"``, or
             ``"skip"``: another row of the domain takes the place of a bad one, the same on all ranks and after a
@@ -121,6 +131,7 @@ class AgentWeightedSampler(FeedDataset):
         rank: int | None = None,
         world_size: int | None = None,
         decode: Any = "default",
+        pack: PackText | None = None,
         transform: Callable[[Any], Sample] | None = None,
         on_bad_row: OnBadRow = "raise",
         data: Data = "exact",
@@ -139,6 +150,13 @@ class AgentWeightedSampler(FeedDataset):
                 )
             reading = _config("reading", reading, ReadingConfig)
             deciding = _config("deciding", deciding, DecisionConfig)
+            if pack is not None and not isinstance(pack, PackText):
+                raise ConfigurationError(f"pack is {shown(pack)}; it must be a PackText")
+            if isinstance(transform, PackText):
+                raise ConfigurationError(
+                    "transform is a PackText, but packing decides which rows there are: pass it as pack=; a transform "
+                    "gets the packed rows"
+                )
             if transform is not None and not callable(transform):
                 raise ConfigurationError(f"transform is {shown(transform)}; it must be a function of a sample")
             on_bad_row, data = validated_on_bad_row(on_bad_row), validated_data(data)
@@ -150,7 +168,7 @@ class AgentWeightedSampler(FeedDataset):
             measured = {name: found for name, found in measured.items() if name not in stated}
             stated |= {name: found.shares for name, found in measured.items()}
             space = DomainSpace.from_names(by_domain, fields=fields, compositions=stated)
-        collection = open_on_all_ranks(by_domain, reading)
+        collection = open_on_all_ranks(by_domain, reading, pack, on_bad_row)
         with distributed.together(_BUILDING) as facts:
             rows = [collection.shard_rows(d) for d in range(len(space))]
             shard_set = ShardSet(rows, [collection.shard_contents(d) for d in range(len(space))])

@@ -177,7 +177,7 @@ class TokenizeText:
     """Tokenises text rows, ended by the end-of-text token, cut and padded to a fixed length.
 
     Rows that are cut are counted in each process; the 1st, 10th, 100th, ... is logged with the share of tokens lost. To
-    lose none, pack the documents (``dmagent shard --tokenizer``).
+    lose none, pack the documents (`PackText`, or ``dmagent shard --tokenizer``).
 
     Args:
         encode: Function from text to all of its token ids, for example ``tokenizer.encode`` of transformers.
@@ -300,7 +300,7 @@ class TokenizeText:
         if cuts.cut_rows == 10 ** (len(str(cuts.cut_rows)) - 1):
             logger.warning(
                 "%s has %d tokens and was cut to length=%d; so far %d of %d rows were cut in this process, %.1f%% of "
-                "their tokens lost: pack the documents (dmagent shard --tokenizer) to lose none",
+                "their tokens lost: pack the documents (pack=PackText(...), or dmagent shard --tokenizer) to lose none",
                 row,
                 num_tokens,
                 self.length,

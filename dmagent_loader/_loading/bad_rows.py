@@ -26,7 +26,7 @@ from dmagent_loader._validation import is_count, shown
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DecodeError, DMAgentError, StateError
 from dmagent_loader.mixture.hashing import stream_key
 from dmagent_loader.mixture.plan import Plan
-from dmagent_loader.shards import ShardCollection
+from dmagent_loader.shards import RowSource
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class BadRows:
         most: Largest number of replaced samples of a run, or largest share of the rows of each domain.
     """
 
-    def __init__(self, collection: ShardCollection, on_bad_row: OnBadRow, most: float) -> None:
+    def __init__(self, collection: RowSource, on_bad_row: OnBadRow, most: float) -> None:
         self._collection, self._on_bad_row, self._most = collection, on_bad_row, most
         self._counts: Counter[str] = Counter()
         self._begin = 0

@@ -19,7 +19,7 @@ from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.mixture.length import RunLength
 from dmagent_loader.mixture.plan import Plan
-from dmagent_loader.shards import ShardCollection
+from dmagent_loader.shards import RowSource
 
 
 class _NoLengthError(AttributeError, TypeError):
@@ -183,8 +183,8 @@ class FeedDataset(IterableDataset[Sample]):
         return self._feed.plan.ledger
 
     @property
-    def collection(self) -> ShardCollection:
-        """The shards."""
+    def collection(self) -> RowSource:
+        """The rows of all domains: a `ShardCollection`, or with `PackText`, `PackedRows`."""
         return self._feed.collection
 
     @property

@@ -25,7 +25,7 @@ from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.sharding import StreamLayout
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.shards import ShardCollection, make_decoder
+from dmagent_loader.shards import RowSource, make_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Feed:
 
     def __init__(
         self,
-        collection: ShardCollection,
+        collection: RowSource,
         plan: Plan,
         *,
         decode: Any,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmagent_loader.errors import DecodeError
-from dmagent_loader.shards import RawSample, ShardCollection, decode_npy_rows
+from dmagent_loader.shards import RawSample, RowSource, decode_npy_rows
 
 Sample = dict[str, Any]
 RowAddress = tuple[int, int, int, int, int]
@@ -38,7 +38,7 @@ class RowReader:
 
     def __init__(
         self,
-        collection: ShardCollection,
+        collection: RowSource,
         decode: Callable[[RawSample], Sample],
         substitute: Substitute,
         *,

@@ -3,52 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.bad_rows import OnBadRow
 from dmagent_loader._loading.config import ReadingConfig
-from dmagent_loader.shards import ShardCollection
+from dmagent_loader.shards import PackedRows, PackText, RowSource, ShardCollection
+from dmagent_loader.shards.index.cache import default_cache_dir
 
 _STEP = "opening the shards"
 
 
-def open_on_all_ranks(shards: Mapping[str, str | Sequence[str]], reading: ReadingConfig) -> ShardCollection:
-    """Opens the shards: rank 0 indexes them first, the others then find its index.
+def open_on_all_ranks(
+    shards: Mapping[str, str | Sequence[str]], reading: ReadingConfig, pack: PackText | None, on_bad_row: OnBadRow
+) -> RowSource:
+    """Opens the shards: rank 0 indexes them and counts their tokens first, the others then find what it wrote.
 
     Args:
         shards: Domain -> shards.
         reading: Settings of the reader.
+        pack: Packing of their documents; None: their rows are read as they are.
+        on_bad_row: Rule for documents that cannot be packed.
 
     Raises:
         ShardError: This rank could not open the shards.
         RankError: Another rank could not open them, or the ranks see different data. Every rank raises, so none waits.
     """
-    collection: ShardCollection | None = None
+    rows: RowSource | None = None
     with distributed.together(_STEP):
         if distributed.get_rank() == 0:
-            collection = _open(shards, reading)
+            rows = _open(shards, reading, pack, on_bad_row)
     with distributed.together(_STEP) as facts:
-        if collection is None:
-            collection = _open(shards, reading)
+        if rows is None:
+            rows = _open(shards, reading, pack, on_bad_row)
         if distributed.is_active():
-            facts |= _contents(collection)
-    return collection
+            facts |= _contents(rows)
+    return rows
 
 
-def _contents(collection: ShardCollection) -> dict[str, Any]:
-    """Facts that must be the same on all ranks: the domains first, because they name a difference best."""
-    facts: dict[str, Any] = {"the domains": list(collection.domains)}
-    for number, domain in enumerate(collection.domains):
-        rows = collection.shard_rows(number)
-        facts[f"the shards of {domain!r}"] = f"{len(rows)} shards with {rows.sum()} rows"
-    return {**facts, "the contents of the shards": collection.fingerprint}
+def _contents(rows: RowSource) -> dict[str, Any]:
+    """Facts that must be the same on all ranks: those first that name a difference best."""
+    facts: dict[str, Any] = {"the domains": list(rows.domains), "the packing": rows.packing}
+    for number, domain in enumerate(rows.domains):
+        of_shards = rows.shard_rows(number)
+        facts[f"the shards of {domain!r}"] = f"{len(of_shards)} shards with {of_shards.sum()} rows"
+    return {**facts, "the contents of the shards": rows.fingerprint}
 
 
-def _open(shards: Mapping[str, str | Sequence[str]], reading: ReadingConfig) -> ShardCollection:
-    return ShardCollection.open(
+def _open(
+    shards: Mapping[str, str | Sequence[str]], reading: ReadingConfig, pack: PackText | None, on_bad_row: OnBadRow
+) -> RowSource:
+    progress = reading.progress and distributed.get_rank() == 0
+    collection = ShardCollection.open(
         shards,
         on_damage=reading.on_damage,
         key_ends_at=reading.key_ends_at,
         cache_dir=reading.cache_dir,
-        progress=reading.progress and distributed.get_rank() == 0,
+        progress=progress,
+    )
+    if pack is None:
+        return collection
+    return PackedRows.open(
+        collection,
+        pack,
+        cache_dir=default_cache_dir() if reading.cache_dir is None else Path(reading.cache_dir),
+        progress=progress,
+        max_bad=reading.max_bad_rows if on_bad_row == "skip" else 0,
     )

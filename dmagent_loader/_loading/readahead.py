@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from dmagent_loader._loading.config import ReadingConfig
 from dmagent_loader.mixture.segment import Located
-from dmagent_loader.shards import RawSample, ShardCollection
+from dmagent_loader.shards import RawSample, RowSource
 
 _ROWS_PER_TASK = 16
 _REMOTE_THREADS = 2
@@ -22,13 +22,13 @@ class Readahead:
         num_rows: Rows requested at a time.
     """
 
-    def __init__(self, collection: ShardCollection, num_threads: int, num_rows: int) -> None:
+    def __init__(self, collection: RowSource, num_threads: int, num_rows: int) -> None:
         self._collection, self.num_rows = collection, num_rows
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dmagent-read")
         self._pending: dict[_Key, tuple[Future[list[RawSample]], int]] = {}
 
     @classmethod
-    def configured(cls, collection: ShardCollection, config: ReadingConfig) -> Readahead | None:
+    def configured(cls, collection: RowSource, config: ReadingConfig) -> Readahead | None:
         """The reading threads of a configuration, if any."""
         threads = config.num_threads
         if threads is None:

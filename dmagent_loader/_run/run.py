@@ -62,6 +62,7 @@ class Run:
             domain_fields=tuple(domain.field for domain in feed.plan.space.domains),
             exhausted=feed.plan.rules,
             shuffle_window=feed.plan.window,
+            packing=feed.collection.packing,
             fingerprint=feed.collection.fingerprint,
             samples_per_reweight=self.cadence.interval,
             policy=decider.policy_name,

@@ -33,6 +33,7 @@ class RunSettings:
         domain_fields: (D,) field of each domain; the weight of a used-up domain moves inside its field.
         exhausted: (D,) exhaustion rule of each domain.
         shuffle_window: Rows per shuffle window.
+        packing: Description of the packing of documents; None: rows are read as they are stored.
         fingerprint: Digest of the domains and the contents of their shards.
         samples_per_reweight: Samples, over all ranks, between two decisions; None: to be derived from the length of the
             run, which differs from no saved value.
@@ -51,6 +52,7 @@ class RunSettings:
     domain_fields: tuple[str, ...] = field(metadata=_REFUSE)
     exhausted: tuple[str, ...] = field(metadata=_REFUSE)
     shuffle_window: int = field(metadata=_REFUSE)
+    packing: str | None = field(metadata=_REFUSE)
     fingerprint: str = field(metadata=_REFUSE)
     samples_per_reweight: int | None = field(metadata=_WARN)
     policy: str | None = field(metadata=_WARN)
@@ -79,6 +81,7 @@ RESTORE: dict[str, Restore] = {entry.name: entry.metadata["restore"] for entry i
 _LABELS = {
     "domains": "the domains",
     "domain_fields": "the fields of the domains",
+    "packing": "the packing",
     "fingerprint": "the contents of the shards",
     "loader": "the loader",
 }

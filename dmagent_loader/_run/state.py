@@ -28,17 +28,15 @@ from dmagent_loader.policies import InformedPolicy
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 5
+SCHEMA = 6
 MAX_STATE_BYTES = 1 << 32
 
 Data = Literal["exact", "changed"]
 
 _RUN = {"consumed", "counts", "start_state", "fields", "measurements", "policy_failures", "bad_rows"}
 _SEGMENTS = {"begin", "shards", "ledger", "earlier_segments", "first_fingerprint"}
-_CONTINUE = (
-    "load_state_dict(state, data='changed') (with a trainer: AgentWeightedSampler(data='changed')); "
-    "`dmagent state STATE --shards MANIFEST` says what that does"
-)
+_CONTINUE = "load_state_dict(state, data='changed') (with a trainer: AgentWeightedSampler(data='changed'))"
+_PREVIEW = "`dmagent state STATE --shards MANIFEST` says what that does"
 _POLICY_STATE = "policy_state"
 """Key of the state of an informed policy; only states of runs with such a policy have it."""
 _KEYS = {"schema", *_RUN, *_SEGMENTS, *(name for name, restore in RESTORE.items() if restore != "free")}
@@ -168,6 +166,9 @@ def read_state(
     if refused:
         restored = _with_changed_data(restored, present)
         summary = differences(segments[-1], present).summary()
+        if "packing" in refused:
+            packings = (str(packing) for packing in (state["packing"], saved_settings["packing"]))
+            summary = f"the packing was {' and is '.join(packings)}, so all documents are packed anew; {summary}"
         logger.warning("the run continues with changed data from sample %d on: %s", restored.consumed, summary)
     elif not np.allclose(restored.start_state, decider.start_state, rtol=0, atol=1e-9):
         logger.warning("the state was saved with another start_state than that of this run: the saved one is used")
@@ -260,13 +261,19 @@ def _refusal(key: str, state: Mapping[str, Any], settings: Mapping[str, Any], pr
             found = f"its fingerprint is {shown(state[key])}, the one of this run {shown(settings[key])}"
         return (
             f"the state belongs to another shard set: {found}; load it with the shards of the run (their folder may "
-            f"differ), or continue with those of this one by {_CONTINUE}"
+            f"differ), or continue with those of this one by {_CONTINUE}; {_PREVIEW}"
+        )
+    if key == "packing":
+        return (
+            f"the state is of a run with packing {state[key]}, this run has {settings[key]}: the documents would be "
+            "cut into other rows; build the sampler with the saved tokenizer and length (pack=PackText(...)), or pack "
+            f"all documents anew by {_CONTINUE}"
         )
     message = (
         f"the state is of a run with {key} {shown(state[key])}, this run has {shown(settings[key])}: another value "
         "would change the order of samples; build the sampler with the saved value"
     )
-    return message if key == "seed" else f"{message}, or continue with this one by {_CONTINUE}"
+    return message if key == "seed" else f"{message}, or continue with this one by {_CONTINUE}; {_PREVIEW}"
 
 
 def _same_shards(one: ShardSet, other: ShardSet) -> bool:

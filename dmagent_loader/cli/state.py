@@ -109,7 +109,17 @@ def state(args: argparse.Namespace) -> int:
     return _compare(args, saved, plan, consumed)
 
 
+def _check_unpacked(saved: Mapping[str, Any]) -> None:
+    """Refuses to look for the rows of a run in shards that do not store them."""
+    if saved["packing"] is not None:
+        raise ConfigurationError(
+            f"the run packed its documents while it read them ({saved['packing']}), so no shard stores its rows: leave "
+            "--shards out; load_state_dict of a sampler with the same pack= names what differs"
+        )
+
+
 def _compare(args: argparse.Namespace, saved: Mapping[str, Any], plan: Plan, consumed: int) -> int:
+    _check_unpacked(saved)
     collection, present = _present(args, plan)
     before = read_segments(saved)[-1]
     same_settings = (present.rules, present.window) == (plan.rules, plan.window)
@@ -192,6 +202,8 @@ def replay(args: argparse.Namespace) -> int:
     if end is not None and end < stop:
         print(f"the run ends at sample {end}, because its data are used up", file=sys.stderr)
         stop = end
+    if args.shards:
+        _check_unpacked(saved)
     keys = _Keys(args.shards, args.cache_dir) if args.shards else None
     replaced = dict(saved["bad_rows"]["replaced"])
     ends = [*(segment.begin for segment in plan.segments[1:]), stop]

@@ -4,6 +4,8 @@ from dmagent_loader.shards.collection import ShardCollection, ShardSummary
 from dmagent_loader.shards.compositions import Composition, load_compositions, load_start_state
 from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, decode_npy_rows, make_decoder
 from dmagent_loader.shards.manifest import Manifest, load_manifest
+from dmagent_loader.shards.packed import PackedRows, PackingAccount, PackText
+from dmagent_loader.shards.row_source import RowSource
 from dmagent_loader.shards.tar import ShardDamage
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.writer import shard_files
@@ -12,7 +14,11 @@ __all__ = [
     "Composition",
     "Decoder",
     "Manifest",
+    "PackText",
+    "PackedRows",
+    "PackingAccount",
     "RawSample",
+    "RowSource",
     "ShardCollection",
     "ShardDamage",
     "ShardSummary",

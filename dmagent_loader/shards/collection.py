@@ -161,6 +161,11 @@ class ShardCollection:
         return self._catalogue.is_local
 
     @property
+    def packing(self) -> None:
+        """None: the rows are those of the shards."""
+        return None
+
+    @property
     def num_rows(self) -> NDArray[np.int64]:
         """(D,) number of rows of each domain."""
         return np.array([rows.sum() for rows in self._rows], np.int64)

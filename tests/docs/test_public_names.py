@@ -28,6 +28,7 @@ TOP_LEVEL = {
     "Mixing",
     "MixingAgent",
     "MixingDataLoader",
+    "PackText",
     "ReadingConfig",
     "load_state",
     "save_state",

@@ -67,6 +67,7 @@ def history(
         domain_fields=tuple(domain.field for domain in space.domains),
         exhausted=plan.rules,
         shuffle_window=64,
+        packing=None,
         fingerprint="ab" * 32,
         samples_per_reweight=100,
         policy=policy.name,
