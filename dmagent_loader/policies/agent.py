@@ -44,6 +44,8 @@ class AgentPolicy:
             None: the fields are in the order of the roles.
         iterations: Number of projection steps; 1 is the Bayes split.
         standardization: Mode of `mixture.history.standardize`; None: the checkpoint's mode.
+        only_fields: Whether another policy splits the weight of each field, as in `CombinedPolicy`: then there is no
+            warning of domains that the agent would starve.
 
     Raises:
         DomainError: The agent was not trained on the canonical domains, or the space lacks one of the two fields.
@@ -61,6 +63,7 @@ class AgentPolicy:
         roles: Mapping[str, str] | None = None,
         iterations: int = 50,
         standardization: Standardization | None = None,
+        only_fields: bool = False,
     ) -> None:
         if agent.config.domains != DomainSpace.canonical().names:
             raise DomainError(
@@ -82,6 +85,7 @@ class AgentPolicy:
         self._agent = agent
         self._roles = None if roles is None else dict(roles)
         self._standardization = standardization
+        self._only_fields = only_fields
         self._projection: Projection | None = None
         self._range_reported = False
         self._label = f"agent {agent.name!r}"
@@ -121,7 +125,7 @@ class AgentPolicy:
         proposal = self._agent.propose(canonical, standardization=self._standardization)
         is_first = self._projection is None
         self._projection = self.map.to_user(proposal)
-        if is_first and self.map.natural is not None:
+        if is_first and self.map.natural is not None and not self._only_fields:
             report_starved(self._label, self.map.space, self._projection.mix, self.map.natural)
         return self._projection.mix
 

@@ -94,7 +94,9 @@ def make_policy(
         return PlusPolicy.from_pretrained(plus, space, natural, roles=roles, balance=balance, floor=floor)
     within = None if topics is None else _policy("topics", topics, space, natural)
     loaded = agent if isinstance(agent, MixingAgent) else MixingAgent.from_pretrained(agent)
-    decides = AgentPolicy(loaded, space, natural, roles=roles, standardization=standardization)
+    decides = AgentPolicy(
+        loaded, space, natural, roles=roles, standardization=standardization, only_fields=within is not None
+    )
     if within is not None:
         return CombinedPolicy(decides, within, space)
     report_unknown_topics(f"agent {loaded.name!r}", space)
