@@ -19,9 +19,10 @@ from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 
 if TYPE_CHECKING:
     from dmagent_loader.policies.baselines import ProxyTable
+    from dmagent_loader.policies.baselines.regmix import Regressor
 
 METHODS = ("regmix", "olmix")
-REGRESSORS = ("lightgbm", "linear", "log-linear")
+REGRESSORS: tuple[Regressor, ...] = ("lightgbm", "linear", "log-linear")
 FOLDS = 5
 DEFAULT_KL = 0.1
 OBJECTIVE = "objective"
@@ -91,7 +92,7 @@ def fit_mix(args: argparse.Namespace) -> int:
 
     is_olmix = args.method == "olmix"
     _check_options(args, is_olmix=is_olmix)
-    regressor = args.regressor or REGRESSORS[0]
+    regressor: Regressor = args.regressor or REGRESSORS[0]
     kl = DEFAULT_KL if args.kl is None else args.kl
 
     def read(paths: list[Path]) -> ProxyTable:

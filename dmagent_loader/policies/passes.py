@@ -74,13 +74,14 @@ class PassLimit:
         Args:
             mix: (D,), sums to 1. It may decide when the data end, and thus how long the run is.
         """
-        if self._most is None or self.length is None:
+        most, length = self._most, self.length
+        if most is None or length is None:
             return None
-        samples = self.length.samples(mix)
+        samples = length.samples(mix)
         if samples is None:
-            self._report("length", logging.INFO, f"most_passes={self._most:g} limits nothing: the run has no known end")
+            self._report("length", logging.INFO, f"most_passes={most:g} limits nothing: the run has no known end")
             return None
-        return np.where(self.length.repeats, np.minimum(1.0, self._most * self.length.rows / samples), 1.0)
+        return np.where(length.repeats, np.minimum(1.0, most * length.rows / samples), 1.0)
 
     def limited(self, mix: FloatArray) -> FloatArray:
         """The mix nearest to a proposed one that respects the limit, with the same weight of each field.

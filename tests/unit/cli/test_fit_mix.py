@@ -199,7 +199,7 @@ def test_a_test_table_may_have_its_columns_in_another_order(tmp_path: Path, caps
 def test_an_option_of_the_other_method_is_warned_of(
     options: list[str], warning: str, table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit-mix", table, *options, "--output", str(tmp_path / "mix.json")]) == 0
+    assert main(["fit-mix", table, "--test", table, *options, "--output", str(tmp_path / "mix.json")]) == 0
     assert warning in capsys.readouterr().err
 
 
