@@ -96,6 +96,7 @@ class PassLimit:
         if self._most is None or self.length is None or ceilings is None:
             return mix
         samples, rows = self.length.samples(mix), self.length.rows
+        assert samples is not None
         result = np.array(mix)
         for name in self._space.fields:
             members = list(self._space.members(name))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from dmagent_loader.cli import main
+from dmagent_loader.cli.fit_mix import DEFAULT_KL, REGRESSORS
 from dmagent_loader.mixture.simplex import validate_mix
+from dmagent_loader.policies import Olmix
+from dmagent_loader.policies.baselines.regmix import Regressor
 
 DOMAINS = ["source/web", "target/math"]
 
@@ -201,6 +206,12 @@ def test_an_option_of_the_other_method_is_warned_of(
 ) -> None:
     assert main(["fit-mix", table, "--test", table, *options, "--output", str(tmp_path / "mix.json")]) == 0
     assert warning in capsys.readouterr().err
+
+
+def test_the_choices_and_the_default_are_those_of_the_classes() -> None:
+    """The command repeats them, because importing the classes loads torch."""
+    assert get_args(Regressor) == REGRESSORS
+    assert inspect.signature(Olmix).parameters["kl"].default == DEFAULT_KL
 
 
 def test_the_regressors_without_a_package_need_no_scipy(

@@ -102,7 +102,7 @@ def test_a_path_follows_the_names_of_the_domains(start: Any) -> None:
 def test_states_without_a_path_are_refused(tmp_path: Path) -> None:
     _, state = run(tmp_path, SCHEDULE, decisions=1)
     for wrong in ({}, {"sampler": state}, {**state, "ledger": 3}, {**state, "consumed": "all"}):
-        with pytest.raises(StateError):
+        with pytest.raises(StateError, match="cannot be read from its state"):
             RecordedPath.from_state(wrong)
     with pytest.raises(StateError, match="no decision"):
         RecordedPath.from_state({**state, "measurements": []})
