@@ -28,10 +28,12 @@ _FRACTIONS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.97)
 _SMALLEST = 1e-9
 _ACCURACY = 1e-9
 _MOST_STEPS = 20_000
-_MOST_SOLUTIONS = 40
+_MOST_SOLUTIONS = 25
 """Problems that are solved for one mix under the cap, at most."""
 _TOLERANCE = 1e-6
 """Relative excess over the cap that counts as rounding."""
+_BISECTED = 1e-4
+"""Relative distance of the ceilings from those of the mix's own length at which the bisection ends."""
 
 
 class LogLinearLaw:
@@ -222,9 +224,10 @@ class Olmix:
         return float(self.law.predict(mix[None])[0] @ self._weights) + self._kl * divergence
 
     def _capped(self, mix: FloatArray) -> FloatArray:
-        """The mix of least objective that found which keeps to the cap in a run of its own length: (D,).
+        """The mix of least objective among those that keep to the cap in a run of their own length: (D,).
 
-        A longer run has tighter ceilings, so ceilings are bisected between too loose and tight enough ones.
+        The ceilings of a run are those of a shorter one, scaled down. The scale is bisected between ceilings that are
+        tight enough and too loose ones.
 
         Args:
             mix: (D,), the mix without a cap.
@@ -232,22 +235,25 @@ class Olmix:
         tight = self.passes.ceilings(mix)
         if tight is None or self._keeps(mix, tight):
             return mix
-        loose, best = np.ones_like(mix), None
+        best, least, scale, most = None, 1.0, 1.0, 1.0 / float(tight.min())
         for _ in range(_MOST_SOLUTIONS):
-            tried = tight if best is None else np.sqrt(loose * tight)
+            tried = np.minimum(1.0, scale * tight)
             if tried[self._prior > 0].sum() <= 1:
                 break
             found = self.solve(tried)
             own = self.passes.ceilings(found)
             assert own is not None
             if self._keeps(found, own):
-                best, tight = found, tried
-                if np.allclose(own, tried, rtol=_TOLERANCE, atol=0):
+                best, least = found, scale
+                if np.allclose(own, tried, rtol=_BISECTED, atol=0):
                     break
             elif best is None:
-                loose, tight = tried, np.minimum(tried, own)
+                tight = np.minimum(tight, own)
+                most = 1.0 / float(tight.min())
+                continue
             else:
-                loose = tried
+                most = scale
+            scale = float(np.sqrt(least * most))
         if best is not None:
             return best
         length = self.passes.length
