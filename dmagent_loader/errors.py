@@ -120,7 +120,8 @@ class PolicyError(DMAgentError):
 
 
 class InfluenceError(DMAgentError, RuntimeError):
-    """Influence or losses of the domains that cannot be measured, for lack of memory or of access to the model."""
+    """Influence or losses of the domains that cannot be measured: too little memory, no access to the model, or rows
+    without a token to predict."""
 
 
 class CheckpointError(DMAgentError):

@@ -8,23 +8,14 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from dmagent_loader._distributed import all_reduce_sum, get_rank, get_world_size, is_active, together
+from dmagent_loader._distributed import get_rank, is_active, together
 from dmagent_loader._validation import shown
-from dmagent_loader.environment.batches import (
-    BATCH_TOKENS,
-    DEFAULT_BATCH_TOKENS,
-    ScoredWindow,
-    plan_batches,
-    window,
-)
+from dmagent_loader.environment.batches import ScoredWindow, window
 from dmagent_loader.environment.encoding import PairEncoder, Tokenizer, request, tokenizer_max_length
+from dmagent_loader.environment.evaluation import Evaluation
 from dmagent_loader.environment.influence import InfluenceSettings, measure
 from dmagent_loader.environment.influence_ways import STEP
 from dmagent_loader.environment.probe_rows import Row, probe_windows
@@ -35,40 +26,18 @@ from dmagent_loader.environment.questions import (
     questions_from_pairs,
     read_questions,
 )
-from dmagent_loader.environment.scoring import (
-    Model,
-    Scorer,
-    model_max_length,
-    model_vocabulary,
-    scoring_state,
-    unwrap,
-)
+from dmagent_loader.environment.scoring import Model, model_max_length, model_vocabulary, unwrap
 from dmagent_loader.environment.settings import EnvironmentSettings
-from dmagent_loader.errors import ConfigurationError, EnvironmentDataError, FeedbackError
+from dmagent_loader.errors import ConfigurationError, EnvironmentDataError
 from dmagent_loader.mixture.influence import Influence
-from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 2048
 """Maximum length if the settings, the model and the tokenizer set none, as in lm-evaluation-harness."""
 
-_STEP = "evaluating the model"
 
-
-class LogLikelihoods(NamedTuple):
-    """Log-likelihoods of the N pairs of one field.
-
-    Attributes:
-        sums: (N,), log-probability summed over each pair's scored tokens, in nats.
-        num_tokens: (N,), number of scored tokens of each pair.
-    """
-
-    sums: FloatArray
-    num_tokens: IntArray
-
-
-class Environment:
+class Environment(Evaluation):
     """Question sets, one per field, and a model's feedback on them (Eq. 1, reconstructed).
 
     Feedback of a field = mean over its pairs of the mean log-probability per answer token given the question, in nats.
@@ -104,10 +73,8 @@ class Environment:
                 raise EnvironmentDataError(
                     f"field {field!r} has no questions, so its feedback is undefined: add questions or remove the field"
                 )
-        self.settings = settings
+        super().__init__(settings)
         self.questions = {f: tuple(evenly_spaced(qs, settings.max_questions)) for f, qs in questions.items()}
-        self.last_seconds = 0.0
-        self.total_seconds = 0.0
         encoder = PairEncoder(tokenizer, settings.prefix_token_id)
         self._tokenizer_max_length = tokenizer_max_length(tokenizer)
         self._encoded = [
@@ -178,109 +145,6 @@ class Environment:
                 digest.update(pair.tokens.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def evaluate(
-        self,
-        model: Model,
-        *,
-        rank: int | None = None,
-        world_size: int | None = None,
-        progress: bool = True,
-    ) -> dict[str, float]:
-        """Computes a model's feedback on every field (Eq. 1, reconstructed).
-
-        The model and all random states are restored. `last_seconds` and `total_seconds` record the time taken.
-
-        Args:
-            model: Causal language model that takes token ids and returns logits, see `scoring.Model`; for any other,
-                the environment's setting ``logits_of``. DistributedDataParallel and torch.compile are unwrapped.
-            rank: Data-parallel rank of this process. Give it together with `world_size` if the ranks of the default
-                process group are not all data-parallel replicas (tensor parallelism). None: the rank in the default
-                process group.
-            world_size: Number of data-parallel ranks. None: the size of the default process group.
-            progress: False hides the progress bar that the environment's setting allows.
-
-        Returns:
-            Field -> mean over pairs of the mean log-probability per scored token, the same on every rank.
-
-        Raises:
-            FeedbackError: Log-probabilities are not finite.
-            RankError: The evaluation failed on another rank, or the ranks have different questions.
-            ConfigurationError: The model does not match the tokenizer, or does not return logits.
-        """
-        feedback = {}
-        for field, (sums, num_tokens) in self.log_likelihoods(
-            model, rank=rank, world_size=world_size, progress=progress
-        ).items():
-            bad = np.flatnonzero(~np.isfinite(sums))
-            if len(bad):
-                raise FeedbackError(
-                    f"log-probabilities are not finite for {len(bad)} of {len(sums)} questions of field {field!r} "
-                    f"(first: {self.questions[field][bad[0]].origin}), so there is no feedback: the model has probably "
-                    "diverged or its logits overflow; check its loss, and evaluate in bfloat16 or float32"
-                )
-            feedback[field] = float(np.mean(sums / num_tokens))
-        logger.info(
-            "feedback %s on %d questions in %.2f s",
-            ", ".join(f"{field} {value:.4f}" for field, value in feedback.items()),
-            len(self._encoded),
-            self.last_seconds,
-        )
-        return feedback
-
-    def log_likelihoods(
-        self,
-        model: Model,
-        *,
-        rank: int | None = None,
-        world_size: int | None = None,
-        progress: bool = True,
-    ) -> dict[str, LogLikelihoods]:
-        """Computes the summed log-probability of every pair; arguments as for `evaluate`.
-
-        Non-finite values are returned unchanged.
-
-        Raises:
-            ConfigurationError: The model does not match the tokenizer, or does not return logits.
-            FeedbackError: No rank returned log-probabilities for some of the questions.
-            RankError: The evaluation failed on another rank, or the ranks have different questions.
-        """
-        if (rank is None) != (world_size is None):
-            raise ConfigurationError(f"rank is {rank} and world_size is {world_size}: give both or neither")
-        started = time.perf_counter()
-        model = unwrap(model)
-        with together(_STEP) as facts:
-            if is_active():
-                facts["the environment's questions"] = self.fingerprint
-            windows = self._windows_for(model)
-            sums, times = np.zeros(len(windows)), np.zeros(len(windows))
-            self._score(
-                model,
-                windows,
-                rank=get_rank() if rank is None else rank,
-                world_size=get_world_size() if world_size is None else world_size,
-                sums=sums,
-                times=times,
-                progress=progress,
-            )
-        reduced = all_reduce_sum(np.concatenate([sums, times]), _STEP)
-        # Ranks that share one model score the same pairs; divide by the number of times each pair was scored.
-        scored, counted = reduced[: len(windows)], reduced[len(windows) :]
-        if not counted.all():
-            raise FeedbackError(
-                f"no rank returned log-probabilities for {int((counted == 0).sum())} of {len(counted)} questions: call "
-                "evaluate on every rank that holds the model's output, with its data-parallel rank and world size"
-            )
-        means = scored / counted
-        self.last_seconds = time.perf_counter() - started
-        self.total_seconds += self.last_seconds
-        num_tokens = np.array([entry.num_scored for entry in windows], dtype=np.int64)
-        results, start = {}, 0
-        for field, count in self.num_questions.items():
-            part = slice(start, start + count)
-            results[field] = LogLikelihoods(means[part], num_tokens[part])
-            start += count
-        return results
-
     def influence(
         self,
         model: Model,
@@ -336,8 +200,7 @@ class Environment:
         with together(STEP) as facts:
             if is_active():
                 facts["the environment's questions"] = self.fingerprint
-            windows = iter(self._windows_for(model))
-            questions = {field: [next(windows) for _ in range(n)] for field, n in self.num_questions.items()}
+            questions = self._windows_of(model)
             rows = probe_windows(
                 rows_by_domain,
                 max_length=min(self._max_length(model), given.max_row_tokens or sys.maxsize),
@@ -356,51 +219,9 @@ class Environment:
             world_size=world_size,
         )
 
-    def _score(
-        self,
-        model: Model,
-        windows: list[ScoredWindow],
-        *,
-        rank: int,
-        world_size: int,
-        sums: FloatArray,
-        times: FloatArray,
-        progress: bool,
-    ) -> None:
-        """Scores this rank's share of the pairs into `sums` and `times`, both (N,)."""
-        scorer = Scorer(model, self.settings.logits_of)
-        batches, num_calls = plan_batches(
-            [entry.num_inputs for entry in windows],
-            rank=rank,
-            world_size=world_size,
-            batch_size=self.settings.batch_size,
-            batch_tokens=self.settings.batch_tokens or BATCH_TOKENS.get(scorer.device.type, DEFAULT_BATCH_TOKENS),
-        )
-        hidden = not (progress and self.settings.progress and get_rank() == 0)
-        results = []
-        with (
-            scoring_state(model),
-            # With disable=None tqdm is silent where standard error is no terminal: a log would get a bar per decision.
-            tqdm(
-                total=sum(map(len, batches)), desc="environment", unit="q", leave=False, disable=hidden or None
-            ) as bar,
-        ):
-            scorer.take_over_output_layer(windows)
-            for batch in batches:
-                # Keep results on the device: copying each batch's result would stall the GPU.
-                results.append(scorer.log_probs([windows[pair] for pair in batch]))
-                bar.update(len(batch))
-            for _ in range(num_calls - len(batches)):
-                scorer.log_probs([min(windows, key=lambda entry: entry.num_inputs)])
-        for batch, log_probs in zip(batches, results, strict=True):
-            if log_probs is None:
-                continue
-            counts = [windows[pair].num_scored for pair in batch]
-            values = log_probs.double().cpu().numpy()
-            sums[batch] = np.add.reduceat(values, np.cumsum([0, *counts[:-1]]))
-            times[batch] = 1.0
+    _kind = "questions"
 
-    def _windows_for(self, model: Model) -> list[ScoredWindow]:
+    def _windows_of(self, model: Model) -> dict[str, list[ScoredWindow]]:
         vocabulary = model_vocabulary(model)
         if vocabulary is not None and self._largest_token >= vocabulary:
             raise ConfigurationError(
@@ -413,7 +234,15 @@ class Environment:
                 window(encoded, max_length, whole_pair=self.settings.score == "pair") for encoded in self._encoded
             ]
             self._report_cuts(max_length)
-        return self._windows[max_length]
+        windows = iter(self._windows[max_length])
+        return {field: [next(windows) for _ in listed] for field, listed in self.questions.items()}
+
+    def _origin(self, field: str, number: int) -> str:
+        return self.questions[field][number].origin
+
+    def _summary(self, feedback: Mapping[str, float]) -> str:
+        values = ", ".join(f"{field} {value:.4f}" for field, value in feedback.items())
+        return f"feedback {values} on {len(self._encoded)} questions"
 
     def _max_length(self, model: Model) -> int:
         """Maximum number of tokens the model reads."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from dmagent_loader import _distributed as distributed
 from dmagent_loader._validation import shown
-from dmagent_loader.environment import Environment, Influence, RowEnvironment
-from dmagent_loader.environment.probe_rows import has_token_to_predict, num_tokens
-from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, InfluenceError
+from dmagent_loader.environment import Environment, EnvironmentSettings, Evaluation, Influence, RowEnvironment
+from dmagent_loader.environment.probe_rows import IGNORED_LABEL, has_token_to_predict, num_tokens
+from dmagent_loader.environment.questions import evenly_spaced
+from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, FeedbackError, InfluenceError
 from dmagent_loader.policies import INFLUENCE, LENGTH, LOSSES, QUESTIONS, InformedPolicy, name_of
 from dmagent_loader.sampler import AgentWeightedSampler
 from dmagent_loader.transforms import PACKED_MEMBER, packed_tokens
@@ -28,14 +32,16 @@ PROBES_PER_DECISION = 64
 """Numbers of probes that are reserved for the repeated measurements of a decision."""
 MOST_COST = 0.01
 """Largest part of a run of known length that measurements may cost if they are repeated; the first is always made."""
+LEAST_LOSS_ROWS = 8
+"""Rows of each domain whose losses are measured, at least, however short the run: fewer would mostly show noise."""
 MAX_ROW_TOKENS = 1024
 """Largest number of tokens read from a row: with `ALL_ROWS`, 1.7 million tokens."""
 
 Measure = Callable[[Environment, Mapping[str, Sequence[Any]], Mapping[str, Any]], Influence]
 """Measures influence on the trainer's model, from environment, rows by domain and settings of `Environment.influence`.
 """
-Evaluate = Callable[[Environment], Mapping[str, float]]
-"""Evaluates the trainer's model on an environment."""
+Evaluate = Callable[[Evaluation], Mapping[str, float]]
+"""Evaluates the trainer's model on an `Environment` or a `RowEnvironment`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,7 @@ def inform(
     environment: Environment,
     evaluate: Evaluate,
     measure: Measure | None,
+    loss_probe: LossProbe,
 ) -> Evidence:
     """Passes a policy the evidence for its next decision. All ranks call it together.
 
@@ -81,10 +88,10 @@ def inform(
         environment: Source of the questions.
         evaluate: Function that evaluates the trainer's model.
         measure: Function that measures influence; None: this trainer gives no access to gradients.
+        loss_probe: Measures losses; the same object before each decision of a run.
 
     Raises:
         ConfigurationError: The policy needs evidence of an unknown kind, or does not stop asking.
-        FeedbackError: The losses are not finite.
     """
     decision = len(sampler.measurements)
     probes = _Probes(sampler, environment, measure, name_of(policy))
@@ -104,7 +111,7 @@ def inform(
             elif need == LENGTH:
                 policy.inform(need, replace(sampler.run_length, interval=sampler.samples_per_reweight))
             elif need == LOSSES:
-                losses = losses or probes.losses(evaluate)
+                losses = losses or loss_probe.measure(evaluate, name_of(policy))
                 policy.inform(need, None if losses is None else losses.by_domain)
             elif need == QUESTIONS:
                 policy.inform(need, texts(environment))
@@ -122,7 +129,7 @@ def texts(environment: Environment) -> dict[str, list[str]]:
 
 
 class _Probes:
-    """The measurements of influence and losses for one decision.
+    """The measurements of influence for one decision.
 
     Args:
         sampler: Source of the rows.
@@ -135,7 +142,7 @@ class _Probes:
         self, sampler: AgentWeightedSampler, environment: Environment, measure: Measure | None, policy: str
     ) -> None:
         self._sampler, self._environment, self._measure, self._policy = sampler, environment, measure, policy
-        self._count = max(ROWS, ALL_ROWS // len(sampler.space))
+        self._count = _rows_of_each(sampler)
         self._row_tokens = 0.0
         """Mean number of tokens in a row."""
         self._measured: list[Influence] = []
@@ -161,37 +168,6 @@ class _Probes:
         self._measured.append(found)
         return found
 
-    def losses(self, evaluate: Evaluate) -> Losses | None:
-        """The loss on each domain, on the same rows before each decision; None: it is not possible."""
-        started = time.perf_counter()
-        try:
-            with distributed.together("reading rows of each domain", shared=(InfluenceError,)):
-                rows = _with_tokens(self._sampler.probe_rows(self._count))
-                if empty := [domain for domain, listed in rows.items() if not listed]:
-                    raise InfluenceError(
-                        f"none of the rows that were read of {empty} has a token to predict within {MAX_ROW_TOKENS} "
-                        f"tokens: give these domains other rows; {HOW_TO_RESUME}"
-                    )
-                scored = RowEnvironment(
-                    {domain: [_cut(row) for row in listed] for domain, listed in rows.items()},
-                    self._environment.settings,
-                )
-            feedback = evaluate(scored)
-        except InfluenceError as error:
-            if distributed.get_rank() == 0:
-                logger.warning("policy %r decides without the domains' losses: %s", self._policy, error)
-            return None
-        if set(feedback) != set(rows):
-            raise ConfigurationError(
-                f"the losses of the domains are needed, but evaluate() returned {shown(list(feedback))}: it must "
-                "evaluate the environment that it is passed, as lambda environment: environment.evaluate(model) does"
-            )
-        return Losses(
-            by_domain={domain: -value for domain, value in feedback.items()},
-            tokens=scored.num_tokens,
-            seconds=time.perf_counter() - started,
-        )
-
     def _may_repeat(self) -> bool:
         """Whether there are more rows to read, and the run is long enough for the cost of another measurement."""
         has_more_rows = any(rows >= self._count for rows in self._measured[-1].rows.values())
@@ -205,6 +181,86 @@ class _Probes:
     def mean(self) -> Influence | None:
         """Mean of the measurements; None: there is none."""
         return self._measured[0].averaged(self._measured[1:]) if self._measured else None
+
+
+class LossProbe:
+    """Measures the loss of the model on each domain of a run, on the same rows before each decision.
+
+    The rows are read once. In a run whose trainer stops at a known sample, they are so few that all measurements
+    together cost at most `MOST_COST` of the training, but at least `LEAST_LOSS_ROWS` of each domain.
+
+    Args:
+        sampler: Source of the rows.
+        settings: Settings of the model's calls; None: the defaults.
+    """
+
+    def __init__(self, sampler: AgentWeightedSampler, settings: EnvironmentSettings | None) -> None:
+        self._sampler, self._settings = sampler, settings
+        self._rows: RowEnvironment | None = None
+
+    def measure(self, evaluate: Evaluate, policy: str) -> Losses | None:
+        """The losses; None: they cannot be measured.
+
+        Args:
+            evaluate: Function that evaluates the trainer's model.
+            policy: Name of the policy, for messages.
+
+        Raises:
+            ConfigurationError: `evaluate` does not evaluate the environment that it is passed.
+        """
+        started = time.perf_counter()
+        try:
+            if self._rows is None:
+                with distributed.together("reading rows of each domain", shared=(InfluenceError,)):
+                    self._rows = self._read()
+            feedback = evaluate(self._rows)
+            if set(feedback) != set(self._rows.fields):
+                raise ConfigurationError(
+                    f"the losses of the domains are needed, but evaluate() returned {shown(list(feedback))}: it must "
+                    "evaluate the environment that it is passed, as lambda environment: environment.evaluate(model) "
+                    "does"
+                )
+            if bad := [domain for domain, value in feedback.items() if not math.isfinite(value)]:
+                raise FeedbackError(f"the losses of {bad} are not finite: the model has probably diverged")
+        except (InfluenceError, FeedbackError) as error:
+            if distributed.get_rank() == 0:
+                logger.warning("policy %r decides without the domains' losses: %s", policy, error)
+            return None
+        return Losses(
+            by_domain={domain: -value for domain, value in feedback.items()},
+            tokens=self._rows.num_tokens,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _read(self) -> RowEnvironment:
+        rows = _with_tokens(self._sampler.probe_rows(_rows_of_each(self._sampler)))
+        if empty := [domain for domain, listed in rows.items() if not listed]:
+            raise InfluenceError(
+                f"none of the rows that were read of {empty} has a token to predict within {MAX_ROW_TOKENS} tokens: "
+                f"give these domains other rows; {HOW_TO_RESUME}"
+            )
+        most = self._affordable([num_tokens(row) for listed in rows.values() for row in listed])
+        kept = {domain: evenly_spaced(listed, most) for domain, listed in rows.items()}
+        return RowEnvironment(kept, self._settings, max_row_tokens=MAX_ROW_TOKENS)
+
+    def _affordable(self, lengths: Sequence[int]) -> int | None:
+        """Most rows of each domain; None: all.
+
+        Args:
+            lengths: Number of tokens of the rows that were read.
+        """
+        samples, interval = self._sampler.run_length.limit, self._sampler.samples_per_reweight
+        if samples is None or interval is None:
+            return None
+        decisions = math.ceil(samples / interval)
+        # The backward pass of a training step counts as two forward ones.
+        most_tokens = MOST_COST * 3 * samples * sum(lengths) / len(lengths) / decisions
+        read = sum(min(length, MAX_ROW_TOKENS) for length in lengths) / len(lengths)
+        return max(LEAST_LOSS_ROWS, int(most_tokens / read / len(self._sampler.space)))
+
+
+def _rows_of_each(sampler: AgentWeightedSampler) -> int:
+    return max(ROWS, ALL_ROWS // len(sampler.space))
 
 
 def _scorable(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -231,15 +287,15 @@ def _with_tokens(rows: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     }
 
 
-def _cut(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The first tokens of a row."""
-    return {
-        name: row[name][: MAX_ROW_TOKENS + 1]
-        for name in ("input_ids", "attention_mask", "labels")
-        if row.get(name) is not None
-    }
-
-
 def _tokens(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row as tokens, even if its shards are packed and only the loader's `collate_packed` would convert it."""
-    return packed_tokens(row) if PACKED_MEMBER in row and "input_ids" not in row else row
+    """A row as tokens, even if only the loader's `collate_packed` would convert it, or it is shifted for Megatron."""
+    if "input_ids" in row:
+        return row
+    if PACKED_MEMBER in row:
+        return packed_tokens(row)
+    if "tokens" in row and "labels" in row:
+        tokens, following = np.asarray(row["tokens"]), np.asarray(row["labels"])
+        counted = np.asarray(row["loss_mask"]) != 0 if "loss_mask" in row else np.ones(len(following), bool)
+        labels = np.concatenate([[IGNORED_LABEL], np.where(counted, following, IGNORED_LABEL)])
+        return {"input_ids": np.concatenate([tokens, following[-1:]]), "labels": labels}
+    return row

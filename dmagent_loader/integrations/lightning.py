@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dmagent_loader.environment import Environment, Influence
+from dmagent_loader.environment import Environment, Evaluation, Influence
 from dmagent_loader.environment.scoring import Model
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing
@@ -216,7 +216,7 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
         for writer in trainer.loggers:
             writer.log_metrics(dict(report.full), step=step)
 
-    def _evaluate(self, trainer: Any, environment: Environment) -> Mapping[str, float]:
+    def _evaluate(self, trainer: Any, environment: Evaluation) -> Mapping[str, float]:
         model = trainer.model if self._model is None else self._model(trainer.lightning_module)
         with trainer.precision_plugin.forward_context():
             return environment.evaluate(model, **self._ranks, progress=trainer.progress_bar_callback is not None)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dmagent_loader import _distributed as distributed
 from dmagent_loader.data_loader import MixingDataLoader
-from dmagent_loader.environment import Environment
+from dmagent_loader.environment import Environment, Evaluation
 from dmagent_loader.errors import ConfigurationError, InfluenceError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing, Report
 from dmagent_loader.sampler import AgentWeightedSampler
@@ -182,7 +182,7 @@ class ParallelModel(nn.Module):
         return -torch.cat(list(losses))[:rows, :tokens]
 
 
-def evaluate(environment: Environment, model: nn.Module | Sequence[nn.Module], *, max_length: int) -> dict[str, float]:
+def evaluate(environment: Evaluation, model: nn.Module | Sequence[nn.Module], *, max_length: int) -> dict[str, float]:
     """The feedback of a Megatron-core model, the same on every rank; all ranks call it together.
 
     Questions are dealt over the data-parallel ranks; processes that hold parts of one model work on the same questions.
@@ -281,7 +281,8 @@ class MegatronMixing:
         Args:
             model: See `ParallelModel`; None: nothing is evaluated now.
             iteration: Optimizer steps so far.
-            base_feedback: Feedback of the base model, if it was measured before; None: it is measured now.
+            base_feedback: Feedback of the base model, if it was measured before; None: it is measured now. Without a
+                `model`, the losses of the base model by domain stay unknown (see `LOSSES`).
 
         Returns:
             The metrics, if a decision was due.
@@ -357,11 +358,14 @@ class MegatronMixing:
         if self._mixing.finished() or not self._mixing.due():
             return None
 
-        def measure(environment: Environment) -> Mapping[str, float]:
+        def measure(environment: Evaluation) -> Mapping[str, float]:
             if known is not None and environment is self._mixing.environment:
                 return known
             if model is None:
-                raise InfluenceError("the base model was evaluated in an earlier process, without the domains' losses")
+                raise InfluenceError(
+                    "the base model was evaluated in an earlier process, which did not measure the domains' losses, so "
+                    "those before the second decision take their place"
+                )
             return evaluate(environment, model, max_length=self.max_length)
 
         report = self._mixing.reweight(measure)

@@ -19,7 +19,9 @@ Run it with ``--dataloader-type external --dataloader-save FOLDER --eval-interva
 steps between two decisions, because ``pretrain()`` gives access to its model in evaluations only.
 
 The first evaluation comes after N steps. To measure the base model before them, run the same command once with
-``--skip-train``. This writes the file `base_feedback`, and the run then begins with it.
+``--skip-train``. This writes the file `base_feedback`, and the run then begins with it. The file has no losses by
+domain: policies that need those of the base model (`DynamicBatchLoading`, `Velocitune`) take those after the first N
+steps in their place, with a warning.
 """
 
 from __future__ import annotations

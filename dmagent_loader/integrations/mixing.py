@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from dmagent_loader import _distributed as distributed
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError
-from dmagent_loader.integrations._evidence import Evidence, Measure, inform, texts
+from dmagent_loader.integrations._evidence import Evaluate, Evidence, LossProbe, Measure, inform, texts
 from dmagent_loader.integrations._passes import Passes
 from dmagent_loader.policies import AgentPolicy, FieldPolicy, InformedPolicy
 from dmagent_loader.sampler import AgentWeightedSampler, Decision
@@ -40,7 +40,7 @@ class Report:
             ``dmagent/evaluation_share`` (share of the time since training began). If influence was measured for this
             decision: ``influence/<field>/<domain>``, ``dmagent/influence_seconds``, ``dmagent/influence_tokens``. If
             the loss on each domain was: ``loss/<domain>``, ``dmagent/losses_seconds``, ``dmagent/losses_tokens``. With
-            an informed policy: ``dmagent/influence_share`` (share of the time since training began).
+            an informed policy: ``dmagent/evidence_share`` (share of the time since training began).
         decision: The decision itself.
     """
 
@@ -72,6 +72,7 @@ class Mixing:
         self.consumed = 0
         """Samples that training has consumed over all ranks since the run began."""
         self._passes = Passes(sampler)
+        self._loss_probe = self._new_loss_probe()
         self._limit: int | None = None
         self._announced = self._ended = False
         self._started, self._evaluating_seconds, self._measuring_seconds = 0.0, 0.0, 0.0
@@ -89,6 +90,7 @@ class Mixing:
         self._started, self._evaluating_seconds, self._measuring_seconds = time.perf_counter(), 0.0, 0.0
         self._announced = self._ended = False
         self._passes.begin(self.consumed)
+        self._loss_probe = self._new_loss_probe()
         self.stop_at(samples)
         policy = self.sampler.policy
         has_policy = policy is not None
@@ -133,13 +135,12 @@ class Mixing:
         due = self.sampler.reweight_due(self.consumed)  # also records where a new pass of data workers begins
         return due and decides
 
-    def reweight(
-        self, evaluate: Callable[[Environment], Mapping[str, float]], *, measure: Measure | None = None
-    ) -> Report:
+    def reweight(self, evaluate: Evaluate, *, measure: Measure | None = None) -> Report:
         """Evaluates the model and lets the policy decide. All ranks call it together.
 
         Args:
-            evaluate: Function from the environment to the feedback of the trainer's model.
+            evaluate: Function from an `Environment`, or a `RowEnvironment` for policies that need losses, to the
+                feedback of the trainer's model: ``lambda environment: environment.evaluate(model)``.
             measure: Function from environment, rows by domain and settings to the influence of the domains on the
                 trainer's model, for policies that need it: ``lambda environment, rows, settings:
                 environment.influence(model, rows, optimizer=optimizer, **settings)``. None: such policies decide
@@ -155,7 +156,7 @@ class Mixing:
         policy, evidence = self.sampler.policy, Evidence()
         if isinstance(policy, InformedPolicy):
             started = time.perf_counter()
-            evidence = inform(policy, self.sampler, self.environment, evaluate, measure)
+            evidence = inform(policy, self.sampler, self.environment, evaluate, measure, self._loss_probe)
             self._measuring_seconds += time.perf_counter() - started
         decision = self.sampler.reweight(feedback, consumed=self.consumed)
         elapsed = time.perf_counter() - self._started
@@ -180,7 +181,7 @@ class Mixing:
             "dmagent/evaluation_share": self._evaluating_seconds / elapsed if elapsed > 0 else 0.0,
         }
         if isinstance(policy, InformedPolicy):
-            full["dmagent/influence_share"] = self._measuring_seconds / elapsed if elapsed > 0 else 0.0
+            full["dmagent/evidence_share"] = self._measuring_seconds / elapsed if elapsed > 0 else 0.0
         if evidence.influence is not None:
             full |= {
                 f"influence/{field}/{domain}": score.value
@@ -194,6 +195,9 @@ class Mixing:
             full["dmagent/losses_seconds"] = evidence.losses.seconds
             full["dmagent/losses_tokens"] = float(evidence.losses.tokens)
         return Report(short=short, full=full, decision=decision)
+
+    def _new_loss_probe(self) -> LossProbe:
+        return LossProbe(self.sampler, None if self.environment is None else self.environment.settings)
 
     def finished(self) -> bool:
         """Whether the data are used up; if so, `consumed` is cut to the end of the data."""

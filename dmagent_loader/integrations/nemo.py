@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from dmagent_loader.data_loader import MixingDataLoader
-from dmagent_loader.environment import Environment
+from dmagent_loader.environment import Environment, Evaluation
 from dmagent_loader.errors import ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations.mixing import Mixing
 from dmagent_loader.sampler import AgentWeightedSampler, LoaderSettings
@@ -383,7 +383,7 @@ class _Collate:
         return batch
 
 
-def _feedback(environment: Environment, trainer: pl.Trainer, max_length: int) -> dict[str, float]:
+def _feedback(environment: Evaluation, trainer: pl.Trainer, max_length: int) -> dict[str, float]:
     """The feedback of the trainer's model, by Megatron's parallel forward; all ranks call it together."""
     parallel = trainer.strategy.megatron_parallel
     if getattr(parallel.ddp_config, "overlap_param_gather", False):

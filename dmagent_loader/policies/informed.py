@@ -20,7 +20,8 @@ LENGTH = "length"
 
 LOSSES = "losses"
 """Evidence of type ``Mapping[str, float]``: domain -> mean loss per token of the current model on rows of it, in nats.
-The rows are the same before each decision. They belong to the training data."""
+The rows are the same before each decision. They belong to the training data. None: the losses cannot be measured, or
+one of them is not finite."""
 
 QUESTIONS = "questions"
 """Evidence of type ``Mapping[str, Sequence[str]]``: field of the environment -> its questions with their answers."""

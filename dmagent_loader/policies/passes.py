@@ -36,6 +36,9 @@ class PassLimit:
         space: Domains of the run.
         most_passes: Largest number of passes over the rows of a domain in the whole run; None: no limit.
 
+    Attributes:
+        length: Length of the run; None: unknown.
+
     Raises:
         ConfigurationError: `most_passes` is not a positive number.
     """
@@ -46,7 +49,7 @@ class PassLimit:
                 f"most_passes is {shown(most_passes)}; it must be a positive number, or None for no limit"
             )
         self._space, self._most = space, most_passes
-        self._length: RunLength | None = None
+        self.length: RunLength | None = None
         self._asked = self._informed = -1
         self._reported: set[str] = set()
 
@@ -63,7 +66,22 @@ class PassLimit:
         """
         if length is not None and not isinstance(length, RunLength):
             raise PolicyError(f"the length of the run is {shown(length)}; pass the sampler's run_length")
-        self._length, self._informed = length, self._asked
+        self.length, self._informed = length, self._asked
+
+    def ceilings(self, mix: FloatArray) -> FloatArray | None:
+        """Largest weight of each domain in a run as long as one with a mix: (D,); None: the length is unknown.
+
+        Args:
+            mix: (D,), sums to 1. It may decide when the data end, and thus how long the run is.
+        """
+        most, length = self._most, self.length
+        if most is None or length is None:
+            return None
+        samples = length.samples(mix)
+        if samples is None:
+            self._report("length", logging.INFO, f"most_passes={most:g} limits nothing: the run has no known end")
+            return None
+        return np.where(length.repeats, np.minimum(1.0, most * length.rows / samples), 1.0)
 
     def limited(self, mix: FloatArray) -> FloatArray:
         """The mix nearest to a proposed one that respects the limit, with the same weight of each field.
@@ -74,13 +92,11 @@ class PassLimit:
         Returns:
             (D,), sums to 1; `mix` itself if the length of the run is unknown.
         """
-        if self._most is None or self._length is None:
+        ceilings = self.ceilings(mix)
+        if self._most is None or self.length is None or ceilings is None:
             return mix
-        samples, rows = self._length.samples(mix), self._length.rows
-        if samples is None:
-            self._report("length", logging.INFO, f"most_passes={self._most:g} limits nothing: the run has no known end")
-            return mix
-        ceilings = np.where(self._length.repeats, np.minimum(1.0, self._most * rows / samples), 1.0)
+        samples, rows = self.length.samples(mix), self.length.rows
+        assert samples is not None
         result = np.array(mix)
         for name in self._space.fields:
             members = list(self._space.members(name))

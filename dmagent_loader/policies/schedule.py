@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dmagent_loader._validation import is_finite_number, shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
@@ -23,7 +24,7 @@ class LinearSchedule:
         name: See `policies.base.Policy`.
 
     Raises:
-        ConfigurationError: `steps` is less than 1.
+        ConfigurationError: `steps` is not a whole number of at least 1.
         MixError: `start` or `end` is not a distribution.
 
     Example:
@@ -39,8 +40,7 @@ class LinearSchedule:
     always_answers = True
 
     def __init__(self, start: Weights, end: Weights, steps: int, *, name: str = "linear") -> None:
-        if steps < 1:
-            raise ConfigurationError(f"a schedule over {steps} steps never moves: steps must be at least 1")
+        steps = whole_number("steps", steps, least=1)
         self.name = name
         self._start, self._end, self._steps = checked(start), checked(end), steps
 
@@ -66,7 +66,7 @@ class TwoPhaseSchedule:
         name: See `policies.base.Policy`.
 
     Raises:
-        ConfigurationError: `steps` is less than 2, or `switch` leaves a phase without a step.
+        ConfigurationError: `steps` or `switch` is not a number, or leaves a phase without a step.
         MixError: `first` or `second` is not a distribution.
 
     Example:
@@ -82,6 +82,9 @@ class TwoPhaseSchedule:
     def __init__(
         self, first: Weights, second: Weights, steps: int, *, switch: float = 0.8, name: str = "two-phase"
     ) -> None:
+        steps = whole_number("steps", steps, least=1)
+        if not is_finite_number(switch):
+            raise ConfigurationError(f"switch is {shown(switch)}; it must be a number between 0 and 1")
         self._first_steps = round(switch * steps)
         if not 0 < self._first_steps < steps:
             raise ConfigurationError(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
-from dmagent_loader._validation import is_finite_number, shown
+from dmagent_loader._validation import is_finite_number, shown, whole_number
 from dmagent_loader.errors import ConfigurationError, DomainError, require_extra
 from dmagent_loader.mixture.domains import SOURCE, TARGET, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
+
+logger = logging.getLogger(__name__)
 
 _HUBER = 1e-3
 _LOW = np.array([1e-3, -10.0, 0.1, 0.0, -10.0, 0.0, 1e-3])
@@ -38,7 +41,8 @@ class MixtureLaw:
         worst: Largest residual of the fit, in nats.
 
     Raises:
-        ConfigurationError: The measurements do not fit together, or have fewer than 3 shares.
+        ConfigurationError: The measurements do not fit together, are no more than the 7 parameters, or have fewer than
+            3 shares.
         MissingExtraError: scipy is not installed.
     """
 
@@ -50,6 +54,11 @@ class MixtureLaw:
             raise ConfigurationError(
                 "the law needs a positive loss at each of at least 3 shares between 0 and 1, but there are "
                 f"{loss.size} losses for the shares {shown(np.unique(r).tolist())}"
+            )
+        if loss.size <= len(_LOW):
+            raise ConfigurationError(
+                f"{loss.size} measurements cannot determine the {len(_LOW)} parameters of the law: measure the loss at "
+                "more shares, or several times in each run"
             )
         self._unit = float(n.max())
 
@@ -80,7 +89,8 @@ class CriticalRatio:
     """Proposes the largest share of the target field at which the loss on the source field stays within a limit.
 
     This is the critical mixture ratio of arXiv 2407.17467, read off laws that are fitted to short runs of the user's
-    own. Inside the fields, the mix is natural. If no share keeps to the limit, the one of least source loss is taken.
+    own. Inside the fields, the mix is natural. If no share keeps to the limit, the one of least source loss is taken,
+    with a warning.
     If the law of the target field is given, it is the share within the limit of least target loss.
 
     Args:
@@ -90,7 +100,7 @@ class CriticalRatio:
         tokens: Tokens of the planned run.
         limit: Largest allowed loss on the source field, such as that of the base model plus a tolerance.
         target: Law of the target field, in the share of the target field; None: its loss falls with its share.
-        proxy_tokens: Tokens of the runs behind the laws, for the account of costs.
+        proxy_tokens: Tokens of the runs behind the laws, for the account of costs; None: unknown.
         name: See `policies.base.Policy`.
 
     Attributes:
@@ -113,7 +123,7 @@ class CriticalRatio:
         tokens: float,
         limit: float,
         target: MixtureLaw | None = None,
-        proxy_tokens: int = 0,
+        proxy_tokens: int | None = None,
         name: str = "critical-ratio",
     ) -> None:
         for label, value in (("tokens", tokens), ("limit", limit)):
@@ -125,11 +135,20 @@ class CriticalRatio:
                 f"{list(space.fields)}"
             )
         self.name = name
-        self.proxy_tokens = proxy_tokens
+        self.proxy_tokens = None if proxy_tokens is None else whole_number("proxy_tokens", proxy_tokens, least=0)
         losses = source.loss(1 - _SHARES, tokens)
         feasible = np.flatnonzero(losses <= limit)
         if not len(feasible):
             chosen = int(np.argmin(losses))
+            logger.warning(
+                "policy %r cannot keep to limit=%g: the least loss on the source field that its law predicts after "
+                "%g tokens is %.4f nats, at a target share of %.3f, which it takes; raise the limit",
+                name,
+                limit,
+                tokens,
+                losses[chosen],
+                _SHARES[chosen],
+            )
         elif target is None:
             chosen = int(feasible[-1])
         else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dmagent_loader._validation import is_finite_number, shown
+from dmagent_loader._validation import is_finite_number, shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.simplex import FloatArray
@@ -34,7 +34,7 @@ class DynamicBatchLoading(LossPolicy):
         eta: Step size.
         smoothing: Part of the mix that is uniform.
         initial: Mix of the first decision: domain -> weight, or field -> weight; None: `natural`.
-        proxy_tokens: Tokens that the reference models were trained on, for the account of costs.
+        proxy_tokens: Tokens that the reference models were trained on, for the account of costs; None: unknown.
         name: See `policies.base.Policy`.
 
     Attributes:
@@ -56,7 +56,7 @@ class DynamicBatchLoading(LossPolicy):
         eta: float = 1.0,
         smoothing: float = 1e-4,
         initial: Mapping[str, float] | None = None,
-        proxy_tokens: int = 0,
+        proxy_tokens: int | None = None,
         name: str = "dbl",
     ) -> None:
         super().__init__(space, natural, initial=initial, name=name)
@@ -64,7 +64,7 @@ class DynamicBatchLoading(LossPolicy):
             raise ConfigurationError(f"eta is {shown(eta)}; it must be a positive number")
         if not is_finite_number(smoothing) or not 0 <= smoothing < 1:
             raise ConfigurationError(f"smoothing is {shown(smoothing)}; it must be at least 0 and less than 1")
-        self.proxy_tokens = proxy_tokens
+        self.proxy_tokens = None if proxy_tokens is None else whole_number("proxy_tokens", proxy_tokens, least=0)
         self._reference = by_domain("reference", reference, space)
         self._eta, self._smoothing = eta, smoothing
 

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 class LossPolicy(ABC):
     """A policy whose mix is updated once before each decision, from the loss on each domain (`LOSSES`).
 
-    The first losses are those of the base model: they update nothing. If losses cannot be measured, the mix stays.
+    The first losses are those of the base model: they update nothing. If losses cannot be measured, the mix stays. An
+    object decides for one run at a time: asked for an earlier decision than before, it begins anew.
 
     Args:
         space: Domains of the run.
@@ -47,6 +48,7 @@ class LossPolicy(ABC):
         self.base_losses: FloatArray | None = None
         self.updates = 0
         self._asked = self._informed = -1
+        self._initial = self.mix
 
     @abstractmethod
     def updated(self, losses: FloatArray) -> FloatArray:
@@ -61,6 +63,15 @@ class LossPolicy(ABC):
 
     def needed(self, decision: int) -> frozenset[str]:
         """The losses, once before each decision."""
+        if decision < self._informed:
+            logger.warning(
+                "policy %r begins anew, because it is asked for decision %d after decision %d, as by another run: to "
+                "continue a run, load its state; for two runs at once, make two policies",
+                self.name,
+                decision,
+                self._informed,
+            )
+            self._begin()
         self._asked = decision
         return frozenset() if self._informed >= decision else self.needs
 
@@ -84,6 +95,13 @@ class LossPolicy(ABC):
             )
         losses = np.array([float(evidence[name]) for name in self.space.names])
         if self.base_losses is None:
+            if self._asked > 0:
+                logger.warning(
+                    "policy %r has no losses of the base model, and takes those before decision %d instead: it is as "
+                    "if the run began there, and progress made before does not count",
+                    self.name,
+                    self._asked,
+                )
             self.base_losses = losses
         else:
             self.mix = self.updated(losses)
@@ -127,6 +145,7 @@ class LossPolicy(ABC):
                         shown(sorted(values)),
                         shown(list(names)),
                     )
+                    self._begin()
                     return
                 if values is not None and not all(map(is_finite_number, values.values())):
                     raise ValueError(f"{name} is {shown(values)}, not a finite number for each domain")
@@ -141,6 +160,11 @@ class LossPolicy(ABC):
             ) from error
         self._informed, self.updates = informed, updates
         self._restore(learnt)
+
+    def _begin(self) -> None:
+        """Forgets all that was learnt."""
+        self.mix, self.base_losses, self.updates = self._initial, None, 0
+        self._asked = self._informed = -1
 
     def _learnt(self) -> dict[str, FloatArray | None]:
         """Name -> (D,); a name that is None has no value yet."""

@@ -73,6 +73,10 @@ class OnlineDataMixing(LossPolicy):
         count = len(self.space)
         return min(1 / count, float(np.sqrt(np.log(count) / (count * round_number))))
 
+    def _begin(self) -> None:
+        super()._begin()
+        self._rewards = np.zeros(len(self.space))
+
     def _learnt(self) -> dict[str, FloatArray | None]:
         return {**super()._learnt(), "rewards": self._rewards}
 

@@ -12,12 +12,11 @@ from dmagent_loader._validation import is_finite_number, shown
 from dmagent_loader.errors import ConfigurationError, PolicyError, require_extra
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
-from dmagent_loader.mixture.length import RunLength
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 from dmagent_loader.policies.baselines.proxies import ProxyTable
 from dmagent_loader.policies.guard import project_to_bounds
 from dmagent_loader.policies.informed import LENGTH
-from dmagent_loader.policies.passes import MOST_PASSES
+from dmagent_loader.policies.passes import MOST_PASSES, PassLimit
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,12 @@ _FRACTIONS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.97)
 _SMALLEST = 1e-9
 _ACCURACY = 1e-9
 _MOST_STEPS = 20_000
+_MOST_SOLUTIONS = 25
+"""Problems that are solved for one mix under the cap, at most."""
+_TOLERANCE = 1e-6
+"""Relative excess over the cap that counts as rounding."""
+_BISECTED = 1e-4
+"""Relative distance of the ceilings from those of the mix's own length at which the bisection ends."""
 
 
 class LogLinearLaw:
@@ -49,7 +54,7 @@ class LogLinearLaw:
         slopes: (K, D), A.
 
     Raises:
-        ConfigurationError: A loss is not positive.
+        ConfigurationError: A loss is not positive, or all mixes are the same.
         MissingExtraError: scipy is not installed.
 
     Example:
@@ -62,6 +67,7 @@ class LogLinearLaw:
 
     def __init__(self, table: ProxyTable) -> None:
         optimize = require_extra("scipy.optimize", "baselines")
+        table.check_variation()
         if (table.losses <= 0).any():
             raise ConfigurationError(
                 f"the law needs positive losses, but the smallest is {table.losses.min():g}: pass losses or bits per "
@@ -86,25 +92,27 @@ class Olmix:
         minimise  sum over k of b_k L_k(p) + kl KL(p || prior)     with p_d samples <= most_passes rows_d
 
     Reconstructed from the paper's description. The problem is convex, and solved by mirror descent. The cap concerns
-    domains whose rows repeat, and holds as soon as the length of the run is known. If all rows together are too few for
-    it, it is left out, with a warning.
+    domains whose rows repeat, and holds as soon as the length of the run is known (`policies.passes`). Where the mix
+    decides when the data end, the cap is that of the mix's own length, found by bisection. If all rows together are too
+    few for it, it is left out, with a warning.
 
     Args:
         space: Domains of the run, those of the table.
         natural: (D,), natural share of each domain, the prior.
         table: Proxy runs.
         metrics: Metric -> weight b in the objective; None: all count equally.
-        kl: Weight of the divergence from the prior, in nats of loss. Olmix has 0.1, others 0.05.
+        kl: Weight of the divergence from the prior, in nats of loss. The paper uses 0.1; others use 0.05.
         most_passes: Largest number of passes over the rows of a domain; None: no cap.
         name: See `policies.base.Policy`.
 
     Attributes:
         table: The table, in the order of the run's domains.
         law: The fitted law.
+        passes: The limit on passes.
         proxy_tokens: Tokens of the proxy runs; None: unknown.
 
     Raises:
-        ConfigurationError: A setting is invalid, or a loss is not positive.
+        ConfigurationError: A setting is invalid, a loss is not positive, or no proxy had a domain of the prior.
         DomainError: The table has other domains than the run.
         MissingExtraError: scipy is not installed.
     """
@@ -125,25 +133,21 @@ class Olmix:
     ) -> None:
         if not is_finite_number(kl) or kl <= 0:
             raise ConfigurationError(f"kl is {shown(kl)}; it must be a positive number")
-        if most_passes is not None and (not is_finite_number(most_passes) or most_passes <= 0):
-            raise ConfigurationError(
-                f"most_passes is {shown(most_passes)}; it must be a positive number, or None for no limit"
-            )
         self.name = name
         self.table = table.ordered(space.names)
         self.proxy_tokens = table.tokens
-        self.law = LogLinearLaw(self.table)
-        self._weights = self.table.metric_weights(metrics)
         self._prior = validate_mix(natural, space.names)
+        self.table.check_coverage(self._prior)
+        self.passes = PassLimit(space, most_passes)
+        self._weights = self.table.metric_weights(metrics)
+        self.law = LogLinearLaw(self.table)
         self._kl, self._most_passes = kl, most_passes
-        self._length: RunLength | None = None
-        self._asked = self._informed = -1
-        self._reported = False
+        self._solved: dict[tuple[Any, ...] | None, FloatArray] = {}
+        """Length of the run, in a hashable form -> mix; None -> the mix without a cap."""
 
     def needed(self, decision: int) -> frozenset[str]:
         """The length of the run, before each decision: it becomes known with the loader."""
-        self._asked = decision
-        return frozenset() if self._most_passes is None or self._informed == decision else self.needs
+        return self.passes.needed(decision)
 
     def inform(self, need: str, evidence: Any) -> None:
         """Takes the length of the run.
@@ -151,11 +155,11 @@ class Olmix:
         Raises:
             PolicyError: The evidence is of another kind.
         """
-        if need != LENGTH or not (evidence is None or isinstance(evidence, RunLength)):
+        if need != LENGTH:
             raise PolicyError(
                 f"policy {self.name!r} needs the length of the run, but received {shown(need)}: {shown(evidence)}"
             )
-        self._length, self._informed = evidence, self._asked
+        self.passes.inform(evidence)
 
     def propose(self, history: History) -> FloatArray:
         """The mix; it changes only when the length of the run becomes known.
@@ -163,9 +167,26 @@ class Olmix:
         Raises:
             DomainError: The history lacks a domain.
         """
-        mix = self._prior
-        for _ in range(2):  # the mix may decide when the data end, and thus how many samples there are
-            mix = self.solve(self._ceilings(mix))
+        length = self.passes.length
+        key = None if length is None else (*length.rows.tolist(), *length.repeats.tolist(), length.limit, length.ending)
+        if key not in self._solved:
+            self._solved[key] = self._capped(self._uncapped())
+        return self._over(history, self._solved[key])
+
+    def unlimited(self, history: History) -> FloatArray:
+        """The mix without a cap: (D,), sums to 1.
+
+        Raises:
+            DomainError: The history lacks a domain.
+        """
+        return self._over(history, self._uncapped())
+
+    def _uncapped(self) -> FloatArray:
+        if None not in self._solved:
+            self._solved[None] = self.solve()
+        return self._solved[None]
+
+    def _over(self, history: History, mix: FloatArray) -> FloatArray:
         return validate_mix(dict(zip(self.table.domains, mix.tolist(), strict=True)), history.domains)
 
     def solve(self, ceilings: FloatArray | None = None) -> FloatArray:
@@ -202,36 +223,60 @@ class Olmix:
         divergence = float(np.sum(mix[support] * np.log(mix[support] / self._prior[support])))
         return float(self.law.predict(mix[None])[0] @ self._weights) + self._kl * divergence
 
-    def _ceilings(self, mix: FloatArray) -> FloatArray | None:
-        """Largest weight of each domain in a run of the known length; None: no cap.
+    def _capped(self, mix: FloatArray) -> FloatArray:
+        """The mix of least objective among those that keep to the cap in a run of their own length: (D,).
+
+        The ceilings of a run are those of a shorter one, scaled down. The scale is bisected between ceilings that are
+        tight enough and too loose ones.
 
         Args:
-            mix: (D,), the mix of the run.
+            mix: (D,), the mix without a cap.
         """
-        samples = None if self._length is None else self._length.samples(mix)
-        if self._most_passes is None or self._length is None or samples is None:
-            return None
-        high = np.where(self._length.repeats, np.minimum(1.0, self._most_passes * self._length.rows / samples), 1.0)
-        if high[self._prior > 0].sum() > 1:
-            return high
-        if not self._reported:
-            self._reported = True
-            logger.warning(
-                "policy %r has no cap on repetition: %d rows make more than most_passes=%g passes in a run of %.0f "
-                "samples, whatever the mix: add rows, or train for fewer steps",
-                self.name,
-                int(self._length.rows.sum()),
-                self._most_passes,
-                samples,
-            )
-        return None
+        tight = self.passes.ceilings(mix)
+        if tight is None or self._keeps(mix, tight):
+            return mix
+        best, least, scale, most = None, 1.0, 1.0, 1.0 / float(tight.min())
+        for _ in range(_MOST_SOLUTIONS):
+            tried = np.minimum(1.0, scale * tight)
+            if tried[self._prior > 0].sum() <= 1:
+                break
+            found = self.solve(tried)
+            own = self.passes.ceilings(found)
+            assert own is not None
+            if self._keeps(found, own):
+                best, least = found, scale
+                if np.allclose(own, tried, rtol=_BISECTED, atol=0):
+                    break
+            elif best is None:
+                tight = np.minimum(tight, own)
+                most = 1.0 / float(tight.min())
+                continue
+            else:
+                most = scale
+            scale = float(np.sqrt(least * most))
+        if best is not None:
+            return best
+        length = self.passes.length
+        assert length is not None
+        logger.warning(
+            "policy %r has no cap on repetition: no mix was found that makes at most most_passes=%g passes over the "
+            "%d rows of the domains in a run of %.0f samples: add rows, or train for fewer steps",
+            self.name,
+            self._most_passes,
+            int(length.rows.sum()),
+            length.samples(mix),
+        )
+        return mix
+
+    def _keeps(self, mix: FloatArray, ceilings: FloatArray) -> bool:
+        return bool((mix <= ceilings * (1 + _TOLERANCE)).all())
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the length of the run is asked for before each decision."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores nothing."""
+        """Does nothing: there is no state."""
 
 
 def _fitted(mixes: FloatArray, losses: FloatArray, optimize: Any) -> FloatArray:
@@ -249,7 +294,9 @@ def _fitted(mixes: FloatArray, losses: FloatArray, optimize: Any) -> FloatArray:
     best = None
     for fraction in _FRACTIONS:
         irreducible = fraction * float(losses.min())
-        slopes = np.linalg.lstsq(mixes, np.log(losses - irreducible), rcond=1e-10)[0]
+        # Weights sum to 1, so a constant in the exponent adds to all slopes: those of rare domains start at the mean.
+        logs = np.log(losses - irreducible)
+        slopes = logs.mean() + np.linalg.lstsq(mixes, logs - logs.mean(), rcond=1e-10)[0]
         first = np.concatenate([[irreducible], slopes])
         found = optimize.minimize(
             objective,
@@ -262,4 +309,6 @@ def _fitted(mixes: FloatArray, losses: FloatArray, optimize: Any) -> FloatArray:
         if best is None or found.fun < best.fun:
             best = found
     assert best is not None
-    return np.asarray(best.x, dtype=np.float64)
+    fitted = np.asarray(best.x, dtype=np.float64)
+    fitted[1:][(mixes <= 0).all(axis=0)] = (mixes @ fitted[1:]).mean()  # nothing is known about these domains
+    return fitted

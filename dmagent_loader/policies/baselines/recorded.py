@@ -25,7 +25,9 @@ class RecordedPath:
     Args:
         domains: D names.
         mixes: (T, D), the mix from each decision on; rows sum to 1.
-        samples: (T,), samples drawn under each mix.
+        samples: (T,), samples drawn from each decision on.
+        exposure: (D,), share of each domain in all samples, including those under mixes set by hand; None: the mean of
+            `mixes` over the samples.
 
     Raises:
         ConfigurationError: The arrays do not fit together, or no sample was drawn.
@@ -35,6 +37,7 @@ class RecordedPath:
     domains: tuple[str, ...]
     mixes: FloatArray
     samples: Sequence[float] | FloatArray
+    exposure: FloatArray | None = None
 
     def __post_init__(self) -> None:
         samples = np.asarray(self.samples, dtype=np.float64)
@@ -46,6 +49,8 @@ class RecordedPath:
             )
         object.__setattr__(self, "mixes", np.stack([validate_mix(row, self.domains) for row in rows]))
         object.__setattr__(self, "samples", samples)
+        if self.exposure is not None:
+            object.__setattr__(self, "exposure", validate_mix(self.exposure, self.domains))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RecordedPath:
@@ -85,7 +90,8 @@ class RecordedPath:
             position = max([p for p, number in enumerate(numbers) if number <= entry], default=0)
             samples[position] += drawn
         mixes = np.array([ledger[number].weights() for number in numbers])
-        return cls(domains=domains, mixes=mixes, samples=samples)
+        weights = np.array([entry.weights() for entry in ledger])
+        return cls(domains=domains, mixes=mixes, samples=samples, exposure=by_entry @ weights / by_entry.sum())
 
     @classmethod
     def from_history(cls, history: History) -> RecordedPath:
@@ -99,10 +105,12 @@ class RecordedPath:
 
     def mean(self) -> FloatArray:
         """Mean mix over the samples: (D,), sums to 1."""
+        if self.exposure is not None:
+            return np.array(self.exposure)
         samples = np.asarray(self.samples)
         return np.asarray(samples @ self.mixes / samples.sum(), dtype=np.float64)
 
-    def mean_policy(self, *, name: str = "mean held static") -> StaticPolicy:
+    def mean_policy(self, *, name: str = "mean-held-static") -> StaticPolicy:
         """The policy that keeps the mean mix: the same exposure to each domain in all, without a change in time."""
         return StaticPolicy(dict(zip(self.domains, self.mean().tolist(), strict=True)), name=name)
 

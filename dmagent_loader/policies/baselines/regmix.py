@@ -16,9 +16,14 @@ from dmagent_loader.policies.baselines.proxies import ProxyTable
 
 Regressor = Literal["lightgbm", "linear", "log-linear"]
 
+_LEAF = 20
+"""Least number of runs in a leaf, LightGBM's default."""
+LEAST_TREE_RUNS = 2 * _LEAF
+"""Runs that LightGBM needs for a single split."""
 _LIGHTGBM = {
     "objective": "regression",
     "learning_rate": 0.01,
+    "min_data_in_leaf": _LEAF,
     "num_threads": 1,
     "deterministic": True,
     "verbosity": -1,
@@ -33,8 +38,8 @@ class Regression:
 
     ``"lightgbm"`` and ``"linear"`` (ordinary least squares on the weights) are the two of the paper. The gradient
     boosting has the settings of the authors' code (1,000 trees, learning rate 0.01), but not its early stopping, which
-    looks at the test set. ``"log-linear"`` is a ridge regression on log(weight + 0.001), standardised (extension): it
-    needs no package, and sees that the first percent of a domain matters most.
+    looks at the test set; it needs 40 runs at least. ``"log-linear"`` is a ridge regression on log(weight + 0.001),
+    standardised (extension): it needs no package, and sees that the first percent of a domain matters most.
 
     Shapes: N runs, D domains, K metrics.
 
@@ -44,7 +49,7 @@ class Regression:
         seed: Seed of the gradient boosting.
 
     Raises:
-        ConfigurationError: There is no such regressor.
+        ConfigurationError: There is no such regressor, there are too few runs, or all mixes are the same.
         MissingExtraError: lightgbm is not installed.
 
     Example:
@@ -60,9 +65,15 @@ class Regression:
     def __init__(self, table: ProxyTable, regressor: Regressor = "lightgbm", *, seed: int = 0) -> None:
         if regressor not in get_args(Regressor):
             raise ConfigurationError(f"regressor is {shown(regressor)}; choose one of {list(get_args(Regressor))}")
+        table.check_variation()
         self._kind = regressor
         if regressor == "lightgbm":
             lightgbm = require_extra("lightgbm", "baselines")
+            if len(table) < LEAST_TREE_RUNS:
+                raise ConfigurationError(
+                    f"{len(table)} proxy runs cannot be split with {_LEAF} in a leaf, so LightGBM would predict a "
+                    "constant: use regressor='log-linear' or Olmix, or add runs"
+                )
             settings = {**_LIGHTGBM, "seed": whole_number("seed", seed, least=0)}
             self._trees: list[Any] = [
                 lightgbm.train(settings, lightgbm.Dataset(table.mixes, losses), num_boost_round=_ROUNDS)
@@ -104,7 +115,7 @@ class RegMix:
         regressor: See `Regression`.
         metrics: Metric -> weight in the objective; None: all count equally. The paper takes one, the loss on Pile-CC.
         candidates: Number of candidates.
-        best: Number of candidates that are averaged.
+        best: Number of candidates that are averaged, fewer than all.
         concentration: Sum of the parameters of the Dirichlet distribution; 1, as in the authors' code, draws sparse
             mixes, and large values keep to the natural shares.
         seed: Seed of the draws and of the regression.
@@ -117,7 +128,8 @@ class RegMix:
         proxy_tokens: Tokens of the proxy runs; None: unknown.
 
     Raises:
-        ConfigurationError: A setting is invalid.
+        ConfigurationError: A setting is invalid, no proxy had a domain of the prior, or the regression predicts the
+            same loss for all candidates.
         DomainError: The table has other domains than the run.
         MissingExtraError: lightgbm is not installed.
     """
@@ -139,17 +151,30 @@ class RegMix:
         name: str = "regmix",
     ) -> None:
         candidates, best = whole_number("candidates", candidates, least=1), whole_number("best", best, least=1)
+        if best >= candidates:
+            raise ConfigurationError(
+                f"best={best} of candidates={candidates} would average all of them, whatever their predicted losses: "
+                "lower best or raise candidates"
+            )
+        seed = whole_number("seed", seed, least=0)
         if not is_finite_number(concentration) or concentration <= 0:
             raise ConfigurationError(f"concentration is {shown(concentration)}; it must be a positive number")
         self.name = name
         self.table = table.ordered(space.names)
         self.proxy_tokens = table.tokens
-        self.regression = Regression(self.table, regressor, seed=seed)
         weights = self.table.metric_weights(metrics)
         prior = validate_mix(natural, space.names)
+        self.table.check_coverage(prior)
+        self.regression = Regression(self.table, regressor, seed=seed)
         drawn = np.zeros((candidates, len(space)))
         drawn[:, prior > 0] = np.random.default_rng(seed).dirichlet(concentration * prior[prior > 0], candidates)
-        order = np.argsort(self.regression.predict(drawn) @ weights, kind="stable")
+        predicted = self.regression.predict(drawn) @ weights
+        if (prior > 0).sum() > 1 and np.ptp(predicted) == 0:
+            raise ConfigurationError(
+                f"regressor={regressor!r} predicts a loss of {predicted[0]:g} for all {candidates} candidates, so none "
+                "is best: add proxy runs, or use regressor='log-linear' or Olmix"
+            )
+        order = np.argsort(predicted, kind="stable")
         self.mix = validate_mix(drawn[order[:best]].mean(axis=0), space.names, renormalize=True)
 
     def propose(self, history: History) -> FloatArray:

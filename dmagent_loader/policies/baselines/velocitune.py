@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dmagent_loader._validation import is_finite_number, shown
+from dmagent_loader._validation import is_finite_number, shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.simplex import FloatArray
@@ -14,7 +14,7 @@ from dmagent_loader.policies.baselines.losses import LossPolicy, by_domain
 
 
 class Velocitune(LossPolicy):
-    """Raises the weight of domains that have covered less of their way from the initial to a target loss.
+    """Raises the weight of domains that have made less progress from their initial loss to a target loss.
 
         velocity_d = (loss_d - target_d) / (base_d - target_d)      1 at the start, 0 at the target
         w_d       <- w_d exp(velocity_d), normalised
@@ -33,7 +33,7 @@ class Velocitune(LossPolicy):
         target: Domain -> loss to reach, in nats per token, for all domains.
         max_velocity: Largest velocity.
         initial: Mix of the first decision: domain -> weight, or field -> weight; None: `natural`.
-        proxy_tokens: Tokens of the trainings behind the targets, for the account of costs.
+        proxy_tokens: Tokens of the trainings behind the targets, for the account of costs; None: unknown.
         name: See `policies.base.Policy`.
 
     Attributes:
@@ -54,13 +54,13 @@ class Velocitune(LossPolicy):
         target: Mapping[str, float],
         max_velocity: float = 2.0,
         initial: Mapping[str, float] | None = None,
-        proxy_tokens: int = 0,
+        proxy_tokens: int | None = None,
         name: str = "velocitune",
     ) -> None:
         super().__init__(space, natural, initial=initial, name=name)
         if not is_finite_number(max_velocity) or max_velocity <= 0:
             raise ConfigurationError(f"max_velocity is {shown(max_velocity)}; it must be a positive number")
-        self.proxy_tokens = proxy_tokens
+        self.proxy_tokens = None if proxy_tokens is None else whole_number("proxy_tokens", proxy_tokens, least=0)
         self._target = by_domain("target", target, space)
         missing = [name for name in space.names if name not in target]
         if missing:
@@ -89,7 +89,8 @@ def power_law_loss(tokens: Sequence[float], losses: Sequence[float], at: float) 
         at: Number of tokens to extrapolate to.
 
     Raises:
-        ConfigurationError: There are too few points, or losses that are not positive or do not fall.
+        ConfigurationError: There are too few points, losses are not positive or do not fall, or `at` is not a positive
+            number.
 
     Example:
         >>> tokens = [1e6, 2e6, 4e6, 8e6]
@@ -98,11 +99,13 @@ def power_law_loss(tokens: Sequence[float], losses: Sequence[float], at: float) 
         2.3
     """
     n, loss = np.asarray(tokens, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    if n.shape != loss.shape or len(np.unique(n)) < 3 or (n <= 0).any() or not (loss > 0).all() or not at > 0:
+    if n.shape != loss.shape or len(np.unique(n)) < 3 or (n <= 0).any() or not (loss > 0).all():
         raise ConfigurationError(
             "a scaling law needs positive losses after at least 3 numbers of tokens, but there are "
             f"{shown(list(losses))} after {shown(list(tokens))} tokens"
         )
+    if not is_finite_number(at) or at <= 0:
+        raise ConfigurationError(f"at is {shown(at)}; it must be a positive number of tokens")
     inputs = np.log(n / n.max())
     best: tuple[float, float] | None = None
     for irreducible in loss.min() * np.linspace(0.0, 0.999, 1000):

@@ -66,7 +66,9 @@ sharded = Bytes()
 if distributed:
     fully_shard(sharded)
 with scoring_state(sharded):
-    report["taken over"] = Scorer(sharded).take_over_output_layer(environment._windows_for(sharded))
+    report["taken over"] = Scorer(sharded).take_over_output_layer(
+        [window for listed in environment._windows_of(sharded).values() for window in listed]
+    )
 report["sharded"] = environment.evaluate(sharded)
 report["training"] = all(module.training for module in parallel.modules())
 with open(f"{sys.argv[1]}/rank{rank}.json", "w") as file:

@@ -42,7 +42,7 @@ def environment(pairs, **settings):
 
 
 def takes_over(model, pairs) -> bool:
-    windows = environment(pairs)._windows_for(model)
+    windows = [window for listed in environment(pairs)._windows_of(model).values() for window in listed]
     with scoring_state(model):
         return Scorer(model).take_over_output_layer(windows)
 

@@ -38,8 +38,7 @@ def mixing(tmp_path, policy, questions=QUESTIONS, domains=DOMAINS, **settings):
     sampler = AgentWeightedSampler(
         write_toy_shards(tmp_path, domains, tokens=16),
         policy=policy,
-        **settings,
-        samples_per_reweight=10,
+        **{"samples_per_reweight": 10, **settings},
         reading=ReadingConfig(progress=False),
     )
     environment = Environment.from_pairs(questions, lambda text: list(text.encode()), progress=False)
@@ -58,7 +57,7 @@ def test_influence_is_measured_before_the_first_decision_only(tmp_path):
         run.consumed = consumed
         list(zip(run.sampler, range(10), strict=False))
         report = run.reweight(lambda environment: environment.evaluate(model), measure=measure)
-        assert 0 < report.full["dmagent/influence_share"] <= 1
+        assert 0 < report.full["dmagent/evidence_share"] <= 1
         assert ("dmagent/influence_seconds" in report.full) == (consumed == 0)
         assert report.decision.outcome.accepted
     assert asked == [DOMAINS]  # all 40 rows of each, as they are stored, without transform=
@@ -332,6 +331,89 @@ def test_where_losses_cannot_be_had_the_mix_stays_and_the_log_says_so(tmp_path, 
     assert "decides without the domains' losses: none of the rows" in caplog.text
     assert report.decision.proposed == pytest.approx(dict.fromkeys(DOMAINS, 0.25))
     assert not any(name.startswith("loss/") for name in report.full)
+
+
+@pytest.mark.parametrize("own_loop", [False, True], ids=["environment", "function"])
+def test_a_loss_that_is_not_finite_leaves_the_mix_and_the_run_continues(tmp_path, caplog, own_loop):
+    """A domain whose rows overflow once must not end a run of weeks."""
+
+    def evaluate(environment):
+        if isinstance(environment, RowEnvironment) and own_loop:
+            return dict.fromkeys(environment.fields, float("nan"))
+        model = Model()
+        if isinstance(environment, RowEnvironment):
+            with torch.no_grad():
+                model.table.weight[:] = float("inf")
+        return environment.evaluate(model)
+
+    run = mixing(tmp_path, "odm")
+    run.begin()
+    report = run.reweight(evaluate)
+    assert "decides without the domains' losses" in caplog.text
+    assert "not finite" in caplog.text
+    assert report.decision.outcome.accepted
+    assert report.decision.proposed == pytest.approx(dict.fromkeys(DOMAINS, 0.25))
+    assert not any(name.startswith("loss/") for name in report.full)
+
+
+def test_rows_padded_on_the_left_have_the_losses_of_plain_rows(tmp_path):
+    """The cut to 1,024 tokens left only padding, which ended the run."""
+    model = Model()
+
+    def losses(folder, transform):
+        run = mixing(folder, "odm")
+        run.sampler.bind(transform=transform)
+        run.begin()
+        full = run.reweight(lambda environment: environment.evaluate(model)).full
+        return {domain: full[f"loss/{domain}"] for domain in DOMAINS}
+
+    def padded(sample):
+        tokens = sample["input_ids.npy"].astype(np.int64)
+        return {
+            "input_ids": np.concatenate([np.zeros(2000, np.int64), tokens]),
+            "attention_mask": (np.arange(2000 + len(tokens)) >= 2000).astype(np.int64),
+        }
+
+    assert losses(tmp_path / "padded", padded) == pytest.approx(losses(tmp_path / "plain", packed_tokens), abs=1e-6)
+
+
+def test_the_limit_on_the_length_of_questions_does_not_shorten_rows(tmp_path):
+    run = mixing(tmp_path, "odm")
+    environment = Environment.from_pairs(QUESTIONS, lambda text: list(text.encode()), progress=False, max_length=4)
+    run = Mixing(run.sampler, environment)
+    run.begin()
+    full = run.reweight(lambda environment: environment.evaluate(Model())).full
+    assert full["dmagent/losses_tokens"] == 16 * sum(DOMAINS.values())
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows"),
+    [(None, 40), (100, 8), (4_000_000, 12), (400_000_000, 40)],
+    ids=["open", "short", "long", "huge"],
+)
+def test_losses_cost_at_most_a_hundredth_of_a_run_of_known_length(tmp_path, samples, rows):
+    """Of 10 samples between two decisions, 1% of the cost is 0.3 rows read forward; of 1,600 of them, 48 rows: 12 of
+    each of 4 domains."""
+    run = mixing(
+        tmp_path, "odm", samples_per_reweight=10 if samples == 100 else 1600 if samples == 4_000_000 else 160_000
+    )
+    run.begin(samples=samples)
+    full = run.reweight(lambda environment: environment.evaluate(Model())).full
+    assert full["dmagent/losses_tokens"] == 16 * 4 * rows
+
+
+def test_the_rows_of_losses_are_read_once(tmp_path, monkeypatch):
+    run, model, read = mixing(tmp_path, "odm"), Model(), []
+    probe_rows = run.sampler.probe_rows
+    monkeypatch.setattr(
+        run.sampler, "probe_rows", lambda *given, **more: (read.append(given), probe_rows(*given, **more))[1]
+    )
+    run.begin()
+    for consumed in (0, 10, 20):
+        run.consumed = consumed
+        list(zip(run.sampler, range(10), strict=False))
+        assert run.reweight(lambda environment: environment.evaluate(model)).full["dmagent/losses_tokens"] > 0
+    assert len(read) == 1
 
 
 def test_an_evaluation_that_ignores_its_environment_cannot_give_losses(tmp_path):

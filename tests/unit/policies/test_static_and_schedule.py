@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,9 +68,18 @@ def test_every_mix_of_a_schedule_sums_to_one(make_history: MakeHistory) -> None:
         assert abs(policy.propose(make_history(DOMAINS, steps)).sum() - 1.0) < 1e-12
 
 
-def test_a_schedule_over_no_steps_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="over 0 steps"):
-        LinearSchedule([1.0], [1.0], 0)
+@pytest.mark.parametrize("steps", [0, 10.5, float("nan"), "ten", True])
+def test_steps_that_are_no_number_of_steps_are_refused(steps: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"steps is {steps!r}"):
+        LinearSchedule([1.0], [1.0], steps)
+    with pytest.raises(ConfigurationError, match=f"steps is {steps!r}"):
+        TwoPhaseSchedule([1.0], [1.0], steps)
+
+
+@pytest.mark.parametrize("switch", ["x", float("nan"), None])
+def test_a_switch_that_is_no_number_is_refused(switch: Any) -> None:
+    with pytest.raises(ConfigurationError, match="switch is"):
+        TwoPhaseSchedule([1.0], [1.0], 10, switch=switch)
 
 
 def test_two_phases_by_hand(make_history: MakeHistory) -> None:

@@ -43,11 +43,15 @@ def test_the_critical_share_by_hand(law: MixtureLaw, start: Callable[..., Histor
 
 
 def test_a_limit_that_no_share_keeps_gives_the_least_loss_and_a_wide_one_all_the_target(
-    law: MixtureLaw, two: DomainSpace
+    law: MixtureLaw, two: DomainSpace, caplog: pytest.LogCaptureFixture
 ) -> None:
     half = np.array([0.5, 0.5])
-    assert CriticalRatio(two, half, source=law, tokens=8e6, limit=1.0).share < 0.05
     assert CriticalRatio(two, half, source=law, tokens=8e6, limit=9.0).share == 1.0
+    assert not caplog.records
+    assert CriticalRatio(two, half, source=law, tokens=8e6, limit=1.0).share < 0.05
+    least = float(law.loss(1 - np.linspace(0, 1, 1001), 8e6).min())
+    assert "cannot keep to limit=1: the least loss on the source field" in caplog.text
+    assert f"after 8e+06 tokens is {least:.4f} nats" in caplog.text
 
 
 def test_with_a_law_of_the_target_a_share_beyond_its_optimum_is_not_taken(law: MixtureLaw, two: DomainSpace) -> None:
@@ -63,6 +67,17 @@ def test_what_is_no_law_or_no_two_fields_is_refused(law: MixtureLaw) -> None:
     for shares, losses in (([0.1, 0.5], [2.0, 2.1]), ([0.1, 0.5, 1.5], [2.0] * 3), ([0.1, 0.5, 0.9], [2.0, 2.0, -1.0])):
         with pytest.raises(ConfigurationError, match="at least 3 shares"):
             MixtureLaw(shares, [1e6] * len(shares), losses)
+    with pytest.raises(ConfigurationError, match="7 measurements cannot determine the 7 parameters"):
+        MixtureLaw([0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0], [1e6] * 7, [2.5, 2.4, 2.3, 2.3, 2.2, 2.2, 2.2])
+    with pytest.raises(ConfigurationError, match="proxy_tokens is -1"):
+        CriticalRatio(
+            DomainSpace.from_names(["source/a", "target/b"]),
+            np.array([0.5, 0.5]),
+            source=law,
+            tokens=1e6,
+            limit=2.0,
+            proxy_tokens=-1,
+        )
     space = DomainSpace.from_names(["source/a", "source/b"])
     with pytest.raises(DomainError, match="two fields"):
         CriticalRatio(space, np.array([0.5, 0.5]), source=law, tokens=1e6, limit=2.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,18 @@ from dmagent_loader.errors import ConfigurationError, DomainError, MissingExtraE
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.length import RunLength
-from dmagent_loader.policies import LENGTH, LogLinearLaw, Olmix, ProxyTable, RegMix, Regression, rank_correlation
+from dmagent_loader.policies import (
+    LENGTH,
+    CombinedPolicy,
+    LogLinearLaw,
+    Olmix,
+    ProxyTable,
+    RegMix,
+    Regression,
+    StaticPolicy,
+    rank_correlation,
+)
+from dmagent_loader.policies.guard import project_to_bounds
 
 Start = Callable[..., History]
 HALF = np.array([0.5, 0.5])
@@ -37,8 +49,11 @@ def exponential(share: np.ndarray) -> np.ndarray:
     return (2.0 + np.exp(-share))[:, None]
 
 
-def length(rows: tuple[int, int], limit: int | None) -> RunLength:
-    return RunLength(rows=np.array(rows), repeats=np.array([True, True]), limit=limit, ending=())
+def length(rows: tuple[int, int], limit: int | None, *, ends: bool = False) -> RunLength:
+    """Math repeats its rows, or ends the run."""
+    return RunLength(
+        rows=np.array(rows), repeats=np.array([True, not ends]), limit=limit, ending=((1,),) if ends else ()
+    )
 
 
 # RegMix
@@ -98,10 +113,19 @@ def test_a_table_of_other_domains_is_refused(method: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"regressor": "forest"}, {"candidates": 0}, {"best": 0}, {"concentration": 0}, {"metrics": {"m7": 1}}]
+    ("settings", "message"),
+    [
+        ({"regressor": "forest"}, "choose one of"),
+        ({"candidates": 0}, "candidates is 0"),
+        ({"best": 0}, "best is 0"),
+        ({"best": 128, "candidates": 128}, "best=128 of candidates=128 would average all"),
+        ({"concentration": 0}, "concentration is 0"),
+        ({"metrics": {"m7": 1}}, "metrics is"),
+        ({"seed": -1}, "seed is -1"),
+    ],
 )
-def test_wrong_settings_of_regmix_are_refused(settings: dict[str, Any], two: DomainSpace) -> None:
-    with pytest.raises(ConfigurationError):
+def test_wrong_settings_of_regmix_are_refused(settings: dict[str, Any], message: str, two: DomainSpace) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         RegMix(two, HALF, table=made(exponential), **{"regressor": "linear", **settings})
 
 
@@ -125,7 +149,55 @@ def test_the_error_of_a_missing_package_names_the_extra(
     monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(MissingExtraError, match=r"dmagent-loader\[baselines\]"):
         use(two)
-    assert RegMix(two, HALF, table=made(exponential), regressor="linear", candidates=9).mix.sum() == pytest.approx(1)
+    assert RegMix(two, HALF, table=made(exponential), regressor="linear", candidates=900).mix.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", [partial(RegMix, regressor="linear"), Olmix], ids=["regmix", "olmix"])
+def test_a_domain_that_no_proxy_had_is_refused_by_name(method: Any) -> None:
+    """Olmix gave it nearly all weight: its slope stayed 0, and those of the others took up the constant."""
+    space = DomainSpace.from_names(["source/web", "target/math", "target/code"])
+    two_of_three = made(exponential)
+    table = ProxyTable(
+        domains=("target/math", "source/web", "target/code"),
+        metrics=("m0",),
+        mixes=np.hstack([two_of_three.mixes, np.zeros((60, 1))]),
+        losses=two_of_three.losses,
+    )
+    with pytest.raises(ConfigurationError, match=r"no proxy was trained on \['target/code'\]"):
+        method(space, np.full(3, 1 / 3), table=table)
+    policy = method(space, np.array([0.5, 0.5, 0.0]), table=table)
+    mix = policy.solve() if isinstance(policy, Olmix) else policy.mix
+    assert mix[2] == 0
+
+
+def test_a_domain_that_the_proxies_say_nothing_of_has_the_mean_slope() -> None:
+    """A held-out fold of proxies may lack it."""
+    mixes = np.array([[1 - share, share, 0.0] for share in np.linspace(0.1, 0.9, 20)])
+    losses = 2.0 + np.exp(0.5 - mixes[:, 1:2])
+    law = LogLinearLaw(ProxyTable(domains=("a", "b", "c"), metrics=("loss",), mixes=mixes, losses=losses))
+    low, high = sorted(law.slopes[0, :2])
+    assert low < law.slopes[0, 2] < high
+
+
+@pytest.mark.parametrize("fit", [partial(Regression, regressor="linear"), LogLinearLaw], ids=["linear", "law"])
+def test_runs_of_one_mix_are_refused(fit: Any) -> None:
+    table = ProxyTable(
+        domains=("a", "b"), metrics=("loss",), mixes=np.full((50, 2), 0.5), losses=np.arange(1.0, 51.0)[:, None]
+    )
+    with pytest.raises(ConfigurationError, match="all 50 proxy runs have the same mix"):
+        fit(table)
+
+
+def test_trees_that_cannot_be_split_are_refused(two: DomainSpace) -> None:
+    """With 39 runs and 20 in a leaf, LightGBM predicts the mean, and the mix would be one of chance."""
+    with pytest.raises(ConfigurationError, match="39 proxy runs cannot be split with 20 in a leaf"):
+        RegMix(two, HALF, table=made(exponential, runs=39))
+    assert np.ptp(Regression(made(exponential, runs=60)).predict(np.eye(2))) > 0
+
+
+def test_predictions_that_are_all_equal_have_no_best_mix(two: DomainSpace) -> None:
+    with pytest.raises(ConfigurationError, match="predicts a loss of 2 for all 300 candidates"):
+        RegMix(two, HALF, table=made(lambda share: np.full((len(share), 1), 2.0)), candidates=300)
 
 
 # Olmix
@@ -169,7 +241,58 @@ def test_a_cap_that_no_mix_can_keep_is_left_out_with_a_warning(
     with caplog.at_level(logging.WARNING):
         assert policy.propose(start())[1] == pytest.approx(0.9773, abs=2e-4)
         policy.propose(start())
-    assert caplog.text.count("has no cap on repetition: 20 rows") == 1
+    assert caplog.text.count("has no cap on repetition: no mix was found") == 1
+    assert "over the 20 rows of the domains in a run of 400 samples" in caplog.text
+
+
+@pytest.mark.parametrize("prior", [0.99, 0.9, 0.7])
+def test_the_cap_holds_in_a_run_whose_length_follows_from_the_mix(
+    prior: float, two: DomainSpace, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """100 rows of math end the run after 100 / x samples, of which the web's part makes (1 - x) / x passes: 4 at
+    x = 0.2. The losses ask for less math than that. A second solution with the ceilings of the first made 140 passes:
+    the first mix has a long run and tight ceilings, the next one the contrary."""
+    table = made(lambda share: (2.0 + np.exp(3 * share - 3))[:, None])
+    policy = Olmix(two, np.array([prior, 1 - prior]), table=table)
+    policy.needed(0)
+    policy.inform(LENGTH, length((100, 100), None, ends=True))
+    assert policy.propose(start())[1] == pytest.approx(0.2, abs=1e-3)
+    assert policy.unlimited(start())[1] < 0.15
+    assert not caplog.records
+
+
+def test_a_mix_that_keeps_to_the_cap_by_itself_stays(two: DomainSpace, start: Start) -> None:
+    policy = Olmix(two, HALF, table=made(exponential))
+    policy.needed(0)
+    policy.inform(LENGTH, length((100, 100), None, ends=True))
+    assert policy.propose(start()).tolist() == policy.unlimited(start()).tolist()
+
+
+def test_a_mix_is_solved_for_once_for_each_length(
+    two: DomainSpace, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, solved = Olmix(two, HALF, table=made(exponential)), []
+    solve = policy.solve
+    monkeypatch.setattr(policy, "solve", lambda *ceilings: (solved.append(ceilings), solve(*ceilings))[1])
+    for decision in range(5):
+        policy.needed(decision)
+        policy.inform(LENGTH, length((100, 70), 400))
+        policy.propose(start())
+    assert len(solved) == 2, "without and with the cap"
+
+
+def test_in_a_combination_the_cap_holds_for_the_combined_mix(start: Start) -> None:
+    """Olmix alone wants little of the source, so its cap would not bind there; 0.6 of 1,000 samples with all of it on
+    one domain of 50 rows would be 12 passes."""
+    space = DomainSpace.from_names(["source/a", "source/b", "target/c"])
+    mixes = np.random.default_rng(0).dirichlet(np.ones(3), 60)
+    losses = (2 + np.exp(mixes @ [1.0, 3.0, -2.0]))[:, None]
+    table = ProxyTable(domains=space.names, metrics=("loss",), mixes=mixes, losses=losses)
+    policy = CombinedPolicy(StaticPolicy([0.3, 0.3, 0.4]), Olmix(space, np.full(3, 1 / 3), table=table, kl=0.01), space)
+    assert policy.needed(0) == {LENGTH}
+    rows = np.array([50, 1000, 1000])
+    policy.inform(LENGTH, RunLength(rows=rows, repeats=np.array([True] * 3), limit=1000, ending=()))
+    assert policy.propose(start(space)) == pytest.approx([0.2, 0.4, 0.4], abs=1e-6)
 
 
 def test_the_solution_for_many_domains_satisfies_the_conditions_of_an_optimum() -> None:
@@ -189,9 +312,10 @@ def test_the_solution_for_many_domains_satisfies_the_conditions_of_an_optimum() 
     assert not free.all()
     assert np.ptp(derivative[free]) < 1e-5
     assert derivative[~free].max() < derivative[free].min() + 1e-5
-    others = rng.dirichlet(50 * mix + 1e-3, 200)
-    feasible = others[(others <= high).all(axis=1)]
+    drawn = rng.dirichlet(50 * mix + 1e-3, 200)
+    feasible = [project_to_bounds(other, np.zeros(40), high) for other in drawn]
     assert all(policy.objective(other) >= policy.objective(mix) for other in feasible)
+    assert not any(np.allclose(other, mix, atol=1e-3) for other in feasible)
 
 
 def test_the_law_recovers_what_it_was_made_from_and_shrugs_off_outliers() -> None:
@@ -216,8 +340,8 @@ def test_the_law_ranks_held_out_runs_of_another_seed() -> None:
 def test_what_olmix_cannot_use_is_refused(two: DomainSpace) -> None:
     with pytest.raises(ConfigurationError, match="positive losses"):
         Olmix(two, HALF, table=made(lambda share: (share - 0.5)[:, None]))
-    for settings in ({"kl": 0}, {"most_passes": -1}):
-        with pytest.raises(ConfigurationError):
+    for settings, message in (({"kl": 0}, "kl is 0"), ({"most_passes": -1}, "most_passes is -1")):
+        with pytest.raises(ConfigurationError, match=message):
             Olmix(two, HALF, table=made(exponential), **settings)
     with pytest.raises(PolicyError, match="length of the run"):
         Olmix(two, HALF, table=made(exponential)).inform("questions", {})

@@ -162,6 +162,41 @@ def test_a_state_of_other_domains_begins_anew_with_a_warning(
     assert other.updates == 0
 
 
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+def test_a_used_policy_begins_anew_for_another_run(
+    maker: Any, two: DomainSpace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It never asked again, and kept the last mix of the first run."""
+    policy, fresh = maker(two, NATURAL), maker(two, NATURAL)
+    inform(policy, (4.0, 3.0), (3.5, 2.9), (3.4, 2.2))
+    assert not caplog.records
+    inform(policy, (5.0, 3.0), (4.5, 2.0))
+    assert "asked for decision 0 after decision 2" in caplog.text
+    inform(fresh, (5.0, 3.0), (4.5, 2.0))
+    assert json.dumps(policy.state_dict()) == json.dumps(fresh.state_dict())
+
+
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+def test_a_used_policy_that_loads_a_state_of_other_domains_begins_anew(maker: Any, two: DomainSpace) -> None:
+    policy, fresh = maker(two, NATURAL), maker(two, NATURAL)
+    state = fresh.state_dict()
+    inform(policy, (4.0, 3.0), (3.5, 2.9))
+    policy.load_state_dict({**state, "mix": {"source/web": 0.5, "target/code": 0.5}})
+    assert json.dumps(policy.state_dict()) == json.dumps(state)
+
+
+def test_losses_of_the_base_model_that_come_late_are_warned_of(
+    two: DomainSpace, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = DBL(two, NATURAL)
+    policy.needed(0)
+    policy.inform(LOSSES, None)
+    assert not caplog.records
+    inform(policy, (3.0, 4.0), (3.0, 4.0), first=1)
+    assert len(caplog.records) == 1
+    assert "has no losses of the base model, and takes those before decision 1 instead" in caplog.text
+
+
 def test_without_losses_the_mix_stays_and_the_next_ones_are_used(two: DomainSpace) -> None:
     policy = DBL(two, NATURAL)
     inform(policy, (3.0, 4.0))
@@ -188,19 +223,22 @@ def test_other_evidence_is_refused(need: str, evidence: Any, two: DomainSpace) -
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "message"),
     [
-        partial(DBL, eta=0),
-        partial(DBL, smoothing=1.0),
-        partial(DynamicBatchLoading, reference={"target/math": "low"}),
-        partial(DynamicBatchLoading, reference=None),
-        partial(VELOCITUNE, max_velocity=float("inf")),
-        partial(OnlineDataMixing, alpha=1.0),
-        partial(OnlineDataMixing, rounds_per_decision=0),
+        (partial(DBL, eta=0), "eta is 0"),
+        (partial(DBL, smoothing=1.0), "smoothing is 1.0"),
+        (partial(DBL, proxy_tokens=-1), "proxy_tokens is -1"),
+        (partial(DBL, proxy_tokens="many"), "proxy_tokens is 'many'"),
+        (partial(DynamicBatchLoading, reference={"target/math": "low"}), "reference is"),
+        (partial(DynamicBatchLoading, reference=None), "reference is None"),
+        (partial(VELOCITUNE, max_velocity=float("inf")), "max_velocity is inf"),
+        (partial(VELOCITUNE, proxy_tokens=0.5), "proxy_tokens is 0.5"),
+        (partial(OnlineDataMixing, alpha=1.0), "alpha is 1.0"),
+        (partial(OnlineDataMixing, rounds_per_decision=0), "rounds_per_decision is 0"),
     ],
 )
-def test_wrong_settings_are_refused(wrong: Any, two: DomainSpace) -> None:
-    with pytest.raises(ConfigurationError):
+def test_wrong_settings_are_refused(wrong: Any, message: str, two: DomainSpace) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         wrong(two, NATURAL)
 
 
@@ -218,5 +256,8 @@ def test_a_history_of_other_domains_is_refused(two: DomainSpace, start: Start) -
 def test_a_curve_that_does_not_fall_has_no_scaling_law() -> None:
     with pytest.raises(ConfigurationError, match="do not fall"):
         power_law_loss([1e6, 2e6, 4e6], [2.0, 2.1, 2.3], 1e8)
+    for at in (float("nan"), 0, -1e6):
+        with pytest.raises(ConfigurationError, match=f"at is {at}"):
+            power_law_loss([1e6, 2e6, 4e6], [2.3, 2.1, 2.0], at)
     with pytest.raises(ConfigurationError, match="at least 3"):
         power_law_loss([1e6, 2e6], [2.0, 1.9], 1e8)

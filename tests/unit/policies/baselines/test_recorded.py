@@ -61,7 +61,25 @@ def test_the_mean_is_what_was_drawn_in_all(tmp_path: Path) -> None:
     assert path.mean()[1] == pytest.approx((20 * 0.3 + 20 * 0.5 + 4 * 0.7) / 44)
     assert abs(path.mean()[1] * 44 - drawn) <= 1
     constant, _ = run(tmp_path, path.mean_policy())
-    assert {entry.decided_by for entry in constant.ledger} == {"mean held static"}
+    assert {entry.decided_by for entry in constant.ledger} == {"mean-held-static"}
+
+
+def test_the_mean_counts_mixes_set_by_hand(tmp_path: Path) -> None:
+    """40 samples under 0.3 of math, then 20 under 0.9, set by hand: (12 + 18) / 60."""
+    shards = write_toy_shards(tmp_path, DOMAINS, tokens=4)
+    sampler = AgentWeightedSampler(
+        shards, policy=SCHEDULE, samples_per_reweight=60, reading=ReadingConfig(progress=False)
+    )
+    sampler.reweight({"general": -3.0}, consumed=0)
+    samples = iter(sampler)
+    for _ in range(40):
+        next(samples)
+    sampler.set_mix({"source/web": 0.1, "target/math": 0.9})
+    for _ in range(20):
+        next(samples)
+    path = RecordedPath.from_state(json.loads(json.dumps(sampler.state_dict(consumed=60))))
+    assert path.mean()[1] == pytest.approx(0.5)
+    assert path.mixes.tolist() == pytest.approx(np.array([[0.7, 0.3]]))
 
 
 def test_a_history_gives_the_path_without_its_start_state() -> None:
@@ -84,7 +102,7 @@ def test_a_path_follows_the_names_of_the_domains(start: Any) -> None:
 def test_states_without_a_path_are_refused(tmp_path: Path) -> None:
     _, state = run(tmp_path, SCHEDULE, decisions=1)
     for wrong in ({}, {"sampler": state}, {**state, "ledger": 3}, {**state, "consumed": "all"}):
-        with pytest.raises(StateError):
+        with pytest.raises(StateError, match="cannot be read from its state"):
             RecordedPath.from_state(wrong)
     with pytest.raises(StateError, match="no decision"):
         RecordedPath.from_state({**state, "measurements": []})
