@@ -49,7 +49,7 @@ class Documents:
 
     def __init__(self, options: ReadOptions) -> None:
         self._options = options
-        self._render = load_template(options.chat_template) if options.chat_template is not None else None
+        self._render = load_template(options.chat_template).render if options.chat_template is not None else None
 
     def make(self, record: Record | Rejected) -> Document | Rejected:
         """The document of a record, or why it is none."""
