@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from dmagent_loader.shards.sources.urls import base_name
+from dmagent_loader.shards.sources.urls import base_name, is_local, local_path
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
@@ -80,6 +81,13 @@ class Input:
     def name(self) -> str:
         """File name in lower case, without folders and the query of a URL."""
         return base_name(self.url).lower()
+
+    @property
+    def location(self) -> str:
+        """The URL, or the real path of a local file, which may have several names."""
+        if self.kind is Kind.DATASET or not is_local(self.url):
+            return self.url
+        return os.path.realpath(local_path(self.url))
 
     @property
     def compression(self) -> str:
