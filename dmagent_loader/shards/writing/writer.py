@@ -93,7 +93,7 @@ def shard_files(
         if not _NAME.fullmatch(domain):
             raise DomainError(
                 f"domain {domain!r} cannot be a folder: name it field/domain, such as 'source/Science', of letters, "
-                "digits, '_', '-', '+', '.'"
+                "digits, '_', '-', '+' and, except at the beginning of a part, '.'; the domain may have spaces"
             )
     inputs = {domain: find_inputs(domain, paths, config.reading) for domain, paths in domains.items()}
     tokenizer = (
