@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -182,14 +182,16 @@ def add_input_arguments(where: argparse._MutuallyExclusiveGroup) -> None:
         "the endings of files say how they are read; repeatable",
     )
     where.add_argument(
-        "--input", metavar="DIR", help="every data file in DIR is a domain, named after the file; needs --field"
+        "--input",
+        metavar="DIR",
+        help="every data file in DIR, but not in the folders below it, is a domain named after the file; needs --field",
     )
 
 
 def input_domains(args: argparse.Namespace) -> dict[str, list[str]]:
     """Domain -> inputs, from the arguments ``--domain``, ``--input`` and ``--field``."""
-    domains = _domains_of_folder(args.input, args.text_files) if args.input else _named_domains(args.domain)
-    return {_with_field(name, args.field): paths for name, paths in domains.items()}
+    domains = _domains_of_folder(args.input, args.text_files).items() if args.input else _named_domains(args.domain)
+    return _with_fields(domains, args.field)
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -254,7 +256,7 @@ def _domains_of_folder(folder: str, text_files: Sequence[str]) -> dict[str, list
         if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
             continue  # the other half of a pair of Megatron
         if not path.is_file() or kind_of_name(path.name, text_files) is None:
-            strays.append(path.name)
+            strays.append(f"{path.name}/" if path.is_dir() else path.name)
         else:
             name = domain_name(path)
             if name in domains:
@@ -270,19 +272,36 @@ def _domains_of_folder(folder: str, text_files: Sequence[str]) -> dict[str, list
         )
     if strays:
         print(f"not read, because they are not data files: {', '.join(strays)}", file=sys.stderr)
+        if any(name.endswith("/") for name in strays):
+            print("--input does not read the folders in it: name them with --domain", file=sys.stderr)
     return domains
 
 
-def _named_domains(arguments: list[str]) -> dict[str, list[str]]:
-    domains: dict[str, list[str]] = {}
+def _named_domains(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
     for argument in arguments:
         name, _, paths = argument.partition("=")
         if not name or not paths:
             raise ConfigurationError(f"--domain {argument!r}: write NAME=PATH, for example source/web=web.jsonl.gz")
-        if name in domains:
+        yield name, list(_split(paths))
+
+
+def _split(paths: str) -> Iterator[str]:
+    """The paths between commas; a file or folder whose name has commas is one path."""
+    parts = paths.split(",")
+    while parts:
+        count = next((n for n in range(len(parts), 1, -1) if os.path.exists(",".join(parts[:n]))), 1)
+        yield ",".join(parts[:count])
+        del parts[:count]
+
+
+def _with_fields(domains: Iterable[tuple[str, list[str]]], field: str | None) -> dict[str, list[str]]:
+    named: dict[str, list[str]] = {}
+    for short, paths in domains:
+        name = _with_field(short, field)
+        if name in named:
             raise ConfigurationError(f"--domain {name!r} is given twice: list its files once, separated by commas")
-        domains[name] = paths.split(",")
-    return domains
+        named[name] = paths
+    return named
 
 
 def _with_field(name: str, field: str | None) -> str:

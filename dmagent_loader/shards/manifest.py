@@ -64,6 +64,7 @@ class DomainRecord:
         dropped_tokens: Tokens at the end that did not fill a row and are left out; None for raw text.
         special_token_documents: Documents whose text spells a special token; None for raw text.
         settings: Settings of the writer.
+        jobs: Hex sha256 of the inputs and settings of each call that added shards.
         shards: The files, in order.
     """
 
@@ -75,6 +76,7 @@ class DomainRecord:
     dropped_tokens: int | None
     special_token_documents: int | None
     settings: dict[str, Any]
+    jobs: tuple[str, ...] = ()
     shards: tuple[ShardRecord, ...]
 
     @property

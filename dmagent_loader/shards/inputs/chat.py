@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmagent_loader.errors import ConfigurationError, require_extra
 
-Render = Callable[[list[dict[str, Any]]], str]
+_SPECIAL = re.compile(r"\b(?:bos|eos|unk|sep|pad|cls|mask)_token\b")
+_SET = re.compile(r"{%-?\s*set\s+(\w+)")
+_CONFIG_NAME = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template.
+
+    Attributes:
+        render: Function from the messages of a conversation to its text.
+        sha256: Hex sha256 of the template and the special tokens that it writes.
+    """
+
+    render: Callable[[list[dict[str, Any]]], str]
+    sha256: str
 
 
 @functools.lru_cache(maxsize=4)
-def load_template(path: str) -> Render:
-    """A function from the messages of a conversation to its text.
+def load_template(path: str) -> ChatTemplate:
+    """Loads a chat template.
 
     Args:
-        path: Folder or Hub name of a tokenizer with a chat template, or a ``.jinja`` file.
+        path: Folder or Hub name of a tokenizer with a chat template, or a ``.jinja`` file. A file takes the special
+            tokens that it names from a ``tokenizer_config.json`` beside it.
 
     Raises:
-        ConfigurationError: There is no template.
+        ConfigurationError: There is no template, or it names special tokens that are not known.
         MissingExtraError: transformers is not installed.
     """
     transformers = require_extra("transformers", "hf")
     if path.endswith(".jinja"):
-        if not os.path.isfile(path):
-            raise ConfigurationError(f"there is no chat template {path!r}: name a .jinja file or a tokenizer's folder")
-        template = Path(path).read_text(encoding="utf-8")
-        library = require_extra("transformers.utils.chat_template_utils", "hf")
-        return lambda messages: str(library.render_jinja_template([messages], chat_template=template)[0][0])
+        return _of_file(path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the library raises bare Exceptions
@@ -41,7 +57,47 @@ def load_template(path: str) -> Render:
         raise ConfigurationError(
             f"tokenizer {path!r} has no chat template: name one that has, or a .jinja file (--chat-template)"
         )
-    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return ChatTemplate(
+        lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False)),
+        _digest(tokenizer.chat_template, tokenizer.special_tokens_map),
+    )
+
+
+def _of_file(path: str) -> ChatTemplate:
+    if not os.path.isfile(path):
+        raise ConfigurationError(f"there is no chat template {path!r}: name a .jinja file or a tokenizer's folder")
+    template = Path(path).read_text(encoding="utf-8")
+    named = sorted({*_SPECIAL.findall(template)} - {*_SET.findall(template)})
+    known = _special_tokens(Path(path).with_name(_CONFIG_NAME)) if named else {}
+    missing = [name for name in named if name not in known]
+    if missing:
+        raise ConfigurationError(
+            f"chat template {path!r} writes {', '.join(missing)}, which would be empty: name the tokenizer's folder "
+            f"instead, or put its {_CONFIG_NAME} beside the template"
+        )
+    tokens = {name: known[name] for name in named}
+    library = require_extra("transformers.utils.chat_template_utils", "hf")
+    return ChatTemplate(
+        lambda messages: str(library.render_jinja_template([messages], chat_template=template, **tokens)[0][0]),
+        _digest(template, tokens),
+    )
+
+
+def _special_tokens(path: Path) -> dict[str, str]:
+    """The special tokens of a ``tokenizer_config.json``, by name; none if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        tokens = {name: value for name, value in config.items() if _SPECIAL.fullmatch(name)}
+    except (ValueError, AttributeError) as error:
+        raise ConfigurationError(f"{str(path)!r} cannot be read ({error}): fetch or write it again") from error
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fault_of_messages(messages: Any) -> str:

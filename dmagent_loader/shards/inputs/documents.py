@@ -49,7 +49,7 @@ class Documents:
 
     def __init__(self, options: ReadOptions) -> None:
         self._options = options
-        self._render = load_template(options.chat_template) if options.chat_template is not None else None
+        self._render = load_template(options.chat_template).render if options.chat_template is not None else None
 
     def make(self, record: Record | Rejected) -> Document | Rejected:
         """The document of a record, or why it is none."""
@@ -65,8 +65,6 @@ class Documents:
                 text = self._rendered(place, text)
         elif isinstance(value, str):
             text, value = value, {}
-            if "\0" in text:
-                return rejected(place, "contains a zero byte, as binary files do: remove it, or convert it", text)
         else:
             return rejected(place, missing_column("", type(value).__name__, self._options).strip(), value)
         if isinstance(text, Rejected):
@@ -78,6 +76,8 @@ class Documents:
             text = decoded
         if not isinstance(text, str):
             return rejected(place, self._fault(value, text), value)
+        if "\0" in text:
+            return rejected(place, "contains a zero byte, as binary files do: remove it, or convert it", text)
         # Only JSON escapes, and bytes that were no UTF-8, make halves of surrogate pairs.
         fault = _surrogate(text, f"column {self._options.document_key!r} in {place}" if value else place)
         if fault:

@@ -19,8 +19,8 @@ from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 _LISTED_STRAYS = 5
 _MAX_INDEX_BYTES = 1 << 26
-_DATASET_MARKS = ("state.json", "dataset_dict.json")
-"""Files that mark a folder of `save_to_disk`."""
+_DATASET_MARKS = (("dataset_dict.json",), ("state.json", "dataset_info.json"))
+"""Files that together mark a folder of `save_to_disk`."""
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +65,25 @@ def find_inputs(
 def _chosen(domain: str, path: str, names: list[str], is_named: bool, options: ReadOptions) -> Iterator[Input]:
     """The inputs among the files of one path; the others are named in a warning, or refused."""
     kinds = [_kind(name, options) for name in names]
+    tars = [name for name, kind in zip(names, kinds, strict=True) if kind is Kind.TAR and options.tar_member is None]
     strays = [name for name, kind in zip(names, kinds, strict=True) if kind is None]
+    if tars and (is_named or len(tars) + len(strays) == len(names)):
+        raise ShardError(
+            f"domain {domain!r}: {display_url(tars[0])} is a tar shard, which the sampler reads as it is, "
+            f"{{{domain!r}: {display_url(path)!r}}}: give it to the sampler, or name the member with the text to "
+            "write it again (--tar-member txt, tar_member=)"
+        )
     if strays and (is_named or len(strays) == len(names)):
         raise ShardError(
             f"domain {domain!r}: {display_url(strays[0])} is not read, because its ending is not that of a known kind: "
             f"{remedy_for(strays[0])}; what is read: {READ}"
         )
+    strays.extend(tars)
     if strays:
         listed = ", ".join(display_url(name) for name in strays[:_LISTED_STRAYS])
         logger.warning(
-            "domain %r: of the %d files in %s, %d are not read, because their endings are not those of data: %s%s",
+            "domain %r: of the %d files in %s, %d are not read, because they are not data of a known kind, or tar "
+            "shards without --tar-member: %s%s",
             domain,
             len(names),
             display_url(path),
@@ -82,14 +91,9 @@ def _chosen(domain: str, path: str, names: list[str], is_named: bool, options: R
             listed,
             ", ..." if len(strays) > _LISTED_STRAYS else "",
         )
+    left_out = {*strays}
     for name, kind in zip(names, kinds, strict=True):
-        if kind is Kind.TAR and options.tar_member is None:
-            raise ShardError(
-                f"domain {domain!r}: {display_url(name)} is a tar shard, which the sampler reads as it is, "
-                f"{{{domain!r}: {display_url(path)!r}}}: give it to the sampler, or name the member with the text to "
-                "write it again (--tar-member txt, tar_member=)"
-            )
-        if kind is not None:
+        if kind is not None and name not in left_out:
             yield _described(name, kind)
 
 
@@ -110,23 +114,31 @@ def _local_names(path: str) -> tuple[bool, list[str]]:
     return False, [name for match in matches for name in (_walk(match) if os.path.isdir(match) else [match])]
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """All files below a folder, without hidden ones, and the folders that are one data set."""
+def _walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """All files below a folder, without hidden ones, and the folders that are one data set; links are followed.
+
+    Args:
+        folder: The folder.
+        above: Real paths of the folders above it, into which links may lead back.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
     if _kind_of_folder(Path(folder)) is not None:
         yield folder
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path)
-        elif entry.is_file():
+        if entry.is_dir():
+            yield from _walk(entry.path, above | {real})
+        elif entry.is_file() or entry.is_symlink():
             yield entry.path
 
 
 def _kind_of_folder(folder: Path) -> Kind | None:
     """The kind of a folder that is read as one; None: it holds files."""
-    if any((folder / mark).is_file() for mark in _DATASET_MARKS):
+    if any(all((folder / name).is_file() for name in marks) for marks in _DATASET_MARKS):
         return Kind.SAVED_DATASET
     try:
         index = json.loads(read_regular(folder / "index.json", _MAX_INDEX_BYTES))
@@ -157,6 +169,10 @@ def _is_shown(name: str, folder: str) -> bool:
 def _described(name: str, kind: Kind) -> Input:
     """An input with its size and version."""
     if is_local(name):
+        if not os.path.exists(name):
+            raise ShardError(
+                f"{name} is a link to {os.path.realpath(name)!r}, which does not exist: restore or remove it"
+            )
         files = [Path(name)]
         if kind in (Kind.SAVED_DATASET, Kind.MDS):
             files = sorted(path for path in Path(name).rglob("*") if path.is_file())
@@ -188,5 +204,16 @@ def _without_partners(domain: str, inputs: Iterable[Input]) -> list[Input]:
                     "files, .bin and .idx; other .bin files are not read"
                 )
             name = f"{prefix}.bin"
-        kept.setdefault(name, Input(url=name, kind=found.kind, size=found.size, version=found.version))
+        unique = Input(url=name, kind=found.kind, size=found.size, version=found.version)
+        kept.setdefault(unique.location, unique)
+    urls = {found.url for found in kept.values()}
+    for found in kept.values():
+        plain = found.url[: -len(found.compression)] if found.compression else ""
+        if plain in urls:
+            logger.warning(
+                "domain %r: both %s and %s are read: if one is the other compressed, its documents count twice",
+                domain,
+                display_url(plain),
+                display_url(found.url),
+            )
     return list(kept.values())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from dmagent_loader.shards.sources.urls import base_name
+from dmagent_loader.shards.sources.urls import base_name, is_local, local_path
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
@@ -82,6 +83,13 @@ class Input:
         return base_name(self.url).lower()
 
     @property
+    def location(self) -> str:
+        """The URL, or the real path of a local file, which may have several names."""
+        if self.kind is Kind.DATASET or not is_local(self.url):
+            return self.url
+        return os.path.realpath(local_path(self.url))
+
+    @property
     def compression(self) -> str:
         """``""``, or one of `COMPRESSIONS`."""
         return _compression(self.name) if self.kind in COMPRESSIBLE else ""
@@ -112,11 +120,15 @@ def kind_of_name(name: str, text_files: Collection[str] = ()) -> Kind | None:
 def remedy_for(name: str) -> str:
     """What to do about a file that is not read."""
     lower = name.lower()
+    stem = lower.removesuffix(_compression(lower))
     for ending, remedy in _REMEDIES.items():
-        if lower.endswith(ending):
+        if lower.endswith(ending) or stem.endswith(ending):
             return remedy
+    if stem != lower and stem.endswith(tuple(ENDINGS)):
+        return "unpack it: only JSON, CSV and text are read compressed"
+    lower = stem
     ending = lower[lower.rfind(".") :] if "." in lower.rsplit("/", 1)[-1] else ""
-    if ending and ending not in COMPRESSIONS:
+    if ending:
         return f"convert it, or, for plain text, pass --text-files {ending} (text_files=): each file is one document"
     return "convert it, or give a plain text file an ending, such as .txt, and pass --text-files .txt (text_files=)"
 

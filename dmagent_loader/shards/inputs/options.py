@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.shards.inputs.kinds import COMPRESSIONS, kind_of_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,17 @@ class ReadOptions:
             if not ending.startswith(".") or len(ending) < 2:
                 raise ConfigurationError(
                     f"text_files names {ending!r}, which is not an ending: write it with its dot, such as '.txt'"
+                )
+            if ending.lower().endswith(COMPRESSIONS):
+                raise ConfigurationError(
+                    f"text_files names {ending!r}, which has no effect: write the ending before that of the "
+                    "compression, such as '.txt' for .txt.gz"
+                )
+            kind = kind_of_name(f"a{ending}")
+            if kind is not None:
+                raise ConfigurationError(
+                    f"text_files names {ending!r}, which has no effect: these files are read as {kind.value}; rename "
+                    "those that are plain text"
                 )
 
     @property

@@ -18,6 +18,8 @@ _BATCH_ROWS = 1024
 _ARROW_FILE = b"ARROW1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _DEFAULT_SPLIT = "train"
+_BUILDERS = ("json", "csv", "parquet", "arrow")
+"""Builders of the library datasets whose rows are records; others make rows of whatever files there are."""
 
 
 def read_table(source: Input, start: int, stop: int | None, options: ReadOptions, advance: Advance) -> Iterator[Record]:
@@ -150,6 +152,12 @@ def dataset_version(source: Input) -> str:
 
 
 def _dataset_batches(source: Input, start: int, stop: int | None, options: ReadOptions) -> _Batches:
+    builder = str(_builder(source)[0].name)
+    if builder not in (*_BUILDERS, *(("text",) if options.text_files else ())):
+        raise ShardError(
+            f"{source.url} would be read as {builder!r} by the library datasets, not as one of {', '.join(_BUILDERS)}: "
+            "convert it, or, for plain text of which each line is a document, pass --text-files .txt (text_files=)"
+        )
     whole = _dataset(source)
     columns = _columns(source, whole.column_names, options)
     for number in range(start, whole.num_shards if stop is None else stop):

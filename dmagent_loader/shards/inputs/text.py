@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any, cast
@@ -22,6 +23,9 @@ from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 _MAX_FIELD = (1 << 31) - 1
 """Longest field of a CSV file, in characters; the default of the library is 131,072."""
+_MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What the error handler surrogateescape makes of bytes that are not UTF-8."""
 
 
 @contextlib.contextmanager
@@ -62,13 +66,12 @@ def read_text(
     """
     name = display_url(source.url)
     try:
-        with stored_file(source.url) as stored, _unpacked(stored, source.compression) as file:
-            if start:
-                stored.seek(start)
+        with stored_file(source.url) as stored, _unpacked(name, stored, source.compression, start) as file:
             if source.kind is Kind.TEXT:
                 records = _whole(name, file)
             elif source.kind is Kind.CSV:
-                records = _csv(name, file, "\t" if ".tsv" in source.name else ",", options)
+                is_tsv = source.name.removesuffix(source.compression).endswith(".tsv")
+                records = _csv(name, file, options, is_tsv=is_tsv)
             elif _begins_array(file) and not start:
                 records = _json_array(name, file)
             else:
@@ -85,19 +88,35 @@ def read_text(
         ) from error
 
 
-def _unpacked(stored: IO[bytes], compression: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+def _unpacked(
+    name: str, stored: IO[bytes], compression: str, start: int
+) -> contextlib.AbstractContextManager[IO[bytes]]:
+    if start:
+        stored.seek(start)
+    buffered: Any = stored if hasattr(stored, "peek") else io.BufferedReader(cast("Any", stored), 1 << 20)
+    if not start:
+        _check_compression(name, buffered.peek(16)[:16], compression)
     if compression == ".gz":
-        return cast("IO[bytes]", gzip.GzipFile(fileobj=stored))
+        return cast("IO[bytes]", gzip.GzipFile(fileobj=buffered))
     if compression == ".bz2":
-        return cast("IO[bytes]", bz2.BZ2File(stored))
+        return cast("IO[bytes]", bz2.BZ2File(buffered))
     if compression == ".xz":
-        return cast("IO[bytes]", lzma.LZMAFile(stored))
+        return cast("IO[bytes]", lzma.LZMAFile(buffered))
     if compression == ".zst":
         pyarrow = require_extra("pyarrow", "data")  # unlike the package zstandard, it refuses a file that was cut
-        return io.BufferedReader(pyarrow.CompressedInputStream(stored, "zstd"), 1 << 20)
-    return contextlib.nullcontext(
-        stored if hasattr(stored, "peek") else io.BufferedReader(cast("Any", stored), 1 << 20)
-    )
+        return io.BufferedReader(pyarrow.CompressedInputStream(buffered, "zstd"), 1 << 20)
+    return contextlib.nullcontext(buffered)
+
+
+def _check_compression(name: str, head: bytes, compression: str) -> None:
+    """Raises ShardError for a compressed file whose name does not say so, and for a plain one whose name does."""
+    if compression:
+        if head and head.isascii() and not head.startswith(_MAGIC[compression]) and b"\0" not in head:
+            raise ShardError(f"{name} is not compressed, although its name ends in {compression}: rename it")
+        return
+    for ending, magic in _MAGIC.items():
+        if ending != ".bz2" and head.startswith(magic):  # a text may begin as .bz2 does
+            raise ShardError(f"{name} is compressed, but its name does not say so: rename it to {name}{ending}")
 
 
 def _begins_array(file: IO[bytes]) -> bool:
@@ -120,8 +139,11 @@ def _json_line(place: str, line: bytes) -> Record | Rejected:
     if isinstance(text, Rejected):
         return text
     try:
-        return Record(place, json.loads(text))
+        return _object(place, json.loads(text))
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, brackets in brackets
+        if text.strip() == "{":
+            fault = "is not JSON but the beginning of an object of several lines: write each in one line (jq -c . does)"
+            return rejected(place, fault, text)
         return rejected(place, f"is not JSON ({error}): repair or remove the line; each line has to be an object", text)
 
 
@@ -136,40 +158,71 @@ def _json_array(name: str, file: IO[bytes]) -> Iterator[Record | Rejected]:
         raise ShardError(
             f"{name} begins as a JSON array, but is not one ({error}): repair it, or write an object in each line"
         ) from error
-    yield from (Record(f"{name}, item {number}", row) for number, row in enumerate(rows, start=1))
+    yield from (_object(f"{name}, item {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _csv(name: str, file: IO[bytes], delimiter: str, options: ReadOptions) -> Iterator[Record | Rejected]:
+def _object(place: str, value: Any) -> Record | Rejected:
+    if isinstance(value, dict):
+        return Record(place, value)
+    fault = (
+        f"has no text, because it is not an object but a {type(value).__name__}: write an object, with the text in a "
+        "column (--text-key, text_key=)"
+    )
+    return rejected(place, fault, value)
+
+
+def _csv(name: str, file: IO[bytes], options: ReadOptions, *, is_tsv: bool) -> Iterator[Record | Rejected]:
     csv.field_size_limit(_MAX_FIELD)
-    # Bytes that are not UTF-8 become halves of surrogate pairs, with which only the document that has them is refused.
+    # Bytes that are not UTF-8 become halves of surrogate pairs, with which only the row that has them is refused.
     lines = io.TextIOWrapper(cast("Any", file), encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows = (
+        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+        if is_tsv
+        else csv.reader(lines, strict=True)
+    )
     columns: list[str] = []
     while True:
-        first = rows.line_num + 1
-        place = f"{name}, line {first}"
+        place = f"{name}, line {rows.line_num + 1}"
         try:
             row = next(rows)
         except StopIteration:
             break
         except csv.Error as error:
-            if "unexpected end" in str(error):
-                raise ShardError(
-                    f"{place} opens a quote that is not closed before the end of the file, so the rest would be one "
-                    "field: repair the file"
-                ) from error
-            yield rejected(place, f"is not CSV ({error}): repair or remove the line", "")
-            continue
+            fault = (
+                "opens a quote that is not closed before the end of the file, so the rest would be one field"
+                if "unexpected end" in str(error)
+                else f"is not CSV ({error}), so it is not known where the next row begins"
+            )
+            raise ShardError(f"{place} {fault}: repair the file") from error
         if not row:
             continue
         if not columns:
             columns = row
-            check_columns(name, columns, options)
+            _check_header(name, columns, options)
+        elif _NOT_UTF8.search("".join(row)):
+            yield rejected(place, "is not UTF-8: convert it (iconv does)", row)
         elif len(row) != len(columns):
             yield rejected(place, f"has {len(row)} fields, but the header has {len(columns)}: repair or remove it", row)
         else:
             yield Record(place, dict(zip(columns, row, strict=True)))
     lines.detach()
+
+
+def _check_header(name: str, columns: list[str], options: ReadOptions) -> None:
+    """Raises ShardError if the first line of a CSV file cannot be its header."""
+    line = "".join(columns)
+    if _NOT_UTF8.search(line) or "\0" in line:
+        raise ShardError(f"the header of {name} is not UTF-8: convert the file (iconv does)")
+    repeated = sorted({column for column in columns if columns.count(column) > 1})
+    if repeated:
+        raise ShardError(
+            f"the header of {name} names {repeated} more than once, so only the last would be read: rename"
+        )
+    if len(columns) == 1 and options.document_key not in columns:
+        for delimiter, meaning in ((";", "write it with commas"), ("\t", "rename it to .tsv")):
+            if options.document_key in columns[0].split(delimiter):
+                raise ShardError(f"the fields of {name} are separated by {delimiter!r}, not by commas: {meaning}")
+    check_columns(name, columns, options)
 
 
 def _whole(name: str, file: IO[bytes]) -> Iterator[Record | Rejected]:

@@ -75,7 +75,13 @@ class ShardingConfig:
                 "sequence_length=1: a row of one token has no next token to predict, so its loss is NaN; it must be "
                 "at least 2"
             )
-        for name, least in (("sequence_length", 1), ("rows_per_shard", 1), ("max_shard_bytes", 1), ("max_bad", 0)):
+        for name, least in (
+            ("sequence_length", 1),
+            ("rows_per_shard", 1),
+            ("max_shard_bytes", 1),
+            ("max_bad", 0),
+            ("shuffle_seed", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigurationError(f"{name}={value}: it must be at least {least}")

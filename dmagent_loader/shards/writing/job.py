@@ -6,18 +6,20 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dmagent_loader._files import write_atomically
 from dmagent_loader.shards.inputs.kinds import Input, Kind
 from dmagent_loader.shards.inputs.tables import dataset_version
 from dmagent_loader.shards.writing.config import ShardingConfig
 
 _FOLDER = ".partial"
-_NOT_IDENTITY = ("max_bad",)
-"""Settings that may differ when a job goes on: they change none of its rows."""
+_PUBLISHED = "published.json"
+_NOT_IDENTITY = ("max_bad", "tokenizer", "chat_template")
+"""Settings that may differ when a job goes on: they change none of its rows, or `settings` has what they name."""
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +31,11 @@ class Job:
         output: Folder of the shards.
         inputs: Domain -> its inputs.
         config: Settings.
-        settings: What else decides the rows, such as the tokenizer's vocabulary.
+        settings: What else decides the rows, such as the content of the tokenizer.
 
     Attributes:
+        output: Folder of the shards.
+        digests: Domain -> hex sha256 of its inputs and the settings.
         folder: Folder of the work.
     """
 
@@ -42,16 +46,23 @@ class Job:
         config: ShardingConfig,
         settings: Mapping[str, Any],
     ) -> None:
-        facts = {
-            "inputs": {
-                domain: [(item.url, item.kind.value, item.size, _version(item)) for item in items]
-                for domain, items in inputs.items()
-            },
-            "config": {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTITY},
-            "settings": dict(settings),
+        chosen = {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTITY}
+        self.output = output
+        self.digests = {
+            domain: _digest(
+                {
+                    "inputs": [(item.location, item.kind.value, item.size, _version(item)) for item in items],
+                    "config": chosen,
+                    "settings": dict(settings),
+                }
+            )
+            for domain, items in inputs.items()
         }
-        identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = output / _FOLDER / identity
+        self.folder = output / _FOLDER / _digest(self.digests)[:16]
+
+    def announce(self) -> None:
+        """Warns of unfinished work."""
+        output = self.output
         others = [path for path in (output / _FOLDER).glob("*") if path != self.folder]
         if others:
             logger.warning(
@@ -68,9 +79,21 @@ class Job:
         """The folder of the chunks of a domain, which is made."""
         return _made(self.folder / "chunks" / domain)
 
-    def shards(self, domain: str) -> Path:
-        """The folder of the shards of a domain, which is made."""
-        return _made(self.folder / "shards" / domain)
+    def shards(self, domain: str, first_shard: int, first_row: int) -> Path:
+        """The folder of the shards of a domain with these first numbers, which is made.
+
+        The numbers differ if another job has added shards since this one was killed.
+        """
+        return _made(self.folder / "shards" / domain / f"{first_shard}-{first_row}")
+
+    def published(self) -> set[str]:
+        """Files that this job has moved, or was about to move, to the output, relative to it."""
+        path = self.folder / _PUBLISHED
+        return set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
+
+    def publish(self, names: Iterable[str]) -> None:
+        """Notes files that are about to be moved to the output."""
+        write_atomically(self.folder / _PUBLISHED, json.dumps(sorted(names)).encode())
 
     @property
     def has_work(self) -> bool:
@@ -83,6 +106,10 @@ class Job:
         parent = self.folder.parent
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _version(item: Input) -> str:

@@ -48,7 +48,7 @@ class TextTokenizer:
         eos_id: Id of the end-of-text token.
         num_ids: One more than the largest token id.
         dtype: uint16 if all ids fit, otherwise uint32.
-        vocabulary: Hex sha256 of the tokens and their ids, because the files of most tokenizers have the same name.
+        sha256: Hex sha256 of the whole tokenizer, because the files of most have the same name.
         special_tokens: Texts of the special tokens.
         parses_special_tokens: Whether `encode` turns these texts into the tokens.
     """
@@ -58,7 +58,7 @@ class TextTokenizer:
     eos_id: int
     num_ids: int
     dtype: np.dtype[Any]
-    vocabulary: str
+    sha256: str
     special_tokens: tuple[str, ...]
     parses_special_tokens: bool
 
@@ -104,6 +104,7 @@ class TextTokenizer:
         largest = max(vocabulary.values())
         added = (loaded.get_added_tokens_decoder() if bare else loaded.added_tokens_decoder).values()
         # transformers makes more of each text than its tokens: with short rows, that takes as long as the tokens.
+        serialised = json.dumps([type(loaded).__name__, sorted(vocabulary.items()), sorted(map(str, added))])
         backend: Any = loaded if bare else getattr(loaded, "backend_tokenizer", None)
         if backend is not None:
             for setting, unset in (("truncation", backend.no_truncation), ("padding", backend.no_padding)):
@@ -111,6 +112,7 @@ class TextTokenizer:
                     unset()
                     if bare:  # transformers ignores these settings of the file, unless a call asks for them
                         logger.warning("tokenizer %r has %s settings, which packing ignores", name, setting)
+            serialised = backend.to_str()
             backend.encode_special_tokens = not parse_special_tokens
 
         def encode(texts: list[str]) -> list[list[int]]:
@@ -130,7 +132,7 @@ class TextTokenizer:
             eos_id=vocabulary[end],
             num_ids=largest + 1,
             dtype=np.dtype(np.uint16 if largest < 1 << 16 else np.uint32),
-            vocabulary=hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest(),
+            sha256=hashlib.sha256(serialised.encode()).hexdigest(),
             special_tokens=tuple(sorted({end, *(token.content for token in added if token.special)})),
             parses_special_tokens=parse_special_tokens,
         )

@@ -102,7 +102,7 @@ def test_a_job_that_is_killed_goes_on_where_it_stood(
 ) -> None:
     """Killed while it reads, and again while it writes shards; the third call is left alone."""
     out = tmp_path / "out"
-    for pattern, count in (("chunks/source/a/*.safetensors", 4), ("shards/source/a/*.json", 2)):
+    for pattern, count in (("chunks/source/a/*.safetensors", 4), ("shards/source/a/*/*.json", 2)):
         job = start(folder, out, workers)
         wait_for(out, pattern, count, job)
         job.send_signal(signal.SIGKILL)

@@ -156,7 +156,7 @@ def test_another_tokenizer_in_a_file_of_the_same_name_is_refused(
     other.parent.mkdir()
     vocabulary = {"[UNK]": 0, "<|endoftext|>": 1, "w2": 2}
     Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(other))
-    with pytest.raises(ConfigurationError, match="with vocabulary"):
+    with pytest.raises(ConfigurationError, match=r"tokenizer_sha256 'tokenizer.json' \(\w+\), but these rows"):
         shard_files({"target/web": [web]}, tmp_path / "out", packed(other), progress=False)
 
 
@@ -308,7 +308,8 @@ def test_the_command_passes_its_settings_on(web: Path, tmp_path: Path, capsys: p
     common = ("--field", "source", "--output", str(tmp_path / "out"), "--text-key", "body", "--keep-order")
     assert run("shard", "--input", str(tmp_path / "in"), *common, "--max-bad", "1") == 0
     printed = capsys.readouterr()
-    assert "not read, because they are not data files: README.md, folder" in printed.err
+    assert "not read, because they are not data files: README.md, folder/\n" in printed.err
+    assert "--input does not read the folders in it: name them with --domain" in printed.err
     assert "1 bad records left out (see source/News/rejects.jsonl)" in printed.out
     readme = f"source/News={tmp_path}/in/README.md"
     assert run("shard", "--domain", readme, *common, "--append", "--text-files", ".md") == 0
@@ -317,3 +318,19 @@ def test_the_command_passes_its_settings_on(web: Path, tmp_path: Path, capsys: p
     (tmp_path / "in/folder").rmdir()
     with pytest.raises(ConfigurationError, match=r"holds no data files, only \['README.md'\]: pass a folder"):
         run("shard", "--input", str(tmp_path / "in"), *common)
+
+
+def test_a_domain_that_is_given_twice_is_refused_under_any_name(web: Path, tmp_path: Path) -> None:
+    """The second one replaced the first where only one of them had its field."""
+    for names in (("a", "a"), ("a", "source/a"), ("source/a", "a")):
+        domains = [argument for name in names for argument in ("--domain", f"{name}={web}")]
+        with pytest.raises(ConfigurationError, match="'source/a' is given twice"):
+            run("shard", *domains, "--field", "source", "--output", str(tmp_path / "out"))
+
+
+def test_file_names_may_have_commas(tmp_path: Path) -> None:
+    for name in ("a,b.jsonl", "c.jsonl", "d,e,f.jsonl"):
+        write_jsonl(tmp_path / name, [{"text": name}])
+    paths = ",".join(str(tmp_path / name) for name in ("a,b.jsonl", "c.jsonl", "d,e,f.jsonl"))
+    assert run("shard", "--domain", f"source/a={paths}", "--output", str(tmp_path / "out"), "--keep-order") == 0
+    assert [row["txt"] for row in read_all(tmp_path / "out", "source/a")] == ["a,b.jsonl", "c.jsonl", "d,e,f.jsonl"]
