@@ -13,7 +13,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dmagent_loader import AgentWeightedSampler, Environment, MixingDataLoader
 from dmagent_loader.environment import RowEnvironment
+from dmagent_loader.environment.questions import evenly_spaced
 from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.integrations._evidence import LEAST_LOSS_ROWS
 from dmagent_loader.policies import LinearSchedule, StaticPolicy
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import packed_tokens
@@ -117,7 +119,10 @@ def decided(sampler):
 
 def test_losses_by_domain_are_those_of_the_module(build, trainer):
     sampler, module = build(policy="odm", exhausted="repeat"), Module()
-    rows = {domain: [row["input_ids"] for row in listed] for domain, listed in sampler.probe_rows(60).items()}
+    rows = {
+        domain: [row["input_ids"] for row in evenly_spaced(listed, LEAST_LOSS_ROWS)]
+        for domain, listed in sampler.probe_rows(60).items()
+    }
     before = RowEnvironment(rows).evaluate(module)
     callback = DataMixingCallback(sampler, environment())
     trainer(callback, max_steps=8).fit(module, MixingDataLoader(sampler, batch_size=4))
