@@ -42,6 +42,11 @@ class DomainDocuments(Protocol):
         """JSON values that change if the documents do."""
         ...
 
+    @property
+    def urls(self) -> list[str]:
+        """Paths and URLs of the files that are read."""
+        ...
+
     def read(self, advance: Advance) -> Iterator[Document]:
         """Reads the documents with all their columns; calls `advance` with what was read since the last call."""
         ...
@@ -68,6 +73,7 @@ class FileDocuments:
         self._options = options or ReadOptions(keep_columns=None)
         self._inputs = find_inputs(domain, paths, self._options)
         self.size = sum(source.size for source in self._inputs)
+        self.urls = [source.url for source in self._inputs]
         self.identity = [
             asdict(self._options),
             *([source.name, source.size, source.version] for source in self._inputs),
@@ -113,6 +119,11 @@ class ShardDocuments:
     def identity(self) -> list[Any]:
         """Digests of the shards."""
         return [int(content) for content in self.collection.shard_contents(self.domain)]
+
+    @property
+    def urls(self) -> list[str]:
+        """The shards."""
+        return [self.collection.display(self.domain, n) for n in range(len(self.collection.shard_rows(self.domain)))]
 
     def read(self, advance: Advance) -> Iterator[Document]:
         """See `DomainDocuments`."""

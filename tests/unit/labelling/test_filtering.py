@@ -142,3 +142,13 @@ def test_the_command_counts_what_it_drops_over_all_domains(tmp_path: Path, capsy
     assert not (tmp_path / "out" / ".partial").exists()
     assert main(command) == 2
     assert "holds the domain(s) ['source/web', 'target/math'] already" in capsys.readouterr().err
+
+
+def test_the_command_refuses_an_output_that_holds_its_inputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    web = write_jsonl(tmp_path / "out" / "web.jsonl", [{"text": "kept here"}])
+    command = ["filter", "--domain", f"source/web={web}", "--output", str(tmp_path / "out"), "--no-progress"]
+    assert main(command) == 2
+    assert "lies in the output folder" in capsys.readouterr().err
