@@ -220,6 +220,7 @@ def compose_shards(args: argparse.Namespace) -> int:
                 "pass --output FILE"
             )
         output = Path(manifests[0].url).parent / COMPOSITIONS_NAME
+    _check_folder(output)
     digests = {name: manifest.digest(name) for manifest in manifests for name in manifest}
     config = _sample_config(args)
     found = load_compositions(output) if output.exists() else {}
@@ -245,6 +246,7 @@ def start_state(args: argparse.Namespace) -> int:
     generation = GenerationConfig(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     if args.model is None and args.keep_texts is not None:
         raise ConfigurationError("--keep-texts keeps the texts of a model, but no --model is given: leave it out")
+    _check_folder(args.output)
     if args.model is not None:
         model, tokenizer = _language_model(args.model, args.device)
         found = start_state_of_model(
@@ -264,6 +266,12 @@ def start_state(args: argparse.Namespace) -> int:
     _write(args.output, {START_STATE: found})
     print(f"wrote {args.output}")
     return 0
+
+
+def _check_folder(output: Path) -> None:
+    """Checks before a long measurement that its result has a place."""
+    if not output.parent.is_dir():
+        raise ConfigurationError(f"{output} cannot be written: make the folder {str(output.parent)!r} first")
 
 
 def _write(output: Path, compositions: dict[str, Composition]) -> None:

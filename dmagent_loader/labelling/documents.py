@@ -149,11 +149,11 @@ class ShardDocuments:
         members = raw.members
         columns: dict[str, Any] = {}
         if "json" in members:
-            found = json.loads(bytes(members["json"]))
+            found = _decoded(json.loads, members["json"], place, "json")
             columns = found if isinstance(found, dict) else {}
         for name in _TEXT_MEMBERS:
             if name in members:
-                return Document(bytes(members[name]).decode("utf-8"), columns, place)
+                return Document(_decoded(bytes.decode, members[name], place, name), columns, place)
         if isinstance(columns.get(self.text_key), str):
             return Document(columns.pop(self.text_key), columns, place)
         if PACKED_MEMBER not in members:
@@ -163,12 +163,23 @@ class ShardDocuments:
             )
         if self.tokenizer is None:
             raise ShardError(f"{place} holds tokens, not text: name their tokenizer (--tokenizer, tokenizer=)")
-        return Document(self._longest_piece(decode_npy(bytes(members[PACKED_MEMBER]))), columns, place)
+        tokens = _decoded(decode_npy, members[PACKED_MEMBER], place, PACKED_MEMBER).reshape(-1)
+        if tokens.dtype.kind not in "iu" or not len(tokens):
+            raise ShardError(f"{place} holds {len(tokens)} values of type {tokens.dtype}, not tokens: write it again")
+        if tokens.min() < 0 or tokens.max() >= self.tokenizer.num_ids:
+            raise ShardError(
+                f"{place} holds tokens from {tokens.min()} to {tokens.max()}, but the tokenizer has "
+                f"{self.tokenizer.num_ids}, so it is not that of the rows: name the one that packed them (--tokenizer)"
+            )
+        pieces = np.split(tokens, np.flatnonzero(tokens == self.tokenizer.eos_id) + 1)
+        return Document(self.tokenizer.decode(max(pieces, key=len).tolist()), columns, place)
 
-    def _longest_piece(self, tokens: np.ndarray[Any, Any]) -> str:
-        assert self.tokenizer is not None
-        pieces = np.split(tokens.reshape(-1), np.flatnonzero(tokens.reshape(-1) == self.tokenizer.eos_id) + 1)
-        return self.tokenizer.decode(max(pieces, key=len).tolist())
+
+def _decoded(decode: Callable[[bytes], Any], member: Any, place: str, name: str) -> Any:
+    try:
+        return decode(bytes(member))
+    except (ValueError, ShardError, RecursionError) as error:
+        raise ShardError(f"the member {name} of {place} cannot be read ({error}): write the shard again") from error
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,10 @@ def test_packed_rows_are_composed_with_their_tokenizer(
     assert main(["shard", *domains(raw), "--output", str(tmp_path / "s"), "--no-progress", *packing]) == 0
     assert main(["compose", str(tmp_path / "s"), "--no-progress"]) == 1
     assert "holds tokens, not text: name their tokenizer (--tokenizer" in capsys.readouterr().err
+    Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a")).save(str(tmp_path / "other.json"))
+    other = ["--tokenizer", str(tmp_path / "other.json")]
+    assert main(["compose", str(tmp_path / "s"), "--no-progress", *other]) == 1
+    assert "so it is not that of the rows" in capsys.readouterr().err
     assert main(["compose", str(tmp_path / "s"), "--no-progress", *packing[:2]]) == 0
     shares = load_compositions(tmp_path / "s" / COMPOSITIONS_NAME)["source/web"].shares
     assert shares["Sports"] == pytest.approx(0.75, abs=0.15)
@@ -270,3 +276,14 @@ def test_inputs_that_cannot_be_used_are_refused(
     (shards / COMPOSITIONS_NAME).write_text(json.dumps({"schema": 9, "domains": {}}))
     assert main(["compose", str(shards), "--no-progress"]) == 2
     assert "has schema 9, but this version reads schema 1" in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("0.txt", SPORTS.encode()), ("1.txt", b"\xff\xfe")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    command = ["compose", f"source/web={tmp_path}/a.tar", "--output", str(tmp_path / "c.json"), "--no-progress"]
+    assert main(command) == 1
+    assert "the member txt of row" in capsys.readouterr().err
