@@ -34,6 +34,7 @@ from dmagent_loader.mixture.ledger import INITIAL, LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.policies import Policy, PolicyFactory, make_policy
+from dmagent_loader.policies.choice import uses_topics
 from dmagent_loader.policies.fields import report_topics
 from dmagent_loader.shards import PackText, load_manifest
 from dmagent_loader.shards.compositions import compositions_of, load_start_state
@@ -198,7 +199,7 @@ class AgentWeightedSampler(FeedDataset):
                 balance=deciding.balance,
                 floor=deciding.floor,
             )
-            if chosen is not None:
+            if uses_topics(chosen):
                 report_topics(space, {name: found.source for name, found in measured.items()})
             if isinstance(start_state, (str, os.PathLike)):
                 start = start_state_mix(space, natural, load_start_state(start_state).shares, are_topics=True)

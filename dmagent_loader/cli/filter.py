@@ -76,7 +76,13 @@ def add_filter_command(subparsers: argparse._SubParsersAction[argparse.ArgumentP
 
 
 def filter_documents(args: argparse.Namespace) -> int:
-    """Filters the documents and prints the counts."""
+    """Filters the documents and prints the counts.
+
+    Raises:
+        ConfigurationError: A setting cannot work or has no effect, or the output cannot be written to or holds inputs.
+    """
+    if not args.quality and tuple(args.drop_quality) != FilterConfig().dropped_quality:
+        raise ConfigurationError("--drop-quality has no effect without --quality: name the classifier of quality")
     config = FilterConfig(
         min_characters=args.min_characters,
         max_characters=args.max_characters,

@@ -191,6 +191,9 @@ def label(args: argparse.Namespace) -> int:
     else:
         for name, paths in input_domains(args).items():
             domains[name] = FileDocuments(name, paths, read_options(args))
+    empty = [name for name, documents in domains.items() if not documents.size]
+    if empty:
+        print(f"dmagent label: the inputs of {empty} are empty", file=sys.stderr)
     counted = label_domains(domains, args.output, labeller, split=args.split, progress=not args.no_progress)
     for name, found in counted.items():
         print(_labels_line(name, found))
@@ -246,6 +249,8 @@ def start_state(args: argparse.Namespace) -> int:
     generation = GenerationConfig(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     if args.model is None and args.keep_texts is not None:
         raise ConfigurationError("--keep-texts keeps the texts of a model, but no --model is given: leave it out")
+    if args.model is None and generation != GenerationConfig(seed=args.seed):
+        raise ConfigurationError("--temperature and --max-tokens are for the texts of a --model: leave them out")
     _check_folder(args.output)
     if args.model is not None:
         model, tokenizer = _language_model(args.model, args.device)

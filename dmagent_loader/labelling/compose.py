@@ -91,7 +91,7 @@ def compose(
         progress: Show a progress bar.
 
     Raises:
-        ShardError: No document of the sample has a topic.
+        ShardError: There are no documents, or none of the sample has a topic.
     """
     config = config or SampleConfig()
     size = documents.size
@@ -138,7 +138,7 @@ def measure(
         progress: Show a progress bar.
 
     Raises:
-        ShardError: No document of the sample has a topic.
+        ShardError: There are no documents, or none of the sample has a topic.
     """
     most = size if config.most_documents is None else min(size, config.most_documents)
     counts, taken, sure, stated = np.zeros(NUM_TOPICS), 0, 0, 0
@@ -159,6 +159,8 @@ def measure(
                 # At most four times as many, because the shares of a small sample are rough.
                 wanted = int(min(most, max(taken, min(needed, 4 * taken))))
                 bar.total = wanted
+    if not taken:
+        raise ShardError(f"{name!r} holds no documents: check its inputs")
     if not sure:
         raise ShardError(
             f"{name!r}: none of {taken} documents has a topic with confidence {labeller.config.min_confidence}, "

@@ -287,3 +287,22 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.Captu
     command = ["compose", f"source/web={tmp_path}/a.tar", "--output", str(tmp_path / "c.json"), "--no-progress"]
     assert main(command) == 1
     assert "the member txt of row" in capsys.readouterr().err
+
+
+def test_settings_without_effect_and_missing_folders_are_refused(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["start-state", "--data", str(raw / "web.jsonl.gz"), "--output"]
+    assert main([*command, str(tmp_path / "s.json"), "--temperature", "0.5"]) == 2
+    assert "are for the texts of a --model" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "none" / "s.json"), "--no-progress"]) == 2
+    assert "make the folder" in capsys.readouterr().err
+
+
+def test_topics_are_logged_only_for_a_policy_that_uses_them(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["compose", str(shards), "--no-progress"]) == 0
+    caplog.set_level(logging.INFO)
+    AgentWeightedSampler(shards, policy="natural", reading=ReadingConfig(progress=False))
+    assert "topics of the domains" not in caplog.text
+    AgentWeightedSampler(shards, policy="question-topics", reading=ReadingConfig(progress=False))
+    assert "topics of the domains" in caplog.text

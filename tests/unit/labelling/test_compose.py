@@ -133,6 +133,8 @@ def test_the_sample_does_not_follow_the_order_of_the_rows() -> None:
 def test_a_domain_without_any_topic_and_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ShardError, match=r"none of 50 documents has a topic with confidence 0\.6"):
         compose("target/math", Texts(["?"] * 50), Labeller(Exact()), progress=False)
+    with pytest.raises(ShardError, match="'target/math' holds no documents"):
+        compose("target/math", Texts(), Labeller(Exact()), progress=False)
     with pytest.raises(ConfigurationError, match="max_error is 0"):
         SampleConfig(max_error=0)
     with pytest.raises(ConfigurationError, match="most_documents is 0"):

@@ -166,3 +166,5 @@ def test_the_command_refuses_an_output_that_holds_its_inputs(
     command = ["filter", "--domain", f"source/web={web}", "--output", str(tmp_path / "out"), "--no-progress"]
     assert main(command) == 2
     assert "lies in the output folder" in capsys.readouterr().err
+    assert main([*command, "--drop-quality", "Medium"]) == 2
+    assert "--drop-quality has no effect without --quality" in capsys.readouterr().err
