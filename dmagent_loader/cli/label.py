@@ -358,9 +358,10 @@ def _composition_line(name: str, found: Composition) -> str:
     topics = ", ".join(f"{topic} {found.counts[topic] / total:.0%}{ends[topic]}" for topic in most)
     line = f"{name}: sample of {found.documents:,}, {_known(found.documents, found.unsure, found.stated)}: {topics}"
     if found.is_thin:
+        unused = "" if name == START_STATE else ", and a sampler does not use it by itself"
         return line + (
             f"\n  warning: {found.unsure / found.documents:.0%} of the sample has no topic, so the composition stands "
-            "for the rest only, and a sampler does not use it by itself: use another --classifier"
+            f"for the rest only{unused}: use another --classifier"
         )
     if not found.error:
         return f"{line}; {found.error_text}"
