@@ -34,9 +34,10 @@ from dmagent_loader.mixture.ledger import INITIAL, LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.policies import Policy, PolicyFactory, make_policy
+from dmagent_loader.policies.choice import uses_topics
 from dmagent_loader.policies.fields import report_topics
-from dmagent_loader.shards import Manifest, PackText, load_manifest
-from dmagent_loader.shards.compositions import compositions_of, load_compositions, load_start_state
+from dmagent_loader.shards import PackText, load_manifest
+from dmagent_loader.shards.compositions import compositions_of, load_start_state
 
 __all__ = [
     "AgentWeightedSampler",
@@ -93,7 +94,8 @@ class AgentWeightedSampler(FeedDataset):
         fields: Field of each domain whose name does not begin with it.
         compositions: Domain -> P(topic | domain) over the 26 canonical topics, or numbers of documents by topic; or the
             path of a file that ``dmagent compose`` wrote. The file beside a manifest is used by itself, for domains
-            that a mapping leaves out.
+            that these leave out. A measured composition is left out, with a warning, if most documents of its sample
+            had no topic.
         reading: Settings of the reader: workers, shuffling, threads, damage, index cache.
         deciding: Settings of decisions: guard, shadow mode, roles and standardisation of an agent.
 
@@ -161,10 +163,9 @@ class AgentWeightedSampler(FeedDataset):
                 raise ConfigurationError(f"transform is {shown(transform)}; it must be a function of a sample")
             on_bad_row, data = validated_on_bad_row(on_bad_row), validated_data(data)
             by_domain = shards if isinstance(shards, Mapping) else load_manifest(shards)
-            measured = compositions_of(by_domain) if isinstance(by_domain, Manifest) else {}
-            if isinstance(compositions, (str, os.PathLike)):
-                measured, compositions = load_compositions(compositions), None
-            stated = dict(compositions or {})
+            of_file = compositions if isinstance(compositions, (str, os.PathLike)) else None
+            stated = {} if isinstance(compositions, (str, os.PathLike)) else dict(compositions or {})
+            measured = compositions_of(by_domain, of_file)
             measured = {name: found for name, found in measured.items() if name not in stated}
             stated |= {name: found.shares for name, found in measured.items()}
             space = DomainSpace.from_names(by_domain, fields=fields, compositions=stated)
@@ -198,11 +199,12 @@ class AgentWeightedSampler(FeedDataset):
                 balance=deciding.balance,
                 floor=deciding.floor,
             )
-            if chosen is not None:
+            if uses_topics(chosen):
                 report_topics(space, {name: found.source for name, found in measured.items()})
             if isinstance(start_state, (str, os.PathLike)):
-                start_state = load_start_state(start_state).shares
-            start = start_state_mix(space, natural, start_state)
+                start = start_state_mix(space, natural, load_start_state(start_state).shares, are_topics=True)
+            else:
+                start = start_state_mix(space, natural, start_state)
             self._data = data
             self._run: Run | None = Run(feed, Decider.configured(deciding, chosen, plan, start), cadence)
             if distributed.is_active():

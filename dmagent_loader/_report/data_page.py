@@ -43,7 +43,7 @@ class DomainFacts:
         lengths: 10th, 50th and 90th percentile of the characters of a row.
         topics: (26,) documents of each topic in the sample.
         unsure: Documents of the sample without a topic.
-        repeated: Documents of the sample with the words of an earlier one.
+        repeated: Documents of the sample with the text of an earlier one.
     """
 
     name: str

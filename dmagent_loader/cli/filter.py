@@ -18,6 +18,7 @@ from dmagent_loader.environment.questions import read_questions
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.labelling.classifier import load_classifier
 from dmagent_loader.labelling.documents import FileDocuments
+from dmagent_loader.labelling.files import refuse_inputs_below
 from dmagent_loader.labelling.filtering import NGRAM, SHORTEST_QUESTION, DocumentFilter, FilterConfig, counts_text
 from dmagent_loader.labelling.labels import batches
 
@@ -75,7 +76,13 @@ def add_filter_command(subparsers: argparse._SubParsersAction[argparse.ArgumentP
 
 
 def filter_documents(args: argparse.Namespace) -> int:
-    """Filters the documents and prints the counts."""
+    """Filters the documents and prints the counts.
+
+    Raises:
+        ConfigurationError: A setting cannot work or has no effect, or the output cannot be written to or holds inputs.
+    """
+    if not args.quality and tuple(args.drop_quality) != FilterConfig().dropped_quality:
+        raise ConfigurationError("--drop-quality has no effect without --quality: name the classifier of quality")
     config = FilterConfig(
         min_characters=args.min_characters,
         max_characters=args.max_characters,
@@ -84,6 +91,7 @@ def filter_documents(args: argparse.Namespace) -> int:
         dropped_quality=tuple(args.drop_quality),
     )
     domains = {name: FileDocuments(name, paths, read_options(args)) for name, paths in input_domains(args).items()}
+    refuse_inputs_below(args.output, (url for documents in domains.values() for url in documents.urls))
     present = [name for name in domains if (args.output / f"{name}.jsonl.gz").exists()]
     if present:
         raise ConfigurationError(f"{str(args.output)!r} holds the domain(s) {present} already: choose another --output")

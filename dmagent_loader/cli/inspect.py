@@ -12,11 +12,10 @@ import numpy as np
 
 from dmagent_loader._files import write_atomically
 from dmagent_loader.agent import MixingAgent
-from dmagent_loader.agent.checkpoint import CARD_FILE, list_bundled, read_config, resolve
+from dmagent_loader.agent.checkpoint import CARD_FILE, CONFIG_FILE, list_bundled, read_config, resolve
 from dmagent_loader.cli.label import add_classifier_arguments, add_text_key, labeller_of, open_shards, shard_documents
 from dmagent_loader.errors import ConfigurationError, require_extra
 from dmagent_loader.labelling.survey import survey
-from dmagent_loader.shards.manifest import MANIFEST_NAME
 
 CARD_LINES = 12
 DEFAULT_OUTPUT = Path("dmagent-data.html")
@@ -68,7 +67,9 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _is_data(argument: str) -> bool:
-    return "=" in argument or argument.endswith(".json") or os.path.isfile(os.path.join(argument, MANIFEST_NAME))
+    if "=" in argument or argument.endswith(".json"):
+        return True
+    return os.path.isdir(argument) and not os.path.isfile(os.path.join(argument, CONFIG_FILE))
 
 
 def _inspect_agent(name: str) -> int:

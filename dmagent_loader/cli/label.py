@@ -4,6 +4,8 @@ start-state`` those of the base model's own training data."""
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from dmagent_loader.cli.shards import (
     listed_shards,
     read_options,
 )
-from dmagent_loader.errors import ConfigurationError, DomainError, require_extra
+from dmagent_loader.errors import ConfigurationError, DomainError, ShardError, ShardNotFoundError, require_extra
 from dmagent_loader.labelling.classifier import BUNDLED, load_classifier
 from dmagent_loader.labelling.compose import MAX_ERROR, SampleConfig, compose
 from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, JoinedDocuments, ShardDocuments
@@ -36,13 +38,13 @@ from dmagent_loader.mixture.domains import CANONICAL_TOPICS
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.compositions import (
     COMPOSITIONS_NAME,
-    LOW_COVERAGE,
     START_STATE,
     Composition,
     compositions_text,
     load_compositions,
 )
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest
+from dmagent_loader.shards.sources.urls import is_local, local_path
 from dmagent_loader.shards.writing.packing import TextTokenizer
 
 _SHOWN_TOPICS = 5
@@ -189,6 +191,9 @@ def label(args: argparse.Namespace) -> int:
     else:
         for name, paths in input_domains(args).items():
             domains[name] = FileDocuments(name, paths, read_options(args))
+    empty = [name for name, documents in domains.items() if not documents.size]
+    if empty:
+        print(f"dmagent label: the inputs of {empty} are empty", file=sys.stderr)
     counted = label_domains(domains, args.output, labeller, split=args.split, progress=not args.no_progress)
     for name, found in counted.items():
         print(_labels_line(name, found))
@@ -207,7 +212,7 @@ def label(args: argparse.Namespace) -> int:
 
 
 def compose_shards(args: argparse.Namespace) -> int:
-    """Measures the compositions, writes them and prints a summary."""
+    """Measures the compositions, writes each when it is measured and prints a summary; 1 if a domain has none."""
     labeller = labeller_of(args)
     collection, manifests = open_shards(args)
     output = args.output
@@ -218,22 +223,24 @@ def compose_shards(args: argparse.Namespace) -> int:
                 "pass --output FILE"
             )
         output = Path(manifests[0].url).parent / COMPOSITIONS_NAME
+    _check_folder(output)
     digests = {name: manifest.digest(name) for manifest in manifests for name in manifest}
     config = _sample_config(args)
-    found: dict[str, Composition] = {}
+    found = load_compositions(output) if output.exists() else {}
+    status = 0
     for name, documents in shard_documents(collection, args).items():
-        found[name] = compose(
-            name,
-            documents,
-            labeller,
-            config,
-            shards=digests.get(name, ""),
-            progress=not args.no_progress,
-        )
+        shards, progress = digests.get(name, ""), not args.no_progress
+        try:
+            found[name] = compose(name, documents, labeller, config, shards=shards, progress=progress)
+        except ShardError as error:
+            print(f"dmagent compose: {error}", file=sys.stderr)
+            status = 1
+            continue
         print(_composition_line(name, found[name]))
-    kept = load_compositions(output) if output.exists() else {}
-    _write(output, {**kept, **found})
-    return 0
+        _write(output, found)
+    if status == 0:
+        print(f"wrote {output}")
+    return status
 
 
 def start_state(args: argparse.Namespace) -> int:
@@ -242,6 +249,9 @@ def start_state(args: argparse.Namespace) -> int:
     generation = GenerationConfig(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
     if args.model is None and args.keep_texts is not None:
         raise ConfigurationError("--keep-texts keeps the texts of a model, but no --model is given: leave it out")
+    if args.model is None and generation != GenerationConfig(seed=args.seed):
+        raise ConfigurationError("--temperature and --max-tokens are for the texts of a --model: leave them out")
+    _check_folder(args.output)
     if args.model is not None:
         model, tokenizer = _language_model(args.model, args.device)
         found = start_state_of_model(
@@ -259,7 +269,14 @@ def start_state(args: argparse.Namespace) -> int:
             found = start_state_of_documents(documents.read(bar.update), labeller, config, progress=progress)
     print(_composition_line(START_STATE, found))
     _write(args.output, {START_STATE: found})
+    print(f"wrote {args.output}")
     return 0
+
+
+def _check_folder(output: Path) -> None:
+    """Checks before a long measurement that its result has a place."""
+    if not output.parent.is_dir():
+        raise ConfigurationError(f"{output} cannot be written: make the folder {str(output.parent)!r} first")
 
 
 def _write(output: Path, compositions: dict[str, Composition]) -> None:
@@ -267,7 +284,6 @@ def _write(output: Path, compositions: dict[str, Composition]) -> None:
         write_atomically(output, compositions_text(compositions).encode())
     except OSError as error:
         raise ConfigurationError(f"{output} cannot be written: {error}; pass another --output") from error
-    print(f"wrote {output}")
 
 
 def _language_model(name: str, device: str | None) -> tuple[Any, Any]:
@@ -296,7 +312,25 @@ def labeller_of(args: argparse.Namespace) -> Labeller:
 
 
 def open_shards(args: argparse.Namespace) -> tuple[ShardCollection, list[Manifest]]:
-    """The shards of the arguments, and the manifests among them."""
+    """The shards of the arguments, and the manifests among them.
+
+    Raises:
+        ShardNotFoundError: An argument is neither a manifest, nor its folder, nor ``NAME=PATTERN``.
+        ShardError: The shards cannot be opened.
+    """
+    for argument in args.shards:
+        if not is_local(argument) or any(character in argument for character in "=*?[{"):
+            continue
+        path = local_path(argument)
+        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, MANIFEST_NAME)):
+            raise ShardNotFoundError(
+                f"the folder {argument!r} has no {MANIFEST_NAME}: name its domains, such as source/web='{path}/*.tar'"
+            )
+        if not os.path.exists(path):
+            raise ShardNotFoundError(
+                f"there is no {argument!r}, seen from {os.getcwd()!r}: give a {MANIFEST_NAME}, its folder, or "
+                "NAME=PATTERN"
+            )
     shards, manifests = listed_shards(args.shards)
     return ShardCollection.open(shards, progress=not args.no_progress, manifests=manifests), manifests
 
@@ -320,18 +354,18 @@ def _labels_line(name: str, found: LabelledDomain) -> str:
 def _composition_line(name: str, found: Composition) -> str:
     total = sum(found.counts.values())
     most = sorted(found.counts, key=lambda topic: -found.counts[topic])[:_SHOWN_TOPICS]
-    ends = {topic: "{:.0%} to {:.0%}".format(*found.intervals[topic]) for topic in most}
-    topics = ", ".join(f"{topic} {found.counts[topic] / total:.0%} ({ends[topic]})" for topic in most)
-    line = (
-        f"{name}: sample of {found.documents:,}, {_known(found.documents, found.unsure, found.stated)}: {topics}; "
-        f"expected error {found.error:.3f}, {found.documents_needed:,} documents suffice"
-    )
-    if found.unsure > LOW_COVERAGE * found.documents:
-        line += (
+    ends = {topic: " ({:.0%} to {:.0%})".format(*found.intervals[topic]) if found.error else "" for topic in most}
+    topics = ", ".join(f"{topic} {found.counts[topic] / total:.0%}{ends[topic]}" for topic in most)
+    line = f"{name}: sample of {found.documents:,}, {_known(found.documents, found.unsure, found.stated)}: {topics}"
+    if found.is_thin:
+        unused = "" if name == START_STATE else ", and a sampler does not use it by itself"
+        return line + (
             f"\n  warning: {found.unsure / found.documents:.0%} of the sample has no topic, so the composition stands "
-            "for the rest only; look at it, or use another --classifier"
+            f"for the rest only{unused}: use another --classifier"
         )
-    return line
+    if not found.error:
+        return f"{line}; {found.error_text}"
+    return f"{line}; {found.error_text}, {found.documents_needed:,} documents suffice"
 
 
 def _known(documents: int, unsure: int, stated: int) -> str:

@@ -2,8 +2,8 @@
 
 The shares of a sample of n documents deviate from those of the domain by an expected total variation of
 sum_k sqrt(p_k (1 - p_k) / (2 pi n)), from the normal approximation of each share; without replacement from N documents,
-times sqrt((N - n) / (N - 1)). Intervals are Wilson's. Both are about sampling only: neither knows of the classifier's
-own errors.
+times sqrt((N - n) / (N - 1)). Intervals are Wilson's, for n (N - 1) / (N - n) documents. Both are about sampling only:
+neither knows of the classifier's own errors.
 
 Shapes: T = 26 canonical topics.
 """
@@ -91,7 +91,7 @@ def compose(
         progress: Show a progress bar.
 
     Raises:
-        ShardError: No document of the sample has a topic.
+        ShardError: There are no documents, or none of the sample has a topic.
     """
     config = config or SampleConfig()
     size = documents.size
@@ -138,7 +138,7 @@ def measure(
         progress: Show a progress bar.
 
     Raises:
-        ShardError: No document of the sample has a topic.
+        ShardError: There are no documents, or none of the sample has a topic.
     """
     most = size if config.most_documents is None else min(size, config.most_documents)
     counts, taken, sure, stated = np.zeros(NUM_TOPICS), 0, 0, 0
@@ -153,12 +153,14 @@ def measure(
                 bar.update(len(batch))
             taken = wanted
             if sure:
-                # One more document, spread over all topics: a sample of a single topic does not prove that it is alone.
-                shares = (counts + 1 / NUM_TOPICS) / (counts.sum() + 1)
-                needed = math.ceil(needed_sample(shares, size * sure / taken, config.max_error) * taken / sure)
+                needed = math.ceil(
+                    needed_sample(_smoothed(counts), size * sure / taken, config.max_error) * taken / sure
+                )
                 # At most four times as many, because the shares of a small sample are rough.
                 wanted = int(min(most, max(taken, min(needed, 4 * taken))))
                 bar.total = wanted
+    if not taken:
+        raise ShardError(f"{name!r} holds no documents: check its inputs")
     if not sure:
         raise ShardError(
             f"{name!r}: none of {taken} documents has a topic with confidence {labeller.config.min_confidence}, "
@@ -167,14 +169,16 @@ def measure(
         )
     shares = counts / counts.sum()
     present = np.flatnonzero(counts)
-    low, high = wilson(shares, sure)
+    known = size * sure / taken
+    left = _left(sure, known)
+    low, high = wilson(shares, sure / left if left else math.inf)
     return Composition(
         counts={CANONICAL_TOPICS[i]: round(float(counts[i]), 6) for i in present},
         intervals={CANONICAL_TOPICS[i]: (round(float(low[i]), 6), round(float(high[i]), 6)) for i in present},
         documents=taken,
         unsure=taken - sure,
         stated=stated,
-        error=round(expected_error(shares, sure, size * sure / taken), 6),
+        error=round(expected_error(_smoothed(counts), sure, known), 6),
         documents_needed=int(min(size, needed)),
         classifier=labeller.classifier.name,
         shards=shards,
@@ -189,8 +193,17 @@ def expected_error(shares: FloatArray, sample: float, size: float) -> float:
         sample: Number of documents in the sample.
         size: Number of all documents; may be infinite.
     """
-    left = 1.0 if math.isinf(size) else max(0.0, (size - sample) / max(1.0, size - 1))
-    return float(np.sqrt(shares * (1 - shares) / (2 * np.pi * sample)).sum() * math.sqrt(left))
+    return float(np.sqrt(shares * (1 - shares) / (2 * np.pi * sample)).sum() * math.sqrt(_left(sample, size)))
+
+
+def _left(sample: float, size: float) -> float:
+    """Finite-population correction of a variance: 1 for a small part of all documents, 0 if all were read."""
+    return 1.0 if math.isinf(size) else max(0.0, (size - sample) / max(1.0, size - 1))
+
+
+def _smoothed(counts: FloatArray) -> FloatArray:
+    """Shares with one more document, spread over all topics: a sample of one topic does not prove that it is alone."""
+    return np.asarray((counts + 1 / NUM_TOPICS) / (counts.sum() + 1), dtype=np.float64)
 
 
 def needed_sample(shares: FloatArray, size: float, max_error: float) -> float:
@@ -201,7 +214,7 @@ def needed_sample(shares: FloatArray, size: float, max_error: float) -> float:
     return infinite * size / (size - 1 + infinite) if size > 1 else size
 
 
-def wilson(shares: FloatArray, sample: int) -> tuple[FloatArray, FloatArray]:
+def wilson(shares: FloatArray, sample: float) -> tuple[FloatArray, FloatArray]:
     """Lower and upper ends of Wilson's intervals of shares, at 95%: (T,) each."""
     centre = shares + _Z**2 / (2 * sample)
     half = _Z * np.sqrt(shares * (1 - shares) / sample + (_Z / (2 * sample)) ** 2)

@@ -42,6 +42,11 @@ class DomainDocuments(Protocol):
         """JSON values that change if the documents do."""
         ...
 
+    @property
+    def urls(self) -> list[str]:
+        """Paths and URLs of the files that are read."""
+        ...
+
     def read(self, advance: Advance) -> Iterator[Document]:
         """Reads the documents with all their columns; calls `advance` with what was read since the last call."""
         ...
@@ -68,6 +73,7 @@ class FileDocuments:
         self._options = options or ReadOptions(keep_columns=None)
         self._inputs = find_inputs(domain, paths, self._options)
         self.size = sum(source.size for source in self._inputs)
+        self.urls = [source.url for source in self._inputs]
         self.identity = [
             asdict(self._options),
             *([source.name, source.size, source.version] for source in self._inputs),
@@ -114,6 +120,11 @@ class ShardDocuments:
         """Digests of the shards."""
         return [int(content) for content in self.collection.shard_contents(self.domain)]
 
+    @property
+    def urls(self) -> list[str]:
+        """The shards."""
+        return [self.collection.display(self.domain, n) for n in range(len(self.collection.shard_rows(self.domain)))]
+
     def read(self, advance: Advance) -> Iterator[Document]:
         """See `DomainDocuments`."""
         for document in self.rows(range(self.size)):
@@ -138,11 +149,11 @@ class ShardDocuments:
         members = raw.members
         columns: dict[str, Any] = {}
         if "json" in members:
-            found = json.loads(bytes(members["json"]))
+            found = _decoded(json.loads, members["json"], place, "json")
             columns = found if isinstance(found, dict) else {}
         for name in _TEXT_MEMBERS:
             if name in members:
-                return Document(bytes(members[name]).decode("utf-8"), columns, place)
+                return Document(_decoded(bytes.decode, members[name], place, name), columns, place)
         if isinstance(columns.get(self.text_key), str):
             return Document(columns.pop(self.text_key), columns, place)
         if PACKED_MEMBER not in members:
@@ -152,12 +163,23 @@ class ShardDocuments:
             )
         if self.tokenizer is None:
             raise ShardError(f"{place} holds tokens, not text: name their tokenizer (--tokenizer, tokenizer=)")
-        return Document(self._longest_piece(decode_npy(bytes(members[PACKED_MEMBER]))), columns, place)
+        tokens = _decoded(decode_npy, members[PACKED_MEMBER], place, PACKED_MEMBER).reshape(-1)
+        if tokens.dtype.kind not in "iu" or not len(tokens):
+            raise ShardError(f"{place} holds {len(tokens)} values of type {tokens.dtype}, not tokens: write it again")
+        if tokens.min() < 0 or tokens.max() >= self.tokenizer.num_ids:
+            raise ShardError(
+                f"{place} holds tokens from {tokens.min()} to {tokens.max()}, but the tokenizer has "
+                f"{self.tokenizer.num_ids}, so it is not that of the rows: name the one that packed them (--tokenizer)"
+            )
+        pieces = np.split(tokens, np.flatnonzero(tokens == self.tokenizer.eos_id) + 1)
+        return Document(self.tokenizer.decode(max(pieces, key=len).tolist()), columns, place)
 
-    def _longest_piece(self, tokens: np.ndarray[Any, Any]) -> str:
-        assert self.tokenizer is not None
-        pieces = np.split(tokens.reshape(-1), np.flatnonzero(tokens.reshape(-1) == self.tokenizer.eos_id) + 1)
-        return self.tokenizer.decode(max(pieces, key=len).tolist())
+
+def _decoded(decode: Callable[[bytes], Any], member: Any, place: str, name: str) -> Any:
+    try:
+        return decode(bytes(member))
+    except (ValueError, ShardError, RecursionError) as error:
+        raise ShardError(f"the member {name} of {place} cannot be read ({error}): write the shard again") from error
 
 
 @dataclass(frozen=True)

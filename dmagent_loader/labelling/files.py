@@ -1,7 +1,7 @@
 """Labelling of whole domains: labels beside the documents, resumable, and the documents sorted by topic.
 
 ``OUTPUT/labels/<domain>/part-000000.jsonl.gz`` holds the labels of `PART_DOCUMENTS` documents, in their order. A part
-is written whole, so a killed job continues after its last part. ``OUTPUT/<field>/<topic>.jsonl.gz`` holds the documents
+is written whole, so a killed job labels the missing parts only. ``OUTPUT/<field>/<topic>.jsonl.gz`` holds the documents
 of one topic, for `dmagent shard --input OUTPUT/<field> --field <field>`, and ``OUTPUT/unsure/<field>.jsonl.gz`` those
 without one.
 """
@@ -13,7 +13,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,15 @@ from dmagent_loader.labelling.labels import STATED, Labeller, Labels, batches
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.shards.inputs.documents import Document
+from dmagent_loader.shards.sources.urls import is_local, local_path
 
 PART_DOCUMENTS = 4096
 """Documents of one part: what a killed job may lose, and what is sorted by length."""
 LABELS = "labels"
 UNSURE_FOLDER = "unsure"
 SETTINGS_FILE = "settings.json"
+SPLIT_FILE = ".split.json"
+"""Marks a folder of sorted documents, and lists its domains."""
 
 _MAX_PART_BYTES = 1 << 30
 _PARTIAL = ".partial"
@@ -79,11 +82,15 @@ def label_domains(
 
     Raises:
         ConfigurationError: The folder holds labels of other documents, of another classifier or with other settings;
-            another process writes to it; or it cannot be written to.
+            it holds inputs, or files that sorting would replace and an earlier call did not write; another process
+            writes to it; or it cannot be written to.
         ShardError: A document cannot be read, or a part is damaged.
     """
     root = Path(output)
+    refuse_inputs_below(root, (url for documents in domains.values() for url in documents.urls))
     with _exclusive(root):
+        if split:
+            _check_replaced(domains, root)
         counted = {}
         for domain, documents in domains.items():
             folder = root / LABELS / domain
@@ -98,25 +105,71 @@ def read_labels(folder: Path) -> Iterator[dict[str, Any]]:
     """The labels of a domain, in the order of its documents.
 
     Raises:
-        ShardError: A part is damaged.
+        ShardError: A part is damaged or missing.
     """
-    for path in sorted(folder.glob("part-*.jsonl.gz")):
-        try:
-            lines = gzip.decompress(read_regular(path, _MAX_PART_BYTES)).splitlines()
-            yield from [json.loads(line) for line in lines]
-        except (OSError, EOFError, ValueError) as error:
-            raise ShardError(
-                f"the labels {path} cannot be read ({error}): remove the file and those after it, and run `dmagent "
-                "label` again"
-            ) from error
+    for number in range(len(list(folder.glob("part-*.jsonl.gz")))):
+        yield from _read_part(_part(folder, number))
+
+
+def refuse_inputs_below(output: Path, inputs: Iterable[str]) -> None:
+    """Refuses an output folder that holds inputs: what is written there could replace them.
+
+    Args:
+        output: Folder that is written to.
+        inputs: Paths and URLs.
+
+    Raises:
+        ConfigurationError: A local path lies in the folder.
+    """
+    root = os.path.realpath(output)
+    for url in inputs:
+        if is_local(url) and os.path.realpath(local_path(url)).startswith(os.path.join(root, "")):
+            raise ConfigurationError(
+                f"the input {url!r} lies in the output folder {str(output)!r}, where it could be replaced: choose "
+                "another --output"
+            )
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06d}.jsonl.gz"
+
+
+def _read_part(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in gzip.decompress(read_regular(path, _MAX_PART_BYTES)).splitlines()]
+    except (OSError, EOFError, ValueError) as error:
+        raise ShardError(
+            f"the labels {path} cannot be read ({error}): remove the file, and run `dmagent label` again"
+        ) from error
+
+
+def _labels_of(batch: list[Document], path: Path) -> list[dict[str, Any]]:
+    """The labels of a part.
+
+    Raises:
+        ShardError: The part is damaged, or holds the labels of other documents.
+    """
+    lines = _read_part(path)
+    # Only the file names: the same folder may be named in another way.
+    files = [
+        [str(origin).rpartition("/")[2] for origin in origins]
+        for origins in (
+            (line.get("origin") for line in lines),
+            (document.origin for document in batch),
+        )
+    ]
+    if files[0] != files[1]:
+        raise ShardError(
+            f"the labels {path} are not those of the {len(batch)} documents from {batch[0].origin}: remove the file, "
+            "and run `dmagent label` again"
+        )
+    return lines
 
 
 def _label_domain(
     domain: str, documents: DomainDocuments, folder: Path, labeller: Labeller, progress: bool
 ) -> LabelledDomain:
     counts, total, unsure, stated = np.zeros(NUM_TOPICS), 0, 0, 0
-    done = len(list(folder.glob("part-*.jsonl.gz")))
-    earlier = read_labels(folder)
     with tqdm(
         total=documents.size,
         unit=documents.unit,
@@ -125,14 +178,13 @@ def _label_domain(
         disable=not progress,
     ) as bar:
         for number, batch in enumerate(batches(documents.read(bar.update), PART_DOCUMENTS)):
-            if number < done:
-                lines = [next(earlier) for _ in batch]
+            path = _part(folder, number)
+            if path.exists():
+                lines = _labels_of(batch, path)
             else:
                 lines = _lines(batch, labeller.label(batch), labeller.classifier.name)
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                write_atomically(
-                    folder / f"part-{number:06d}.jsonl.gz", gzip.compress(text.encode("utf-8", "replace"), 6, mtime=0)
-                )
+                write_atomically(path, gzip.compress(text.encode("utf-8", "replace"), 6, mtime=0))
             for line in lines:
                 for topic, share in line["topics"].items():
                     counts[CANONICAL_TOPICS.index(topic)] += share
@@ -189,31 +241,76 @@ def _continue_in(folder: Path, documents: DomainDocuments, labeller: Labeller) -
         )
 
 
+def _fields(domains: Iterable[str]) -> dict[str, list[str]]:
+    """Field -> its domains."""
+    found: dict[str, list[str]] = {}
+    for domain in domains:
+        found.setdefault(domain.split("/", 1)[0], []).append(domain)
+    return found
+
+
+def _check_replaced(domains: Iterable[str], root: Path) -> None:
+    """Checks that sorting replaces only what an earlier call wrote, and of these domains.
+
+    Raises:
+        ConfigurationError: It would replace other files, or drop the documents of other domains.
+    """
+    for field, names in _fields(domains).items():
+        present = [path for path in (root / field, _unsure(root, field)) if path.exists()]
+        if not present:
+            continue
+        try:
+            earlier = json.loads((root / field / SPLIT_FILE).read_bytes())["domains"]
+        except (OSError, ValueError, LookupError, TypeError):
+            raise ConfigurationError(
+                f"{str(present[0])!r} was not written by `dmagent label --split`, so it is not replaced: "
+                "choose another --output"
+            ) from None
+        dropped = sorted(set(earlier) - set(names))
+        if dropped:
+            raise ConfigurationError(
+                f"{str(root / field)!r} holds the documents of {dropped}, too, which would be dropped: give all "
+                f"domains of {field!r} in one call, or choose another --output"
+            )
+
+
+def _unsure(root: Path, field: str) -> Path:
+    return root / UNSURE_FOLDER / f"{field}.jsonl.gz"
+
+
 def _split(domains: Mapping[str, DomainDocuments], root: Path, progress: bool) -> None:
-    """Writes the documents of all domains by field and topic; what an earlier call wrote is replaced."""
+    """Writes the documents of all domains by field and topic; what an earlier call wrote of a field is replaced."""
     partial = root / _PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
-    fields = list(dict.fromkeys(domain.split("/", 1)[0] for domain in domains))
+    (partial / UNSURE_FOLDER).mkdir(parents=True)
+    for field, names in _fields(domains).items():
+        (partial / field).mkdir()
+        (partial / field / SPLIT_FILE).write_text(json.dumps({"domains": names}), encoding="utf-8")
     with contextlib.ExitStack() as stack:
         files: dict[Path, Any] = {}
         for domain, documents in domains.items():
-            field = domain.split("/", 1)[0]
-            labels = read_labels(root / LABELS / domain)
+            field, folder = domain.split("/", 1)[0], root / LABELS / domain
             with tqdm(total=documents.size, unit=documents.unit, desc=f"sorting {domain}", disable=not progress) as bar:
-                for document, label in zip(documents.read(bar.update), labels, strict=True):
-                    topic = label["topic"]
-                    path = partial / (f"{field}/{topic}.jsonl.gz" if topic else f"{UNSURE_FOLDER}/{field}.jsonl.gz")
-                    if path not in files:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        raw = stack.enter_context(open(path, "wb"))
-                        files[path] = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
-                    row = {**document.columns, "text": document.text}
-                    row |= {"topic": topic, "topic_confidence": label["confidence"], "topic_by": label["by"]}
-                    files[path].write(json.dumps(row, default=str).encode() + b"\n")
-    for name in (*fields, UNSURE_FOLDER):
-        if (partial / name).exists():
-            shutil.rmtree(root / name, ignore_errors=True)
-            os.replace(partial / name, root / name)
+                for number, batch in enumerate(batches(documents.read(bar.update), PART_DOCUMENTS)):
+                    for document, label in zip(batch, _labels_of(batch, _part(folder, number)), strict=True):
+                        topic = label["topic"]
+                        path = partial / field / f"{topic}.jsonl.gz" if topic else _unsure(partial, field)
+                        if path not in files:
+                            raw = stack.enter_context(open(path, "wb"))
+                            files[path] = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
+                        row = {**document.columns, "text": document.text}
+                        row |= {"topic": topic, "topic_confidence": label["confidence"], "topic_by": label["by"]}
+                        files[path].write(json.dumps(row, default=str).encode() + b"\n")
+    (root / UNSURE_FOLDER).mkdir(exist_ok=True)
+    for field in _fields(domains):
+        if (root / field).exists():
+            os.replace(root / field, partial / f"{field}.replaced")
+        _unsure(root, field).unlink(missing_ok=True)
+        if _unsure(partial, field).exists():
+            os.replace(_unsure(partial, field), _unsure(root, field))
+        os.replace(partial / field, root / field)
+    with contextlib.suppress(OSError):
+        (root / UNSURE_FOLDER).rmdir()  # if it is empty
     shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -3,11 +3,12 @@
 The reasons, in the order in which they are checked; a document is counted under the first that applies:
 
 - ``length``: fewer or more characters than allowed.
-- ``exact duplicate``: the words of an earlier document, whatever their case and punctuation.
-- ``near duplicate``: MinHash similarity of its 5-word shingles to those of an earlier document (datasketch).
+- ``exact duplicate``: the text of an earlier document, whatever its white space.
 - ``contaminated``: 13 consecutive words of a question with its answer (arXiv 2005.14165, appendix C); of a shorter one
   of at least 8 words, all words.
 - ``quality``: the label of a quality classifier.
+- ``near duplicate``: MinHash similarity of its 5-word shingles to those of an earlier document that is kept
+  (datasketch).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dmagent_loader.shards.inputs.documents import Document
 
 LENGTH, EXACT, NEAR = "length", "exact duplicate", "near duplicate"
 CONTAMINATED, QUALITY = "contaminated", "quality"
-REASONS = (LENGTH, EXACT, NEAR, CONTAMINATED, QUALITY)
+REASONS = (LENGTH, EXACT, CONTAMINATED, QUALITY, NEAR)
 
 NGRAM, SHORTEST_QUESTION = 13, 8
 """Words of a question that make a document contaminated; words of the shortest question that is looked for."""
@@ -113,20 +114,22 @@ class DocumentFilter:
             for number, label in zip(kept, likely.argmax(axis=1), strict=True):
                 if self._quality.labels[int(label)] in self.config.dropped_quality:
                     found[number] = QUALITY
+        if self._near is not None:
+            for number in kept:
+                if found[number] is None and self._near.is_repeated(_words(documents[number].text)):
+                    found[number] = NEAR
         return found
 
     def _reason(self, text: str) -> str | None:
         longest = self.config.max_characters
         if len(text) < self.config.min_characters or (longest is not None and len(text) > longest):
             return LENGTH
-        words = _words(text)
         if self.config.exact_duplicates:
-            digest = hashlib.blake2b(" ".join(words or [text]).encode("utf-8", "replace"), digest_size=16).digest()
+            digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8", "replace"), digest_size=16).digest()
             if digest in self._seen:
                 return EXACT
             self._seen.add(digest)
-        if self._near is not None and self._near.is_repeated(words):
-            return NEAR
+        words = _words(text) if self._grams else []
         if any(not grams.isdisjoint(_ngrams(words, length)) for length, grams in self._grams.items()):
             return CONTAMINATED
         return None

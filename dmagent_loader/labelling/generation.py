@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from dmagent_loader._validation import is_finite_number, shown
 from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.mixture.hashing import stream_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,9 @@ class GenerationConfig:
 def generate_texts(model: Any, tokenizer: Any, config: GenerationConfig | None = None) -> Iterator[str]:
     """Writes texts without end, each from the start token alone.
 
-    A text ends with the model's end-of-text token, or after `max_tokens`. Sampling is from the whole distribution: the
-    model's own generation settings, such as top-k, would favour frequent topics and are not used. The random state of
-    the caller is not touched, and batch b depends on the seed and b only.
+    A text ends with the model's end-of-text token, after `max_tokens`, or where its positions end. Sampling is from the
+    whole distribution: the model's own generation settings, such as top-k, would favour frequent topics and are not
+    used. The random state of the caller is not touched, and batch b depends on the seed and b only.
 
     Args:
         model: A causal language model of transformers.
@@ -62,9 +63,12 @@ def generate_texts(model: Any, tokenizer: Any, config: GenerationConfig | None =
             "the tokenizer has no start or no end-of-text token, so a text could not begin or end: set bos_token and "
             "eos_token"
         )
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        config = replace(config, max_tokens=min(config.max_tokens, positions))
     number = 0
     while True:
-        generator = torch.Generator(device=model.device).manual_seed(config.seed + number)
+        generator = torch.Generator(device=model.device).manual_seed(stream_key(config.seed, "texts", str(number)))
         rows = _sample(model, start, end, config, generator)
         yield from tokenizer.batch_decode(rows, skip_special_tokens=True)
         number += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dmagent_loader._files import write_atomically
+from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.labelling.compose import SampleConfig, measure
 from dmagent_loader.labelling.generation import GenerationConfig, generate_texts
 from dmagent_loader.labelling.labels import Labeller
@@ -22,6 +24,8 @@ from dmagent_loader.shards.inputs.documents import Document
 MOST_TEXTS = 4000
 """Texts of a model: by these, the estimate had converged for most models in the paper (Fig. 4)."""
 MOST_DOCUMENTS = 20_000
+
+logger = logging.getLogger(__name__)
 
 
 def start_state_of_documents(
@@ -79,9 +83,13 @@ def start_state_of_model(
         progress: Show a progress bar.
 
     Raises:
-        ConfigurationError: The tokenizer has no start or end-of-text token.
+        ConfigurationError: The tokenizer has no start or end-of-text token, or the folder of `keep` is missing.
         ShardError: No text has a topic.
     """
+    if keep is not None and not keep.parent.is_dir():
+        raise ConfigurationError(
+            f"the texts cannot be kept in {str(keep)!r}: make the folder {str(keep.parent)!r} first"
+        )
     texts = generate_texts(model, tokenizer, generation)
     written: list[str] = []
 
@@ -96,5 +104,8 @@ def start_state_of_model(
     found = measure(START_STATE, draw, math.inf, labeller, bounded, progress=progress)
     if keep is not None:
         lines = "".join(json.dumps({"text": text}) + "\n" for text in written)
-        write_atomically(keep, gzip.compress(lines.encode(), 6, mtime=0))
+        try:
+            write_atomically(keep, gzip.compress(lines.encode("utf-8", "replace"), 6, mtime=0))
+        except OSError as error:  # the measurement, which took long, is not lost for it
+            logger.warning("the texts are not kept, because %s cannot be written: %s", keep, error)
     return found

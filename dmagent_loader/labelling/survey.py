@@ -22,7 +22,7 @@ class Survey:
         lengths: (n,) characters of each document of the sample.
         topics: (26,) number of documents of each topic.
         unsure: Number of documents without a topic.
-        repeated: Number of documents with the words of an earlier one of the sample. The domain has more repeats: a
+        repeated: Number of documents with the text of an earlier one of the sample. The domain has more repeats: a
             sample holds both copies only by chance.
         row_tokens: Tokens of a packed row; None: rows of text.
     """

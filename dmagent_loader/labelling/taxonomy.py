@@ -10,7 +10,7 @@ Shapes: L labels, T = 26 canonical topics, W = 24 topics of WebOrganizer.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,60 +131,84 @@ _FOLDERS = ("metadata", "attributes", "added")
 """Columns with further columns inside: datatrove's ``metadata``, Dolma's ``metadata`` and ``attributes``."""
 
 
-def stated_topics(columns: Mapping[str, Any], label_key: str | None = None) -> FloatArray | None:
+def stated_topics(
+    columns: Mapping[str, Any],
+    label_key: str | None = None,
+    *,
+    min_confidence: float = 0.0,
+    ignored: Collection[str] = (),
+) -> FloatArray | None:
     """The topics that a document states itself.
 
     Read are, in this order: the column `label_key`; the columns ``topic``, ``domain_pred`` (NeMo Curator), ``domain``,
     ``weborganizer_topic`` and ``topic_label``, also inside ``metadata`` (datatrove, Dolma); and Dolma's ``attributes``,
-    whose names end in a label, ``{"tagger__topic__Science": [[0, 120, 0.9]]}``.
+    whose names hold "topic" or "domain" and end in a label, ``{"tagger__topic__Science": [[0, 120, 0.9]]}``.
 
     Args:
         columns: Columns of the document.
         label_key: Column with the label; dots lead into nested columns. None: the usual ones.
+        min_confidence: Least probability of the likeliest label, where there are probabilities.
+        ignored: Columns that are not read, as `label_columns` calls them.
 
     Returns:
         (T,), sums to 1; None: no column holds a known topic.
     """
+    for name, value in label_columns(columns, label_key):
+        row = None if name in ignored else _read_label(value, min_confidence)
+        if row is not None:
+            return row
+    return None if label_key is not None else _read_spans(columns.get("attributes"), min_confidence)
+
+
+def label_columns(columns: Mapping[str, Any], label_key: str | None = None) -> Iterator[tuple[str, Any]]:
+    """The columns of a document that may hold its label, such as ``metadata.topic``, and their values."""
     if label_key is not None:
-        value: Any = columns
-        for part in label_key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return _read_label(value)
-    for holder in (columns, *(columns.get(name) for name in _FOLDERS)):
-        if not isinstance(holder, Mapping):
-            continue
-        for name in _COLUMNS:
-            row = _read_label(holder.get(name))
-            if row is not None:
-                return row
-    return _read_spans(columns.get("attributes"))
+        yield label_key, value_at(columns, label_key)
+        return
+    for folder in ("", *_FOLDERS):
+        holder = columns.get(folder) if folder else columns
+        if isinstance(holder, Mapping):
+            yield from ((f"{folder}.{name}" if folder else name, holder.get(name)) for name in _COLUMNS)
 
 
-def _read_label(value: Any) -> FloatArray | None:
-    """A label, or label -> probability."""
+def value_at(columns: Mapping[str, Any], key: str) -> Any:
+    """The value of a column; dots lead into nested columns. None: there is no such column."""
+    value: Any = columns
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _read_label(value: Any, min_confidence: float) -> FloatArray | None:
+    """A label, or label -> weight."""
     if isinstance(value, str):
         return topic_of(value)
-    if isinstance(value, Mapping) and value:
-        total = np.zeros(NUM_TOPICS)
-        for label, weight in value.items():
-            row = topic_of(str(label))
-            if row is not None and is_finite_number(weight) and weight > 0:
-                total += float(weight) * row
-        return total / total.sum() if 0 < total.sum() < np.inf else None
+    if isinstance(value, Mapping):
+        weights = {str(label): float(w) for label, w in value.items() if is_finite_number(w) and w > 0}
+        everything = sum(weights.values())
+        likeliest = max(weights, key=lambda label: weights[label], default="")
+        row = topic_of(likeliest)
+        if row is None or not everything < np.inf or weights[likeliest] < min_confidence * everything:
+            return None
+        rows = [topic_of(label) for label in weights]
+        if any(other is None for other in rows):
+            return row  # the shares of the known labels alone would not be those of the document
+        return np.asarray(sum(w * r for w, r in zip(weights.values(), rows, strict=True) if r is not None) / everything)
     return None
 
 
-def _read_spans(attributes: Any) -> FloatArray | None:
-    """Dolma's attributes: the last part of a name is a label, and its spans are [start, end, score]."""
+def _read_spans(attributes: Any, min_confidence: float) -> FloatArray | None:
+    """Dolma's attributes of topics: the last part of a name is a label, and its spans are [start, end, score]."""
     if not isinstance(attributes, Mapping):
         return None
     best, best_score = None, 0.0
     for name, spans in attributes.items():
-        row = topic_of(str(name).rsplit("__", 1)[-1])
-        if row is None or not isinstance(spans, list):
+        tagger, _, label = str(name).rpartition("__")
+        row = topic_of(label)
+        if row is None or not isinstance(spans, list) or not re.search("topic|domain", tagger.lower()):
             continue
         for span in spans:
             score = float(span[2]) if isinstance(span, list) and len(span) == 3 and is_finite_number(span[2]) else 0.0
             if score > best_score:
                 best, best_score = row, score
-    return best
+    return best if best_score >= min_confidence else None

@@ -379,7 +379,9 @@ class DomainMap:
         return Projection(mix=mix / mix.sum(), uncovered=max(0.0, 1.0 - reached), kl=max(0.0, kl))
 
 
-def start_state_mix(space: DomainSpace, natural: FloatArray, weights: Mapping[str, float] | None) -> FloatArray:
+def start_state_mix(
+    space: DomainSpace, natural: FloatArray, weights: Mapping[str, float] | None, *, are_topics: bool = False
+) -> FloatArray:
     """The mix of the base model's own training data (paper, 3.1).
 
     Args:
@@ -387,6 +389,7 @@ def start_state_mix(space: DomainSpace, natural: FloatArray, weights: Mapping[st
         natural: (D,) share of all rows of each domain.
         weights: Domain or field -> weight; or canonical topic -> share or number of documents, which becomes the
             closest mix of the source domains (`DomainMap.to_user`). None: the source domains' shares of rows.
+        are_topics: Whether the weights are of topics, even if domains have the same names.
 
     Returns:
         (D,), sums to 1.
@@ -395,7 +398,8 @@ def start_state_mix(space: DomainSpace, natural: FloatArray, weights: Mapping[st
         DomainError: A domain is unknown.
         MixError: The weights are not a distribution.
     """
-    if isinstance(weights, Mapping) and weights and set(weights) <= set(CANONICAL_TOPICS) - set(space.names):
+    ambiguous = set() if are_topics else set(space.names)
+    if isinstance(weights, Mapping) and weights and set(weights) <= set(CANONICAL_TOPICS) - ambiguous:
         topics = Domain(name="start_state", field=SOURCE, composition=weights).topic_distribution()
         return DomainMap(space, natural=natural).to_user(np.concatenate([topics, np.zeros(NUM_TOPICS)])).mix
     if weights is not None:

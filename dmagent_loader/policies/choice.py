@@ -103,6 +103,13 @@ def make_policy(
     return decides
 
 
+def uses_topics(policy: Policy | None) -> bool:
+    """Whether a policy of this package decides by the topics of the domains."""
+    if isinstance(policy, CombinedPolicy):
+        return uses_topics(policy.parts[1])
+    return isinstance(policy, (AgentPolicy, QuestionTopics))
+
+
 def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
     """A policy with its default settings.
 

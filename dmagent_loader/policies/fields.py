@@ -117,13 +117,16 @@ def report_topics(space: DomainSpace, sources: Mapping[str, str]) -> None:
         space: Domains of the run.
         sources: Domain -> origin of its composition, of those that were measured.
     """
-    logger.info("topics of the domains:%s", "".join(f"\n  {_topics_line(domain, sources)}" for domain in space.domains))
+    named = sum(domain.composition is None and domain.topic is not None for domain in space.domains)
+    lines = [f"{named} of {len(space.domains)} by their names"] if named else []
+    lines += [line for domain in space.domains if (line := _topics_line(domain, sources))]
+    logger.info("topics of the domains:%s", "".join(f"\n  {line}" for line in lines))
 
 
 def _topics_line(domain: Domain, sources: Mapping[str, str]) -> str:
     if domain.composition is None:
         if domain.topic is not None:
-            return f"{domain.name}: {domain.topic} (its name)"
+            return ""
         meant = nearest_topic(domain.name.rsplit("/", 1)[-1])
         return f"{domain.name}: unknown" + (f" (is {meant!r} meant?)" if meant else "")
     shares = domain.topic_distribution()

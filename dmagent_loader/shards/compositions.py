@@ -25,6 +25,9 @@ SCHEMA = 1
 LOW_COVERAGE = 0.5
 """Part of the documents with a topic, below which a composition says little about its domain."""
 
+_COUNTS_TOLERANCE = 1e-3
+"""Largest relative error of the sum of counts, which are rounded."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,10 +64,20 @@ class Composition:
         return {topic: count / total for topic, count in self.counts.items()}
 
     @property
+    def is_thin(self) -> bool:
+        """Whether so few documents have a topic that the composition says little about its domain."""
+        return self.documents - self.unsure < LOW_COVERAGE * self.documents
+
+    @property
+    def error_text(self) -> str:
+        """The expected error, for messages."""
+        return f"expected error {self.error:.3f}" if self.error else "no sampling error, since all documents were read"
+
+    @property
     def source(self) -> str:
         """The origin of the composition, for messages."""
         known = self.documents - self.unsure
-        text = f"measured on {known:,} documents by {self.classifier}, expected error {self.error:.2f}"
+        text = f"measured on {known:,} documents by {self.classifier}, {self.error_text}"
         return text + (f", {self.unsure / self.documents:.0%} of the sample left out as unsure" if self.unsure else "")
 
 
@@ -112,15 +125,61 @@ def load_start_state(path: str | os.PathLike[str]) -> Composition:
     return found[START_STATE]
 
 
-def compositions_of(manifest: Manifest) -> dict[str, Composition]:
-    """The compositions beside a manifest, of the domains that it lists; empty if there is no such file.
+def compositions_of(shards: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> dict[str, Composition]:
+    """The measured compositions of a run: of a file, and for the other domains of the file beside the manifest.
 
-    Warns of domains whose shards have changed since their composition was measured, and of those of which it says
-    little.
+    Compositions of which it is known that they say little are left out, with a warning. Domains whose shards have
+    changed since are warned of.
+
+    Args:
+        shards: Domains of the run; a manifest may have a file beside it.
+        path: Path or URL of a file of compositions; None: only that beside the manifest.
 
     Raises:
-        ShardError: The file cannot be read.
+        ShardNotFoundError: There is no file at `path`.
+        ShardError: A file cannot be read, or that at `path` names no domain of the run.
     """
+    found = _beside(shards) if isinstance(shards, Manifest) else {}
+    if path is not None:
+        given = load_compositions(path)
+        if not given.keys() & shards.keys():
+            raise ShardError(
+                f"{display_url(os.fspath(path))} holds the compositions of {shown(list(given))}, none of which is a "
+                f"domain of this run, {shown(list(shards))}: run `dmagent compose` on these shards"
+            )
+        found |= {name: (os.fspath(path), composition) for name, composition in given.items()}
+    used: dict[str, Composition] = {}
+    changed: dict[str, list[str]] = {}
+    thin: dict[str, list[str]] = {}
+    for name, (url, composition) in found.items():
+        if name not in shards:
+            continue
+        if composition.is_thin:
+            thin.setdefault(url, []).append(name)
+            continue
+        if isinstance(shards, Manifest) and composition.shards not in ("", shards.digest(name)):
+            changed.setdefault(url, []).append(name)
+        used[name] = composition
+    for url, names in changed.items():
+        logger.warning(
+            "the shards of %s have changed since %s was written, so its compositions may be wrong: run `dmagent "
+            "compose` again",
+            shown(names),
+            display_url(url),
+        )
+    for url, names in thin.items():
+        logger.warning(
+            "most of the documents sampled of %s had no topic, so their compositions in %s are not used: measure them "
+            "with another classifier (`dmagent compose --classifier`), or use them all the same by "
+            "compositions={name: load_compositions(FILE)[name].shares} (dmagent_loader.shards)",
+            shown(names),
+            display_url(url),
+        )
+    return used
+
+
+def _beside(manifest: Manifest) -> dict[str, tuple[str, Composition]]:
+    """Domain -> file and composition, from beside a manifest; empty if there is no such file."""
     url = beside(manifest.url, COMPOSITIONS_NAME)
     try:
         data = read_stored(url)
@@ -129,24 +188,7 @@ def compositions_of(manifest: Manifest) -> dict[str, Composition]:
     except (OSError, ShardError) as error:  # object stores may refuse access to a file that does not exist
         logger.warning("%s is not used: it cannot be read (%s)", display_url(url), error)
         return {}
-    found = _parse(url, data)
-    listed = {domain: composition for domain, composition in found.items() if domain in manifest}
-    changed = [name for name, composition in listed.items() if composition.shards != manifest.digest(name)]
-    if changed:
-        logger.warning(
-            "the shards of %s have changed since %s was written, so its compositions may be wrong: run `dmagent "
-            "compose` again",
-            shown(changed),
-            display_url(url),
-        )
-    thin = [name for name, composition in listed.items() if composition.unsure > LOW_COVERAGE * composition.documents]
-    if thin:
-        logger.warning(
-            "most of the documents sampled of %s had no topic, so their compositions stand for the rest only: measure "
-            "them with another classifier (`dmagent compose --classifier`), or pass compositions=",
-            shown(thin),
-        )
-    return listed
+    return {name: (url, composition) for name, composition in _parse(url, data).items()}
 
 
 def _parse(url: str, data: bytes) -> dict[str, Composition]:
@@ -172,7 +214,17 @@ def _composition(entry: Any) -> Composition:
         raise ValueError(f"its counts are {shown(counts)}")
     if not all(is_count(values[name]) for name in ("documents", "unsure", "stated", "documents_needed")):
         raise ValueError("a number of documents is not a count")
-    if not is_finite_number(values["error"]) or not isinstance(values["classifier"], str):
-        raise ValueError("its error is not a number, or its classifier not a name")
+    known = values["documents"] - values["unsure"]
+    if values["stated"] > known or abs(sum(counts.values()) - known) > _COUNTS_TOLERANCE * known:
+        raise ValueError(
+            f"its counts of {sum(counts.values())} documents, {values['stated']} of them stated, are not those of "
+            f"{known} documents of known topic"
+        )
+    if not is_finite_number(values["error"]) or not 0 <= values["error"] <= 1:
+        raise ValueError(f"its error is {shown(values['error'])}")
+    if not isinstance(values["classifier"], str) or not isinstance(values["shards"], str):
+        raise ValueError("its classifier or the digest of its shards is not a text")
     values["intervals"] = {topic: (float(low), float(high)) for topic, (low, high) in intervals.items()}
+    if not all(0 <= low <= high <= 1 for low, high in values["intervals"].values()):
+        raise ValueError(f"its intervals are {shown(intervals)}")
     return Composition(**values)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -97,7 +99,10 @@ def test_a_sampler_takes_the_compositions_beside_its_manifest(
     shards: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compose", str(shards), "--no-progress"]) == 0
-    assert "source/web: sample of 40, 100% with a topic: Sports 75% (60% to 86%)" in capsys.readouterr().out
+    assert (
+        "source/web: sample of 40, 100% with a topic: Sports 75%, Food_and_Drink 25%; no sampling"
+        in capsys.readouterr().out
+    )
     caplog.set_level(logging.INFO)
     sampler = AgentWeightedSampler(shards, agent="dmagent-rl", reading=ReadingConfig(progress=False))
     topics = dict(zip(CANONICAL_TOPICS, sampler.space.domains[0].topic_distribution(), strict=True))
@@ -132,6 +137,46 @@ def test_compositions_of_other_shards_are_warned_of(
     (shards / COMPOSITIONS_NAME).rename(tmp_path / "new" / COMPOSITIONS_NAME)
     AgentWeightedSampler(tmp_path / "new", samples_per_reweight=4, reading=ReadingConfig(progress=False))
     assert "the shards of ['source/web'] have changed since" in caplog.text
+    caplog.clear()
+    (tmp_path / "new" / COMPOSITIONS_NAME).rename(tmp_path / "elsewhere.json")
+    AgentWeightedSampler(
+        tmp_path / "new", compositions=tmp_path / "elsewhere.json", reading=ReadingConfig(progress=False)
+    )
+    assert "the shards of ['source/web'] have changed since" in caplog.text
+
+
+def test_a_file_of_compositions_leaves_the_other_domains_to_that_beside_the_manifest(
+    shards: Path, tmp_path: Path
+) -> None:
+    assert main(["compose", str(shards), "--no-progress"]) == 0
+    assert main(["compose", f"source/web={shards}/target/cook/*.tar", "--output", str(tmp_path / "c.json")]) == 0
+    sampler = AgentWeightedSampler(shards, compositions=tmp_path / "c.json", reading=ReadingConfig(progress=False))
+    assert [domain.composition is None for domain in sampler.space.domains] == [False, False]
+    assert sampler.space.domains[0].composition == {"Food_and_Drink": 1.0}
+
+
+def test_a_domain_without_topics_does_not_lose_the_others(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(raw / "web.jsonl.gz", [{"text": f"{NONE} {n}"} for n in range(9)])
+    assert main(["shard", *domains(raw), "--output", str(tmp_path / "s"), "--no-progress"]) == 0
+    assert main(["compose", str(tmp_path / "s"), "--no-progress"]) == 1
+    assert "'source/web': none of 9 documents has a topic" in capsys.readouterr().err
+    assert set(load_compositions(tmp_path / "s" / COMPOSITIONS_NAME)) == {"target/cook"}
+    (tmp_path / "s" / COMPOSITIONS_NAME).write_text("{")
+    assert main(["compose", str(tmp_path / "s"), "--no-progress"]) == 2
+    captured = capsys.readouterr()
+    assert "cannot be read as compositions" in captured.err
+    assert "sample of" not in captured.out
+
+
+def test_folders_without_a_manifest_are_named(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compose", str(tmp_path / "none"), "--output", str(tmp_path / "c.json")]) == 2
+    printed = capsys.readouterr().err
+    assert "there is no" in printed
+    assert "load_state_dict" not in printed
+    assert main(["inspect", str(shards / "source" / "web"), "--output", str(tmp_path / "page.html")]) == 2
+    assert "has no manifest.json: name its domains, such as source/web=" in capsys.readouterr().err
 
 
 def test_a_composition_of_little_is_warned_of(
@@ -140,9 +185,16 @@ def test_a_composition_of_little_is_warned_of(
     write_jsonl(raw / "cook.jsonl", [*({"text": FOOD} for _ in range(4)), *({"text": NONE} for _ in range(6))])
     assert main(["shard", *domains(raw), "--output", str(tmp_path / "s"), "--no-progress"]) == 0
     assert main(["compose", str(tmp_path / "s"), "--no-progress"]) == 0
-    assert "warning: 60% of the sample has no topic" in capsys.readouterr().out
-    AgentWeightedSampler(tmp_path / "s", reading=ReadingConfig(progress=False))
+    printed = capsys.readouterr().out
+    assert "warning: 60% of the sample has no topic" in printed
+    assert "error" not in printed.partition("target/cook: sample of")[2]
+    reading = ReadingConfig(progress=False)
+    sampler = AgentWeightedSampler(tmp_path / "s", reading=reading)
     assert "most of the documents sampled of ['target/cook'] had no topic" in caplog.text
+    assert [domain.composition is None for domain in sampler.space.domains] == [False, True]
+    shares = load_compositions(tmp_path / "s" / COMPOSITIONS_NAME)["target/cook"].shares
+    forced = AgentWeightedSampler(tmp_path / "s", compositions={"target/cook": shares}, reading=reading)
+    assert forced.space.domains[1].composition == {"Food_and_Drink": 1.0}
 
 
 def test_packed_rows_are_composed_with_their_tokenizer(
@@ -155,8 +207,12 @@ def test_packed_rows_are_composed_with_their_tokenizer(
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     packing = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--sequence-length", "20"]
     assert main(["shard", *domains(raw), "--output", str(tmp_path / "s"), "--no-progress", *packing]) == 0
-    assert main(["compose", str(tmp_path / "s"), "--no-progress"]) == 2
+    assert main(["compose", str(tmp_path / "s"), "--no-progress"]) == 1
     assert "holds tokens, not text: name their tokenizer (--tokenizer" in capsys.readouterr().err
+    Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a")).save(str(tmp_path / "other.json"))
+    other = ["--tokenizer", str(tmp_path / "other.json")]
+    assert main(["compose", str(tmp_path / "s"), "--no-progress", *other]) == 1
+    assert "so it is not that of the rows" in capsys.readouterr().err
     assert main(["compose", str(tmp_path / "s"), "--no-progress", *packing[:2]]) == 0
     shares = load_compositions(tmp_path / "s" / COMPOSITIONS_NAME)["source/web"].shares
     assert shares["Sports"] == pytest.approx(0.75, abs=0.15)
@@ -191,6 +247,14 @@ def test_a_start_state_is_measured_and_taken_by_a_sampler(raw: Path, shards: Pat
         "source/Food_and_Drink": pytest.approx(0.25),
         "target/cook": 0,
     }
+    named = {"Sports": shards / "source" / "web", "Food_and_Drink": food, "cook": shards / "target" / "cook"}
+    sampler = AgentWeightedSampler(
+        {name: f"{folder}/*.tar" for name, folder in named.items()},
+        fields={"Sports": "source", "Food_and_Drink": "target", "cook": "target"},
+        start_state=file,
+        reading=ReadingConfig(progress=False),
+    )
+    assert sampler.start_state == {"Sports": pytest.approx(1.0), "Food_and_Drink": 0, "cook": 0}
     assert main(["start-state", "--shards", str(shards), "--output", str(file), "--no-progress"]) == 0
     assert load_start_state(file).documents == 60
     with pytest.raises(ShardError, match="not a start state"):
@@ -212,3 +276,33 @@ def test_inputs_that_cannot_be_used_are_refused(
     (shards / COMPOSITIONS_NAME).write_text(json.dumps({"schema": 9, "domains": {}}))
     assert main(["compose", str(shards), "--no-progress"]) == 2
     assert "has schema 9, but this version reads schema 1" in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("0.txt", SPORTS.encode()), ("1.txt", b"\xff\xfe")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    command = ["compose", f"source/web={tmp_path}/a.tar", "--output", str(tmp_path / "c.json"), "--no-progress"]
+    assert main(command) == 1
+    assert "the member txt of row" in capsys.readouterr().err
+
+
+def test_settings_without_effect_and_missing_folders_are_refused(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["start-state", "--data", str(raw / "web.jsonl.gz"), "--output"]
+    assert main([*command, str(tmp_path / "s.json"), "--temperature", "0.5"]) == 2
+    assert "are for the texts of a --model" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "none" / "s.json"), "--no-progress"]) == 2
+    assert "make the folder" in capsys.readouterr().err
+
+
+def test_topics_are_logged_only_for_a_policy_that_uses_them(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["compose", str(shards), "--no-progress"]) == 0
+    caplog.set_level(logging.INFO)
+    AgentWeightedSampler(shards, policy="natural", reading=ReadingConfig(progress=False))
+    assert "topics of the domains" not in caplog.text
+    AgentWeightedSampler(shards, policy="question-topics", reading=ReadingConfig(progress=False))
+    assert "topics of the domains" in caplog.text

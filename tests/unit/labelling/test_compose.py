@@ -108,6 +108,17 @@ def test_a_small_domain_is_read_whole_and_has_no_error() -> None:
     )
     assert found.counts == {"News": 30, "Games": 10}
     assert (found.documents, found.error) == (40, 0.0)
+    assert found.intervals == {"News": (0.75, 0.75), "Games": (0.25, 0.25)}
+
+
+def test_a_sample_of_one_topic_has_an_error() -> None:
+    texts = Texts(["News"] * 1000)
+    one, many = (
+        compose("a", texts, Labeller(Exact()), SampleConfig(most_documents=most), progress=False) for most in (1, 900)
+    )
+    assert one.error > 0.3 > 0.01 > many.error > 0
+    assert one.intervals["News"][0] < 0.25
+    assert many.intervals["News"][0] > 0.99
 
 
 def test_the_sample_does_not_follow_the_order_of_the_rows() -> None:
@@ -122,6 +133,8 @@ def test_the_sample_does_not_follow_the_order_of_the_rows() -> None:
 def test_a_domain_without_any_topic_and_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ShardError, match=r"none of 50 documents has a topic with confidence 0\.6"):
         compose("target/math", Texts(["?"] * 50), Labeller(Exact()), progress=False)
+    with pytest.raises(ShardError, match="'target/math' holds no documents"):
+        compose("target/math", Texts(), Labeller(Exact()), progress=False)
     with pytest.raises(ConfigurationError, match="max_error is 0"):
         SampleConfig(max_error=0)
     with pytest.raises(ConfigurationError, match="most_documents is 0"):

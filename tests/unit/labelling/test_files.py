@@ -89,7 +89,12 @@ def test_a_killed_job_continues_after_its_last_part(web: Path, tmp_path: Path) -
 def test_documents_are_sorted_by_topic_with_their_columns(web: Path, tmp_path: Path) -> None:
     run(web, tmp_path / "out", ByWord(), split=True)
     folder = tmp_path / "out" / "source"
-    assert sorted(path.name for path in folder.iterdir()) == ["Games.jsonl.gz", "News.jsonl.gz", "Science.jsonl.gz"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        files.SPLIT_FILE,
+        "Games.jsonl.gz",
+        "News.jsonl.gz",
+        "Science.jsonl.gz",
+    ]
     rows = read_rows(folder / "Science.jsonl.gz")
     assert [row["text"] for row in rows] == ["Science 1", "Science 3", "Science 5", "Science 7"]
     assert rows[0]["url"] == "u1"
@@ -114,4 +119,69 @@ def test_a_damaged_part_is_named(web: Path, tmp_path: Path) -> None:
     part = tmp_path / "out" / "labels" / "source/web" / "part-000001.jsonl.gz"
     part.write_bytes(part.read_bytes()[:-9])
     with pytest.raises(ShardError, match="part-000001"):
+        run(web, tmp_path / "out", ByWord())
+
+
+def test_inputs_in_the_output_folder_are_refused_and_stay(web: Path, tmp_path: Path) -> None:
+    for name in ("source", "unsure"):
+        copy = tmp_path / "loss" / name / "web.jsonl.gz"
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(web.read_bytes())
+        with pytest.raises(ConfigurationError, match="lies in the output folder"):
+            run(copy, tmp_path / "loss", ByWord(), split=True)
+        assert copy.read_bytes() == web.read_bytes()
+
+
+def test_folders_that_sorting_did_not_write_are_not_replaced(web: Path, tmp_path: Path) -> None:
+    for kept in (tmp_path / "a" / "source" / "notes.txt", tmp_path / "b" / "unsure" / "source.jsonl.gz"):
+        kept.parent.mkdir(parents=True)
+        kept.write_text("mine")
+        with pytest.raises(ConfigurationError, match="was not written by `dmagent label --split`"):
+            run(web, kept.parent.parent, ByWord(), split=True)
+        assert kept.read_text() == "mine"
+
+
+def test_sorting_another_field_keeps_the_first_and_its_unsure_documents(web: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(web, out, ByWord(), split=True)
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "News ?"}, {"text": "News 1"}])
+    documents = {"target/news": FileDocuments("target/news", [other])}
+    label_domains(documents, out, Labeller(ByWord()), split=True, progress=False)
+    assert [row["text"] for row in read_rows(out / "unsure" / "source.jsonl.gz")] == ["Games ? 8"]
+    assert [row["text"] for row in read_rows(out / "unsure" / "target.jsonl.gz")] == ["News ?"]
+    assert len(read_rows(out / "source" / "Science.jsonl.gz")) == 4
+    assert not (out / ".partial").exists()
+
+
+def test_sorting_does_not_drop_another_domain_of_the_field(web: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(web, out, ByWord(), split=True)
+    other = {"source/new": FileDocuments("source/new", [write_jsonl(tmp_path / "new.jsonl", [{"text": "News 1"}])])}
+    with pytest.raises(ConfigurationError, match=r"holds the documents of \['source/web'\], too"):
+        label_domains(other, out, Labeller(ByWord()), split=True, progress=False)
+    assert len(read_rows(out / "source" / "Science.jsonl.gz")) == 4
+    both = {"source/web": FileDocuments("source/web", [web]), **other}
+    label_domains(both, out, Labeller(ByWord()), split=True, progress=False)
+    assert len(read_rows(out / "source" / "Science.jsonl.gz")) == 4
+    assert len(read_rows(out / "source" / "News.jsonl.gz")) == 2
+
+
+def test_a_missing_part_is_labelled_again_and_the_others_stay(web: Path, tmp_path: Path) -> None:
+    run(web, tmp_path / "out", ByWord())
+    folder = tmp_path / "out" / "labels" / "source/web"
+    whole = list(read_labels(folder))
+    (folder / "part-000001.jsonl.gz").unlink()
+    with pytest.raises(ShardError, match="part-000001"):
+        list(read_labels(folder))
+    again = ByWord()
+    run(web, tmp_path / "out", again, split=True)
+    assert again.seen == ["Games 4", "Science 5", "Games 6", "Science 7"]
+    assert list(read_labels(folder)) == whole
+
+
+def test_labels_of_other_rows_are_refused(web: Path, tmp_path: Path) -> None:
+    run(web, tmp_path / "out", ByWord())
+    folder = tmp_path / "out" / "labels" / "source/web"
+    (folder / "part-000000.jsonl.gz").write_bytes((folder / "part-000001.jsonl.gz").read_bytes())
+    with pytest.raises(ShardError, match="are not those of the 4 documents"):
         run(web, tmp_path / "out", ByWord())

@@ -44,16 +44,10 @@ def test_lengths() -> None:
     assert reasons(["a" * n for n in (4, 5, 9, 10)], min_characters=5, max_characters=9) == [LENGTH, None, None, LENGTH]
 
 
-def test_exact_duplicates_ignore_case_and_punctuation() -> None:
-    assert reasons(["One, two!", "one two", "ONE  two.", "one three", "", ""]) == [
-        None,
-        EXACT,
-        EXACT,
-        None,
-        None,
-        EXACT,
-    ]
-    assert reasons(["?!", "!?"]) == [None, None]
+def test_exact_duplicates_ignore_white_space_only() -> None:
+    """Operators and case are content: x=a+b and x=a-b have the same words."""
+    assert reasons(["one two", " one\n\ttwo ", "One two", "", " "]) == [None, EXACT, None, None, EXACT]
+    assert reasons(["x=a+b", "x=a-b", "x=a+b"]) == [None, None, EXACT]
     assert reasons(["a b", "a b"], exact_duplicates=False) == [None, None]
 
 
@@ -73,6 +67,26 @@ def test_near_duplicates_are_those_above_the_similarity() -> None:
 def test_a_dropped_document_does_not_stand_for_others() -> None:
     """A repeat of a document that was dropped for its length is dropped for its length, too, not as a repeat."""
     assert reasons(["ab", "ab", "abc", "abc"], min_characters=3) == [LENGTH, LENGTH, None, EXACT]
+
+
+def test_a_document_that_is_dropped_later_has_no_near_duplicates() -> None:
+    """A contaminated document is not kept, so its clean near duplicate must be."""
+    pytest.importorskip("datasketch")
+    clean = words(0)
+    dirty = " ".join([*clean, *QUESTION.split()[:13]])
+    assert reasons([dirty, " ".join(clean)], [QUESTION], near_duplicates=0.6) == [CONTAMINATED, None]
+    checked = DocumentFilter(FilterConfig(near_duplicates=0.6), quality=Refuses())
+    found = checked.reasons([Document(text, {}, "") for text in (" ".join([*clean, "low"]), " ".join(clean))])
+    assert found == [QUALITY, None]
+
+
+class Refuses:
+    """Texts that end in "low" are of low quality."""
+
+    name, labels = "refuses", ("High", "Low")
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        return np.stack([np.eye(2)[int(text.endswith("low"))] for text in texts])
 
 
 def test_thirteen_words_of_a_question_contaminate() -> None:
@@ -122,7 +136,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
 def test_the_command_counts_what_it_drops_over_all_domains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"text": "kept here", "id": 1}, {"text": "x"}, {"text": f"see {QUESTION}"}]
     web = write_jsonl(tmp_path / "web.jsonl", rows)
-    math = write_jsonl(tmp_path / "math.jsonl.gz", [{"text": "Kept here."}, {"text": "only here"}])
+    math = write_jsonl(tmp_path / "math.jsonl.gz", [{"text": "kept  here"}, {"text": "only here"}])
     questions = [{"question": QUESTION, "answer": "120"}, {"question": "Why?", "answer": "So"}]
     quiz = write_jsonl(tmp_path / "quiz.jsonl", questions)
     command = ["filter", "--domain", f"source/web={web}", "--domain", f"target/math={math}", "--min-characters", "3"]
@@ -142,3 +156,15 @@ def test_the_command_counts_what_it_drops_over_all_domains(tmp_path: Path, capsy
     assert not (tmp_path / "out" / ".partial").exists()
     assert main(command) == 2
     assert "holds the domain(s) ['source/web', 'target/math'] already" in capsys.readouterr().err
+
+
+def test_the_command_refuses_an_output_that_holds_its_inputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    web = write_jsonl(tmp_path / "out" / "web.jsonl", [{"text": "kept here"}])
+    command = ["filter", "--domain", f"source/web={web}", "--output", str(tmp_path / "out"), "--no-progress"]
+    assert main(command) == 2
+    assert "lies in the output folder" in capsys.readouterr().err
+    assert main([*command, "--drop-quality", "Medium"]) == 2
+    assert "--drop-quality has no effect without --quality" in capsys.readouterr().err

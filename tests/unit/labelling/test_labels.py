@@ -66,6 +66,36 @@ def test_labels_of_web_organizer_become_canonical_shares() -> None:
     assert (shares["Finance"], shares["Business_and_Industrial"]) == (0.5, 0.5)
 
 
+def test_a_text_without_words_is_unsure_at_any_confidence() -> None:
+    classifier = ByDigit()
+    labels = Labeller(classifier, LabelConfig(min_confidence=0)).label([document(""), document(" ?!\n")])
+    assert labels.topics.tolist() == [UNSURE, UNSURE]
+    assert labels.confidence.tolist() == [0.0, 0.0]
+    assert classifier.seen == []
+
+
+def test_a_column_of_another_taxonomy_is_not_half_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a taxonomy with Science, Physics and Chemistry, only one label is known: all would count as science."""
+    texts = [document("News 0.9", topic=topic) for topic in ("Science", "Physics", "Chemistry", "Physics")]
+    labels = Labeller(ByDigit()).label(texts)
+    assert [labels.topic(n) for n in range(4)] == ["News"] * 4
+    assert "the column 'topic' is not read as labels: 3 of 4" in caplog.text
+    assert "['Physics', 'Chemistry']" in caplog.text
+    few = [document("News 0.9", topic="Science")] * 9 + [document("News 0.9", topic="Physics")]
+    assert Labeller(ByDigit()).label(few).stated.sum() == 9
+
+
+def test_a_label_key_that_no_document_has_is_refused() -> None:
+    labeller = Labeller(ByDigit(), LabelConfig(label_key="topc"))
+    with pytest.raises(ConfigurationError, match=r"has a label in the column 'topc' .* \['topic', 'url'\]"):
+        labeller.label([document("News 0.9", topic="Science", url="u")])
+
+
+def test_probabilities_of_labels_need_the_least_confidence() -> None:
+    texts = [document("News 0.9", topic={"Science": p, "Games": 1 - p}) for p in (0.5, 0.7)]
+    assert Labeller(ByDigit()).label(texts).stated.tolist() == [False, True]
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"min_confidence is 1\.5"):
         LabelConfig(min_confidence=1.5)

@@ -169,3 +169,31 @@ def test_settings_that_cannot_work_are_refused() -> None:
     tokenizer.eos_token_id = None
     with pytest.raises(ConfigurationError, match="no start or no end-of-text token"):
         next(generate_texts(Markov(), tokenizer))
+
+
+def test_texts_end_where_the_models_positions_end() -> None:
+    """A table of positions has no row beyond the context."""
+    settings = transformers.GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=1, vocab_size=len(WORDS))
+    model = transformers.GPT2LMHeadModel(settings)
+    assert len(list(itertools.islice(generate_texts(model, Words(), GenerationConfig(batch_size=4)), 4))) == 4
+
+
+def test_texts_of_neighbouring_seeds_do_not_overlap() -> None:
+    """Batch b of one seed must not be batch b - 1 of the next."""
+    first, second = (written(128, seed=seed) for seed in (0, 1))
+    assert first[64:] != second[:64]
+
+
+def test_a_missing_folder_for_the_texts_is_refused_first(tmp_path: Path) -> None:
+    model = Markov()
+    with pytest.raises(ConfigurationError, match="make the folder"):
+        start_state_of_model(
+            model,
+            Words(),
+            Labeller(FirstWord()),
+            SampleConfig(),
+            GenerationConfig(),
+            keep=tmp_path / "none" / "texts.jsonl.gz",
+            progress=False,
+        )
+    assert not model.calls

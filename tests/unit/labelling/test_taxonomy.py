@@ -63,6 +63,9 @@ def test_labels_that_are_not_topics_are_refused() -> None:
         ({"topic": "a blog", "domain": "example.org"}, None),
         ({"topic": None, "attributes": {"t__topic__Health": [[0, 9]], "x": 3, "t__Games": [5]}}, None),
         ({"topic": {"News": float("inf")}}, None),
+        ({"topic": {"News": 0.2, "blog": 0.8}}, None),
+        ({"topic": {"News": 0.5, "Science": 0.2, "blog": 0.3}}, {"News": 1.0}),
+        ({"attributes": {"quality__Health": [[0, 9, 0.9]]}}, None),
         ({"topic": {"News": 10**400}}, None),
         ({}, None),
     ],
@@ -76,3 +79,9 @@ def test_a_named_column_is_the_only_one_that_is_read() -> None:
     assert topics(stated_topics(columns, "mine.label")) == {"Games": 1.0}
     assert stated_topics(columns, "mine.other") is None
     assert stated_topics(columns, "topic.label") is None
+
+
+def test_spans_and_probabilities_below_the_least_confidence_are_not_labels() -> None:
+    for columns in ({"attributes": {"t__topic__Health": [[0, 9, 0.5]]}}, {"topic": {"Health": 5, "News": 5}}):
+        assert stated_topics(columns, min_confidence=0.6) is None
+        assert stated_topics(columns, min_confidence=0.5) is not None

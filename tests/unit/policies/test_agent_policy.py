@@ -249,7 +249,7 @@ def test_what_is_known_of_each_domain_is_logged(caplog: pytest.LogCaptureFixture
         report_topics(space, {"source/mixed": "measured on 15 documents"})
     assert caplog.messages == [
         "topics of the domains:"
-        "\n  source/Science: Science (its name)"
+        "\n  1 of 5 by their names"
         "\n  source/scince: unknown (is 'Science' meant?)"
         "\n  source/web: unknown"
         "\n  source/mixed: News 33%, Games 27%, Health 20%, Sports 13%, 1 more (measured on 15 documents)"
