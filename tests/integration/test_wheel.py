@@ -145,6 +145,6 @@ def test_the_training_record_has_the_checksums_and_names_that_are_promised() -> 
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     assert set(sums) == {name for name in files if name.endswith((".json", ".safetensors"))}
     assert sums == {name: hashlib.sha256(files[name].read_bytes()).hexdigest() for name in sums}
-    assert set(IN_REPOSITORY) == {path.name for path in folder.iterdir() if path.is_dir()} - {"critics"}
+    assert set(IN_REPOSITORY) == {path.name for path in folder.iterdir() if path.is_dir()} - {"critics", "plus"}
     assert list_bundled()["dmagent-sft"] == folder / "dmagent-sft"
     assert find_record("recorded-math") == find_record(folder / "recorded-math")

@@ -23,8 +23,9 @@ from typing import Any
 import pytest
 from launching import REPOSITORY
 from shard_fixtures import rewritten
+from text_shards import byte_tokenizer
 
-from dmagent_loader import AgentWeightedSampler, ReadingConfig
+from dmagent_loader import AgentWeightedSampler, PackText, ReadingConfig
 from dmagent_loader.errors import (
     HOW_TO_RESUME,
     ConfigurationError,
@@ -37,9 +38,9 @@ from dmagent_loader.errors import (
     ShardLayoutError,
     ShardNotFoundError,
 )
-from dmagent_loader.integrations._evidence import _scorable
+from dmagent_loader.integrations._evidence import LossProbe, _scorable
 from dmagent_loader.testing import sample_ids, write_toy_shards
-from dmagent_loader.transforms import collate_packed
+from dmagent_loader.transforms import collate_packed, packed_tokens
 
 ROWS = {"source/web": 32, "target/math": 32}
 CONSUMED = 12
@@ -322,16 +323,38 @@ def test_domains_too_small_to_measure_influence_get_more_rows(run: Run) -> None:
     run.resumes()
 
 
+def test_domains_without_a_token_to_predict_get_other_rows(tmp_path: Path) -> None:
+    run = Run(tmp_path, tokens=1)
+    sampler = run.exact(transform=packed_tokens)
+    refused(InfluenceError, lambda: LossProbe(sampler, None)._read())
+    run.shards = write_toy_shards(run.folder / "longer", ROWS, tokens=8)
+    run.resumes(transform=packed_tokens)
+
+
+def test_documents_that_cannot_be_packed_are_left_out_or_repaired(run: Run) -> None:
+    rewritten(run.shards["source/web"][0], lambda key, members: {"txt": b"\xe9"} if key.endswith("3") else members)
+    os.utime(run.shards["source/web"][0], (2e9, 2e9))
+    pack = PackText(byte_tokenizer(), 8)
+    assert "on_bad_row='skip'" in refused(DecodeError, lambda: run.sampler(pack=pack))
+    run.resumes(pack=pack, on_bad_row="skip", reading={"max_bad_rows": 0.2})
+
+
+def test_rows_longer_than_a_shard_become_shorter(run: Run) -> None:
+    refused(EmptyShardError, lambda: run.sampler(pack=PackText(byte_tokenizer(), 10_000)))
+    run.resumes(pack=PackText(byte_tokenizer(), 16))
+
+
 # All of them
 
 
 USES = {
     "_loading/bad_rows.py": 3,
     "_loading/feed.py": 2,
-    "integrations/_evidence.py": 1,
+    "integrations/_evidence.py": 2,
     "mixture/segment.py": 2,
     "shards/collection.py": 3,
     "shards/index/catalogue.py": 1,
+    "shards/packed/rows.py": 2,
     "shards/sources/remote.py": 1,
     "transforms.py": 2,
 }
