@@ -210,6 +210,7 @@ def _manifest() -> tuple[Path, dict[str, Any]]:
         rows=2,
         documents=2,
         empty_documents=0,
+        bad_records=0,
         tokens=None,
         dropped_tokens=None,
         special_token_documents=None,
