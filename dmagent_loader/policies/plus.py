@@ -24,7 +24,6 @@ from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.mixture.domains import TARGET, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
-from dmagent_loader.mixture.length import RunLength
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.fields import report_roles
 from dmagent_loader.policies.influence import InfluencePolicy, comparable, shrunken
@@ -116,8 +115,9 @@ class PlusPolicy:
         self._learning_rate = learning_rate
         self._members = np.array([[d.field == name for d in space.domains] for name in space.fields], dtype=np.float64)
         self._acquires = np.array([float(name == TARGET) for name in space.fields])
-        self._length: RunLength | None = None
         self._decision = 0
+        self._length_informed = -1
+        """The decision for which the length of the run was given last."""
         self._measured_at: int | None = None
         self._checked_fields: tuple[str, ...] = ()
 
@@ -167,7 +167,8 @@ class PlusPolicy:
     def needed(self, decision: int) -> frozenset[str]:
         """What the influence policy needs, and the length of the run."""
         self._decision = decision
-        return self.prior.needed(decision)
+        # An influence policy without a limit on passes does not ask for the length.
+        return self.prior.needed(decision) | ({LENGTH} if self._length_informed != decision else frozenset())
 
     def inform(self, need: str, evidence: Any) -> None:
         """Takes evidence; see `InfluencePolicy.inform`.
@@ -178,7 +179,7 @@ class PlusPolicy:
         """
         self.prior.inform(need, evidence)
         if need == LENGTH:
-            self._length = evidence
+            self._length_informed = self._decision
         if need == INFLUENCE and evidence is not None:
             self._measured_at = self._decision
 
@@ -259,7 +260,7 @@ class PlusPolicy:
     def _facts(self, prior: FloatArray, fields: tuple[str, ...], columns: tuple[list[int], int]) -> Facts:
         measured = self.prior.influence
         base = self.prior.base()
-        known = bool(self.prior.uses_topics)
+        known = self.prior.uses_topics
         facts = influence_facts(measured, self.space, self.natural, fields, columns)
         ratio = np.zeros(len(prior))
         if known:
@@ -303,15 +304,16 @@ class PlusPolicy:
         )
 
     def _total_decisions(self, prior: FloatArray) -> float | None:
-        if self._decisions is not None or self._length is None or self._length.interval is None:
+        length = self.passes.length
+        if self._decisions is not None or length is None or length.interval is None:
             return self._decisions
-        samples = self._length.samples(prior)
-        return None if samples is None else max(1.0, samples / self._length.interval)
+        samples = length.samples(prior)
+        return None if samples is None else max(1.0, samples / length.interval)
 
     def _passes(self, prior: FloatArray, memory: Memory) -> tuple[FloatArray, FloatArray, FloatArray]:
         """`passes`, `final_passes` and `rows_left` of `Moment`."""
         zeros, ones = np.zeros(len(prior)), np.ones(len(prior))
-        length = self._length
+        length = self.passes.length
         if length is None:
             return zeros, zeros, ones
         rows = np.maximum(length.rows, 1)
