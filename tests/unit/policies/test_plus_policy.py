@@ -206,7 +206,10 @@ def test_a_checkpoint_round_trip_and_loading_by_agent(tmp_path):
         checkpoint.load("dmagent-rl")
 
 
-@pytest.mark.parametrize("change", [{"width": 0}, {"width": 10, "queries": 3}, {"run_features": ["other"]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"width": 0}, {"width": 10, "queries": 3}, {"run_features": ["other"]}, {"run_features": None}, {"width": "12"}],
+)
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change):
     checkpoint.save(trained(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
