@@ -27,6 +27,7 @@ import numpy as np
 
 from dmagent_loader.agent.plus.observation import Facts, Memory, Moment, at_domains, horizon_of, of_fields
 from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.policies.passes import MOST_PASSES
 
 Decide = Callable[[Facts, Moment], FloatArray]
 """A policy on a batch of surrogate tasks: facts and moment -> mixes, (B, D)."""
@@ -35,8 +36,6 @@ RANGE_SHARES = (0.0, 0.3, 1.0)
 """Target shares of the natural mixes that show what is attainable in a task."""
 LEAST_RANGE = 0.02
 """Smallest attainable range of a field, in nats."""
-MOST_PASSES = 4.0
-"""Limit on passes, as in `policies.passes`."""
 HARMLESS_PASSES = 1.5
 LAG = 5 / 80
 """Part of a run that the averaged weights, which feedback reads, reach back."""
@@ -139,10 +138,11 @@ def rollout(tasks: SurrogateTasks, decide: Decide, seed: int) -> Rollout:
     for step in range(total):
         progress = step / total
         mix = limited(tasks, decide(tasks.facts, _moment(tasks, memory, used, progress)))
+        weights = _delivered(tasks, mix, used)
         level = level + (1 - np.exp(-tasks.rate * tasks.learning_rate[:, step, None])) * (
-            _levels(tasks, mix, used, progress) - level
+            _levels(tasks, weights, used, progress) - level
         )
-        used = used + _delivered(tasks, mix, used) * tasks.passes / total
+        used = used + weights * tasks.passes / total
         averaged = averaged + lag * (level - averaged)
         feedback[:, step], mixes[:, step] = averaged + noises[step], mix
         memory = memory.after(mix, feedback[:, step], horizon)
@@ -228,9 +228,8 @@ def _delivered(tasks: SurrogateTasks, mix: FloatArray, used: FloatArray) -> Floa
     return rest * at_domains(members, of_fields(members, mix) / np.maximum(of_fields(members, rest), 1e-12))
 
 
-def _levels(tasks: SurrogateTasks, mix: FloatArray, used: FloatArray, progress: float) -> FloatArray:
-    """S of the module docstring: (B, K)."""
-    weights = _delivered(tasks, mix, used)
+def _levels(tasks: SurrogateTasks, weights: FloatArray, used: FloatArray, progress: float) -> FloatArray:
+    """S of the module docstring for the delivered weights: (B, K)."""
     fresh = np.exp(-np.maximum(used - 1, 0) / tasks.repetition[:, None])
     spoiled = tasks.noise * (progress >= tasks.onset)[:, None]
     value = (1 - progress) * tasks.value + progress * tasks.late_value
