@@ -10,7 +10,6 @@ stands in) and, if given, the record of `benchmarks.comparison.record`, whose ta
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.plus import influence_facts
 from dmagent_loader.training.plus.calibration import CALIBRATION, Calibration
 from dmagent_loader.training.plus.evolution import Judged
-from dmagent_loader.training.plus.fitting import fit, fit_rate
+from dmagent_loader.training.plus.fitting import fit, fit_rate, with_levels
 from dmagent_loader.training.plus.offline import ALGORITHMS, RecordedRun, episodes, train_offline
 from dmagent_loader.training.plus.sampling import TaskSource
 from dmagent_loader.training.plus.surrogate import joined
@@ -129,10 +128,8 @@ def _task_run(run: Mapping[str, Any], attainable: FloatArray) -> RecordedRun | N
 
 def judged(calibration: Calibration, record: FeedbackRecord, members: Sequence[int], first: int) -> list[Judged]:
     """Surrogate tasks of some environments."""
-    constants = fit(calibration, split(calibration)[0])
-    levels = fit(calibration, range(len(calibration.environments)))
-    constants = dataclasses.replace(constants, scale=levels.scale, offset=levels.offset)
-    rate = -np.log(1 - fit_rate(record, np.arange(len(record.trajectories.lengths))).rate)
+    constants = with_levels(fit(calibration, split(calibration)[0]), calibration)
+    rate = fit_rate(record, np.arange(len(record.trajectories.lengths))).rate
     source = TaskSource(calibration=calibration, constants=constants, rate=rate, environments=members)
     return [
         Judged.of(joined([source.batch(1, decisions, first + i) for i in range(count)]))

@@ -100,7 +100,7 @@ def main() -> None:
     calibration = Calibration.load(arguments.calibration)
     constants = fit(calibration, split(calibration)[0])
     record = FeedbackRecord.load(find_record("recorded-math"))
-    rate = -np.log(1 - fit_rate(record, np.arange(len(record.trajectories.lengths))).rate)
+    rate = fit_rate(record, np.arange(len(record.trajectories.lengths))).rate
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for text in arguments.record.read_text(encoding="utf-8").splitlines():
         if text.endswith("}"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -87,6 +87,15 @@ def fit(calibration: Calibration, environments: Sequence[int]) -> Fit:
     )
 
 
+def with_levels(constants: Fit, calibration: Calibration) -> Fit:
+    """The same constants with a and c of all environments; tasks of environments that were not fitted need these.
+
+    They come from a fit of all environments, whose b, delta and kappa may differ from those of `constants`.
+    """
+    everywhere = fit(calibration, range(len(calibration.environments)))
+    return replace(constants, scale=everywhere.scale, offset=everywhere.offset)
+
+
 def rank_correlations(calibration: Calibration, constants: Fit, environments: Sequence[int]) -> FloatArray:
     """Spearman correlation of predicted and real final gains over the runs of each environment: (environments, K).
 
@@ -133,8 +142,8 @@ class RateFit:
     """Relaxation of the gains of recorded trajectories.
 
     Args:
-        rate: (K,), 1 - exp(-r) of a step.
-        parameters: (K, 4), a, log kappa, c, log rate.
+        rate: (K,), r of a step.
+        parameters: (K, 4), a, log kappa, c, log(1 - exp(-r)).
     """
 
     rate: FloatArray
@@ -160,7 +169,7 @@ def fit_rate(record: FeedbackRecord, trajectories: IntArray) -> RateFit:
         bounds = ([0, -6, -10, -6], [5, 1, 10, -0.7])
         found.append(least_squares(residuals, start, bounds=bounds, max_nfev=80).x)
     parameters = np.array(found)
-    return RateFit(rate=np.exp(parameters[:, 3]), parameters=parameters)
+    return RateFit(rate=-np.log(1 - np.exp(parameters[:, 3])), parameters=parameters)
 
 
 def final_rank_correlation(record: FeedbackRecord, constants: RateFit, trajectories: IntArray) -> FloatArray:
