@@ -34,7 +34,6 @@ class Fit:
         kappa: (K,).
         scale: (E, K), a of each environment for a final gain; NaN: the environment was left out.
         offset: (E, K), c, likewise.
-        residual: (E, K), standard deviation of the residuals, in nats.
     """
 
     sharpness: FloatArray
@@ -42,7 +41,6 @@ class Fit:
     kappa: FloatArray
     scale: FloatArray
     offset: FloatArray
-    residual: FloatArray
 
 
 def standardised_truth(calibration: Calibration) -> FloatArray:
@@ -78,13 +76,11 @@ def fit(calibration: Calibration, environments: Sequence[int]) -> Fit:
 
         chosen.append(max(grid, key=explained))
     count = len(calibration.environments)
-    scale, offset, residual = (np.full((count, 2), np.nan) for _ in range(3))
+    scale, offset = (np.full((count, 2), np.nan) for _ in range(2))
     for e, k in itertools.product(environments, (0, 1)):
-        scale[e, k], offset[e, k], residual[e, k] = _line(calibration, z, e, k, chosen[k])
+        scale[e, k], offset[e, k] = np.polyfit(*_points(calibration, z, e, k, chosen[k]), 1)
     sharpness, target_offset, kappa = np.array(chosen).T
-    return Fit(
-        sharpness=sharpness, target_offset=target_offset, kappa=kappa, scale=scale, offset=offset, residual=residual
-    )
+    return Fit(sharpness=sharpness, target_offset=target_offset, kappa=kappa, scale=scale, offset=offset)
 
 
 def with_levels(constants: Fit, calibration: Calibration) -> Fit:
@@ -120,14 +116,6 @@ def _points(
     sharpness, target_offset, kappa = settings
     v = values(z[environment, k], sharpness, target_offset)
     return np.log(kappa + calibration.run_mix[runs] @ v), calibration.run_gains[runs, k]
-
-
-def _line(
-    calibration: Calibration, z: FloatArray, environment: int, k: int, settings: tuple[float, float, float]
-) -> tuple[float, float, float]:
-    x, y = _points(calibration, z, environment, k, settings)
-    slope, intercept = np.polyfit(x, y, 1)
-    return float(slope), float(intercept), float((y - slope * x - intercept).std())
 
 
 def _explained(
