@@ -19,7 +19,7 @@ import numpy as np
 from dmagent_loader._validation import is_count, is_finite_number, shown, whole_number
 from dmagent_loader.agent.plus import checkpoint
 from dmagent_loader.agent.plus.network import PlusNetwork
-from dmagent_loader.agent.plus.observation import Facts, Memory, Moment, horizon_of
+from dmagent_loader.agent.plus.observation import AGE_UNIT, Facts, Memory, Moment, horizon_of
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.mixture.domains import TARGET, DomainSpace
 from dmagent_loader.mixture.history import History
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 ROLES = ("keep", "acquire")
 EVEN = 0.5
 """Balance at which the untrained network leaves the influence policy's mix unchanged."""
-_DECISIONS = 80.0
-"""Unit of the age of a measurement if the length of the run is unknown."""
 _FLOOR_START, _FLOOR_LIMITS = -1.0, (-4.0, 1.0)
 """First log odds of the balance with a floor, and their limits."""
 _FLOOR_UP, _FLOOR_DOWN = 0.1, 0.5
@@ -294,7 +292,7 @@ class PlusPolicy:
             gains=memory.gains(),
             progress=np.array(progress),
             progress_known=np.array(float(total is not None)),
-            age=np.array(since / (_DECISIONS if total is None else total)),
+            age=np.array(since / (AGE_UNIT if total is None else total)),
             passes=passes,
             final_passes=final,
             rows_left=left,

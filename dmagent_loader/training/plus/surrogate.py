@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from dmagent_loader.agent.plus.observation import Facts, Memory, Moment, at_domains, horizon_of, of_fields
+from dmagent_loader.agent.plus.observation import AGE_UNIT, Facts, Memory, Moment, at_domains, horizon_of, of_fields
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.passes import MOST_PASSES
 
@@ -202,13 +202,12 @@ def _moment(tasks: SurrogateTasks, memory: Memory, used: FloatArray, progress: f
     known = tasks.progress_known
     final = tasks.passes * tasks.facts.prior
     lr = tasks.learning_rate[:, memory.steps]
-    steps = memory.steps
     return Moment(
         exposure=memory.exposure,
         gains=memory.gains(),
         progress=progress * known,
         progress_known=known,
-        age=np.where(known > 0, progress, steps / 80).astype(known.dtype),
+        age=np.where(known > 0, progress, memory.steps / AGE_UNIT).astype(known.dtype),
         passes=used * known[:, None],
         final_passes=final * known[:, None],
         rows_left=np.where((tasks.repeats > 0) | (known[:, None] == 0), 1.0, np.clip(1 - used, 0, 1)),
