@@ -90,7 +90,7 @@ class TaskSource:
         natural = natural * rng.lognormal(0, rng.choice([0.0, 0.5]), len(natural))
         for members in (arrange.is_target, ~arrange.is_target):
             natural[members] *= 0.5 / natural[members].sum()
-        topics = (arrange.parts @ record.topics[environment, present]) * NATURAL_SCALE
+        topics = arrange.parts @ record.topics[environment, present]
         knows_topics = arrange.is_canonical and rng.random() < 0.6
         noise = np.zeros(len(natural))
         onset = 1.0
@@ -159,9 +159,6 @@ class TaskSource:
             balance=np.array([0.5 if rng.random() < 0.4 else rng.uniform(0.15, 0.85)]),
             kinds=(kind,),
         )
-
-
-NATURAL_SCALE = 1.0 - NATURAL_PART
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +270,7 @@ def _prior(
         members = list(space.members(name))
         shares = natural[members] / natural[members].sum()
         if topics is not None:
-            followed = topics[members] + (1 - NATURAL_SCALE) * natural[members]
+            followed = (1 - NATURAL_PART) * topics[members] + NATURAL_PART * natural[members]
             shares = followed / followed.sum()
         base[members] = shares * natural[members].sum()
         z = standardised(influence, [space.names[i] for i in members], np.ones(2))
