@@ -22,7 +22,7 @@ import torch
 from dmagent_loader.agent.plus.observation import Facts
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
-from dmagent_loader.mixture.influence import Influence, grouped, scores_from
+from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.plus import influence_facts
@@ -30,7 +30,7 @@ from dmagent_loader.training.plus.calibration import CALIBRATION, Calibration
 from dmagent_loader.training.plus.evolution import Judged
 from dmagent_loader.training.plus.fitting import fit, fit_rate, with_levels
 from dmagent_loader.training.plus.offline import ALGORITHMS, RecordedRun, episodes, train_offline
-from dmagent_loader.training.plus.sampling import TaskSource
+from dmagent_loader.training.plus.sampling import TaskSource, influence_of
 from dmagent_loader.training.plus.surrogate import joined
 from dmagent_loader.training.plus.train import split
 from dmagent_loader.training.record import FeedbackRecord
@@ -65,11 +65,7 @@ def walks(calibration: Calibration, record: FeedbackRecord) -> list[RecordedRun]
     space = DomainSpace.from_names([DomainSpace.canonical().names[i] for i in present])
     values, errors = calibration.values[number, 0][:, present], calibration.errors[number, 0][:, present]
     groups = calibration.groups[number, 0][..., present]
-    influence = Influence(
-        scores=scores_from(("keep", "acquire"), space.names, values, errors),
-        way="gradient",
-        by_questions=grouped(("keep", "acquire"), groups),
-    )
+    influence = influence_of(space, values, errors, groups)
     natural = calibration.natural[number, present] / calibration.natural[number, present].sum()
     facts = facts_of(space, natural, influence)
     gains = record.feedback[:, 1:] - record.feedback[:, :1]
