@@ -149,6 +149,11 @@ def rollout(tasks: SurrogateTasks, decide: Decide, seed: int) -> Rollout:
     return Rollout(gains=level, mixes=mixes, feedback=feedback)
 
 
+def static(mix: FloatArray) -> Decide:
+    """The policy that always asks for one mix of each task: (B, D)."""
+    return lambda facts, moment: mix
+
+
 def ranges(tasks: SurrogateTasks) -> FloatArray:
     """Attainable range of each field, (B, K): largest minus smallest gain of three natural mixes.
 
@@ -160,7 +165,7 @@ def ranges(tasks: SurrogateTasks) -> FloatArray:
         repeats=np.ones_like(tasks.repeats),
         noise=np.zeros_like(tasks.noise),
     )
-    gains = [rollout(easy, _constant(tasks.natural_at(share)), 0).gains for share in RANGE_SHARES]
+    gains = [rollout(easy, static(tasks.natural_at(share)), 0).gains for share in RANGE_SHARES]
     return np.asarray(np.maximum(np.max(gains, axis=0) - np.min(gains, axis=0), LEAST_RANGE))
 
 
@@ -192,10 +197,6 @@ def limited(tasks: SurrogateTasks, mix: FloatArray) -> FloatArray:
     result = mix.copy()
     result[over] = np.where(too_small, natural, found)
     return np.asarray(result / result.sum(axis=-1, keepdims=True))
-
-
-def _constant(mix: FloatArray) -> Decide:
-    return lambda facts, moment: mix
 
 
 def _moment(tasks: SurrogateTasks, memory: Memory, used: FloatArray, progress: float) -> Moment:

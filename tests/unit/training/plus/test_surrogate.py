@@ -13,7 +13,7 @@ from dmagent_loader.errors import StateError
 from dmagent_loader.training.plus.calibration import Calibration
 from dmagent_loader.training.plus.fitting import fit, rank_correlations
 from dmagent_loader.training.plus.sampling import KINDS, TaskSource
-from dmagent_loader.training.plus.surrogate import SurrogateTasks, limited, ranges, rewards, rollout
+from dmagent_loader.training.plus.surrogate import SurrogateTasks, limited, ranges, rewards, rollout, static
 from dmagent_loader.training.plus.train import split
 
 
@@ -33,10 +33,6 @@ def plain(source: TaskSource) -> SurrogateTasks:
     tasks = source.batch(16, 12, 3, kinds=["none"])
     easy = np.full_like(tasks.passes, 0.01)
     return replace(tasks, passes=easy, learning_rate=np.ones_like(tasks.learning_rate))
-
-
-def static(mix):
-    return lambda facts, moment: mix
 
 
 def test_splits_share_no_question_set(calibration):
