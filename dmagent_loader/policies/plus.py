@@ -349,17 +349,17 @@ def influence_facts(
     rows = [[influence.fields.index(name) for name in names] for names in roles]
     ones = np.ones(len(influence.fields))
     members = [[i for i in space.members(name) if natural[i] > 0] for name in space.fields]
-    everywhere = [space.names[i] for listed in members for i in listed]
-    values = influence.values(everywhere)
-    units = values.std(axis=1)
-    centred = np.divide(values, units[:, None], out=np.zeros_like(values), where=units[:, None] > 0)
-    centred = dict(zip(everywhere, centred.T, strict=True))
+    everywhere = [i for listed in members for i in listed]
+    values = influence.values([space.names[i] for i in everywhere])
+    units = values.std(axis=1, keepdims=True)
+    scaled = np.zeros((len(values), len(space)))
+    scaled[:, everywhere] = np.divide(values, units, out=np.zeros_like(values), where=units > 0)
     for f, listed in enumerate(members):
         names = [space.names[i] for i in listed]
         if not names:
             continue
         shares = natural[listed] / natural[listed].sum()
-        means = shares @ np.array([centred[name] for name in names])
+        means = scaled[:, listed] @ shares
         across[:, f] = [means[k].mean() for k in rows]
         if len(names) < 2:
             continue
