@@ -8,7 +8,7 @@ or the tests of `training.tasks` train nothing.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -120,12 +120,17 @@ class PlusTraining:
         """Trains, chooses and saves; returns the folder of the checkpoint.
 
         Raises:
-            StateError: The output folder holds results of other settings, or there is no calibration record.
+            StateError: The output folder holds results of other settings or records, or there is no calibration record.
         """
         calibration = Calibration.load(self.calibration)
         train, validation, test = split(calibration)
         directory = self.output / "plus"
-        claim(directory, json.loads(json.dumps(asdict(self.config))), "trainings")
+        recorded = hashlib.sha256(self.record.trajectories.fingerprint.encode() + self.record.feedback.tobytes())
+        origin = {
+            "calibration": hashlib.sha256(self.calibration.read_bytes()).hexdigest(),
+            "record": recorded.hexdigest(),
+        }
+        claim(directory, {**asdict(self.config), **origin}, "trainings")
         constants, rate, checks = self._calibrated(calibration, train, validation + test)
         tasks = self._judged(calibration, constants, rate, train, self.config.train, 0)
         logger.info("drew %d batches of training tasks", len(tasks))

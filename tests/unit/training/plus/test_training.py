@@ -11,6 +11,7 @@ from plus_fixtures import RECORD, made_up_facts, training_source
 from dmagent_loader.agent.plus import checkpoint
 from dmagent_loader.agent.plus.network import PlusNetwork
 from dmagent_loader.errors import StateError
+from dmagent_loader.training.plus.calibration import Calibration
 from dmagent_loader.training.plus.evolution import EvolutionConfig, Judged, evolve
 from dmagent_loader.training.plus.offline import acted, actions_of
 from dmagent_loader.training.plus.train import Bucket, PlusConfig, PlusTraining
@@ -63,6 +64,13 @@ def test_the_whole_stage_leaves_a_checkpoint_and_a_report(tmp_path):
     assert "| training 1" in (tmp_path / "plus.md").read_text()
     before = (folder / "model.safetensors").read_bytes()
     assert (training.run() / "model.safetensors").read_bytes() == before
+    other = replace(record, feedback=record.feedback + 0.01 * np.arange(record.feedback.shape[1])[:, None])
+    with pytest.raises(StateError, match="trainings of other record"):
+        replace(training, record=other).run()
+    changed = Calibration.load(RECORD)
+    replace(changed, values=changed.values * 2).save(tmp_path / "changed.safetensors")
+    with pytest.raises(StateError, match="trainings of other calibration"):
+        replace(training, calibration=tmp_path / "changed.safetensors").run()
 
 
 def test_actions_of_a_mix_lead_back_to_it():
