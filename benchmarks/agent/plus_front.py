@@ -25,7 +25,7 @@ from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.plus import PlusPolicy
 from dmagent_loader.training.plus.calibration import CALIBRATION, Calibration
 from dmagent_loader.training.plus.evolution import Judged
-from dmagent_loader.training.plus.surrogate import Decide, rollout
+from dmagent_loader.training.plus.surrogate import Decide, rollout, static
 from dmagent_loader.training.plus.train import split
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.stages import find_record
@@ -73,7 +73,7 @@ def main() -> None:
         fronts["dmagent-plus"].append(mean_gains(own, network.mix))
     for share in SHARES:
         fronts["influence"].append(mean_gains(batches, at_share(share)))
-        natural = [rollout(b.tasks, _static(b.tasks.natural_at(share)), 0).gains / b.attainable for b in batches]
+        natural = [rollout(b.tasks, static(b.tasks.natural_at(share)), 0).gains / b.attainable for b in batches]
         fronts["natural"].append(np.concatenate(natural).mean(axis=0))
     reference = np.array(fronts["natural"][SHARES.index(0.3)])
     fronts = {name: [point - reference for point in points] for name, points in fronts.items()}
@@ -119,10 +119,6 @@ def _floored(batch: Judged, network: PlusNetwork, floor: float) -> FloatArray:
 
     gains = rollout(tasks, decide, 0).gains
     return np.column_stack([gains / batch.attainable, -gains[:, 0]])
-
-
-def _static(mix: FloatArray) -> Decide:
-    return lambda facts, moment: mix
 
 
 if __name__ == "__main__":

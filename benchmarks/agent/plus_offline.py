@@ -10,8 +10,6 @@ stands in) and, if given, the record of `benchmarks.comparison.record`, whose ta
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,24 +18,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.comparison.records import add, lines
 from dmagent_loader.agent.plus.observation import Facts
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
-from dmagent_loader.mixture.influence import Influence, grouped, scores_from
+from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.plus import influence_facts
+from dmagent_loader.training.data.spaces import ROW_TOKENS
 from dmagent_loader.training.plus.calibration import CALIBRATION, Calibration
 from dmagent_loader.training.plus.evolution import Judged
-from dmagent_loader.training.plus.fitting import fit, fit_rate
+from dmagent_loader.training.plus.fitting import fit, fit_rate, with_levels
 from dmagent_loader.training.plus.offline import ALGORITHMS, RecordedRun, episodes, train_offline
-from dmagent_loader.training.plus.sampling import TaskSource
-from dmagent_loader.training.plus.surrogate import joined
+from dmagent_loader.training.plus.sampling import TaskSource, influence_of
+from dmagent_loader.training.plus.surrogate import LEAST_RANGE, joined
 from dmagent_loader.training.plus.train import split
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.stages import find_record
-
-LEAST_RANGE = 0.02
 
 
 def facts_of(space: DomainSpace, natural: FloatArray, influence: Influence) -> Facts:
@@ -66,11 +64,7 @@ def walks(calibration: Calibration, record: FeedbackRecord) -> list[RecordedRun]
     space = DomainSpace.from_names([DomainSpace.canonical().names[i] for i in present])
     values, errors = calibration.values[number, 0][:, present], calibration.errors[number, 0][:, present]
     groups = calibration.groups[number, 0][..., present]
-    influence = Influence(
-        scores=scores_from(("keep", "acquire"), space.names, values, errors),
-        way="gradient",
-        by_questions=grouped(("keep", "acquire"), groups),
-    )
+    influence = influence_of(space, values, errors, groups)
     natural = calibration.natural[number, present] / calibration.natural[number, present].sum()
     facts = facts_of(space, natural, influence)
     gains = record.feedback[:, 1:] - record.feedback[:, :1]
@@ -91,19 +85,29 @@ def walks(calibration: Calibration, record: FeedbackRecord) -> list[RecordedRun]
     return found
 
 
+def by_task(path: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """Lines of the record of `benchmarks.comparison.record`, by task."""
+    if not path.is_file():
+        raise SystemExit(f"there is no record {path}: make it with python -m benchmarks.comparison.record")
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines(path):
+        found.setdefault(line["task"], []).append(line)
+    return found
+
+
+def mixes_and_natural(run: Mapping[str, Any], kept: Sequence[int]) -> tuple[FloatArray, FloatArray]:
+    """Mixes, (T, D), and natural shares, (D,), of a recorded run on the domains that were measured."""
+    mixes, natural = np.array(run["mixes"])[:, kept], np.array(run["natural"])[kept]
+    return mixes / mixes.sum(axis=1, keepdims=True), natural / natural.sum()
+
+
 def task_runs(path: Path) -> list[RecordedRun]:
     """Runs of training tasks in the record of `benchmarks.comparison.record`."""
-    lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text.endswith("}")]
-    by_task: dict[str, list[Mapping[str, Any]]] = {}
-    for line in lines:
-        if line["spec"]["split"] == "train":
-            by_task.setdefault(line["task"], []).append(line)
     found = []
-    for runs in by_task.values():
+    for runs in by_task(path).values():
         naturals = [run["gains"] for run in runs if run["path"].startswith("natural")]
-        if len(naturals) < 3 or any(0 in run["rows"] for run in runs):
-            runs = [run for run in runs if len(naturals) >= 3]
-        found += [_task_run(run, np.maximum(np.ptp(naturals, axis=0), LEAST_RANGE)) for run in runs]
+        if runs[0]["spec"]["split"] == "train" and len(naturals) >= 3:
+            found += [_task_run(run, np.maximum(np.ptp(naturals, axis=0), LEAST_RANGE)) for run in runs]
     return [run for run in found if run is not None]
 
 
@@ -112,15 +116,14 @@ def _task_run(run: Mapping[str, Any], attainable: FloatArray) -> RecordedRun | N
     place = {name: number for number, name in enumerate(run["domains"])}
     kept = [place[name] for name in influence.domains]
     feedback = np.array(run["feedback"], dtype=np.float64)
-    mixes = np.array(run["mixes"])[:, kept]
+    mixes, natural = mixes_and_natural(run, kept)
     if np.isnan(feedback).any() or len(mixes) == 1:
         return None
     space = DomainSpace.from_names(influence.domains)
-    natural = np.array(run["natural"])[kept]
-    rows = run["spec"]["steps"] * run["spec"]["tokens_per_step"] / 128
+    rows = run["spec"]["steps"] * run["spec"]["tokens_per_step"] / ROW_TOKENS
     return RecordedRun(
-        facts=facts_of(space, natural / natural.sum(), influence),
-        mixes=mixes / mixes.sum(axis=1, keepdims=True),
+        facts=facts_of(space, natural, influence),
+        mixes=mixes,
         feedback=feedback[1:] - feedback[0],
         attainable=attainable,
         passes=rows / np.maximum(np.array(run["rows"])[kept], 1),
@@ -129,10 +132,8 @@ def _task_run(run: Mapping[str, Any], attainable: FloatArray) -> RecordedRun | N
 
 def judged(calibration: Calibration, record: FeedbackRecord, members: Sequence[int], first: int) -> list[Judged]:
     """Surrogate tasks of some environments."""
-    constants = fit(calibration, split(calibration)[0])
-    levels = fit(calibration, range(len(calibration.environments)))
-    constants = dataclasses.replace(constants, scale=levels.scale, offset=levels.offset)
-    rate = -np.log(1 - fit_rate(record, np.arange(len(record.trajectories.lengths))).rate)
+    constants = with_levels(fit(calibration, split(calibration)[0]), calibration)
+    rate = fit_rate(record, np.arange(len(record.trajectories.lengths))).rate
     source = TaskSource(calibration=calibration, constants=constants, rate=rate, environments=members)
     return [
         Judged.of(joined([source.batch(1, decisions, first + i) for i in range(count)]))
@@ -157,9 +158,7 @@ def main() -> None:
     _, validation, test = split(calibration)
     tasks = {"validation": judged(calibration, record, validation, 1_500_000)}
     tasks["test"] = judged(calibration, record, test, 2_500_000)
-    done = set()
-    if arguments.output.exists():
-        done = {(line["algorithm"], line["seed"]) for line in map(json.loads, arguments.output.open(encoding="utf-8"))}
+    done = {(line["algorithm"], line["seed"]) for line in lines(arguments.output)}
     for seed in range(arguments.seeds):
         for name in ALGORITHMS:
             if (name, seed) in done:
@@ -172,8 +171,7 @@ def main() -> None:
                 found = np.concatenate([part.advantages(decide, 0) for part in listed])
                 error = found.std(ddof=1) / np.sqrt(len(found))
                 line[label] = [round(float(found.mean()), 4), round(float(error), 4)]
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            add(arguments.output, line)
             print(line, flush=True)
 
 

@@ -9,7 +9,6 @@ the domains come from the influence that was measured on the start model, becaus
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from benchmarks.agent.plus_offline import facts_of
+from benchmarks.agent.plus_offline import by_task, facts_of, mixes_and_natural
 from dmagent_loader.agent.plus.observation import Facts, Moment
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.training.data.spaces import ROW_TOKENS
 from dmagent_loader.training.plus.calibration import CALIBRATION, Calibration
 from dmagent_loader.training.plus.fitting import Fit, fit, fit_rate
 from dmagent_loader.training.plus.sampling import STEPS_OF_RECORD
@@ -30,7 +30,7 @@ from dmagent_loader.training.plus.train import split
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.stages import find_record
 
-TOKENS_OF_RECORD, RATE_OF_RECORD, ROW_TOKENS = 163_840, 1.5e-3, 128
+TOKENS_OF_RECORD, RATE_OF_RECORD = 163_840, 1.5e-3
 OVERFIT = 0.05
 LEAST_RUNS = 8
 
@@ -42,16 +42,15 @@ def simulated(run: Mapping[str, Any], constants: Fit, rate: FloatArray) -> Float
     place = {name: number for number, name in enumerate(run["domains"])}
     kept = [place[name] for name in influence.domains]
     space = DomainSpace.from_names(influence.domains)
-    natural = np.array(run["natural"])[kept]
-    facts = facts_of(space, natural / natural.sum(), influence)
+    mixes, natural = mixes_and_natural(run, kept)
+    facts = facts_of(space, natural, influence)
     values = influence.values()
     z = np.clip((values - values.mean(axis=1, keepdims=True)) / values.std(axis=1, keepdims=True), -3, 3)
     is_target = facts.fields[1]
     raised = np.exp(constants.sharpness[:, None] * z + constants.target_offset[:, None] * is_target)
     value = raised / raised.mean(axis=1, keepdims=True)
     total = spec["steps"] * spec["tokens_per_step"]
-    mixes = np.array(run["mixes"])[:, kept]
-    mixes = np.broadcast_to(mixes / mixes.sum(axis=1, keepdims=True), (spec["steps"], len(kept)))
+    mixes = np.broadcast_to(mixes, (spec["steps"], len(kept)))
     speed = total / TOKENS_OF_RECORD * spec["learning_rate"] / RATE_OF_RECORD * STEPS_OF_RECORD / spec["steps"]
     tasks = SurrogateTasks(
         decisions=spec["steps"],
@@ -100,14 +99,9 @@ def main() -> None:
     calibration = Calibration.load(arguments.calibration)
     constants = fit(calibration, split(calibration)[0])
     record = FeedbackRecord.load(find_record("recorded-math"))
-    rate = -np.log(1 - fit_rate(record, np.arange(len(record.trajectories.lengths))).rate)
-    by_task: dict[str, list[Mapping[str, Any]]] = {}
-    for text in arguments.record.read_text(encoding="utf-8").splitlines():
-        if text.endswith("}"):
-            line = json.loads(text)
-            by_task.setdefault(line["task"], []).append(line)
+    rate = fit_rate(record, np.arange(len(record.trajectories.lengths))).rate
     found = []
-    for runs in by_task.values():
+    for runs in by_task(arguments.record).values():
         if len(runs) < LEAST_RUNS:
             continue
         spec = runs[0]["spec"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 
@@ -150,5 +150,4 @@ def _policy(argument: str, given: Policy | PolicyFactory | str, space: DomainSpa
             f"{argument} is {shown(given)}; it must be {_NAMES}, an object with a method propose(history), or a "
             "function that makes one from the domains and their natural shares"
         )
-    assert isinstance(made, Policy) or hasattr(made, "propose")
-    return made  # type: ignore[return-value]
+    return cast(Policy, made)

@@ -19,12 +19,11 @@ import numpy as np
 from dmagent_loader._validation import is_count, is_finite_number, shown, whole_number
 from dmagent_loader.agent.plus import checkpoint
 from dmagent_loader.agent.plus.network import PlusNetwork
-from dmagent_loader.agent.plus.observation import Facts, Memory, Moment, horizon_of
+from dmagent_loader.agent.plus.observation import AGE_UNIT, Facts, Memory, Moment, horizon_of
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.mixture.domains import TARGET, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
-from dmagent_loader.mixture.length import RunLength
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.fields import report_roles
 from dmagent_loader.policies.influence import InfluencePolicy, comparable, shrunken
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 ROLES = ("keep", "acquire")
 EVEN = 0.5
 """Balance at which the untrained network leaves the influence policy's mix unchanged."""
-_DECISIONS = 80.0
-"""Unit of the age of a measurement if the length of the run is unknown."""
 _FLOOR_START, _FLOOR_LIMITS = -1.0, (-4.0, 1.0)
 """First log odds of the balance with a floor, and their limits."""
 _FLOOR_UP, _FLOOR_DOWN = 0.1, 0.5
@@ -116,8 +113,9 @@ class PlusPolicy:
         self._learning_rate = learning_rate
         self._members = np.array([[d.field == name for d in space.domains] for name in space.fields], dtype=np.float64)
         self._acquires = np.array([float(name == TARGET) for name in space.fields])
-        self._length: RunLength | None = None
         self._decision = 0
+        self._length_informed = -1
+        """The decision for which the length of the run was given last."""
         self._measured_at: int | None = None
         self._checked_fields: tuple[str, ...] = ()
 
@@ -167,7 +165,8 @@ class PlusPolicy:
     def needed(self, decision: int) -> frozenset[str]:
         """What the influence policy needs, and the length of the run."""
         self._decision = decision
-        return self.prior.needed(decision)
+        # An influence policy without a limit on passes does not ask for the length.
+        return self.prior.needed(decision) | ({LENGTH} if self._length_informed != decision else frozenset())
 
     def inform(self, need: str, evidence: Any) -> None:
         """Takes evidence; see `InfluencePolicy.inform`.
@@ -178,7 +177,7 @@ class PlusPolicy:
         """
         self.prior.inform(need, evidence)
         if need == LENGTH:
-            self._length = evidence
+            self._length_informed = self._decision
         if need == INFLUENCE and evidence is not None:
             self._measured_at = self._decision
 
@@ -259,7 +258,7 @@ class PlusPolicy:
     def _facts(self, prior: FloatArray, fields: tuple[str, ...], columns: tuple[list[int], int]) -> Facts:
         measured = self.prior.influence
         base = self.prior.base()
-        known = bool(self.prior.uses_topics)
+        known = self.prior.uses_topics
         facts = influence_facts(measured, self.space, self.natural, fields, columns)
         ratio = np.zeros(len(prior))
         if known:
@@ -293,7 +292,7 @@ class PlusPolicy:
             gains=memory.gains(),
             progress=np.array(progress),
             progress_known=np.array(float(total is not None)),
-            age=np.array(since / (_DECISIONS if total is None else total)),
+            age=np.array(since / (AGE_UNIT if total is None else total)),
             passes=passes,
             final_passes=final,
             rows_left=left,
@@ -303,15 +302,16 @@ class PlusPolicy:
         )
 
     def _total_decisions(self, prior: FloatArray) -> float | None:
-        if self._decisions is not None or self._length is None or self._length.interval is None:
+        length = self.passes.length
+        if self._decisions is not None or length is None or length.interval is None:
             return self._decisions
-        samples = self._length.samples(prior)
-        return None if samples is None else max(1.0, samples / self._length.interval)
+        samples = length.samples(prior)
+        return None if samples is None else max(1.0, samples / length.interval)
 
     def _passes(self, prior: FloatArray, memory: Memory) -> tuple[FloatArray, FloatArray, FloatArray]:
         """`passes`, `final_passes` and `rows_left` of `Moment`."""
         zeros, ones = np.zeros(len(prior)), np.ones(len(prior))
-        length = self._length
+        length = self.passes.length
         if length is None:
             return zeros, zeros, ones
         rows = np.maximum(length.rows, 1)
@@ -349,17 +349,17 @@ def influence_facts(
     rows = [[influence.fields.index(name) for name in names] for names in roles]
     ones = np.ones(len(influence.fields))
     members = [[i for i in space.members(name) if natural[i] > 0] for name in space.fields]
-    everywhere = [space.names[i] for listed in members for i in listed]
-    values = influence.values(everywhere)
-    units = values.std(axis=1)
-    centred = np.divide(values, units[:, None], out=np.zeros_like(values), where=units[:, None] > 0)
-    centred = dict(zip(everywhere, centred.T, strict=True))
+    everywhere = [i for listed in members for i in listed]
+    values = influence.values([space.names[i] for i in everywhere])
+    units = values.std(axis=1, keepdims=True)
+    scaled = np.zeros((len(values), len(space)))
+    scaled[:, everywhere] = np.divide(values, units, out=np.zeros_like(values), where=units > 0)
     for f, listed in enumerate(members):
         names = [space.names[i] for i in listed]
         if not names:
             continue
         shares = natural[listed] / natural[listed].sum()
-        means = shares @ np.array([centred[name] for name in names])
+        means = scaled[:, listed] @ shares
         across[:, f] = [means[k].mean() for k in rows]
         if len(names) < 2:
             continue

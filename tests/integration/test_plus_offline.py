@@ -4,53 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launching import REPOSITORY
+from plus_fixtures import made_up_facts, training_source
 
-from dmagent_loader.agent.plus.observation import Facts
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.training.plus.calibration import CALIBRATION, Calibration
 from dmagent_loader.training.plus.evolution import Judged
-from dmagent_loader.training.plus.fitting import fit
 from dmagent_loader.training.plus.offline import RecordedRun, acted, episodes, train_offline
-from dmagent_loader.training.plus.sampling import TaskSource
-from dmagent_loader.training.plus.train import split
-
-RECORD = REPOSITORY / "training_record" / "plus" / CALIBRATION
 
 
 @pytest.fixture(scope="module")
 def tasks() -> list[Judged]:
-    calibration = Calibration.load(RECORD)
-    train = split(calibration)[0]
-    source = TaskSource(
-        calibration=calibration, constants=fit(calibration, train), rate=np.array([0.031, 0.043]), environments=train
-    )
-    return [Judged.of(source.batch(6, 5, 0))]
-
-
-def facts(domains: int = 8) -> Facts:
-    rng = np.random.default_rng(0)
-    members = np.zeros((2, domains))
-    members[0, : domains // 2] = members[1, domains // 2 :] = 1
-    return Facts(
-        prior=rng.dirichlet(np.ones(domains)),
-        natural=rng.dirichlet(np.ones(domains)),
-        fields=members,
-        acquires=np.array([0.0, 1.0]),
-        influence=rng.normal(size=(2, domains)),
-        error=rng.random((2, domains)),
-        across=rng.normal(size=(2, 2)),
-        reliability=rng.random(2),
-        measured=np.ones(()),
-        topics=np.zeros(domains),
-        topics_known=np.zeros(()),
-    )
+    return [Judged.of(training_source().batch(6, 5, 0))]
 
 
 @pytest.mark.parametrize("name", ["CQL", "ReBRAC", "IQL"])
 def test_d3rlpy_algorithms_learn_on_recorded_runs_and_propose_mixes(name, tasks):
     pytest.importorskip("d3rlpy")
-    rng, own = np.random.default_rng(2), facts()
+    rng, own = np.random.default_rng(2), made_up_facts()
     runs = [
         RecordedRun(
             facts=own,

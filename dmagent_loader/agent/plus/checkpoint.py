@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -64,8 +63,7 @@ def load(name_or_path: str | os.PathLike[str]) -> tuple[PlusNetwork, str]:
         raise CheckpointError(
             f"{path} has the kind {shown(values.get('kind'))}, not {PLUS!r}: load it with MixingAgent.from_pretrained"
         )
-    features = (tuple(values.get("domain_features", ())), tuple(values.get("run_features", ())))
-    if features != (DOMAIN_FEATURES, RUN_FEATURES):
+    if (values.get("domain_features"), values.get("run_features")) != (list(DOMAIN_FEATURES), list(RUN_FEATURES)):
         raise CheckpointError(
             f"{path} reads other features than this version of dmagent_loader computes: install the version that it "
             "was trained with, or train it again"
@@ -78,6 +76,6 @@ def load(name_or_path: str | os.PathLike[str]) -> tuple[PlusNetwork, str]:
             f"{shown(sha256)}, which do not describe a network: fetch the checkpoint again"
         )
     expected = {name: torch.empty(shape, device="meta") for name, shape in shapes(width, queries).items()}
-    weights = read_weights(Path(directory) / WEIGHTS_FILE, sha256, expected)
+    weights = read_weights(directory / WEIGHTS_FILE, sha256, expected)
     network = PlusNetwork({name: tensor.double().numpy() for name, tensor in weights.items()})
     return network, name_of(name_or_path, directory)

@@ -63,6 +63,8 @@ DEFAULT_HORIZON = 5.0
 """Decisions that the moving averages reach back if the length of the run is unknown."""
 HORIZON = 0.06
 """The same as a part of the run, if its length is known; at least two decisions."""
+AGE_UNIT = 80.0
+"""Decisions that count as an age of 1 if the length of the run is unknown."""
 _SMALL = 1e-12
 
 
@@ -108,7 +110,7 @@ class Moment:
         gains: (..., 3, R), last feedback, moving average and slope, in nats against the base model.
         progress: (...), part of the run that is done, 0 if unknown.
         progress_known: (...), 1 if the length of the run is known.
-        age: (...), part of the run since the influence was measured; in units of 80 decisions if the length is unknown.
+        age: (...), part of the run since the influence was measured; in units of `AGE_UNIT` if its length is unknown.
         passes: (..., D), passes made over the rows of each domain; 0 if unknown.
         final_passes: (..., D), passes at the end of the run with the influence policy's mix; 0 if unknown.
         rows_left: (..., D), part of the rows of a domain that is left, 1 if they repeat or the number is unknown.

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from dmagent_loader.agent.plus.network import PlusNetwork
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.training.plus.surrogate import Decide, SurrogateTasks, ranges, rewards, rollout
+from dmagent_loader.training.plus.surrogate import Decide, SurrogateTasks, ranges, rewards, rollout, static
 from dmagent_loader.training.run_folder import claim, save_tensors
 
 STATE = "state.safetensors"
@@ -71,7 +71,7 @@ class Judged:
     def of(cls, tasks: SurrogateTasks) -> Judged:
         """Adds what all policies of these tasks are compared with."""
         attainable = ranges(tasks)
-        gains = rollout(tasks, lambda facts, moment: facts.prior, 0).gains
+        gains = rollout(tasks, static(tasks.facts.prior), 0).gains
         return cls(tasks=tasks, attainable=attainable, reference=rewards(tasks, gains, attainable))
 
     def advantages(self, decide: Decide, seed: int) -> FloatArray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -34,7 +34,6 @@ class Fit:
         kappa: (K,).
         scale: (E, K), a of each environment for a final gain; NaN: the environment was left out.
         offset: (E, K), c, likewise.
-        residual: (E, K), standard deviation of the residuals, in nats.
     """
 
     sharpness: FloatArray
@@ -42,7 +41,6 @@ class Fit:
     kappa: FloatArray
     scale: FloatArray
     offset: FloatArray
-    residual: FloatArray
 
 
 def standardised_truth(calibration: Calibration) -> FloatArray:
@@ -78,13 +76,20 @@ def fit(calibration: Calibration, environments: Sequence[int]) -> Fit:
 
         chosen.append(max(grid, key=explained))
     count = len(calibration.environments)
-    scale, offset, residual = (np.full((count, 2), np.nan) for _ in range(3))
+    scale, offset = (np.full((count, 2), np.nan) for _ in range(2))
     for e, k in itertools.product(environments, (0, 1)):
-        scale[e, k], offset[e, k], residual[e, k] = _line(calibration, z, e, k, chosen[k])
+        scale[e, k], offset[e, k] = np.polyfit(*_points(calibration, z, e, k, chosen[k]), 1)
     sharpness, target_offset, kappa = np.array(chosen).T
-    return Fit(
-        sharpness=sharpness, target_offset=target_offset, kappa=kappa, scale=scale, offset=offset, residual=residual
-    )
+    return Fit(sharpness=sharpness, target_offset=target_offset, kappa=kappa, scale=scale, offset=offset)
+
+
+def with_levels(constants: Fit, calibration: Calibration) -> Fit:
+    """The same constants with a and c of all environments; tasks of environments that were not fitted need these.
+
+    They come from a fit of all environments, whose b, delta and kappa may differ from those of `constants`.
+    """
+    everywhere = fit(calibration, range(len(calibration.environments)))
+    return replace(constants, scale=everywhere.scale, offset=everywhere.offset)
 
 
 def rank_correlations(calibration: Calibration, constants: Fit, environments: Sequence[int]) -> FloatArray:
@@ -113,14 +118,6 @@ def _points(
     return np.log(kappa + calibration.run_mix[runs] @ v), calibration.run_gains[runs, k]
 
 
-def _line(
-    calibration: Calibration, z: FloatArray, environment: int, k: int, settings: tuple[float, float, float]
-) -> tuple[float, float, float]:
-    x, y = _points(calibration, z, environment, k, settings)
-    slope, intercept = np.polyfit(x, y, 1)
-    return float(slope), float(intercept), float((y - slope * x - intercept).std())
-
-
 def _explained(
     calibration: Calibration, z: FloatArray, environment: int, k: int, settings: tuple[float, float, float]
 ) -> float:
@@ -133,8 +130,8 @@ class RateFit:
     """Relaxation of the gains of recorded trajectories.
 
     Args:
-        rate: (K,), 1 - exp(-r) of a step.
-        parameters: (K, 4), a, log kappa, c, log rate.
+        rate: (K,), r of a step.
+        parameters: (K, 4), a, log kappa, c, log(1 - exp(-r)).
     """
 
     rate: FloatArray
@@ -160,7 +157,7 @@ def fit_rate(record: FeedbackRecord, trajectories: IntArray) -> RateFit:
         bounds = ([0, -6, -10, -6], [5, 1, 10, -0.7])
         found.append(least_squares(residuals, start, bounds=bounds, max_nfev=80).x)
     parameters = np.array(found)
-    return RateFit(rate=np.exp(parameters[:, 3]), parameters=parameters)
+    return RateFit(rate=-np.log(1 - np.exp(parameters[:, 3])), parameters=parameters)
 
 
 def final_rank_correlation(record: FeedbackRecord, constants: RateFit, trajectories: IntArray) -> FloatArray:

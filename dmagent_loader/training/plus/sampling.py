@@ -90,12 +90,12 @@ class TaskSource:
         natural = natural * rng.lognormal(0, rng.choice([0.0, 0.5]), len(natural))
         for members in (arrange.is_target, ~arrange.is_target):
             natural[members] *= 0.5 / natural[members].sum()
-        topics = (arrange.parts @ record.topics[environment, present]) * NATURAL_SCALE
+        topics = arrange.parts @ record.topics[environment, present]
         knows_topics = arrange.is_canonical and rng.random() < 0.6
         noise = np.zeros(len(natural))
         onset = 1.0
         space = _space(arrange.is_target)
-        influence = _influence(space, found)
+        influence = influence_of(space, found.values, found.errors, found.groups)
         prior, base = _prior(space, natural, influence, topics if knows_topics else None)
         if kind == "noise":
             onset = float(rng.choice([0.0, 0.25, 0.35, 0.5]))
@@ -106,7 +106,7 @@ class TaskSource:
                 worst = found.values[:, ~arrange.is_target].min(axis=1) - rng.random(2) * found.values.std(axis=1)
                 found.values[:, spoiled] = worst[:, None]
                 found.groups[..., spoiled] = worst[:, None, None]
-                influence = _influence(space, found)
+                influence = influence_of(space, found.values, found.errors, found.groups)
                 prior, base = _prior(space, natural, influence, topics if knows_topics else None)
         facts = influence_facts(influence, space, natural, QUESTION_FIELDS, ([0], 1))
         # The run
@@ -159,9 +159,6 @@ class TaskSource:
             balance=np.array([0.5 if rng.random() < 0.4 else rng.uniform(0.15, 0.85)]),
             kinds=(kind,),
         )
-
-
-NATURAL_SCALE = 1.0 - NATURAL_PART
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,11 +253,19 @@ def _space(is_target: np.ndarray) -> DomainSpace:
     return DomainSpace.from_names(names)
 
 
-def _influence(space: DomainSpace, found: _Measured) -> Influence:
+def influence_of(space: DomainSpace, values: FloatArray, errors: FloatArray, groups: FloatArray) -> Influence:
+    """A measurement on `QUESTION_FIELDS`.
+
+    Args:
+        space: Domains.
+        values: (K, D).
+        errors: (K, D), standard errors.
+        groups: (K, G, D), influence on each group of questions.
+    """
     return Influence(
-        scores=scores_from(QUESTION_FIELDS, space.names, found.values, found.errors),
+        scores=scores_from(QUESTION_FIELDS, space.names, values, errors),
         way="gradient",
-        by_questions=grouped(QUESTION_FIELDS, found.groups),
+        by_questions=grouped(QUESTION_FIELDS, groups),
     )
 
 
@@ -273,7 +278,7 @@ def _prior(
         members = list(space.members(name))
         shares = natural[members] / natural[members].sum()
         if topics is not None:
-            followed = topics[members] + (1 - NATURAL_SCALE) * natural[members]
+            followed = (1 - NATURAL_PART) * topics[members] + NATURAL_PART * natural[members]
             shares = followed / followed.sum()
         base[members] = shares * natural[members].sum()
         z = standardised(influence, [space.names[i] for i in members], np.ones(2))

@@ -25,8 +25,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from dmagent_loader.agent.plus.observation import Facts, Memory, Moment, at_domains, horizon_of, of_fields
+from dmagent_loader.agent.plus.observation import AGE_UNIT, Facts, Memory, Moment, at_domains, horizon_of, of_fields
 from dmagent_loader.mixture.simplex import FloatArray
+from dmagent_loader.policies.passes import MOST_PASSES
 
 Decide = Callable[[Facts, Moment], FloatArray]
 """A policy on a batch of surrogate tasks: facts and moment -> mixes, (B, D)."""
@@ -35,8 +36,6 @@ RANGE_SHARES = (0.0, 0.3, 1.0)
 """Target shares of the natural mixes that show what is attainable in a task."""
 LEAST_RANGE = 0.02
 """Smallest attainable range of a field, in nats."""
-MOST_PASSES = 4.0
-"""Limit on passes, as in `policies.passes`."""
 HARMLESS_PASSES = 1.5
 LAG = 5 / 80
 """Part of a run that the averaged weights, which feedback reads, reach back."""
@@ -139,14 +138,20 @@ def rollout(tasks: SurrogateTasks, decide: Decide, seed: int) -> Rollout:
     for step in range(total):
         progress = step / total
         mix = limited(tasks, decide(tasks.facts, _moment(tasks, memory, used, progress)))
+        weights = _delivered(tasks, mix, used)
         level = level + (1 - np.exp(-tasks.rate * tasks.learning_rate[:, step, None])) * (
-            _levels(tasks, mix, used, progress) - level
+            _levels(tasks, weights, used, progress) - level
         )
-        used = used + _delivered(tasks, mix, used) * tasks.passes / total
+        used = used + weights * tasks.passes / total
         averaged = averaged + lag * (level - averaged)
         feedback[:, step], mixes[:, step] = averaged + noises[step], mix
         memory = memory.after(mix, feedback[:, step], horizon)
     return Rollout(gains=level, mixes=mixes, feedback=feedback)
+
+
+def static(mix: FloatArray) -> Decide:
+    """The policy that always asks for one mix of each task: (B, D)."""
+    return lambda facts, moment: mix
 
 
 def ranges(tasks: SurrogateTasks) -> FloatArray:
@@ -160,7 +165,7 @@ def ranges(tasks: SurrogateTasks) -> FloatArray:
         repeats=np.ones_like(tasks.repeats),
         noise=np.zeros_like(tasks.noise),
     )
-    gains = [rollout(easy, _constant(tasks.natural_at(share)), 0).gains for share in RANGE_SHARES]
+    gains = [rollout(easy, static(tasks.natural_at(share)), 0).gains for share in RANGE_SHARES]
     return np.asarray(np.maximum(np.max(gains, axis=0) - np.min(gains, axis=0), LEAST_RANGE))
 
 
@@ -194,21 +199,16 @@ def limited(tasks: SurrogateTasks, mix: FloatArray) -> FloatArray:
     return np.asarray(result / result.sum(axis=-1, keepdims=True))
 
 
-def _constant(mix: FloatArray) -> Decide:
-    return lambda facts, moment: mix
-
-
 def _moment(tasks: SurrogateTasks, memory: Memory, used: FloatArray, progress: float) -> Moment:
     known = tasks.progress_known
     final = tasks.passes * tasks.facts.prior
     lr = tasks.learning_rate[:, memory.steps]
-    steps = memory.steps
     return Moment(
         exposure=memory.exposure,
         gains=memory.gains(),
         progress=progress * known,
         progress_known=known,
-        age=np.where(known > 0, progress, steps / 80).astype(known.dtype),
+        age=np.where(known > 0, progress, memory.steps / AGE_UNIT).astype(known.dtype),
         passes=used * known[:, None],
         final_passes=final * known[:, None],
         rows_left=np.where((tasks.repeats > 0) | (known[:, None] == 0), 1.0, np.clip(1 - used, 0, 1)),
@@ -228,9 +228,8 @@ def _delivered(tasks: SurrogateTasks, mix: FloatArray, used: FloatArray) -> Floa
     return rest * at_domains(members, of_fields(members, mix) / np.maximum(of_fields(members, rest), 1e-12))
 
 
-def _levels(tasks: SurrogateTasks, mix: FloatArray, used: FloatArray, progress: float) -> FloatArray:
-    """S of the module docstring: (B, K)."""
-    weights = _delivered(tasks, mix, used)
+def _levels(tasks: SurrogateTasks, weights: FloatArray, used: FloatArray, progress: float) -> FloatArray:
+    """S of the module docstring for the delivered weights: (B, K)."""
     fresh = np.exp(-np.maximum(used - 1, 0) / tasks.repetition[:, None])
     spoiled = tasks.noise * (progress >= tasks.onset)[:, None]
     value = (1 - progress) * tasks.value + progress * tasks.late_value

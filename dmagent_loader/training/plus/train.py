@@ -8,8 +8,7 @@ or the tests of `training.tasks` train nothing.
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +28,7 @@ from dmagent_loader.training.plus.fitting import (
     fit,
     fit_rate,
     rank_correlations,
+    with_levels,
 )
 from dmagent_loader.training.plus.report import card, report
 from dmagent_loader.training.plus.sampling import TaskSource
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 VALIDATION_KEEP = ("commonsenseqa",)
 TEST_KEEP, TEST_ACQUIRE = ("hellaswag", "arc", "boolq"), ("mbpp", "humaneval")
 """Question sets of environments that are left for validation and for tests, as in `training.tasks.axes`."""
-RESULT, SCORES = "dmagent-plus", "plus.json"
+RESULT = "dmagent-plus"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,19 +120,22 @@ class PlusTraining:
         """Trains, chooses and saves; returns the folder of the checkpoint.
 
         Raises:
-            StateError: The output folder holds results of other settings, or there is no calibration record.
+            StateError: The output folder holds results of other settings or records, or there is no calibration record.
         """
         calibration = Calibration.load(self.calibration)
         train, validation, test = split(calibration)
         directory = self.output / "plus"
-        claim(directory, json.loads(json.dumps(asdict(self.config))), "trainings")
+        recorded = hashlib.sha256(self.record.trajectories.fingerprint.encode() + self.record.feedback.tobytes())
+        origin = {
+            "calibration": hashlib.sha256(self.calibration.read_bytes()).hexdigest(),
+            "record": recorded.hexdigest(),
+        }
+        claim(directory, {**asdict(self.config), **origin}, "trainings")
         constants, rate, checks = self._calibrated(calibration, train, validation + test)
         tasks = self._judged(calibration, constants, rate, train, self.config.train, 0)
         logger.info("drew %d batches of training tasks", len(tasks))
         networks = [self._trained(tasks, seed, directory) for seed in range(self.config.trainings)]
-        # Levels of environments that were not fitted are needed for tasks, not for ranks.
-        levels = fit(calibration, range(len(calibration.environments)))
-        constants = dataclasses.replace(constants, scale=levels.scale, offset=levels.offset)
+        constants = with_levels(constants, calibration)
         scores: dict[str, list[Scores]] = {}
         for number, (name, members) in enumerate((("validation", validation), ("test", test)), start=1):
             judged = self._judged(calibration, constants, rate, members, self.config.judged, number)
@@ -159,7 +162,7 @@ class PlusTraining:
             without = fit_rate(self.record, np.flatnonzero(starts != base))
             bases.append(final_rank_correlation(self.record, without, np.flatnonzero(starts == base)))
         share = np.mean(bases, axis=0)
-        rate = -np.log(1 - fit_rate(self.record, np.arange(len(starts))).rate)
+        rate = fit_rate(self.record, np.arange(len(starts))).rate
         checks = {
             "keep, environments held out": float(ranks[0]),
             "acquire, environments held out": float(ranks[1]),

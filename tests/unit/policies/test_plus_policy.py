@@ -102,6 +102,16 @@ def test_progress_follows_from_the_length_of_the_run():
     assert not np.allclose(unknown.unlimited(history()), derived.unlimited(history()))
 
 
+def test_the_length_of_the_run_is_asked_for_without_a_limit_on_passes_too():
+    without = InfluencePolicy.configured(SPACE, NATURAL, most_passes=None)
+    plus = PlusPolicy(trained(), SPACE, NATURAL, prior=without)
+    assert "length" in plus.needed(0)
+    informed(plus)
+    assert not plus.needed(0)
+    assert np.allclose(plus.unlimited(history()), informed(PlusPolicy(trained(), SPACE, NATURAL)).unlimited(history()))
+    assert plus.needed(1) == {"length"}
+
+
 def test_more_weight_on_acquiring_never_lowers_the_target_share_of_the_untrained_network():
     shares = []
     for balance in (0.0, 0.2, 0.5, 0.8, 1.0):
@@ -196,7 +206,10 @@ def test_a_checkpoint_round_trip_and_loading_by_agent(tmp_path):
         checkpoint.load("dmagent-rl")
 
 
-@pytest.mark.parametrize("change", [{"width": 0}, {"width": 10, "queries": 3}, {"run_features": ["other"]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"width": 0}, {"width": 10, "queries": 3}, {"run_features": ["other"]}, {"run_features": None}, {"width": "12"}],
+)
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change):
     checkpoint.save(trained(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -6,17 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from launching import REPOSITORY
+from plus_fixtures import RECORD, training_source
 
 from dmagent_loader.agent.plus.network import PlusNetwork
 from dmagent_loader.errors import StateError
-from dmagent_loader.training.plus.calibration import CALIBRATION, Calibration
+from dmagent_loader.training.plus.calibration import Calibration
 from dmagent_loader.training.plus.fitting import fit, rank_correlations
 from dmagent_loader.training.plus.sampling import KINDS, TaskSource
-from dmagent_loader.training.plus.surrogate import SurrogateTasks, limited, ranges, rewards, rollout
+from dmagent_loader.training.plus.surrogate import SurrogateTasks, limited, ranges, rewards, rollout, static
 from dmagent_loader.training.plus.train import split
-
-RECORD = REPOSITORY / "training_record" / "plus" / CALIBRATION
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +23,8 @@ def calibration() -> Calibration:
 
 
 @pytest.fixture(scope="module")
-def source(calibration: Calibration) -> TaskSource:
-    train = split(calibration)[0]
-    return TaskSource(
-        calibration=calibration,
-        constants=fit(calibration, train),
-        rate=np.array([0.031, 0.043]),
-        environments=train,
-    )
+def source() -> TaskSource:
+    return training_source()
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +33,6 @@ def plain(source: TaskSource) -> SurrogateTasks:
     tasks = source.batch(16, 12, 3, kinds=["none"])
     easy = np.full_like(tasks.passes, 0.01)
     return replace(tasks, passes=easy, learning_rate=np.ones_like(tasks.learning_rate))
-
-
-def static(mix):
-    return lambda facts, moment: mix
 
 
 def test_splits_share_no_question_set(calibration):

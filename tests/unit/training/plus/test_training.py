@@ -6,32 +6,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from launching import REPOSITORY
+from plus_fixtures import RECORD, made_up_facts, training_source
 
 from dmagent_loader.agent.plus import checkpoint
 from dmagent_loader.agent.plus.network import PlusNetwork
-from dmagent_loader.agent.plus.observation import Facts
 from dmagent_loader.errors import StateError
-from dmagent_loader.training.plus.calibration import CALIBRATION, Calibration
+from dmagent_loader.training.plus.calibration import Calibration
 from dmagent_loader.training.plus.evolution import EvolutionConfig, Judged, evolve
-from dmagent_loader.training.plus.fitting import fit
 from dmagent_loader.training.plus.offline import acted, actions_of
-from dmagent_loader.training.plus.sampling import TaskSource
-from dmagent_loader.training.plus.train import Bucket, PlusConfig, PlusTraining, split
+from dmagent_loader.training.plus.train import Bucket, PlusConfig, PlusTraining
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.stages import find_record
 
-RECORD = REPOSITORY / "training_record" / "plus" / CALIBRATION
 SMALL = EvolutionConfig(generations=6, pairs=3, batches=1, save_every=2)
 
 
 @pytest.fixture(scope="module")
 def tasks() -> list[Judged]:
-    calibration = Calibration.load(RECORD)
-    train = split(calibration)[0]
-    source = TaskSource(
-        calibration=calibration, constants=fit(calibration, train), rate=np.array([0.031, 0.043]), environments=train
-    )
+    source = training_source()
     return [Judged.of(source.batch(6, 5, seed)) for seed in range(3)]
 
 
@@ -72,31 +64,19 @@ def test_the_whole_stage_leaves_a_checkpoint_and_a_report(tmp_path):
     assert "| training 1" in (tmp_path / "plus.md").read_text()
     before = (folder / "model.safetensors").read_bytes()
     assert (training.run() / "model.safetensors").read_bytes() == before
-
-
-def facts(domains: int = 8) -> Facts:
-    rng = np.random.default_rng(0)
-    members = np.zeros((2, domains))
-    members[0, : domains // 2] = members[1, domains // 2 :] = 1
-    return Facts(
-        prior=rng.dirichlet(np.ones(domains)),
-        natural=rng.dirichlet(np.ones(domains)),
-        fields=members,
-        acquires=np.array([0.0, 1.0]),
-        influence=rng.normal(size=(2, domains)),
-        error=rng.random((2, domains)),
-        across=rng.normal(size=(2, 2)),
-        reliability=rng.random(2),
-        measured=np.ones(()),
-        topics=np.zeros(domains),
-        topics_known=np.zeros(()),
-    )
+    other = replace(record, feedback=record.feedback + 0.01 * np.arange(record.feedback.shape[1])[:, None])
+    with pytest.raises(StateError, match="trainings of other record"):
+        replace(training, record=other).run()
+    changed = Calibration.load(RECORD)
+    replace(changed, values=changed.values * 2).save(tmp_path / "changed.safetensors")
+    with pytest.raises(StateError, match="trainings of other calibration"):
+        replace(training, calibration=tmp_path / "changed.safetensors").run()
 
 
 def test_actions_of_a_mix_lead_back_to_it():
     rng = np.random.default_rng(1)
     actions = np.stack([rng.uniform(-1.5, 1.5, 20), rng.uniform(-1.5, 0.8, 20), rng.uniform(-1.5, 0.8, 20)], axis=1)
-    own = facts()
+    own = made_up_facts()
     mixes = np.stack([acted(own, action) for action in actions])
     assert np.allclose(mixes.sum(axis=1), 1)
     assert np.allclose(actions_of(own, mixes), actions, atol=1e-6)
