@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.comparison.policies import REFERENCE, Entry, TaskContext, shuffled
-from benchmarks.comparison.records import add, lines, rounded
+from benchmarks.records import add, lines, rounded
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
