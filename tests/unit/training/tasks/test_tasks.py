@@ -145,6 +145,15 @@ def test_steps_must_divide_into_updates(simulator: ProxySimulator, task: TaskSpe
         simulator.reset(replace(task, tokens_per_step=1000), 0)
 
 
+def test_a_task_that_cannot_be_prepared_leaves_nothing_behind(simulator: ProxySimulator, task: TaskSpec) -> None:
+    """The comparison goes on with the next run, which may be of the task before."""
+    before = run_episode(simulator, task, 0, lambda start: start.at(0.3))
+    with pytest.raises(ConfigurationError, match="no question set 'nothing'"):
+        simulator.reset(replace(task, base=replace(task.base, seed=1), keep="nothing"), 0)
+    after = run_episode(simulator, task, 0, lambda start: start.at(0.3))
+    np.testing.assert_array_equal(after.feedback, before.feedback)
+
+
 def test_reward_by_hand() -> None:
     ranges = attainable([np.array([0.1, 0.0]), np.array([0.0, 1.0]), np.array([-0.3, 2.0])])
     np.testing.assert_allclose(ranges, [0.4, 2.0])
