@@ -16,14 +16,7 @@ from gymnasium import spaces
 
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.training.tasks.episode import (
-    RANGE_SHARES,
-    RANGE_STREAM,
-    attainable,
-    range_task,
-    reward,
-    run_episode,
-)
+from dmagent_loader.training.tasks.episode import RANGE_SHARES, attainable, range_gains, reward
 from dmagent_loader.training.tasks.simulator import Simulator, Start
 from dmagent_loader.training.tasks.spec import TaskSpec
 
@@ -155,17 +148,7 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
         )
 
     def _measured_ranges(self, spec: TaskSpec) -> FloatArray:
-        gains = [
-            run_episode(
-                self._simulator,
-                range_task(spec),
-                RANGE_STREAM,
-                lambda start, share=share: start.at(share),  # type: ignore[misc]
-                feedback_every=spec.steps,
-            ).gains
-            for share in RANGE_SHARES
-        ]
-        return attainable(gains)
+        return attainable([range_gains(self._simulator, spec, share) for share in RANGE_SHARES])
 
     def _observation(self) -> dict[str, Any]:
         start = self._start
