@@ -166,6 +166,18 @@ def test_gymnasium_accepts_the_environment(simulator: ProxySimulator, task: Task
     check_env(MixingEnv(simulator, task), skip_render_check=True)
 
 
+def test_the_environment_refuses_what_it_cannot_run(simulator: ProxySimulator, task: TaskSpec) -> None:
+    with pytest.raises(ConfigurationError, match="specs is empty"):
+        MixingEnv(simulator, [])
+    env = MixingEnv(simulator, [task, replace(task, space="merged-5")], ranges=lambda _: np.ones(2))
+    with pytest.raises(ConfigurationError, match="task 1 has 5 domains, but the first of specs has 7"):
+        env.reset(options={"task": 1})
+    env.reset(options={"task": 0})
+    for action in (np.full(7, np.nan), np.ones(6)):
+        with pytest.raises(ConfigurationError, match="a finite weight for each of 7 domains"):
+            env.step(action)
+
+
 def test_the_reward_comes_at_the_end(simulator: ProxySimulator, task: TaskSpec) -> None:
     env = MixingEnv(simulator, [task, replace(task, number=1, balance=0.2)])
     observation, info = env.reset(seed=3, options={"task": 1})
