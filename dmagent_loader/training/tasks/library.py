@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ SIZES = {
     "2.7M": ProxyConfig(width=224, layers=5, heads=7, feed_forward=596),
     "5M": ProxyConfig(width=288, layers=5, heads=9, feed_forward=768),
 }
+ROWS_PER_UPDATE = 4
 
 
 def proxy_config(size: str, learning_rate: float = 1.5e-3) -> ProxyConfig:
@@ -70,8 +71,13 @@ def proxy_config(size: str, learning_rate: float = 1.5e-3) -> ProxyConfig:
     """
     if size not in SIZES:
         raise ConfigurationError(f"there is no proxy of size {shown(size)}; choose among {', '.join(SIZES)}")
-    settings = {"rows_per_update": 4, "learning_rate": learning_rate, "warmup_updates": 20, "averaging": 0.95}
-    return ProxyConfig(**{**vars(SIZES[size]), **settings})
+    return replace(
+        SIZES[size],
+        rows_per_update=ROWS_PER_UPDATE,
+        learning_rate=learning_rate,
+        warmup_updates=20,
+        averaging=0.95,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +133,7 @@ class TaskLibrary:
             corpus,
             self.start_state(target, base)[None],
             BaseConfig(models=1, tokens=base.tokens, seed=base.seed),
-            ProxyConfig(**{**vars(proxy_config(base.size)), "seed": base.seed}),
+            replace(proxy_config(base.size), seed=base.seed),
             row_tokens=ROW_TOKENS,
             directory=self.work / f"base-{corpus.fingerprint[:8]}-{base.size}-{base.tokens}-{base.seed}{skew}",
             progress=False,
