@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.comparison.policies import shuffled
-from benchmarks.influence.environments import PROBE_STREAMS, TOLD, Setting, base_weights, one_thread, setting
+from benchmarks.influence.environments import TOLD, Setting, base_weights, one_thread, setting
 from benchmarks.influence.probes import CLONE_ROWS, mean_of_clones, trained_on_each
 from benchmarks.influence.runs import STREAMS, run
 from benchmarks.influence.table import REPEATS, ROWS
@@ -34,6 +34,7 @@ from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.spaces import Documents, Space, SpaceRows, merged
 from dmagent_loader.training.proxies.language_model import ProxyModel
 from dmagent_loader.training.tasks.library import proxy_config
+from dmagent_loader.training.tasks.simulator import PROBE_STREAMS
 
 SIZE = "0.16M"
 NATURAL, MEASURED, ONCE, CLONES, PERMUTED = "natural 30%", "influence", "influence, 32 rows", "clones", "permuted"

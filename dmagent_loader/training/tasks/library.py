@@ -127,17 +127,7 @@ class TaskLibrary:
 
     def _weights(self, target: str, base: BaseModel) -> dict[str, Tensor]:
         """Weights of a base model: trained once, then read from the work folder."""
-        corpus = self.corpus(target)
-        skew = "" if base.sharpness is None else f"-{base.sharpness:g}"
-        return train_bases(
-            corpus,
-            self.start_state(target, base)[None],
-            BaseConfig(models=1, tokens=base.tokens, seed=base.seed),
-            replace(proxy_config(base.size), seed=base.seed),
-            row_tokens=ROW_TOKENS,
-            directory=self.work / f"base-{corpus.fingerprint[:8]}-{base.size}-{base.tokens}-{base.seed}{skew}",
-            progress=False,
-        )
+        return base_weights(self.corpus(target), base, self.start_state(target, base), self.work)
 
     def _space(self, target: str, name: str, seed: int) -> Space:
         """The rows of each domain; `seed` draws random partitions."""
@@ -190,6 +180,27 @@ class TaskLibrary:
             self.questions(spec.target, spec.keep, "keep"),
             self.questions(spec.target, spec.acquire, "acquire"),
         )
+
+
+def base_weights(corpus: Corpus, base: BaseModel, state: FloatArray, work: Path) -> dict[str, Tensor]:
+    """Weights of a base model: trained once, then read from a folder in `work`.
+
+    Args:
+        corpus: Text.
+        base: The model.
+        state: (52,), the mix that it is trained on.
+        work: Folder of the library.
+    """
+    skew = "" if base.sharpness is None else f"-{base.sharpness:g}"
+    return train_bases(
+        corpus,
+        state[None],
+        BaseConfig(models=1, tokens=base.tokens, seed=base.seed),
+        replace(proxy_config(base.size), seed=base.seed),
+        row_tokens=ROW_TOKENS,
+        directory=work / f"base-{corpus.fingerprint[:8]}-{base.size}-{base.tokens}-{base.seed}{skew}",
+        progress=False,
+    )
 
 
 def held_out_pairs(corpus: Corpus, field: str, most: int) -> list[Question]:
