@@ -7,6 +7,7 @@ and ``env/NAME.jsonl.gz`` (columns ``question`` and ``answer``), see docs/agent-
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dmagent_loader._files import write_atomically
 from dmagent_loader._validation import shown
 from dmagent_loader.environment import Question
 from dmagent_loader.environment.encoding import PairEncoder, request
@@ -143,8 +145,9 @@ class TaskLibrary:
             return documents.space(name, documents.parts(count, seed))
         path = self.work / f"clusters-{corpus.fingerprint[:8]}-{count}.npy"
         if not path.exists():
-            of_target = round(0.35 * count)
-            np.save(path, documents.clusters({SOURCE: count - of_target, TARGET: of_target}))
+            array = io.BytesIO()
+            np.save(array, documents.clusters(_of_fields(count, 0.35)))
+            write_atomically(path, array.getvalue())
         return documents.space(name, np.load(path))
 
     def _questions(self, target: str, name: str, side: str) -> Halves:
@@ -228,16 +231,21 @@ def held_out_pairs(corpus: Corpus, field: str, most: int) -> list[Question]:
 
 
 def _random_groups(count: int, seed: int) -> IntArray:
-    """Number of the merged domain of each of the 52; a third of them, at least one, are of the target field: (52,)."""
+    """Number of the merged domain of each of the 52; a third of them are of the target field: (52,)."""
     rng = np.random.default_rng([seed, 11])
-    counts = {TARGET: max(1, round(count / 3))}
-    counts[SOURCE] = max(1, count - counts[TARGET])
+    counts = _of_fields(count, 1 / 3)
     group, first = np.zeros(NUM_CANONICAL, dtype=np.int64), 0
     for position, name in enumerate(FIELDS):
         part = slice(position * NUM_TOPICS, (position + 1) * NUM_TOPICS)
         group[part] = first + rng.permutation(NUM_TOPICS) % counts[name]
         first += counts[name]
     return group
+
+
+def _of_fields(count: int, target_share: float) -> dict[str, int]:
+    """Field -> number of its domains, at least one."""
+    of_target = max(1, round(target_share * count))
+    return {SOURCE: max(1, count - of_target), TARGET: of_target}
 
 
 def texts(questions: Sequence[Question]) -> list[str]:

@@ -105,7 +105,7 @@ def test_the_influence_policy_runs_by_name(simulator: ProxySimulator, task: Task
     assert episode.influence is not None
 
 
-@pytest.mark.parametrize("space", ["canonical", "merged-2", "parts-2", "clusters-12"])
+@pytest.mark.parametrize("space", ["canonical", "merged-2", "parts-2", "clusters-12", "clusters-1"])
 def test_every_space_runs(simulator: ProxySimulator, task: TaskSpec, space: str) -> None:
     task = replace(task, space=space, steps=1)
     episode = run_episode(simulator, task, 0, lambda start: start.at(0.3))
