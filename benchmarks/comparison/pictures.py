@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib import pyplot
 
 from benchmarks.comparison.policies import SHARES
-from benchmarks.comparison.records import lines
 from benchmarks.comparison.tables import Results
+from benchmarks.records import lines
 from dmagent_loader.mixture.simplex import FloatArray
 
 STATIC = [f"natural {share:.0%}" for share in SHARES]

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.comparison.records import add, lines, rounded
+from benchmarks.records import add, lines, rounded
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.comparison.policies import REFERENCE, Entry, TaskContext, shuffled
-from benchmarks.comparison.records import add, lines, rounded
+from benchmarks.records import add, lines, rounded
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
@@ -22,7 +22,7 @@ from dmagent_loader.training.tasks.episode import (
     RANGE_STREAM,
     Episode,
     attainable,
-    range_task,
+    range_gains,
     reward,
     run_episode,
 )
@@ -107,14 +107,8 @@ class Comparison:
         for share in RANGE_SHARES:
             name = f"range {share:.0%}"
             if (spec.id, name, RANGE_STREAM) not in self._lines:
-                episode = run_episode(
-                    self._simulator,
-                    range_task(spec),
-                    RANGE_STREAM,
-                    lambda start, share=share: start.at(share),  # type: ignore[misc]
-                    feedback_every=spec.steps,
-                )
-                self._record(spec, name, RANGE_STREAM, {"gains": rounded(episode.gains)})
+                found = range_gains(self._simulator, spec, share)
+                self._record(spec, name, RANGE_STREAM, {"gains": rounded(found)})
             gains.append(np.array(self._lines[spec.id, name, RANGE_STREAM]["gains"]))
         return attainable(gains)
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.comparison.policies import REFERENCE, SHARES
-from benchmarks.comparison.records import lines
 from benchmarks.comparison.runs import NOISE_STREAMS
 from benchmarks.comparison.statistics import (
     Estimate,
@@ -20,6 +19,7 @@ from benchmarks.comparison.statistics import (
     over_runs,
     paired,
 )
+from benchmarks.records import lines
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.tasks.episode import RANGE_SHARES, attainable, reward
 from dmagent_loader.training.tasks.spec import TaskSpec

@@ -22,14 +22,12 @@ from dmagent_loader.mixture.simplex import IntArray
 from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.spaces import ROW_TOKENS
 from dmagent_loader.training.data.streams import MixStream
-from dmagent_loader.training.proxies.bases import BaseConfig, train_bases
 from dmagent_loader.training.proxies.model import ProxyConfig
 from dmagent_loader.training.proxies.questions import ProxyQuestions, QuestionConfig
-from dmagent_loader.training.tasks.library import MOST_KEPT, TaskLibrary, proxy_config
-
-AGENT_QUESTIONS = (64, 24)
-PROBE_STREAMS = 5_000_000
-"""Streams of probe rows are numbered from here on: other rows than any that a run trains on first."""
+from dmagent_loader.training.tasks.library import MOST_KEPT, TaskLibrary
+from dmagent_loader.training.tasks.library import base_weights as library_base_weights
+from dmagent_loader.training.tasks.simulator import ASKED, PROBE_STREAMS
+from dmagent_loader.training.tasks.spec import BaseModel
 
 KEEP = (
     "mmlu",
@@ -138,19 +136,10 @@ def library(data: Path, work: Path) -> TaskLibrary:
     return TaskLibrary(data, work)
 
 
-def base_weights(
-    setting_corpus: Corpus, work: Path, *, size: str, tokens: int = 1_500_000, seed: int = 0
-) -> dict[str, Tensor]:
+def base_weights(setting_corpus: Corpus, work: Path, *, size: str, tokens: int = 1_500_000) -> dict[str, Tensor]:
     """A base model that was trained on the natural mix of the source field; trained once, then read from `work`."""
-    return train_bases(
-        setting_corpus,
-        setting_corpus.start_state[None],
-        BaseConfig(models=1, tokens=tokens, seed=seed),
-        ProxyConfig(**{**vars(proxy_config(size)), "seed": seed}),
-        row_tokens=ROW_TOKENS,
-        directory=work / f"base-{setting_corpus.fingerprint[:8]}-{size}-{tokens}-{seed}",
-        progress=False,
-    )
+    base = BaseModel(size=size, tokens=tokens)
+    return library_base_weights(setting_corpus, base, setting_corpus.start_state, work)
 
 
 def setting(keep: str, acquire: str, data: Path, work: Path) -> Setting:
@@ -168,7 +157,7 @@ def setting(keep: str, acquire: str, data: Path, work: Path) -> Setting:
         corpus=found,
         environment=Environment(read, tokenizer, settings),
         steering=ProxyQuestions(read, tokenizer, config),
-        asked=ProxyQuestions(read, tokenizer, replace(config, max_questions=AGENT_QUESTIONS)),
+        asked=ProxyQuestions(read, tokenizer, replace(config, max_questions=ASKED)),
         scored=ProxyQuestions(scored, tokenizer, config),
     )
 

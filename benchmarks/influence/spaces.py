@@ -18,10 +18,11 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.comparison.policies import shuffled
-from benchmarks.influence.environments import PROBE_STREAMS, TOLD, Setting, base_weights, one_thread, setting
+from benchmarks.influence.environments import TOLD, Setting, base_weights, one_thread, setting
 from benchmarks.influence.probes import CLONE_ROWS, mean_of_clones, trained_on_each
 from benchmarks.influence.runs import STREAMS, run
-from benchmarks.influence.table import REPEATS, ROWS, lines
+from benchmarks.influence.table import REPEATS, ROWS
+from benchmarks.records import add, lines
 from dmagent_loader._files import write_atomically
 from dmagent_loader.mixture.domains import FIELDS, NUM_CANONICAL, NUM_TOPICS, SOURCE, TARGET, DomainSpace
 from dmagent_loader.mixture.history import History
@@ -33,6 +34,7 @@ from dmagent_loader.training.data.corpus import Corpus
 from dmagent_loader.training.data.spaces import Documents, Space, SpaceRows, merged
 from dmagent_loader.training.proxies.language_model import ProxyModel
 from dmagent_loader.training.tasks.library import proxy_config
+from dmagent_loader.training.tasks.simulator import PROBE_STREAMS
 
 SIZE = "0.16M"
 NATURAL, MEASURED, ONCE, CLONES, PERMUTED = "natural 30%", "influence", "influence, 32 rows", "clones", "permuted"
@@ -147,7 +149,6 @@ def make(arguments: argparse.Namespace) -> None:
     """Runs what is missing from the output."""
     one_thread()
     made: dict[str, dict[str, Space]] = {}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for stream in arguments.streams:
         for pair in TOLD:
             if arguments.only and "+".join(pair) not in arguments.only:
@@ -176,8 +177,7 @@ def record(compared: Compared, output: Path, names: Iterable[str]) -> None:
         rounded = [round(weight, 5) for weight in mix.tolist()]
         same = next((line for line in here if line["mix"] == rounded), None)
         line = {**(same or compared.run(mix)), **compared.key, "policy": name, "mix": rounded}
-        with output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        add(output, line)
         print(f"{', '.join(map(str, compared.key.values()))}, {name}: {line['objective']:.2f}", flush=True)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from benchmarks.comparison.policies import shuffled
 from benchmarks.influence.environments import TOLD, Setting, base_weights, one_thread, setting
 from benchmarks.influence.probes import NAMES, cloned, measured
 from benchmarks.influence.runs import STEPS, TOKENS_PER_STEP, run
+from benchmarks.records import add, lines
 from dmagent_loader import MixingAgent
 from dmagent_loader.environment import Question
 from dmagent_loader.mixture.domains import DomainSpace
@@ -199,25 +199,11 @@ class Recorder:
             "mix": [round(weight, 5) for weight in result.mix.tolist()],
             "seconds": round(result.seconds, 2),
         }
-        with self._output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        add(self._output, line)
         print(f"{self._found.name} {self._size} {self._stream} {name}: {result.objective:.2f}", flush=True)
 
     def _key(self, name: str) -> tuple[str, str, int, str]:
         return self._found.name, self._size, self._stream, name
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of the output; a process that was killed may have left half of one."""
-    if not path.exists():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return found
 
 
 def key(line: dict[str, Any]) -> tuple[str, str, int, str]:
@@ -315,7 +301,6 @@ def main() -> None:
     if not arguments.print:
         if arguments.data is None:
             parser.error("--data is required unless --print is given")
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         make(arguments)
     for size in SIZES:
         if any(line["size"] == size for line in lines(arguments.output)):

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import records
 from benchmarks.agent.rank_correlation import spearman
 from benchmarks.influence.environments import Setting, base_weights, layered, one_thread, probe_rows, setting
 from benchmarks.influence.probes import CLONE_RATE, CLONE_ROWS, NAMES, clone_gains, clone_seconds
 from benchmarks.influence.runs import STREAMS, TOKENS_PER_STEP
-from benchmarks.influence.table import lines
 from dmagent_loader.mixture.domains import FIELDS
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
@@ -120,7 +120,7 @@ def compare(
     domains = [NAMES[domain] for domain in found.domains.tolist()]
     known = truth(found, weights, work, size)
     mean = np.mean(known, axis=0)
-    done = {(line["environment"], line["size"], line["way"]) for line in lines(output)}
+    done = {(line["environment"], line["size"], line["way"]) for line in records.lines(output)}
     for name in variants:
         rows, settings = VARIANTS[name]
         if (found.name, size, name) in done:
@@ -178,7 +178,9 @@ def cost(
         gains: Mean gains from training clones, (K, D); None: not known.
     """
     label = f"cost, {rows} rows, {questions} questions"
-    if (found.name, size, label) in {(line["environment"], line["size"], line["way"]) for line in lines(output)}:
+    if (found.name, size, label) in {
+        (line["environment"], line["size"], line["way"]) for line in records.lines(output)
+    }:
         return
     model = layered(proxy_config(size), weights)
     domains = [NAMES[domain] for domain in found.domains.tolist()]
@@ -216,7 +218,9 @@ def mean_correlations(values: Sequence[FloatArray], gains: FloatArray, domains: 
 
 def age(found: Setting, weights: dict[str, Tensor], output: Path, size: str) -> None:
     """Influence at later steps of a run on the natural mix, against that at its start on other rows."""
-    if (found.name, size, "age") in {(line["environment"], line["size"], line["way"]) for line in lines(output)}:
+    if (found.name, size, "age") in {
+        (line["environment"], line["size"], line["way"]) for line in records.lines(output)
+    }:
         return
     domains = [NAMES[domain] for domain in found.domains.tolist()]
     trainer = ProxyTrainer(1, proxy_config(size), start=weights)
@@ -237,8 +241,7 @@ def age(found: Setting, weights: dict[str, Tensor], output: Path, size: str) -> 
 
 def add(output: Path, **line: Any) -> None:
     """One line more."""
-    with output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    records.add(output, line)
     print(json.dumps(line), flush=True)
 
 

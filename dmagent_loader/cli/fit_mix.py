@@ -113,15 +113,24 @@ def fit_mix(args: argparse.Namespace) -> int:
     if len(table) < least:
         remedy = ", or choose --regressor log-linear or --method olmix" if needs_trees else ""
         raise ConfigurationError(f"{len(table)} proxy runs are too few for this fit: give at least {least}{remedy}")
+    tested = table if args.test is None else read(args.test).ordered(table.domains, table.metrics)
+    space = DomainSpace.from_names(table.domains, fields=dict.fromkeys(table.domains, SOURCE))
+    metrics = dict(zip(table.metrics, weights.tolist(), strict=True))
+    policy = (
+        Olmix(space, prior, table=table, metrics=metrics, kl=kl)
+        if is_olmix
+        else RegMix(space, prior, table=table, regressor=regressor, metrics=metrics, seed=args.seed)
+    )
     if args.test is None:
-        tested, label = table, f"{FOLDS}-fold cross-validation"
+        label = f"{FOLDS}-fold cross-validation"
         predicted = np.zeros_like(table.losses)
         order = np.random.default_rng(args.seed).permutation(len(table))
         for fold in np.array_split(order, FOLDS):
             predicted[fold] = fitted(table.subset(np.setdiff1d(order, fold))).predict(table.mixes[fold])
     else:
-        tested, label = read(args.test).ordered(table.domains, table.metrics), "test runs"
-        predicted = fitted(table).predict(tested.mixes)
+        label = "test runs"
+        fit = policy.law if isinstance(policy, Olmix) else policy.regression
+        predicted = fit.predict(tested.mixes)
     print(", ".join(_counted(n, of) for n, of in ((len(table), "proxy run"), (len(table.domains), "domain"))), end="")
     print(f", {_counted(len(table.metrics), 'metric')}")
     print(f"rank correlation (Spearman) on {_counted(len(tested), 'run')}, {label}:")
@@ -137,13 +146,7 @@ def fit_mix(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     print(f"cost of the proxies: {_cost(table)}")
-    space = DomainSpace.from_names(table.domains, fields=dict.fromkeys(table.domains, SOURCE))
-    metrics = dict(zip(table.metrics, weights.tolist(), strict=True))
-    mix = (
-        Olmix(space, prior, table=table, metrics=metrics, kl=kl).solve()
-        if is_olmix
-        else RegMix(space, prior, table=table, regressor=regressor, metrics=metrics, seed=args.seed).mix
-    )
+    mix = policy.solve() if isinstance(policy, Olmix) else policy.mix
     print("mix (prior):")
     width = max(map(len, table.domains))
     for name, weight, natural in zip(table.domains, mix, prior, strict=True):

@@ -141,14 +141,7 @@ class ProxyTable:
 
     def subset(self, rows: Sequence[int] | IntArray) -> ProxyTable:
         """A table of some of the runs."""
-        return ProxyTable(
-            domains=self.domains,
-            metrics=self.metrics,
-            mixes=self.mixes[rows],
-            losses=self.losses[rows],
-            run_tokens=self.run_tokens,
-            parameters=self.parameters,
-        )
+        return replace(self, mixes=self.mixes[rows], losses=self.losses[rows])
 
     def ordered(self, domains: Sequence[str], metrics: Sequence[str] | None = None) -> ProxyTable:
         """The same table with its columns in another order.
@@ -172,13 +165,12 @@ class ProxyTable:
                 f"the table has the metrics {shown(list(self.metrics))}, but {shown(list(metrics))} are needed: give "
                 "the same losses for both"
             )
-        return ProxyTable(
+        return replace(
+            self,
             domains=tuple(domains),
             metrics=tuple(metrics),
             mixes=self.mixes[:, [self.domains.index(name) for name in domains]],
             losses=self.losses[:, [self.metrics.index(name) for name in metrics]],
-            run_tokens=self.run_tokens,
-            parameters=self.parameters,
         )
 
     def check_variation(self) -> None:

@@ -37,7 +37,7 @@ class ProxyTrainer:
         start: Initial weights, (P, ...) each; None: drawn from the seed.
         device: ``"cpu"``, ``"cuda"`` and so on. On CUDA, matrix products are computed in bfloat16.
         schedule: Function from the number of updates done to the learning rate as a part of `config.learning_rate`,
-            after the warm-up; None: constant.
+            multiplied by the warm-up; None: constant.
     """
 
     def __init__(

@@ -16,11 +16,12 @@ import numpy as np
 
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.training.data.spaces import ROW_TOKENS
+from dmagent_loader.training.tasks.library import ROWS_PER_UPDATE
 from dmagent_loader.training.tasks.spec import BaseModel, Perturbation, TaskSpec
 
 TASKS_PER_MODEL = 3
 """Tasks in a row that share target field and base model: a base model costs as much as ten runs."""
-ROW_TOKENS, ROWS_PER_UPDATE = 128, 4
 NONE = Perturbation()
 REFERENCE: Mapping[str, Any] = {
     "size": "0.16M",

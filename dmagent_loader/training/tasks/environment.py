@@ -14,16 +14,11 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from dmagent_loader._validation import shown
+from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.training.tasks.episode import (
-    RANGE_SHARES,
-    RANGE_STREAM,
-    attainable,
-    range_task,
-    reward,
-    run_episode,
-)
+from dmagent_loader.training.tasks.episode import RANGE_SHARES, attainable, range_gains, reward
 from dmagent_loader.training.tasks.simulator import Simulator, Start
 from dmagent_loader.training.tasks.spec import TaskSpec
 
@@ -62,7 +57,7 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
             simulator, once for each task.
 
     Raises:
-        ConfigurationError: `specs` is empty.
+        ConfigurationError: `specs` is empty, or a task that is drawn has another number of domains than the first.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 - as gymnasium declares it
@@ -77,10 +72,12 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
         self._simulator = simulator
         self._specs = [specs] if isinstance(specs, TaskSpec) else list(specs)
         self._ranges_of, self._known = ranges or self._measured_ranges, dict[str, FloatArray]()
+        if not self._specs:
+            raise ConfigurationError("specs is empty; give a task, or several with equally many domains")
         self._spec = self._specs[0]
         self._start = simulator.reset(self._spec, 0)
         self._step = 0
-        count = len(self._start.natural)
+        self._num_domains = count = len(self._start.natural)
         self.action_space = spaces.Box(0.0, 1.0, (count,), np.float64)
         unit = spaces.Box(0.0, 1.0, (count,), np.float64)
         positive = spaces.Box(0.0, np.inf, (count,), np.float64)
@@ -121,6 +118,12 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
         if self._spec.id not in self._known:
             self._known[self._spec.id] = self._ranges_of(self._spec)
         self._start = self._simulator.reset(self._spec, int(self.np_random.integers(STREAMS)))
+        count = len(self._start.natural)
+        if count != self._num_domains:
+            raise ConfigurationError(
+                f"task {number} has {count} domains, but the first of specs has {self._num_domains}: make an "
+                "environment for each number of domains"
+            )
         self._step = 0
         self._mix, self._feedback = self._start.mix, self._start.feedback
         self._samples = np.zeros(len(self._mix))
@@ -134,8 +137,18 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
         return self._observation(), {"task": self._spec.id}
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Trains for a step on a mix."""
-        weights = np.clip(np.asarray(action, dtype=np.float64), 0.0, 1.0)
+        """Trains for a step on a mix.
+
+        Raises:
+            ConfigurationError: The action is not one finite number for each domain.
+        """
+        weights = np.asarray(action, dtype=np.float64)
+        if weights.shape != (self._num_domains,) or not np.isfinite(weights).all():
+            raise ConfigurationError(
+                f"the action is {shown(weights.tolist())}; it must be a finite weight for each of "
+                f"{self._num_domains} domains"
+            )
+        weights = np.clip(weights, 0.0, 1.0)
         weights = np.where(self._start.length.rows > 0, weights, 0.0)
         self._mix = weights / weights.sum() if weights.sum() > 0 else self._start.at(0.3)
         self._feedback = self._simulator.step(self._mix)
@@ -155,17 +168,7 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
         )
 
     def _measured_ranges(self, spec: TaskSpec) -> FloatArray:
-        gains = [
-            run_episode(
-                self._simulator,
-                range_task(spec),
-                RANGE_STREAM,
-                lambda start, share=share: start.at(share),  # type: ignore[misc]
-                feedback_every=spec.steps,
-            ).gains
-            for share in RANGE_SHARES
-        ]
-        return attainable(gains)
+        return attainable([range_gains(self._simulator, spec, share) for share in RANGE_SHARES])
 
     def _observation(self) -> dict[str, Any]:
         start = self._start

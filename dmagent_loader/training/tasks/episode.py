@@ -154,13 +154,20 @@ def range_task(spec: TaskSpec) -> TaskSpec:
     return replace(spec, perturbation=Perturbation(), target_passes=None)
 
 
+def range_gains(simulator: Simulator, spec: TaskSpec, share: float) -> FloatArray:
+    """Gains of the natural mix with one of the target shares `RANGE_SHARES` in the `range_task`, in nats: (K,)."""
+    return run_episode(
+        simulator, range_task(spec), RANGE_STREAM, lambda start: start.at(share), feedback_every=spec.steps
+    ).gains
+
+
 def attainable(gains: Sequence[FloatArray]) -> FloatArray:
     """Attainable range of each field in a task: largest minus smallest gain of some static runs, in nats, (K,).
 
     The base model counts, too, with a gain of 0: all static runs from a bad one gain about as much.
 
     Args:
-        gains: (K,) of the natural mixes with the target shares `RANGE_SHARES` in the `range_task`.
+        gains: (K,) each, see `range_gains`.
     """
     stacked = np.vstack([*gains, np.zeros(2)])
     return np.asarray(np.maximum(stacked.max(axis=0) - stacked.min(axis=0), LEAST_RANGE), dtype=np.float64)

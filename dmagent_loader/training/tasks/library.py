@@ -7,14 +7,16 @@ and ``env/NAME.jsonl.gz`` (columns ``question`` and ``answer``), see docs/agent-
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from dmagent_loader._files import write_atomically
 from dmagent_loader._validation import shown
 from dmagent_loader.environment import Question
 from dmagent_loader.environment.encoding import PairEncoder, request
@@ -60,6 +62,7 @@ SIZES = {
     "2.7M": ProxyConfig(width=224, layers=5, heads=7, feed_forward=596),
     "5M": ProxyConfig(width=288, layers=5, heads=9, feed_forward=768),
 }
+ROWS_PER_UPDATE = 4
 
 
 def proxy_config(size: str, learning_rate: float = 1.5e-3) -> ProxyConfig:
@@ -70,8 +73,13 @@ def proxy_config(size: str, learning_rate: float = 1.5e-3) -> ProxyConfig:
     """
     if size not in SIZES:
         raise ConfigurationError(f"there is no proxy of size {shown(size)}; choose among {', '.join(SIZES)}")
-    settings = {"rows_per_update": 4, "learning_rate": learning_rate, "warmup_updates": 20, "averaging": 0.95}
-    return ProxyConfig(**{**vars(SIZES[size]), **settings})
+    return replace(
+        SIZES[size],
+        rows_per_update=ROWS_PER_UPDATE,
+        learning_rate=learning_rate,
+        warmup_updates=20,
+        averaging=0.95,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,17 +129,7 @@ class TaskLibrary:
 
     def _weights(self, target: str, base: BaseModel) -> dict[str, Tensor]:
         """Weights of a base model: trained once, then read from the work folder."""
-        corpus = self.corpus(target)
-        skew = "" if base.sharpness is None else f"-{base.sharpness:g}"
-        return train_bases(
-            corpus,
-            self.start_state(target, base)[None],
-            BaseConfig(models=1, tokens=base.tokens, seed=base.seed),
-            ProxyConfig(**{**vars(proxy_config(base.size)), "seed": base.seed}),
-            row_tokens=ROW_TOKENS,
-            directory=self.work / f"base-{corpus.fingerprint[:8]}-{base.size}-{base.tokens}-{base.seed}{skew}",
-            progress=False,
-        )
+        return base_weights(self.corpus(target), base, self.start_state(target, base), self.work)
 
     def _space(self, target: str, name: str, seed: int) -> Space:
         """The rows of each domain; `seed` draws random partitions."""
@@ -147,8 +145,9 @@ class TaskLibrary:
             return documents.space(name, documents.parts(count, seed))
         path = self.work / f"clusters-{corpus.fingerprint[:8]}-{count}.npy"
         if not path.exists():
-            of_target = round(0.35 * count)
-            np.save(path, documents.clusters({SOURCE: count - of_target, TARGET: of_target}))
+            array = io.BytesIO()
+            np.save(array, documents.clusters(_of_fields(count, 0.35)))
+            write_atomically(path, array.getvalue())
         return documents.space(name, np.load(path))
 
     def _questions(self, target: str, name: str, side: str) -> Halves:
@@ -186,6 +185,27 @@ class TaskLibrary:
         )
 
 
+def base_weights(corpus: Corpus, base: BaseModel, state: FloatArray, work: Path) -> dict[str, Tensor]:
+    """Weights of a base model: trained once, then read from a folder in `work`.
+
+    Args:
+        corpus: Text.
+        base: The model.
+        state: (52,), the mix that it is trained on.
+        work: Folder of the library.
+    """
+    skew = "" if base.sharpness is None else f"-{base.sharpness:g}"
+    return train_bases(
+        corpus,
+        state[None],
+        BaseConfig(models=1, tokens=base.tokens, seed=base.seed),
+        replace(proxy_config(base.size), seed=base.seed),
+        row_tokens=ROW_TOKENS,
+        directory=work / f"base-{corpus.fingerprint[:8]}-{base.size}-{base.tokens}-{base.seed}{skew}",
+        progress=False,
+    )
+
+
 def held_out_pairs(corpus: Corpus, field: str, most: int) -> list[Question]:
     """Pieces of documents that nothing was trained on, each as a prompt and its completion.
 
@@ -211,16 +231,21 @@ def held_out_pairs(corpus: Corpus, field: str, most: int) -> list[Question]:
 
 
 def _random_groups(count: int, seed: int) -> IntArray:
-    """Number of the merged domain of each of the 52; a third of them, at least one, are of the target field: (52,)."""
+    """Number of the merged domain of each of the 52; a third of them are of the target field: (52,)."""
     rng = np.random.default_rng([seed, 11])
-    counts = {TARGET: max(1, round(count / 3))}
-    counts[SOURCE] = max(1, count - counts[TARGET])
+    counts = _of_fields(count, 1 / 3)
     group, first = np.zeros(NUM_CANONICAL, dtype=np.int64), 0
     for position, name in enumerate(FIELDS):
         part = slice(position * NUM_TOPICS, (position + 1) * NUM_TOPICS)
         group[part] = first + rng.permutation(NUM_TOPICS) % counts[name]
         first += counts[name]
     return group
+
+
+def _of_fields(count: int, target_share: float) -> dict[str, int]:
+    """Field -> number of its domains, at least one."""
+    of_target = max(1, round(target_share * count))
+    return {SOURCE: max(1, count - of_target), TARGET: of_target}
 
 
 def texts(questions: Sequence[Question]) -> list[str]:

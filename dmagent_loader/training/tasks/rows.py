@@ -5,6 +5,8 @@ Shapes: D domains, R rows of a step.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -80,16 +82,22 @@ class TaskRows:
         noise = self._spec.perturbation.noise
         if not is_noise or noise is None:
             return tokens
-        of_topic = np.flatnonzero(self._space.canonical == self._topic)
-        for place in np.flatnonzero(self._space.canonical[rows] == self._topic):
-            if noise == "repeated":
-                tokens[place] = self._space.read(of_topic[:1])[0]
-                continue
+        places = np.flatnonzero(self._space.canonical[rows] == self._topic)
+        if noise == "repeated":
+            first = np.flatnonzero(self._space.canonical == self._topic)[:1]
+            tokens[places] = self._space.read(first)
+            return tokens
+        for place in places:
             rng = np.random.default_rng([3, int(rows[place])])
-            vocabulary = int(self._space.tokens.max()) + 1
             row = tokens[place]
-            tokens[place] = rng.permutation(row) if noise == "shuffled" else rng.integers(vocabulary, size=len(row))
+            tokens[place] = (
+                rng.permutation(row) if noise == "shuffled" else rng.integers(self._vocabulary, size=len(row))
+            )
         return tokens
+
+    @functools.cached_property
+    def _vocabulary(self) -> int:
+        return int(self._space.tokens.max()) + 1
 
 
 def with_target_pool(space: Space, spec: TaskSpec) -> Space:

@@ -189,6 +189,7 @@ class ProxySimulator:
 
     def _prepare(self, spec: TaskSpec) -> None:
         """What all runs of a task share."""
+        self._spec = None  # if a part cannot be made, the parts are of two tasks
         library, perturbed = self.library, spec.perturbation.kind
         self._weights = library.weights(spec.target, spec.base)
         self._base = ProxyModel(proxy_config(spec.base.size), self._weights).proxies

@@ -19,7 +19,7 @@ from dmagent_loader.errors import ConfigurationError
 Schedule = Literal["constant", "linear", "cosine", "rewarm", "wsd"]
 Kind = Literal["none", "noise", "runs_out", "stale_probe", "noisy_questions", "bad_base"]
 Noise = Literal["random", "shuffled", "repeated"]
-SPACES = ("canonical", "merged", "parts", "clusters")
+NUMBERED_SPACES = ("merged", "parts", "clusters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,8 @@ class TaskSpec:
         if not is_finite_number(self.balance) or not 0 <= self.balance <= 1:
             raise ConfigurationError(f"balance is {shown(self.balance)}; it must lie between 0 and 1")
         kind, _, count = self.space.partition("-")
-        if kind not in SPACES or (kind == "canonical") == count.isdigit():
+        is_numbered = kind in NUMBERED_SPACES and count.isdecimal() and int(count) > 0
+        if self.space != "canonical" and not is_numbered:
             raise ConfigurationError(
                 f"unknown domain space {shown(self.space)}; choose 'canonical', or 'merged', 'parts' or 'clusters' "
                 "with a number, such as 'merged-7'"
@@ -165,8 +166,8 @@ def learning_rate_factor(schedule: Schedule, progress: float) -> float:
 
     Args:
         schedule: ``"constant"``; ``"linear"``: falls to 0; ``"cosine"``: falls to a tenth; ``"rewarm"``: rises over the
-            first tenth of the run, then as cosine; ``"wsd"``: constant, then falls to 0 over the last fifth. All but
-            ``"rewarm"`` rise over the first 20 updates, see `ProxyConfig.warmup_updates`.
+            first tenth of the run, then as cosine; ``"wsd"``: constant, then falls to 0 over the last fifth. All of
+            them are scaled down during the first 20 updates, see `ProxyConfig.warmup_updates`.
         progress: Part of the run that is done, 0 to 1.
     """
     if schedule == "constant":

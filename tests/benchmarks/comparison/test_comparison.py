@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.comparison import policies, records
+from benchmarks import records
+from benchmarks.comparison import policies
 from benchmarks.comparison.pictures import pareto
 from benchmarks.comparison.policies import Entry, TaskContext, entries, natural, shuffled, with_ablations
 from benchmarks.comparison.record import paths, record

@@ -31,6 +31,8 @@ def test_ids_differ_with_any_setting(task: TaskSpec) -> None:
         ({"schedule": "sawtooth"}, "unknown schedule 'sawtooth'"),
         ({"space": "merged"}, "unknown domain space 'merged'"),
         ({"space": "canonical-3"}, "unknown domain space 'canonical-3'"),
+        ({"space": "canonical-all"}, "unknown domain space 'canonical-all'"),
+        ({"space": "parts-0"}, "unknown domain space 'parts-0'"),
         ({"balance": 1.5}, "balance is 1.5"),
         ({"steps": 0}, "steps"),
         ({"perturbation": {"kind": "noise", "noise": None, "onset": 0.0}}, "of kind 'noise' with noise None"),

@@ -105,7 +105,7 @@ def test_the_influence_policy_runs_by_name(simulator: ProxySimulator, task: Task
     assert episode.influence is not None
 
 
-@pytest.mark.parametrize("space", ["canonical", "merged-2", "parts-2", "clusters-12"])
+@pytest.mark.parametrize("space", ["canonical", "merged-2", "parts-2", "clusters-12", "clusters-1"])
 def test_every_space_runs(simulator: ProxySimulator, task: TaskSpec, space: str) -> None:
     task = replace(task, space=space, steps=1)
     episode = run_episode(simulator, task, 0, lambda start: start.at(0.3))
@@ -145,6 +145,15 @@ def test_steps_must_divide_into_updates(simulator: ProxySimulator, task: TaskSpe
         simulator.reset(replace(task, tokens_per_step=1000), 0)
 
 
+def test_a_task_that_cannot_be_prepared_leaves_nothing_behind(simulator: ProxySimulator, task: TaskSpec) -> None:
+    """The comparison goes on with the next run, which may be of the task before."""
+    before = run_episode(simulator, task, 0, lambda start: start.at(0.3))
+    with pytest.raises(ConfigurationError, match="no question set 'nothing'"):
+        simulator.reset(replace(task, base=replace(task.base, seed=1), keep="nothing"), 0)
+    after = run_episode(simulator, task, 0, lambda start: start.at(0.3))
+    np.testing.assert_array_equal(after.feedback, before.feedback)
+
+
 def test_reward_by_hand() -> None:
     ranges = attainable([np.array([0.1, 0.0]), np.array([0.0, 1.0]), np.array([-0.3, 2.0])])
     np.testing.assert_allclose(ranges, [0.4, 2.0])
@@ -155,6 +164,18 @@ def test_reward_by_hand() -> None:
 
 def test_gymnasium_accepts_the_environment(simulator: ProxySimulator, task: TaskSpec) -> None:
     check_env(MixingEnv(simulator, task), skip_render_check=True)
+
+
+def test_the_environment_refuses_what_it_cannot_run(simulator: ProxySimulator, task: TaskSpec) -> None:
+    with pytest.raises(ConfigurationError, match="specs is empty"):
+        MixingEnv(simulator, [])
+    env = MixingEnv(simulator, [task, replace(task, space="merged-5")], ranges=lambda _: np.ones(2))
+    with pytest.raises(ConfigurationError, match="task 1 has 5 domains, but the first of specs has 7"):
+        env.reset(options={"task": 1})
+    env.reset(options={"task": 0})
+    for action in (np.full(7, np.nan), np.ones(6)):
+        with pytest.raises(ConfigurationError, match="a finite weight for each of 7 domains"):
+            env.step(action)
 
 
 def test_the_reward_comes_at_the_end(simulator: ProxySimulator, task: TaskSpec) -> None:
