@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.comparison.records import add, lines
+from benchmarks.records import add, lines
 from dmagent_loader.agent.plus.observation import Facts
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
