@@ -337,6 +337,10 @@ class AgentWeightedSampler(FeedDataset):
         """Samples, over all ranks, between two decisions; None: not derived from the length of the run yet."""
         return self._deciding().cadence.interval
 
+    def planned_decisions(self, samples: int) -> int:
+        """Most decisions in a run of some samples over all ranks; known before the interval between them is."""
+        return self._deciding().cadence.planned(samples)
+
     def begin_decisions(self) -> None:
         """Logs how many decisions the run will have, and derives the interval between them if it is not known yet.
 
