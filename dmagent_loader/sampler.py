@@ -165,10 +165,9 @@ class AgentWeightedSampler(FeedDataset):
             by_domain = shards if isinstance(shards, Mapping) else load_manifest(shards)
             of_file = compositions if isinstance(compositions, (str, os.PathLike)) else None
             stated = {} if isinstance(compositions, (str, os.PathLike)) else dict(compositions or {})
-            measured = compositions_of(by_domain, of_file)
-            measured = {name: found for name, found in measured.items() if name not in stated}
-            stated |= {name: found.shares for name, found in measured.items()}
-            space = DomainSpace.from_names(by_domain, fields=fields, compositions=stated)
+            measured = compositions_of(by_domain, of_file, stated=stated)
+            shares = {name: found.shares for name, found in measured.items()}
+            space = DomainSpace.from_names(by_domain, fields=fields, compositions={**stated, **shares})
         collection = open_on_all_ranks(by_domain, reading, pack, on_bad_row)
         with distributed.together(_BUILDING) as facts:
             rows = [collection.shard_rows(d) for d in range(len(space))]
@@ -337,6 +336,10 @@ class AgentWeightedSampler(FeedDataset):
     def samples_per_reweight(self) -> int | None:
         """Samples, over all ranks, between two decisions; None: not derived from the length of the run yet."""
         return self._deciding().cadence.interval
+
+    def planned_decisions(self, samples: int) -> int:
+        """Most decisions in a run of some samples over all ranks; known before the interval between them is."""
+        return self._deciding().cadence.planned(samples)
 
     def begin_decisions(self) -> None:
         """Logs how many decisions the run will have, and derives the interval between them if it is not known yet.

@@ -73,7 +73,8 @@ def collate_packed(
     wide = np.empty((len(names), *stacked.shape), np.int64)
     wide[: 1 + labels] = stacked
     if end_token is not None:
-        starts = _document_starts(samples, stacked, end_token)
+        # Rows that were read together have no other member; to ask a lazy one would read it once more.
+        starts = _document_starts(samples if together is None else (), stacked, end_token)
         places = np.arange(stacked.shape[1])
         np.subtract(places, np.maximum.accumulate(np.where(starts, places, 0), axis=1), out=wide[-1])
         if labels:
@@ -85,10 +86,16 @@ def collate_packed(
 def _document_starts(
     samples: Sequence[Mapping[str, Any]], rows: np.ndarray[Any, Any], end_token: int
 ) -> np.ndarray[Any, Any]:
-    """Whether a document, or a part of one, begins at a token, (B, T)."""
+    """Whether a document, or a part of one, begins at a token, (B, T).
+
+    Args:
+        samples: B rows, which may say themselves where documents end; empty: none of them does.
+        rows: Their tokens, (B, T).
+        end_token: Id of the end-of-text token.
+    """
     starts = np.ones(rows.shape, np.bool_)
     starts[:, 1:] = rows[:, :-1] == end_token
-    for sample, row in zip(samples, starts, strict=True):
+    for sample, row in zip(samples, starts, strict=False):
         if LENGTHS_MEMBER in sample:
             row[1:] = False
             row[np.cumsum(sample[LENGTHS_MEMBER])[:-1]] = True

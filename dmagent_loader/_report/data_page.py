@@ -146,7 +146,7 @@ def _field_topics(facts: Sequence[DomainFacts], field: str) -> tuple[FloatArray,
     """Rows of each topic of a field, (26,), and its rows without a topic; domains count by their rows."""
     members = [domain for domain in facts if domain.field == field]
     known = sum((domain.rows * domain.known * domain.shares for domain in members), np.zeros(len(CANONICAL_TOPICS)))
-    return known, float(sum(domain.rows for domain in members) - known.sum())
+    return known, max(0.0, _rows(facts, field) - known.sum())  # rounding can make it negative
 
 
 def _topic_table(facts: Sequence[DomainFacts], field: str) -> Table:

@@ -38,6 +38,7 @@ class Cadence:
                 "decisions: leave one out"
             )
         self._asked = None if decisions is None else whole_number("decisions", decisions, least=1)
+        self._wanted = self._asked or DEFAULT_DECISIONS
         self.interval: int | None = None
         if samples_per_reweight is not None:
             self.interval = whole_number("samples_per_reweight", samples_per_reweight, least=1)
@@ -53,6 +54,17 @@ class Cadence:
         """
         assert self.interval is not None
         return consumed >= (previous // self.interval + 1) * self.interval
+
+    def planned(self, total: int) -> int:
+        """Most decisions of a run: the same number before and after the interval is derived.
+
+        Args:
+            total: Samples of the whole run over all ranks.
+        """
+        if self.is_derived:
+            return self._wanted
+        assert self.interval is not None
+        return max(1, -(-total // self.interval))
 
     def restore(self, interval: int | None) -> None:
         """Takes over the interval of a saved run, unless the user has set one."""
@@ -73,11 +85,10 @@ class Cadence:
             total: Samples of the whole run over all ranks; None: unknown.
             step: Samples of one step over all ranks.
         """
-        wanted = self._asked or DEFAULT_DECISIONS
         if total is None:
-            self._begin_without_end(wanted)
+            self._begin_without_end()
             return
-        spread = -(-max(1, -(-total // step)) // wanted) * step
+        spread = -(-max(1, -(-total // step)) // self._wanted) * step
         interval = self.interval = self.interval or spread
         count = max(1, -(-total // interval))
         if self._is_restored:
@@ -114,7 +125,7 @@ class Cadence:
                 max(1, interval // step),
             )
 
-    def _begin_without_end(self, wanted: int) -> None:
+    def _begin_without_end(self) -> None:
         """`begin` for a run of unknown length."""
         if self.interval is not None:
             logger.info("one decision after every %d samples, in a run of unknown length", self.interval)
@@ -124,6 +135,6 @@ class Cadence:
             "the length of this run is unknown, so its %d decisions cannot be spread over it: one decision follows "
             "after every %d samples instead; limit the run (max_steps of the trainer, or samples= of Mixing.begin), or "
             "pass samples_per_reweight= to the sampler",
-            wanted,
+            self._wanted,
             self.interval,
         )

@@ -46,12 +46,11 @@ def common_state(metadata: Path) -> bytes:
         ValueError: It is not the metadata of a checkpoint with such a part.
         OSError: A file cannot be read.
     """
+    data = read_regular(metadata, _MAX_METADATA_BYTES)
     try:
-        stored = _InertUnpickler(io.BytesIO(read_regular(metadata, _MAX_METADATA_BYTES))).load().storage_data
+        stored = _InertUnpickler(io.BytesIO(data)).load().storage_data
         found = next(part for index, part in stored.items() if index.fqn.startswith(_KEY))
         name, offset, length = Path(found.relative_path).name, int(found.offset), int(found.length)
-    except OSError:
-        raise
     except Exception as error:  # a pickle that is damaged, or holds something else, fails in any way
         raise ValueError(f"{metadata} does not list a common state: {error!r}") from error
     if not 0 < length <= MAX_STATE_BYTES or offset < 0:

@@ -56,6 +56,8 @@ class Environment(Evaluation):
         -5.5452
     """
 
+    _kind = "questions"
+
     def __init__(
         self, questions: Mapping[str, list[Question]], tokenizer: Tokenizer, settings: EnvironmentSettings
     ) -> None:
@@ -218,8 +220,6 @@ class Environment(Evaluation):
             rank=rank,
             world_size=world_size,
         )
-
-    _kind = "questions"
 
     def _windows_of(self, model: Model) -> dict[str, list[ScoredWindow]]:
         vocabulary = model_vocabulary(model)

@@ -36,7 +36,7 @@ class LogLikelihoods(NamedTuple):
 
 
 class Evaluation(ABC):
-    """What `Environment` (questions) and `RowEnvironment` (training rows) share: the evaluation of a model.
+    """The evaluation of a model, common to `Environment` (questions) and `RowEnvironment` (training rows).
 
     Under torch.distributed, the windows are split over the ranks; all ranks call `evaluate` and get the same numbers.
 
@@ -50,7 +50,7 @@ class Evaluation(ABC):
     """
 
     _kind = "windows"
-    """What the windows are, for messages."""
+    """Noun for the windows, for messages."""
 
     def __init__(self, settings: EnvironmentSettings) -> None:
         self.settings = settings

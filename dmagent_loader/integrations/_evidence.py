@@ -249,10 +249,11 @@ class LossProbe:
         Args:
             lengths: Number of tokens of the rows that were read.
         """
-        samples, interval = self._sampler.run_length.limit, self._sampler.samples_per_reweight
-        if samples is None or interval is None:
+        samples = self._sampler.run_length.limit
+        if samples is None:
             return None
-        decisions = math.ceil(samples / interval)
+        # Not the interval: it is derived only after the first decision, and the rows must be the same before all.
+        decisions = self._sampler.planned_decisions(samples)
         # The backward pass of a training step counts as two forward ones.
         most_tokens = MOST_COST * 3 * samples * sum(lengths) / len(lengths) / decisions
         read = sum(min(length, MAX_ROW_TOKENS) for length in lengths) / len(lengths)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -125,7 +125,9 @@ def load_start_state(path: str | os.PathLike[str]) -> Composition:
     return found[START_STATE]
 
 
-def compositions_of(shards: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> dict[str, Composition]:
+def compositions_of(
+    shards: Mapping[str, Any], path: str | os.PathLike[str] | None = None, *, stated: Collection[str] = ()
+) -> dict[str, Composition]:
     """The measured compositions of a run: of a file, and for the other domains of the file beside the manifest.
 
     Compositions of which it is known that they say little are left out, with a warning. Domains whose shards have
@@ -134,6 +136,7 @@ def compositions_of(shards: Mapping[str, Any], path: str | os.PathLike[str] | No
     Args:
         shards: Domains of the run; a manifest may have a file beside it.
         path: Path or URL of a file of compositions; None: only that beside the manifest.
+        stated: Domains whose compositions come from the user; those in files do not matter.
 
     Raises:
         ShardNotFoundError: There is no file at `path`.
@@ -152,7 +155,7 @@ def compositions_of(shards: Mapping[str, Any], path: str | os.PathLike[str] | No
     changed: dict[str, list[str]] = {}
     thin: dict[str, list[str]] = {}
     for name, (url, composition) in found.items():
-        if name not in shards:
+        if name not in shards or name in stated:
             continue
         if composition.is_thin:
             thin.setdefault(url, []).append(name)

@@ -45,6 +45,8 @@ class DocumentEncoder:
         self.description += f", key {text_key!r}" * (text_key != "text")
         self.description += ", special tokens parsed" * parse_special_tokens
         self._start()
+        largest = max(self._tokenizer.get_vocab().values())
+        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
 
     def _start(self) -> None:
         library = require_extra("tokenizers", "hf")
@@ -54,8 +56,6 @@ class DocumentEncoder:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = not self._parses
         self._decode = Decoder()
-        largest = max(self._tokenizer.get_vocab().values())
-        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)
 
     @property
     def ends_are_certain(self) -> bool:

@@ -98,8 +98,8 @@ class PackedRows:
             pack: Settings of the rows.
             cache_dir: Folder of the shard indexes; counts are kept there, too.
             progress: Whether to show a progress bar while tokens are counted.
-            max_bad: Bad documents that are left out: their largest number, or, as a float, their largest share of each
-                domain.
+            max_bad: Bad documents that are left out: their largest number in all domains, or, as a float, their largest
+                share of each domain.
 
         Raises:
             DecodeError: There are more bad documents.
@@ -121,13 +121,16 @@ class PackedRows:
                 self._refuse(domain, shard, int(np.flatnonzero(counts == 0)[0]), int(bad[domain][shard]), max_bad)
             self._contents[domain][shard] = self._content(domain, shard, counts)
         self._rows = [of_domain // self._length for of_domain in tokens]
+        found = 0
         for domain, name in enumerate(self._collection.domains):
             documents, left_out = int(self._collection.shard_rows(domain).sum()), int(bad[domain].sum())
-            allowed = max_bad * documents if isinstance(max_bad, float) else max_bad
-            if left_out > allowed:
+            found, allowed = (
+                (left_out, max_bad * documents) if isinstance(max_bad, float) else (found + left_out, max_bad)
+            )
+            if found > allowed:
                 shard = int(np.flatnonzero(bad[domain])[0])
                 row = int(np.flatnonzero(self._counts.of(domain, shard) == 0)[0])
-                self._refuse(domain, shard, row, left_out, max_bad)
+                self._refuse(domain, shard, row, found, max_bad)
             total, rows = int(tokens[domain].sum()), int(self._rows[domain].sum())
             account = PackingAccount(
                 documents=documents - left_out,

@@ -74,6 +74,17 @@ def test_a_batch_is_read_into_one_array_only_if_it_can_be(shards, tmp_path):
     assert read_together([], PACKED_MEMBER) is None
 
 
+def test_documents_are_kept_apart_without_reading_the_rows_once_more(shards, tmp_path):
+    eager = take(build(shards, tmp_path), 8)
+    end_token = int(eager[0][PACKED_MEMBER][7])
+    rows = take(build(shards, tmp_path, decode="lazy"), 8)
+    batch, expected = (collate_packed(samples, end_token=end_token) for samples in (rows, eager))
+    assert torch.equal(batch["position_ids"], expected["position_ids"])
+    assert torch.equal(batch["labels"], expected["labels"])
+    assert batch["position_ids"][0, 8] == 0
+    assert read_together(rows, PACKED_MEMBER) is not None, "a row was read by itself"
+
+
 @pytest.mark.parametrize(
     "rows",
     [

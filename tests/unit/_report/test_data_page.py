@@ -84,3 +84,12 @@ def test_the_page_weights_domains_by_their_rows() -> None:
         assert f'<th scope="row">{topic}</th><td>{share}</td>' in report.page
     assert "1,010 rows in 3 domains." in report.page
     assert "topics by linear (abc)" in report.page
+
+
+def test_no_share_is_negative_by_rounding() -> None:
+    """The shares of these topics sum to a little more than 1."""
+    pytest.importorskip("matplotlib")
+    report = write_data_page(
+        [facts("source/a", {"News": 11, "Games": 48}, sampled=59, unsure=0)], title="All known", classifier="linear"
+    )
+    assert '<th scope="row">(no topic)</th><td>0.0%</td>' in report.page

@@ -193,8 +193,10 @@ def test_a_composition_of_little_is_warned_of(
     assert "most of the documents sampled of ['target/cook'] had no topic" in caplog.text
     assert [domain.composition is None for domain in sampler.space.domains] == [False, True]
     shares = load_compositions(tmp_path / "s" / COMPOSITIONS_NAME)["target/cook"].shares
+    caplog.clear()
     forced = AgentWeightedSampler(tmp_path / "s", compositions={"target/cook": shares}, reading=reading)
     assert forced.space.domains[1].composition == {"Food_and_Drink": 1.0}
+    assert "had no topic" not in caplog.text
 
 
 def test_packed_rows_are_composed_with_their_tokenizer(

@@ -402,6 +402,32 @@ def test_losses_cost_at_most_a_hundredth_of_a_run_of_known_length(tmp_path, samp
     assert full["dmagent/losses_tokens"] == 16 * 4 * rows
 
 
+def test_the_cost_of_losses_is_limited_before_the_interval_is_derived_and_in_a_resumed_run(tmp_path):
+    """Read without a limit before the first decision, the losses cost 50 times as much, until the run was resumed."""
+
+    def decide(run, consumed):
+        run.consumed = consumed
+        list(zip(run.sampler, range(10), strict=False))
+        assert run.due()
+        return run.reweight(lambda environment: environment.evaluate(model))
+
+    def build():
+        return mixing(tmp_path, "odm", samples_per_reweight=None, decisions=2500, exhausted="repeat")
+
+    model, first, second = Model(), build(), build()
+    first.begin(samples=4_000_000)
+    assert first.sampler.samples_per_reweight is None
+    assert decide(first, 0).full["dmagent/losses_tokens"] == 16 * 4 * 12
+    first.consumed = 10
+    assert not first.due()
+    assert first.sampler.samples_per_reweight == 1600
+    second.load_state_dict(first.state_dict())
+    second.begin(samples=4_000_000)
+    reports = [run.reweight(lambda environment: environment.evaluate(model)) for run in (first, second)]
+    assert [report.full["dmagent/losses_tokens"] for report in reports] == [16 * 4 * 12] * 2
+    assert reports[0].decision.proposed == reports[1].decision.proposed
+
+
 def test_the_rows_of_losses_are_read_once(tmp_path, monkeypatch):
     run, model, read = mixing(tmp_path, "odm"), Model(), []
     probe_rows = run.sampler.probe_rows

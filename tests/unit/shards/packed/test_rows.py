@@ -159,6 +159,16 @@ def test_bad_documents_are_named_or_left_out(tmp_path, caplog):
     assert "domain 'source/a': 2 rows cannot be packed and are left out" in caplog.text
 
 
+def test_a_number_of_bad_documents_bounds_those_of_all_domains(tmp_path):
+    """As it bounds the bad rows of a run."""
+    texts: list[str | bytes] = ["a" * 30, b"\xff\xfe", b"\xff"]
+    paths = write_documents(tmp_path, {"source/a": [texts], "target/b": [["c" * 30], texts]})
+    with pytest.raises(DecodeError, match=r"'target/b', row 1 of .* \(4 such rows\): .* than max_bad_rows=3 allows"):
+        open_packed(paths, tmp_path, max_bad=3)
+    accounts = open_packed(paths, tmp_path, max_bad=4).accounts
+    assert [account.bad_documents for account in accounts.values()] == [2, 2]
+
+
 def test_text_that_spells_the_end_token_is_text_or_named(tmp_path):
     """A tokenizer that has the end-of-text token as a usual word cannot read it as text."""
     words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
