@@ -9,10 +9,12 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from dmagent_loader._files import only_writer
 from dmagent_loader.cli.shards import add_input_arguments, add_reading_arguments, input_domains, read_options
 from dmagent_loader.environment.questions import read_questions
 from dmagent_loader.errors import ConfigurationError
@@ -92,6 +94,17 @@ def filter_documents(args: argparse.Namespace) -> int:
     )
     domains = {name: FileDocuments(name, paths, read_options(args)) for name, paths in input_domains(args).items()}
     refuse_inputs_below(args.output, (url for documents in domains.values() for url in documents.urls))
+    with only_writer(args.output, "documents"):
+        _filter_domains(args, domains, config)
+    for field in dict.fromkeys(name.split("/", 1)[0] for name in domains):
+        print(
+            f"wrote {args.output / field}; next: dmagent label or shard --input {args.output / field} --field {field}"
+        )
+    return 0
+
+
+def _filter_domains(args: argparse.Namespace, domains: Mapping[str, FileDocuments], config: FilterConfig) -> None:
+    """Writes the kept and the dropped documents of all domains, or none."""
     present = [name for name in domains if (args.output / f"{name}.jsonl.gz").exists()]
     if present:
         raise ConfigurationError(f"{str(args.output)!r} holds the domain(s) {present} already: choose another --output")
@@ -118,11 +131,6 @@ def filter_documents(args: argparse.Namespace) -> int:
         raise ConfigurationError(f"{str(args.output)!r} cannot be written: {error}; pass another --output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for field in dict.fromkeys(name.split("/", 1)[0] for name in domains):
-        print(
-            f"wrote {args.output / field}; next: dmagent label or shard --input {args.output / field} --field {field}"
-        )
-    return 0
 
 
 def _filter_domain(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from dmagent_loader._files import locked, write_atomically
+from dmagent_loader._files import only_writer, write_atomically
 from dmagent_loader._validation import read_regular
 from dmagent_loader.errors import ConfigurationError, ShardError
 from dmagent_loader.labelling.documents import DomainDocuments
@@ -88,7 +88,7 @@ def label_domains(
     """
     root = Path(output)
     refuse_inputs_below(root, (url for documents in domains.values() for url in documents.urls))
-    with _exclusive(root):
+    with only_writer(root, "labels"):
         if split:
             _check_replaced(domains, root)
         counted = {}
@@ -312,20 +312,3 @@ def _split(domains: Mapping[str, DomainDocuments], root: Path, progress: bool) -
     with contextlib.suppress(OSError):
         (root / UNSURE_FOLDER).rmdir()  # if it is empty
     shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _exclusive(root: Path) -> Iterator[None]:
-    """Admits one writer per folder at a time."""
-    with contextlib.ExitStack() as stack:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(root / ".lock"))
-        except TimeoutError as error:
-            raise ConfigurationError(f"another process is writing labels to {str(root)!r}: wait for it") from error
-        except OSError as error:
-            raise ConfigurationError(
-                f"labels cannot be written to {str(root)!r}: {error}; choose a folder that can be written to, on a "
-                "file system with locks"
-            ) from error
-        yield

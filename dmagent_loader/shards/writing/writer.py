@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dmagent_loader._files import locked, write_atomically
+from dmagent_loader._files import only_writer, write_atomically
 from dmagent_loader.errors import ConfigurationError, DomainError, EmptyShardError, ShardError
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.inputs.chat import load_template
@@ -103,7 +103,7 @@ def shard_files(
     )
     settings = _settings(config, tokenizer)
     _refuse_own_shards(root, inputs)
-    with _exclusive(root):
+    with only_writer(root, "shards"):
         kept = _earlier_entries(root)
         earlier = {domain: kept[domain] for domain in domains if domain in kept}
         job = Job(root, inputs, config, {**settings, "piece_bytes": PIECE_BYTES})
@@ -379,23 +379,6 @@ def _settings(config: ShardingConfig, tokenizer: TextTokenizer | None) -> dict[s
         "sequence_length": config.sequence_length,
         "dtype": tokenizer.dtype.name,
     }
-
-
-@contextlib.contextmanager
-def _exclusive(root: Path) -> Iterator[None]:
-    """Admits one writer per folder at a time."""
-    with contextlib.ExitStack() as stack:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(root / ".lock"))
-        except TimeoutError as error:
-            raise ConfigurationError(f"another process is writing shards to {str(root)!r}: wait for it") from error
-        except OSError as error:
-            raise ConfigurationError(
-                f"shards cannot be written to {str(root)!r}: {error}; choose a folder that can be written to, on a "
-                "file system with locks"
-            ) from error
-        yield
 
 
 def _earlier_entries(root: Path) -> dict[str, Any]:

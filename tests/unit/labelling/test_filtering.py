@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from shard_fixtures import write_jsonl
 
+from dmagent_loader._files import locked
 from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.labelling.filtering import (
@@ -168,3 +169,13 @@ def test_the_command_refuses_an_output_that_holds_its_inputs(
     assert "lies in the output folder" in capsys.readouterr().err
     assert main([*command, "--drop-quality", "Medium"]) == 2
     assert "--drop-quality has no effect without --quality" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_filter_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one would remove the documents of the first, which it has not finished."""
+    web = write_jsonl(tmp_path / "web.jsonl", [{"text": "kept here"}])
+    command = ["filter", "--domain", f"source/web={web}", "--output", str(tmp_path / "out"), "--no-progress"]
+    with locked(tmp_path / "out" / ".lock"):
+        assert main(command) == 2
+    assert "another process is writing documents to" in capsys.readouterr().err
+    assert main(command) == 0
