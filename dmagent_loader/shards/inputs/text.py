@@ -64,6 +64,17 @@ def read_text(
     Raises:
         ShardError: The file is damaged, or has no column with the text.
     """
+    reported = start
+    for record, position in _positioned(source, start, stop, options):
+        yield record
+        advance(position - reported)
+        reported = position
+
+
+def _positioned(
+    source: Input, start: int, stop: int | None, options: ReadOptions
+) -> Iterator[tuple[Record | Rejected, int]]:
+    """Records, each with the number of stored bytes up to its end."""
     name = display_url(source.url)
     try:
         with stored_file(source.url) as stored, _unpacked(name, stored, source.compression, start) as file:
@@ -76,12 +87,8 @@ def read_text(
                 records = _json_array(name, file)
             else:
                 records = _json_lines(name, file, start, stop)
-            reported = start
             for record in records:
-                yield record
-                position = stored.tell()
-                advance(position - reported)
-                reported = position
+                yield record, stored.tell()
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
         raise ShardError(
             f"{name} is damaged or cannot be read to its end ({error}): what follows would be lost; fetch it again"
