@@ -59,17 +59,19 @@ def divide(inputs: Sequence[Input], piece_bytes: int = PIECE_BYTES) -> list[Piec
     """
     pieces: list[Piece] = []
     small: list[Input] = []
+    small_bytes = 0
     for source in inputs:
         parts = list(pairwise(_boundaries(source, piece_bytes)))
         if len(parts) > 1:
             pieces.extend(_shared(small))
-            small = []
+            small, small_bytes = [], 0
             pieces.extend(Piece(inputs=(source,), start=start, stop=stop) for start, stop in parts)
             continue
         small.append(source)
-        if sum(item.size for item in small) >= piece_bytes:
+        small_bytes += source.size
+        if small_bytes >= piece_bytes:
             pieces.extend(_shared(small))
-            small = []
+            small, small_bytes = [], 0
     pieces.extend(_shared(small))
     return pieces
 
