@@ -83,7 +83,7 @@ def _positioned(
             elif source.kind is Kind.CSV:
                 is_tsv = source.name.removesuffix(source.compression).endswith(".tsv")
                 records = _csv(name, file, options, is_tsv=is_tsv)
-            elif _begins_array(file) and not start:
+            elif not start and begins_array(cast("io.BufferedReader", file).peek(64)):
                 records = _json_array(name, file)
             else:
                 records = _json_lines(name, file, start, stop)
@@ -126,8 +126,9 @@ def _check_compression(name: str, head: bytes, compression: str) -> None:
             raise ShardError(f"{name} is compressed, but its name does not say so: rename it to {name}{ending}")
 
 
-def _begins_array(file: IO[bytes]) -> bool:
-    return cast("io.BufferedReader", file).peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+def begins_array(head: bytes) -> bool:
+    """Whether a JSON file with this beginning is one array, not lines."""
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
 
 
 def _json_lines(name: str, file: IO[bytes], start: int, stop: int | None) -> Iterator[Record | Rejected]:

@@ -271,6 +271,12 @@ def test_pieces_of_a_large_file_give_its_documents_once(tmp_path: Path, name: st
         assert len(pieces) > 1 or size >= 100
 
 
+def test_an_array_under_the_name_of_lines_is_one_piece(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS, indent=1))
+    (piece,) = divide(find_inputs("source/a", [tmp_path / "a.jsonl"]), 20)
+    assert len(list(piece.read(ReadOptions(), lambda done: None))) == len(ROWS)
+
+
 def test_pieces_of_a_saved_data_set_give_its_rows_once(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     pieces = divide(find_inputs("source/a", [tmp_path / "saved"]), 500)
