@@ -161,9 +161,9 @@ def dataset_shards(source: Input) -> int:
     return int(_dataset(source, *_builder(source)).num_shards)
 
 
-def dataset_version(source: Input) -> str:
-    """A text that changes with the files of a data set."""
-    return str(_builder(source)[0].hash)
+def version_of(source: Input) -> str:
+    """A text that changes with the content of an input; data sets are looked up for it."""
+    return str(_builder(source)[0].hash) if source.kind is Kind.DATASET else source.version
 
 
 def _dataset_batches(source: Input, start: int, stop: int | None, options: ReadOptions) -> _Batches:
