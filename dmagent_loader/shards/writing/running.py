@@ -91,7 +91,6 @@ class Run:
                 self.config,
                 first_shard=first_shard,
                 first_row=first_row,
-                has_lengths=self.config.parse_special_tokens,
             )
             if not assemblies[domain]:
                 job.remove()  # only other inputs or settings can help
