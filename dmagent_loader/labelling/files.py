@@ -303,12 +303,13 @@ def _split(domains: Mapping[str, DomainDocuments], root: Path, progress: bool) -
                         files[path].write(json.dumps(row, default=str).encode() + b"\n")
     (root / UNSURE_FOLDER).mkdir(exist_ok=True)
     for field in _fields(domains):
+        # The mark in the folder lets the other file be replaced, so that file goes before it and comes after it.
+        _unsure(root, field).unlink(missing_ok=True)
         if (root / field).exists():
             os.replace(root / field, partial / f"{field}.replaced")
-        _unsure(root, field).unlink(missing_ok=True)
+        os.replace(partial / field, root / field)
         if _unsure(partial, field).exists():
             os.replace(_unsure(partial, field), _unsure(root, field))
-        os.replace(partial / field, root / field)
     with contextlib.suppress(OSError):
         (root / UNSURE_FOLDER).rmdir()  # if it is empty
     shutil.rmtree(partial, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,41 @@ def test_inputs_in_the_output_folder_are_refused_and_stay(web: Path, tmp_path: P
         with pytest.raises(ConfigurationError, match="lies in the output folder"):
             run(copy, tmp_path / "loss", ByWord(), split=True)
         assert copy.read_bytes() == web.read_bytes()
+
+
+def test_sorting_that_is_killed_while_it_replaces_goes_on(
+    web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two renames, the folder must not look like one that sorting did not write."""
+    run(web, tmp_path / "out", ByWord(), split=True)
+
+    def contents() -> dict[str, bytes]:
+        files = [path for path in (tmp_path / "out").rglob("*.jsonl.gz") if path.parent.name != "web"]
+        return {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in files}
+
+    expected, kills = contents(), 0
+    assert "unsure/source.jsonl.gz" in expected
+    replace, exceeded = os.replace, False
+    while not exceeded:
+        left = kills
+
+        def killed(source: Path, target: Path) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", killed)
+            try:
+                run(web, tmp_path / "out", ByWord(), split=True)
+                exceeded = True
+            except KeyboardInterrupt:
+                kills += 1
+        run(web, tmp_path / "out", ByWord(), split=True)
+        assert contents() == expected
+    assert kills == 3
 
 
 def test_folders_that_sorting_did_not_write_are_not_replaced(web: Path, tmp_path: Path) -> None:
