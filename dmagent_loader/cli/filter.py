@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from dmagent_loader._files import only_writer
 from dmagent_loader.cli.shards import add_input_arguments, add_reading_arguments, input_domains, read_options
 from dmagent_loader.environment.questions import read_questions
-from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.errors import ConfigurationError, DMAgentError
 from dmagent_loader.labelling.classifier import load_classifier
 from dmagent_loader.labelling.documents import FileDocuments
 from dmagent_loader.labelling.files import refuse_inputs_below
@@ -127,6 +127,8 @@ def _filter_domains(args: argparse.Namespace, domains: Mapping[str, FileDocument
                 final = args.output / folder / f"{name}.jsonl.gz"
                 final.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(partial / folder / f"{name}.jsonl.gz", final)
+    except DMAgentError:
+        raise  # a ShardNotFoundError of an input is an OSError, too
     except OSError as error:
         raise ConfigurationError(f"{str(args.output)!r} cannot be written: {error}; pass another --output") from error
     finally:
