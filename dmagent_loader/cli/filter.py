@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
-import json
 import os
 import shutil
 from collections import Counter
@@ -20,7 +18,7 @@ from dmagent_loader.environment.questions import read_questions
 from dmagent_loader.errors import ConfigurationError, DMAgentError
 from dmagent_loader.labelling.classifier import load_classifier
 from dmagent_loader.labelling.documents import FileDocuments
-from dmagent_loader.labelling.files import refuse_inputs_below
+from dmagent_loader.labelling.files import refuse_inputs_below, rows_file
 from dmagent_loader.labelling.filtering import NGRAM, SHORTEST_QUESTION, DocumentFilter, FilterConfig, counts_text
 from dmagent_loader.labelling.labels import batches
 
@@ -143,8 +141,7 @@ def _filter_domain(
         files = []
         for path in (folder / f"{name}.jsonl.gz", folder / _DROPPED / f"{name}.jsonl.gz"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            raw = stack.enter_context(open(path, "wb"))
-            files.append(stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0)))
+            files.append(stack.enter_context(rows_file(path)))
         bar = stack.enter_context(
             tqdm(total=documents.size, unit="B", unit_scale=True, desc=f"filtering {name}", disable=not progress)
         )
@@ -152,7 +149,7 @@ def _filter_domain(
             reasons = checked.reasons(batch)
             counts.update(reasons)
             for document, reason in zip(batch, reasons, strict=True):
-                row = {**document.columns, "text": document.text} if reason is None else {"origin": document.origin}
-                row |= {} if reason is None else {"reason": reason}
-                files[reason is not None].write(json.dumps(row, default=str).encode() + b"\n")
+                kept = {**document.columns, "text": document.text}
+                row = kept if reason is None else {"origin": document.origin, "reason": reason}
+                files[reason is not None](row)
     return counts
