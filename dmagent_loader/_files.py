@@ -13,6 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from dmagent_loader.errors import ConfigurationError
+
 _SUFFIX = ".partial"
 _ABANDONED_AFTER_SECONDS = 3600.0
 
@@ -96,6 +98,31 @@ def locked(
             # Before the release: a waiter that opened this file sees that it has no name any more, and opens a new one.
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, content: str) -> Iterator[None]:
+    """Admits one writer per folder at a time; makes the folder.
+
+    Args:
+        folder: Folder that is written to.
+        content: Plural of what is written, for messages, such as ``"shards"``.
+
+    Raises:
+        ConfigurationError: Another process writes to the folder, or it cannot be written to.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / ".lock"))
+        except TimeoutError as error:
+            raise ConfigurationError(f"another process is writing {content} to {str(folder)!r}: wait for it") from error
+        except OSError as error:
+            raise ConfigurationError(
+                f"{content} cannot be written to {str(folder)!r}: {error}; choose a folder that can be written to, on "
+                "a file system with locks"
+            ) from error
+        yield
 
 
 @contextlib.contextmanager

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
-import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from dmagent_loader._files import only_writer
 from dmagent_loader.cli.shards import add_input_arguments, add_reading_arguments, input_domains, read_options
 from dmagent_loader.environment.questions import read_questions
-from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.errors import ConfigurationError, DMAgentError
 from dmagent_loader.labelling.classifier import load_classifier
 from dmagent_loader.labelling.documents import FileDocuments
-from dmagent_loader.labelling.files import refuse_inputs_below
+from dmagent_loader.labelling.files import refuse_inputs_below, rows_file
 from dmagent_loader.labelling.filtering import NGRAM, SHORTEST_QUESTION, DocumentFilter, FilterConfig, counts_text
 from dmagent_loader.labelling.labels import batches
 
@@ -92,6 +92,17 @@ def filter_documents(args: argparse.Namespace) -> int:
     )
     domains = {name: FileDocuments(name, paths, read_options(args)) for name, paths in input_domains(args).items()}
     refuse_inputs_below(args.output, (url for documents in domains.values() for url in documents.urls))
+    with only_writer(args.output, "documents"):
+        _filter_domains(args, domains, config)
+    for field in dict.fromkeys(name.split("/", 1)[0] for name in domains):
+        print(
+            f"wrote {args.output / field}; next: dmagent label or shard --input {args.output / field} --field {field}"
+        )
+    return 0
+
+
+def _filter_domains(args: argparse.Namespace, domains: Mapping[str, FileDocuments], config: FilterConfig) -> None:
+    """Writes the kept and the dropped documents of all domains, or none."""
     present = [name for name in domains if (args.output / f"{name}.jsonl.gz").exists()]
     if present:
         raise ConfigurationError(f"{str(args.output)!r} holds the domain(s) {present} already: choose another --output")
@@ -114,15 +125,12 @@ def filter_documents(args: argparse.Namespace) -> int:
                 final = args.output / folder / f"{name}.jsonl.gz"
                 final.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(partial / folder / f"{name}.jsonl.gz", final)
+    except DMAgentError:
+        raise  # a ShardNotFoundError of an input is an OSError, too
     except OSError as error:
         raise ConfigurationError(f"{str(args.output)!r} cannot be written: {error}; pass another --output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for field in dict.fromkeys(name.split("/", 1)[0] for name in domains):
-        print(
-            f"wrote {args.output / field}; next: dmagent label or shard --input {args.output / field} --field {field}"
-        )
-    return 0
 
 
 def _filter_domain(
@@ -133,8 +141,7 @@ def _filter_domain(
         files = []
         for path in (folder / f"{name}.jsonl.gz", folder / _DROPPED / f"{name}.jsonl.gz"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            raw = stack.enter_context(open(path, "wb"))
-            files.append(stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0)))
+            files.append(stack.enter_context(rows_file(path)))
         bar = stack.enter_context(
             tqdm(total=documents.size, unit="B", unit_scale=True, desc=f"filtering {name}", disable=not progress)
         )
@@ -142,7 +149,7 @@ def _filter_domain(
             reasons = checked.reasons(batch)
             counts.update(reasons)
             for document, reason in zip(batch, reasons, strict=True):
-                row = {**document.columns, "text": document.text} if reason is None else {"origin": document.origin}
-                row |= {} if reason is None else {"reason": reason}
-                files[reason is not None].write(json.dumps(row, default=str).encode() + b"\n")
+                kept = {**document.columns, "text": document.text}
+                row = kept if reason is None else {"origin": document.origin, "reason": reason}
+                files[reason is not None](row)
     return counts

@@ -17,7 +17,8 @@ from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
 from dmagent_loader.shards.tar import KeyEnd
 from dmagent_loader.shards.writing.config import ShardingConfig
-from dmagent_loader.shards.writing.writer import REJECTS_NAME, shard_files
+from dmagent_loader.shards.writing.output import REJECTS_NAME
+from dmagent_loader.shards.writing.writer import shard_files
 
 
 def add_shard_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -14,14 +14,16 @@ from dmagent_loader._validation import shown
 from dmagent_loader.errors import ShardError
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.decode import RawSample, decode_npy
+from dmagent_loader.shards.inputs.chat import load_template
 from dmagent_loader.shards.inputs.documents import Document, DocumentReader
 from dmagent_loader.shards.inputs.finding import find_inputs
+from dmagent_loader.shards.inputs.kinds import Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
+from dmagent_loader.shards.inputs.records import Advance
+from dmagent_loader.shards.inputs.tables import version_of
 from dmagent_loader.shards.writing.packing import PACKED_MEMBER, TextTokenizer
 
 _TEXT_MEMBERS = ("txt", "text")
-
-Advance = Callable[[int], object]
 
 
 class DomainDocuments(Protocol):
@@ -73,11 +75,15 @@ class FileDocuments:
         self._options = options or ReadOptions(keep_columns=None)
         self._inputs = find_inputs(domain, paths, self._options)
         self.size = sum(source.size for source in self._inputs)
-        self.urls = [source.url for source in self._inputs]
-        self.identity = [
-            asdict(self._options),
-            *([source.name, source.size, source.version] for source in self._inputs),
-        ]
+        self.urls = [source.url for source in self._inputs if source.kind is not Kind.DATASET]
+
+    @property
+    def identity(self) -> list[Any]:
+        """The options, and the names, sizes and versions of the inputs."""
+        options, template = asdict(self._options), self._options.chat_template
+        if template is not None:
+            options["chat_template"] = load_template(template).sha256
+        return [options, *([source.name, source.size, version_of(source)] for source in self._inputs)]
 
     def read(self, advance: Advance) -> Iterator[Document]:
         """See `DomainDocuments`."""
@@ -117,8 +123,9 @@ class ShardDocuments:
 
     @property
     def identity(self) -> list[Any]:
-        """Digests of the shards."""
-        return [int(content) for content in self.collection.shard_contents(self.domain)]
+        """The column, the tokenizer, and digests of the shards."""
+        tokenizer = None if self.tokenizer is None else [self.tokenizer.sha256, self.tokenizer.eos_id]
+        return [self.text_key, tokenizer, *(int(content) for content in self.collection.shard_contents(self.domain))]
 
     @property
     def urls(self) -> list[str]:

@@ -13,7 +13,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from dmagent_loader._files import locked, write_atomically
+from dmagent_loader._files import only_writer, write_atomically
 from dmagent_loader._validation import read_regular
 from dmagent_loader.errors import ConfigurationError, ShardError
 from dmagent_loader.labelling.documents import DomainDocuments
@@ -88,7 +88,7 @@ def label_domains(
     """
     root = Path(output)
     refuse_inputs_below(root, (url for documents in domains.values() for url in documents.urls))
-    with _exclusive(root):
+    with only_writer(root, "labels"):
         if split:
             _check_replaced(domains, root)
         counted = {}
@@ -128,6 +128,13 @@ def refuse_inputs_below(output: Path, inputs: Iterable[str]) -> None:
                 f"the input {url!r} lies in the output folder {str(output)!r}, where it could be replaced: choose "
                 "another --output"
             )
+
+
+@contextlib.contextmanager
+def rows_file(path: Path) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """Yields a function that writes a row to a new ``.jsonl.gz``; equal rows give equal bytes."""
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+        yield lambda row: file.write(json.dumps(row, default=str).encode() + b"\n")
 
 
 def _part(folder: Path, number: int) -> Path:
@@ -287,7 +294,7 @@ def _split(domains: Mapping[str, DomainDocuments], root: Path, progress: bool) -
         (partial / field).mkdir()
         (partial / field / SPLIT_FILE).write_text(json.dumps({"domains": names}), encoding="utf-8")
     with contextlib.ExitStack() as stack:
-        files: dict[Path, Any] = {}
+        files: dict[Path, Callable[[dict[str, Any]], object]] = {}
         for domain, documents in domains.items():
             field, folder = domain.split("/", 1)[0], root / LABELS / domain
             with tqdm(total=documents.size, unit=documents.unit, desc=f"sorting {domain}", disable=not progress) as bar:
@@ -296,36 +303,19 @@ def _split(domains: Mapping[str, DomainDocuments], root: Path, progress: bool) -
                         topic = label["topic"]
                         path = partial / field / f"{topic}.jsonl.gz" if topic else _unsure(partial, field)
                         if path not in files:
-                            raw = stack.enter_context(open(path, "wb"))
-                            files[path] = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
+                            files[path] = stack.enter_context(rows_file(path))
                         row = {**document.columns, "text": document.text}
                         row |= {"topic": topic, "topic_confidence": label["confidence"], "topic_by": label["by"]}
-                        files[path].write(json.dumps(row, default=str).encode() + b"\n")
+                        files[path](row)
     (root / UNSURE_FOLDER).mkdir(exist_ok=True)
     for field in _fields(domains):
+        # The mark in the folder lets the other file be replaced, so that file goes before it and comes after it.
+        _unsure(root, field).unlink(missing_ok=True)
         if (root / field).exists():
             os.replace(root / field, partial / f"{field}.replaced")
-        _unsure(root, field).unlink(missing_ok=True)
+        os.replace(partial / field, root / field)
         if _unsure(partial, field).exists():
             os.replace(_unsure(partial, field), _unsure(root, field))
-        os.replace(partial / field, root / field)
     with contextlib.suppress(OSError):
         (root / UNSURE_FOLDER).rmdir()  # if it is empty
     shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _exclusive(root: Path) -> Iterator[None]:
-    """Admits one writer per folder at a time."""
-    with contextlib.ExitStack() as stack:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(root / ".lock"))
-        except TimeoutError as error:
-            raise ConfigurationError(f"another process is writing labels to {str(root)!r}: wait for it") from error
-        except OSError as error:
-            raise ConfigurationError(
-                f"labels cannot be written to {str(root)!r}: {error}; choose a folder that can be written to, on a "
-                "file system with locks"
-            ) from error
-        yield

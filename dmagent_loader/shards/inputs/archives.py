@@ -12,7 +12,7 @@ import numpy as np
 
 from dmagent_loader.errors import DecodeError, ShardError, require_extra
 from dmagent_loader.shards.collection import ShardCollection
-from dmagent_loader.shards.decode import Decoder
+from dmagent_loader.shards.decode import Decoder, RawSample
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.records import Advance, Record, Rejected, rejected
@@ -35,23 +35,23 @@ def read_tar(
     (rows,) = collection.shard_rows(0)
     decode = Decoder()
     for number in range(rows):
-        sample = collection.read(0, 0, number)
-        place = f"{name}, row {sample.key!r}"
-        if member not in sample.members:
-            fault = f"has no member {member!r}, only {sorted(sample.members)}: name another (--tar-member, tar_member=)"
-            yield rejected(place, fault, None)
-            continue
-        try:
-            value = decode(sample._replace(members={member: sample.members[member]}))[member]
-        except DecodeError as error:
-            yield rejected(place, f"cannot be decoded ({error}): repair or leave out the row", None)
-            continue
-        if isinstance(value, (str, dict)):
-            yield Record(place, value)
-        else:
-            fault = f"has no text in its member {member!r}: name a text, or a row in JSON (--tar-member, tar_member=)"
-            yield rejected(place, fault, value)
+        yield _tar_record(name, collection.read(0, 0, number), member, decode)
         advance(source.size // rows)
+
+
+def _tar_record(name: str, sample: RawSample, member: str, decode: Decoder) -> Record | Rejected:
+    place = f"{name}, row {sample.key!r}"
+    if member not in sample.members:
+        fault = f"has no member {member!r}, only {sorted(sample.members)}: name another (--tar-member, tar_member=)"
+        return rejected(place, fault, None)
+    try:
+        value = decode(sample._replace(members={member: sample.members[member]}))[member]
+    except DecodeError as error:
+        return rejected(place, f"cannot be decoded ({error}): repair or leave out the row", None)
+    if isinstance(value, (str, dict)):
+        return Record(place, value)
+    fault = f"has no text in its member {member!r}: name a text, or a row in JSON (--tar-member, tar_member=)"
+    return rejected(place, fault, value)
 
 
 def read_mds(source: Input, start: int, stop: int | None, options: ReadOptions, advance: Advance) -> Iterator[Record]:

@@ -116,17 +116,11 @@ class DocumentReader:
         inputs: Inputs to read, in order (`find_inputs`).
         options: Which part of a record is the document.
         advance: Called with the number of stored bytes read since the last call.
-
-    Attributes:
-        num_documents: Documents with text, so far.
-        num_empty: Documents without text, which are left out, so far.
     """
 
     inputs: Sequence[Input]
     options: ReadOptions = field(default_factory=ReadOptions)
     advance: Advance = lambda size: None
-    num_documents: int = field(default=0, init=False)
-    num_empty: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[Document]:
         make = Documents(self.options).make
@@ -135,23 +129,8 @@ class DocumentReader:
                 document = make(record)
                 if isinstance(document, Rejected):
                     raise ShardError(document.reason)
-                if document.is_empty:
-                    self.num_empty += 1
-                else:
-                    self.num_documents += 1
+                if not document.is_empty:
                     yield document
-
-
-def encoded(text: str, place: str) -> bytes:
-    """Text as UTF-8.
-
-    Raises:
-        ShardError: The text contains half of a surrogate pair.
-    """
-    fault = _surrogate(text, place)
-    if fault:
-        raise ShardError(fault)
-    return text.encode("utf-8")
 
 
 def _surrogate(text: str, place: str) -> str:

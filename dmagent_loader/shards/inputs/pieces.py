@@ -14,7 +14,7 @@ from dmagent_loader.shards.inputs.kinds import Input, Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.records import Advance, Record, Rejected
 from dmagent_loader.shards.inputs.tables import dataset_shards, parquet_row_groups, read_table, saved_rows
-from dmagent_loader.shards.inputs.text import read_text, stored_file
+from dmagent_loader.shards.inputs.text import begins_array, read_text, stored_file
 
 PIECE_BYTES = 64 << 20
 """Stored bytes of a piece, about: small files share one, and large ones are divided where their kind allows it."""
@@ -59,17 +59,19 @@ def divide(inputs: Sequence[Input], piece_bytes: int = PIECE_BYTES) -> list[Piec
     """
     pieces: list[Piece] = []
     small: list[Input] = []
+    small_bytes = 0
     for source in inputs:
         parts = list(pairwise(_boundaries(source, piece_bytes)))
         if len(parts) > 1:
             pieces.extend(_shared(small))
-            small = []
+            small, small_bytes = [], 0
             pieces.extend(Piece(inputs=(source,), start=start, stop=stop) for start, stop in parts)
             continue
         small.append(source)
-        if sum(item.size for item in small) >= piece_bytes:
+        small_bytes += source.size
+        if small_bytes >= piece_bytes:
             pieces.extend(_shared(small))
-            small = []
+            small, small_bytes = [], 0
     pieces.extend(_shared(small))
     return pieces
 
@@ -110,6 +112,8 @@ def _groups(sizes: Iterable[int], piece_bytes: int) -> Iterator[int]:
 def _line_starts(source: Input, piece_bytes: int) -> list[int]:
     starts = [0]
     with stored_file(source.url) as file:
+        if begins_array(file.read(64)):
+            return []
         for wanted in range(piece_bytes, source.size - piece_bytes // 2, piece_bytes):
             file.seek(wanted - 1)
             file.readline()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import IO, Any
 
 from dmagent_loader.errors import ShardError, require_extra
@@ -43,13 +45,13 @@ def read_table(source: Input, start: int, stop: int | None, options: ReadOptions
     }
     name = display_url(source.url)
     reported = 0
-    with _named_damage(name):
-        for first, bytes_done, batch in readers[source.kind](source, start, stop, options):
+    for first, bytes_done, batch in readers[source.kind](source, start, stop, options):
+        with _named_damage(name):
             columns = {column: batch.column(column).to_pylist() for column in batch.schema.names}
-            for number, values in enumerate(zip(*columns.values(), strict=True), start=first + 1):
-                yield Record(f"{name}, row {number}", dict(zip(columns, values, strict=True)))
-            advance(bytes_done - reported)
-            reported = bytes_done
+        for number, values in enumerate(zip(*columns.values(), strict=True), start=first + 1):
+            yield Record(f"{name}, row {number}", dict(zip(columns, values, strict=True)))
+        advance(bytes_done - reported)
+        reported = bytes_done
 
 
 _Batches = Iterator[tuple[int, int, Any]]
@@ -58,15 +60,19 @@ _Batches = Iterator[tuple[int, int, Any]]
 
 def _parquet_batches(source: Input, start: int, stop: int | None, options: ReadOptions) -> _Batches:
     parquet = require_extra("pyarrow.parquet", "data")
+    name = display_url(source.url)
     with stored_file(source.url) as stored:
-        file = parquet.ParquetFile(stored)
-        columns = _columns(source, file.schema_arrow.names, options)
-        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        with _named_damage(name):
+            file = parquet.ParquetFile(stored)
+            available = file.schema_arrow.names
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        columns = _columns(source, available, options)
         chosen = range(start, len(groups) if stop is None else stop)
         first, done = sum(group.num_rows for group in groups[:start]), 0.0
         for number in chosen:
             per_row = _stored_bytes(groups[number]) / max(groups[number].num_rows, 1)
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[number], columns=columns):
+            read = partial(file.iter_batches, _BATCH_ROWS, row_groups=[number], columns=columns)
+            for batch in _each(name, read):
                 done += per_row * batch.num_rows
                 yield first, int(done), batch
                 first += batch.num_rows
@@ -88,23 +94,29 @@ def _arrow_batches(source: Input, start: int, stop: int | None, options: ReadOpt
     ipc = require_extra("pyarrow.ipc", "data")
     name = display_url(source.url)
     with stored_file(source.url) as stored:
-        is_file = stored.read(len(_ARROW_FILE)) == _ARROW_FILE
+        with _named_damage(name):
+            is_file = stored.read(len(_ARROW_FILE)) == _ARROW_FILE
         if not is_file:
             _check_end_of_stream(name, stored)
-        stored.seek(0)
-        reader = ipc.open_file(stored) if is_file else ipc.open_stream(stored)
-        columns = _columns(source, reader.schema.names, options)
-        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        with _named_damage(name):
+            stored.seek(0)
+            reader = ipc.open_file(stored) if is_file else ipc.open_stream(stored)
+            available = reader.schema.names
+        columns = _columns(source, available, options)
         first = 0
-        for batch in batches:
+        for batch in _each(
+            name, lambda: map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        ):
             yield first, stored.tell(), batch.select(columns)
             first += batch.num_rows
 
 
 def _check_end_of_stream(name: str, stored: IO[bytes]) -> None:
     """Raises ShardError for a stream that was cut between two batches, which the library takes for a whole one."""
-    stored.seek(max(0, stored.seek(0, os.SEEK_END) - len(_END_OF_STREAM)))
-    if stored.read() != _END_OF_STREAM:
+    with _named_damage(name):
+        stored.seek(max(0, stored.seek(0, os.SEEK_END) - len(_END_OF_STREAM)))
+        end = stored.read()
+    if end != _END_OF_STREAM:
         raise ShardError(
             f"{name} is damaged (it does not end as an Arrow stream does): rows may be missing; fetch it again"
         )
@@ -120,7 +132,10 @@ def _saved_batches(source: Input, start: int, stop: int | None, options: ReadOpt
     columns = _columns(source, table.column_names, options)
     chosen = range(start, len(table) if stop is None else stop)
     first = start
-    for batch in table.select_columns(columns).select(chosen).with_format("arrow").iter(_BATCH_ROWS):
+    for batch in _each(
+        display_url(source.url),
+        lambda: table.select_columns(columns).select(chosen).with_format("arrow").iter(_BATCH_ROWS),
+    ):
         done = first + batch.num_rows
         yield first, source.size * (done - start) // len(table), batch
         first = done
@@ -143,39 +158,40 @@ def _saved(source: Input) -> Any:
 
 def dataset_shards(source: Input) -> int:
     """Number of files, or the like, of a data set."""
-    return int(_dataset(source).num_shards)
+    return int(_dataset(source, *_builder(source)).num_shards)
 
 
-def dataset_version(source: Input) -> str:
-    """A text that changes with the files of a data set."""
-    return str(_builder(source)[0].hash)
+def version_of(source: Input) -> str:
+    """A text that changes with the content of an input; data sets are looked up for it."""
+    return str(_builder(source)[0].hash) if source.kind is Kind.DATASET else source.version
 
 
 def _dataset_batches(source: Input, start: int, stop: int | None, options: ReadOptions) -> _Batches:
-    builder = str(_builder(source)[0].name)
-    if builder not in (*_BUILDERS, *(("text",) if options.text_files else ())):
+    builder, split = _builder(source)
+    if builder.name not in (*_BUILDERS, *(("text",) if options.text_files else ())):
         raise ShardError(
-            f"{source.url} would be read as {builder!r} by the library datasets, not as one of {', '.join(_BUILDERS)}: "
-            "convert it, or, for plain text of which each line is a document, pass --text-files .txt (text_files=)"
+            f"{source.url} would be read as {builder.name!r} by the library datasets, not as one of "
+            f"{', '.join(_BUILDERS)}: convert it, or, for plain text of which each line is a document, pass "
+            "--text-files .txt (text_files=)"
         )
-    whole = _dataset(source)
+    whole = _dataset(source, builder, split)
     columns = _columns(source, whole.column_names, options)
     for number in range(start, whole.num_shards if stop is None else stop):
         part = whole.shard(whole.num_shards, number) if whole.num_shards > 1 else whole
         first = 0
-        for batch in part.select_columns(columns).with_format("arrow").iter(_BATCH_ROWS):
+        for batch in _each(source.url, partial(part.select_columns(columns).with_format("arrow").iter, _BATCH_ROWS)):
             yield first, 0, batch
             first += batch.num_rows
 
 
-def _dataset(source: Input) -> Any:
-    builder, split = _builder(source)
+def _dataset(source: Input, builder: Any, split: str) -> Any:
     name = source.url
     with _named_damage(name):
         splits = builder.as_streaming_dataset()
-        if split not in splits:
-            raise ShardError(f"{name} has no split {split!r}, but {sorted(splits)}: name one, {name}:SPLIT")
-        dataset = splits[split]
+    if split not in splits:
+        raise ShardError(f"{name} has no split {split!r}, but {sorted(splits)}: name one, {name}:SPLIT")
+    dataset = splits[split]
+    with _named_damage(name):
         return dataset if dataset.column_names is not None else dataset._resolve_features()
 
 
@@ -193,14 +209,26 @@ def _columns(source: Input, available: Iterable[str], options: ReadOptions) -> l
     return options.columns(names)
 
 
+def _each(name: str, read: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    """Yields what a library reads; its errors name the input, those of the loop body pass."""
+    with _named_damage(name):
+        items = iter(read())
+    while True:
+        with _named_damage(name):
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
+
+
 @contextlib.contextmanager
 def _named_damage(name: str) -> Iterator[None]:
     """Errors of the libraries as ShardError; those of Arrow are subclasses of ValueError, OSError and the like."""
     try:
         yield
-    except ShardError:
-        raise
     except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the disk with a library's cache is full; the input is whole
         raise ShardError(
             f"{name} cannot be read ({type(error).__name__}: {error}): check its name, or fetch or write it again"
         ) from error

@@ -64,6 +64,17 @@ def read_text(
     Raises:
         ShardError: The file is damaged, or has no column with the text.
     """
+    reported = start
+    for record, position in _positioned(source, start, stop, options):
+        yield record
+        advance(position - reported)
+        reported = position
+
+
+def _positioned(
+    source: Input, start: int, stop: int | None, options: ReadOptions
+) -> Iterator[tuple[Record | Rejected, int]]:
+    """Records, each with the number of stored bytes up to its end."""
     name = display_url(source.url)
     try:
         with stored_file(source.url) as stored, _unpacked(name, stored, source.compression, start) as file:
@@ -72,16 +83,12 @@ def read_text(
             elif source.kind is Kind.CSV:
                 is_tsv = source.name.removesuffix(source.compression).endswith(".tsv")
                 records = _csv(name, file, options, is_tsv=is_tsv)
-            elif _begins_array(file) and not start:
+            elif not start and begins_array(cast("io.BufferedReader", file).peek(64)):
                 records = _json_array(name, file)
             else:
                 records = _json_lines(name, file, start, stop)
-            reported = start
             for record in records:
-                yield record
-                position = stored.tell()
-                advance(position - reported)
-                reported = position
+                yield record, stored.tell()
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
         raise ShardError(
             f"{name} is damaged or cannot be read to its end ({error}): what follows would be lost; fetch it again"
@@ -119,8 +126,9 @@ def _check_compression(name: str, head: bytes, compression: str) -> None:
             raise ShardError(f"{name} is compressed, but its name does not say so: rename it to {name}{ending}")
 
 
-def _begins_array(file: IO[bytes]) -> bool:
-    return cast("io.BufferedReader", file).peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+def begins_array(head: bytes) -> bool:
+    """Whether a JSON file with this beginning is one array, not lines."""
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
 
 
 def _json_lines(name: str, file: IO[bytes], start: int, stop: int | None) -> Iterator[Record | Rejected]:

@@ -40,7 +40,6 @@ class Assembly:
         rows: Number of rows.
         first_key: Number of the first row.
         config: Settings.
-        has_lengths: Whether each row says where its documents end.
     """
 
     path: Path
@@ -50,7 +49,6 @@ class Assembly:
     rows: int
     first_key: int
     config: ShardingConfig
-    has_lengths: bool
 
     @property
     def _record_path(self) -> Path:
@@ -113,7 +111,7 @@ class Assembly:
         header = encode_npy(rows[0])[: -rows[0].nbytes] if len(rows) else b""
         for number, row in enumerate(rows):
             members = {PACKED_MEMBER: header + row.tobytes()}
-            if self.has_lengths:
+            if self.config.parse_special_tokens:  # end-of-text tokens may lie inside documents
                 begin = number * len(row)
                 first = np.searchsorted(ends, begin, side="right")
                 last = np.searchsorted(ends, begin + len(row), side="left")
@@ -154,7 +152,6 @@ def plan_shards(
     *,
     first_shard: int = 0,
     first_row: int = 0,
-    has_lengths: bool = False,
 ) -> list[Assembly]:
     """Divides the rows of a domain into shards of equal numbers of rows.
 
@@ -165,7 +162,6 @@ def plan_shards(
         counts: Counts of the domain.
         config: Settings.
         first_shard, first_row: Numbers at which shards and rows begin.
-        has_lengths: See `Assembly`.
 
     Returns:
         A task for each shard; none if there is no whole row.
@@ -194,7 +190,6 @@ def plan_shards(
                 rows=end - begin,
                 first_key=first_row + begin,
                 config=config,
-                has_lengths=has_lengths,
             )
         )
     return tasks

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dmagent_loader._files import write_atomically
-from dmagent_loader.shards.inputs.kinds import Input, Kind
-from dmagent_loader.shards.inputs.tables import dataset_version
+from dmagent_loader.shards.inputs.kinds import Input
+from dmagent_loader.shards.inputs.tables import version_of
 from dmagent_loader.shards.writing.config import ShardingConfig
 
 _FOLDER = ".partial"
@@ -51,7 +51,7 @@ class Job:
         self.digests = {
             domain: _digest(
                 {
-                    "inputs": [(item.location, item.kind.value, item.size, _version(item)) for item in items],
+                    "inputs": [(item.location, item.kind.value, item.size, version_of(item)) for item in items],
                     "config": chosen,
                     "settings": dict(settings),
                 }
@@ -110,10 +110,6 @@ class Job:
 
 def _digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _version(item: Input) -> str:
-    return dataset_version(item) if item.kind is Kind.DATASET else item.version
 
 
 def _made(folder: Path) -> Path:

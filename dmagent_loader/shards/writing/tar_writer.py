@@ -50,11 +50,6 @@ class TarWriter:
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self.rows = 0
 
-    @property
-    def size(self) -> int:
-        """Bytes so far."""
-        return self._tar.offset
-
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Adds a row.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from shard_fixtures import write_jsonl
 
 from dmagent_loader.errors import ConfigurationError, ShardError
 from dmagent_loader.labelling import files
-from dmagent_loader.labelling.documents import FileDocuments
+from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, ShardDocuments
 from dmagent_loader.labelling.files import label_domains, read_labels
 from dmagent_loader.labelling.labels import Labeller
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
+from dmagent_loader.shards.collection import ShardCollection
+from dmagent_loader.shards.manifest import load_manifest
+from dmagent_loader.shards.writing.config import ShardingConfig
+from dmagent_loader.shards.writing.writer import shard_files
 
 
 class ByWord:
@@ -114,6 +119,36 @@ def test_labels_of_other_documents_or_settings_are_not_continued(web: Path, tmp_
         run(web, tmp_path / "out", ByWord())
 
 
+def test_labels_of_another_data_set_or_column_are_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data sets of two owners may have one name, and two columns of a row one place."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": "Games 1", "body": "Science 1"}]
+    for owner in ("a", "b"):
+        (tmp_path / owner / "corpus").mkdir(parents=True)
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / owner / "corpus" / "train-0.parquet")
+
+    def label(documents: DomainDocuments, output: Path) -> None:
+        label_domains({"source/web": documents}, output, Labeller(ByWord()), progress=False)
+
+    label(FileDocuments("source/web", [f"hf:{tmp_path}/a/corpus"]), Path())  # lies in no folder
+    label(FileDocuments("source/web", [f"hf:{tmp_path}/a/corpus"]), Path())
+    with pytest.raises(ConfigurationError, match="holds labels with other documents"):
+        label(FileDocuments("source/web", [f"hf:{tmp_path}/b/corpus"]), Path())
+    shard_files(
+        {"source/web": [write_jsonl(tmp_path / "web.jsonl", rows)]},
+        tmp_path / "shards",
+        ShardingConfig(text_key="text", keep_columns=("body",)),
+        progress=False,
+    )
+    shards = ShardCollection.open(load_manifest(tmp_path / "shards"), progress=False)
+    label(ShardDocuments(shards, 0), tmp_path / "labels")
+    with pytest.raises(ConfigurationError, match="holds labels with other documents"):
+        label(ShardDocuments(shards, 0, text_key="body"), tmp_path / "labels")
+
+
 def test_a_damaged_part_is_named(web: Path, tmp_path: Path) -> None:
     run(web, tmp_path / "out", ByWord())
     part = tmp_path / "out" / "labels" / "source/web" / "part-000001.jsonl.gz"
@@ -130,6 +165,41 @@ def test_inputs_in_the_output_folder_are_refused_and_stay(web: Path, tmp_path: P
         with pytest.raises(ConfigurationError, match="lies in the output folder"):
             run(copy, tmp_path / "loss", ByWord(), split=True)
         assert copy.read_bytes() == web.read_bytes()
+
+
+def test_sorting_that_is_killed_while_it_replaces_goes_on(
+    web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two renames, the folder must not look like one that sorting did not write."""
+    run(web, tmp_path / "out", ByWord(), split=True)
+
+    def contents() -> dict[str, bytes]:
+        files = [path for path in (tmp_path / "out").rglob("*.jsonl.gz") if path.parent.name != "web"]
+        return {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in files}
+
+    expected, kills = contents(), 0
+    assert "unsure/source.jsonl.gz" in expected
+    replace, exceeded = os.replace, False
+    while not exceeded:
+        left = kills
+
+        def killed(source: Path, target: Path) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", killed)
+            try:
+                run(web, tmp_path / "out", ByWord(), split=True)
+                exceeded = True
+            except KeyboardInterrupt:
+                kills += 1
+        run(web, tmp_path / "out", ByWord(), split=True)
+        assert contents() == expected
+    assert kills == 3
 
 
 def test_folders_that_sorting_did_not_write_are_not_replaced(web: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from shard_fixtures import write_jsonl
 
+from dmagent_loader._files import locked
 from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.labelling.filtering import (
@@ -168,3 +169,31 @@ def test_the_command_refuses_an_output_that_holds_its_inputs(
     assert "lies in the output folder" in capsys.readouterr().err
     assert main([*command, "--drop-quality", "Medium"]) == 2
     assert "--drop-quality has no effect without --quality" in capsys.readouterr().err
+
+
+def test_an_input_that_vanishes_is_not_called_a_fault_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = tmp_path / "a.tar"
+    tar.touch()
+    reasons = DocumentFilter.reasons
+
+    def removed(self: DocumentFilter, documents: Sequence[Document]) -> list[str | None]:
+        tar.unlink(missing_ok=True)
+        return reasons(self, documents)
+
+    monkeypatch.setattr(DocumentFilter, "reasons", removed)
+    web = write_jsonl(tmp_path / "web.jsonl", [{"text": "kept here"}])
+    command = ["filter", "--domain", f"source/web={web}", "--domain", f"source/tar={tar}", "--tar-member", "txt"]
+    assert main([*command, "--output", str(tmp_path / "out"), "--no-progress"]) == 2
+    assert "cannot be written" not in capsys.readouterr().err
+
+
+def test_two_processes_do_not_filter_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one would remove the documents of the first, which it has not finished."""
+    web = write_jsonl(tmp_path / "web.jsonl", [{"text": "kept here"}])
+    command = ["filter", "--domain", f"source/web={web}", "--output", str(tmp_path / "out"), "--no-progress"]
+    with locked(tmp_path / "out" / ".lock"):
+        assert main(command) == 2
+    assert "another process is writing documents to" in capsys.readouterr().err
+    assert main(command) == 0

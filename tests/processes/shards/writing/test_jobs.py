@@ -19,7 +19,7 @@ from dmagent_loader.errors import ShardError
 from dmagent_loader.shards import ShardingConfig, shard_files
 from dmagent_loader.shards.inputs.documents import Document, Documents
 from dmagent_loader.shards.manifest import ShardRecord
-from dmagent_loader.shards.writing import collecting, writer
+from dmagent_loader.shards.writing import collecting, running, writer
 from dmagent_loader.shards.writing.packing import DocumentTokenizer
 from dmagent_loader.shards.writing.tar_writer import TarWriter
 
@@ -142,7 +142,7 @@ def test_a_piece_that_is_killed_goes_on_within_the_file(tmp_path: Path, monkeypa
     """A compressed file cannot be divided, so its records are counted."""
     rows = [{"text": f"{number} " * 50} for number in range(2000)]
     path = write_jsonl(tmp_path / "a.jsonl.gz", [*rows, {"body": 1}])
-    monkeypatch.setattr(writer, "CHUNK_BYTES", 1 << 15)
+    monkeypatch.setattr(running, "CHUNK_BYTES", 1 << 15)
     monkeypatch.setattr(collecting, "BATCH_CHARACTERS", 1 << 13)
     config = ShardingConfig(rows_per_shard=500)
     with pytest.raises(ShardError, match="line 2001"):

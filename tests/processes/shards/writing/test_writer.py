@@ -45,7 +45,7 @@ def test_a_killed_writer_leaves_no_manifest_and_does_not_hinder_the_next(tmp_pat
     assert writer.stdout is not None
     writer.stdout.readline()
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").rglob("*.tar")) and time.monotonic() < deadline:
+    while not list((tmp_path / "out").rglob("*.tar.*")) and time.monotonic() < deadline:
         time.sleep(0.005)
     writer.send_signal(kill)
     assert writer.wait(timeout=60) != 0

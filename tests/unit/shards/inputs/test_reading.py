@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import csv
 import datetime
+import errno
 import gzip
 import io
 import json
@@ -270,6 +271,12 @@ def test_pieces_of_a_large_file_give_its_documents_once(tmp_path: Path, name: st
         assert len(pieces) > 1 or size >= 100
 
 
+def test_an_array_under_the_name_of_lines_is_one_piece(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS, indent=1))
+    (piece,) = divide(find_inputs("source/a", [tmp_path / "a.jsonl"]), 20)
+    assert len(list(piece.read(ReadOptions(), lambda done: None))) == len(ROWS)
+
+
 def test_pieces_of_a_saved_data_set_give_its_rows_once(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     pieces = divide(find_inputs("source/a", [tmp_path / "saved"]), 500)
@@ -293,6 +300,28 @@ def test_progress_counts_all_stored_bytes(tmp_path: Path) -> None:
         options = ReadOptions()
         list(DocumentReader(find_inputs("source/a", [path]), options, done.append))
         assert 0 < sum(done) <= path.stat().st_size, name
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_a_fault_that_is_not_the_input_s_is_not_called_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name]())
+    for fault in (BrokenPipeError(), KeyError("a column")):
+
+        def advance(size: int, fault: Exception = fault) -> None:
+            raise fault
+
+        options = ReadOptions()
+        with pytest.raises(type(fault)):
+            list(DocumentReader(find_inputs("source/a", [tmp_path / name]), options, advance))
+
+
+def test_a_full_disk_is_not_called_damage_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", full)
+    with pytest.raises(OSError, match="No space left"):
+        documents("hf:a/corpus")
 
 
 def test_packages_that_are_missing_are_named_with_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from dmagent_loader.errors import ConfigurationError, EmptyShardError, ShardError
 from dmagent_loader.shards import Decoder, ShardCollection, ShardingConfig, load_manifest, shard_files
 from dmagent_loader.shards.manifest import DomainRecord
-from dmagent_loader.shards.writing import writer
+from dmagent_loader.shards.writing import running
 from dmagent_loader.shards.writing.job import Job
 
 
@@ -78,7 +78,7 @@ def test_files_of_others_in_the_folder_of_a_new_domain_stay(tmp_path: Path) -> N
 def test_a_file_that_appears_while_a_job_runs_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard(lines(tmp_path / "1.jsonl", "one"), tmp_path / "out")
     before = (tmp_path / "out/source/a/a-000000.tar").read_bytes()
-    monkeypatch.setattr(writer, "_next_shard", lambda *arguments: 0)
+    monkeypatch.setattr(running, "next_shard", lambda *arguments: 0)
     with pytest.raises(ConfigurationError, match=r"a-000000\.tar' has appeared since this job began"):
         shard(lines(tmp_path / "2.jsonl", "two"), tmp_path / "out", append=True)
     assert (tmp_path / "out/source/a/a-000000.tar").read_bytes() == before
@@ -194,7 +194,7 @@ def test_an_unfinished_job_knows_its_template_and_tokenizer_by_content(
     packed = {"eos_token": "<end>", "sequence_length": 3}
     template.write_text("one {{ messages[0].content }}")
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "plan_shards", None)
+        patch.setattr(running, "plan_shards", None)
         with pytest.raises(TypeError):
             shard(path, tmp_path / "chat", chat_template=str(template))
         with pytest.raises(TypeError):

@@ -1,0 +1,133 @@
+"""The folder of the shards: the domains that it holds, and the shards that a job adds to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dmagent_loader._files import write_atomically
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.shards.collection import ShardCollection
+from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, load_manifest
+from dmagent_loader.shards.writing.chunks import Counts
+from dmagent_loader.shards.writing.job import Job
+
+REJECTS_NAME = "rejects.jsonl"
+"""File beside the shards of a domain with the records that were left out: origin, reason and beginning of each."""
+
+_SUMMED = (
+    "rows",
+    "documents",
+    "empty_documents",
+    "bad_records",
+    "tokens",
+    "dropped_tokens",
+    "special_token_documents",
+)
+
+
+@dataclass
+class Part:
+    """What a job has written of a domain."""
+
+    folder: Path
+    counts: Counts
+    shards: list[ShardRecord]
+    rejects: bytes
+
+
+def earlier_entries(root: Path) -> dict[str, Any]:
+    """The domains of the folder's manifest, as they stand in the file."""
+    path = root / MANIFEST_NAME
+    if not path.exists():
+        return {}
+    load_manifest(path)  # checks it
+    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["domains"]
+    return entries
+
+
+def earlier_record(entry: Mapping[str, Any]) -> DomainRecord:
+    """The record of a domain that `shard_files` wrote, as it stands in the manifest."""
+    shards = tuple(ShardRecord(**shard) for shard in entry["shards"])
+    return DomainRecord(**{**entry, "jobs": tuple(entry["jobs"]), "shards": shards})
+
+
+def next_shard(job: Job, domain: str, entry: Mapping[str, Any]) -> int:
+    """One more than the largest number of a shard in the manifest and in the folder."""
+    folder, published = job.output / domain, job.published()
+    names = {posixpath.basename(shard["path"]) for shard in entry["shards"]}
+    if folder.is_dir():
+        names |= {path.name for path in folder.iterdir() if f"{domain}/{path.name}" not in published}
+    pattern = re.compile(rf"{re.escape(posixpath.basename(domain))}-(\d+)\.tar")
+    return max((int(found[1]) + 1 for found in map(pattern.fullmatch, names) if found), default=0)
+
+
+def next_row(root: Path, entry: Mapping[str, Any]) -> int:
+    """A number above the keys of all rows; a manifest that was edited may count fewer rows than their last key."""
+    last = root / max((shard["path"] for shard in entry["shards"]), default="")
+    if not last.is_file():
+        return int(entry["rows"])
+    collection = ShardCollection.open({"source/shard": [str(last)]}, progress=False)
+    (rows,) = collection.shard_rows(0)
+    key = collection.read(0, 0, rows - 1).key
+    return max(int(entry["rows"]), int(key) + 1 if key.isdecimal() else 0)
+
+
+def publish(root: Path, job: Job, parts: Mapping[str, Part], kept: Mapping[str, Any]) -> None:
+    """Moves shards to the output, where the manifest does not name them yet."""
+    listed = {shard["path"] for entry in kept.values() for shard in entry["shards"]}
+    for name in job.published() - listed:  # of a call that was killed before it wrote the manifest
+        (root / name).unlink(missing_ok=True)
+    moves = {
+        f"{domain}/{shard.path}": part.folder / shard.path for domain, part in parts.items() for shard in part.shards
+    }
+    existing = sorted(name for name in moves if (root / name).exists())
+    if existing:
+        raise ConfigurationError(
+            f"{str(root / existing[0])!r} has appeared since this job began, and would be replaced: move it away, and "
+            "run the same command again"
+        )
+    new = {f"{domain}/{REJECTS_NAME}" for domain in parts if domain not in kept}
+    job.publish({*moves, *new})
+    for name, path in moves.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, root / name)
+    for domain, part in parts.items():
+        if part.rejects:
+            rejects = root / domain / REJECTS_NAME
+            before = rejects.read_bytes() if rejects.exists() else b""
+            write_atomically(rejects, before.removesuffix(part.rejects) + part.rejects)
+
+
+def joined_record(
+    earlier: Mapping[str, Any] | None, job: Job, domain: str, part: Part, settings: Mapping[str, Any]
+) -> DomainRecord:
+    """The record of a domain, with the shards that it had before."""
+    counts, length = part.counts, settings.get("sequence_length")
+    rows = sum(shard.rows for shard in part.shards)
+    record = DomainRecord(
+        rows=rows,
+        documents=counts.documents,
+        empty_documents=counts.empty,
+        bad_records=counts.bad,
+        tokens=rows * length if length else None,
+        dropped_tokens=counts.elements - rows * length if length else None,
+        special_token_documents=counts.special if length else None,
+        settings=dict(settings),
+        jobs=(job.digests[domain],),
+        shards=tuple(replace(shard, path=f"{domain}/{shard.path}") for shard in part.shards),
+    )
+    if earlier is None:
+        return record
+    sums: dict[str, Any] = {
+        name: None if getattr(record, name) is None else getattr(record, name) + (earlier.get(name) or 0)
+        for name in _SUMMED
+    }
+    shards = tuple(ShardRecord(**shard) for shard in earlier["shards"])
+    return replace(record, **sums, jobs=(*earlier.get("jobs", ()), *record.jobs), shards=shards + record.shards)
