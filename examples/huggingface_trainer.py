@@ -1,4 +1,4 @@
-"""Continual pre-training with the Hugging Face Trainer while an agent changes the mix of domains: a complete script.
+"""Continual pre-training with the Hugging Face Trainer while a policy changes the mix of domains: a complete script.
 
 One process:
 
@@ -59,9 +59,12 @@ def parse() -> argparse.Namespace:
     data.add_argument("--tokenizer", required=True, help="tokenizer that the shards were packed with")
     data.add_argument("--max-questions", type=int, help="limit on the questions of each field")
     mixing = parser.add_argument_group("mixing")
-    mixing.add_argument("--agent", default="dmagent-rl", help="name, path or Hub id (default: %(default)s)")
     mixing.add_argument(
-        "--static-target", type=float, metavar="SHARE", help="fixed share of target data, without an agent"
+        "--policy", choices=["influence", "question-topics"], default="influence", help="default: %(default)s"
+    )
+    mixing.add_argument("--agent", help="an agent instead, such as dmagent-plus: name, path or Hub id")
+    mixing.add_argument(
+        "--static-target", type=float, metavar="SHARE", help="instead: fixed share of target data, no decisions"
     )
     mixing.add_argument("--decisions", type=int, help="number of decisions (default: 80)")
     mixing.add_argument("--samples-per-reweight", type=int, help="instead: samples between decisions")
@@ -114,6 +117,7 @@ def main() -> None:
     static = args.static_target
     sampler = AgentWeightedSampler(
         args.shards,
+        policy=args.policy if static is None and args.agent is None else None,
         agent=args.agent if static is None else None,
         initial_mix={"source": 1 - static, "target": static} if static is not None else None,
         decisions=args.decisions,

@@ -1,4 +1,4 @@
-"""Continual pre-training with Lightning while an agent changes the mix of domains: a complete script.
+"""Continual pre-training with Lightning while a policy changes the mix of domains: a complete script.
 
 One process:
 
@@ -64,7 +64,10 @@ def parse() -> argparse.Namespace:
     data.add_argument("--tokenizer", required=True, help="tokenizer that the shards were packed with")
     data.add_argument("--max-questions", type=int, help="limit on the questions of each field")
     mixing = parser.add_argument_group("mixing")
-    mixing.add_argument("--agent", default="dmagent-rl", help="name, path or Hub id (default: %(default)s)")
+    mixing.add_argument(
+        "--policy", choices=["influence", "question-topics"], default="influence", help="default: %(default)s"
+    )
+    mixing.add_argument("--agent", help="an agent instead, such as dmagent-plus: name, path or Hub id")
     mixing.add_argument("--decisions", type=int, help="number of decisions (default: 80)")
     mixing.add_argument("--samples-per-reweight", type=int, help="instead: samples between decisions")
     mixing.add_argument("--exhausted", choices=["repeat", "stop", "redistribute", "error"])
@@ -100,6 +103,7 @@ def main() -> None:
     environment = Environment.from_files(files, tokenizer, max_questions=args.max_questions)
     sampler = AgentWeightedSampler(
         args.shards,
+        policy=args.policy if args.agent is None else None,
         agent=args.agent,
         decisions=args.decisions,
         samples_per_reweight=args.samples_per_reweight,

@@ -1,4 +1,4 @@
-"""Continual pre-training in a Megatron-core loop while an agent changes the mix of domains: a complete script.
+"""Continual pre-training in a Megatron-core loop while a policy changes the mix of domains: a complete script.
 
     torchrun --nproc-per-node 8 examples/megatron_pretrain.py --shards SHARDS --tokenizer tokenizer.json \
         --environment general=mmlu.jsonl math=math.jsonl --tensor-parallel 2 --pipeline-parallel 2 --output runs/first
@@ -51,7 +51,10 @@ def parse() -> argparse.Namespace:
     data.add_argument("--tokenizer", required=True, help="tokenizer.json that the shards were packed with")
     data.add_argument("--sequence-length", type=int, default=1024, help="tokens that the model reads")
     mixing = parser.add_argument_group("mixing")
-    mixing.add_argument("--agent", default="dmagent-rl", help="name, path or Hub id (default: %(default)s)")
+    mixing.add_argument(
+        "--policy", default="question-topics", help="name of a policy that needs no gradients (default: %(default)s)"
+    )
+    mixing.add_argument("--agent", help="an agent instead, such as dmagent-rl: name, path or Hub id")
     mixing.add_argument("--decisions", type=int, help="number of decisions (default: 80)")
     mixing.add_argument("--samples-per-reweight", type=int, help="instead: samples between decisions")
     training = parser.add_argument_group("training")
@@ -141,6 +144,7 @@ def main() -> None:
 
     sampler = AgentWeightedSampler(
         args.shards,
+        policy=args.policy if args.agent is None else None,
         agent=args.agent,
         decisions=args.decisions,
         samples_per_reweight=args.samples_per_reweight,

@@ -1,4 +1,4 @@
-"""Continual pre-training in a plain PyTorch loop while an agent changes the mix of domains: a complete script.
+"""Continual pre-training in a plain PyTorch loop while a policy changes the mix of domains: a complete script.
 
 One process:
 
@@ -48,7 +48,10 @@ def parse() -> argparse.Namespace:
     data.add_argument("--tokenizer", required=True, help="tokenizer that the shards were packed with")
     data.add_argument("--max-questions", type=int, help="limit on the questions of each field")
     mixing = parser.add_argument_group("mixing")
-    mixing.add_argument("--agent", default="dmagent-rl", help="name, path or Hub id (default: %(default)s)")
+    mixing.add_argument(
+        "--policy", choices=["influence", "question-topics"], default="influence", help="default: %(default)s"
+    )
+    mixing.add_argument("--agent", help="an agent instead, such as dmagent-plus: name, path or Hub id")
     mixing.add_argument("--decisions", type=int, help="number of decisions (default: 80)")
     mixing.add_argument("--samples-per-reweight", type=int, help="instead: samples between decisions")
     mixing.add_argument("--exhausted", choices=["repeat", "stop", "redistribute", "error"])
@@ -88,6 +91,7 @@ def main() -> None:
     environment = Environment.from_files(files, tokenizer, max_questions=args.max_questions)
     sampler = AgentWeightedSampler(
         args.shards,
+        policy=args.policy if args.agent is None else None,
         agent=args.agent,
         decisions=args.decisions,
         samples_per_reweight=args.samples_per_reweight,
@@ -135,7 +139,12 @@ def main() -> None:
     def decide() -> None:
         """Evaluates and decides if it is time; all ranks call it together."""
         if mixing.due():
-            report = mixing.reweight(lambda environment: environment.evaluate(model))
+            report = mixing.reweight(
+                lambda environment: environment.evaluate(model),
+                measure=lambda environment, rows, settings: environment.influence(
+                    model, rows, optimizer=optimizer, **settings
+                ),
+            )
             if rank == 0:
                 write(dict(report.full))
 

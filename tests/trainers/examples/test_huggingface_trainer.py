@@ -1,9 +1,11 @@
-"""The complete script, as a user runs it: shards from the command line, the bundled agent, a run that goes on."""
+"""The complete script, as a user runs it: shards from the command line, a policy or an agent, a run that goes on."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+import pytest
 
 
 def decisions(out: Path) -> list[dict[str, float]]:
@@ -11,10 +13,11 @@ def decisions(out: Path) -> list[dict[str, float]]:
     return [entry for entry in history if "env/math" in entry]
 
 
-def test_the_script_runs_and_goes_on(train):
-    first = decisions(train("huggingface_trainer.py", "--max-steps", "8"))
+@pytest.mark.parametrize("deciding", [(), ("--agent", "dmagent-plus"), ("--agent", "dmagent-rl")])
+def test_the_script_runs_and_goes_on(train, deciding):
+    first = decisions(train("huggingface_trainer.py", "--max-steps", "8", *deciding))
     assert [entry["step"] for entry in first] == [0, 4, 8]
     assert all(0 < entry["mix/target"] < 1 for entry in first)
-    whole = decisions(train("huggingface_trainer.py", "--max-steps", "12", "--resume"))
+    whole = decisions(train("huggingface_trainer.py", "--max-steps", "12", "--resume", *deciding))
     assert [entry["step"] for entry in whole] == [0, 4, 8, 12]
     assert [entry["mix/target"] for entry in whole[:3]] == [entry["mix/target"] for entry in first]
