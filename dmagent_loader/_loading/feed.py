@@ -21,6 +21,7 @@ from dmagent_loader._loading.lazy import TAGS, Sample
 from dmagent_loader._loading.mailbox import Mailbox
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, StateError
+from dmagent_loader.mixture.hashing import stream_key
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.sharding import StreamLayout
@@ -146,6 +147,7 @@ class Feed:
         """The global sample indices of an iterator that begins at `base`."""
         return StreamLayout(
             base=base,
+            key=stream_key(self.plan.seed, "ranks"),
             rank=self.rank,
             world_size=self.world_size,
             kind=self.loader.kind,

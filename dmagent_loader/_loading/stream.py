@@ -206,12 +206,10 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         assert self._layout is not None
         plan = self._feed.plan
         count = self._num_planned if self._readahead is None else self._readahead.num_rows
-        indices = self._layout.indices(first, count)
-        end = plan.ends_by(int(indices.max()) + self._layout.samples_per_step_all_ranks)
-        if end is not None:
-            indices = indices[: max(0, self._layout.num_samples(end) - first)]
-            if not len(indices):
-                return None
+        end = plan.ends_by(self._layout.frontier(first + count) + self._layout.samples_per_step_all_ranks)
+        indices = self._layout.indices(first, count, end)
+        if not len(indices):
+            return None
         try:
             located = plan.locate(indices)
         except ExhaustedError:
