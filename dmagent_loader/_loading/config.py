@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.row_order import DEFAULT_WINDOW
+from dmagent_loader.mixture.row_order import DEFAULT_SHUFFLE
 from dmagent_loader.mixture.sharding import StreamKind
 from dmagent_loader.shards.tar import KeyEnd
 
@@ -26,7 +26,9 @@ class ReadingConfig:
             the integrations report theirs.
         prefetch_factor: Batches that each data worker of such a loader prepares ahead. It bounds the delay of a new
             mix.
-        shuffle_window: Rows per shuffle window.
+        shuffle_window: Rows of a domain that are shuffled together, 1 or more. Larger windows move neighbouring rows
+            of a shard further apart, and make more of the shards be in use at a time.
+        shuffle_shards: Shards of a domain from which the rows of a window come. 1 reads one shard after the other.
         num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is
             remote, else 0, because handing a cached row from thread to thread costs more than reading it. Use 2 or
             more for files on a slow network mount.
@@ -46,7 +48,8 @@ class ReadingConfig:
 
     batch_size: int | None = None
     prefetch_factor: int = DEFAULT_PREFETCH_FACTOR
-    shuffle_window: int = DEFAULT_WINDOW
+    shuffle_window: int = DEFAULT_SHUFFLE.window
+    shuffle_shards: int = DEFAULT_SHUFFLE.shards
     num_threads: int | None = None
     num_rows: int = 512
     max_bad_rows: float = 0.01
@@ -60,6 +63,7 @@ class ReadingConfig:
             whole_number("batch_size", self.batch_size, least=1)
         whole_number("prefetch_factor", self.prefetch_factor, least=1)
         whole_number("shuffle_window", self.shuffle_window, least=1)
+        whole_number("shuffle_shards", self.shuffle_shards, least=1)
         whole_number("num_rows", self.num_rows, least=1)
         if self.num_threads is not None:
             whole_number("num_threads", self.num_threads, least=0)

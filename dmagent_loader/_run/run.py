@@ -45,7 +45,7 @@ class Run:
         self._present = RunData(
             space=plan.space,
             rules=plan.rules,
-            window=plan.window,
+            shuffle=plan.shuffle,
             shards=plan.shards,
             names=[collection.shard_names(domain) for domain in range(len(plan.space))],
         )
@@ -63,6 +63,8 @@ class Run:
             exhausted=feed.plan.rules,
             shuffle_window=feed.plan.window,
             packing=feed.collection.packing,
+            shuffle_window=feed.plan.shuffle.window,
+            shuffle_shards=feed.plan.shuffle.shards,
             fingerprint=feed.collection.fingerprint,
             samples_per_reweight=self.cadence.interval,
             policy=decider.policy_name,

@@ -21,7 +21,7 @@ from dmagent_loader._run.segments import RunData, read_segments, rebuild
 from dmagent_loader._run.settings import RESTORE, RunSettings
 from dmagent_loader._validation import is_count, is_finite_number, read_regular, shown
 from dmagent_loader.errors import ConfigurationError, DomainError, MixError, StateError
-from dmagent_loader.mixture.plan import Plan, carried_mix
+from dmagent_loader.mixture.plan import ORDER, Plan, carried_mix
 from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 from dmagent_loader.policies import InformedPolicy
@@ -29,6 +29,8 @@ from dmagent_loader.policies import InformedPolicy
 logger = logging.getLogger(__name__)
 
 SCHEMA = 6
+_FIRST_ORDER = 1
+"""Order of samples of states that do not name one."""
 MAX_STATE_BYTES = 1 << 32
 
 Data = Literal["exact", "changed"]
@@ -39,7 +41,7 @@ _CONTINUE = "load_state_dict(state, data='changed') (with a trainer: AgentWeight
 _PREVIEW = "`dmagent state STATE --shards MANIFEST` says what that does"
 _POLICY_STATE = "policy_state"
 """Key of the state of an informed policy; only states of runs with such a policy have it."""
-_KEYS = {"schema", *_RUN, *_SEGMENTS, *(name for name, restore in RESTORE.items() if restore != "free")}
+_KEYS = {"schema", "order", *_RUN, *_SEGMENTS, *(name for name, restore in RESTORE.items() if restore != "free")}
 
 
 def validated_data(value: Any) -> Data:
@@ -116,6 +118,7 @@ def write_state(
         )
     return {
         "schema": SCHEMA,
+        "order": ORDER,
         **settings.saved(),
         "consumed": int(consumed),
         "counts": plan.drawn(consumed),
@@ -194,7 +197,9 @@ def rebuild_state(state: Any) -> RestoredState:
 def _with_changed_data(restored: RestoredState, present: RunData) -> RestoredState:
     """A restored run with a new segment."""
     before = restored.plan
-    plan = before.changed(restored.consumed, present.space, present.shards, rules=present.rules, window=present.window)
+    plan = before.changed(
+        restored.consumed, present.space, present.shards, rules=present.rules, shuffle=present.shuffle
+    )
     start_state = carried_mix(restored.start_state, before.space.domains, plan.space, plan.num_rows)
     return replace(restored, plan=plan, start_state=start_state)
 
@@ -238,6 +243,12 @@ def _check_keys(state: Any) -> None:
     if not isinstance(state, Mapping) or "schema" not in state:
         raise StateError(
             "this is not the state of a sampler: it has no 'schema'; pass the return value of state_dict()"
+        )
+    if state.get("order", _FIRST_ORDER) != ORDER:
+        raise StateError(
+            f"the state was saved by a version of dmagent_loader with order {shown(state.get('order', _FIRST_ORDER))} "
+            f"of samples, but this one has order {ORDER}: the run would continue with other samples than those that "
+            "are left; install the version that wrote the state"
         )
     if state["schema"] != SCHEMA:
         raise StateError(

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from dmagent_loader._run.differences import DomainDifference, differences
 from dmagent_loader._run.segments import RunData, read_segments
 from dmagent_loader._run.state import rebuild_state
+from dmagent_loader._validation import whole_number
 from dmagent_loader.cli.saved_states import find_saved_state
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.mixture.domains import DomainSpace
@@ -52,6 +54,7 @@ def _add_state(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--exhausted", choices=EXHAUSTION_RULES, help="rule for all domains (default: the rules of the run)"
     )
     parser.add_argument("--shuffle-window", type=int, metavar="N", help="rows per window (default: that of the run)")
+    parser.add_argument("--shuffle-shards", type=int, metavar="N", help="shards per window (default: that of the run)")
     parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
     parser.set_defaults(run=state)
 
@@ -122,7 +125,7 @@ def _compare(args: argparse.Namespace, saved: Mapping[str, Any], plan: Plan, con
     _check_unpacked(saved)
     collection, present = _present(args, plan)
     before = read_segments(saved)[-1]
-    same_settings = (present.rules, present.window) == (plan.rules, plan.window)
+    same_settings = (present.rules, present.shuffle) == (plan.rules, plan.shuffle)
     print()
     if collection.fingerprint == saved["fingerprint"] and same_settings:
         print(f"{args.shards} has the data of the run:")
@@ -133,7 +136,7 @@ def _compare(args: argparse.Namespace, saved: Mapping[str, Any], plan: Plan, con
     print("\n".join(f"  {line}" for line in found.lines()))
     print()
     print("load_state_dict(state) is refused, because the order of the samples that are left would be another")
-    changed = plan.changed(consumed, present.space, present.shards, rules=present.rules, window=present.window)
+    changed = plan.changed(consumed, present.space, present.shards, rules=present.rules, shuffle=present.shuffle)
     print(f"load_state_dict(state, data='changed') begins segment {len(changed.segments)} of the run:")
     weights, left = changed.ledger.in_force(consumed).weights(), changed.rows_left(consumed)
     kinds = {domain.name: domain for domain in found.domains}
@@ -173,14 +176,16 @@ def _present(args: argparse.Namespace, plan: Plan) -> tuple[ShardCollection, Run
     exhausted: Any = args.exhausted
     if exhausted is None:
         exhausted = {name: rule for name, rule in zip(plan.space.names, plan.rules, strict=True) if name in shards}
-    window = plan.window if args.shuffle_window is None else args.shuffle_window
-    if window < 1:
-        raise ConfigurationError(f"--shuffle-window is {window}; it must be at least 1")
+    shuffle = plan.shuffle
+    if args.shuffle_window is not None:
+        shuffle = replace(shuffle, window=whole_number("--shuffle-window", args.shuffle_window, least=1))
+    if args.shuffle_shards is not None:
+        shuffle = replace(shuffle, shards=whole_number("--shuffle-shards", args.shuffle_shards, least=1))
     numbers = range(len(space))
     return collection, RunData(
         space=space,
         rules=exhaustion_rules(space, exhausted),
-        window=window,
+        shuffle=shuffle,
         shards=ShardSet([collection.shard_rows(d) for d in numbers], [collection.shard_contents(d) for d in numbers]),
         names=[collection.shard_names(d) for d in numbers],
     )

@@ -68,6 +68,7 @@ def history(
         exhausted=plan.rules,
         shuffle_window=64,
         packing=None,
+        shuffle_shards=4,
         fingerprint="ab" * 32,
         samples_per_reweight=100,
         policy=policy.name,

@@ -29,6 +29,7 @@ SETTINGS = RunSettings(
     exhausted=("repeat", "stop"),
     shuffle_window=8192,
     packing=None,
+    shuffle_shards=4,
     fingerprint="ab" * 32,
     samples_per_reweight=32,
     policy="static",
@@ -47,6 +48,7 @@ OTHER: dict[str, Any] = {
     "exhausted": ("repeat", "error"),
     "shuffle_window": 1,
     "packing": "rows of 16 tokens",
+    "shuffle_shards": 8,
     "fingerprint": "cd" * 32,
     "samples_per_reweight": 64,
     "policy": "another",
@@ -73,7 +75,7 @@ def restore() -> Restore:
     segments = {**SegmentWriter(plan, None).to_json(), "first_fingerprint": SETTINGS.fingerprint}
     bad_rows: dict[str, Any] = {"counts": {}, "replaced": []}
     state = json.loads(json.dumps(write_state(SETTINGS, decider, 12, segments, bad_rows)))
-    present = RunData(space=plan.space, rules=plan.rules, window=plan.window, shards=plan.shards)
+    present = RunData(space=plan.space, rules=plan.rules, shuffle=plan.shuffle, shards=plan.shards)
     return lambda settings: read_state(state, settings, decider, present)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.row_order import RowOrders
+from dmagent_loader.mixture.shuffle import Shuffle
 
 SHARDS = np.array([5, 0, 3, 8])
 EPOCH = int(SHARDS.sum())
@@ -20,20 +21,20 @@ def rows_of(order: RowOrders, first: int, count: int, domain: int = 0) -> list[t
 
 
 def test_an_epoch_gives_each_row_once_and_the_next_in_another_order():
-    order = RowOrders(0, ["source/web"], [SHARDS], window=4)
+    order = RowOrders(0, ["source/web"], [SHARDS], Shuffle(window=4, shards=2))
     epochs = [rows_of(order, number * EPOCH, EPOCH) for number in range(3)]
     assert all(sorted(rows) == ROWS for rows in epochs)
     assert len({tuple(rows) for rows in epochs}) == 3
 
 
 def test_the_epochs_of_one_shard_differ_too():
-    order = RowOrders(0, ["source/web"], [np.array([12])], window=12)
+    order = RowOrders(0, ["source/web"], [np.array([12])], Shuffle(window=12))
     assert sorted(rows_of(order, 0, 12)) == sorted(rows_of(order, 12, 12))
     assert rows_of(order, 0, 12) != rows_of(order, 12, 12)
 
 
 def test_a_window_of_one_row_keeps_the_rows_of_each_shard_in_their_order():
-    rows = rows_of(RowOrders(0, ["source/web"], [SHARDS], window=1), 0, EPOCH)
+    rows = rows_of(RowOrders(0, ["source/web"], [SHARDS], Shuffle(window=1)), 0, EPOCH)
     for shard, count in enumerate(SHARDS.tolist()):
         assert [row for at, row in rows if at == shard] == list(range(count))
     assert len(set(rows)) == EPOCH
@@ -41,33 +42,67 @@ def test_a_window_of_one_row_keeps_the_rows_of_each_shard_in_their_order():
 
 def test_a_window_reads_from_few_shards_at_a_time():
     """Catches a shuffle over the whole domain, for which every row is a seek in another shard."""
-    order = RowOrders(0, ["source/web"], [np.full(20, 10)], window=10)
+    order = RowOrders(0, ["source/web"], [np.full(20, 10)], Shuffle(window=10, shards=1))
     rows = rows_of(order, 0, 200)
     for first in range(0, 200, 10):
         assert len({shard for shard, _ in rows[first : first + 10]}) == 1
 
 
+def test_the_rows_of_a_window_come_from_as_many_shards_as_chosen():
+    """Catches a shuffle that reads one shard after the other: a large shard would fill thousands of samples."""
+    order = RowOrders(0, ["source/web"], [np.full(20, 1000)], Shuffle(window=100, shards=5))
+    rows = rows_of(order, 0, 20_000)
+    for first in range(0, 20_000, 100):
+        window = rows[first : first + 100]
+        shards = {shard for shard, _ in window}
+        assert len(shards) == 5
+        for shard in shards:
+            numbers = sorted(row for at, row in window if at == shard)
+            assert numbers == list(range(numbers[0], numbers[0] + 20)), "a window takes neighbouring rows of a shard"
+    assert len({shard for shard, _ in rows[:5000]}) == 5, "the shards of a range are used up before the next ones"
+
+
+def test_one_large_shard_is_read_in_several_places():
+    rows = [row for _, row in rows_of(RowOrders(0, ["source/web"], [np.array([8000])], Shuffle(80, 8)), 0, 80)]
+    assert {row // 1000 for row in rows} == set(range(8))
+
+
+def test_small_shards_fill_a_window_together():
+    order = RowOrders(0, ["source/web"], [np.full(100, 5)], Shuffle(window=200, shards=4))
+    assert len({shard for shard, _ in rows_of(order, 0, 200)}) == 40
+
+
+@pytest.mark.parametrize("total", [1, 2, 9, 10, 11, 39, 40, 41, 79, 80, 99, 100, 101, 119, 120, 121, 159, 163])
+def test_ranges_windows_and_tiles_of_any_length_hold_each_row_once(total):
+    """Catches a last range, a last window or a last tile that is a row too long or too short."""
+    for window, shards in ((1, 1), (1, 5), (10, 1), (10, 3), (10, 10), (10, 50), (12, 5), (200, 3)):
+        rows = np.array([total // 2, total - total // 2])
+        order = RowOrders(0, ["source/web"], [rows], Shuffle(window, shards))
+        assert sorted(rows_of(order, 0, total)) == [(s, r) for s, n in enumerate(rows.tolist()) for r in range(n)]
+
+
 def test_a_domain_does_not_change_its_order_with_the_domains_around_it():
     """A run goes on with the same rows after a domain was added."""
-    alone = RowOrders(3, ["source/web"], [SHARDS], window=4)
-    among = RowOrders(3, ["source/books", "source/web", "target/math"], [np.array([7]), SHARDS, np.array([2, 2])], 4)
+    alone = RowOrders(3, ["source/web"], [SHARDS], Shuffle(window=4, shards=2))
+    shards, shuffle = [np.array([7]), SHARDS, np.array([2, 2])], Shuffle(window=4, shards=2)
+    among = RowOrders(3, ["source/books", "source/web", "target/math"], shards, shuffle)
     assert rows_of(among, 0, 3 * EPOCH, domain=1) == rows_of(alone, 0, 3 * EPOCH)
 
 
 def test_domains_and_seeds_have_orders_of_their_own():
     names = ["source/web", "source/books"]
-    order, other = (RowOrders(seed, names, [SHARDS, SHARDS], window=4) for seed in (0, 1))
+    order, other = (RowOrders(seed, names, [SHARDS, SHARDS], Shuffle(window=4, shards=2)) for seed in (0, 1))
     assert len({tuple(rows_of(its, 0, EPOCH, domain)) for its in (order, other) for domain in (0, 1)}) == 4
 
 
 def test_draws_of_many_domains_and_epochs_come_in_one_call():
     """Catches a look-up in the shard order of another epoch: each domain is in an epoch of its own."""
-    order = RowOrders(0, ["source/web", "target/math"], [SHARDS, np.array([2, 9])], window=4)
+    order = RowOrders(0, ["source/web", "target/math"], [SHARDS, np.array([2, 9])], Shuffle(window=4, shards=2))
     domain = np.array([0, 1, 0, 1, 0])
     draw = np.array([40, 3, 0, 25, 17])
     together = order.locate(domain, draw)
     alone = [
-        RowOrders(0, ["source/web", "target/math"], [SHARDS, np.array([2, 9])], window=4).locate(
+        RowOrders(0, ["source/web", "target/math"], [SHARDS, np.array([2, 9])], Shuffle(window=4, shards=2)).locate(
             domain[i : i + 1], draw[i : i + 1]
         )
         for i in range(5)
@@ -79,9 +114,11 @@ def test_draws_of_many_domains_and_epochs_come_in_one_call():
     assert (again[1] == together[1]).all()
 
 
-def test_a_window_without_rows_is_refused():
+def test_a_window_without_rows_or_shards_is_refused():
     with pytest.raises(ConfigurationError, match="shuffle window is 0; it must be at least 1 row"):
-        RowOrders(0, ["source/web"], [SHARDS], window=0)
+        Shuffle(window=0)
+    with pytest.raises(ConfigurationError, match="the shuffle has 0 shards; it must have at least 1"):
+        Shuffle(shards=0)
 
 
 def test_rows_are_counted_by_domain():

@@ -83,11 +83,13 @@ def test_a_state_that_could_not_be_loaded_is_not_written(build):
     ("damage", "message"),
     [
         ({"schema": 99}, "schema 99"),
+        ({"order": 1}, "order 1 of samples, but this one has order 2"),
         ({"seed": 5}, r"seed 5, this run has 0"),
         ({"fingerprint": "0" * 64}, "another shard set"),
         ({"domains": ["source/a"]}, "domains"),
         ({"exhausted": ["stop"] * 4}, "exhausted"),
         ({"shuffle_window": 1}, "shuffle_window"),
+        ({"shuffle_shards": 1}, "shuffle_shards"),
         ({"consumed": -1}, "consumed"),
         ({"consumed": 1e300}, "consumed"),
         ({"counts": {}}, "counts"),
