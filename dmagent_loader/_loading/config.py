@@ -26,9 +26,12 @@ class ReadingConfig:
             the integrations report theirs.
         prefetch_factor: Batches that each data worker of such a loader prepares ahead. It bounds the delay of a new
             mix.
-        shuffle_window: Rows of a domain that are shuffled together, 1 or more. Larger windows move neighbouring rows
-            of a shard further apart, and make more of the shards be in use at a time.
-        shuffle_shards: Shards of a domain from which the rows of a window come. 1 reads one shard after the other.
+        shuffle_window: Rows of a domain that are shuffled together. Larger windows move neighbouring rows of a shard
+            further apart; 1 does not shuffle at all.
+        shuffle_shards: Shards of a domain that are in use at a time, over all ranks. 1 reads one after the other.
+        own_shards: Whether each rank reads nearly always from the same shards, its own part of them, so that a node
+            fetches a fraction of the data. It makes each rank plan the whole global batch. None: if any shard is
+            remote. The same on all ranks.
         num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is
             remote, else 0, because handing a cached row from thread to thread costs more than reading it. Use 2 or
             more for files on a slow network mount.
@@ -50,6 +53,7 @@ class ReadingConfig:
     prefetch_factor: int = DEFAULT_PREFETCH_FACTOR
     shuffle_window: int = DEFAULT_SHUFFLE.window
     shuffle_shards: int = DEFAULT_SHUFFLE.shards
+    own_shards: bool | None = None
     num_threads: int | None = None
     num_rows: int = 512
     max_bad_rows: float = 0.01

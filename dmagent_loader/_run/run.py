@@ -73,6 +73,7 @@ class Run:
             history_mix=decider.history_mix,
             on_bad_row=feed.bad_rows.on_bad_row,
             start_state=rank_check.digest(decider.start_state.tolist()),
+            own_shards=feed.own_shards,
             world_size=feed.world_size,
             loader=feed.loader,
         )

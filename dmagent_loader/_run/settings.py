@@ -45,6 +45,7 @@ class RunSettings:
         history_mix: Mixes that the policy sees, ``"achieved"`` or ``"requested"``.
         on_bad_row: Rule for bad rows, ``"raise"`` or ``"skip"``.
         start_state: Digest of the start state, which a saved state carries itself.
+        own_shards: Whether samples are dealt to ranks by lane.
         world_size: Number of data-parallel processes.
         loader: Loader that reads the run.
     """
@@ -64,6 +65,7 @@ class RunSettings:
     history_mix: str = field(metadata=_FREE)
     on_bad_row: str = field(metadata=_FREE)
     start_state: str = field(metadata=_FREE)
+    own_shards: bool = field(metadata=_FREE)
     world_size: int = field(metadata=_FREE)
     loader: LoaderSettings = field(metadata=_FREE)
 

@@ -99,6 +99,11 @@ class Plan:
         return self._last.shuffle
 
     @property
+    def num_lanes(self) -> int:
+        """Number of lanes of each domain."""
+        return self.shuffle.lanes
+
+    @property
     def rules(self) -> tuple[ExhaustionRule, ...]:
         """(D,) exhaustion rules."""
         return self._last.rules
@@ -242,12 +247,20 @@ class Plan:
             StateError: An index is before `begin`: the run read other data there (`segment_at`).
             ExhaustedError: A domain with rule ``error`` was used up before one of the indices, or the plan has ended.
         """
+        self._refuse_earlier(indices)
+        return self._last.locate(indices)
+
+    def lanes(self, indices: IntArray) -> IntArray:
+        """Lane of each sample (`shuffle`): (n,). For the arguments and errors see `locate`."""
+        self._refuse_earlier(indices)
+        return self._last.lanes(indices)
+
+    def _refuse_earlier(self, indices: IntArray) -> None:
         if self.begin and len(indices) and np.min(indices) < self.begin:
             raise StateError(
                 f"sample {np.min(indices)} was read before the data changed at sample {self.begin}: "
                 "`dmagent replay` lists such samples"
             )
-        return self._last.locate(indices)
 
     def segment_at(self, index: int) -> Segment:
         """The segment of a global index."""

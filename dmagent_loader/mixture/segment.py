@@ -292,10 +292,19 @@ class Segment:
         Raises:
             ExhaustedError: A domain with rule ``error`` was used up before one of the indices, or the plan has ended.
         """
-        indices = np.asarray(indices, dtype=np.int64)
+        domain, draw = self._draws(np.asarray(indices, dtype=np.int64))
+        shard, row = self._rows.locate(domain, draw)
+        return Located(domain, draw, shard, row)
+
+    def lanes(self, indices: IntArray) -> IntArray:
+        """Lane of each sample (`shuffle`): (n,). For the arguments and errors see `locate`."""
+        return self._rows.lane(*self._draws(np.asarray(indices, dtype=np.int64)))
+
+    def _draws(self, indices: IntArray) -> tuple[IntArray, IntArray]:
+        """Domain and draw of samples."""
         domain, draw = np.empty_like(indices), np.empty_like(indices)
         if not len(indices):
-            return Located(indices, indices, indices, indices)
+            return domain, draw
         self._extend(int(indices.max()))
         first, last = (bisect_right(self._starts, int(end)) - 1 for end in (indices.min(), indices.max()))
         stretch_of = first + np.searchsorted(self._starts[first + 1 : last + 1], indices, side="right")
@@ -305,8 +314,7 @@ class Segment:
             chosen = slice(None) if first == last else stretch_of == number
             domain[chosen], draw[chosen] = self._order(stretch).locate(indices[chosen] - stretch.start)
             draw[chosen] += stretch.base[domain[chosen]]
-        shard, row = self._rows.locate(domain, draw)
-        return Located(domain, draw, shard, row)
+        return domain, draw
 
     def left(self, index: int) -> dict[str, list[ShardLeft]]:
         """Domain -> what its present pass has left of the shards from which it has drawn, before a global index."""

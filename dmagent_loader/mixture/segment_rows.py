@@ -86,6 +86,17 @@ class SegmentRows:
             shard[chosen], row[chosen] = self._passes.locate(domain[chosen], later[chosen])
         return shard, row
 
+    def lane(self, domain: IntArray, draw: IntArray) -> IntArray:
+        """The lane of each draw (`shuffle`): (n,). For the arguments see `locate`."""
+        if self._rest is None:
+            return self._passes.lane(domain, draw)
+        later, lane = draw - self.first_pass[domain], np.empty_like(draw)
+        if len(chosen := np.flatnonzero(later < 0)):
+            lane[chosen] = self._rest_order.lane(domain[chosen], draw[chosen])
+        if len(chosen := np.flatnonzero(later >= 0)):
+            lane[chosen] = self._passes.lane(domain[chosen], later[chosen])
+        return lane
+
     def at(self, domain: int, position: int) -> tuple[int, int]:
         """Shard and row of a position in a domain, in the order of storage."""
         rows = self._shards.rows[domain]

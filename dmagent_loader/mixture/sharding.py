@@ -6,13 +6,19 @@ Every rank has an iterator and, with torch workers, every worker has one. There 
 - ``whole``: the trainer splits one unsharded stream itself, as accelerate does for iterable datasets: it cuts blocks of
   ``world_size * batch_size`` samples into one slice for each rank.
 
-With either kind, every rank trains on the same samples in the same steps. A *global batch*, one batch of every rank, is
-dealt in runs of neighbouring samples, one for each rank. The run of rank 0 begins at a random sample, drawn anew for
-each global batch; the run that reaches the end of the batch continues at its beginning. A run has the mix nearly
-exactly, and in the long term every rank, and every position in a batch, has the same share of each domain. If rank r
-had the samples g mod world size == r instead, a mix of quarters on four ranks would give single ranks a third more or
-less than their share for as long as it is in force. A global batch consists of the same samples whatever the number of
-ranks; a single rank gets them in their order.
+With either kind, every rank trains on the same samples in the same steps. A *global batch*, one batch of every rank,
+consists of the same samples whatever the number of ranks, and is dealt to them in one of two ways; a single rank gets
+its samples in their order.
+
+- *In runs*: each rank has a run of neighbouring samples. That of rank 0 begins at a random sample, drawn anew for each
+  global batch, and the run that reaches the end of the batch continues at its beginning.
+- *By lane*: each rank has a run of the samples sorted by the lane of their rows (`shuffle`), in a random order. Every
+  lane has nearly as many samples of each domain in a batch, so a rank, and with it a node, reads nearly always in the
+  same lanes: in its own part of the shards. Every global batch has to be planned whole.
+
+Either way, every rank and every position in a batch has its share of each domain in the long term. If rank r had the
+samples g mod world size == r, a mix of quarters on four ranks would give single ranks a third more or less than their
+share for as long as it is in force.
 
 torch deals whole batches to its workers in turn: worker w of n delivers the batches w, w + n, ... of the stream.
 """
@@ -20,7 +26,7 @@ torch deals whole batches to its workers in turn: worker w of n delivers the bat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -28,6 +34,19 @@ from dmagent_loader.mixture.hashing import random_bits
 from dmagent_loader.mixture.simplex import IntArray
 
 StreamKind = Literal["sharded", "whole"]
+
+
+class Laned(Protocol):
+    """The lanes of samples (`shuffle`), as a plan knows them."""
+
+    @property
+    def num_lanes(self) -> int:
+        """Number of lanes."""
+        ...
+
+    def lanes(self, indices: IntArray) -> IntArray:
+        """Lane of each global index: (n,)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,30 +77,58 @@ class StreamLayout:
     samples_per_fetch: int = 1
     samples_per_step: int = 1
 
-    def indices(self, first: int, count: int, end: int | None = None) -> IntArray:
+    def indices(self, first: int, count: int, end: int | None = None, laned: Laned | None = None) -> IntArray:
         """Global indices of samples `first` to `first + count - 1` of this iterator.
 
         Args:
             first: Number of the first of them.
             count: Samples.
             end: Global index at which the run ends; None: it lies beyond them.
+            laned: The lanes of samples, to deal by lane; None: in runs.
 
         Returns:
             (count,) int64, or fewer at the end of the run.
         """
         if end is not None:
             count = min(count, max(0, self.num_samples(end) - first))
-        batch, slot = np.divmod(self._positions(np.arange(first, first + count, dtype=np.int64)), self._own_batch)
+        batch, slot = np.divmod(self._positions(np.arange(first, first + count, dtype=np.int64)), self.own_batch)
         start = self.base + batch * self.global_batch
         size = np.full(len(start), self.global_batch)
         if end is not None:  # the last global batch may be smaller
             size = np.minimum(size, self.delivered_end(end) - start)
         if self.kind == "sharded":
             slot += self.rank * (size // self.world_size)
+        if self.world_size > 1 and laned is not None:
+            return self._by_lane(start, size, slot, laned)
         if self.world_size > 1:
             shift = random_bits(self.key, start) % size.view(np.uint64)
             slot = (slot + shift.view(np.int64)) % size
         return np.asarray(start + slot, dtype=np.int64)
+
+    def _by_lane(self, start: IntArray, size: IntArray, slot: IntArray, laned: Laned) -> IntArray:
+        """Global indices in places of global batches: (n,).
+
+        Args:
+            start: (n,) first index of the global batch.
+            size: (n,) samples of the global batch.
+            slot: (n,) place among them, rank after rank.
+            laned: The lanes of samples.
+        """
+        starts, at, batch = np.unique(start, return_index=True, return_inverse=True)
+        sizes = size[at]
+        first = np.cumsum(sizes) - sizes  # of each global batch, in the columns below
+        begin, number = np.repeat(first, sizes), np.arange(int(sizes.sum()))
+        indices = np.repeat(starts, sizes) + number - begin
+        random, length, num_lanes = random_bits(self.key, indices), np.repeat(sizes, sizes), laned.num_lanes
+        # Lanes have a few samples more or less in a batch. The lane from which they are counted is drawn for each, for
+        # ranks next to a fixed one would differ from the others. Ranks begin in the middle of a lane, so that two
+        # nodes share this lane, instead of each having samples of the next lane of the other.
+        from_lane = np.repeat((random_bits(self.key, starts) >> np.uint64(32)).view(np.int64) % num_lanes, sizes)
+        place = np.empty_like(number)
+        place[np.lexsort((random, (laned.lanes(indices) - from_lane) % num_lanes, begin))] = number - begin
+        place = (place + (2 * from_lane - 1) * length // (2 * num_lanes)) % length
+        order = np.lexsort((random, place // (length // self.world_size), begin))
+        return np.asarray(indices[order[first[batch] + slot]], dtype=np.int64)
 
     @property
     def global_batch(self) -> int:
@@ -89,8 +136,8 @@ class StreamLayout:
         return self.world_size * self.batch_size
 
     @property
-    def _own_batch(self) -> int:
-        """Samples of a global batch that belong to this stream."""
+    def own_batch(self) -> int:
+        """Samples of a global batch that the stream of this rank contains."""
         return self.batch_size if self.kind == "sharded" else self.global_batch
 
     def num_samples(self, end: int) -> int:
@@ -121,10 +168,12 @@ class StreamLayout:
 
     def frontiers(self, taken: IntArray) -> IntArray:
         """`frontier` after each number of delivered samples: (n,) int64."""
-        # The other ranks may have delivered as many samples as this one. Inside a global batch the indices are not in
-        # order, so all of it counts as delivered.
-        batches = self._positions(np.maximum(taken - 1, 0)) // self._own_batch + 1
-        return np.asarray(self.base + np.where(taken == 0, 0, batches * self.global_batch), dtype=np.int64)
+        reached = self._positions(np.maximum(taken - 1, 0)) + 1
+        if self.world_size > 1:
+            # The other ranks may have delivered as many samples as this one. Inside a global batch the indices are not
+            # in order, so all of it counts as delivered.
+            reached = -(-reached // self.own_batch) * self.global_batch
+        return np.asarray(self.base + np.where(taken == 0, 0, reached), dtype=np.int64)
 
     def _positions(self, samples: IntArray) -> IntArray:
         """Stream positions of the samples of this iterator, which gets every `num_workers`-th block of the stream."""

@@ -1,29 +1,35 @@
-"""The shuffle of one pass over a domain: windows of rows drawn from several shards at a time, computed by position.
+"""The shuffle of one pass over a domain: lanes of shards that are read in parallel, computed by position.
 
-The shards of a pass, in their random order, form one sequence of rows. It is cut into *ranges* of about as many rows as
-`Shuffle.shards` shards have, and a range into *tiles* of neighbouring rows. Of the n windows of a range, window t
-consists of the tiles t, t + n, t + 2 n, ...: one tile from each shard of the range. The windows follow one another, and
-the rows of a window are shuffled.
+The shards of a domain, in a random order, form one sequence of rows. It is cut into *lanes* of equally many rows, and a
+lane into *tiles* of neighbouring rows. Draw k of a pass takes a row of lane ``(k * stride + shift) mod lanes``, with a
+shift drawn anew for each turn of all lanes: every lane gives one row in each turn. A lane reads forward and uses up one
+tile after the other, whose rows are shuffled; in each pass it begins at another row.
 
-    range, 3 shards   |aaaaaaaaaaaa|bbbbbbbbbbbb|cccccccccccc|        (3 tiles of 4 rows in a shard)
-    window 0           aaaa         bbbb         cccc                 shuffled
-    window 1               aaaa         bbbb         cccc             shuffled
-    window 2                   aaaa         bbbb         cccc         shuffled
+    3 lanes of 12 rows   |aaaa|aaaa|aaaa|bbbb|bbbb|bbbb|cccc|cccc|cccc|      in tiles of 4 rows
+    first 12 draws        aaaa                bb   bb            cccc        shuffled
+    next 12 draws              aaaa        bb        bb               cccc
+    last 12 draws                   aaaa     bb   bb        cccc
 
-So a pass reads forward through a few shards in parallel, in pieces of neighbouring rows. Only the last range has
-another length, and so windows of two lengths and a shorter last tile.
+So a pass reads forward in as many places as there are lanes, in pieces of neighbouring rows, and a lane reads the same
+shards in every pass. Fewer rows than there are lanes remain; they are drawn last.
 
-Shapes: D domains, n positions.
+Shapes: D domains, n draws.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.mixture.hashing import UIntArray, random_bits, scatter
 from dmagent_loader.mixture.simplex import IntArray
+
+_HALF = np.uint64(32)
+_TILES, _FIRST_ROWS = 1 << 61, 1 << 62
+"""Counters of a pass's random stream from which on it shuffles tiles, and chooses the first row of each lane."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +37,15 @@ class Shuffle:
     """Settings of the shuffle.
 
     Args:
-        window: Rows of a domain that are shuffled together; 1 does not shuffle the rows of a shard.
-        shards: Shards of a domain from which the rows of a window come.
+        window: Rows of a domain that are shuffled together: one tile of each lane. 1 does not shuffle at all.
+        shards: Lanes: shards of a domain that are in use at a time.
 
     Raises:
         ConfigurationError: Either is below 1.
     """
 
     window: int = 32_768
-    shards: int = 16
+    shards: int = 64
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -47,108 +53,104 @@ class Shuffle:
         if self.shards < 1:
             raise ConfigurationError(f"the shuffle has {self.shards} shards; it must have at least 1")
 
-
-@dataclass(frozen=True)
-class Windows:
-    """The windows of some positions; all arrays are (n,) int64.
-
-    Attributes:
-        begin: First position of the window in the pass.
-        size: Rows of the window.
-        first_row: Row in the sequence of shards with which the range of the window begins.
-        number: Number of the window in its range.
-        count: Windows of the range.
-    """
-
-    begin: IntArray
-    size: IntArray
-    first_row: IntArray
-    number: IntArray
-    count: IntArray
+    @property
+    def lanes(self) -> int:
+        """Number of lanes: not more than the rows of a window."""
+        return min(self.shards, self.window)
 
 
-class WindowShuffle:
-    """The windows of the passes over every domain.
+class Lanes:
+    """The lanes of every domain.
 
     Args:
         shuffle: Settings.
         num_rows: (D,) rows of each domain.
-        num_shards: (D,) shards of each domain that have rows.
     """
 
-    def __init__(self, shuffle: Shuffle, num_rows: IntArray, num_shards: IntArray) -> None:
-        self.tile = max(1, shuffle.window // shuffle.shards)
-        """Rows of a tile."""
-        tiles_per_window = shuffle.window // self.tile
-        self._window = tiles_per_window * self.tile
-        self._windows: IntArray = np.maximum(1, shuffle.shards * num_rows // (np.maximum(1, num_shards) * self._window))
-        self._range: IntArray = self._windows * self._window
-        self._last_range: IntArray = np.maximum(1, num_rows // self._range) - 1
-        # The first windows of the last range have one tile more than the others, and end at `border`. The last tile,
-        # which may lack rows, is in the last of them, or in the last window if all have as many tiles.
-        self._last_rows: IntArray = num_rows - self._last_range * self._range
-        tiles = -(-self._last_rows // self.tile)
-        self._last_windows: IntArray = np.maximum(1, -(-tiles // tiles_per_window))
-        self._fewest: IntArray = np.maximum(1, tiles // self._last_windows)
-        self._longer: IntArray = np.maximum(0, tiles - self._fewest * self._last_windows)
-        lacking = tiles * self.tile - self._last_rows
-        self._border: IntArray = np.where(self._longer > 0, self._longer * (self._fewest + 1) * self.tile - lacking, 0)
+    def __init__(self, shuffle: Shuffle, num_rows: IntArray) -> None:
+        self._lanes, self._num_rows = shuffle.lanes, num_rows
+        self._length: IntArray = num_rows // self._lanes
+        """(D,) rows of a lane."""
+        self._tile = shuffle.window // self._lanes
+        """Rows of a tile; the last tile of a lane may have fewer."""
+        # The golden ratio spreads consecutive draws most evenly over the lanes.
+        near = round(self._lanes * (math.sqrt(5) - 1) / 2)
+        self._stride = next(n for n in range(max(1, near), 2 * self._lanes) if math.gcd(n, self._lanes) == 1)
 
-    def windows(self, domain: IntArray, position: IntArray) -> Windows:
-        """The windows of positions in a pass.
+    def lane(self, key: UIntArray, position: IntArray) -> IntArray:
+        """The lane of each draw: (n,).
+
+        Args:
+            key: (n,) keys of the passes.
+            position: (n,) positions in the pass.
+        """
+        turn = position // self._lanes
+        shift = (random_bits(key, turn) >> _HALF).view(np.int64)
+        return np.asarray(((position - turn * self._lanes) * self._stride + shift) % self._lanes)
+
+    def locate(self, domain: IntArray, key: UIntArray, position: IntArray) -> IntArray:
+        """The row of each draw, in the sequence of shards: (n,).
 
         Args:
             domain: (n,) domain numbers.
-            position: (n,) positions.
+            key: (n,) keys of the passes.
+            position: (n,) positions in the pass.
         """
-        length, last = self._range[domain], self._last_range[domain]
-        number = np.minimum(position // length, last)
-        first_row = number * length
-        window = (position - first_row) // self._window
-        found = Windows(
-            begin=first_row + window * self._window,
-            size=np.full(len(position), self._window),
-            first_row=first_row,
-            number=window,
-            count=self._windows[domain],
-        )
-        if len(chosen := np.flatnonzero(number == last)):
-            self._correct(found, chosen, domain[chosen], position[chosen])
-        return found
+        turn, length = position // self._lanes, self._length[domain]
+        row = self._in_lane(domain, key, self.lane(key, position), turn)
+        if len(rest := np.flatnonzero(turn >= length)):
+            first = length[rest] * self._lanes
+            number = self._num_rows[domain[rest]] - first
+            row[rest] = first + scatter(random_bits(key[rest], first - _FIRST_ROWS), position[rest] - first, number)
+        return row
 
-    def _correct(self, windows: Windows, chosen: IntArray, domain: IntArray, position: IntArray) -> None:
-        """Puts the windows of the last range in place of those that an ordinary range would have."""
-        first_row, border = windows.first_row[chosen], self._border[domain]
-        within = position - first_row
-        is_longer = within < border
-        size = (self._fewest[domain] + is_longer) * self.tile
-        begin = np.where(is_longer, 0, border)
-        number = (within - begin) // size
-        begin += number * size
-        windows.begin[chosen] = first_row + begin
-        windows.size[chosen] = np.minimum(size, np.where(is_longer, border, self._last_rows[domain]) - begin)
-        windows.number[chosen] = number + np.where(is_longer, 0, self._longer[domain])
-        windows.count[chosen] = self._last_windows[domain]
+    def _in_lane(self, domain: IntArray, key: UIntArray, lane: IntArray, draw: IntArray) -> IntArray:
+        """The row of each draw from a lane, in the sequence of shards: (n,)."""
+        length = np.maximum(self._length[domain], 1)
+        place = (draw + self._first_row(key, lane)) % length
+        begin = place // self._tile * self._tile
+        first = lane * length + begin
+        size = np.minimum(length - begin, self._tile)
+        return np.asarray(first + scatter(random_bits(key, _TILES + first), place - begin, size))
 
-    def rows(self, windows: Windows, place: IntArray) -> IntArray:
-        """Rows in the sequence of shards: (n,).
+    @staticmethod
+    def _first_row(key: UIntArray, lane: IntArray) -> IntArray:
+        """The row with which a pass begins in each lane, modulo the rows of the lane; the first lane begins with 0."""
+        return np.where(lane > 0, (random_bits(key, _FIRST_ROWS + lane) >> _HALF).view(np.int64), 0)
 
-        Args:
-            windows: Their windows.
-            place: (n,) number of each row among those of its window.
-        """
-        tile = place // self.tile
-        return np.asarray(windows.first_row + place + (tile * (windows.count - 1) + windows.number) * self.tile)
-
-    def drawn(self, domain: int, windows: Windows) -> IntArray:
-        """The rows of a range that come in the windows before one: (n, 2), first row and the row after the last.
+    def drawn(self, domain: int, key: UIntArray, count: int) -> IntArray:
+        """The rows of the first draws of a pass, in the sequence of shards.
 
         Args:
             domain: Domain number.
-            windows: One window.
+            key: (1,) key of the pass.
+            count: Draws.
+
+        Returns:
+            (n, 2), first row and row after the last of each run.
         """
-        count, number, first_row = (int(x[0]) for x in (windows.count, windows.number, windows.first_row))
-        is_last = first_row == self._last_range[domain] * self._range[domain]
-        end = first_row + int((self._last_rows if is_last else self._range)[domain])
-        begin = np.arange(first_row, end if number else first_row, count * self.tile)
-        return np.column_stack([begin, np.minimum(begin + number * self.tile, end)])
+        length, tile, lanes = int(self._length[domain]), self._tile, np.arange(self._lanes)
+        whole = min(count // self._lanes, length)  # draws that every lane has given
+        single = np.arange(whole * self._lanes, count)
+        rows = [self.locate(np.full(len(single), domain), key.repeat(len(single)), single)]
+        runs = np.empty((0, 2), dtype=np.int64)
+        if whole == length:
+            runs = np.array([[0, length * self._lanes]])
+        elif whole:
+            # In each lane the drawn places are a range, which continues at the beginning of the lane: whole tiles, and
+            # parts of the tiles with the first and the last of them.
+            begin = self._first_row(key.repeat(self._lanes), lanes) % length
+            first = np.arange(0, length, tile)
+            last = np.minimum(first + tile, length)
+            is_whole = (first - begin[:, None]) % length + (last - first) <= whole
+            lane, number = np.nonzero(is_whole)
+            runs = np.column_stack([lane * length + first[number], lane * length + last[number]])
+            # At most the first 2 * tile and the last 2 * tile draws are in other tiles than whole ones.
+            draws = np.unique(np.concatenate([np.arange(min(2 * tile, whole)), np.arange(whole)[-2 * tile :]]))
+            places = (draws + begin[:, None]) % length
+            lane, chosen = np.nonzero(~is_whole[lanes[:, None], places // tile])
+            shape = np.full(len(lane), domain)
+            rows.append(self._in_lane(shape, key.repeat(len(lane)), lane, draws[chosen]))
+        single = np.concatenate(rows)
+        runs = np.concatenate([runs, np.column_stack([single, single + 1])])
+        return np.asarray(runs[np.argsort(runs[:, 0])])

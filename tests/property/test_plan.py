@@ -19,8 +19,8 @@ from dmagent_loader.mixture.row_order import RowOrders
 from dmagent_loader.mixture.shuffle import Shuffle
 
 GOLDEN_DOMAINS = [0, 2, 0, 1, 0, 2, 2, 0, 1, 0, 1, 0]
-GOLDEN_ROWS = [29, 46, 8, 7, 31, 40, 30, 32, 4, 17, 3, 9]
-GOLDEN_RUN = "e65c9776fd0efda8e6a415f98bf961767f2b85a4148f0448131a873bb24598c4"
+GOLDEN_ROWS = [13, 33, 37, 2, 18, 16, 0, 19, 3, 14, 15, 27]
+GOLDEN_RUN = "0a4c2d27714e2323a86679f68a53991fccf0c42b77c024600cca5ea3112127c2"
 OFF_BY = 1.5
 """Samples: the bound of the order is 1.25 where rounding alone allows it; 1.28 is the most that was seen."""
 

@@ -77,6 +77,7 @@ def history(
         history_mix="achieved",
         on_bad_row="raise",
         start_state="0123456789abcdef",
+        own_shards=False,
         world_size=1,
         loader=LoaderSettings(batch_size=4, samples_per_fetch=4),
     )

@@ -38,6 +38,7 @@ SETTINGS = RunSettings(
     history_mix="achieved",
     on_bad_row="raise",
     start_state="0123456789abcdef",
+    own_shards=False,
     world_size=2,
     loader=LoaderSettings(batch_size=4, samples_per_fetch=4),
 )
@@ -57,6 +58,7 @@ OTHER: dict[str, Any] = {
     "history_mix": "requested",
     "on_bad_row": "skip",
     "start_state": "fedcba9876543210",
+    "own_shards": True,
     "world_size": 4,
     "loader": LoaderSettings(batch_size=2, samples_per_fetch=2),
 }

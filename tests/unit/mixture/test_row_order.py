@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -54,12 +56,10 @@ def test_the_rows_of_a_window_come_from_as_many_shards_as_chosen():
     rows = rows_of(order, 0, 20_000)
     for first in range(0, 20_000, 100):
         window = rows[first : first + 100]
-        shards = {shard for shard, _ in window}
-        assert len(shards) == 5
-        for shard in shards:
-            numbers = sorted(row for at, row in window if at == shard)
-            assert numbers == list(range(numbers[0], numbers[0] + 20)), "a window takes neighbouring rows of a shard"
-    assert len({shard for shard, _ in rows[:5000]}) == 5, "the shards of a range are used up before the next ones"
+        assert 5 <= len({(shard, row // 40) for shard, row in window}) <= 15, "neighbouring rows, in five places"
+        shards = Counter(shard for shard, _ in window)
+        assert len(shards) >= 5
+        assert max(shards.values()) == 20
 
 
 def test_one_large_shard_is_read_in_several_places():
@@ -69,7 +69,22 @@ def test_one_large_shard_is_read_in_several_places():
 
 def test_small_shards_fill_a_window_together():
     order = RowOrders(0, ["source/web"], [np.full(100, 5)], Shuffle(window=200, shards=4))
-    assert len({shard for shard, _ in rows_of(order, 0, 200)}) == 40
+    assert 40 <= len({shard for shard, _ in rows_of(order, 0, 200)}) <= 80
+
+
+def test_every_lane_gives_one_row_in_each_turn_and_its_own_rows_in_every_pass():
+    """Catches lanes that drift apart, and passes in which a node would have to fetch other shards."""
+    order = RowOrders(0, ["source/web"], [np.full(10, 100)], Shuffle(window=50, shards=5))
+    domain, draws = np.zeros(3000, dtype=np.int64), np.arange(3000)
+    lane = order.lane(domain, draws)
+    assert all(sorted(turn) == [0, 1, 2, 3, 4] for turn in lane.reshape(-1, 5).tolist())
+    shard, _ = order.locate(domain, draws)
+    assert {int(s): {int(x) for x in lane[shard == s]} for s in range(10)} == {
+        int(s): {int(lane[shard == s][0])} for s in range(10)
+    }
+    for number in range(3):
+        rows = np.bincount(lane[1000 * number :][:1000])
+        assert rows.tolist() == [200] * 5
 
 
 @pytest.mark.parametrize("total", [1, 2, 9, 10, 11, 39, 40, 41, 79, 80, 99, 100, 101, 119, 120, 121, 159, 163])
