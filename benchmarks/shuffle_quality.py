@@ -5,7 +5,7 @@ Nothing is read: the order of one domain of 100 shards with 100,000 rows is comp
 - how far apart two neighbouring rows of a shard come in training (median, and the nearest percent of the pairs), as a
   share of the median of a full shuffle;
 - the number of shards among 4,096 consecutive samples, the first of the pass and any;
-- the number of shards in use during 32,768 samples, which a cache has to hold.
+- the number of shards in use during 65,536 samples, which a cache has to hold.
 
 py1e (mosaicml-streaming, `streaming/base/shuffle/py1e.py`) is written anew from its description: each row moves by a
 random distance, up to half a block less half its shard, inside the part of its canonical node; nodes take turns.
@@ -25,7 +25,7 @@ from dmagent_loader.mixture.row_order import RowOrders
 from dmagent_loader.mixture.shuffle import Shuffle
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
-STRETCH, IN_USE, PAIRS = 4096, 32_768, 200_000
+STRETCH, IN_USE, PAIRS = 4096, 65_536, 200_000
 BLOCK = 1 << 18
 """Default ``shuffle_block_size`` of streaming."""
 
@@ -103,7 +103,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     whole = results["all rows"]
     lines = [
         "| shuffle | neighbours come apart (median) | nearest percent | shards in the first 4,096 | in any 4,096 "
-        "| in use over 32,768 |",
+        "| in use over 65,536 |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, found in results.items():

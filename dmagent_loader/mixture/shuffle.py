@@ -44,7 +44,7 @@ class Shuffle:
         ConfigurationError: Either is below 1.
     """
 
-    window: int = 32_768
+    window: int = 65_536
     shards: int = 64
 
     def __post_init__(self) -> None:
@@ -145,8 +145,8 @@ class Lanes:
             is_whole = (first - begin[:, None]) % length + (last - first) <= whole
             lane, number = np.nonzero(is_whole)
             runs = np.column_stack([lane * length + first[number], lane * length + last[number]])
-            # At most the first 2 * tile and the last 2 * tile draws are in other tiles than whole ones.
-            draws = np.unique(np.concatenate([np.arange(min(2 * tile, whole)), np.arange(whole)[-2 * tile :]]))
+            # Only the first draws, as many as a tile has, and the last are in other tiles than whole ones.
+            draws = np.unique(np.concatenate([np.arange(min(tile, whole)), np.arange(whole)[-tile:]]))
             places = (draws + begin[:, None]) % length
             lane, chosen = np.nonzero(~is_whole[lanes[:, None], places // tile])
             shape = np.full(len(lane), domain)
