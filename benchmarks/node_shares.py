@@ -47,9 +47,10 @@ def shares(domains: int, shards: int, rows: int, batch: int, every: int) -> list
     """Share of the shards in use that each node reads, in eighths."""
     plan = plan_of(domains, shards, rows, every)
     layout = StreamLayout(base=0, key=5, kind="whole", world_size=NODES * RANKS, batch_size=batch)
-    size, total, read = layout.global_batch, int(plan.num_rows.sum()), set[tuple[int, int]]()
-    for first in range(0, total // size * size, 16 * size):
-        indices = layout.indices(first, 16 * size, total, plan)
+    size, read = layout.global_batch, set[tuple[int, int]]()
+    whole = int(plan.num_rows.sum()) // size * size
+    for first in range(0, whole, 16 * size):
+        indices = layout.indices(first, min(16 * size, whole - first), laned=plan)
         located = plan.locate(indices)
         node = np.arange(len(indices)) % size // (size // NODES)
         found = np.unique(np.column_stack([node, located.domain * shards + located.shard]), axis=0)

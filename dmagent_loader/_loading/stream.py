@@ -218,8 +218,12 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 return None
             located = plan.locate(indices)
         except ExhaustedError:
-            # The end lies inside the block: deliver the samples before it one by one.
-            indices = self._layout.indices(first, 1, end)
+            # The end lies inside the block: deliver the samples before it one by one. A global batch that cannot be
+            # planned whole is dealt in runs.
+            try:
+                indices = self._layout.indices(first, 1, end, laned)
+            except ExhaustedError:
+                indices = self._layout.indices(first, 1, end)
             located = plan.locate(indices)
         frontiers = self._layout.frontiers(np.arange(first, first + len(indices) + 1))
         return _Block.of(first, indices, located, frontiers)

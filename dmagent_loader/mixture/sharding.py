@@ -17,8 +17,8 @@ its samples in their order.
   same lanes: in its own part of the shards. Every global batch has to be planned whole.
 
 Either way, every rank and every position in a batch has its share of each domain in the long term. If rank r had the
-samples g mod world size == r, a mix of quarters on four ranks would give single ranks a third more or less than their
-share for as long as it is in force.
+samples g mod world size == r, a mix of 3/4 and 1/4 on four ranks would give single ranks a third more or less than
+their share for as long as it is in force.
 
 torch deals whole batches to its workers in turn: worker w of n delivers the batches w, w + n, ... of the stream.
 """

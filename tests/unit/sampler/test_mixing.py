@@ -32,11 +32,13 @@ def test_a_transform_that_returns_nothing_is_named(build):
         next(iter(build(transform=lambda sample: None)))
 
 
+@pytest.mark.parametrize("own_shards", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_global_batches_do_not_depend_on_world_size(build, world_size):
+def test_global_batches_do_not_depend_on_world_size(build, world_size, own_shards):
     """Catches ranks that each sample on their own: their union then has another mix and other rows."""
     whole = sample_ids(mixed_in_advance(build()))
-    ranks = [sample_ids(mixed_in_advance(build(rank=r, world_size=world_size))) for r in range(world_size)]
+    settings = {"world_size": world_size, "reading": ReadingConfig(own_shards=own_shards)}
+    ranks = [sample_ids(mixed_in_advance(build(rank=r, **settings))) for r in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1, "a rank has more samples than another"
     merged = [sample for group in zip(*ranks, strict=True) for sample in sorted(group)]
     assert merged == whole[: len(merged)]
