@@ -33,7 +33,6 @@ from dmagent_loader.mixture.domains import DomainSpace, start_state_mix
 from dmagent_loader.mixture.ledger import INITIAL, LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
-from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.policies import Policy, PolicyFactory, make_policy
 from dmagent_loader.policies.choice import uses_topics
 from dmagent_loader.policies.fields import report_topics
@@ -173,8 +172,7 @@ class AgentWeightedSampler(FeedDataset):
         with distributed.together(_BUILDING) as facts:
             rows = [collection.shard_rows(d) for d in range(len(space))]
             shard_set = ShardSet(rows, [collection.shard_contents(d) for d in range(len(space))])
-            shuffle = Shuffle(window=reading.shuffle_window, shards=reading.shuffle_shards)
-            plan = Plan(space, shard_set, seed=seed, exhausted=exhausted, shuffle=shuffle)
+            plan = Plan(space, shard_set, seed=seed, exhausted=exhausted, shuffle=reading.shuffle(collection))
             natural = plan.natural_mix
             first = natural if initial_mix is None else space.mix(initial_mix, shares=natural)
             plan.append(LedgerEntry(start=0, mix=tuple(first.tolist()), decided_by=INITIAL, decided_at=0))

@@ -8,8 +8,9 @@ from typing import Literal, get_args
 
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.row_order import DEFAULT_SHUFFLE
 from dmagent_loader.mixture.sharding import StreamKind
+from dmagent_loader.mixture.shuffle import Shuffle, shared_shuffle
+from dmagent_loader.shards import RowSource
 from dmagent_loader.shards.tar import KeyEnd
 
 OnDamage = Literal["raise", "skip"]
@@ -27,8 +28,10 @@ class ReadingConfig:
         prefetch_factor: Batches that each data worker of such a loader prepares ahead. It bounds the delay of a new
             mix.
         shuffle_window: Rows of a domain that are shuffled together. Larger windows move neighbouring rows of a shard
-            further apart; 1 does not shuffle at all.
-        shuffle_shards: Shards of a domain that are in use at a time, over all ranks. 1 reads one after the other.
+            further apart; 1 does not shuffle at all. None: 65,536 with `own_shards`, else from 8,192 to 65,536, so that
+            reading is not slowed down (``docs/order.md``). A resumed run keeps its own.
+        shuffle_shards: Shards of a domain that are in use at a time, over all ranks. 1 reads one after the other. None:
+            64 with `own_shards`, else from 1 to 64. A resumed run keeps its own.
         own_shards: Whether each rank reads nearly always from the same shards, its own part of them, so that a node
             fetches a fraction of the data. It makes each rank plan the whole global batch. None: if any shard is
             remote. The same on all ranks.
@@ -51,8 +54,8 @@ class ReadingConfig:
 
     batch_size: int | None = None
     prefetch_factor: int = DEFAULT_PREFETCH_FACTOR
-    shuffle_window: int = DEFAULT_SHUFFLE.window
-    shuffle_shards: int = DEFAULT_SHUFFLE.shards
+    shuffle_window: int | None = None
+    shuffle_shards: int | None = None
     own_shards: bool | None = None
     num_threads: int | None = None
     num_rows: int = 512
@@ -66,8 +69,9 @@ class ReadingConfig:
         if self.batch_size is not None:
             whole_number("batch_size", self.batch_size, least=1)
         whole_number("prefetch_factor", self.prefetch_factor, least=1)
-        whole_number("shuffle_window", self.shuffle_window, least=1)
-        whole_number("shuffle_shards", self.shuffle_shards, least=1)
+        for name in ("shuffle_window", "shuffle_shards"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least=1)
         whole_number("num_rows", self.num_rows, least=1)
         if self.num_threads is not None:
             whole_number("num_threads", self.num_threads, least=0)
@@ -84,6 +88,18 @@ class ReadingConfig:
             raise ConfigurationError(
                 f"key_ends_at is {shown(self.key_ends_at)}; choose one of {list(get_args(KeyEnd))}"
             )
+
+    def reads_own_shards(self, rows: RowSource) -> bool:
+        """Whether each rank reads nearly always from the same shards."""
+        return not rows.is_local if self.own_shards is None else self.own_shards
+
+    def shuffle(self, rows: RowSource) -> Shuffle:
+        """The shuffle with which a run begins."""
+        if not self.reads_own_shards(rows):
+            shard_rows = [rows.shard_rows(domain) for domain in range(len(rows.domains))]
+            return shared_shuffle(shard_rows, self.shuffle_window, self.shuffle_shards)
+        default = Shuffle()
+        return Shuffle(window=self.shuffle_window or default.window, shards=self.shuffle_shards or default.shards)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,8 +131,7 @@ class Feed:
     @property
     def own_shards(self) -> bool:
         """Whether samples are dealt by lane, so that a node reads its own part of the shards."""
-        chosen = self.reading.own_shards
-        return not self.collection.is_local if chosen is None else chosen
+        return self.reading.reads_own_shards(self.collection)
 
     def set_loader(self, loader: LoaderSettings) -> None:
         """Describes the loader, before its first sample.

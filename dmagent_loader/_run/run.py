@@ -61,10 +61,9 @@ class Run:
             domains=feed.plan.space.names,
             domain_fields=tuple(domain.field for domain in feed.plan.space.domains),
             exhausted=feed.plan.rules,
-            shuffle_window=feed.plan.window,
-            packing=feed.collection.packing,
             shuffle_window=feed.plan.shuffle.window,
             shuffle_shards=feed.plan.shuffle.shards,
+            packing=feed.collection.packing,
             fingerprint=feed.collection.fingerprint,
             samples_per_reweight=self.cadence.interval,
             policy=decider.policy_name,
@@ -170,7 +169,13 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any], data: Data = "exact") -> None:
         """Continues a saved run."""
         with self._together(_LOADING) as facts:
-            settings = replace(self.settings, samples_per_reweight=None) if self.cadence.is_derived else self.settings
+            reading = self.feed.reading
+            settings = replace(
+                self.settings,
+                samples_per_reweight=None if self.cadence.is_derived else self.cadence.interval,
+                shuffle_window=reading.shuffle_window,
+                shuffle_shards=reading.shuffle_shards,
+            )
             restored = read_state(state, settings, self.decider, self._present, data)
             facts |= {"data": data, **restored.to_compare()}
         self._first_fingerprint = restored.first_fingerprint

@@ -32,10 +32,9 @@ class RunSettings:
         domains: (D,) names, in order.
         domain_fields: (D,) field of each domain; the weight of a used-up domain moves inside its field.
         exhausted: (D,) exhaustion rule of each domain.
-        shuffle_window: Rows per shuffle window.
+        shuffle_window: Rows of a domain that are shuffled together; None: as in the state that is loaded.
+        shuffle_shards: Shards of a domain from which the rows of a window come; None: as in the state that is loaded.
         packing: Description of the packing of documents; None: rows are read as they are stored.
-        shuffle_window: Rows of a domain that are shuffled together.
-        shuffle_shards: Shards of a domain from which the rows of a window come.
         fingerprint: Digest of the domains and the contents of their shards.
         samples_per_reweight: Samples, over all ranks, between two decisions; None: to be derived from the length of the
             run, which differs from no saved value.
@@ -54,9 +53,9 @@ class RunSettings:
     domains: tuple[str, ...] = field(metadata=_REFUSE)
     domain_fields: tuple[str, ...] = field(metadata=_REFUSE)
     exhausted: tuple[str, ...] = field(metadata=_REFUSE)
-    shuffle_window: int = field(metadata=_REFUSE)
+    shuffle_window: int | None = field(metadata=_REFUSE)
+    shuffle_shards: int | None = field(metadata=_REFUSE)
     packing: str | None = field(metadata=_REFUSE)
-    shuffle_shards: int = field(metadata=_REFUSE)
     fingerprint: str = field(metadata=_REFUSE)
     samples_per_reweight: int | None = field(metadata=_WARN)
     policy: str | None = field(metadata=_WARN)

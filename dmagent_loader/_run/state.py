@@ -21,27 +21,28 @@ from dmagent_loader._run.segments import RunData, read_segments, rebuild
 from dmagent_loader._run.settings import RESTORE, RunSettings
 from dmagent_loader._validation import is_count, is_finite_number, read_regular, shown
 from dmagent_loader.errors import ConfigurationError, DomainError, MixError, StateError
-from dmagent_loader.mixture.plan import ORDER, Plan, carried_mix
+from dmagent_loader.mixture.plan import Plan, carried_mix
 from dmagent_loader.mixture.rest_of_pass import ShardSet
+from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 from dmagent_loader.policies import InformedPolicy
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 6
-_FIRST_ORDER = 1
-"""Order of samples of states that do not name one."""
+SCHEMA = 7
+"""Version of the entries and of the order of samples: a change of either needs another number."""
 MAX_STATE_BYTES = 1 << 32
 
 Data = Literal["exact", "changed"]
 
 _RUN = {"consumed", "counts", "start_state", "fields", "measurements", "policy_failures", "bad_rows"}
+_SHUFFLE = ("shuffle_window", "shuffle_shards")
 _SEGMENTS = {"begin", "shards", "ledger", "earlier_segments", "first_fingerprint"}
 _CONTINUE = "load_state_dict(state, data='changed') (with a trainer: AgentWeightedSampler(data='changed'))"
 _PREVIEW = "`dmagent state STATE --shards MANIFEST` says what that does"
 _POLICY_STATE = "policy_state"
 """Key of the state of an informed policy; only states of runs with such a policy have it."""
-_KEYS = {"schema", "order", *_RUN, *_SEGMENTS, *(name for name, restore in RESTORE.items() if restore != "free")}
+_KEYS = {"schema", *_RUN, *_SEGMENTS, *(name for name, restore in RESTORE.items() if restore != "free")}
 
 
 def validated_data(value: Any) -> Data:
@@ -118,7 +119,6 @@ def write_state(
         )
     return {
         "schema": SCHEMA,
-        "order": ORDER,
         **settings.saved(),
         "consumed": int(consumed),
         "counts": plan.drawn(consumed),
@@ -149,11 +149,13 @@ def read_state(
     """
     _check_keys(state)
     saved_settings = settings.saved()
+    saved_settings |= {name: state[name] for name in _SHUFFLE if saved_settings[name] is None}
     different = {name for name in RESTORE if name in saved_settings and state[name] != saved_settings[name]}
     refused = [name for name in RESTORE if name in different and RESTORE[name] == "refuse"]
     if refused and (data == "exact" or "seed" in refused):
         raise StateError(_refusal(refused[0], state, saved_settings, present))
     segments = read_segments(state)
+    present = _shuffled(present, saved_settings)
     if not refused and not _same_shards(segments[-1].shards, present.shards):
         raise StateError("the state's shards contradict its fingerprint: it is damaged or edited; load an older one")
     restored = _restored(state, rebuild(segments, settings.seed, None if refused else present))
@@ -244,12 +246,6 @@ def _check_keys(state: Any) -> None:
         raise StateError(
             "this is not the state of a sampler: it has no 'schema'; pass the return value of state_dict()"
         )
-    if state.get("order", _FIRST_ORDER) != ORDER:
-        raise StateError(
-            f"the state was saved by a version of dmagent_loader with order {shown(state.get('order', _FIRST_ORDER))} "
-            f"of samples, but this one has order {ORDER}: the run would continue with other samples than those that "
-            "are left; install the version that wrote the state"
-        )
     if state["schema"] != SCHEMA:
         raise StateError(
             f"the state has schema {shown(state['schema'])}, but this version of dmagent_loader reads schema {SCHEMA}: "
@@ -267,7 +263,7 @@ def _refusal(key: str, state: Mapping[str, Any], settings: Mapping[str, Any], pr
     """The message for a state of other data or settings."""
     if key == "fingerprint":
         try:
-            found = differences(read_segments(state)[-1], present).summary()
+            found = differences(read_segments(state)[-1], _shuffled(present, settings)).summary()
         except StateError:
             found = f"its fingerprint is {shown(state[key])}, the one of this run {shown(settings[key])}"
         return (
@@ -285,6 +281,11 @@ def _refusal(key: str, state: Mapping[str, Any], settings: Mapping[str, Any], pr
         "would change the order of samples; build the sampler with the saved value"
     )
     return message if key == "seed" else f"{message}, or continue with this one by {_CONTINUE}; {_PREVIEW}"
+
+
+def _shuffled(present: RunData, settings: Mapping[str, Any]) -> RunData:
+    """The data of a run with a shuffle, which may be that of the state."""
+    return replace(present, shuffle=Shuffle(window=settings["shuffle_window"], shards=settings["shuffle_shards"]))
 
 
 def _same_shards(one: ShardSet, other: ShardSet) -> bool:

@@ -27,9 +27,6 @@ from dmagent_loader.mixture.segment import Located, Segment
 from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
-ORDER = 2
-"""Version of the order of samples: it changes with anything that gives a run, or one of its ranks, other samples."""
-
 
 class Plan:
     """The order of all samples of a run.

@@ -19,6 +19,7 @@ Shapes: D domains, n draws.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,8 @@ from dmagent_loader.mixture.simplex import IntArray
 _HALF = np.uint64(32)
 _TILES, _FIRST_ROWS = 1 << 61, 1 << 62
 """Counters of a pass's random stream from which on it shuffles tiles, and chooses the first row of each lane."""
+_LEAST_WINDOW = 8192
+"""Rows of a domain that `shared_shuffle` shuffles at least."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,28 @@ class Shuffle:
     def lanes(self) -> int:
         """Number of lanes: not more than the rows of a window."""
         return min(self.shards, self.window)
+
+
+def shared_shuffle(shard_rows: Sequence[IntArray], window: int | None = None, shards: int | None = None) -> Shuffle:
+    """The default shuffle, shared out among the domains, so that rows of local shards are read quickly.
+
+    The position of a row, its table and its file come from the caches of the processor only if few of them are in use.
+    A domain has about ``shards + window / rows of a shard`` shards in use. All domains together have as many as a
+    single one has by default, but at least those of windows of 8,192 rows.
+
+    Args:
+        shard_rows: For each domain, the rows of each of its shards.
+        window: Chosen window; None: to be derived.
+        shards: Chosen number of shards; None: to be derived.
+    """
+    whole, num_domains = Shuffle(), len(shard_rows)
+    num_rows, num_shards = (sum(map(count, shard_rows)) for count in (np.sum, np.count_nonzero))
+    mean = max(1, int(num_rows) // max(1, int(num_shards)))
+    if window is None:
+        window = max(_LEAST_WINDOW, min(whole.window, whole.shards * mean) // num_domains)
+    if shards is None:
+        shards = max(1, whole.shards // num_domains - window // mean)
+    return Shuffle(window=window, shards=shards)
 
 
 class Lanes:

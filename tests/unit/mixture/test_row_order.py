@@ -9,7 +9,7 @@ import pytest
 
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.row_order import RowOrders
-from dmagent_loader.mixture.shuffle import Shuffle
+from dmagent_loader.mixture.shuffle import Shuffle, shared_shuffle
 
 SHARDS = np.array([5, 0, 3, 8])
 EPOCH = int(SHARDS.sum())
@@ -138,3 +138,29 @@ def test_a_window_without_rows_or_shards_is_refused():
 
 def test_rows_are_counted_by_domain():
     assert RowOrders(0, ["source/web", "target/math"], [SHARDS, np.array([2])]).num_rows.tolist() == [EPOCH, 2]
+
+
+@pytest.mark.parametrize(
+    ("domains", "shards", "rows", "expected"),
+    [
+        (1, 100, 100_000, Shuffle(window=65_536, shards=64)),
+        (1, 1000, 250, Shuffle(window=16_000, shards=1)),
+        (2, 100, 10_000, Shuffle(window=32_768, shards=29)),
+        (8, 64, 10_000, Shuffle(window=8192, shards=8)),
+        (8, 1000, 250, Shuffle(window=8192, shards=1)),
+        (1000, 10, 10_000, Shuffle(window=8192, shards=1)),
+    ],
+)
+def test_domains_share_the_rows_and_shards_of_the_shuffle(domains, shards, rows, expected):
+    """Catches a default with which many domains have more shards in use than a process can keep open."""
+    shard_rows = [np.append(np.full(shards, rows), 0)] * domains
+    assert shared_shuffle(shard_rows) == expected
+    in_use, before = (its.shards + its.window / rows for its in (expected, Shuffle(window=8192, shards=1)))
+    assert domains * in_use <= max(64, domains * before) + domains
+
+
+def test_a_chosen_shuffle_is_not_shared_out():
+    shard_rows = [np.full(10, 1000)] * 8
+    assert shared_shuffle(shard_rows, window=5, shards=3) == Shuffle(window=5, shards=3)
+    assert shared_shuffle(shard_rows, window=1024) == Shuffle(window=1024, shards=7)
+    assert shared_shuffle(shard_rows, shards=64) == Shuffle(window=8192, shards=64)

@@ -36,8 +36,9 @@ def test_a_transform_that_returns_nothing_is_named(build):
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_global_batches_do_not_depend_on_world_size(build, world_size, own_shards):
     """Catches ranks that each sample on their own: their union then has another mix and other rows."""
-    whole = sample_ids(mixed_in_advance(build()))
-    settings = {"world_size": world_size, "reading": ReadingConfig(own_shards=own_shards)}
+    shuffle = {"shuffle_window": 32, "shuffle_shards": 4}
+    whole = sample_ids(mixed_in_advance(build(reading=ReadingConfig(**shuffle))))
+    settings = {"world_size": world_size, "reading": ReadingConfig(own_shards=own_shards, **shuffle)}
     ranks = [sample_ids(mixed_in_advance(build(rank=r, **settings))) for r in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1, "a rank has more samples than another"
     merged = [sample for group in zip(*ranks, strict=True) for sample in sorted(group)]
