@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from measuring import median, parser, save, say
 
-from dmagent_loader import DomainSpace
+from dmagent_loader import DomainSpace, ReadingConfig
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.sharding import StreamLayout
@@ -29,23 +29,26 @@ CASES = [
     (52, 100, 200, 64, 64_000),
     (8, 125, 400, 8, 500),
 ]
+BY_DEFAULT = [(2, 100, 10_000, 64, 64_000), (4, 100, 10_000, 64, 64_000), (8, 64, 10_000, 64, 64_000)]
+"""Cases with the default shuffle, which is that of the first ones only with ``own_shards=True``."""
 WORLDS = (8, 64, 1024, 10_000)
 
 
-def plan_of(domains: int, shards: int, rows: int, every: int) -> Plan:
+def plan_of(domains: int, shards: int, rows: int, every: int, *, own: bool = True) -> Plan:
     """A plan with shards of unlike sizes and a random mix every so many samples."""
     generator = np.random.default_rng(0)
     shard_rows = [generator.integers(rows // 2, rows * 3 // 2, shards) for _ in range(domains)]
-    plan = Plan(DomainSpace.from_names([f"source/{number}" for number in range(domains)]), shard_rows, seed=0)
+    space = DomainSpace.from_names([f"source/{number}" for number in range(domains)])
+    plan = Plan(space, shard_rows, seed=0, shuffle=ReadingConfig(own_shards=own).shuffle(shard_rows))
     for start in range(0, int(plan.num_rows.sum()), every):
         mix = tuple(generator.dirichlet(np.ones(domains)).tolist())
         plan.append(LedgerEntry(start=start, mix=mix, decided_by="bench", decided_at=start))
     return plan
 
 
-def shares(domains: int, shards: int, rows: int, batch: int, every: int) -> list[float]:
-    """Share of the shards in use that each node reads, in eighths."""
-    plan = plan_of(domains, shards, rows, every)
+def shares(domains: int, shards: int, rows: int, batch: int, every: int, *, own: bool = True) -> list[float]:
+    """Share of the shards in use that each node reads, in eighths; with the shuffle of `own_shards`, or the default."""
+    plan = plan_of(domains, shards, rows, every, own=own)
     layout = StreamLayout(base=0, key=5, kind="whole", world_size=NODES * RANKS, batch_size=batch)
     size, read = layout.global_batch, set[tuple[int, int]]()
     whole = int(plan.num_rows.sum()) // size * size
@@ -75,12 +78,14 @@ def main() -> None:
     """Measures all cases, prints the tables and saves the results."""
     options = parser(__doc__ or "", "node_shares").parse_args()
     results: dict[str, Any] = {"shares": [], "cost": []}
-    print("| domains, shards of each, rows of each | batch of a rank | mix changes every | mean | largest |")
-    print("|---|---:|---:|---:|---:|")
-    for domains, shards, rows, batch, every in CASES[-1:] if options.quick else CASES:
-        found = shares(domains, shards, rows, batch, every)
-        results["shares"].append({"case": [domains, shards, rows, batch, every], "eighths": found})
-        name = f"{domains}, {shards:,}, {rows:,}"
+    columns = ("`own_shards`", "domains, shards of each, rows of each", "batch of a rank", "mix changes every")
+    print(f"| {' | '.join(columns)} | mean | largest |")
+    print("|---|---|---:|---:|---:|---:|")
+    cases = [(True, case) for case in CASES] + [(None, case) for case in BY_DEFAULT]
+    for own, (domains, shards, rows, batch, every) in cases[5:6] if options.quick else cases:
+        found = shares(domains, shards, rows, batch, every, own=bool(own))
+        results["shares"].append({"own_shards": own, "case": [domains, shards, rows, batch, every], "eighths": found})
+        name = f"{own} | {domains}, {shards:,}, {rows:,}"
         print(f"| {name} | {batch} | {every:,} samples | {np.mean(found):.2f} | {max(found):.2f} |", flush=True)
     for world in WORLDS[:2] if options.quick else WORLDS:
         times = [cost(world, by_lane, options.repeats) for by_lane in (False, True)]

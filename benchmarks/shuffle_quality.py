@@ -22,7 +22,7 @@ import numpy as np
 from measuring import parser, save, say
 
 from dmagent_loader.mixture.row_order import RowOrders
-from dmagent_loader.mixture.shuffle import Shuffle
+from dmagent_loader.mixture.shuffle import Shuffle, shared_shuffle
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 STRETCH, IN_USE, PAIRS = 4096, 65_536, 200_000
@@ -38,6 +38,11 @@ def ours(shuffle: Shuffle, shards: int, rows: int) -> IntArray:
         shard, row = order.locate(np.zeros_like(draws), draws)
         parts.append(shard * rows + row)
     return np.concatenate(parts)
+
+
+def default(domains: int, shards: int, rows: int) -> Shuffle:
+    """The default shuffle of as many domains."""
+    return shared_shuffle([np.full(shards, rows)] * domains)
 
 
 def full(shards: int, rows: int) -> IntArray:
@@ -66,8 +71,10 @@ def py1e(nodes: int, shards: int, rows: int) -> IntArray:
 
 METHODS: Mapping[str, Callable[[int, int], IntArray]] = {
     "all rows": full,
-    "this package": lambda *sizes: ours(Shuffle(), *sizes),
-    "this package, `shuffle_shards=16`": lambda *sizes: ours(Shuffle(shards=16), *sizes),
+    "this package, `own_shards=True`, or one domain": lambda *sizes: ours(Shuffle(), *sizes),
+    "this package, 4 domains": lambda *sizes: ours(default(4, *sizes), *sizes),
+    "this package, 8 domains": lambda *sizes: ours(default(8, *sizes), *sizes),
+    "this package, 52 domains": lambda *sizes: ours(default(52, *sizes), *sizes),
     "this package, `shuffle_window=262144`": lambda *sizes: ours(Shuffle(window=BLOCK), *sizes),
     "one shard after the other, windows of 8,192": lambda *sizes: ours(Shuffle(window=8192, shards=1), *sizes),
     "py1e, 64 canonical nodes": lambda *sizes: py1e(64, *sizes),

@@ -172,7 +172,7 @@ class AgentWeightedSampler(FeedDataset):
         with distributed.together(_BUILDING) as facts:
             rows = [collection.shard_rows(d) for d in range(len(space))]
             shard_set = ShardSet(rows, [collection.shard_contents(d) for d in range(len(space))])
-            plan = Plan(space, shard_set, seed=seed, exhausted=exhausted, shuffle=reading.shuffle(collection))
+            plan = Plan(space, shard_set, seed=seed, exhausted=exhausted, shuffle=reading.shuffle(rows))
             natural = plan.natural_mix
             first = natural if initial_mix is None else space.mix(initial_mix, shares=natural)
             plan.append(LedgerEntry(start=0, mix=tuple(first.tolist()), decided_by=INITIAL, decided_at=0))

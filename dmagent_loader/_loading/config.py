@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,7 +11,7 @@ from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.sharding import StreamKind
 from dmagent_loader.mixture.shuffle import Shuffle, shared_shuffle
-from dmagent_loader.shards import RowSource
+from dmagent_loader.mixture.simplex import IntArray
 from dmagent_loader.shards.tar import KeyEnd
 
 OnDamage = Literal["raise", "skip"]
@@ -28,13 +29,14 @@ class ReadingConfig:
         prefetch_factor: Batches that each data worker of such a loader prepares ahead. It bounds the delay of a new
             mix.
         shuffle_window: Rows of a domain that are shuffled together. Larger windows move neighbouring rows of a shard
-            further apart; 1 does not shuffle at all. None: 65,536 with `own_shards`, else from 8,192 to 65,536, so that
-            reading is not slowed down (``docs/order.md``). A resumed run keeps its own.
+            further apart; 1 does not shuffle at all. None: 8,192 to 65,536, fewer for more domains, so that rows are
+            read quickly (``docs/order.md``); 65,536 with ``own_shards=True``. A resumed run keeps its own.
         shuffle_shards: Shards of a domain that are in use at a time, over all ranks. 1 reads one after the other. None:
-            64 with `own_shards`, else from 1 to 64. A resumed run keeps its own.
+            1 to 64, as with the window; 64 with ``own_shards=True``. A resumed run keeps its own.
         own_shards: Whether each rank reads nearly always from the same shards, its own part of them, so that a node
             fetches a fraction of the data. It makes each rank plan the whole global batch. None: if any shard is
-            remote. The same on all ranks.
+            remote, and `shuffle_shards` is 8 or more. The same on all ranks. Use True if several nodes read from a
+            store.
         num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is
             remote, else 0, because handing a cached row from thread to thread costs more than reading it. Use 2 or
             more for files on a slow network mount.
@@ -89,14 +91,13 @@ class ReadingConfig:
                 f"key_ends_at is {shown(self.key_ends_at)}; choose one of {list(get_args(KeyEnd))}"
             )
 
-    def reads_own_shards(self, rows: RowSource) -> bool:
-        """Whether each rank reads nearly always from the same shards."""
-        return not rows.is_local if self.own_shards is None else self.own_shards
+    def shuffle(self, shard_rows: Sequence[IntArray]) -> Shuffle:
+        """The shuffle with which a run begins.
 
-    def shuffle(self, rows: RowSource) -> Shuffle:
-        """The shuffle with which a run begins."""
-        if not self.reads_own_shards(rows):
-            shard_rows = [rows.shard_rows(domain) for domain in range(len(rows.domains))]
+        Args:
+            shard_rows: For each domain, the rows of each of its shards.
+        """
+        if not self.own_shards:
             return shared_shuffle(shard_rows, self.shuffle_window, self.shuffle_shards)
         default = Shuffle()
         return Shuffle(window=self.shuffle_window or default.window, shards=self.shuffle_shards or default.shards)

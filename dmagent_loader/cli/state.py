@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dmagent_loader._run.differences import DomainDifference, differences
 from dmagent_loader._run.segments import RunData, read_segments
 from dmagent_loader._run.state import rebuild_state
@@ -24,6 +22,7 @@ from dmagent_loader.mixture.exhaustion import EXHAUSTION_RULES, exhaustion_rules
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.mixture.segment import Segment
+from dmagent_loader.mixture.sharding import StreamLayout, ranks_key
 from dmagent_loader.shards import ShardCollection, load_manifest
 
 _BATCH = 4096
@@ -66,7 +65,8 @@ def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         description=(
             "Prints a JSON line for each sample: global index, domain, shard, row and key. Shards are numbered as in "
             "the list that the run had at that sample. The order follows from the state alone; the keys are read from "
-            "the shards."
+            "the shards. The samples of a single rank depend on the batch size, too, and on the sample at which it "
+            "began, with --start."
         ),
     )
     parser.add_argument("state", help=_STATE_HELP)
@@ -77,12 +77,20 @@ def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         metavar="MANIFEST",
         help="manifest.json of the shards, or its folder; several if the data changed; without it, keys are left out",
     )
-    parser.add_argument("--start", type=int, default=0, metavar="N", help="first global index (default: 0)")
+    parser.add_argument(
+        "--start",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first global index; with --rank, the one at which the run began or was resumed (default: 0)",
+    )
     parser.add_argument(
         "--stop", type=int, metavar="N", help="global index to stop before (default: the consumed samples)"
     )
     parser.add_argument("--rank", type=int, default=0, help="data-parallel rank to list (default: %(default)s)")
     parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="samples of a rank in a batch (default: %(default)s)")
+    parser.add_argument("--own-shards", action="store_true", help="the run dealt its samples by lane (docs/order.md)")
     parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
     parser.set_defaults(run=replay)
 
@@ -213,12 +221,17 @@ def replay(args: argparse.Namespace) -> int:
     replaced = dict(saved["bad_rows"]["replaced"])
     ends = [*(segment.begin for segment in plan.segments[1:]), stop]
     for number, (segment, last) in enumerate(zip(plan.segments, ends, strict=True)):
-        begin = max(args.start, segment.begin)
-        first = begin + (args.rank - begin) % args.world_size
+        layout = StreamLayout(
+            base=max(args.start, segment.begin),
+            key=ranks_key(plan.seed),
+            rank=args.rank,
+            world_size=args.world_size,
+            batch_size=whole_number("--batch-size", args.batch_size, least=1),
+        )
         more = {"segment": number} if len(plan.segments) > 1 else {}
         end = min(last, stop)
-        for start in range(first, end, _BATCH * args.world_size):
-            indices = np.arange(start, min(end, start + _BATCH * args.world_size), args.world_size)
+        for first in range(0, layout.num_samples(end), _BATCH):
+            indices = layout.indices(first, _BATCH, end, segment if args.own_shards else None)
             _print_samples(segment, indices, replaced, keys, more)
     return 0
 

@@ -98,7 +98,7 @@ class Plan:
     @property
     def num_lanes(self) -> int:
         """Number of lanes of each domain."""
-        return self.shuffle.lanes
+        return self._last.num_lanes
 
     @property
     def rules(self) -> tuple[ExhaustionRule, ...]:

@@ -296,6 +296,11 @@ class Segment:
         shard, row = self._rows.locate(domain, draw)
         return Located(domain, draw, shard, row)
 
+    @property
+    def num_lanes(self) -> int:
+        """Number of lanes of each domain."""
+        return self.shuffle.lanes
+
     def lanes(self, indices: IntArray) -> IntArray:
         """Lane of each sample (`shuffle`): (n,). For the arguments and errors see `locate`."""
         return self._rows.lane(*self._draws(np.asarray(indices, dtype=np.int64)))

@@ -30,7 +30,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from dmagent_loader.mixture.hashing import random_bits
+from dmagent_loader.mixture.hashing import random_bits, stream_key
 from dmagent_loader.mixture.simplex import IntArray
 
 StreamKind = Literal["sharded", "whole"]
@@ -47,6 +47,11 @@ class Laned(Protocol):
     def lanes(self, indices: IntArray) -> IntArray:
         """Lane of each global index: (n,)."""
         ...
+
+
+def ranks_key(seed: int) -> int:
+    """Key of the random stream that deals the samples of a run to ranks."""
+    return stream_key(seed, "ranks")
 
 
 @dataclass(frozen=True, kw_only=True)

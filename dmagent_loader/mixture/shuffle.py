@@ -63,7 +63,7 @@ class Shuffle:
 
 
 def shared_shuffle(shard_rows: Sequence[IntArray], window: int | None = None, shards: int | None = None) -> Shuffle:
-    """The default shuffle, shared out among the domains, so that rows of local shards are read quickly.
+    """The default shuffle, shared out among the domains, so that rows are read quickly.
 
     The position of a row, its table and its file come from the caches of the processor only if few of them are in use.
     A domain has about ``shards + window / rows of a shard`` shards in use. All domains together have as many as a

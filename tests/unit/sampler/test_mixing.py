@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from samplers import CHANGES, ROWS, mixed_in_advance
@@ -44,6 +46,24 @@ def test_global_batches_do_not_depend_on_world_size(build, world_size, own_shard
     merged = [sample for group in zip(*ranks, strict=True) for sample in sorted(group)]
     assert merged == whole[: len(merged)]
     assert len(whole) - len(merged) < world_size
+
+
+def test_ranks_read_their_own_shards_from_a_store_if_there_are_lanes_for_them(build, shards):
+    memory = fsspec.filesystem("memory")
+    far = {}
+    for domain, paths in shards.items():
+        far[domain] = [f"memory://own-shards{path}" for path in paths]
+        for path, url in zip(paths, far[domain], strict=True):
+            memory.pipe(url, Path(path).read_bytes())
+
+    def reads_own(where, **reading):
+        return build(shards=where, reading=ReadingConfig(**reading))._feed.own_shards
+
+    assert reads_own(far, shuffle_shards=8)
+    assert not reads_own(far, shuffle_shards=7)
+    assert not reads_own(far, shuffle_shards=8, own_shards=False)
+    assert not reads_own(shards, shuffle_shards=8)
+    assert reads_own(shards, own_shards=True)
 
 
 def test_ranks_may_be_told_after_the_sampler_was_built(build):

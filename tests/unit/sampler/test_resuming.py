@@ -143,7 +143,7 @@ def test_another_start_state_than_the_saved_one_is_warned_of(build, caplog):
 
 @pytest.mark.parametrize("data", ["exact", "changed"])
 def test_a_run_keeps_its_shuffle_if_none_is_chosen(build, data, caplog):
-    """Catches a run that cannot move from a store to local disks, where the default shuffle is another one."""
+    """Catches a run that cannot go on without `own_shards`, for example on local disks or a single node."""
     far = build(reading=ReadingConfig(own_shards=True))
     assert far.plan.shuffle != build().plan.shuffle
     sample_ids(far, 40)
