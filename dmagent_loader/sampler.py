@@ -172,7 +172,7 @@ class AgentWeightedSampler(FeedDataset):
         with distributed.together(_BUILDING) as facts:
             rows = [collection.shard_rows(d) for d in range(len(space))]
             shard_set = ShardSet(rows, [collection.shard_contents(d) for d in range(len(space))])
-            plan = Plan(space, shard_set, seed=seed, exhausted=exhausted, window=reading.shuffle_window)
+            plan = Plan(space, shard_set, seed=seed, exhausted=exhausted, shuffle=reading.shuffle(rows))
             natural = plan.natural_mix
             first = natural if initial_mix is None else space.mix(initial_mix, shares=natural)
             plan.append(LedgerEntry(start=0, mix=tuple(first.tolist()), decided_by=INITIAL, decided_at=0))
@@ -295,7 +295,7 @@ class AgentWeightedSampler(FeedDataset):
         Args:
             state: Return value of `state_dict`.
             data: ``"exact"`` continues with exactly the samples that were left, and refuses a state of other shards,
-                domains, exhaustion rules or another shuffle window. ``"changed"`` allows all of these to differ: rows
+                domains, exhaustion rules or another shuffle. ``"changed"`` allows all of these to differ: rows
                 of unchanged shards that the present pass has drawn are not drawn again, new and changed shards join,
                 and new domains have weight 0 until the next decision. Where nothing differs, it is the same as
                 ``"exact"``. None: the sampler's `data`.

@@ -192,6 +192,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "seed": {"seed": 1},
     "exhausted": {"exhausted": "repeat"},
     "shuffle_window": {"reading": ReadingConfig(shuffle_window=7)},
+    "shuffle_shards": {"reading": ReadingConfig(shuffle_shards=7)},
     "samples_per_reweight": {"samples_per_reweight": 32},
     "initial_mix": {"initial_mix": MIX},
     "start_state": {"start_state": MIX},

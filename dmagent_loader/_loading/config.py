@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.row_order import DEFAULT_WINDOW
 from dmagent_loader.mixture.sharding import StreamKind
+from dmagent_loader.mixture.shuffle import Shuffle, shared_shuffle
+from dmagent_loader.mixture.simplex import IntArray
 from dmagent_loader.shards.tar import KeyEnd
 
 OnDamage = Literal["raise", "skip"]
@@ -26,7 +28,15 @@ class ReadingConfig:
             the integrations report theirs.
         prefetch_factor: Batches that each data worker of such a loader prepares ahead. It bounds the delay of a new
             mix.
-        shuffle_window: Rows per shuffle window.
+        shuffle_window: Rows of a domain that are shuffled together. Larger windows move neighbouring rows of a shard
+            further apart; 1 does not shuffle at all. None: 8,192 to 65,536, fewer for more domains, so that rows are
+            read quickly (``docs/order.md``); 65,536 with ``own_shards=True``. A resumed run keeps its own.
+        shuffle_shards: Shards of a domain that are in use at a time, over all ranks. 1 reads one after the other. None:
+            1 to 64, as with the window; 64 with ``own_shards=True``. A resumed run keeps its own.
+        own_shards: Whether each rank reads nearly always from the same shards, its own part of them, so that a node
+            fetches a fraction of the data. It makes each rank plan the whole global batch. None: if any shard is
+            remote, and `shuffle_shards` is 8 or more. The same on all ranks. Use True if several nodes read from a
+            store.
         num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is
             remote, else 0, because handing a cached row from thread to thread costs more than reading it. Use 2 or
             more for files on a slow network mount.
@@ -46,7 +56,9 @@ class ReadingConfig:
 
     batch_size: int | None = None
     prefetch_factor: int = DEFAULT_PREFETCH_FACTOR
-    shuffle_window: int = DEFAULT_WINDOW
+    shuffle_window: int | None = None
+    shuffle_shards: int | None = None
+    own_shards: bool | None = None
     num_threads: int | None = None
     num_rows: int = 512
     max_bad_rows: float = 0.01
@@ -59,7 +71,9 @@ class ReadingConfig:
         if self.batch_size is not None:
             whole_number("batch_size", self.batch_size, least=1)
         whole_number("prefetch_factor", self.prefetch_factor, least=1)
-        whole_number("shuffle_window", self.shuffle_window, least=1)
+        for name in ("shuffle_window", "shuffle_shards"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least=1)
         whole_number("num_rows", self.num_rows, least=1)
         if self.num_threads is not None:
             whole_number("num_threads", self.num_threads, least=0)
@@ -76,6 +90,17 @@ class ReadingConfig:
             raise ConfigurationError(
                 f"key_ends_at is {shown(self.key_ends_at)}; choose one of {list(get_args(KeyEnd))}"
             )
+
+    def shuffle(self, shard_rows: Sequence[IntArray]) -> Shuffle:
+        """The shuffle with which a run begins.
+
+        Args:
+            shard_rows: For each domain, the rows of each of its shards.
+        """
+        if not self.own_shards:
+            return shared_shuffle(shard_rows, self.shuffle_window, self.shuffle_shards)
+        default = Shuffle()
+        return Shuffle(window=self.shuffle_window or default.window, shards=self.shuffle_shards or default.shards)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,13 +23,15 @@ from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, StateError
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
-from dmagent_loader.mixture.sharding import StreamLayout
+from dmagent_loader.mixture.sharding import StreamLayout, ranks_key
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.shards import RowSource, make_decoder
 
 logger = logging.getLogger(__name__)
 
 LAZY = "lazy"
+_FEWEST_LANES = 8
+"""With fewer lanes, the shards of a rank are not worth planning the whole global batch."""
 NO_INDEX = -1
 """``__index__`` of rows that are not samples of the run."""
 
@@ -127,6 +129,12 @@ class Feed:
                 f"{HOW_TO_RESUME}"
             )
 
+    @property
+    def own_shards(self) -> bool:
+        """Whether samples are dealt by lane, so that a node reads its own part of the shards."""
+        chosen = self.reading.own_shards
+        return not self.collection.is_local and self.plan.num_lanes >= _FEWEST_LANES if chosen is None else chosen
+
     def set_loader(self, loader: LoaderSettings) -> None:
         """Describes the loader, before its first sample.
 
@@ -146,6 +154,7 @@ class Feed:
         """The global sample indices of an iterator that begins at `base`."""
         return StreamLayout(
             base=base,
+            key=ranks_key(self.plan.seed),
             rank=self.rank,
             world_size=self.world_size,
             kind=self.loader.kind,

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 _FIRST_BLOCK, _LARGEST_BLOCK = 512, 16_384
 """Positions planned at a time without reading threads: few after a new mix, because another may follow soon, then twice
 as many each time, because the cost of planning hardly grows with their number."""
+_LARGEST_DEAL = 1 << 16
+"""Positions of all ranks planned at a time if samples are dealt by lane, unless one global batch has more."""
 
 
 @dataclass(frozen=True)
@@ -204,19 +206,24 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             ExhaustedError: A domain with rule ``error`` is used up before `first`.
         """
         assert self._layout is not None
-        plan = self._feed.plan
+        plan, own_batch = self._feed.plan, self._layout.own_batch
         count = self._num_planned if self._readahead is None else self._readahead.num_rows
-        indices = self._layout.indices(first, count)
-        end = plan.ends_by(int(indices.max()) + self._layout.samples_per_step_all_ranks)
-        if end is not None:
-            indices = indices[: max(0, self._layout.num_samples(end) - first)]
+        laned = plan if self._feed.own_shards else None
+        if laned is not None:
+            count = max(1, min(count, _LARGEST_DEAL // self._layout.world_size) // own_batch) * own_batch
+        end = plan.ends_by(self._layout.frontier(first + count) + self._layout.samples_per_step_all_ranks)
+        try:
+            indices = self._layout.indices(first, count, end, laned)
             if not len(indices):
                 return None
-        try:
             located = plan.locate(indices)
         except ExhaustedError:
-            # The end lies inside the block: deliver the samples before it one by one.
-            indices = indices[:1]
+            # The end lies inside the block: deliver the samples before it one by one. A global batch that cannot be
+            # planned whole is dealt in runs.
+            try:
+                indices = self._layout.indices(first, 1, end, laned)
+            except ExhaustedError:
+                indices = self._layout.indices(first, 1, end)
             located = plan.locate(indices)
         frontiers = self._layout.frontiers(np.arange(first, first + len(indices) + 1))
         return _Block.of(first, indices, located, frontiers)

@@ -104,8 +104,10 @@ def differences(saved: RunData, present: RunData) -> Differences:
         old, new = saved.rules[before[name]], present.rules[now[name]]
         if old != new:
             settings.append(f"the exhaustion rule of {name!r} was {old!r} and is {new!r}")
-    if saved.window != present.window:
-        settings.append(f"shuffle_window was {saved.window} and is {present.window}")
+    for setting in ("window", "shards"):
+        old_value, new_value = getattr(saved.shuffle, setting), getattr(present.shuffle, setting)
+        if old_value != new_value:
+            settings.append(f"shuffle_{setting} was {old_value} and is {new_value}")
     return Differences(domains, settings)
 
 

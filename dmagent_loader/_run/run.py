@@ -45,7 +45,7 @@ class Run:
         self._present = RunData(
             space=plan.space,
             rules=plan.rules,
-            window=plan.window,
+            shuffle=plan.shuffle,
             shards=plan.shards,
             names=[collection.shard_names(domain) for domain in range(len(plan.space))],
         )
@@ -61,7 +61,8 @@ class Run:
             domains=feed.plan.space.names,
             domain_fields=tuple(domain.field for domain in feed.plan.space.domains),
             exhausted=feed.plan.rules,
-            shuffle_window=feed.plan.window,
+            shuffle_window=feed.plan.shuffle.window,
+            shuffle_shards=feed.plan.shuffle.shards,
             packing=feed.collection.packing,
             fingerprint=feed.collection.fingerprint,
             samples_per_reweight=self.cadence.interval,
@@ -71,6 +72,7 @@ class Run:
             history_mix=decider.history_mix,
             on_bad_row=feed.bad_rows.on_bad_row,
             start_state=rank_check.digest(decider.start_state.tolist()),
+            own_shards=feed.own_shards,
             world_size=feed.world_size,
             loader=feed.loader,
         )
@@ -167,7 +169,13 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any], data: Data = "exact") -> None:
         """Continues a saved run."""
         with self._together(_LOADING) as facts:
-            settings = replace(self.settings, samples_per_reweight=None) if self.cadence.is_derived else self.settings
+            reading = self.feed.reading
+            settings = replace(
+                self.settings,
+                samples_per_reweight=None if self.cadence.is_derived else self.cadence.interval,
+                shuffle_window=reading.shuffle_window,
+                shuffle_shards=reading.shuffle_shards,
+            )
             restored = read_state(state, settings, self.decider, self._present, data)
             facts |= {"data": data, **restored.to_compare()}
         self._first_fingerprint = restored.first_fingerprint

@@ -26,6 +26,7 @@ from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.mixture.segment import Segment
+from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import IntArray
 
 _MAX_NAME_BYTES = 1 << 20
@@ -40,14 +41,14 @@ class RunData:
     Attributes:
         space: The domains.
         rules: (D,) exhaustion rules.
-        window: Rows per shuffle window.
+        shuffle: Settings of the shuffle.
         shards: The shards.
         names: For each domain, the file names of the shards; None: unknown.
     """
 
     space: DomainSpace
     rules: tuple[ExhaustionRule, ...]
-    window: int
+    shuffle: Shuffle
     shards: ShardSet
     names: Sequence[Sequence[str]] | None = None
 
@@ -133,7 +134,7 @@ def rebuild(segments: Sequence[SavedSegment], seed: int, newest: RunData | None 
             used: RunData = newest if newest is not None and number == len(segments) - 1 else saved
             if plan is None:
                 rules = dict(zip(used.space.names, used.rules, strict=True))
-                plan = Plan(used.space, used.shards, seed=seed, exhausted=rules, window=used.window)
+                plan = Plan(used.space, used.shards, seed=seed, exhausted=rules, shuffle=used.shuffle)
                 for entry in saved.ledger:
                     plan.append(entry)
             else:
@@ -142,7 +143,7 @@ def rebuild(segments: Sequence[SavedSegment], seed: int, newest: RunData | None 
                     used.space,
                     used.shards,
                     rules=used.rules,
-                    window=used.window,
+                    shuffle=used.shuffle,
                     entries=saved.ledger,
                 )
     except (EmptyShardError, ConfigurationError) as error:
@@ -161,7 +162,8 @@ def _write_earlier(segment: Segment, following: Segment) -> dict[str, Any]:
         "domains": list(segment.space.names),
         "domain_fields": [domain.field for domain in segment.space.domains],
         "exhausted": list(segment.rules),
-        "shuffle_window": segment.window,
+        "shuffle_window": segment.shuffle.window,
+        "shuffle_shards": segment.shuffle.shards,
         "shards": _write_shards(segment.shards, None, following.shards),
         "ledger": ledger.to_json(),
     }
@@ -207,18 +209,19 @@ def _read_segment(saved: Mapping[str, Any], following: ShardSet | None) -> Saved
                 )
         if not set(rules) <= set(EXHAUSTION_RULES):
             raise ValueError(f"exhausted is {shown(rules)}")
-        begin, window = saved["begin"], saved["shuffle_window"]
+        begin = saved["begin"]
         if not is_count(begin):
             raise ValueError(f"begin is {shown(begin)}")
-        if not is_count(window) or window < 1:
-            raise ValueError(f"shuffle_window is {shown(window)}")
+        for key in ("shuffle_window", "shuffle_shards"):
+            if not is_count(saved[key]) or saved[key] < 1:
+                raise ValueError(f"{key} is {shown(saved[key])}")
         space = DomainSpace(tuple(Domain(name=name, field=field) for name, field in zip(names, fields, strict=True)))
         shards, files = _read_shards(saved["shards"], len(space), following)
         return SavedSegment(
             begin=begin,
             space=space,
             rules=tuple(rules),
-            window=window,
+            shuffle=Shuffle(window=saved["shuffle_window"], shards=saved["shuffle_shards"]),
             shards=shards,
             ledger=Ledger.from_json(space.names, saved["ledger"], begin),
             names=files,

@@ -32,7 +32,8 @@ class RunSettings:
         domains: (D,) names, in order.
         domain_fields: (D,) field of each domain; the weight of a used-up domain moves inside its field.
         exhausted: (D,) exhaustion rule of each domain.
-        shuffle_window: Rows per shuffle window.
+        shuffle_window: Rows of a domain that are shuffled together; None: as in the state that is loaded.
+        shuffle_shards: Shards of a domain from which the rows of a window come; None: as in the state that is loaded.
         packing: Description of the packing of documents; None: rows are read as they are stored.
         fingerprint: Digest of the domains and the contents of their shards.
         samples_per_reweight: Samples, over all ranks, between two decisions; None: to be derived from the length of the
@@ -43,6 +44,7 @@ class RunSettings:
         history_mix: Mixes that the policy sees, ``"achieved"`` or ``"requested"``.
         on_bad_row: Rule for bad rows, ``"raise"`` or ``"skip"``.
         start_state: Digest of the start state, which a saved state carries itself.
+        own_shards: Whether samples are dealt to ranks by lane.
         world_size: Number of data-parallel processes.
         loader: Loader that reads the run.
     """
@@ -51,7 +53,8 @@ class RunSettings:
     domains: tuple[str, ...] = field(metadata=_REFUSE)
     domain_fields: tuple[str, ...] = field(metadata=_REFUSE)
     exhausted: tuple[str, ...] = field(metadata=_REFUSE)
-    shuffle_window: int = field(metadata=_REFUSE)
+    shuffle_window: int | None = field(metadata=_REFUSE)
+    shuffle_shards: int | None = field(metadata=_REFUSE)
     packing: str | None = field(metadata=_REFUSE)
     fingerprint: str = field(metadata=_REFUSE)
     samples_per_reweight: int | None = field(metadata=_WARN)
@@ -61,6 +64,7 @@ class RunSettings:
     history_mix: str = field(metadata=_FREE)
     on_bad_row: str = field(metadata=_FREE)
     start_state: str = field(metadata=_FREE)
+    own_shards: bool = field(metadata=_FREE)
     world_size: int = field(metadata=_FREE)
     loader: LoaderSettings = field(metadata=_FREE)
 

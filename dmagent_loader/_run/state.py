@@ -23,17 +23,20 @@ from dmagent_loader._validation import is_count, is_finite_number, read_regular,
 from dmagent_loader.errors import ConfigurationError, DomainError, MixError, StateError
 from dmagent_loader.mixture.plan import Plan, carried_mix
 from dmagent_loader.mixture.rest_of_pass import ShardSet
+from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 from dmagent_loader.policies import InformedPolicy
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 6
+SCHEMA = 7
+"""Version of the entries and of the order of samples: a change of either needs another number."""
 MAX_STATE_BYTES = 1 << 32
 
 Data = Literal["exact", "changed"]
 
 _RUN = {"consumed", "counts", "start_state", "fields", "measurements", "policy_failures", "bad_rows"}
+_SHUFFLE = ("shuffle_window", "shuffle_shards")
 _SEGMENTS = {"begin", "shards", "ledger", "earlier_segments", "first_fingerprint"}
 _CONTINUE = "load_state_dict(state, data='changed') (with a trainer: AgentWeightedSampler(data='changed'))"
 _PREVIEW = "`dmagent state STATE --shards MANIFEST` says what that does"
@@ -146,11 +149,13 @@ def read_state(
     """
     _check_keys(state)
     saved_settings = settings.saved()
+    saved_settings |= {name: state[name] for name in _SHUFFLE if saved_settings[name] is None}
     different = {name for name in RESTORE if name in saved_settings and state[name] != saved_settings[name]}
     refused = [name for name in RESTORE if name in different and RESTORE[name] == "refuse"]
     if refused and (data == "exact" or "seed" in refused):
         raise StateError(_refusal(refused[0], state, saved_settings, present))
     segments = read_segments(state)
+    present = _shuffled(present, saved_settings)
     if not refused and not _same_shards(segments[-1].shards, present.shards):
         raise StateError("the state's shards contradict its fingerprint: it is damaged or edited; load an older one")
     restored = _restored(state, rebuild(segments, settings.seed, None if refused else present))
@@ -194,7 +199,9 @@ def rebuild_state(state: Any) -> RestoredState:
 def _with_changed_data(restored: RestoredState, present: RunData) -> RestoredState:
     """A restored run with a new segment."""
     before = restored.plan
-    plan = before.changed(restored.consumed, present.space, present.shards, rules=present.rules, window=present.window)
+    plan = before.changed(
+        restored.consumed, present.space, present.shards, rules=present.rules, shuffle=present.shuffle
+    )
     start_state = carried_mix(restored.start_state, before.space.domains, plan.space, plan.num_rows)
     return replace(restored, plan=plan, start_state=start_state)
 
@@ -256,7 +263,7 @@ def _refusal(key: str, state: Mapping[str, Any], settings: Mapping[str, Any], pr
     """The message for a state of other data or settings."""
     if key == "fingerprint":
         try:
-            found = differences(read_segments(state)[-1], present).summary()
+            found = differences(read_segments(state)[-1], _shuffled(present, settings)).summary()
         except StateError:
             found = f"its fingerprint is {shown(state[key])}, the one of this run {shown(settings[key])}"
         return (
@@ -274,6 +281,11 @@ def _refusal(key: str, state: Mapping[str, Any], settings: Mapping[str, Any], pr
         "would change the order of samples; build the sampler with the saved value"
     )
     return message if key == "seed" else f"{message}, or continue with this one by {_CONTINUE}; {_PREVIEW}"
+
+
+def _shuffled(present: RunData, settings: Mapping[str, Any]) -> RunData:
+    """The data of a run with a shuffle, which may be that of the state."""
+    return replace(present, shuffle=Shuffle(window=settings["shuffle_window"], shards=settings["shuffle_shards"]))
 
 
 def _same_shards(one: ShardSet, other: ShardSet) -> bool:

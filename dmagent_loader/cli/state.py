@@ -7,14 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dmagent_loader._run.differences import DomainDifference, differences
 from dmagent_loader._run.segments import RunData, read_segments
 from dmagent_loader._run.state import rebuild_state
+from dmagent_loader._validation import whole_number
 from dmagent_loader.cli.saved_states import find_saved_state
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.mixture.domains import DomainSpace
@@ -22,6 +22,7 @@ from dmagent_loader.mixture.exhaustion import EXHAUSTION_RULES, exhaustion_rules
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.mixture.segment import Segment
+from dmagent_loader.mixture.sharding import StreamLayout, ranks_key
 from dmagent_loader.shards import ShardCollection, load_manifest
 
 _BATCH = 4096
@@ -52,6 +53,7 @@ def _add_state(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--exhausted", choices=EXHAUSTION_RULES, help="rule for all domains (default: the rules of the run)"
     )
     parser.add_argument("--shuffle-window", type=int, metavar="N", help="rows per window (default: that of the run)")
+    parser.add_argument("--shuffle-shards", type=int, metavar="N", help="shards per window (default: that of the run)")
     parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
     parser.set_defaults(run=state)
 
@@ -63,7 +65,8 @@ def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         description=(
             "Prints a JSON line for each sample: global index, domain, shard, row and key. Shards are numbered as in "
             "the list that the run had at that sample. The order follows from the state alone; the keys are read from "
-            "the shards."
+            "the shards. The samples of a single rank depend on the batch size, too, and on the sample at which it "
+            "began, with --start."
         ),
     )
     parser.add_argument("state", help=_STATE_HELP)
@@ -74,12 +77,20 @@ def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         metavar="MANIFEST",
         help="manifest.json of the shards, or its folder; several if the data changed; without it, keys are left out",
     )
-    parser.add_argument("--start", type=int, default=0, metavar="N", help="first global index (default: 0)")
+    parser.add_argument(
+        "--start",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first global index; with --rank, the one at which the run began or was resumed (default: 0)",
+    )
     parser.add_argument(
         "--stop", type=int, metavar="N", help="global index to stop before (default: the consumed samples)"
     )
     parser.add_argument("--rank", type=int, default=0, help="data-parallel rank to list (default: %(default)s)")
     parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="samples of a rank in a batch (default: %(default)s)")
+    parser.add_argument("--own-shards", action="store_true", help="the run dealt its samples by lane (docs/order.md)")
     parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
     parser.set_defaults(run=replay)
 
@@ -122,7 +133,7 @@ def _compare(args: argparse.Namespace, saved: Mapping[str, Any], plan: Plan, con
     _check_unpacked(saved)
     collection, present = _present(args, plan)
     before = read_segments(saved)[-1]
-    same_settings = (present.rules, present.window) == (plan.rules, plan.window)
+    same_settings = (present.rules, present.shuffle) == (plan.rules, plan.shuffle)
     print()
     if collection.fingerprint == saved["fingerprint"] and same_settings:
         print(f"{args.shards} has the data of the run:")
@@ -133,7 +144,7 @@ def _compare(args: argparse.Namespace, saved: Mapping[str, Any], plan: Plan, con
     print("\n".join(f"  {line}" for line in found.lines()))
     print()
     print("load_state_dict(state) is refused, because the order of the samples that are left would be another")
-    changed = plan.changed(consumed, present.space, present.shards, rules=present.rules, window=present.window)
+    changed = plan.changed(consumed, present.space, present.shards, rules=present.rules, shuffle=present.shuffle)
     print(f"load_state_dict(state, data='changed') begins segment {len(changed.segments)} of the run:")
     weights, left = changed.ledger.in_force(consumed).weights(), changed.rows_left(consumed)
     kinds = {domain.name: domain for domain in found.domains}
@@ -173,14 +184,16 @@ def _present(args: argparse.Namespace, plan: Plan) -> tuple[ShardCollection, Run
     exhausted: Any = args.exhausted
     if exhausted is None:
         exhausted = {name: rule for name, rule in zip(plan.space.names, plan.rules, strict=True) if name in shards}
-    window = plan.window if args.shuffle_window is None else args.shuffle_window
-    if window < 1:
-        raise ConfigurationError(f"--shuffle-window is {window}; it must be at least 1")
+    shuffle = plan.shuffle
+    if args.shuffle_window is not None:
+        shuffle = replace(shuffle, window=whole_number("--shuffle-window", args.shuffle_window, least=1))
+    if args.shuffle_shards is not None:
+        shuffle = replace(shuffle, shards=whole_number("--shuffle-shards", args.shuffle_shards, least=1))
     numbers = range(len(space))
     return collection, RunData(
         space=space,
         rules=exhaustion_rules(space, exhausted),
-        window=window,
+        shuffle=shuffle,
         shards=ShardSet([collection.shard_rows(d) for d in numbers], [collection.shard_contents(d) for d in numbers]),
         names=[collection.shard_names(d) for d in numbers],
     )
@@ -208,12 +221,17 @@ def replay(args: argparse.Namespace) -> int:
     replaced = dict(saved["bad_rows"]["replaced"])
     ends = [*(segment.begin for segment in plan.segments[1:]), stop]
     for number, (segment, last) in enumerate(zip(plan.segments, ends, strict=True)):
-        begin = max(args.start, segment.begin)
-        first = begin + (args.rank - begin) % args.world_size
+        layout = StreamLayout(
+            base=max(args.start, segment.begin),
+            key=ranks_key(plan.seed),
+            rank=args.rank,
+            world_size=args.world_size,
+            batch_size=whole_number("--batch-size", args.batch_size, least=1),
+        )
         more = {"segment": number} if len(plan.segments) > 1 else {}
         end = min(last, stop)
-        for start in range(first, end, _BATCH * args.world_size):
-            indices = np.arange(start, min(end, start + _BATCH * args.world_size), args.world_size)
+        for first in range(0, layout.num_samples(end), _BATCH):
+            indices = layout.indices(first, _BATCH, end, segment if args.own_shards else None)
             _print_samples(segment, indices, replaced, keys, more)
     return 0
 

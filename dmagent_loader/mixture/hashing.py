@@ -63,7 +63,7 @@ def scatter(key: UIntArray, position: IntArray, length: IntArray) -> IntArray:
     Returns:
         (n,) int64, each below its `length`.
     """
-    bits = np.ceil(np.log2(np.maximum(length, _SMALLEST_NETWORK))).astype(np.uint64)
+    bits = np.frexp(np.maximum(length, _SMALLEST_NETWORK) - 1.0)[1].astype(np.uint64)
     low_bits = bits >> _ONE
     low_mask, high_mask = (_ONE << low_bits) - _ONE, (_ONE << (bits - low_bits)) - _ONE
     moved = position.astype(np.uint64)

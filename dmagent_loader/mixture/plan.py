@@ -22,8 +22,9 @@ from dmagent_loader.mixture.exhaustion import ExhaustionRule, exhaustion_rules
 from dmagent_loader.mixture.ledger import CHANGED_DATA, Ledger, LedgerEntry
 from dmagent_loader.mixture.length import RunLength
 from dmagent_loader.mixture.rest_of_pass import ShardSet
-from dmagent_loader.mixture.row_order import DEFAULT_WINDOW
+from dmagent_loader.mixture.row_order import DEFAULT_SHUFFLE
 from dmagent_loader.mixture.segment import Located, Segment
+from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
 
@@ -35,7 +36,7 @@ class Plan:
         shard_rows: For each domain, the rows of each of its shards; or the shards with their contents.
         seed: Seed of the sample order.
         exhausted: See `mixture.exhaustion.exhaustion_rules`.
-        window: Rows per shuffle window.
+        shuffle: Settings of the shuffle.
 
     Raises:
         EmptyShardError: A domain has no rows.
@@ -52,10 +53,10 @@ class Plan:
         *,
         seed: int,
         exhausted: str | Mapping[str, str] | None = None,
-        window: int = DEFAULT_WINDOW,
+        shuffle: Shuffle = DEFAULT_SHUFFLE,
     ) -> None:
         shards = shard_rows if isinstance(shard_rows, ShardSet) else ShardSet.numbered(shard_rows)
-        segment = Segment(space, shards, seed=seed, rules=exhaustion_rules(space, exhausted), window=window)
+        segment = Segment(space, shards, seed=seed, rules=exhaustion_rules(space, exhausted), shuffle=shuffle)
         self._join(None, [segment], segment.ledger, [{}])
 
     def _join(self, before: Plan | None, segments: list[Segment], ledger: Ledger, drawn: list[dict[str, int]]) -> None:
@@ -90,9 +91,14 @@ class Plan:
         return self._last.shards
 
     @property
-    def window(self) -> int:
-        """Rows per shuffle window."""
-        return self._last.window
+    def shuffle(self) -> Shuffle:
+        """Settings of the shuffle."""
+        return self._last.shuffle
+
+    @property
+    def num_lanes(self) -> int:
+        """Number of lanes of each domain."""
+        return self._last.num_lanes
 
     @property
     def rules(self) -> tuple[ExhaustionRule, ...]:
@@ -139,7 +145,7 @@ class Plan:
         shards: ShardSet,
         *,
         rules: Sequence[ExhaustionRule],
-        window: int,
+        shuffle: Shuffle,
         entries: Iterable[LedgerEntry] | None = None,
     ) -> Plan:
         """A plan with the same samples before a global index, and other data from there on.
@@ -149,7 +155,7 @@ class Plan:
             space: The domains from there on.
             shards: Their shards.
             rules: (D,) their exhaustion rules.
-            window: Rows per shuffle window.
+            shuffle: Settings of the shuffle.
             entries: The mixes from there on; None: those of this plan, mapped to the domains (`carried_mix`).
 
         Raises:
@@ -162,17 +168,17 @@ class Plan:
             entries = self._entries_from(index, space, shards)
         if index == self.begin:  # nothing was drawn from the newest segment: it is replaced
             if self._before is not None:
-                return self._before.changed(index, space, shards, rules=rules, window=window, entries=entries)
+                return self._before.changed(index, space, shards, rules=rules, shuffle=shuffle, entries=entries)
             exhausted = dict(zip(space.names, rules, strict=True))
-            plan = Plan(space, shards, seed=self.seed, exhausted=exhausted, window=window)
+            plan = Plan(space, shards, seed=self.seed, exhausted=exhausted, shuffle=shuffle)
         else:
-            plan = self._with_segment(index, space, shards, rules, window)
+            plan = self._with_segment(index, space, shards, rules, shuffle)
         for entry in entries:
             plan.append(entry)
         return plan
 
     def _with_segment(
-        self, index: int, space: DomainSpace, shards: ShardSet, rules: Sequence[ExhaustionRule], window: int
+        self, index: int, space: DomainSpace, shards: ShardSet, rules: Sequence[ExhaustionRule], shuffle: Shuffle
     ) -> Plan:
         """A plan with another segment, which has no mix yet."""
         last = self._last
@@ -182,7 +188,7 @@ class Plan:
             shards,
             seed=self.seed,
             rules=rules,
-            window=window,
+            shuffle=shuffle,
             begin=index,
             owed=np.array([owed.get(name, 0) for name in space.names], dtype=np.int64),
             left=last.left(index),
@@ -238,12 +244,20 @@ class Plan:
             StateError: An index is before `begin`: the run read other data there (`segment_at`).
             ExhaustedError: A domain with rule ``error`` was used up before one of the indices, or the plan has ended.
         """
+        self._refuse_earlier(indices)
+        return self._last.locate(indices)
+
+    def lanes(self, indices: IntArray) -> IntArray:
+        """Lane of each sample (`shuffle`): (n,). For the arguments and errors see `locate`."""
+        self._refuse_earlier(indices)
+        return self._last.lanes(indices)
+
+    def _refuse_earlier(self, indices: IntArray) -> None:
         if self.begin and len(indices) and np.min(indices) < self.begin:
             raise StateError(
                 f"sample {np.min(indices)} was read before the data changed at sample {self.begin}: "
                 "`dmagent replay` lists such samples"
             )
-        return self._last.locate(indices)
 
     def segment_at(self, index: int) -> Segment:
         """The segment of a global index."""

@@ -23,6 +23,7 @@ from dmagent_loader.mixture.hashing import stream_key
 from dmagent_loader.mixture.ledger import Ledger, LedgerEntry
 from dmagent_loader.mixture.rest_of_pass import ShardLeft, ShardSet
 from dmagent_loader.mixture.segment_rows import SegmentRows
+from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
 _OFF_BY = 4
@@ -82,7 +83,7 @@ class Segment:
         shards: Their shards.
         seed: Seed of the run.
         rules: (D,) exhaustion rules.
-        window: Rows per shuffle window.
+        shuffle: Settings of the shuffle.
         begin: Global index of its first sample.
         owed: (D,) debt to each domain from the segment before (`DomainOrder.counts_and_owed`).
         left: What the present pass of each domain has left of shards from which it has drawn; None: no pass has begun.
@@ -98,14 +99,14 @@ class Segment:
         *,
         seed: int,
         rules: Sequence[ExhaustionRule],
-        window: int,
+        shuffle: Shuffle,
         begin: int = 0,
         owed: IntArray | None = None,
         left: Mapping[str, Sequence[ShardLeft]] | None = None,
     ) -> None:
         if not len(shards.rows) == len(shards.contents) == len(rules) == len(space):
             raise ValueError(f"shards of {len(shards.rows)} and rules of {len(rules)} domains for {len(space)} domains")
-        self.space, self.shards, self.seed, self.window, self.begin = space, shards, seed, window, begin
+        self.space, self.shards, self.seed, self.shuffle, self.begin = space, shards, seed, shuffle, begin
         self.rules = tuple(rules)
         self.num_rows: IntArray = np.array([rows.sum() for rows in shards.rows], dtype=np.int64)
         empty = [name for name, rows in zip(space.names, self.num_rows, strict=True) if rows == 0]
@@ -113,7 +114,7 @@ class Segment:
             raise EmptyShardError(
                 f"domains {empty} have no rows: add shards to them, or leave them out; {HOW_TO_RESUME}"
             )
-        self._rows = SegmentRows(space.names, shards, seed=seed, window=window, begin=begin, left=left)
+        self._rows = SegmentRows(space.names, shards, seed=seed, shuffle=shuffle, begin=begin, left=left)
         self.first_pass = self._rows.first_pass
         """(D,) rows of the pass with which the segment begins, which may be the rest of one."""
         self._owed = np.zeros(len(space), dtype=np.int64) if owed is None else owed
@@ -291,21 +292,34 @@ class Segment:
         Raises:
             ExhaustedError: A domain with rule ``error`` was used up before one of the indices, or the plan has ended.
         """
-        indices = np.asarray(indices, dtype=np.int64)
+        domain, draw = self._draws(np.asarray(indices, dtype=np.int64))
+        shard, row = self._rows.locate(domain, draw)
+        return Located(domain, draw, shard, row)
+
+    @property
+    def num_lanes(self) -> int:
+        """Number of lanes of each domain."""
+        return self.shuffle.lanes
+
+    def lanes(self, indices: IntArray) -> IntArray:
+        """Lane of each sample (`shuffle`): (n,). For the arguments and errors see `locate`."""
+        return self._rows.lane(*self._draws(np.asarray(indices, dtype=np.int64)))
+
+    def _draws(self, indices: IntArray) -> tuple[IntArray, IntArray]:
+        """Domain and draw of samples."""
         domain, draw = np.empty_like(indices), np.empty_like(indices)
         if not len(indices):
-            return Located(indices, indices, indices, indices)
+            return domain, draw
         self._extend(int(indices.max()))
         first, last = (bisect_right(self._starts, int(end)) - 1 for end in (indices.min(), indices.max()))
         stretch_of = first + np.searchsorted(self._starts[first + 1 : last + 1], indices, side="right")
-        for number in np.unique(stretch_of):
-            stretch = self._stretches[int(number)]
+        for number in [first] if first == last else np.unique(stretch_of).tolist():
+            stretch = self._stretches[number]
             self._refuse(stretch)
-            chosen = stretch_of == number
+            chosen = slice(None) if first == last else stretch_of == number
             domain[chosen], draw[chosen] = self._order(stretch).locate(indices[chosen] - stretch.start)
             draw[chosen] += stretch.base[domain[chosen]]
-        shard, row = self._rows.locate(domain, draw)
-        return Located(domain, draw, shard, row)
+        return domain, draw
 
     def left(self, index: int) -> dict[str, list[ShardLeft]]:
         """Domain -> what its present pass has left of the shards from which it has drawn, before a global index."""

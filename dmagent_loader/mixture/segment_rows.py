@@ -15,6 +15,7 @@ import numpy as np
 from dmagent_loader.mixture.hashing import stream_key
 from dmagent_loader.mixture.rest_of_pass import RestOfPass, ShardLeft, ShardSet, rows_of, runs_of
 from dmagent_loader.mixture.row_order import RowOrders
+from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import IntArray
 
 
@@ -25,7 +26,7 @@ class SegmentRows:
         names: (D,) names of the domains.
         shards: Their shards.
         seed: Seed of the run.
-        window: Rows per shuffle window.
+        shuffle: Settings of the shuffle.
         begin: Global index of the first sample.
         left: What the present pass of each domain has left of shards from which it has drawn; None: no pass has begun.
 
@@ -40,11 +41,11 @@ class SegmentRows:
         shards: ShardSet,
         *,
         seed: int,
-        window: int,
+        shuffle: Shuffle,
         begin: int,
         left: Mapping[str, Sequence[ShardLeft]] | None,
     ) -> None:
-        self._names, self._shards, self._seed, self._window, self._begin = names, shards, seed, window, begin
+        self._names, self._shards, self._seed, self._shuffle, self._begin = names, shards, seed, shuffle, begin
         self.num_rows: IntArray = np.array([rows.sum() for rows in shards.rows], dtype=np.int64)
         self._rest = None if left is None else RestOfPass(names, shards, left)
         self.first_pass: IntArray = self.num_rows
@@ -55,14 +56,14 @@ class SegmentRows:
     def _passes(self) -> RowOrders:
         """The order of whole passes."""
         seed = self._seed if self._rest is None else stream_key(self._seed, "segment", self._begin)
-        return RowOrders(seed, self._names, self._shards.rows, self._window)
+        return RowOrders(seed, self._names, self._shards.rows, self._shuffle)
 
     @cached_property
     def _rest_order(self) -> RowOrders:
         """The order of the rest of a pass, whose rows are numbered among those left of their shard."""
         assert self._rest is not None
         seed = stream_key(self._seed, "rest of a pass", self._begin)
-        return RowOrders(seed, self._names, self._rest.counts, self._window)
+        return RowOrders(seed, self._names, self._rest.counts, self._shuffle)
 
     def locate(self, domain: IntArray, draw: IntArray) -> tuple[IntArray, IntArray]:
         """Shard and row of each draw.
@@ -84,6 +85,17 @@ class SegmentRows:
         if len(chosen := np.flatnonzero(later >= 0)):
             shard[chosen], row[chosen] = self._passes.locate(domain[chosen], later[chosen])
         return shard, row
+
+    def lane(self, domain: IntArray, draw: IntArray) -> IntArray:
+        """The lane of each draw (`shuffle`): (n,). For the arguments see `locate`."""
+        if self._rest is None:
+            return self._passes.lane(domain, draw)
+        later, lane = draw - self.first_pass[domain], np.empty_like(draw)
+        if len(chosen := np.flatnonzero(later < 0)):
+            lane[chosen] = self._rest_order.lane(domain[chosen], draw[chosen])
+        if len(chosen := np.flatnonzero(later >= 0)):
+            lane[chosen] = self._passes.lane(domain[chosen], later[chosen])
+        return lane
 
     def at(self, domain: int, position: int) -> tuple[int, int]:
         """Shard and row of a position in a domain, in the order of storage."""
@@ -127,7 +139,7 @@ class SegmentRows:
             return []
         epoch, drawn = divmod(draws - 1, int(self.num_rows[domain]))
         left = self._passes.rows_left(domain, epoch, drawn + 1)
-        return [self._shard_left(domain, shard, runs_of(rows)) for shard, rows in left]
+        return [self._shard_left(domain, shard, runs) for shard, runs in left]
 
     def _left_of_rest(self, domain: int, draws: int) -> list[ShardLeft]:
         """What is left of the rest of a pass."""
@@ -135,7 +147,7 @@ class SegmentRows:
         runs = {shard: self._rest.runs(domain, shard) for shard in self._rest.cut(domain)}
         for shard, numbers in self._rest_order.rows_left(domain, 0, draws) if draws else ():
             before = runs.get(shard)
-            runs[shard] = runs_of(numbers if before is None else rows_of(before)[numbers])
+            runs[shard] = numbers if before is None else runs_of(rows_of(before)[rows_of(numbers)])
         return [self._shard_left(domain, shard, its) for shard, its in sorted(runs.items())]
 
     def _shard_left(self, domain: int, shard: int, runs: IntArray) -> ShardLeft:

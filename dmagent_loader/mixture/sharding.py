@@ -1,27 +1,57 @@
-"""The global samples that one iterator delivers, in order.
+"""The global samples that one iterator delivers.
 
 Every rank has an iterator and, with torch workers, every worker has one. There are two kinds of streams:
 
-- ``sharded``: each rank reads its own share; global sample g belongs to rank g mod world size. Plain loops, a bare
-  `DataLoader`, NeMo and Megatron read this way.
+- ``sharded``: each rank reads its own share. Plain loops, a bare `DataLoader`, NeMo and Megatron read this way.
 - ``whole``: the trainer splits one unsharded stream itself, as accelerate does for iterable datasets: it cuts blocks of
-  ``world_size * batch_size`` samples into one slice for each rank. The stream is ordered such that the slice of a rank
-  again holds the samples g mod world size == rank.
+  ``world_size * batch_size`` samples into one slice for each rank.
 
-With either kind, every rank trains on the same samples in the same steps. torch deals whole batches to its workers in
-turn: worker w of n delivers the batches w, w + n, ... of the stream.
+With either kind, every rank trains on the same samples in the same steps. A *global batch*, one batch of every rank,
+consists of the same samples whatever the number of ranks, and is dealt to them in one of two ways; a single rank gets
+its samples in their order.
+
+- *In runs*: each rank has a run of neighbouring samples. That of rank 0 begins at a random sample, drawn anew for each
+  global batch, and the run that reaches the end of the batch continues at its beginning.
+- *By lane*: each rank has a run of the samples sorted by the lane of their rows (`shuffle`), in a random order. Every
+  lane has nearly as many samples of each domain in a batch, so a rank, and with it a node, reads nearly always in the
+  same lanes: in its own part of the shards. Every global batch has to be planned whole.
+
+Either way, every rank and every position in a batch has its share of each domain in the long term. If rank r had the
+samples g mod world size == r, a mix of 3/4 and 1/4 on four ranks would give single ranks a third more or less than
+their share for as long as it is in force.
+
+torch deals whole batches to its workers in turn: worker w of n delivers the batches w, w + n, ... of the stream.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
+from dmagent_loader.mixture.hashing import random_bits, stream_key
 from dmagent_loader.mixture.simplex import IntArray
 
 StreamKind = Literal["sharded", "whole"]
+
+
+class Laned(Protocol):
+    """The lanes of samples (`shuffle`), as a plan knows them."""
+
+    @property
+    def num_lanes(self) -> int:
+        """Number of lanes."""
+        ...
+
+    def lanes(self, indices: IntArray) -> IntArray:
+        """Lane of each global index: (n,)."""
+        ...
+
+
+def ranks_key(seed: int) -> int:
+    """Key of the random stream that deals the samples of a run to ranks."""
+    return stream_key(seed, "ranks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +59,12 @@ class StreamLayout:
     """The positions of one iterator in the run.
 
     Args:
-        base: Global sample index at which the iteration begins.
+        base: Global sample index at which the iteration begins, and with it the first global batch.
+        key: Key of the random stream that deals the samples of each global batch to ranks.
         rank: Data-parallel rank of this process.
         world_size: Number of data-parallel processes.
         kind: ``"sharded"`` or ``"whole"``.
-        batch_size: Samples of one rank in one batch; needed only for ``whole`` streams of several ranks.
+        batch_size: Samples of one rank in one batch.
         worker: Number of this torch worker.
         num_workers: Number of torch workers of this rank.
         samples_per_fetch: Consecutive stream positions that go to one worker.
@@ -41,6 +72,7 @@ class StreamLayout:
     """
 
     base: int
+    key: int = 0
     rank: int = 0
     world_size: int = 1
     kind: StreamKind = "sharded"
@@ -50,26 +82,68 @@ class StreamLayout:
     samples_per_fetch: int = 1
     samples_per_step: int = 1
 
-    @property
-    def sliced(self) -> bool:
-        """Whether a trainer cuts this stream into slices for several ranks."""
-        return self.kind == "whole" and self.world_size > 1
+    def indices(self, first: int, count: int, end: int | None = None, laned: Laned | None = None) -> IntArray:
+        """Global indices of samples `first` to `first + count - 1` of this iterator.
 
-    def indices(self, first: int, count: int) -> IntArray:
-        """Global indices of samples `first` to `first + count - 1` of this iterator: (count,) int64."""
-        positions = self._positions(np.arange(first, first + count, dtype=np.int64))
-        if self.sliced:
-            # The trainer gives slice r of each block to rank r. Transposing the block, as (batch_size, world_size) read
-            # by columns, puts every world_size-th sample into one slice. The shift by `base` keeps g mod world size the
-            # same wherever the iteration begins.
-            group, within = np.divmod(positions, self.world_size * self.batch_size)
-            piece, offset = np.divmod(within, self.batch_size)
-            residue = (piece - self.base) % self.world_size
-            positions = group * (self.world_size * self.batch_size) + offset * self.world_size + residue
-        elif self.kind == "sharded":
-            # The first sample at or after `base` with g mod world size == rank, then every world_size-th one.
-            positions = (self.rank - self.base) % self.world_size + positions * self.world_size
-        return np.asarray(self.base + positions, dtype=np.int64)
+        Args:
+            first: Number of the first of them.
+            count: Samples.
+            end: Global index at which the run ends; None: it lies beyond them.
+            laned: The lanes of samples, to deal by lane; None: in runs.
+
+        Returns:
+            (count,) int64, or fewer at the end of the run.
+        """
+        if end is not None:
+            count = min(count, max(0, self.num_samples(end) - first))
+        batch, slot = np.divmod(self._positions(np.arange(first, first + count, dtype=np.int64)), self.own_batch)
+        start = self.base + batch * self.global_batch
+        size = np.full(len(start), self.global_batch)
+        if end is not None:  # the last global batch may be smaller
+            size = np.minimum(size, self.delivered_end(end) - start)
+        if self.kind == "sharded":
+            slot += self.rank * (size // self.world_size)
+        if self.world_size > 1 and laned is not None:
+            return self._by_lane(start, size, slot, laned)
+        if self.world_size > 1:
+            shift = random_bits(self.key, start) % size.view(np.uint64)
+            slot = (slot + shift.view(np.int64)) % size
+        return np.asarray(start + slot, dtype=np.int64)
+
+    def _by_lane(self, start: IntArray, size: IntArray, slot: IntArray, laned: Laned) -> IntArray:
+        """Global indices in places of global batches: (n,).
+
+        Args:
+            start: (n,) first index of the global batch.
+            size: (n,) samples of the global batch.
+            slot: (n,) place among them, rank after rank.
+            laned: The lanes of samples.
+        """
+        starts, at, batch = np.unique(start, return_index=True, return_inverse=True)
+        sizes = size[at]
+        first = np.cumsum(sizes) - sizes  # of each global batch, in the columns below
+        begin, number = np.repeat(first, sizes), np.arange(int(sizes.sum()))
+        indices = np.repeat(starts, sizes) + number - begin
+        random, length, num_lanes = random_bits(self.key, indices), np.repeat(sizes, sizes), laned.num_lanes
+        # Lanes have a few samples more or less in a batch. The lane from which they are counted is drawn for each, for
+        # ranks next to a fixed one would differ from the others. Ranks begin in the middle of a lane, so that two
+        # nodes share this lane, instead of each having samples of the next lane of the other.
+        from_lane = np.repeat((random_bits(self.key, starts) >> np.uint64(32)).view(np.int64) % num_lanes, sizes)
+        place = np.empty_like(number)
+        place[np.lexsort((random, (laned.lanes(indices) - from_lane) % num_lanes, begin))] = number - begin
+        place = (place + (2 * from_lane - 1) * length // (2 * num_lanes)) % length
+        order = np.lexsort((random, place // (length // self.world_size), begin))
+        return np.asarray(indices[order[first[batch] + slot]], dtype=np.int64)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of all ranks in one batch."""
+        return self.world_size * self.batch_size
+
+    @property
+    def own_batch(self) -> int:
+        """Samples of a global batch that the stream of this rank contains."""
+        return self.batch_size if self.kind == "sharded" else self.global_batch
 
     def num_samples(self, end: int) -> int:
         """Total number of samples that this iterator delivers if the run ends at global index `end`."""
@@ -99,14 +173,11 @@ class StreamLayout:
 
     def frontiers(self, taken: IntArray) -> IntArray:
         """`frontier` after each number of delivered samples: (n,) int64."""
-        # Stream positions up to the last delivered sample. The other ranks may have delivered as many.
         reached = self._positions(np.maximum(taken - 1, 0)) + 1
-        if self.sliced:
-            # Inside a block the global indices are not in order, so the whole block counts as delivered.
-            block = self.world_size * self.batch_size
-            reached = -(-reached // block) * block
-        elif self.kind == "sharded":
-            reached = reached * self.world_size
+        if self.world_size > 1:
+            # The other ranks may have delivered as many samples as this one. Inside a global batch the indices are not
+            # in order, so all of it counts as delivered.
+            reached = -(-reached // self.own_batch) * self.global_batch
         return np.asarray(self.base + np.where(taken == 0, 0, reached), dtype=np.int64)
 
     def _positions(self, samples: IntArray) -> IntArray:

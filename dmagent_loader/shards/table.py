@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dmagent_loader.shards.decode import RawSample
-from dmagent_loader.shards.index.shard_index import ShardIndex
+from dmagent_loader.shards.index.shard_index import IntArray, ShardIndex
 from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import Source
 
@@ -23,7 +25,9 @@ class ChangedRow(Exception):
 class RowTable:
     """The positions of the rows of one shard.
 
-    It holds the columns of a `ShardIndex` as memoryviews: reading a single number from a numpy array takes longer.
+    It holds the columns of a `ShardIndex` as memoryviews: reading a single number from a numpy array takes longer. The
+    numbers of a row lie side by side in memory, because rows of many shards are read in turn: if each came from a
+    column of its own, most would have to be fetched from main memory separately.
 
     Args:
         index: Index of the shard.
@@ -54,22 +58,15 @@ class RowTable:
 
     def __init__(self, index: ShardIndex) -> None:
         self.num_rows = index.num_rows
-        columns = (
-            index.row_first,
-            index.offset,
-            index.size,
-            index.extension,
-            index.row_crc,
-            index.key_end,
-            index.keys,
-        )
-        self.num_bytes = sum(column.nbytes for column in columns) + _FIXED_BYTES
         self._extensions = index.extensions
         self._one_member = index.num_members == index.num_rows
         self.only = index.extensions[0] if self._one_member and len(index.extensions) == 1 else None
-        self._first, self.offset, self.size, self._extension, self.crc, self._key_end = (
-            np.ascontiguousarray(column).data for column in columns[:-1]
-        )
+        of_members = (index.offset, index.size, index.extension)
+        of_rows = (index.row_crc, index.key_end, index.row_first)
+        groups = [of_members + of_rows] if self._one_member else [of_members, of_rows]
+        columns = [column for group in groups for column in _side_by_side(group)]
+        self.num_bytes = sum(column.nbytes for column in columns) + index.keys.nbytes + _FIXED_BYTES
+        self.offset, self.size, self._extension, self.crc, self._key_end, self._first = columns
         self._keys = index.keys.tobytes()
         self._common: tuple[int, ...] | None = None
         """Extensions of more than half of the rows; None: not counted yet."""
@@ -119,3 +116,13 @@ class RowTable:
         if found != self.crc[row]:
             raise ChangedRow(f"crc32 {found:08x}, was {self.crc[row]:08x}")
         return _new_tuple(RawSample, (self.key(row), members))
+
+
+def _side_by_side(columns: Sequence[IntArray]) -> list[memoryview]:
+    """Copies of columns in which the numbers of one row are neighbours; the lengths may differ by one."""
+    fields = [(str(number), column.dtype) for number, column in enumerate(columns)]
+    records = np.empty(max(map(len, columns)), np.dtype(fields, align=True))
+    views = [records[name][: len(column)] for (name, _), column in zip(fields, columns, strict=True)]
+    for view, column in zip(views, columns, strict=True):
+        view[:] = column
+    return [view.data for view in views]

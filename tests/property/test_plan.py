@@ -16,10 +16,11 @@ from dmagent_loader.mixture.hashing import random_bits, scatter
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.row_order import RowOrders
+from dmagent_loader.mixture.shuffle import Shuffle
 
 GOLDEN_DOMAINS = [0, 2, 0, 1, 0, 2, 2, 0, 1, 0, 1, 0]
-GOLDEN_ROWS = [29, 46, 8, 7, 31, 40, 30, 32, 4, 17, 3, 9]
-GOLDEN_RUN = "de0fc0a00289eca538074e10699aed3563f064ca68b0b8fdc2d968b4f9200e56"
+GOLDEN_ROWS = [13, 33, 37, 2, 18, 16, 0, 19, 3, 14, 15, 27]
+GOLDEN_RUN = "0a4c2d27714e2323a86679f68a53991fccf0c42b77c024600cca5ea3112127c2"
 OFF_BY = 1.5
 """Samples: the bound of the order is 1.25 where rounding alone allows it; 1.28 is the most that was seen."""
 
@@ -119,11 +120,14 @@ def test_a_domain_of_one_in_ten_thousand_gets_its_samples_although_the_mix_chang
     assert plan.counts(100_000)[1] == pytest.approx(15, abs=1.3)
 
 
-@given(st.integers(1, 300), st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
-def test_each_epoch_gives_every_row_once(window, shards, seed):
+shuffles = st.builds(Shuffle, window=st.integers(1, 300), shards=st.integers(1, 20))
+
+
+@given(shuffles, st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_each_epoch_gives_every_row_once(shuffle, shards, seed):
     rows = sum(shards)
-    order = RowOrders(seed, ["source/a", "source/b"], [np.array(shards), np.array([3])], window)
+    order = RowOrders(seed, ["source/a", "source/b"], [np.array(shards), np.array([3])], shuffle)
     for epoch in range(3):
         shard, row = locate(order, 0, np.arange(epoch * rows, (epoch + 1) * rows))
         assert sorted(zip(shard.tolist(), row.tolist(), strict=True)) == [
@@ -145,13 +149,13 @@ def test_rows_of_many_domains_and_epochs_in_one_call_are_those_of_single_calls(d
         for _ in range(data.draw(st.integers(1, 6)))
     ]
     names = [f"source/{i}" for i in range(len(shards))]
-    window, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 99))
-    order = RowOrders(seed, names, shards, window)
+    shuffle, seed = data.draw(shuffles), data.draw(st.integers(0, 99))
+    order = RowOrders(seed, names, shards, shuffle)
     drawn = data.draw(st.lists(st.tuples(st.integers(0, len(shards) - 1), st.integers(0, 90)), min_size=1, max_size=60))
     domain, draw = np.array(drawn).T
     shard, row = order.locate(domain, draw)
     for d, k, s, r in zip(domain, draw, shard, row, strict=True):
-        alone = RowOrders(seed, [names[d]], [shards[d]], window)
+        alone = RowOrders(seed, [names[d]], [shards[d]], shuffle)
         assert locate(alone, 0, np.array([k])) == (s, r)
 
 
@@ -178,7 +182,7 @@ def test_scatter_prefers_no_place(length):
 
 
 def test_epochs_and_domains_differ_in_order_and_windows_keep_locality():
-    order = RowOrders(0, ["source/a", "source/b"], [np.full(10, 1000)] * 2, window=500)
+    order = RowOrders(0, ["source/a", "source/b"], [np.full(10, 1000)] * 2, Shuffle(window=500, shards=1))
     first, second = locate(order, 0, np.arange(10_000)), locate(order, 0, np.arange(10_000, 20_000))
     assert (first[1] != second[1]).mean() > 0.9
     other = locate(order, 1, np.arange(10_000))
@@ -285,9 +289,8 @@ def test_the_order_of_a_whole_run_is_the_same_in_every_version():
     names = [f"source/{number}" for number in range(40)] + ["target/x", "target/y"]
     rows = np.random.default_rng(0).integers(0, 9, (42, 30))
     space = DomainSpace.from_names(names)
-    plan = Plan(
-        space, [*rows[:40], rows[40, :1] + 50, rows[41]], seed=5, window=16, exhausted={"target": "redistribute"}
-    )
+    shards, shuffle = [*rows[:40], rows[40, :1] + 50, rows[41]], Shuffle(window=16, shards=3)
+    plan = Plan(space, shards, seed=5, shuffle=shuffle, exhausted={"target": "redistribute"})
     mixes = np.random.default_rng(1).dirichlet(np.ones(42), 3)
     for start, mix in zip((0, 1000, 1234), mixes, strict=True):
         plan.append(entry(start, mix))

@@ -22,8 +22,10 @@ from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import NO_RUNS, RestOfPass, ShardLeft, ShardSet, rows_of, runs_of
 from dmagent_loader.mixture.row_order import RowOrders
 from dmagent_loader.mixture.sharding import StreamLayout
+from dmagent_loader.mixture.shuffle import Shuffle
 
 NAMES = ["source/a", "source/b", "target/x", "target/y"]
+SHUFFLE = Shuffle(window=4, shards=2)
 Row = tuple[str, int, int]
 """Domain, content of the shard, row."""
 
@@ -34,7 +36,7 @@ class Data:
 
     shards: dict[str, list[tuple[int, int]]]
     exhausted: str = "repeat"
-    window: int = 4
+    shuffle: Shuffle = field(default=SHUFFLE)
 
     @property
     def space(self) -> DomainSpace:
@@ -83,7 +85,8 @@ def saved(plan: Plan, data: Data) -> dict[str, Any]:
         "domains": list(data.shards),
         "domain_fields": fields,
         "exhausted": list(plan.rules),
-        "shuffle_window": plan.window,
+        "shuffle_window": plan.shuffle.window,
+        "shuffle_shards": plan.shuffle.shards,
     }
     return json.loads(json.dumps({**SegmentWriter(plan, names).to_json(), **more}))
 
@@ -103,8 +106,8 @@ def changed(before: Data, random: Random) -> Data:
         random.shuffle(kept)
         if kept and random.random() < 0.85:
             shards[name] = kept
-    window = random.choice([1, 3, 4, 50])
-    return Data(shards or before.shards, random.choice(["repeat", "stop", "redistribute"]), window)
+    shuffle = Shuffle(window=random.choice([1, 3, 4, 50]), shards=random.choice([1, 2, 3, 9]))
+    return Data(shards or before.shards, random.choice(["repeat", "stop", "redistribute"]), shuffle)
 
 
 def mix_over(random: Random, space: DomainSpace) -> tuple[float, ...]:
@@ -114,7 +117,7 @@ def mix_over(random: Random, space: DomainSpace) -> tuple[float, ...]:
 
 
 def started(data: Data, seed: int, mix: tuple[float, ...]) -> Plan:
-    plan = Plan(data.space, data.shard_set, seed=seed, exhausted=data.exhausted, window=data.window)
+    plan = Plan(data.space, data.shard_set, seed=seed, exhausted=data.exhausted, shuffle=data.shuffle)
     plan.append(LedgerEntry(start=0, mix=mix, decided_by="initial", decided_at=0))
     return plan
 
@@ -137,7 +140,7 @@ def test_no_row_comes_twice_in_a_pass_whatever_happens_to_the_data(begin: int, a
             most = consumed + world * random.randint(1, 20)
             end = plan.ends_by(most)
             count = ((most if end is None else end) - consumed) // world
-            layouts = [StreamLayout(base=consumed, rank=rank, world_size=world) for rank in range(world)]
+            layouts = [StreamLayout(base=consumed, key=7, rank=rank, world_size=world) for rank in range(world)]
             ranks = np.stack([layout.indices(0, count) for layout in layouts])
             rows = dict(zip(ranks.ravel().tolist(), located(plan, ranks.ravel()), strict=True))
             assert sorted(rows) == list(range(consumed, consumed + world * count))
@@ -152,7 +155,7 @@ def test_no_row_comes_twice_in_a_pass_whatever_happens_to_the_data(begin: int, a
         elif what == "change":
             now = changed(now, random)
             rules = exhaustion_rules(now.space, now.exhausted)
-            plan = plan.changed(consumed, now.space, now.shard_set, rules=rules, window=now.window)
+            plan = plan.changed(consumed, now.space, now.shard_set, rules=rules, shuffle=now.shuffle)
             assert abs(sum(plan.ledger.last.mix) - 1) < 1e-9
         elif what == "save":
             snapshots.append((saved(plan, now), now, copy.deepcopy(oracle), consumed))
@@ -175,8 +178,8 @@ def test_no_row_comes_twice_in_a_pass_whatever_happens_to_the_data(begin: int, a
 @settings(max_examples=60, deadline=None)
 def test_the_rows_left_of_a_pass_are_those_it_has_not_drawn(data) -> None:
     rows = np.array(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)))
-    window = data.draw(st.integers(1, 30))
-    order = RowOrders(data.draw(st.integers(0, 9)), ["source/a"], [rows], window)
+    shuffle = Shuffle(window=data.draw(st.integers(1, 30)), shards=data.draw(st.integers(1, 9)))
+    order = RowOrders(data.draw(st.integers(0, 9)), ["source/a"], [rows], shuffle)
     epoch, total = data.draw(st.integers(0, 3)), int(rows.sum())
     drawn = data.draw(st.integers(1, total))
     draws = epoch * total + np.arange(drawn)
@@ -184,8 +187,8 @@ def test_the_rows_left_of_a_pass_are_those_it_has_not_drawn(data) -> None:
     taken = set(zip(shard.tolist(), row.tolist(), strict=True))
     left = dict(order.rows_left(0, epoch, drawn))
     assert set(left) == {number for number, _ in taken}
-    for number, numbers in left.items():
-        assert {(number, int(r)) for r in numbers} == {(number, r) for r in range(rows[number])} - taken
+    for number, runs in left.items():
+        assert {(number, int(r)) for r in rows_of(runs)} == {(number, r) for r in range(rows[number])} - taken
 
 
 @given(st.lists(st.booleans(), max_size=40))
@@ -220,7 +223,7 @@ def test_changing_the_data_often_starves_no_domain() -> None:
         names = list(data.shards)[:: 1 if index % 20 else -1]
         data = Data({name: [(content + 3, rows) for content, rows in data.shards[name]] for name in names})
         rules = exhaustion_rules(data.space, data.exhausted)
-        plan = plan.changed(index, data.space, data.shard_set, rules=rules, window=4)
+        plan = plan.changed(index, data.space, data.shard_set, rules=rules, shuffle=data.shuffle)
     assert len(plan.segments) == 100
     assert abs(plan.drawn(1000)["source/a"] - 10) <= 1.5
     assert abs(plan.drawn(1000)["source/b"] - 490) <= 1.5

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from launching import environment, python
 
+from dmagent_loader.mixture.hashing import stream_key
+from dmagent_loader.mixture.sharding import StreamLayout
 from dmagent_loader.testing import write_toy_shards
 
 WORKER = """
@@ -52,4 +54,5 @@ def test_the_workers_of_each_rank_read_its_share(tmp_path: Path, method: str) ->
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         batches = json.loads((tmp_path / f"{method}{rank}.json").read_text())
-        assert batches == [list(range(first + rank, first + 8, 2)) for first in (0, 8, 16)]
+        layout = StreamLayout(base=0, key=stream_key(0, "ranks"), rank=rank, world_size=2, batch_size=4)
+        assert batches == [layout.indices(first, 4).tolist() for first in (0, 4, 8)]

@@ -21,6 +21,7 @@ from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.testing import write_toy_shards
 
 ROWS = {"source/Science": 60, "source/News": 50, "target/Science": 64, "target/Finance": 32}
+SEED = 3
 DOMAINS = list(ROWS)
 NEW_DOMAIN = "source/Law"
 TIMEOUT_SECONDS = float(os.environ.get("CONFORMANCE_TIMEOUT", "280"))
@@ -127,7 +128,7 @@ class Launcher:
         sampler = AgentWeightedSampler(
             self.shards,
             samples_per_reweight=1,
-            seed=3,
+            seed=SEED,
             reading=ReadingConfig(progress=False, cache_dir=self.folder / "cache"),
         )
         for entry in Ledger.from_json(sampler.space.names, run.results[0]["ledger"]):

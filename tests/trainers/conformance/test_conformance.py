@@ -16,10 +16,12 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from trainers.conformance.launch import DOMAINS, NEW_DOMAIN, Launcher, Run
+from trainers.conformance.launch import DOMAINS, NEW_DOMAIN, SEED, Launcher, Run
 
 from dmagent_loader._report.history import read_history
 from dmagent_loader.cli.saved_states import find_saved_state
+from dmagent_loader.mixture.hashing import stream_key
+from dmagent_loader.mixture.sharding import StreamLayout
 
 SAMPLES_PER_REWEIGHT = 16
 
@@ -205,6 +207,11 @@ def samples_per_step(run: Run, setting: Setting) -> int:
     return run.batch_size * run.data_ranks * setting.accumulation
 
 
+def share(run: Run, rank: int) -> StreamLayout:
+    key = stream_key(SEED, "ranks")
+    return StreamLayout(base=0, key=key, rank=rank, world_size=run.data_ranks, batch_size=run.batch_size)
+
+
 @every_setting
 @every_integration
 def test_every_sample_is_trained_on_once_and_in_order(integration, setting, run, start):
@@ -215,7 +222,7 @@ def test_every_sample_is_trained_on_once_and_in_order(integration, setting, run,
     for number, ranks in enumerate(batches):
         assert sorted(chain(*ranks)) == list(range(number * size, (number + 1) * size))
         for rank, indices in enumerate(ranks):
-            assert [i % run.data_ranks for i in indices] == [rank] * run.batch_size
+            assert indices == share(run, rank).indices(number * run.batch_size, run.batch_size).tolist()
     keys = run.keys()
     assert keys == start.launcher.replay(run, sorted(keys))
     assert [line["step"] for line in run.seen(0)] == [n // setting.accumulation for n in range(len(batches))]

@@ -18,6 +18,7 @@ from dmagent_loader.errors import ConfigurationError
         ({"shuffle_window": 1.5}, "shuffle_window is 1.5"),
         ({"shuffle_window": float("nan")}, "shuffle_window is nan"),
         ({"shuffle_window": 0}, "shuffle_window is 0; it must be at least 1"),
+        ({"shuffle_shards": 0}, "shuffle_shards is 0; it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"prefetch_factor": 0}, "prefetch_factor is 0; it must be at least 1"),
         ({"prefetch_factor": True}, "prefetch_factor is True"),

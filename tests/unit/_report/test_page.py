@@ -67,6 +67,7 @@ def history(
         domain_fields=tuple(domain.field for domain in space.domains),
         exhausted=plan.rules,
         shuffle_window=64,
+        shuffle_shards=4,
         packing=None,
         fingerprint="ab" * 32,
         samples_per_reweight=100,
@@ -76,6 +77,7 @@ def history(
         history_mix="achieved",
         on_bad_row="raise",
         start_state="0123456789abcdef",
+        own_shards=False,
         world_size=1,
         loader=LoaderSettings(batch_size=4, samples_per_fetch=4),
     )

@@ -28,6 +28,7 @@ SETTINGS = RunSettings(
     domain_fields=("source", "target"),
     exhausted=("repeat", "stop"),
     shuffle_window=8192,
+    shuffle_shards=4,
     packing=None,
     fingerprint="ab" * 32,
     samples_per_reweight=32,
@@ -37,6 +38,7 @@ SETTINGS = RunSettings(
     history_mix="achieved",
     on_bad_row="raise",
     start_state="0123456789abcdef",
+    own_shards=False,
     world_size=2,
     loader=LoaderSettings(batch_size=4, samples_per_fetch=4),
 )
@@ -46,6 +48,7 @@ OTHER: dict[str, Any] = {
     "domain_fields": ("source", "law"),
     "exhausted": ("repeat", "error"),
     "shuffle_window": 1,
+    "shuffle_shards": 8,
     "packing": "rows of 16 tokens",
     "fingerprint": "cd" * 32,
     "samples_per_reweight": 64,
@@ -55,6 +58,7 @@ OTHER: dict[str, Any] = {
     "history_mix": "requested",
     "on_bad_row": "skip",
     "start_state": "fedcba9876543210",
+    "own_shards": True,
     "world_size": 4,
     "loader": LoaderSettings(batch_size=2, samples_per_fetch=2),
 }
@@ -73,7 +77,7 @@ def restore() -> Restore:
     segments = {**SegmentWriter(plan, None).to_json(), "first_fingerprint": SETTINGS.fingerprint}
     bad_rows: dict[str, Any] = {"counts": {}, "replaced": []}
     state = json.loads(json.dumps(write_state(SETTINGS, decider, 12, segments, bad_rows)))
-    present = RunData(space=plan.space, rules=plan.rules, window=plan.window, shards=plan.shards)
+    present = RunData(space=plan.space, rules=plan.rules, shuffle=plan.shuffle, shards=plan.shards)
     return lambda settings: read_state(state, settings, decider, present)
 
 

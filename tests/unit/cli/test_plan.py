@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import fsspec
 import pytest
 
-from dmagent_loader import AgentWeightedSampler, ReadingConfig
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
 from dmagent_loader._run.state import save_state
 from dmagent_loader.cli import main
 from dmagent_loader.integrations.mixing import Mixing
@@ -40,11 +41,28 @@ def test_replay_lists_exactly_what_a_run_was_given(manifest, tmp_path, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["index"], line["domain"], line["key"]) for line in lines] == given
 
-    main(
-        ["replay", str(state), "--shards", manifest, "--rank", "1", "--world-size", "2", "--start", "4", "--stop", "9"]
-    )
+    main(["replay", str(state), "--shards", manifest, "--start", "4", "--stop", "9"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(line["index"], line["domain"], line["key"]) for line in lines] == [given[5], given[7]]
+    assert [(line["index"], line["domain"], line["key"]) for line in lines] == given[4:9]
+
+
+@pytest.mark.parametrize("own_shards", [False, True])
+def test_replay_lists_the_samples_of_a_resumed_rank(manifest, tmp_path, capsys, own_shards):
+    """Catches a replay that deals by another rule than the run: it would blame the wrong rank for a bad sample."""
+    reading = ReadingConfig(progress=False, cache_dir=str(tmp_path / "cache"), own_shards=own_shards)
+    state, given = tmp_path / "state.json", []
+    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, reading=reading, rank=1, world_size=2)
+    sampler.seek(4)
+    loader = MixingDataLoader(sampler, batch_size=3, collate_fn=list)
+    for batch in itertools.islice(loader, 4):
+        given += [(sample["__index__"], sample["__key__"]) for sample in batch]
+    state.write_text(json.dumps(sampler.state_dict(consumed=28)))
+    arguments = ["--rank", "1", "--world-size", "2", "--batch-size", "3", "--start", "4"] + [
+        "--own-shards"
+    ] * own_shards
+    assert main(["replay", str(state), "--shards", manifest, "--cache-dir", str(tmp_path / "cache"), *arguments]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["index"], line["key"]) for line in lines] == given
 
 
 def test_replay_ends_where_the_data_do_and_warns_of_nothing(manifest, tmp_path, capsys, caplog):

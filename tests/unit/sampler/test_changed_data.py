@@ -156,14 +156,16 @@ def test_a_removed_field_and_a_new_order_of_domains(build, shards: Shards) -> No
 
 
 @pytest.mark.parametrize(
-    "settings", [{"exhausted": "stop"}, {"reading": {"shuffle_window": 4}}], ids=["rule", "window"]
+    "settings",
+    [{"exhausted": "stop"}, {"reading": {"shuffle_window": 4}}, {"reading": {"shuffle_shards": 2}}],
+    ids=["rule", "window", "shards"],
 )
 def test_settings_of_the_order_may_change(build, shards: Shards, settings: dict[str, Any]) -> None:
     sampler = build(shards, initial_mix=MIX)
     before = sample_ids(sampler, 30)
     state = state_of(sampler)
     resumed = build(shards, **settings)
-    with pytest.raises(StateError, match=r"(exhausted|shuffle_window).*data='changed'"):
+    with pytest.raises(StateError, match=r"(exhausted|shuffle_window|shuffle_shards).*data='changed'"):
         resumed.load_state_dict(state)
     resumed.load_state_dict(state, data="changed")
     after = sample_ids(resumed, 50)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from samplers import CHANGES, ROWS, mixed_in_advance
@@ -32,15 +34,36 @@ def test_a_transform_that_returns_nothing_is_named(build):
         next(iter(build(transform=lambda sample: None)))
 
 
+@pytest.mark.parametrize("own_shards", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_global_batches_do_not_depend_on_world_size(build, world_size):
+def test_global_batches_do_not_depend_on_world_size(build, world_size, own_shards):
     """Catches ranks that each sample on their own: their union then has another mix and other rows."""
-    whole = sample_ids(mixed_in_advance(build()))
-    ranks = [sample_ids(mixed_in_advance(build(rank=r, world_size=world_size))) for r in range(world_size)]
+    shuffle = {"shuffle_window": 32, "shuffle_shards": 4}
+    whole = sample_ids(mixed_in_advance(build(reading=ReadingConfig(**shuffle))))
+    settings = {"world_size": world_size, "reading": ReadingConfig(own_shards=own_shards, **shuffle)}
+    ranks = [sample_ids(mixed_in_advance(build(rank=r, **settings))) for r in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1, "a rank has more samples than another"
-    merged = [sample for group in zip(*ranks, strict=True) for sample in group]
+    merged = [sample for group in zip(*ranks, strict=True) for sample in sorted(group)]
     assert merged == whole[: len(merged)]
     assert len(whole) - len(merged) < world_size
+
+
+def test_ranks_read_their_own_shards_from_a_store_if_there_are_lanes_for_them(build, shards):
+    memory = fsspec.filesystem("memory")
+    far = {}
+    for domain, paths in shards.items():
+        far[domain] = [f"memory://own-shards{path}" for path in paths]
+        for path, url in zip(paths, far[domain], strict=True):
+            memory.pipe(url, Path(path).read_bytes())
+
+    def reads_own(where, **reading):
+        return build(shards=where, reading=ReadingConfig(**reading))._feed.own_shards
+
+    assert reads_own(far, shuffle_shards=8)
+    assert not reads_own(far, shuffle_shards=7)
+    assert not reads_own(far, shuffle_shards=8, own_shards=False)
+    assert not reads_own(shards, shuffle_shards=8)
+    assert reads_own(shards, own_shards=True)
 
 
 def test_ranks_may_be_told_after_the_sampler_was_built(build):

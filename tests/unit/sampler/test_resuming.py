@@ -15,6 +15,7 @@ from samplers import (
     mixed_in_advance,
 )
 
+from dmagent_loader import ReadingConfig
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import assert_same_after_resume, sample_ids, write_toy_shards
@@ -87,7 +88,8 @@ def test_a_state_that_could_not_be_loaded_is_not_written(build):
         ({"fingerprint": "0" * 64}, "another shard set"),
         ({"domains": ["source/a"]}, "domains"),
         ({"exhausted": ["stop"] * 4}, "exhausted"),
-        ({"shuffle_window": 1}, "shuffle_window"),
+        ({"shuffle_window": 0}, "shuffle_window"),
+        ({"shuffle_shards": "4"}, "shuffle_shards"),
         ({"consumed": -1}, "consumed"),
         ({"consumed": 1e300}, "consumed"),
         ({"counts": {}}, "counts"),
@@ -137,3 +139,32 @@ def test_another_start_state_than_the_saved_one_is_warned_of(build, caplog):
     with caplog.at_level(logging.WARNING):
         build(start_state={"target/math": 1.0}).load_state_dict(state)
     assert "another start_state" in caplog.text
+
+
+@pytest.mark.parametrize("data", ["exact", "changed"])
+def test_a_run_keeps_its_shuffle_if_none_is_chosen(build, data, caplog):
+    """Catches a run that cannot go on without `own_shards`, for example on local disks or a single node."""
+    far = build(reading=ReadingConfig(own_shards=True))
+    assert far.plan.shuffle != build().plan.shuffle
+    sample_ids(far, 40)
+    state, rest = far.state_dict(), sample_ids(far)
+    near = build()
+    near.load_state_dict(state, data=data)
+    assert near.plan.shuffle == far.plan.shuffle
+    assert sample_ids(near) == rest
+    assert "shuffle" not in caplog.text
+    near.load_state_dict(build().state_dict(), data=data)
+    assert near.plan.shuffle == build().plan.shuffle
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("shuffle_window", "shuffle_shards"), ("shuffle_shards", "shuffle_window")]
+)
+def test_a_chosen_shuffle_is_compared_with_that_of_the_run(build, name, other):
+    state = build(reading=ReadingConfig(shuffle_window=16, shuffle_shards=4)).state_dict()
+    resumed = build(reading=ReadingConfig(**{name: 2}))
+    with pytest.raises(StateError, match=f"{name} {state[name]}, this run has 2"):
+        resumed.load_state_dict(state)
+    resumed.load_state_dict(state, data="changed")
+    loaded = {"shuffle_window": resumed.plan.shuffle.window, "shuffle_shards": resumed.plan.shuffle.shards}
+    assert loaded == {name: 2, other: state[other]}
