@@ -36,7 +36,7 @@ _FIRST_RUN, _LARGEST_RUN = 512, 16_384
 as many each time, because the cost of planning hardly grows with their number."""
 _RUN_AHEAD = 2048
 """Positions planned at a time ahead of those in use, if shards are remote."""
-_LEAST_AHEAD, _MOST_AHEAD = 8192, 1 << 17
+_LEAST_AHEAD, _MOST_AHEAD_OF_A_NEW_MIX, _MOST_AHEAD = 2048, 8192, 1 << 17
 """Positions planned ahead if shards are remote: few at first, then twice as many after each run that had to wait."""
 _MOST_BYTES_AHEAD = 256 << 20
 """Bytes of the rows of these positions."""
@@ -202,7 +202,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._planned.clear()
         self._run_length = _FIRST_RUN
         if self._blocks is not None:
-            self._num_ahead = _LEAST_AHEAD
+            self._num_ahead = min(self._num_ahead, _MOST_AHEAD_OF_A_NEW_MIX)
             self._blocks.replan()
 
     def _advance(self) -> bool:
