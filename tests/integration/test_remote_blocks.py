@@ -22,6 +22,7 @@ from text_shards import byte_tokenizer
 
 from benchmarks.far_server import FarServer
 from dmagent_loader import AgentWeightedSampler, MixingDataLoader, PackText, ReadingConfig
+from dmagent_loader._loading import stream
 from dmagent_loader.errors import DamagedShardError, ShardError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.sources import blocks, fetching
@@ -181,7 +182,7 @@ def test_data_workers_share_the_blocks(server: FarServer, folder: Path, tmp_path
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(
     limit=st.sampled_from([None, 0, 1, 3 * BLOCK_BYTES, 8 * BLOCK_BYTES, 40 * BLOCK_BYTES]),
@@ -201,8 +202,11 @@ def test_rows_are_the_same_under_any_limits_and_mixes(
     tmp_path = tmp_path_factory.mktemp("limits")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fetching, "_MEMORY_BYTES", memory)
-        patch.setattr(fetching, "_TRY_AGAIN_SECONDS", 0.01)
-        count = 300
+        patch.setattr(fetching, "_TRY_AGAIN_SECONDS", 0.05)
+        patch.setattr(stream, "_RUN_AHEAD", 64)
+        patch.setattr(stream, "_FIRST_RUN", 64)
+        patch.setattr(stream, "_LEAST_AHEAD", 128)
+        count = 200
         mixes = mixes_every(every, count)
         sampler = build(remote(server), tmp_path, block_cache_bytes=limit, num_threads=threads)
         assert digests(sampler, count, mixes) == digests(build(local(folder), tmp_path), count, mixes)

@@ -148,7 +148,8 @@ class BlockFetcher:
         self._number = itertools.count()
         self._threads = self._idle = 0
         self._fetched_bytes = self._memory_bytes = 0
-        self._full_until = 0.0
+        self._full_until = self._disk_full_until = 0.0
+        """Until then no other block looks for room: in either place, and on disk."""
         self._wanted_bytes = self._wanted_rows = self.waits = 0
         self._cache_is_open = self._can_store = False
 
@@ -324,6 +325,12 @@ class BlockFetcher:
                 while self._queue:
                     _, _, entry = self._queue[0]
                     if entry.uses and entry.state in (_State.QUEUED, _State.NO_ROOM):
+                        if now < self._full_until:
+                            heapq.heappop(self._queue)
+                            entry.state = _State.NO_ROOM
+                            heapq.heappush(self._later, (self._full_until, next(self._number), entry))
+                            changed.notify_all()
+                            continue
                         if self._fetched_bytes and self._fetched_bytes + entry.block.length > _FETCHED_BYTES:
                             break
                         heapq.heappop(self._queue)
@@ -350,7 +357,7 @@ class BlockFetcher:
             cache.need(block.name)
             if cache.holds(block.name, block.length):
                 return _State.ON_DISK, None, 0.0
-            if self._can_store and time.monotonic() >= self._full_until:
+            if self._can_store and time.monotonic() >= self._disk_full_until:
                 try:
                     claim = cache.claim(block.name, block.length)
                 except BlockInUse:
@@ -358,9 +365,10 @@ class BlockFetcher:
                 except OSError as error:
                     self._store_no_more(cache.folder, error)
                 else:
-                    if claim is None:  # others need not look for room
-                        self._full_until = time.monotonic() + _TRY_AGAIN_SECONDS
+                    if claim is None:
+                        self._disk_full_until = time.monotonic() + _TRY_AGAIN_SECONDS
         if claim is None and not self._reserve_memory(block):
+            self._full_until = time.monotonic() + _TRY_AGAIN_SECONDS
             return _State.NO_ROOM, None, _TRY_AGAIN_SECONDS
         try:
             data = bytearray(self._source_of(entry.shard).read(block.start, block.length))
