@@ -2,7 +2,8 @@
 
     NAME.block      a block; it gets this name when it is complete, and is never written again
     NAME.partial    a block that is being fetched by the process that holds the lock of this file; nobody reads it
-    ID.needs        the blocks that one process needs, as lines "+NAME" and "-NAME"; the process holds its lock
+    ID.needs        the blocks that one process needs, as lines "+NAME" and "-NAME", and the bytes that it may add before
+                    it looks at the limit again, as "=BYTES"; the process holds its lock
 
 All locks are those of the system, which releases them when their holder dies: a file without a lock is a leftover. No
 lock is held while another process might wait for it, except that of the fetch itself.
@@ -31,8 +32,10 @@ MOST_BYTES = 64 << 30
 
 _BLOCK, _PARTIAL, _NEEDS = ".block", ".partial", ".needs"
 _OURS = re.compile(r"[0-9a-f]{32}(-[0-9a-f]+-[0-9a-f]+\.(block|partial)|\.needs)")
+_ALLOWANCE = 1024
+"""A process adds this part of the limit between two looks through the folder, which take time."""
 _EVICTED_SHARE = 0.05
-"""Share of the limit that is evicted beyond the need of the moment, because looking through the folder takes time."""
+"""Share of the limit that is evicted beyond the need of the moment, for the same reason."""
 _REWRITTEN_LINES = 10_000
 
 
@@ -45,13 +48,11 @@ class _Survey:
     """The content of the folder."""
 
     total: int = 0
-    """Bytes of all blocks, complete or not."""
+    """Bytes of all blocks, complete or not, and those that other processes may add."""
     blocks: list[tuple[float, int, str]] = field(default_factory=list)
     """Time of the last use, size and name of every complete block."""
     needed: set[str] = field(default_factory=set)
     """Names of the blocks that a process needs."""
-    processes: int = 0
-    """Processes that use the folder."""
 
 
 class Claim:
@@ -118,8 +119,8 @@ class NodeCache:
         if limit is None:
             limit = min(MOST_BYTES, (shutil.disk_usage(folder).free + found.total) // 2)
         self._limit = limit
-        self._room = 0
-        """Bytes that this process may add before it has to look through the folder again."""
+        self._allowance = self._room = 0
+        """Bytes that this process may add before it looks through the folder again, and what is left of them."""
 
     def path(self, name: str, suffix: str = _BLOCK) -> str:
         """Path of the file of a block."""
@@ -212,7 +213,7 @@ class NodeCache:
         with contextlib.suppress(OSError):  # on a full disk others may evict the block: it is then fetched again
             if self._lines > _REWRITTEN_LINES + 2 * len(self._needed):
                 self._lines = len(self._needed)
-                line = "".join(f"+{name}\n" for name in self._needed)
+                line = "".join((f"={self._allowance}\n", *(f"+{name}\n" for name in self._needed)))
                 # A reader in between sees too few needs, and a block that it evicts is fetched again.
                 os.ftruncate(self._needs[0], 0)
                 os.lseek(self._needs[0], 0, os.SEEK_SET)
@@ -224,12 +225,21 @@ class NodeCache:
             if length <= self._room:
                 self._room -= length
                 return True
+            # Said before the others are counted: of two processes that look at the same time, one sees the other.
+            self._allow(self._limit // _ALLOWANCE if self._limit // _ALLOWANCE > length else 0)
             survey = self._survey()
-            if survey.total > self._limit:
+            if survey.total + self._allowance > self._limit:
                 self._evict(survey)
-            left = self._limit - survey.total
-            self._room = max(0, left) // max(1, survey.processes)
-            return left >= 0
+            if survey.total + self._allowance > self._limit:
+                self._allow(0)
+            self._room = self._allowance
+            return survey.total <= self._limit
+
+    def _allow(self, count: int) -> None:
+        """Tells the other processes what this one may add."""
+        if count != self._allowance:
+            self._allowance = count
+            self._note(f"={count}\n")
 
     def _evict(self, survey: _Survey) -> None:
         """Evicts blocks that nobody needs: those that are needed last first.
@@ -248,7 +258,7 @@ class NodeCache:
 
     def _survey(self) -> _Survey:
         """Looks through the folder, and removes what killed processes have left behind."""
-        survey = _Survey(needed=set(self._needed), processes=1)
+        survey = _Survey(needed=set(self._needed))
         for entry in self._entries():
             name, suffix = os.path.splitext(entry.name)
             try:
@@ -258,8 +268,9 @@ class NodeCache:
                 elif entry.path == self._needs[1] or _is_abandoned(entry.path):
                     continue
                 elif suffix == _NEEDS:
-                    survey.processes += 1
-                    survey.needed |= _needs_of(Path(entry.path).read_text("ascii"))
+                    needed, allowance = _needs_of(Path(entry.path).read_text("ascii"))
+                    survey.needed |= needed
+                    survey.total += allowance
                     continue
                 survey.total += status.st_size
             except OSError:
@@ -293,9 +304,15 @@ def _is_abandoned(path: str) -> bool:
     return True
 
 
-def _needs_of(lines: str) -> set[str]:
-    """The names in a file of needs; its last line may not be complete yet."""
+def _needs_of(lines: str) -> tuple[set[str], int]:
+    """The names in a file of needs, and the allowance; the last line may not be complete yet."""
     needed: set[str] = set()
+    allowance = 0
     for line in lines.split("\n")[:-1]:
-        (needed.add if line[:1] == "+" else needed.discard)(line[1:])
-    return needed
+        if line.startswith("+"):
+            needed.add(line[1:])
+        elif line.startswith("-"):
+            needed.discard(line[1:])
+        else:
+            allowance = int(line[1:])
+    return needed, allowance

@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dmagent_loader.shards.sources.node_cache import BlockInUse, NodeCache
@@ -92,6 +93,25 @@ def test_what_another_process_needs_is_not_evicted(tmp_path: Path) -> None:
     second.release(name(2))
     assert fetch(first, 4)
     assert held(first) == {1, 3, 4}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_limit_holds_for_all_processes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Each process may add some blocks before it looks through the folder again."""
+    monkeypatch.setattr("dmagent_loader.shards.sources.node_cache._ALLOWANCE", 8)
+    limit, random = 40 * SIZE, np.random.default_rng(seed)
+    caches = [NodeCache(tmp_path, limit) for _ in range(3)]
+    number = 0
+    for _ in range(150):
+        cache = caches[random.integers(3)]
+        for _ in range(random.integers(1, 9)):
+            number += 1
+            cache.need(name(number))
+            fetch(cache, number)
+            if random.random() < 0.5:
+                cache.release(name(number))
+        assert sum(path.stat().st_size for path in tmp_path.glob("*.block")) <= limit
+    assert len(list(tmp_path.glob("*.block"))) > 20
 
 
 def test_a_block_that_is_needed_twice_is_released_twice(tmp_path: Path) -> None:
