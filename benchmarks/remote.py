@@ -28,7 +28,7 @@ from dmagent_loader.shards.writing.packing import encode_npy
 from dmagent_loader.shards.writing.tar_writer import TarWriter
 
 DOMAINS = 4
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 16 << 20
 STORED = {"packed": 5120, "text": 2048}
 """Bytes of a row in a tar: rows of 4 KB (2,048 tokens of uint16), and texts of 1.5 KB."""
 TITLES = {

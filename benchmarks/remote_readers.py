@@ -3,8 +3,8 @@
     python benchmarks/remote_readers.py READER ADDRESS FOLDER KIND ROWS [--cache DIR] [--change N]
 
 Prints one line of JSON: rows, seconds from the first request for a row to the last row, seconds until the first row,
-and seconds of CPU. Opening is not counted. Every reader reads the same domains in equal shares, without a shuffle buffer,
-and decodes the rows.
+and seconds of CPU. Opening is not counted. Every reader reads the same domains in equal shares, without a shuffle
+buffer, and decodes the rows.
 """
 
 from __future__ import annotations

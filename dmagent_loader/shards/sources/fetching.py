@@ -141,7 +141,11 @@ class BlockFetcher:
         forks.register(self)
 
     def _start(self) -> None:
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed, self._tasks = threading.Condition(lock), threading.Condition(lock)
+        """Of one lock: for readers that wait for a block, and for threads that wait for work."""
+        self._is_timed = False
+        """Whether a thread waits for the first of the blocks that are to be tried later."""
         self._entries: dict[int, _Entry] = {}
         self._queue: list[tuple[int, int, _Entry]] = []
         self._later: list[tuple[float, int, _Entry]] = []
@@ -278,12 +282,12 @@ class BlockFetcher:
             heapq.heappush(self._queue, (entry.urgency, number, entry))
         if self._idle < len(self._queue) and self._threads < FETCHES:
             self._threads += 1
-            threading.Thread(target=self._work, args=(self._changed,), name="dmagent-fetch", daemon=True).start()
-        self._changed.notify_all()
+            threading.Thread(target=self._work, args=(self._tasks,), name="dmagent-fetch", daemon=True).start()
+        self._tasks.notify()
 
-    def _work(self, changed: threading.Condition) -> None:
-        """Fetches blocks until there are none."""
-        while (entry := self._next(changed)) is not None:
+    def _work(self, tasks: threading.Condition) -> None:
+        """Fetches blocks until there are none. `tasks` stays that of this process in a forked child."""
+        while (entry := self._next(tasks)) is not None:
             state, data, after = _State.FAILED, None, 0.0
             try:
                 state, data, after = self._obtain(entry)
@@ -292,10 +296,11 @@ class BlockFetcher:
             except Exception as error:
                 logger.debug("block %s could not be fetched: %s", entry.block.name, error)
             finally:
-                with changed:
+                with tasks:
                     self._fetched_bytes -= entry.block.length
                     self._settle(entry, state, data, after)
-                    changed.notify_all()
+                    self._changed.notify_all()
+                    tasks.notify()
 
     def _settle(self, entry: _Entry, state: _State, data: bytearray | None, after: float) -> None:
         """Records what came of a block."""
@@ -312,39 +317,52 @@ class BlockFetcher:
             if after:
                 self._enqueue(entry, after)
 
-    def _next(self, changed: threading.Condition) -> _Entry | None:
+    def _next(self, tasks: threading.Condition) -> _Entry | None:
         """The next block to fetch; None: there has been none for a while."""
-        with changed:
+        with tasks:
             until = time.monotonic() + _IDLE_SECONDS
             while True:
                 now = time.monotonic()
                 while self._later and self._later[0][0] <= now:
                     _, number, entry = heapq.heappop(self._later)
-                    if entry.uses and entry.state in (_State.QUEUED, _State.NO_ROOM):
-                        heapq.heappush(self._queue, (entry.urgency, number, entry))
-                while self._queue:
-                    _, _, entry = self._queue[0]
-                    if entry.uses and entry.state in (_State.QUEUED, _State.NO_ROOM):
-                        if now < self._full_until:
-                            heapq.heappop(self._queue)
-                            entry.state = _State.NO_ROOM
-                            heapq.heappush(self._later, (self._full_until, next(self._number), entry))
-                            changed.notify_all()
-                            continue
-                        if self._fetched_bytes and self._fetched_bytes + entry.block.length > _FETCHED_BYTES:
-                            break
-                        heapq.heappop(self._queue)
-                        entry.state = _State.FETCHING
-                        self._fetched_bytes += entry.block.length
-                        return entry
-                    heapq.heappop(self._queue)
+                    heapq.heappush(self._queue, (entry.urgency, number, entry))
+                entry = self._first_of_queue(now)
+                if entry is not None:
+                    if self._queue or self._later:
+                        tasks.notify()
+                    return entry
                 if now >= until and not self._queue and not self._later:
                     self._threads -= 1
                     return None
                 self._idle += 1
-                due = self._later[0][0] if self._later else until
-                changed.wait(max(0.001, min(due, until) - now) if due > now else _IDLE_SECONDS)
+                if self._later and not self._is_timed:
+                    self._is_timed = True
+                    tasks.wait(self._later[0][0] - now)
+                    self._is_timed = False
+                else:
+                    tasks.wait(_IDLE_SECONDS)
                 self._idle -= 1
+
+    def _first_of_queue(self, now: float) -> _Entry | None:
+        """Takes the most urgent block that can be fetched now; None: there is none."""
+        while self._queue:
+            _, number, entry = self._queue[0]
+            length = entry.block.length
+            if not entry.uses or entry.state not in (_State.QUEUED, _State.NO_ROOM):
+                heapq.heappop(self._queue)
+            elif now < self._full_until:
+                heapq.heappop(self._queue)
+                entry.state = _State.NO_ROOM
+                heapq.heappush(self._later, (self._full_until, number, entry))
+                self._changed.notify_all()
+            elif self._fetched_bytes and self._fetched_bytes + length > _FETCHED_BYTES:
+                return None
+            else:
+                heapq.heappop(self._queue)
+                entry.state = _State.FETCHING
+                self._fetched_bytes += length
+                return entry
+        return None
 
     def _obtain(self, entry: _Entry) -> tuple[_State, bytearray | None, float]:
         """Gets a block from the folder, or fetches it.

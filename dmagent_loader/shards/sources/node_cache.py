@@ -2,8 +2,8 @@
 
     NAME.block      a block; it gets this name when it is complete, and is never written again
     NAME.partial    a block that is being fetched by the process that holds the lock of this file; nobody reads it
-    ID.needs        the blocks that one process needs, as lines "+NAME" and "-NAME", and the bytes that it may add before
-                    it looks at the limit again, as "=BYTES"; the process holds its lock
+    ID.needs        the blocks that one process needs, as lines "+NAME" and "-NAME", and the bytes that it may add
+                    before it looks at the limit again, as "=BYTES"; the process holds its lock
 
 All locks are those of the system, which releases them when their holder dies: a file without a lock is a leftover. No
 lock is held while another process might wait for it, except that of the fetch itself.
