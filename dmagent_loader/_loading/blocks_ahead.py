@@ -15,7 +15,7 @@ import numpy as np
 
 from dmagent_loader.mixture.segment import Located
 from dmagent_loader.mixture.simplex import IntArray
-from dmagent_loader.shards import RowSource
+from dmagent_loader.shards import RowSource, forks
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 
 _NEVER = np.iinfo(np.int64).max
@@ -44,6 +44,7 @@ class BlocksAhead:
         """The same of the run before: its samples may be lazy, and not read yet."""
         self._passed = nothing[1]
         """(D,) first draw after all that were delivered before it."""
+        forks.register(self)
 
     @property
     def mean_row_bytes(self) -> float:
@@ -105,6 +106,10 @@ class BlocksAhead:
         if all(comes.values()):
             return np.zeros(len(first), bool)
         return np.array([not (comes[a] and comes[b]) for a, b in zip(first.tolist(), last.tolist(), strict=True)])
+
+    def reset_after_fork(self) -> None:
+        """Forgets blocks that the fetcher of a forked child does not have."""
+        self._last_use.clear()
 
     def close(self) -> None:
         """Releases all blocks."""

@@ -213,7 +213,28 @@ def test_rows_are_the_same_under_any_limits_and_mixes(
         if limit:
             size = sum(path.stat().st_size for path in (tmp_path / "blocks").glob("*.block"))
             assert size <= limit
-        sampler.collection.fetcher.reset_after_fork()  # stops its threads
+
+
+def close_inherited(sampler: AgentWeightedSampler, results: multiprocessing.Queue[Any]) -> None:
+    """In a forked child: an iterator of its own, beside which that of its parent ends."""
+    parents = sampler._feed.cursor.stream
+    iterator = iter(sampler)
+    found = [next(iterator)["__index__"]]
+    parents._close()
+    results.put(found + [next(iterator)["__index__"] for _ in range(99)])
+
+
+def test_a_forked_child_has_blocks_of_its_own(server: FarServer, tmp_path: Path) -> None:
+    sampler = build(remote(server), tmp_path)
+    iterator = iter(sampler)
+    next(iterator)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=close_inherited, args=(sampler, results))
+    child.start()
+    assert results.get(timeout=60) == list(range(1, 101))
+    child.join()
+    assert [next(iterator)["__index__"] for _ in range(100)] == list(range(1, 101))
 
 
 def test_packed_text_is_read_through_blocks(server: FarServer, folder: Path, tmp_path: Path) -> None:
