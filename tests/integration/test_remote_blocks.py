@@ -182,12 +182,12 @@ def test_data_workers_share_the_blocks(server: FarServer, folder: Path, tmp_path
 
 
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(
     limit=st.sampled_from([None, 0, 1, 3 * BLOCK_BYTES, 8 * BLOCK_BYTES, 40 * BLOCK_BYTES]),
     memory=st.sampled_from([0, 2 * BLOCK_BYTES, 1 << 30]),
-    every=st.sampled_from([1, 7, 60, 500]),
+    every=st.sampled_from([3, 50, 500]),
     threads=st.sampled_from([0, 0, 2]),
 )
 def test_rows_are_the_same_under_any_limits_and_mixes(
@@ -206,7 +206,8 @@ def test_rows_are_the_same_under_any_limits_and_mixes(
         patch.setattr(stream, "_RUN_AHEAD", 64)
         patch.setattr(stream, "_FIRST_RUN", 64)
         patch.setattr(stream, "_LEAST_AHEAD", 128)
-        count = 200
+        patch.setattr(stream, "_MOST_AHEAD_OF_A_NEW_MIX", 128)
+        count = 150
         mixes = mixes_every(every, count)
         sampler = build(remote(server), tmp_path, block_cache_bytes=limit, num_threads=threads)
         assert digests(sampler, count, mixes) == digests(build(local(folder), tmp_path), count, mixes)
