@@ -134,7 +134,7 @@ def _temporary(target: Path) -> Iterator[tuple[int, Path]]:
     name is part of the name because locks may not reach other machines.
     """
     path = target.with_name(f".{target.name}.{platform.node()}{_SUFFIX}")
-    descriptor = _open_exclusively(path)
+    descriptor = open_exclusively(path)
     if descriptor is None:
         path = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_SUFFIX}")
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -149,8 +149,18 @@ def _temporary(target: Path) -> Iterator[tuple[int, Path]]:
         os.close(descriptor)
 
 
-def _open_exclusively(path: Path) -> int | None:
-    """A locked descriptor of the file; None if it is in use or the file system has no locks."""
+def open_exclusively(path: Path) -> int | None:
+    """A locked descriptor of a file, which is created if necessary. The system releases the lock when its holder dies.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The descriptor; None if the file is in use, belongs to another user, or lies on a file system without locks.
+
+    Raises:
+        OSError: The file cannot be created.
+    """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError:

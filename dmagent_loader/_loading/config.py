@@ -37,9 +37,9 @@ class ReadingConfig:
             fetches a fraction of the data. It makes each rank plan the whole global batch. None: if any shard is
             remote, and `shuffle_shards` is 8 or more. The same on all ranks. Use True if several nodes read from a
             store.
-        num_threads: Reading threads of one iterator; 0 reads each row when it is needed. None: 2 if any shard is
-            remote, else 0, because handing a cached row from thread to thread costs more than reading it. Use 2 or
-            more for files on a slow network mount.
+        num_threads: Threads of one iterator that read row by row, for files on a slow network mount: use 2 or more
+            there. 0 reads each row when it is needed: handing a cached row from thread to thread costs more than
+            reading it. Remote shards are fetched in blocks, without these threads.
         num_rows: Rows requested from the threads at a time; one such block is read while another is delivered.
         max_bad_rows: Bound of `on_bad_row="skip"`: the largest number of replaced samples of the run, or, as a float
             from 0 to 1, the largest share of the rows of each domain (after its first pass: of its samples). More are
@@ -48,6 +48,10 @@ class ReadingConfig:
         key_ends_at: The dot of a file name in a shard at which the key of its row ends. ``"first-dot"`` is webdataset's
             rule; ``"last-dot"`` is for base names with dots in them, such as ``arxiv.2101.00000.txt``.
         cache_dir: Folder of the shard indexes; None: ``$DMAGENT_CACHE_DIR``, else ``~/.cache/dmagent_loader``.
+        block_cache_dir: Folder for blocks of remote shards, shared by all processes of a node. None: a folder of the
+            user on the disk for temporary files (``$TMPDIR``). Use a local disk with locks.
+        block_cache_bytes: Limit on the size of that folder. None: half of the free space, at most 64 GiB. 0: no
+            folder; every process keeps its own blocks in memory.
         progress: Whether to show a progress bar while shards are indexed.
 
     Raises:
@@ -59,12 +63,14 @@ class ReadingConfig:
     shuffle_window: int | None = None
     shuffle_shards: int | None = None
     own_shards: bool | None = None
-    num_threads: int | None = None
+    num_threads: int = 0
     num_rows: int = 512
     max_bad_rows: float = 0.01
     on_damage: OnDamage = "raise"
     key_ends_at: KeyEnd = "first-dot"
     cache_dir: str | os.PathLike[str] | None = None
+    block_cache_dir: str | os.PathLike[str] | None = None
+    block_cache_bytes: int | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -75,8 +81,11 @@ class ReadingConfig:
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least=1)
         whole_number("num_rows", self.num_rows, least=1)
-        if self.num_threads is not None:
-            whole_number("num_threads", self.num_threads, least=0)
+        whole_number("num_threads", self.num_threads, least=0)
+        if self.block_cache_dir is not None and not isinstance(self.block_cache_dir, (str, os.PathLike)):
+            raise ConfigurationError(f"block_cache_dir is {shown(self.block_cache_dir)}; it must be a path, or None")
+        if self.block_cache_bytes is not None:
+            whole_number("block_cache_bytes", self.block_cache_bytes, least=0)
         if isinstance(self.max_bad_rows, float):
             if not 0 <= self.max_bad_rows <= 1:
                 raise ConfigurationError(

@@ -61,6 +61,8 @@ def _open(
         key_ends_at=reading.key_ends_at,
         cache_dir=reading.cache_dir,
         progress=progress,
+        block_cache_dir=reading.block_cache_dir,
+        block_cache_bytes=reading.block_cache_bytes,
     )
     if pack is None:
         return collection

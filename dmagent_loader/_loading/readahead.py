@@ -9,7 +9,6 @@ from dmagent_loader.mixture.segment import Located
 from dmagent_loader.shards import RawSample, RowSource
 
 _ROWS_PER_TASK = 16
-_REMOTE_THREADS = 2
 _Key = tuple[int, int]
 
 
@@ -30,10 +29,7 @@ class Readahead:
     @classmethod
     def configured(cls, collection: RowSource, config: ReadingConfig) -> Readahead | None:
         """The reading threads of a configuration, if any."""
-        threads = config.num_threads
-        if threads is None:
-            threads = 0 if collection.is_local else _REMOTE_THREADS
-        return cls(collection, threads, config.num_rows) if threads else None
+        return cls(collection, config.num_threads, config.num_rows) if config.num_threads else None
 
     def request(self, located: Located) -> None:
         """Starts reading rows that have not been requested yet."""

@@ -1,22 +1,26 @@
 """The iterator behind a sampler: from positions to samples, with the domain chosen as late as possible.
 
 Steps of a sample: position in the iterator -> global index (layout) -> domain and row (plan) -> bytes (shards, read
-ahead in threads) -> values (decode) -> transform. Positions are planned in blocks. A new mix discards the rest of a
-block, but rows already read for it stay useful: the rows of a domain have the same order under any mix.
+ahead in threads) -> values (decode) -> transform. Positions are planned in runs. A new mix discards the rest of a run,
+but rows already read or fetched for it stay useful: the rows of a domain have the same order under any mix.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch.utils.data import get_worker_info
 
 from dmagent_loader._loading.bad_rows import Substitution
+from dmagent_loader._loading.blocks_ahead import BlocksAhead
 from dmagent_loader._loading.feed import Feed
 from dmagent_loader._loading.lazy import LazyRow, RowAddress, RowReader
 from dmagent_loader._loading.readahead import Readahead
@@ -27,33 +31,49 @@ from dmagent_loader.mixture.simplex import IntArray
 
 logger = logging.getLogger(__name__)
 
-_FIRST_BLOCK, _LARGEST_BLOCK = 512, 16_384
+_FIRST_RUN, _LARGEST_RUN = 512, 16_384
 """Positions planned at a time without reading threads: few after a new mix, because another may follow soon, then twice
 as many each time, because the cost of planning hardly grows with their number."""
 _LARGEST_DEAL = 1 << 16
 """Positions of all ranks planned at a time if samples are dealt by lane, unless one global batch has more."""
+_RUN_AHEAD = 2048
+"""Positions planned at a time ahead of those in use, if shards are remote."""
+_LEAST_AHEAD, _MOST_AHEAD_OF_A_NEW_MIX, _MOST_AHEAD = 2048, 8192, 1 << 17
+"""Positions planned ahead if shards are remote: few at first, then twice as many after each run that had to wait."""
+_MOST_BYTES_AHEAD = 256 << 20
+"""Bytes of the rows of these positions."""
+_THREADS_FOR_ROWS = 16
+"""Threads that read the rows of blocks for which there is no room, or which could not be fetched."""
 
 
 @dataclass(frozen=True)
-class _Block:
+class _Run:
     """Consecutive positions of an iterator, with the addresses of their rows."""
 
     first: int
+    indices: IntArray
     located: Located
-    rows: list[RowAddress]
-    """Address of each position, in plain integers: numpy integers cost more to read."""
-    frontiers: list[int]
-    """First global index that cannot have been delivered, before each position and after the last."""
+    all_frontiers: IntArray
 
-    @classmethod
-    def of(cls, first: int, indices: IntArray, located: Located, frontiers: IntArray) -> _Block:
-        columns = (indices, located.domain, located.draw, located.shard, located.row)
-        rows = list(zip(*(column.tolist() for column in columns), strict=True))
-        return cls(first, located, rows, frontiers.tolist())
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @cached_property
+    def rows(self) -> list[RowAddress]:
+        """Address of each position, in plain integers: numpy integers cost more to read."""
+        located = self.located
+        columns = (self.indices, located.domain, located.draw, located.shard, located.row)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    @cached_property
+    def frontiers(self) -> list[int]:
+        """First global index that cannot have been delivered, before each position and after the last."""
+        frontiers: list[int] = self.all_frontiers.tolist()
+        return frontiers
 
 
 _NOTHING = np.empty(0, dtype=np.int64)
-_NOTHING_PLANNED = _Block(0, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING), [], [])
+_NOTHING_PLANNED = _Run(0, _NOTHING, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING), _NOTHING)
 
 
 class SampleStream(Iterator[Mapping[str, Any]]):
@@ -80,6 +100,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 )
         self._layout: StreamLayout | None = None
         self._readahead = Readahead.configured(feed.collection, feed.reading)
+        fetcher = feed.collection.fetcher
+        self._blocks = None if fetcher is None else BlocksAhead(feed.collection, fetcher)
         self._reader = RowReader(
             feed.collection,
             feed.decoder,
@@ -88,21 +110,22 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         )
         self._version = -1
         self._done = False
-        self._block = _NOTHING_PLANNED
+        self._run = _NOTHING_PLANNED
         self._cursor = 0
-        self._next: _Block | None = None
-        self._num_planned = _FIRST_BLOCK
+        self._planned: deque[_Run] = deque()
+        """Runs after the present one."""
+        self._run_length, self._num_ahead = _FIRST_RUN, _LEAST_AHEAD
 
     @property
     def taken(self) -> int:
         """Samples that this iterator has delivered."""
-        return self._block.first + self._cursor
+        return self._run.first + self._cursor
 
     @property
     def frontier(self) -> int:
         """The first global index that neither this iterator nor those in step with it can have delivered."""
-        if self._block.frontiers:
-            return self._block.frontiers[self._cursor]
+        if self._run.frontiers:
+            return self._run.frontiers[self._cursor]
         return self._base if self._layout is None else self._layout.frontier(self.taken)
 
     def __next__(self) -> Mapping[str, Any]:
@@ -126,13 +149,13 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         if self._version != feed.version:
             self._replan()
         cursor = self._cursor
-        if cursor >= len(self._block.rows):
-            if not self._advance_block():
+        if cursor >= len(self._run.rows):
+            if not self._advance():
                 self._done = True
                 self._close()
                 raise StopIteration
             cursor = 0
-        located = self._block.rows[cursor]
+        located = self._run.rows[cursor]
         sample: Mapping[str, Any]
         try:
             if self._readahead is not None:
@@ -148,7 +171,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             sample = self._reader.substitute(located, error, self._sample)
         self._cursor = cursor + 1
         if self._worker is not None:
-            feed.mailbox.advance(self._worker.id, self._block.frontiers[cursor + 1])
+            feed.mailbox.advance(self._worker.id, self._run.frontiers[cursor + 1])
         return sample
 
     def _sample(self, address: RowAddress) -> Mapping[str, Any]:
@@ -176,30 +199,74 @@ class SampleStream(Iterator[Mapping[str, Any]]):
     def _replan(self) -> None:
         """Drops the positions planned under an older ledger."""
         self._version = self._feed.version
-        self._block = replace(_NOTHING_PLANNED, first=self.taken)
-        self._cursor, self._next, self._num_planned = 0, None, _FIRST_BLOCK
+        self._run = replace(_NOTHING_PLANNED, first=self.taken)
+        self._cursor = 0
+        self._planned.clear()
+        self._run_length = _FIRST_RUN
+        if self._blocks is not None:
+            self._num_ahead = min(self._num_ahead, _MOST_AHEAD_OF_A_NEW_MIX)
+            self._blocks.replan()
 
-    def _advance_block(self) -> bool:
-        """Moves to the next block, and starts reading the rows of the one after it in the background.
+    def _advance(self) -> bool:
+        """Moves to the next run of positions, and starts reading the rows after it in the background.
 
         Returns:
-            Whether there is a next block; False: the run has ended.
+            Whether there is a next run; False: the data are used up.
         """
-        block = self._next if self._next is not None else self._plan(self.taken)
-        if block is None:
+        if not self._planned and not self._plan_next(self.taken):
             return False
-        self._block, self._cursor, self._next = block, 0, None
-        if self._readahead is None:
-            self._num_planned = min(2 * self._num_planned, _LARGEST_BLOCK)
-            return True
-        self._readahead.request(block.located)
-        with contextlib.suppress(ExhaustedError):
-            self._next = self._plan(block.first + len(block.rows))
-        if self._next is not None:
-            self._readahead.request(self._next.located)
+        self._run, self._cursor = self._planned.popleft(), 0
+        if self._blocks is not None:
+            self._run_length = _RUN_AHEAD
+            if self._blocks.has_waited():
+                self._num_ahead = min(2 * self._num_ahead, _MOST_AHEAD)
+            self._plan_ahead(min(self._num_ahead, int(_MOST_BYTES_AHEAD / max(1, self._blocks.mean_row_bytes))))
+            self._blocks.advance()
+            self._read_rows_without_blocks(self._blocks)
+        if self._feed.reading.num_threads and self._readahead is not None:
+            self._readahead.request(self._run.located)
+            self._plan_ahead(1)
+            if self._planned:
+                self._readahead.request(self._planned[0].located)
+        elif self._blocks is None:
+            self._run_length = min(2 * self._run_length, _LARGEST_RUN)
         return True
 
-    def _plan(self, first: int) -> _Block | None:
+    def _read_rows_without_blocks(self, blocks: BlocksAhead) -> None:
+        """Starts reading rows of this run and the next whose blocks cannot be had."""
+        for run in (self._run, *islice(self._planned, 1)):
+            chosen = blocks.unavailable(run.located)
+            if chosen.any():
+                if self._readahead is None:
+                    self._readahead = Readahead(self._feed.collection, _THREADS_FOR_ROWS, _RUN_AHEAD)
+                self._readahead.request(run.located.chosen(chosen))
+
+    def _plan_ahead(self, count: int) -> None:
+        """Plans at least `count` positions after the present run, as far as there are any."""
+        end = self._run.first + len(self._run) + count
+        with contextlib.suppress(ExhaustedError):
+            while True:
+                last = self._planned[-1] if self._planned else self._run
+                if last.first + len(last) >= end or not self._plan_next(last.first + len(last)):
+                    return
+                if len(self._planned[-1]) == 1:
+                    return  # near the end of the data, where positions are planned one by one
+
+    def _plan_next(self, first: int) -> bool:
+        """Plans the run of positions from `first` on; False: the data are used up there.
+
+        Raises:
+            ExhaustedError: A domain with rule ``error`` is used up before `first`.
+        """
+        run = self._plan(first)
+        if run is None:
+            return False
+        self._planned.append(run)
+        if self._blocks is not None:
+            self._blocks.request(run.located, first)
+        return True
+
+    def _plan(self, first: int) -> _Run | None:
         """Plans the positions from `first` on; None: the run has ended.
 
         Raises:
@@ -207,7 +274,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         """
         assert self._layout is not None
         plan, own_batch = self._feed.plan, self._layout.own_batch
-        count = self._num_planned if self._readahead is None else self._readahead.num_rows
+        count = self._feed.reading.num_rows if self._feed.reading.num_threads else self._run_length
         laned = plan if self._feed.own_shards else None
         if laned is not None:
             count = max(1, min(count, _LARGEST_DEAL // self._layout.world_size) // own_batch) * own_batch
@@ -218,7 +285,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 return None
             located = plan.locate(indices)
         except ExhaustedError:
-            # The end lies inside the block: deliver the samples before it one by one. A global batch that cannot be
+            # The end lies inside the run: deliver the samples before it one by one. A global batch that cannot be
             # planned whole is dealt in runs.
             try:
                 indices = self._layout.indices(first, 1, end, laned)
@@ -226,12 +293,15 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 indices = self._layout.indices(first, 1, end)
             located = plan.locate(indices)
         frontiers = self._layout.frontiers(np.arange(first, first + len(indices) + 1))
-        return _Block.of(first, indices, located, frontiers)
+        return _Run(first, indices, located, frontiers)
 
     def _close(self) -> None:
         readahead = getattr(self, "_readahead", None)
         if readahead is not None:
             readahead.close()
+        blocks = getattr(self, "_blocks", None)
+        if blocks is not None:
+            blocks.close()
 
     def __del__(self) -> None:
         self._close()

@@ -54,6 +54,10 @@ class Located:
     shard: IntArray
     row: IntArray
 
+    def chosen(self, which: np.ndarray) -> Located:
+        """Some of the samples, by a mask or by their numbers."""
+        return Located(self.domain[which], self.draw[which], self.shard[which], self.row[which])
+
 
 @dataclass(frozen=True)
 class _Stretch:

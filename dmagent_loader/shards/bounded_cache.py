@@ -45,6 +45,13 @@ class BoundedCache(Generic[K, V]):
         entry.used = True
         return entry.value
 
+    def drop(self, key: K) -> None:
+        """Drops the resource of a key, if there is one."""
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is not None:
+                self._weight -= self._weigh(entry.value)
+
     def clear(self) -> None:
         """Drops all resources; a later `get` opens them again."""
         self._entries: dict[K, _Entry[V]] = {}

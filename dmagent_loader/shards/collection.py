@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from dmagent_loader.errors import (
     ConfigurationError,
     DamagedShardError,
     EmptyShardError,
+    ShardError,
     ShardLayoutError,
     ShardNotFoundError,
 )
@@ -29,7 +30,9 @@ from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
 from dmagent_loader.shards.index.catalogue import Catalogue
 from dmagent_loader.shards.index.oddities import oddities
 from dmagent_loader.shards.manifest import Manifest, Manifests
+from dmagent_loader.shards.sources.blocks import Block, IntArray
 from dmagent_loader.shards.sources.checksum import crc32
+from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
 from dmagent_loader.shards.sources.urls import base_name, display_url, expand_shards, is_local
 from dmagent_loader.shards.table import ChangedRow, RowTable
@@ -39,6 +42,9 @@ ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 OnDamage = Literal["raise", "skip"]
 
 _LISTED_DAMAGES, _LISTED_COPIES = 20, 5
+_NO_BLOCKS: IntArray = np.empty(0, np.int64)
+_BLOCK_BITS, _ROW_BITS = 24, 40
+"""Bits for the number of a block in its shard, and of a row."""
 _MAX_TABLE_BYTES = 512 << 20
 """Memory for row tables in each process, at about 30 bytes per row of the shards read lately."""
 
@@ -80,8 +86,17 @@ class ShardCollection:
         >>> collection.read(0, 2, 17).members["txt"]  # doctest: +SKIP
     """
 
-    def __init__(self, catalogue: Catalogue, *, verify: bool, max_open_files: int) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        *,
+        verify: bool,
+        max_open_files: int,
+        block_cache_dir: Path | None = None,
+        block_cache_bytes: int | None = None,
+    ) -> None:
         self._catalogue, self._verify, self._max_open_files = catalogue, verify, max_open_files
+        self._block_cache = (block_cache_dir, block_cache_bytes)
         self._rows = [catalogue.rows[slice(*span)] for span in catalogue.spans]
         self._spans = catalogue.spans
         self._start()
@@ -93,6 +108,16 @@ class ShardCollection:
         self._tables = BoundedCache(
             partial(_load_table, self._catalogue), _MAX_TABLE_BYTES, weigh=lambda table: table.num_bytes
         )
+        self.fetcher: BlockFetcher | None = None
+        if not self.is_local:
+            folder, limit = self._block_cache
+            self.fetcher = BlockFetcher(
+                partial(_block_of, self._tables.get),
+                self._sources.get,
+                folder=folder,
+                limit=limit,
+                max_open_files=self._max_open_files,
+            )
 
     @classmethod
     def open(
@@ -106,6 +131,8 @@ class ShardCollection:
         key_ends_at: KeyEnd = "first-dot",
         max_open_files: int = MAX_OPEN_FILES,
         manifests: Iterable[Manifest] = (),
+        block_cache_dir: str | os.PathLike[str] | None = None,
+        block_cache_bytes: int | None = None,
     ) -> ShardCollection:
         """Finds the shards and indexes those that are not in the cache.
 
@@ -120,6 +147,10 @@ class ShardCollection:
             max_open_files: Largest number of open files in each process.
             manifests: Manifests of remote shards that `shards` lists without being a `Manifest` itself, for example
                 because it was put together from several. Local shards are compared with the manifest above them anyway.
+            block_cache_dir: Folder of the node for blocks of remote shards; None: one of the user on the disk for
+                temporary files.
+            block_cache_bytes: Limit on its size; None: half of the free space, at most 64 GiB; 0: blocks stay in the
+                memory of each process.
 
         Raises:
             ShardNotFoundError: A pattern matches nothing, or a shard does not exist.
@@ -140,7 +171,13 @@ class ShardCollection:
         given = (*manifests, shards) if isinstance(shards, Manifest) else tuple(manifests)
         try:
             catalogue = Catalogue(urls, cache, Manifests(given), progress)
-            collection = cls(catalogue, verify=verify, max_open_files=max_open_files)
+            collection = cls(
+                catalogue,
+                verify=verify,
+                max_open_files=max_open_files,
+                block_cache_dir=None if block_cache_dir is None else Path(block_cache_dir).expanduser().absolute(),
+                block_cache_bytes=block_cache_bytes,
+            )
             collection._check_damage(on_damage)
             collection._check_emptiness()
         except (DamagedShardError, EmptyShardError, ShardLayoutError, ShardNotFoundError) as error:
@@ -212,6 +249,8 @@ class ShardCollection:
         if not 0 <= row < table.num_rows:
             raise IndexError(f"row {row} of shard {self._display(number)}, which has {table.num_rows} rows")
         try:
+            if self.fetcher is not None:
+                return self._read_block(self.fetcher, number, table, row)
             return table.read(self._sources.get(number), row, self._verify)
         except ChangedRow as change:
             if not is_local(self._catalogue.url(number)):
@@ -225,6 +264,45 @@ class ShardCollection:
                 f"purpose, remove its cached index {self._catalogue.cached_index(number)} and open the shards again; "
                 f"{HOW_TO_RESUME}"
             ) from None
+
+    def _read_block(self, fetcher: BlockFetcher, number: int, table: RowTable, row: int) -> RawSample:
+        """Reads one row from its block if that is here or on its way, or else from its shard.
+
+        Raises:
+            ChangedRow: The row in the shard has another checksum.
+            ShardError: The shard cannot be read.
+        """
+        key = number << _BLOCK_BITS | table.blocks.of_row(row)
+        block = fetcher.get(key)
+        if block is not None:
+            try:
+                return table.read(block, row, self._verify)
+            except (ChangedRow, ShardError):  # whatever is wrong with the block, the shard may be whole
+                fetcher.forget(key)
+        return table.read(self._sources.get(number), row, self._verify)
+
+    def blocks_of(self, domain: IntArray, shard: IntArray, row: IntArray) -> tuple[IntArray, IntArray]:
+        """Keys of the first and the last block of each row, for `fetcher`; -1 for rows of local shards.
+
+        Args:
+            domain: (n,) numbers of the domains.
+            shard: (n,) numbers of the shards in their domains.
+            row: (n,) numbers of the rows in their shards.
+        """
+        first = np.array([span[0] for span in self._spans], np.int64)
+        numbers, of_row = np.unique(first[domain] + shard, return_inverse=True)
+        # One search in the first rows of the blocks of all these shards, one shard after the other.
+        begins = [
+            self._tables.get(number).blocks.first_row if not is_local(self._catalogue.url(number)) else _NO_BLOCKS
+            for number in numbers.tolist()
+        ]
+        counts = np.array([len(of_shard) for of_shard in begins], np.int64)
+        offsets = np.cumsum(counts) - counts
+        shards = np.repeat(np.arange(len(numbers)), counts)
+        rows = np.concatenate([_NO_BLOCKS, *begins])
+        found = np.searchsorted(shards << _ROW_BITS | rows, of_row << _ROW_BITS | row, side="right") - 1
+        keys = np.where(counts[of_row] > 0, numbers[of_row] << _BLOCK_BITS | (found - offsets[of_row]), -1)
+        return keys, keys
 
     def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]:
         """Extensions that most rows of a shard have, and this row does not."""
@@ -317,8 +395,8 @@ class ShardCollection:
         self._sources.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out open files and tables, which another process cannot use."""
-        return {**self.__dict__, "_sources": None, "_tables": None}
+        """Leaves out open files, tables and blocks, which another process cannot use."""
+        return {**self.__dict__, "_sources": None, "_tables": None, "fetcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -409,3 +487,8 @@ def _open_one(catalogue: Catalogue, number: int) -> Source:
 
 def _load_table(catalogue: Catalogue, number: int) -> RowTable:
     return RowTable(catalogue.index(number))
+
+
+def _block_of(table_of: Callable[[int], RowTable], key: int) -> tuple[int, Block]:
+    number = key >> _BLOCK_BITS
+    return number, table_of(number).blocks[key & (1 << _BLOCK_BITS) - 1]

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader.shards.decode import RawSample
+from dmagent_loader.shards.sources.blocks import IntArray
+from dmagent_loader.shards.sources.fetching import BlockFetcher
 
 
 class RowSource(Protocol):
@@ -29,6 +31,11 @@ class RowSource(Protocol):
     def packing(self) -> str | None:
         """All that determines the rows besides the shards; None: the rows are those of the shards."""
 
+    @property
+    def fetcher(self) -> BlockFetcher | None:
+        """The blocks of remote shards; None if all are local."""
+
+    def blocks_of(self, domain: IntArray, shard: IntArray, row: IntArray) -> tuple[IntArray, IntArray]: ...
     def shard_rows(self, domain: int) -> NDArray[np.int64]: ...
     def shard_contents(self, domain: int) -> NDArray[np.uint64]: ...
     def shard_names(self, domain: int) -> list[str]: ...

@@ -8,6 +8,7 @@ import numpy as np
 
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.shard_index import IntArray, ShardIndex
+from dmagent_loader.shards.sources.blocks import BlockLayout
 from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import Source
 
@@ -41,6 +42,8 @@ class RowTable:
     """
 
     __slots__ = (
+        "_blocks",
+        "_checksum",
         "_common",
         "_extension",
         "_extensions",
@@ -68,8 +71,21 @@ class RowTable:
         self.num_bytes = sum(column.nbytes for column in columns) + index.keys.nbytes + _FIXED_BYTES
         self.offset, self.size, self._extension, self.crc, self._key_end, self._first = columns
         self._keys = index.keys.tobytes()
+        self._checksum = index.checksum
+        self._blocks: BlockLayout | None = None
         self._common: tuple[int, ...] | None = None
         """Extensions of more than half of the rows; None: not counted yet."""
+
+    @property
+    def blocks(self) -> BlockLayout:
+        """The blocks in which the shard is fetched if it is remote."""
+        if self._blocks is None:
+            first, offset = np.asarray(self._first), np.asarray(self.offset)
+            last = first[1:].astype(np.int64) - 1
+            self._blocks = BlockLayout(
+                self._checksum, offset[first[:-1]], offset[last] + np.asarray(self.size)[last].astype(np.int64)
+            )
+        return self._blocks
 
     def key(self, row: int) -> str:
         """The key of a row."""

@@ -25,7 +25,9 @@ from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.packed.config import PackText
 from dmagent_loader.shards.packed.counts import Counts, TokenCounts
 from dmagent_loader.shards.packed.encoder import DocumentEncoder
+from dmagent_loader.shards.sources.blocks import IntArray
 from dmagent_loader.shards.sources.checksum import crc32
+from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.writing.packing import LENGTHS_MEMBER, PACKED_MEMBER, TokenArray, encode_npy
 
 _MAX_DOCUMENT_BYTES, _MAX_ENDS_BYTES = 128 << 20, 256 << 20
@@ -264,6 +266,25 @@ class PackedRows:
         if not self._encoder.ends_are_certain:
             members[LENGTHS_MEMBER] = memoryview(encode_npy(np.array(lengths, np.uint32)))
         return RawSample(key, members)
+
+    @property
+    def fetcher(self) -> BlockFetcher | None:
+        """The blocks of remote shards; None if all are local."""
+        return self._collection.fetcher
+
+    def blocks_of(self, domain: IntArray, shard: IntArray, row: IntArray) -> tuple[IntArray, IntArray]:
+        """Keys of the blocks with the first and the last document of each row; see `ShardCollection.blocks_of`."""
+        first, last = np.empty_like(row), np.empty_like(row)
+        shards, of_row = np.unique(np.column_stack([domain, shard]), axis=0, return_inverse=True)
+        for number, place in enumerate(shards.tolist()):
+            chosen = np.flatnonzero(of_row == number)
+            ends, begin = self._ends.get((place[0], place[1])), row[chosen] * self._length
+            first[chosen] = np.searchsorted(ends, begin, side="right")
+            last[chosen] = np.searchsorted(ends, begin + self._length, side="left")
+        return (
+            self._collection.blocks_of(domain, shard, first)[0],
+            self._collection.blocks_of(domain, shard, last)[0],
+        )
 
     def read_equal(self, rows: Any, extension: str) -> None:
         """None: packed rows are not stored, and each is read separately."""

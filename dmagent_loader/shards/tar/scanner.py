@@ -348,7 +348,8 @@ class _Scanner:
         """Position of the next header after a zero block; None if the block is the end of the archive."""
         end = position
         while end < self.file_size:
-            rest = _NONZERO.search(self.buffer, self.reach(end))
+            first = self.reach(end)  # which may load another buffer
+            rest = _NONZERO.search(self.buffer, first)
             end = self.base + (len(self.buffer) if rest is None else rest.start())
             if rest is not None:
                 break

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -76,25 +75,10 @@ def test_an_error_in_the_background_comes_where_its_row_is_taken(collection, ahe
         ahead.take(0, 1, 1, 5)
 
 
-@pytest.mark.parametrize(("threads", "is_used"), [(None, False), (0, False), (3, True)])
-def test_local_shards_are_read_by_threads_only_if_they_are_asked_for(collection, threads, is_used):
+@pytest.mark.parametrize(("threads", "is_used"), [(0, False), (3, True)])
+def test_rows_are_read_by_threads_only_if_these_are_asked_for(collection, threads, is_used):
     found = Readahead.configured(collection, ReadingConfig(num_threads=threads, num_rows=5))
     assert (found is not None) == is_used
     if found is not None:
         assert found.num_rows == 5
         found.close()
-
-
-def test_remote_shards_are_read_by_threads_unless_they_are_refused(tmp_path: Path) -> None:
-    shards = write_toy_shards(tmp_path / "shards", {"source/web": 8})
-    memory = fsspec.filesystem("memory")
-    memory.put(shards["source/web"][0], "/readahead-test/web.tar")
-    remote = ShardCollection.open(
-        {"source/web": "memory://readahead-test/web.tar"}, cache_dir=tmp_path / "cache", progress=False
-    )
-    assert Readahead.configured(remote, ReadingConfig(num_threads=0)) is None
-    found = Readahead.configured(remote, ReadingConfig())
-    assert found is not None
-    found.request(located((0, 0, 0, 7)))
-    assert found.take(0, 0, 0, 7).key == "source_web_000007"
-    found.close()

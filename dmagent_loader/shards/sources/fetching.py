@@ -1,0 +1,459 @@
+"""Fetching blocks of remote shards in the background: many requests at a time, in the order of need.
+
+The requests of asynchronous filesystems run on the event loop of fsspec; each has a thread that waits for it, repeats
+it and stores the block. A block goes to the folder of the node (`node_cache`), or stays in the memory of the process if
+that folder cannot be used. Where there is room for a block in neither, or it cannot be fetched, its rows are read one
+by one, and fail one by one.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+from dmagent_loader.errors import DamagedShardError, ShardError
+from dmagent_loader.shards import forks
+from dmagent_loader.shards.bounded_cache import BoundedCache
+from dmagent_loader.shards.sources.blocks import Block
+from dmagent_loader.shards.sources.local import LocalSource, Source
+from dmagent_loader.shards.sources.node_cache import BlockInUse, Claim, NodeCache
+from dmagent_loader.shards.sources.remote import SLOWEST_BYTES_PER_SECOND, timeout_seconds
+
+FETCHES = 32
+"""Requests in flight, in each process."""
+_FETCHED_BYTES = 256 << 20
+"""Memory for blocks in flight; one block may be larger."""
+_MEMORY_BYTES = 512 << 20
+"""Memory for blocks that have no room on disk."""
+_IDLE_SECONDS = 5.0
+"""Time after which a thread without work ends."""
+_LOOK_AGAIN_SECONDS = 0.02
+"""Between two looks at a block that another process is fetching."""
+_TRY_AGAIN_SECONDS = 0.5
+"""Until a block that found no room is tried again."""
+
+logger = logging.getLogger(__name__)
+_reported: set[str] = set()
+"""Folders that could not be used, as this process has said."""
+
+
+def default_block_folder() -> Path:
+    """The folder of this user on the disk for temporary files.
+
+    Raises:
+        PermissionError: Another user has made it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"dmagent_loader-{os.getuid()}" / "blocks"
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    if os.lstat(folder.parent).st_uid != os.getuid():
+        raise PermissionError(f"{folder.parent} belongs to another user")
+    return folder
+
+
+class _State(Enum):
+    QUEUED = "queued"
+    FETCHING = "being fetched"
+    NO_ROOM = "no room yet"
+    ON_DISK = "on disk"
+    IN_MEMORY = "in memory"
+    FAILED = "not to be had"
+
+
+class _Entry:
+    """A block that was asked for."""
+
+    __slots__ = ("block", "data", "place", "shard", "state", "urgency", "uses")
+
+    def __init__(self, shard: int, block: Block, urgency: int) -> None:
+        self.shard, self.block, self.urgency = shard, block, urgency
+        self.uses = 1
+        self.state = _State.QUEUED
+        self.data: _Data | None = None
+        """The block, if it is in memory."""
+        self.place = ("", block.start)
+        """Path of the block, if it is on disk, and its first byte in the shard."""
+
+
+class _Data:
+    """A block in memory, as a source."""
+
+    def __init__(self, start: int, data: bytearray) -> None:
+        self._start, self._data = start, data
+
+    def read(self, offset: int, length: int) -> bytearray:
+        first = offset - self._start
+        return self._data[first : first + length]
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        view[:] = self.read(offset, len(view))
+
+
+class _File:
+    """A block on disk, as a source."""
+
+    def __init__(self, start: int, path: str) -> None:
+        self._start, self._file = start, LocalSource(path)
+
+    def read(self, offset: int, length: int) -> bytearray:
+        return self._file.read(offset - self._start, length)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        self._file.read_into(view, offset - self._start)
+
+
+class BlockFetcher:
+    """The blocks that one process has asked for.
+
+    Safe to use from many threads. A forked child starts without blocks.
+
+    Args:
+        block_of: Function from the key of a block to the number of its shard and the block.
+        source_of: Function from the number of a shard to the remote shard.
+        folder: Folder of the node; None: `default_block_folder`.
+        limit: Largest number of bytes in the folder; None: see `NodeCache`; 0: blocks stay in memory.
+        max_open_files: Largest number of open blocks.
+
+    Attributes:
+        waits: Number of times that a reader had to wait for a block.
+    """
+
+    def __init__(
+        self,
+        block_of: Callable[[int], tuple[int, Block]],
+        source_of: Callable[[int], Source],
+        *,
+        folder: Path | None,
+        limit: int | None,
+        max_open_files: int,
+    ) -> None:
+        self._block_of, self._source_of, self._folder, self._limit = block_of, source_of, folder, limit
+        self._cache: NodeCache | None = None
+        self._files = BoundedCache(_open_file, max_open_files)
+        self._start()
+        forks.register(self)
+
+    def _start(self) -> None:
+        lock = threading.RLock()
+        self._changed, self._tasks = threading.Condition(lock), threading.Condition(lock)
+        """Of one lock: for readers that wait for a block, and for threads that wait for work."""
+        self._is_timed = False
+        """Whether a thread waits for the first of the blocks that are to be tried later."""
+        self._entries: dict[int, _Entry] = {}
+        self._queue: list[tuple[int, int, _Entry]] = []
+        self._later: list[tuple[float, int, _Entry]] = []
+        self._number = itertools.count()
+        self._threads = self._idle = 0
+        self._fetched_bytes = self._memory_bytes = 0
+        self._full_until = self._disk_full_until = 0.0
+        """Until then no other block looks for room: in either place, and on disk."""
+        self._wanted_bytes = self._wanted_rows = self.waits = 0
+        self._cache_is_open = self._can_store = False
+
+    def reset_after_fork(self) -> None:
+        """Forgets the blocks of the parent in a forked child."""
+        if self._cache is not None:
+            self._cache.close_after_fork()
+        self._cache = None
+        self._start()
+
+    # Asking for blocks
+
+    def want(self, key: int, urgency: int) -> None:
+        """Has a block fetched, and kept until as many calls of `release`.
+
+        Args:
+            key: Key of the block.
+            urgency: The lower, the sooner it is fetched.
+        """
+        with self._changed:
+            entry = self._entries.get(key)
+            if entry is not None:
+                entry.uses += 1
+                return
+            entry = self._entries[key] = _Entry(*self._block_of(key), urgency)
+            self._wanted_bytes += entry.block.length
+            self._wanted_rows += entry.block.rows
+            self._enqueue(entry)
+
+    @property
+    def mean_row_bytes(self) -> float:
+        """Mean bytes per row of the blocks that were asked for; 0 if there are none."""
+        return self._wanted_bytes / max(1, self._wanted_rows)
+
+    def release(self, key: int) -> None:
+        """Ends one use of a block."""
+        with self._changed:
+            entry = self._entries[key]
+            entry.uses -= 1
+            if entry.uses:
+                return
+            del self._entries[key]
+            if entry.state is _State.IN_MEMORY:
+                self._memory_bytes -= entry.block.length
+            elif entry.state is _State.ON_DISK:
+                self._leave_disk(entry)
+
+    def comes(self, key: int) -> bool:
+        """Whether a block is here or on its way; otherwise its rows have to be read one by one."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.state not in (_State.NO_ROOM, _State.FAILED)
+
+    def cancel(self, key: int) -> bool:
+        """Ends one use of a block, unless it is here or being fetched."""
+        with self._changed:
+            waits = self._entries[key].state in (_State.QUEUED, _State.NO_ROOM)
+            if waits:
+                self.release(key)
+            return waits
+
+    def get(self, key: int) -> Source | None:
+        """The block, as a source for its part of the shard; waits if it is being fetched.
+
+        Returns:
+            None if the block was not asked for, or cannot be had: the shard is to be read.
+        """
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        while True:
+            state = entry.state
+            if state is _State.IN_MEMORY:
+                return entry.data
+            if state is _State.ON_DISK:
+                try:
+                    return self._files.get(entry.place)
+                except ShardError:  # the file was removed: it is fetched again
+                    with self._changed:
+                        if entry.state is _State.ON_DISK:
+                            self._leave_disk(entry)
+                            self._enqueue(entry)
+                    continue
+            if state in (_State.NO_ROOM, _State.FAILED) or not self._wait(entry):
+                return None
+
+    def forget(self, key: int) -> None:
+        """Removes a block whose bytes are wrong, and has its rows read from the shard."""
+        with self._changed:
+            entry = self._entries.get(key)
+            if entry is None:
+                return
+            if entry.state is _State.IN_MEMORY:
+                self._memory_bytes -= entry.block.length
+            elif entry.state is _State.ON_DISK and self._cache is not None:
+                self._cache.remove(entry.block.name)
+                self._leave_disk(entry)
+            entry.state, entry.data = _State.FAILED, None
+
+    def _leave_disk(self, entry: _Entry) -> None:
+        assert self._cache is not None
+        self._files.drop(entry.place)
+        self._cache.release(entry.block.name)
+
+    def _wait(self, entry: _Entry) -> bool:
+        """Waits for a block, for as long as one request may take; False: it did not come."""
+        patience = timeout_seconds() + entry.block.length / SLOWEST_BYTES_PER_SECOND
+        with self._changed:
+            self.waits += 1
+            if entry.state is _State.QUEUED and entry.urgency > -1:
+                entry.urgency = -1
+                self._enqueue(entry)
+            if self._changed.wait_for(lambda: entry.state not in (_State.QUEUED, _State.FETCHING), patience):
+                return True
+            entry.state = _State.FAILED
+            return False
+
+    # Fetching
+
+    def _enqueue(self, entry: _Entry, after: float = 0.0) -> None:
+        """Puts a block into the queue; the caller holds the lock."""
+        number = next(self._number)
+        if after:
+            heapq.heappush(self._later, (time.monotonic() + after, number, entry))
+        else:
+            entry.state = _State.QUEUED
+            heapq.heappush(self._queue, (entry.urgency, number, entry))
+        if self._idle < len(self._queue) and self._threads < FETCHES:
+            self._threads += 1
+            threading.Thread(target=self._work, args=(self._tasks,), name="dmagent-fetch", daemon=True).start()
+        self._tasks.notify()
+
+    def _work(self, tasks: threading.Condition) -> None:
+        """Fetches blocks until there are none. `tasks` stays that of this process in a forked child."""
+        while (entry := self._next(tasks)) is not None:
+            state, data, after = _State.FAILED, None, 0.0
+            try:
+                state, data, after = self._obtain(entry)
+            except DamagedShardError:
+                pass  # its rows before the end are whole, and reading the others says which are not
+            except Exception as error:
+                logger.debug("block %s could not be fetched: %s", entry.block.name, error)
+            finally:
+                with tasks:
+                    self._fetched_bytes -= entry.block.length
+                    self._settle(entry, state, data, after)
+                    self._changed.notify_all()
+                    tasks.notify()
+
+    def _settle(self, entry: _Entry, state: _State, data: bytearray | None, after: float) -> None:
+        """Records what came of a block."""
+        is_used = entry.uses > 0 and entry.state is _State.FETCHING
+        if data is not None:
+            self._memory_bytes -= 0 if is_used else entry.block.length
+            entry.data = _Data(entry.block.start, data)
+        if self._cache is not None:
+            entry.place = (self._cache.path(entry.block.name), entry.block.start)
+            if not is_used or state is not _State.ON_DISK:
+                self._cache.release(entry.block.name)
+        if is_used:
+            entry.state = state
+            if after:
+                self._enqueue(entry, after)
+
+    def _next(self, tasks: threading.Condition) -> _Entry | None:
+        """The next block to fetch; None: there has been none for a while."""
+        with tasks:
+            until = time.monotonic() + _IDLE_SECONDS
+            while True:
+                now = time.monotonic()
+                while self._later and self._later[0][0] <= now:
+                    _, number, entry = heapq.heappop(self._later)
+                    heapq.heappush(self._queue, (entry.urgency, number, entry))
+                entry = self._first_of_queue(now)
+                if entry is not None:
+                    if self._queue or self._later:
+                        tasks.notify()
+                    return entry
+                if now >= until and not self._queue and not self._later:
+                    self._threads -= 1
+                    return None
+                self._idle += 1
+                if self._later and not self._is_timed:
+                    self._is_timed = True
+                    tasks.wait(self._later[0][0] - now)
+                    self._is_timed = False
+                else:
+                    tasks.wait(_IDLE_SECONDS)
+                self._idle -= 1
+
+    def _first_of_queue(self, now: float) -> _Entry | None:
+        """Takes the most urgent block that can be fetched now; None: there is none."""
+        while self._queue:
+            _, number, entry = self._queue[0]
+            length = entry.block.length
+            if not entry.uses or entry.state not in (_State.QUEUED, _State.NO_ROOM):
+                heapq.heappop(self._queue)
+            elif now < self._full_until:
+                heapq.heappop(self._queue)
+                entry.state = _State.NO_ROOM
+                heapq.heappush(self._later, (self._full_until, number, entry))
+                self._changed.notify_all()
+            elif self._fetched_bytes and self._fetched_bytes + length > _FETCHED_BYTES:
+                return None
+            else:
+                heapq.heappop(self._queue)
+                entry.state = _State.FETCHING
+                self._fetched_bytes += length
+                return entry
+        return None
+
+    def _obtain(self, entry: _Entry) -> tuple[_State, bytearray | None, float]:
+        """Gets a block from the folder, or fetches it.
+
+        Returns:
+            What came of it; its bytes, if they stay in memory; seconds until another attempt, if there is to be one.
+        """
+        block, cache, claim = entry.block, self._opened_cache(), None
+        if cache is not None:
+            cache.need(block.name)
+            if cache.holds(block.name, block.length):
+                return _State.ON_DISK, None, 0.0
+            if self._can_store and time.monotonic() >= self._disk_full_until:
+                try:
+                    claim = cache.claim(block.name, block.length)
+                except BlockInUse:
+                    return _State.QUEUED, None, _LOOK_AGAIN_SECONDS
+                except OSError as error:
+                    self._store_no_more(cache.folder, error)
+                else:
+                    if claim is None:
+                        self._disk_full_until = time.monotonic() + _TRY_AGAIN_SECONDS
+        if claim is None and not self._reserve_memory(block):
+            self._full_until = time.monotonic() + _TRY_AGAIN_SECONDS
+            return _State.NO_ROOM, None, _TRY_AGAIN_SECONDS
+        try:
+            data = bytearray(self._source_of(entry.shard).read(block.start, block.length))
+        except BaseException:
+            if claim is not None:
+                claim.give_back()
+            else:
+                self._free_memory(block)
+            raise
+        if claim is not None:
+            assert cache is not None
+            if self._store(claim, data, cache.folder):
+                return _State.ON_DISK, None, 0.0
+            with self._changed:
+                self._memory_bytes += block.length
+        return _State.IN_MEMORY, data, 0.0
+
+    def _store(self, claim: Claim, data: bytearray, folder: Path) -> bool:
+        try:
+            claim.store(data)
+        except OSError as error:
+            self._store_no_more(folder, error)
+            return False
+        return True
+
+    def _reserve_memory(self, block: Block) -> bool:
+        with self._changed:
+            if self._memory_bytes and self._memory_bytes + block.length > _MEMORY_BYTES:
+                return False
+            self._memory_bytes += block.length
+            return True
+
+    def _free_memory(self, block: Block) -> None:
+        with self._changed:
+            self._memory_bytes -= block.length
+
+    # The folder
+
+    def _opened_cache(self) -> NodeCache | None:
+        """The folder of the node; None if it cannot be used."""
+        with self._changed:
+            if not self._cache_is_open and self._limit != 0:
+                self._cache_is_open = True
+                folder = self._folder
+                try:
+                    folder = default_block_folder() if folder is None else folder
+                    self._cache = NodeCache(folder, self._limit)
+                    self._can_store = True
+                except OSError as error:
+                    self._store_no_more(folder, error)
+            return self._cache
+
+    def _store_no_more(self, folder: Path | None, error: OSError) -> None:
+        """Keeps further blocks in memory, and says so once."""
+        self._can_store = False
+        name = "for temporary files" if folder is None else str(folder)
+        if name in _reported:
+            return
+        _reported.add(name)
+        logger.warning(
+            "blocks of remote shards cannot be stored in the folder %s (%s): each process keeps its own in memory; set "
+            "block_cache_dir of ReadingConfig to a folder with free space on a local disk",
+            name,
+            error.strerror or error,
+        )
+
+
+def _open_file(place: tuple[str, int]) -> _File:
+    path, start = place
+    return _File(start, path)

@@ -1,0 +1,318 @@
+"""A folder with blocks of remote shards, which all processes of a node share.
+
+    NAME.block      a block; it gets this name when it is complete, and is never written again
+    NAME.partial    a block that is being fetched by the process that holds the lock of this file; nobody reads it
+    ID.needs        the blocks that one process needs, as lines "+NAME" and "-NAME", and the bytes that it may add
+                    before it looks at the limit again, as "=BYTES"; the process holds its lock
+
+All locks are those of the system, which releases them when their holder dies: a file without a lock is a leftover. No
+lock is held while another process might wait for it, except that of the fetch itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dmagent_loader._files import open_exclusively
+
+MOST_BYTES = 64 << 30
+"""Default limit on all blocks of a folder, unless half of the free space is less."""
+
+_BLOCK, _PARTIAL, _NEEDS = ".block", ".partial", ".needs"
+_OURS = re.compile(r"[0-9a-f]{32}(-[0-9a-f]+-[0-9a-f]+\.(block|partial)|\.needs)")
+_ALLOWANCE = 1024
+"""A process adds this part of the limit between two looks through the folder, which take time."""
+_EVICTED_SHARE = 0.05
+"""Share of the limit that is evicted beyond the need of the moment, for the same reason."""
+_REWRITTEN_LINES = 10_000
+
+
+class BlockInUse(Exception):
+    """Another process or thread is fetching the block."""
+
+
+@dataclass
+class _Survey:
+    """The content of the folder."""
+
+    total: int = 0
+    """Bytes of all blocks, complete or not, and those that other processes may add."""
+    blocks: list[tuple[float, int, str]] = field(default_factory=list)
+    """Time of the last use, size and name of every complete block."""
+    needed: set[str] = field(default_factory=set)
+    """Names of the blocks that a process needs."""
+
+
+class Claim:
+    """The right to fetch a block, until it is stored or given back.
+
+    Args:
+        cache: The folder.
+        name: Name of the block.
+        descriptor: Descriptor of the partial file, locked.
+    """
+
+    def __init__(self, cache: NodeCache, name: str, descriptor: int) -> None:
+        self._cache, self._name, self._descriptor = cache, name, descriptor
+
+    def store(self, data: bytes | bytearray) -> None:
+        """Writes the block, and makes it visible to all.
+
+        Raises:
+            OSError: The disk is full, or cannot be written to. The claim is given back.
+        """
+        try:
+            view, done = memoryview(data), 0
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], done)
+            os.rename(self._cache.path(self._name, _PARTIAL), self._cache.path(self._name))
+        except OSError:
+            self.give_back()
+            raise
+        self._close()
+
+    def give_back(self) -> None:
+        """Leaves the block to others."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._cache.path(self._name, _PARTIAL))  # before the lock goes: the file may be another's then
+        self._close()
+
+    def _close(self) -> None:
+        self._cache.close_descriptor(self._descriptor)
+
+
+class NodeCache:
+    """The blocks of one folder, as one process uses them.
+
+    Args:
+        folder: The folder; it is made if necessary.
+        limit: Largest number of bytes of all blocks; None: half of the free space, at most `MOST_BYTES`.
+
+    Raises:
+        OSError: The folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, limit: int | None) -> None:
+        self.folder = folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._began = time.time()
+        self._lock = threading.Lock()
+        self._descriptors: set[int] = set()
+        """Locked files; a forked child closes its copies, which would keep the locks of a dead parent."""
+        self._needed: Counter[str] = Counter()
+        self._lines = 0
+        self._needs = self._open_needs()
+        self._finalizer = weakref.finalize(self, _unlink_by, os.getpid(), self._needs[1])
+        found = self._survey()  # which also removes leftovers
+        if limit is None:
+            limit = min(MOST_BYTES, (shutil.disk_usage(folder).free + found.total) // 2)
+        self._limit = limit
+        self._allowance = self._room = 0
+        """Bytes that this process may add before it looks through the folder again, and what is left of them."""
+
+    def path(self, name: str, suffix: str = _BLOCK) -> str:
+        """Path of the file of a block."""
+        return os.path.join(self.folder, name + suffix)
+
+    def holds(self, name: str, length: int) -> bool:
+        """Whether a block is complete and on disk."""
+        path = self.path(name)
+        try:
+            if os.stat(path).st_size == length:
+                return True
+            os.unlink(path)  # cut by a power failure
+        except OSError:
+            pass
+        return False
+
+    def remove(self, name: str) -> None:
+        """Removes a block whose bytes are wrong."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path(name))
+
+    def claim(self, name: str, length: int) -> Claim | None:
+        """The right to fetch a block that is not there, with room for it.
+
+        Returns:
+            The claim; None if there is no room: all other blocks are needed.
+
+        Raises:
+            BlockInUse: Someone else is fetching it, or has just done so.
+            OSError: The folder cannot be written to.
+        """
+        descriptor = open_exclusively(Path(self.path(name, _PARTIAL)))
+        if descriptor is None:
+            raise BlockInUse
+        self._descriptors.add(descriptor)
+        claim = Claim(self, name, descriptor)
+        try:
+            if self.holds(name, length):
+                raise BlockInUse
+            # The size of the partial file reserves room before anyone counts what is left.
+            os.ftruncate(descriptor, 0)
+            os.ftruncate(descriptor, length)
+            if self._make_room(length):
+                return claim
+        except BaseException:
+            claim.give_back()
+            raise
+        claim.give_back()
+        return None
+
+    def need(self, name: str) -> None:
+        """Keeps a block from being evicted by any process, until as many calls of `release`."""
+        with self._lock:
+            self._needed[name] += 1
+            if self._needed[name] == 1:
+                self._note(f"+{name}\n")
+
+    def release(self, name: str) -> None:
+        """Ends one need of this process for a block."""
+        with self._lock:
+            self._needed[name] -= 1
+            if self._needed[name]:
+                return
+            del self._needed[name]
+            with contextlib.suppress(OSError):
+                os.utime(self.path(name))
+            self._note(f"-{name}\n")
+
+    def close_after_fork(self) -> None:
+        """Closes what a forked child has taken over."""
+        for descriptor in self._descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+    def close_descriptor(self, descriptor: int) -> None:
+        """Closes a locked file."""
+        self._descriptors.discard(descriptor)
+        os.close(descriptor)
+
+    def _open_needs(self) -> tuple[int, str]:
+        path = self.folder / f"{uuid.uuid4().hex}{_NEEDS}"
+        descriptor = open_exclusively(path)
+        if descriptor is None:
+            raise OSError("its file system has no locks")
+        self._descriptors.add(descriptor)
+        return descriptor, str(path)
+
+    def _note(self, line: str) -> None:
+        self._lines += 1
+        with contextlib.suppress(OSError):  # on a full disk others may evict the block: it is then fetched again
+            if self._lines > _REWRITTEN_LINES + 2 * len(self._needed):
+                self._lines = len(self._needed)
+                line = "".join((f"={self._allowance}\n", *(f"+{name}\n" for name in self._needed)))
+                # A reader in between sees too few needs, and a block that it evicts is fetched again.
+                os.ftruncate(self._needs[0], 0)
+                os.lseek(self._needs[0], 0, os.SEEK_SET)
+            os.write(self._needs[0], line.encode())
+
+    def _make_room(self, length: int) -> bool:
+        """Whether the limit holds with `length` more bytes, which the folder counts already."""
+        with self._lock:
+            if length <= self._room:
+                self._room -= length
+                return True
+            # Said before the others are counted: of two processes that look at the same time, one sees the other.
+            self._allow(self._limit // _ALLOWANCE if self._limit // _ALLOWANCE > length else 0)
+            survey = self._survey()
+            if survey.total + self._allowance > self._limit:
+                self._evict(survey)
+            if survey.total + self._allowance > self._limit:
+                self._allow(0)
+            self._room = self._allowance
+            return survey.total <= self._limit
+
+    def _allow(self, count: int) -> None:
+        """Tells the other processes what this one may add."""
+        if count != self._allowance:
+            self._allowance = count
+            self._note(f"={count}\n")
+
+    def _evict(self, survey: _Survey) -> None:
+        """Evicts blocks that nobody needs: those that are needed last first.
+
+        Blocks from before this process go first, the oldest of them before the others. Of the blocks that were used
+        since, the one that was used last comes last in the next pass.
+        """
+        aim = int(self._limit * (1 - _EVICTED_SHARE))
+        unneeded = [block for block in survey.blocks if block[2] not in survey.needed]
+        unneeded.sort(key=lambda block: (block[0] >= self._began, block[0] if block[0] < self._began else -block[0]))
+        for _, size, name in unneeded:
+            if survey.total <= aim:
+                return
+            self.remove(name)
+            survey.total -= size
+
+    def _survey(self) -> _Survey:
+        """Looks through the folder, and removes what killed processes have left behind."""
+        survey = _Survey(needed=set(self._needed))
+        for entry in self._entries():
+            name, suffix = os.path.splitext(entry.name)
+            try:
+                status = entry.stat()
+                if suffix == _BLOCK:
+                    survey.blocks.append((status.st_mtime, status.st_size, name))
+                elif entry.path == self._needs[1] or _is_abandoned(entry.path):
+                    continue
+                elif suffix == _NEEDS:
+                    needed, allowance = _needs_of(Path(entry.path).read_text("ascii"))
+                    survey.needed |= needed
+                    survey.total += allowance
+                    continue
+                survey.total += status.st_size
+            except OSError:
+                continue  # removed or renamed since
+        return survey
+
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        with os.scandir(self.folder) as entries:
+            yield from (entry for entry in entries if _OURS.fullmatch(entry.name))
+
+
+def _unlink_by(process: int, path: str) -> None:
+    """Removes a file, but not in a forked child."""
+    if os.getpid() == process:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _is_abandoned(path: str) -> bool:
+    """Removes a file that a killed process has left behind."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return False  # it was renamed, and the name is another file's now
+        os.unlink(path)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _needs_of(lines: str) -> tuple[set[str], int]:
+    """The names in a file of needs, and the allowance; the last line may not be complete yet."""
+    needed: set[str] = set()
+    allowance = 0
+    for line in lines.split("\n")[:-1]:
+        if line.startswith("+"):
+            needed.add(line[1:])
+        elif line.startswith("-"):
+            needed.discard(line[1:])
+        else:
+            allowance = int(line[1:])
+    return needed, allowance

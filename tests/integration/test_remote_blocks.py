@@ -1,0 +1,368 @@
+"""Rows of remote shards through blocks: the same rows, few requests, each byte once per node, whatever fails."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import hashlib
+import multiprocessing
+import os
+import resource
+import threading
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from text_shards import byte_tokenizer
+
+from benchmarks.far_server import FarServer
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, PackText, ReadingConfig
+from dmagent_loader._loading import stream
+from dmagent_loader.errors import DamagedShardError, ShardError
+from dmagent_loader.shards import ShardCollection
+from dmagent_loader.shards.sources import blocks, fetching
+from dmagent_loader.shards.writing.tar_writer import TarWriter
+
+pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
+
+BLOCK_BYTES = 16 << 10
+ROWS, SHARDS = 60, 4
+DOMAINS = ("source/a", "source/b", "target/c")
+EQUAL = dict.fromkeys(DOMAINS, 1 / 3)
+
+
+def write_shards(folder: Path) -> None:
+    """Rows of very different sizes, some of several members, one larger than a block."""
+    rng = np.random.default_rng(0)
+    for domain in DOMAINS:
+        (folder / domain).mkdir(parents=True)
+        for shard in range(SHARDS):
+            writer = TarWriter(folder / domain / f"s-{shard}.tar")
+            for row in range(ROWS):
+                size = int(rng.choice([10, 700, 3000])) if row != 20 else 3 * BLOCK_BYTES
+                text = f"{domain} {shard} {row} ".encode() + rng.bytes(size).hex().encode()
+                members = {"txt": text} if shard % 2 else {"txt": text, "json": b'{"n": 1}'}
+                writer.add(f"{row:03d}", members)
+            writer.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("far")
+    write_shards(folder)
+    return folder
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[FarServer]:
+    server = FarServer(folder, latency=0.001, rate=1e9)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    gc.collect()  # iterators of the test would go on fetching
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
+    fetching._reported.clear()
+
+
+def remote(server: FarServer) -> dict[str, str]:
+    return {domain: server.url(f"{domain}/s-{{0..{SHARDS - 1}}}.tar") for domain in DOMAINS}
+
+
+def local(folder: Path) -> dict[str, str]:
+    return {domain: str(folder / domain) for domain in DOMAINS}
+
+
+def build(shards: Mapping[str, str], tmp_path: Path, **reading: Any) -> AgentWeightedSampler:
+    config = {"cache_dir": tmp_path / "index", "block_cache_dir": tmp_path / "blocks", **reading}
+    return AgentWeightedSampler(
+        shards,
+        samples_per_reweight=10**9,
+        seed=3,
+        exhausted="repeat",
+        initial_mix=EQUAL,
+        reading=ReadingConfig(progress=False, shuffle_window=50, **config),
+    )
+
+
+def digests(sampler: AgentWeightedSampler, count: int, mixes: Mapping[int, Mapping[str, float]] = {}) -> list[str]:
+    """Keys and contents of samples, under mixes that begin at some of them."""
+    found = []
+    for number, sample in enumerate(islice(sampler, count)):
+        content = f"{sample['__domain__']} {sample['__key__']} {sample['txt']}"
+        found.append(hashlib.sha256(content.encode()).hexdigest())
+        if number + 1 in mixes:
+            sampler.set_mix(mixes[number + 1])
+    return found
+
+
+def mixes_every(samples: int, count: int) -> dict[int, dict[str, float]]:
+    rng = np.random.default_rng(count)
+    weights = rng.dirichlet(np.ones(len(DOMAINS)), size=count // samples)
+    return {samples * (n + 1): dict(zip(DOMAINS, w / w.sum(), strict=True)) for n, w in enumerate(weights)}
+
+
+def leftovers(tmp_path: Path) -> list[str]:
+    return [path.name for path in (tmp_path / "blocks").iterdir() if path.suffix != ".block"]
+
+
+TOTAL = len(DOMAINS) * SHARDS * ROWS
+
+
+def test_rows_are_those_of_local_shards_and_every_byte_comes_once(
+    server: FarServer, folder: Path, tmp_path: Path
+) -> None:
+    sampler = build(remote(server), tmp_path)
+    server.take_counts()
+    count = 3 * TOTAL
+    mixes = mixes_every(50, count)
+    assert digests(sampler, count, mixes) == digests(build(local(folder), tmp_path), count, mixes)
+    size = sum(path.stat().st_size for path in folder.rglob("*.tar"))
+    counts = server.take_counts()
+    assert counts["bytes"] <= size, "bytes were fetched twice"
+    assert counts["requests"] <= size / BLOCK_BYTES + len(DOMAINS) * SHARDS * 3
+    again = build(remote(server), tmp_path)
+    server.take_counts()
+    digests(again, count)
+    assert server.take_counts() == {"requests": 0, "bytes": 0}, "blocks on disk were fetched again"
+
+
+def test_what_is_fetched_is_what_lies_ahead(server: FarServer, tmp_path: Path) -> None:
+    """A domain without weight costs nothing, and of the others only what is needed soon is fetched."""
+    sampler = build(remote(server), tmp_path)
+    sampler.set_mix({"source/a": 1.0, "source/b": 0.0, "target/c": 0.0})
+    server.take_counts()
+    digests(sampler, 100)
+    names = {path.stem for path in (tmp_path / "blocks").glob("*.block")}
+    table = sampler.collection._tables
+    known = {table.get(shard).blocks[k].name for shard in range(SHARDS) for k in range(len(table.get(shard).blocks))}
+    assert names
+    assert names <= known, "blocks of a domain without weight"
+
+
+def read_all(shards: dict[str, str], tmp_path: Path, results: multiprocessing.Queue[Any]) -> None:
+    results.put(digests(build(shards, tmp_path), TOTAL))
+
+
+def test_two_processes_fetch_every_byte_once(server: FarServer, folder: Path, tmp_path: Path) -> None:
+    build(remote(server), tmp_path)
+    server.take_counts()
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    readers = [context.Process(target=read_all, args=(remote(server), tmp_path, results)) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    expected = digests(build(local(folder), tmp_path), TOTAL)
+    assert [results.get(timeout=120) for _ in readers] == [expected, expected]
+    for reader in readers:
+        reader.join()
+    assert server.take_counts()["bytes"] <= sum(path.stat().st_size for path in folder.rglob("*.tar"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_data_workers_share_the_blocks(server: FarServer, folder: Path, tmp_path: Path, workers: int) -> None:
+    def texts(sampler: AgentWeightedSampler, num_workers: int) -> list[str]:
+        loader = MixingDataLoader(sampler, batch_size=4, num_workers=num_workers, collate_fn=list)
+        return [sample["txt"] for batch in islice(loader, TOTAL // 4) for sample in batch]
+
+    sampler = build(remote(server), tmp_path)
+    server.take_counts()
+    assert texts(sampler, workers) == texts(build(local(folder), tmp_path), 0)
+    assert server.take_counts()["bytes"] <= sum(path.stat().st_size for path in folder.rglob("*.tar"))
+
+
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    limit=st.sampled_from([None, 0, 1, 3 * BLOCK_BYTES, 8 * BLOCK_BYTES, 40 * BLOCK_BYTES]),
+    memory=st.sampled_from([0, 2 * BLOCK_BYTES, 1 << 30]),
+    every=st.sampled_from([3, 50, 500]),
+    threads=st.sampled_from([0, 0, 2]),
+)
+def test_rows_are_the_same_under_any_limits_and_mixes(
+    server: FarServer,
+    folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    limit: int | None,
+    memory: int,
+    every: int,
+    threads: int,
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("limits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetching, "_MEMORY_BYTES", memory)
+        patch.setattr(fetching, "_TRY_AGAIN_SECONDS", 0.05)
+        patch.setattr(stream, "_RUN_AHEAD", 64)
+        patch.setattr(stream, "_FIRST_RUN", 64)
+        patch.setattr(stream, "_LEAST_AHEAD", 128)
+        patch.setattr(stream, "_MOST_AHEAD_OF_A_NEW_MIX", 128)
+        count = 150
+        mixes = mixes_every(every, count)
+        sampler = build(remote(server), tmp_path, block_cache_bytes=limit, num_threads=threads)
+        assert digests(sampler, count, mixes) == digests(build(local(folder), tmp_path), count, mixes)
+        if limit:
+            size = sum(path.stat().st_size for path in (tmp_path / "blocks").glob("*.block"))
+            assert size <= limit
+
+
+def close_inherited(sampler: AgentWeightedSampler, results: multiprocessing.Queue[Any]) -> None:
+    """In a forked child: an iterator of its own, beside which that of its parent ends."""
+    parents = sampler._feed.cursor.stream
+    iterator = iter(sampler)
+    found = [next(iterator)["__index__"]]
+    parents._close()
+    results.put(found + [next(iterator)["__index__"] for _ in range(99)])
+
+
+def test_a_forked_child_has_blocks_of_its_own(server: FarServer, tmp_path: Path) -> None:
+    sampler = build(remote(server), tmp_path)
+    iterator = iter(sampler)
+    next(iterator)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=close_inherited, args=(sampler, results))
+    child.start()
+    assert results.get(timeout=60) == list(range(1, 101))
+    child.join()
+    assert [next(iterator)["__index__"] for _ in range(100)] == list(range(1, 101))
+
+
+def test_packed_text_is_read_through_blocks(server: FarServer, folder: Path, tmp_path: Path) -> None:
+    samplers = [
+        AgentWeightedSampler(
+            shards,
+            samples_per_reweight=10**9,
+            pack=PackText(byte_tokenizer(), length=512),
+            reading=ReadingConfig(
+                progress=False, cache_dir=tmp_path / "index", block_cache_dir=tmp_path / "blocks", shuffle_window=50
+            ),
+        )
+        for shards in (remote(server), local(folder))
+    ]
+    server.take_counts()
+    rows = [[sample["input_ids.npy"].tolist() for sample in islice(sampler, 300)] for sampler in samplers]
+    assert rows[0] == rows[1]
+    assert server.take_counts()["requests"] < 250, "one request per document"
+
+
+# Faults
+
+
+def test_blocks_stay_in_memory_where_there_is_no_folder(
+    server: FarServer, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    sampler = build(remote(server), tmp_path, block_cache_dir=tmp_path / "file" / "blocks")
+    server.take_counts()
+    assert digests(sampler, TOTAL) == digests(build(local(folder), tmp_path), TOTAL)
+    assert server.take_counts()["requests"] < TOTAL / 2
+    warnings = [record.getMessage() for record in caplog.records if "blocks of remote shards" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "Not a directory" in warnings[0]
+    assert "block_cache_dir" in warnings[0]
+
+
+def read_on_a_full_disk(shards: dict[str, str], tmp_path: Path, results: multiprocessing.Queue[Any]) -> None:
+    sampler = build(shards, tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK_BYTES // 2, BLOCK_BYTES // 2))
+    results.put((digests(sampler, TOTAL), sorted(fetching._reported)))
+
+
+def test_a_full_disk_costs_no_row(server: FarServer, folder: Path, tmp_path: Path) -> None:
+    """The limit on the size of a file stands in for the disk: both refuse to write in the middle of a block."""
+    build(remote(server), tmp_path)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    reader = context.Process(target=read_on_a_full_disk, args=(remote(server), tmp_path, results))
+    reader.start()
+    rows, reported = results.get(timeout=120)
+    reader.join()
+    assert rows == digests(build(local(folder), tmp_path), TOTAL)
+    assert reported == [str(tmp_path / "blocks")]
+    assert not [name for name in leftovers(tmp_path) if name.endswith(".partial")]
+
+
+def test_a_damaged_block_is_replaced_by_the_rows_of_the_shard(server: FarServer, folder: Path, tmp_path: Path) -> None:
+    digests(build(remote(server), tmp_path), TOTAL)
+    stored = sorted((tmp_path / "blocks").glob("*.block"))
+    for path in stored[::2]:
+        path.write_bytes(bytes(path.stat().st_size))
+    assert digests(build(remote(server), tmp_path), TOTAL) == digests(build(local(folder), tmp_path), TOTAL)
+
+
+def test_blocks_that_vanish_are_fetched_again(server: FarServer, folder: Path, tmp_path: Path) -> None:
+    sampler = build(remote(server), tmp_path)
+    expected = digests(build(local(folder), tmp_path), TOTAL)
+    found = digests(sampler, 50)
+    for path in (tmp_path / "blocks").glob("*.block"):
+        path.unlink()
+    sampler.collection.fetcher._files.clear()
+    assert found + digests(sampler, TOTAL - 50) == expected
+
+
+def test_a_shard_that_is_cut_loses_only_the_rows_behind_the_cut(
+    server: FarServer, folder: Path, tmp_path: Path
+) -> None:
+    """A block that reaches beyond the cut cannot be fetched; its rows before the cut are whole."""
+    whole = (folder / "source/a/s-1.tar").read_bytes()
+    collection = ShardCollection.open(
+        {"source/a": server.url("source/a/s-1.tar")},
+        cache_dir=tmp_path / "index",
+        block_cache_dir=tmp_path / "blocks",
+        progress=False,
+    )
+    expected = [bytes(collection.read(0, 0, row).members["txt"]) for row in range(ROWS)]
+    table = collection._tables.get(0)
+    server.folder = tmp_path / "cut"
+    (server.folder / "source/a").mkdir(parents=True)
+    (server.folder / "source/a/s-1.tar").write_bytes(whole[: table.offset[ROWS - 1]])
+    none = np.zeros(ROWS, np.int64)
+    for key in set(collection.blocks_of(none, none, np.arange(ROWS))[0].tolist()):
+        collection.fetcher.want(key, 0)
+    found = [bytes(collection.read(0, 0, row).members["txt"]) for row in range(ROWS - 1)]
+    assert found == expected[:-1]
+    with pytest.raises(DamagedShardError, match=r"s-1\.tar"):
+        collection.read(0, 0, ROWS - 1)
+
+
+def test_the_error_of_a_row_is_that_of_its_shard(
+    server: FarServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dmagent_loader.shards.sources.remote.REMOTE_BACKOFF_SECONDS", 0.01)
+    sampler = build(remote(server), tmp_path)
+    server.folder = tmp_path / "nothing"
+    with pytest.raises(ShardError, match=r"shard http://127\.0\.0\.1:\d+/\S+\.tar does not exist"):
+        next(iter(sampler))
+
+
+def test_a_reader_does_not_wait_for_ever_for_the_block_of_another(
+    server: FarServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process is alive and holds its lock, but has stopped."""
+    sampler = build(remote(server), tmp_path)
+    digests(sampler, 10)
+    held = []
+    for path in (tmp_path / "blocks").glob("*.block"):
+        partial = path.with_suffix(".partial")
+        held.append(os.open(partial, os.O_CREAT | os.O_WRONLY))
+        fcntl.flock(held[-1], fcntl.LOCK_EX)
+        path.unlink()
+    monkeypatch.setattr(fetching, "SLOWEST_BYTES_PER_SECOND", 1e12)
+    monkeypatch.setenv("DMAGENT_REMOTE_TIMEOUT", "0.3")
+    other = build(remote(server), tmp_path)
+    try:
+        assert digests(other, 10) == digests(build(local(folder), tmp_path), 10)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)

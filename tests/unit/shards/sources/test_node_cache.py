@@ -1,0 +1,179 @@
+"""A folder of blocks: each is fetched by one, kept while someone needs it, and the limit holds."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmagent_loader.shards.sources.node_cache import BlockInUse, NodeCache
+
+SIZE = 1000
+
+
+def name(number: int) -> str:
+    return f"{number:032x}-0-{SIZE:x}"
+
+
+def fetch(cache: NodeCache, number: int) -> bool:
+    """Fetches a block, unless there is no room."""
+    claim = cache.claim(name(number), SIZE)
+    if claim is not None:
+        claim.store(bytes([number]) * SIZE)
+    return claim is not None
+
+
+def held(cache: NodeCache, numbers: range = range(64)) -> set[int]:
+    return {number for number in numbers if cache.holds(name(number), SIZE)}
+
+
+def used(number: int, cache: NodeCache, seconds_ago: float) -> None:
+    """Sets the time at which a block was used last, relative to the start of this cache."""
+    time = cache._began - seconds_ago
+    os.utime(cache.path(name(number)), (time, time))
+
+
+def test_one_process_fetches_and_the_others_find_the_block(tmp_path: Path) -> None:
+    first, second = NodeCache(tmp_path, 10 * SIZE), NodeCache(tmp_path, 10 * SIZE)
+    claim = first.claim(name(1), SIZE)
+    assert claim is not None
+    with pytest.raises(BlockInUse):
+        second.claim(name(1), SIZE)
+    assert not second.holds(name(1), SIZE), "a block that is being fetched was found"
+    claim.store(b"x" * SIZE)
+    assert second.holds(name(1), SIZE)
+    assert Path(second.path(name(1))).read_bytes() == b"x" * SIZE
+    with pytest.raises(BlockInUse):
+        second.claim(name(1), SIZE)
+
+
+def test_a_claim_that_is_given_back_is_another_ones(tmp_path: Path) -> None:
+    first, second = NodeCache(tmp_path, 10 * SIZE), NodeCache(tmp_path, 10 * SIZE)
+    claim = first.claim(name(1), SIZE)
+    assert claim is not None
+    claim.give_back()
+    assert fetch(second, 1)
+
+
+def test_the_limit_holds_and_unneeded_blocks_make_room(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 4 * SIZE)
+    for number in range(20):
+        assert fetch(cache, number)
+        assert len(held(cache)) <= 4
+    assert 19 in held(cache)
+
+
+def test_blocks_from_before_go_first_then_those_used_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmagent_loader.shards.sources.node_cache._EVICTED_SHARE", 0.0)
+    cache = NodeCache(tmp_path, 5 * SIZE)
+    for number in range(5):
+        assert fetch(cache, number)
+    for number, seconds_ago in enumerate((100, 200, -10, -30, -20)):
+        used(number, cache, seconds_ago)
+    order = []
+    for number in range(5, 10):
+        before = held(cache)
+        assert fetch(cache, number)
+        order += sorted(before - held(cache))
+        used(number, cache, 0)
+        cache.need(name(number))
+    assert order == [1, 0, 3, 4, 2]
+
+
+def test_what_another_process_needs_is_not_evicted(tmp_path: Path) -> None:
+    first, second = NodeCache(tmp_path, 3 * SIZE), NodeCache(tmp_path, 3 * SIZE)
+    for number in (1, 2, 3):
+        second.need(name(number))
+        assert fetch(first, number)
+    assert not fetch(first, 4), "there was room, although everything is needed"
+    assert held(first) == {1, 2, 3}
+    second.release(name(2))
+    assert fetch(first, 4)
+    assert held(first) == {1, 3, 4}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_limit_holds_for_all_processes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Each process may add some blocks before it looks through the folder again."""
+    monkeypatch.setattr("dmagent_loader.shards.sources.node_cache._ALLOWANCE", 8)
+    limit, random = 40 * SIZE, np.random.default_rng(seed)
+    caches = [NodeCache(tmp_path, limit) for _ in range(3)]
+    number = 0
+    for _ in range(150):
+        cache = caches[random.integers(3)]
+        for _ in range(random.integers(1, 9)):
+            number += 1
+            cache.need(name(number))
+            fetch(cache, number)
+            if random.random() < 0.5:
+                cache.release(name(number))
+        assert sum(path.stat().st_size for path in tmp_path.glob("*.block")) <= limit
+    assert len(list(tmp_path.glob("*.block"))) > 20
+
+
+def test_a_block_that_is_needed_twice_is_released_twice(tmp_path: Path) -> None:
+    first, second = NodeCache(tmp_path, SIZE), NodeCache(tmp_path, SIZE)
+    second.need(name(1))
+    second.need(name(1))
+    second.release(name(1))
+    assert fetch(first, 1)
+    assert not fetch(first, 2)
+    second.release(name(1))
+    assert fetch(first, 2)
+
+
+def test_needs_are_rewritten_before_their_file_grows_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmagent_loader.shards.sources.node_cache._REWRITTEN_LINES", 10)
+    first, second = NodeCache(tmp_path, 2 * SIZE), NodeCache(tmp_path, 2 * SIZE)
+    second.need(name(1))
+    assert fetch(first, 1)
+    for number in range(10, 60):
+        second.need(name(number))
+        second.release(name(number))
+    assert os.stat(second._needs[1]).st_size < 20 * len(name(1))
+    assert fetch(first, 2)
+    assert fetch(first, 3)
+    assert 1 in held(first)
+
+
+def test_leftovers_are_removed_at_the_start_and_nothing_else(tmp_path: Path) -> None:
+    first = NodeCache(tmp_path, 10 * SIZE)
+    claim = first.claim(name(1), SIZE)
+    leftovers = [tmp_path / f"{name(2)}.partial", tmp_path / f"{'0' * 32}.needs"]
+    foreign = [tmp_path / "results.partial", tmp_path / "notes.needs", tmp_path / "a.block"]
+    for path in leftovers + foreign:
+        path.write_bytes(b"?" * SIZE)
+    NodeCache(tmp_path, 10 * SIZE)
+    assert not any(path.exists() for path in leftovers)
+    assert all(path.exists() for path in foreign)
+    assert claim is not None
+    claim.store(b"x" * SIZE)
+    assert first.holds(name(1), SIZE)
+
+
+def test_a_block_that_was_cut_is_fetched_again(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 10 * SIZE)
+    assert fetch(cache, 1)
+    os.truncate(cache.path(name(1)), SIZE // 2)
+    assert not cache.holds(name(1), SIZE)
+    assert fetch(cache, 1)
+
+
+def test_a_block_that_cannot_be_written_is_given_back(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 10 * SIZE)
+    claim = cache.claim(name(1), SIZE)
+    assert claim is not None
+    os.unlink(tmp_path / f"{name(1)}.partial")
+    with pytest.raises(OSError) as error:
+        claim.store(b"x" * SIZE)
+    assert error.value.errno == errno.ENOENT
+    assert fetch(cache, 1)
+
+
+def test_a_limit_that_is_not_given_leaves_half_of_the_disk(tmp_path: Path) -> None:
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    limit = NodeCache(tmp_path, None)._limit
+    assert min(64 << 30, 0.4 * free) < limit <= min(64 << 30, 0.6 * free)
