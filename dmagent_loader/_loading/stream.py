@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,15 @@ from torch.utils.data import get_worker_info
 
 from dmagent_loader._loading.bad_rows import Substitution
 from dmagent_loader._loading.feed import Feed
-from dmagent_loader._loading.lazy import LazyRow, RowAddress, RowReader
+from dmagent_loader._loading.lazy import Columns, LazyRow, RowAddress, RowReader
 from dmagent_loader._loading.readahead import Readahead
 from dmagent_loader.errors import ConfigurationError, ExhaustedError, StateError
 from dmagent_loader.mixture.segment import Located
 from dmagent_loader.mixture.sharding import StreamLayout
 from dmagent_loader.mixture.simplex import IntArray
+from dmagent_loader.shards.array_rows import ArrayRows, Buffers, RowSpans
+from dmagent_loader.shards.decode import is_default_decoder
+from dmagent_loader.shards.writing.packing import PACKED_MEMBER
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +43,30 @@ class _Block:
     """Consecutive positions of an iterator, with the addresses of their rows."""
 
     first: int
+    indices: IntArray
+    """Global index of each position."""
     located: Located
-    rows: list[RowAddress]
-    """Address of each position, in plain integers: numpy integers cost more to read."""
-    frontiers: list[int]
+    _frontiers: IntArray
     """First global index that cannot have been delivered, before each position and after the last."""
 
-    @classmethod
-    def of(cls, first: int, indices: IntArray, located: Located, frontiers: IntArray) -> _Block:
-        columns = (indices, located.domain, located.draw, located.shard, located.row)
-        rows = list(zip(*(column.tolist() for column in columns), strict=True))
-        return cls(first, located, rows, frontiers.tolist())
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @cached_property
+    def rows(self) -> list[RowAddress]:
+        """Address of each position, in plain integers: numpy integers cost more to read."""
+        columns = (self.indices, self.located.domain, self.located.draw, self.located.shard, self.located.row)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    @cached_property
+    def frontiers(self) -> list[int]:
+        """First global index that cannot have been delivered, before each position and after the last."""
+        listed: list[int] = self._frontiers.tolist()
+        return listed
 
 
 _NOTHING = np.empty(0, dtype=np.int64)
-_NOTHING_PLANNED = _Block(0, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING), [], [])
+_NOTHING_PLANNED = _Block(0, _NOTHING, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING), _NOTHING)
 
 
 class SampleStream(Iterator[Mapping[str, Any]]):
@@ -86,6 +99,12 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             Substitution(feed.bad_rows, feed.plan, None if info is None else info.id),
             check_members=feed.bad_rows.skips and feed.transform is None,
         )
+        self._arrays = self._array_rows()
+        self._spans: RowSpans | None = None
+        """Positions of the rows of the present block; None: not looked up yet."""
+        self._buffers = Buffers()
+        self._batch_size = 1
+        """Samples that are taken together: blocks consist of whole batches."""
         self._version = -1
         self._done = False
         self._block = _NOTHING_PLANNED
@@ -101,14 +120,72 @@ class SampleStream(Iterator[Mapping[str, Any]]):
     @property
     def frontier(self) -> int:
         """The first global index that neither this iterator nor those in step with it can have delivered."""
-        if self._block.frontiers:
+        if len(self._block):
             return self._block.frontiers[self._cursor]
         return self._base if self._layout is None else self._layout.frontier(self.taken)
 
     def __next__(self) -> Mapping[str, Any]:
+        if not self._is_ready():
+            raise StopIteration
+        feed, cursor = self._feed, self._cursor
+        located = self._block.rows[cursor]
+        sample: Mapping[str, Any]
+        try:
+            if self._readahead is not None:
+                _, domain, draw, shard, row = located
+                sample = self._reader.sample(located, self._readahead.take(domain, draw, shard, row))
+            elif feed.is_lazy:
+                sample = LazyRow(self._reader, located)
+            else:
+                sample = self._reader.sample(located)
+            if feed.transform is not None:
+                sample = feed.transformed(sample)
+        except Exception as error:
+            sample = self._reader.substitute(located, error, self._sample)
+        self.advance(1)
+        return sample
+
+    def columns(self, count: int) -> Columns | None:
+        """The next samples, read together; `advance` then marks them as delivered.
+
+        Args:
+            count: B, samples of a batch.
+
+        Returns:
+            Their packed tokens as they are stored. None: they have to be read one by one, with `next`, which also
+            raises the error of a damaged row.
+        """
+        self._batch_size = count
+        if self._arrays is None or not self._is_ready():
+            return None
+        arrays, begin, end = self._arrays, self._cursor, self._cursor + count
+        if end > len(self._block):
+            return None
+        located = self._block.located
+        spans = self._spans
+        if spans is None:
+            spans = self._spans = arrays.find(located.domain, located.shard, located.row)
+        values = arrays.read(spans, begin, end, self._buffers)
+        if values is None:
+            return None
+        names = [self._reader.names[domain] for domain in located.domain[begin:end].tolist()]
+        return Columns(self._block.indices[begin:end], names, values, lambda: arrays.keys(spans, begin, end))
+
+    def advance(self, count: int) -> None:
+        """Marks samples of the present block as delivered."""
+        self._cursor += count
+        if self._worker is not None:
+            self._feed.mailbox.advance(self._worker.id, self._block.frontiers[self._cursor])
+
+    def _is_ready(self) -> bool:
+        """Plans the next sample, if it is not planned yet under the present ledger.
+
+        Returns:
+            Whether there is one; False: the run has ended.
+        """
         feed = self._feed
         if self._done:
-            raise StopIteration
+            return False
         if self._worker is None:
             if feed.cursor.stream is not self or feed.mailbox.num_workers:
                 raise StateError(
@@ -125,36 +202,22 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             self._layout = self._begin()
         if self._version != feed.version:
             self._replan()
-        cursor = self._cursor
-        if cursor >= len(self._block.rows):
-            if not self._advance_block():
-                self._done = True
-                self._close()
-                raise StopIteration
-            cursor = 0
-        located = self._block.rows[cursor]
-        sample: Mapping[str, Any]
-        try:
-            if self._readahead is not None:
-                _, domain, draw, shard, row = located
-                sample = self._reader.sample(located, self._readahead.take(domain, draw, shard, row))
-            elif feed.is_lazy:
-                sample = LazyRow(self._reader, located)
-            else:
-                sample = self._reader.sample(located)
-            if feed.transform is not None:
-                sample = feed.transformed(sample)
-        except Exception as error:
-            sample = self._reader.substitute(located, error, self._sample)
-        self._cursor = cursor + 1
-        if self._worker is not None:
-            feed.mailbox.advance(self._worker.id, self._block.frontiers[cursor + 1])
-        return sample
+        if self._cursor >= len(self._block) and not self._advance_block():
+            self._done = True
+            self._close()
+            return False
+        return True
 
     def _sample(self, address: RowAddress) -> Mapping[str, Any]:
         """A sample that was not read ahead."""
         sample = self._reader.sample(address)
         return sample if self._feed.transform is None else self._feed.transformed(sample)
+
+    def _array_rows(self) -> ArrayRows | None:
+        """The reader of whole batches; None: rows are read one by one, in threads, or with decoders of the user."""
+        if self._readahead is not None or not is_default_decoder(self._feed.decoder):
+            return None
+        return self._feed.collection.array_rows(PACKED_MEMBER)
 
     def _begin(self) -> StreamLayout:
         """Fixes the layout at the first sample, when the loader is known.
@@ -177,7 +240,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         """Drops the positions planned under an older ledger."""
         self._version = self._feed.version
         self._block = replace(_NOTHING_PLANNED, first=self.taken)
-        self._cursor, self._next, self._num_planned = 0, None, _FIRST_BLOCK
+        self._cursor, self._next, self._spans, self._num_planned = 0, None, None, _FIRST_BLOCK
 
     def _advance_block(self) -> bool:
         """Moves to the next block, and starts reading the rows of the one after it in the background.
@@ -188,13 +251,13 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         block = self._next if self._next is not None else self._plan(self.taken)
         if block is None:
             return False
-        self._block, self._cursor, self._next = block, 0, None
+        self._block, self._cursor, self._next, self._spans = block, 0, None, None
         if self._readahead is None:
             self._num_planned = min(2 * self._num_planned, _LARGEST_BLOCK)
             return True
         self._readahead.request(block.located)
         with contextlib.suppress(ExhaustedError):
-            self._next = self._plan(block.first + len(block.rows))
+            self._next = self._plan(block.first + len(block))
         if self._next is not None:
             self._readahead.request(self._next.located)
         return True
@@ -208,6 +271,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         assert self._layout is not None
         plan, own_batch = self._feed.plan, self._layout.own_batch
         count = self._num_planned if self._readahead is None else self._readahead.num_rows
+        count = max(1, count // self._batch_size) * self._batch_size
         laned = plan if self._feed.own_shards else None
         if laned is not None:
             count = max(1, min(count, _LARGEST_DEAL // self._layout.world_size) // own_batch) * own_batch
@@ -226,7 +290,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 indices = self._layout.indices(first, 1, end)
             located = plan.locate(indices)
         frontiers = self._layout.frontiers(np.arange(first, first + len(indices) + 1))
-        return _Block.of(first, indices, located, frontiers)
+        return _Block(first, indices, located, frontiers)
 
     def _close(self) -> None:
         readahead = getattr(self, "_readahead", None)

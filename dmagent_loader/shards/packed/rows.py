@@ -265,7 +265,7 @@ class PackedRows:
             members[LENGTHS_MEMBER] = memoryview(encode_npy(np.array(lengths, np.uint32)))
         return RawSample(key, members)
 
-    def read_equal(self, rows: Any, extension: str) -> None:
+    def array_rows(self, extension: str) -> None:
         """None: packed rows are not stored, and each is read separately."""
 
     def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]:
