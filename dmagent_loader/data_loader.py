@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
+from dmagent_loader._loading.batches import Batches, Conversion
 from dmagent_loader._loading.config import DEFAULT_PREFETCH_FACTOR, LoaderSettings
+from dmagent_loader._loading.lazy import TAGS, Columns
+from dmagent_loader._loading.slots import Slots
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.sampler import AgentWeightedSampler
+from dmagent_loader.transforms import (
+    PACKED_MEMBER,
+    OfRows,
+    PackedBatch,
+    of_packed_rows,
+    packed_batch,
+    packed_tokens,
+)
 
 __all__ = ["MixingDataLoader"]
 
 _built = itertools.count()
+
+_SLOTS_IN_USE = 2
+"""Batches of a worker that the trainer may hold at a time without making it fall back to new shared memory."""
 
 
 class MixingDataLoader(DataLoader[Any]):
@@ -25,6 +40,10 @@ class MixingDataLoader(DataLoader[Any]):
     The sampler has to know batch size, data workers and prefetch: batches are dealt to workers in the order of the run,
     and a new mix can start only at samples that no worker has fetched. This loader describes itself to the sampler, and
     is otherwise a plain torch `DataLoader`.
+
+    Packed rows in local shards are read and converted a batch at a time if the sampler has no `transform`, or
+    `transforms.packed_tokens` or `transforms.ShiftedTokens`; the batches are the same. The fastest are those of
+    `transforms.collate_packed`, and of ``transform=packed_tokens`` without a `collate_fn`.
 
     Args:
         sampler: Sampler to read.
@@ -89,6 +108,7 @@ class MixingDataLoader(DataLoader[Any]):
         )
         num_workers = whole_number("num_workers", num_workers, least=0)
         self._mixed = sampler
+        self._of_batches: DataLoader[Any] | None = None
         sampler.bind(self._description)
         super().__init__(
             sampler,
@@ -113,7 +133,71 @@ class MixingDataLoader(DataLoader[Any]):
         )
         if not same and (own.by_trainer or not bound.by_trainer):
             self._mixed.bind(own)
-        return super().__iter__()
+        if self.batch_size is None:
+            return super().__iter__()
+        conversion = _conversion(self._mixed, self.collate_fn)
+        if not self.num_workers and not self.pin_memory:
+            reads_batches = conversion.of_columns is not None
+            return iter(Batches(self._mixed, self.batch_size, conversion)) if reads_batches else super().__iter__()
+        if self._of_batches is None or not self.persistent_workers:
+            slots = None
+            if self.num_workers:
+                slots = Slots(self.num_workers, (self.prefetch_factor or DEFAULT_PREFETCH_FACTOR) + _SLOTS_IN_USE)
+            self._of_batches = DataLoader(
+                Batches(self._mixed, self.batch_size, conversion, slots),
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                timeout=self.timeout,
+                worker_init_fn=self.worker_init_fn,
+                multiprocessing_context=self.multiprocessing_context,
+                generator=self.generator,
+                prefetch_factor=self.prefetch_factor,
+                persistent_workers=self.persistent_workers,
+                pin_memory_device=self.pin_memory_device,
+            )
+        return iter(self._of_batches)
+
+
+def _conversion(sampler: AgentWeightedSampler, collate: Callable[[list[Any]], Any]) -> Conversion:
+    """How the samples of a batch become the batch, and whether packed rows can be read together for it."""
+    transform = sampler.transform
+    form = packed_batch(collate) if transform is None else None
+    if transform is packed_tokens and collate is default_collate:
+        form = PackedBatch()
+    if form is not None:
+        return Conversion(collate, form.of_columns)
+    of_rows = of_packed_rows(transform)
+    if of_rows is None and (transform is not None or sampler.is_lazy):
+        return Conversion(collate)
+    return Conversion(collate, _Samples(of_rows), to_samples=True)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Samples of rows that were read together.
+
+    Attributes:
+        of_rows: The transform of packed rows, (B, T); None: rows stay as they are stored.
+    """
+
+    of_rows: OfRows | None
+
+    def __call__(self, columns: Columns) -> list[dict[str, Any]]:
+        if self.of_rows is None:
+            values: list[Any] = [list(columns.values)]
+            names: tuple[str, ...] = (PACKED_MEMBER,)
+        else:
+            converted = self.of_rows(columns.values)
+            names, values = tuple(converted), [value.unbind() for value in converted.values()]
+        tags = (columns.index.tolist(), columns.keys(), columns.domain)
+        return [dict(zip((*TAGS, *names), row, strict=True)) for row in zip(*tags, *values, strict=True)]
+
+
+def _unchanged(batch: Any) -> Any:
+    """A batch that is complete: torch's own function would convert arrays in it."""
+    return batch
 
 
 def _own_generator(sampler: AgentWeightedSampler) -> torch.Generator:

@@ -6,6 +6,7 @@ it converts a whole batch at once, and with ``decode="lazy"`` also reads it at o
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dmagent_loader._loading.lazy import TAGS, read_together
+from dmagent_loader._loading.lazy import TAGS, Columns, read_together
 from dmagent_loader._validation import whole_number
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DecodeError
 from dmagent_loader.shards.writing.packing import LENGTHS_MEMBER, PACKED_MEMBER
 
-__all__ = ["IGNORED_LABEL", "PACKED_MEMBER", "ShiftedTokens", "TokenizeText", "collate_packed", "packed_tokens"]
+__all__ = [
+    "IGNORED_LABEL",
+    "PACKED_MEMBER",
+    "ShiftedTokens",
+    "TokenizeText",
+    "collate_packed",
+    "packed_tokens",
+    "widened",
+]
 
 IGNORED_LABEL = -100
 """Label of padding, ignored by the losses of transformers and torch."""
@@ -42,45 +51,147 @@ def packed_tokens(sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def collate_packed(
-    samples: Sequence[Mapping[str, Any]], *, labels: bool = True, end_token: int | None = None
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    labels: bool = True,
+    end_token: int | None = None,
+    narrow: bool = False,
+    keys: bool = True,
 ) -> dict[str, Any]:
     """A batch of packed rows: ``input_ids`` and ``labels``, both (B, T) int64; the model shifts the labels.
 
-    Rows of a sampler with ``decode="lazy"`` are read here, all into one array.
+    `MixingDataLoader` makes the same batch from rows that it reads together. In another loader, rows of a sampler with
+    ``decode="lazy"`` are read here, all into one array.
 
     The batch keeps the tags: ``__key__`` and ``__domain__`` as lists, ``__index__`` (B,) int64.
 
     Args:
         samples: B rows.
-        labels: Whether to add labels. A training step that uses the tokens themselves as labels can do without, and
-            data workers then transfer half as much (``collate_fn=functools.partial(collate_packed, labels=False)``).
+        labels: Whether to add labels. A training step that uses the tokens themselves as labels can do without
+            (``collate_fn=functools.partial(collate_packed, labels=False)``).
         end_token: Id of the end-of-text token, to keep the documents of a row apart; None: a row is one text. Then
             ``position_ids`` (B, T) int64 begin at 0 in each document, by which models of transformers limit attention
             to it, and the first token of each document has no label. Where documents may contain the token (shards of
             ``dmagent shard --parse-special-tokens``), the rows say themselves where documents end.
+        narrow: Whether ``input_ids`` keep the type in which they are stored (uint16, or uint32 for a vocabulary of more
+            than 65,536 tokens), which is a quarter of the memory to write and to move. The batch then has no labels;
+            `widened` adds them and makes the tokens int64, on the device of the model.
+        keys: Whether to add ``__key__``, which is looked up for each row. ``__index__`` identifies a sample as well.
 
     Raises:
         DecodeError: A row holds no packed tokens, or the rows have different lengths.
+        ConfigurationError: `narrow` is set with an `end_token`, whose labels and positions are int64.
     """
-    together = read_together(samples, PACKED_MEMBER)
-    if together is not None:
-        tags, stacked = together
-    else:
-        tags = {name: [sample[name] for sample in samples] for name in TAGS}
-        stacked = _stacked(samples)
-    # One block of memory for both: half the cost of allocating it, and of passing it from a worker to the trainer.
-    names = ["input_ids", *["labels"] * labels, *["position_ids"] * (end_token is not None)]
-    wide = np.empty((len(names), *stacked.shape), np.int64)
-    wide[: 1 + labels] = stacked
-    if end_token is not None:
+    form = PackedBatch(labels=labels, end_token=end_token, narrow=narrow, keys=keys)
+    columns = read_together(samples, PACKED_MEMBER)
+    if columns is not None:
+        return form.of_columns(columns)
+    tags = {name: [sample[name] for sample in samples] for name in TAGS}
+    return form.of(tags, _stacked(samples), samples)
+
+
+def widened(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of ``collate_packed(..., narrow=True)`` as models take it: ``input_ids`` and ``labels``, (B, T) int64.
+
+    Move the batch to the device of the model first: the narrow tokens are a quarter of the bytes.
+
+    Example:
+        >>> batch = widened({"input_ids": torch.tensor([[7, 65_535]], dtype=torch.uint16)})
+        >>> batch["input_ids"], batch["labels"].dtype
+        (tensor([[    7, 65535]]), torch.int64)
+    """
+    tokens = batch["input_ids"].to(torch.int64)
+    return {**batch, "input_ids": tokens, "labels": tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """The batches that `collate_packed` makes, with its arguments."""
+
+    labels: bool = True
+    end_token: int | None = None
+    narrow: bool = False
+    keys: bool = True
+
+    def __post_init__(self) -> None:
+        if self.narrow and self.end_token is not None:
+            raise ConfigurationError(
+                "narrow=True with an end_token: positions and the labels of the first tokens of documents do not fit "
+                "the type of the tokens; leave out narrow, or end_token"
+            )
+
+    def of_columns(self, columns: Columns) -> dict[str, Any]:
+        """The batch of rows that were read together."""
+        tags = {"__index__": columns.index, "__domain__": columns.domain}
+        if self.keys:
+            tags["__key__"] = columns.keys()
         # Rows that were read together have no other member; to ask a lazy one would read it once more.
-        starts = _document_starts(samples if together is None else (), stacked, end_token)
-        places = np.arange(stacked.shape[1])
-        np.subtract(places, np.maximum.accumulate(np.where(starts, places, 0), axis=1), out=wide[-1])
-        if labels:
-            wide[1][starts] = IGNORED_LABEL
-    index = torch.from_numpy(np.array(tags["__index__"], np.int64))
-    return {**tags, "__index__": index, **dict(zip(names, torch.from_numpy(wide), strict=True))}
+        return self.of(tags, columns.values, ())
+
+    def of(
+        self, tags: Mapping[str, Any], rows: np.ndarray[Any, Any], samples: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The batch of rows.
+
+        Args:
+            tags: The tags of the rows, as columns.
+            rows: Their tokens, (B, T).
+            samples: The rows, which may say themselves where documents end; empty: none of them does.
+        """
+        batch: dict[str, Any] = {"__index__": torch.from_numpy(np.array(tags["__index__"], np.int64))}
+        if self.keys:
+            batch["__key__"] = tags["__key__"]
+        batch["__domain__"] = tags["__domain__"]
+        if self.narrow:
+            return {**batch, "input_ids": _as_tensor(rows)}
+        # One block of memory for all: half the cost of allocating it, and of passing it from a worker to the trainer.
+        names = ["input_ids", *["labels"] * self.labels, *["position_ids"] * (self.end_token is not None)]
+        wide = torch.empty((len(names), *rows.shape), dtype=torch.int64)
+        wide[: 1 + self.labels] = _as_tensor(rows)
+        if self.end_token is not None:
+            starts = _document_starts(samples, rows, self.end_token)
+            places = np.arange(rows.shape[1])
+            since = np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+            np.subtract(places, since, out=wide[-1].numpy())
+            if self.labels:
+                wide[1].numpy()[starts] = IGNORED_LABEL
+        return {**batch, **dict(zip(names, wide, strict=True))}
+
+
+OfRows = Callable[[np.ndarray[Any, Any]], dict[str, torch.Tensor]]
+"""From packed rows, (B, T), to tensors whose first dimension is B."""
+
+
+def packed_batch(collate: Callable[..., Any]) -> PackedBatch | None:
+    """The batches of a `collate_fn`, if it is `collate_packed` or a `functools.partial` of it."""
+    if collate is collate_packed:
+        return PackedBatch()
+    if isinstance(collate, functools.partial) and collate.func is collate_packed and not collate.args:
+        return PackedBatch(**collate.keywords)
+    return None
+
+
+def of_packed_rows(transform: Callable[..., Any] | None) -> OfRows | None:
+    """A function that does to a batch of packed rows, (B, T), what a transform does to each; None: there is none.
+
+    It raises `DecodeError` if the transform would raise it for one of the rows.
+    """
+    if transform is packed_tokens:
+        return _packed_tokens_of_rows
+    return transform.of_rows if type(transform) is ShiftedTokens else None
+
+
+def _packed_tokens_of_rows(rows: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+    tokens = _as_tensor(rows).to(torch.int64)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _as_tensor(rows: np.ndarray[Any, Any]) -> torch.Tensor:
+    """An array as a tensor, without a copy if torch has its type: torch widens four times as fast as numpy."""
+    try:
+        return torch.from_numpy(rows)
+    except TypeError:
+        return torch.from_numpy(rows.astype(np.int64))
 
 
 def _document_starts(
@@ -152,20 +263,33 @@ class ShiftedTokens:
         Raises:
             DecodeError: The row holds no packed tokens, or has another length.
         """
-        row = packed_tokens(sample)["input_ids"]
+        row = _packed(sample)
         if len(row) not in (self.length, self.length + 1):
             raise DecodeError(
                 f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} has {len(row)} tokens, but the model "
                 f"reads {self.length}: write the shards with --sequence-length {self.length + 1} (or {self.length}, "
                 "whose last position then has nothing to predict)"
             )
-        following = torch.zeros(self.length, dtype=torch.int64)
-        following[: len(row) - 1] = row[1:]
+        return {name: value[0] for name, value in self.of_rows(row[None]).items()}
+
+    def of_rows(self, rows: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        """The same for rows of one length: each (B, T).
+
+        Raises:
+            DecodeError: They have another length.
+        """
+        count, size = rows.shape
+        if size not in (self.length, self.length + 1):
+            raise DecodeError(f"the rows have {size} tokens, but the model reads {self.length}")
+        wide = _as_tensor(rows).to(torch.int64)
+        labels = torch.zeros((count, self.length), dtype=torch.int64)
+        labels[:, : size - 1] = wide[:, 1:]
+        mask, positions = torch.arange(self.length) < size - 1, torch.arange(self.length)
         return {
-            "tokens": row[: self.length],
-            "labels": following,
-            "loss_mask": (torch.arange(self.length) < len(row) - 1).float(),
-            "position_ids": torch.arange(self.length),
+            "tokens": wide[:, : self.length].contiguous(),
+            "labels": labels,
+            "loss_mask": mask.float().repeat(count, 1),
+            "position_ids": positions.repeat(count, 1),
         }
 
 

@@ -192,6 +192,11 @@ class FeedDataset(IterableDataset[Sample]):
         """Function from sample to sample."""
         return self._feed.transform
 
+    @property
+    def is_lazy(self) -> bool:
+        """Whether rows are read on the first access to a value (``decode="lazy"``)."""
+        return self._feed.is_lazy
+
     # For loaders and integrations
 
     def bind(

@@ -6,12 +6,15 @@ The lazy rows of one batch can be read together into one array: see `dmagent_loa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dmagent_loader.errors import DecodeError
-from dmagent_loader.shards import RawSample, RowSource, decode_npy_rows
+from dmagent_loader.mixture.simplex import IntArray
+from dmagent_loader.shards import RawSample, RowSource
+from dmagent_loader.shards.array_rows import Buffers
 
 Sample = dict[str, Any]
 RowAddress = tuple[int, int, int, int, int]
@@ -112,7 +115,24 @@ class LazyRow(Mapping[str, Any]):
         return dict, (self.read(),)
 
 
-def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> tuple[Sample, np.ndarray[Any, Any]] | None:
+@dataclass(frozen=True)
+class Columns:
+    """A batch of rows with one array of the same shape each, read together.
+
+    Attributes:
+        index: (B,) int64 global indices.
+        domain: Name of the domain of each row.
+        values: (B, T) the arrays.
+        keys: Function that returns the keys of the rows.
+    """
+
+    index: IntArray
+    domain: list[str]
+    values: np.ndarray[Any, Any]
+    keys: Callable[[], list[str]]
+
+
+def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> Columns | None:
     """The arrays of one member of a batch, read into one array.
 
     Args:
@@ -120,34 +140,22 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> tuple[Sa
         member: Name of an npy member of one dimension.
 
     Returns:
-        The tags as lists, and the values, (B, T). None if each row has to be read separately: unless all are lazy rows
-        of one sampler, not read before, with this member alone, in local shards and with the same npy header.
-
-    Raises:
-        DamagedShardError: A shard changed since it was indexed.
+        None if each row has to be read separately: unless all are lazy rows of one sampler, not read before, with this
+        member alone, in local shards, whole and with the same npy header.
     """
     reader = samples[0]._reader if samples and type(samples[0]) is LazyRow else None
-    if reader is None:
+    rows = None if reader is None else reader.collection.array_rows(member)
+    if reader is None or rows is None:
         return None
     addresses = []
     for sample in samples:
         if type(sample) is not LazyRow or sample._reader is not reader or sample._sample is not None:
             return None
         addresses.append(sample._address)
-    rows = reader.collection.read_equal([(domain, shard, row) for _, domain, _, shard, row in addresses], member)
-    if rows is None:
-        return None
-    keys, data = rows
-    try:
-        values = decode_npy_rows(data)
-    except DecodeError:
-        return None  # reading the rows one by one gives an error that names the row
+    index, domain, _, shard, row = np.array(addresses, np.int64).T
+    spans, count = rows.find(domain, shard, row), len(samples)
+    values = rows.read(spans, 0, count, Buffers())
     if values is None:
         return None
-    names = reader.names
-    tags = {
-        "__index__": [address[0] for address in addresses],
-        "__key__": keys,
-        "__domain__": [names[address[1]] for address in addresses],
-    }
-    return tags, values
+    names = [reader.names[number] for number in domain.tolist()]
+    return Columns(index, names, values, lambda: rows.keys(spans, 0, count))

@@ -22,12 +22,15 @@ from torch.utils.data import get_worker_info
 from dmagent_loader._loading.bad_rows import Substitution
 from dmagent_loader._loading.blocks_ahead import BlocksAhead
 from dmagent_loader._loading.feed import Feed
-from dmagent_loader._loading.lazy import LazyRow, RowAddress, RowReader
+from dmagent_loader._loading.lazy import Columns, LazyRow, RowAddress, RowReader
 from dmagent_loader._loading.readahead import Readahead
 from dmagent_loader.errors import ConfigurationError, ExhaustedError, StateError
 from dmagent_loader.mixture.segment import Located
 from dmagent_loader.mixture.sharding import StreamLayout
 from dmagent_loader.mixture.simplex import IntArray
+from dmagent_loader.shards.array_rows import ArrayRows, Buffers, RowSpans
+from dmagent_loader.shards.decode import is_default_decoder
+from dmagent_loader.shards.writing.packing import PACKED_MEMBER
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +55,10 @@ class _Run:
 
     first: int
     indices: IntArray
+    """Global index of each position."""
     located: Located
     all_frontiers: IntArray
+    """First global index that cannot have been delivered, before each position and after the last."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -61,8 +66,7 @@ class _Run:
     @cached_property
     def rows(self) -> list[RowAddress]:
         """Address of each position, in plain integers: numpy integers cost more to read."""
-        located = self.located
-        columns = (self.indices, located.domain, located.draw, located.shard, located.row)
+        columns = (self.indices, self.located.domain, self.located.draw, self.located.shard, self.located.row)
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     @cached_property
@@ -108,6 +112,12 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             Substitution(feed.bad_rows, feed.plan, None if info is None else info.id),
             check_members=feed.bad_rows.skips and feed.transform is None,
         )
+        self._arrays = self._array_rows()
+        self._spans: RowSpans | None = None
+        """Positions of the rows of the present run; None: not looked up yet."""
+        self._buffers = Buffers()
+        self._batch_size = 1
+        """Samples that are taken together: runs consist of whole batches."""
         self._version = -1
         self._done = False
         self._run = _NOTHING_PLANNED
@@ -124,14 +134,72 @@ class SampleStream(Iterator[Mapping[str, Any]]):
     @property
     def frontier(self) -> int:
         """The first global index that neither this iterator nor those in step with it can have delivered."""
-        if self._run.frontiers:
+        if len(self._run):
             return self._run.frontiers[self._cursor]
         return self._base if self._layout is None else self._layout.frontier(self.taken)
 
     def __next__(self) -> Mapping[str, Any]:
+        if not self._is_ready():
+            raise StopIteration
+        feed, cursor = self._feed, self._cursor
+        located = self._run.rows[cursor]
+        sample: Mapping[str, Any]
+        try:
+            if self._readahead is not None:
+                _, domain, draw, shard, row = located
+                sample = self._reader.sample(located, self._readahead.take(domain, draw, shard, row))
+            elif feed.is_lazy:
+                sample = LazyRow(self._reader, located)
+            else:
+                sample = self._reader.sample(located)
+            if feed.transform is not None:
+                sample = feed.transformed(sample)
+        except Exception as error:
+            sample = self._reader.substitute(located, error, self._sample)
+        self.advance(1)
+        return sample
+
+    def columns(self, count: int) -> Columns | None:
+        """The next samples, read together; `advance` then marks them as delivered.
+
+        Args:
+            count: B, samples of a batch.
+
+        Returns:
+            Their packed tokens as they are stored. None: they have to be read one by one, with `next`, which also
+            raises the error of a damaged row.
+        """
+        self._batch_size = count
+        if self._arrays is None or not self._is_ready():
+            return None
+        arrays, begin, end = self._arrays, self._cursor, self._cursor + count
+        if end > len(self._run):
+            return None
+        located = self._run.located
+        spans = self._spans
+        if spans is None:
+            spans = self._spans = arrays.find(located.domain, located.shard, located.row)
+        values = arrays.read(spans, begin, end, self._buffers)
+        if values is None:
+            return None
+        names = [self._reader.names[domain] for domain in located.domain[begin:end].tolist()]
+        return Columns(self._run.indices[begin:end], names, values, lambda: arrays.keys(spans, begin, end))
+
+    def advance(self, count: int) -> None:
+        """Marks samples of the present run as delivered."""
+        self._cursor += count
+        if self._worker is not None:
+            self._feed.mailbox.advance(self._worker.id, self._run.frontiers[self._cursor])
+
+    def _is_ready(self) -> bool:
+        """Plans the next sample, if it is not planned yet under the present ledger.
+
+        Returns:
+            Whether there is one; False: the run has ended.
+        """
         feed = self._feed
         if self._done:
-            raise StopIteration
+            return False
         if self._worker is None:
             if feed.cursor.stream is not self or feed.mailbox.num_workers:
                 raise StateError(
@@ -148,36 +216,22 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             self._layout = self._begin()
         if self._version != feed.version:
             self._replan()
-        cursor = self._cursor
-        if cursor >= len(self._run.rows):
-            if not self._advance():
-                self._done = True
-                self._close()
-                raise StopIteration
-            cursor = 0
-        located = self._run.rows[cursor]
-        sample: Mapping[str, Any]
-        try:
-            if self._readahead is not None:
-                _, domain, draw, shard, row = located
-                sample = self._reader.sample(located, self._readahead.take(domain, draw, shard, row))
-            elif feed.is_lazy:
-                sample = LazyRow(self._reader, located)
-            else:
-                sample = self._reader.sample(located)
-            if feed.transform is not None:
-                sample = feed.transformed(sample)
-        except Exception as error:
-            sample = self._reader.substitute(located, error, self._sample)
-        self._cursor = cursor + 1
-        if self._worker is not None:
-            feed.mailbox.advance(self._worker.id, self._run.frontiers[cursor + 1])
-        return sample
+        if self._cursor >= len(self._run) and not self._begin_run():
+            self._done = True
+            self._close()
+            return False
+        return True
 
     def _sample(self, address: RowAddress) -> Mapping[str, Any]:
         """A sample that was not read ahead."""
         sample = self._reader.sample(address)
         return sample if self._feed.transform is None else self._feed.transformed(sample)
+
+    def _array_rows(self) -> ArrayRows | None:
+        """The reader of whole batches; None: rows are read one by one, in threads, or with decoders of the user."""
+        if self._readahead is not None or not is_default_decoder(self._feed.decoder):
+            return None
+        return self._feed.collection.array_rows(PACKED_MEMBER)
 
     def _begin(self) -> StreamLayout:
         """Fixes the layout at the first sample, when the loader is known.
@@ -200,14 +254,14 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         """Drops the positions planned under an older ledger."""
         self._version = self._feed.version
         self._run = replace(_NOTHING_PLANNED, first=self.taken)
-        self._cursor = 0
+        self._cursor, self._spans = 0, None
         self._planned.clear()
         self._run_length = _FIRST_RUN
         if self._blocks is not None:
             self._num_ahead = min(self._num_ahead, _MOST_AHEAD_OF_A_NEW_MIX)
             self._blocks.replan()
 
-    def _advance(self) -> bool:
+    def _begin_run(self) -> bool:
         """Moves to the next run of positions, and starts reading the rows after it in the background.
 
         Returns:
@@ -215,7 +269,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         """
         if not self._planned and not self._plan_next(self.taken):
             return False
-        self._run, self._cursor = self._planned.popleft(), 0
+        self._run, self._cursor, self._spans = self._planned.popleft(), 0, None
         if self._blocks is not None:
             self._run_length = _RUN_AHEAD
             if self._blocks.has_waited():
@@ -275,6 +329,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         assert self._layout is not None
         plan, own_batch = self._feed.plan, self._layout.own_batch
         count = self._feed.reading.num_rows if self._feed.reading.num_threads else self._run_length
+        count = max(1, count // self._batch_size) * self._batch_size
         laned = plan if self._feed.own_shards else None
         if laned is not None:
             count = max(1, min(count, _LARGEST_DEAL // self._layout.world_size) // own_batch) * own_batch

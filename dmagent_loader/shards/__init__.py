@@ -2,7 +2,7 @@
 
 from dmagent_loader.shards.collection import ShardCollection, ShardSummary
 from dmagent_loader.shards.compositions import Composition, load_compositions, load_start_state
-from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, decode_npy_rows, make_decoder
+from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, make_decoder
 from dmagent_loader.shards.manifest import Manifest, load_manifest
 from dmagent_loader.shards.packed import PackedRows, PackingAccount, PackText
 from dmagent_loader.shards.row_source import RowSource
@@ -24,7 +24,6 @@ __all__ = [
     "ShardSummary",
     "ShardingConfig",
     "decode_npy",
-    "decode_npy_rows",
     "load_compositions",
     "load_manifest",
     "load_start_state",

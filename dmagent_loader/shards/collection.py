@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from dmagent_loader.errors import (
     ShardLayoutError,
     ShardNotFoundError,
 )
+from dmagent_loader.shards.array_rows import ArrayRows
 from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
@@ -31,7 +32,6 @@ from dmagent_loader.shards.index.catalogue import Catalogue
 from dmagent_loader.shards.index.oddities import oddities
 from dmagent_loader.shards.manifest import Manifest, Manifests
 from dmagent_loader.shards.sources.blocks import Block, IntArray
-from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
 from dmagent_loader.shards.sources.urls import base_name, display_url, expand_shards, is_local
@@ -308,43 +308,19 @@ class ShardCollection:
         """Extensions that most rows of a shard have, and this row does not."""
         return self._tables.get(self._spans[domain][0] + shard).missing_members(row)
 
-    def read_equal(
-        self, rows: Sequence[tuple[int, int, int]], extension: str
-    ) -> tuple[list[str], NDArray[np.uint8]] | None:
-        """Reads rows of equal size into one array, which takes less time than reading them one by one.
+    def array_rows(self, extension: str) -> ArrayRows | None:
+        """A reader of many rows at a time whose only member is a one-dimensional npy array.
 
         Args:
-            rows: (domain, shard, row) of each row; all of them exist.
-            extension: Extension of the only member of each row.
+            extension: Extension of the member.
 
         Returns:
-            Keys, and the bytes of the members, (n, size) uint8. None if a row has other members or another size than
-            the first row, or if shards are remote.
-
-        Raises:
-            DamagedShardError: A shard has changed since it was indexed.
+            None if shards are remote, or checksums are not compared.
         """
-        if not self.is_local or not rows:
+        if not self.is_local or not self._verify:
             return None
-        spans, table_of, source_of, verify = self._spans, self._tables.get, self._sources.get, self._verify
-        numbers = [spans[domain][0] + shard for domain, shard, _ in rows]
-        tables = [table_of(number) for number in numbers]
-        size = tables[0].size[rows[0][2]]
-        # Check all rows before allocating: the first one may be large and the others of another kind.
-        for table, (_, _, row) in zip(tables, rows, strict=True):
-            if table.only != extension or table.size[row] != size:
-                return None
-        data = np.empty((len(rows), size), np.uint8)
-        memory = memoryview(data.reshape(-1))  # type: ignore[arg-type]
-        keys, end = [], 0
-        for number, table, address in zip(numbers, tables, rows, strict=True):
-            begin, end, row = end, end + size, address[2]
-            view = memory[begin:end]
-            source_of(number).read_into(view, table.offset[row])
-            if verify and crc32(view) != table.crc[row]:
-                view[:] = self.read(*address).members[extension]
-            keys.append(table.key(row))
-        return keys, data
+        first = np.array([first for first, _ in self._spans], np.int64)
+        return ArrayRows(extension, first, self._tables.get, self._sources.get)  # type: ignore[arg-type]
 
     def display(self, domain: int, shard: int) -> str:
         """The URL of a shard, for messages."""

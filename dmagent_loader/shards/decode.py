@@ -153,6 +153,11 @@ def make_decoder(decode: str | Mapping[str, MemberDecoder] | SampleDecoder | Non
     )
 
 
+def is_default_decoder(decode: SampleDecoder) -> bool:
+    """Whether a decoder is that of ``"default"``, so that ``.npy`` members are arrays as numpy stores them."""
+    return isinstance(decode, Decoder) and not decode.__getstate__()
+
+
 def decode_npy(data: Buffer) -> np.ndarray[Any, Any]:
     """Decodes a npy file in memory without a copy; the array is writable if `data` is.
 
@@ -175,26 +180,6 @@ def decode_npy(data: Buffer) -> np.ndarray[Any, Any]:
         return array if len(shape) == 1 else array.reshape(shape, order=order)
     except ValueError as error:
         raise DecodeError(f"the npy header declares shape {shape} of {dtype}, which is no array: {error}") from error
-
-
-def decode_npy_rows(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-    """Decodes many npy files of one-dimensional arrays at once, without a copy.
-
-    Args:
-        data: (n, size) uint8, one file per row; n is at least 1.
-
-    Returns:
-        (n, T) array; None if the headers differ, or the arrays are empty or not one-dimensional.
-
-    Raises:
-        DecodeError: The first file is malformed.
-    """
-    first = decode_npy(data[0])
-    begin = data.shape[1] - first.nbytes
-    if first.ndim != 1 or not first.size or (data[1:, :begin] != data[0, :begin]).any():
-        return None
-    rows: np.ndarray[Any, Any] = data[:, begin:].view(first.dtype)
-    return rows
 
 
 _NpyHeader = tuple[np.dtype[Any], tuple[int, ...], Any, int, int, int]

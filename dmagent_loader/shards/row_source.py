@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dmagent_loader.shards.array_rows import ArrayRows
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.sources.blocks import IntArray
 from dmagent_loader.shards.sources.fetching import BlockFetcher
@@ -41,8 +41,6 @@ class RowSource(Protocol):
     def shard_names(self, domain: int) -> list[str]: ...
     def read(self, domain: int, shard: int, row: int) -> RawSample: ...
     def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]: ...
-    def read_equal(
-        self, rows: Sequence[tuple[int, int, int]], extension: str
-    ) -> tuple[list[str], NDArray[np.uint8]] | None: ...
+    def array_rows(self, extension: str) -> ArrayRows | None: ...
     def display(self, domain: int, shard: int) -> str: ...
     def close(self) -> None: ...

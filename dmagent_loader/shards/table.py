@@ -39,6 +39,7 @@ class RowTable:
         only: Extension of the only member of every row; None if rows have other members.
         offset, size: (M,) span of each payload in bytes; one per row if `only` is set.
         crc: (R,) crc32 of each row.
+        arrays: The same three columns as arrays, to look up many rows at once.
     """
 
     __slots__ = (
@@ -51,6 +52,7 @@ class RowTable:
         "_key_end",
         "_keys",
         "_one_member",
+        "arrays",
         "crc",
         "num_bytes",
         "num_rows",
@@ -70,6 +72,7 @@ class RowTable:
         columns = [column for group in groups for column in _side_by_side(group)]
         self.num_bytes = sum(column.nbytes for column in columns) + index.keys.nbytes + _FIXED_BYTES
         self.offset, self.size, self._extension, self.crc, self._key_end, self._first = columns
+        self.arrays = (np.asarray(self.offset), np.asarray(self.size), np.asarray(self.crc))
         self._keys = index.keys.tobytes()
         self._checksum = index.checksum
         self._blocks: BlockLayout | None = None

@@ -31,7 +31,7 @@ ROOMS = {
     "policies": CORE | {"agent", "labelling"},
     "_run": READING | DECIDING,
     "sampler": READING | DECIDING | {"_run"},
-    "data_loader": GROUND | {"_loading", "sampler"},
+    "data_loader": GROUND | {"_loading", "sampler", "transforms"},
     "environment": CORE | {"_distributed"},
     "transforms": GROUND | {"_loading", "shards"},
     "testing": GROUND | {"sampler", "shards"},

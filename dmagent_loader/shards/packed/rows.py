@@ -286,7 +286,7 @@ class PackedRows:
             self._collection.blocks_of(domain, shard, last)[0],
         )
 
-    def read_equal(self, rows: Any, extension: str) -> None:
+    def array_rows(self, extension: str) -> None:
         """None: packed rows are not stored, and each is read separately."""
 
     def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]:

@@ -92,9 +92,6 @@ class _Data:
         first = offset - self._start
         return self._data[first : first + length]
 
-    def read_into(self, view: memoryview, offset: int) -> None:
-        view[:] = self.read(offset, len(view))
-
 
 class _File:
     """A block on disk, as a source."""
@@ -104,9 +101,6 @@ class _File:
 
     def read(self, offset: int, length: int) -> bytearray:
         return self._file.read(offset - self._start, length)
-
-    def read_into(self, view: memoryview, offset: int) -> None:
-        self._file.read_into(view, offset - self._start)
 
 
 class BlockFetcher:
@@ -326,11 +320,11 @@ class BlockFetcher:
                 while self._later and self._later[0][0] <= now:
                     _, number, entry = heapq.heappop(self._later)
                     heapq.heappush(self._queue, (entry.urgency, number, entry))
-                entry = self._first_of_queue(now)
-                if entry is not None:
+                first = self._first_of_queue(now)
+                if first is not None:
                     if self._queue or self._later:
                         tasks.notify()
-                    return entry
+                    return first
                 if now >= until and not self._queue and not self._later:
                     self._threads -= 1
                     return None

@@ -59,26 +59,22 @@ class Source(Protocol):
         """
         ...
 
-    def read_into(self, view: memoryview, offset: int) -> None:
-        """Fills `view` with the bytes from `offset`.
-
-        Raises:
-            DamagedShardError: The shard ends before that.
-        """
-        ...
-
 
 class LocalSource:
-    """A local file, closed when the last reference goes, so that a reading thread keeps it open."""
+    """A local file, closed when the last reference goes, so that a reading thread keeps it open.
 
-    __slots__ = ("_fd", "_url")
+    Attributes:
+        descriptor: Number of the open file.
+    """
+
+    __slots__ = ("_url", "descriptor")
 
     def __init__(self, url: str) -> None:
-        self._fd = -1
+        self.descriptor = -1
         self._url = url
         try:
             # Without O_NONBLOCK, opening a pipe that has taken the place of the shard would wait for a writer.
-            self._fd = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.descriptor = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise ShardNotFoundError(f"shard {display_url(url)} does not exist (any more)") from error
         except OSError as error:
@@ -87,9 +83,9 @@ class LocalSource:
     def read(self, offset: int, length: int) -> bytearray:
         try:
             buffer = bytearray(length)
-            done = os.preadv(self._fd, (buffer,), offset)
+            done = os.preadv(self.descriptor, (buffer,), offset)
             while done < length:
-                more = os.preadv(self._fd, (memoryview(buffer)[done:],), offset + done)
+                more = os.preadv(self.descriptor, (memoryview(buffer)[done:],), offset + done)
                 if more == 0:
                     raise ends_early(
                         self._url, f"{length} bytes were expected at byte {offset}, but it ends after {done} of them"
@@ -100,17 +96,9 @@ class LocalSource:
             raise ShardError(f"shard {display_url(self._url)} cannot be read at byte {offset}: {reason}") from error
         return buffer
 
-    def read_into(self, view: memoryview, offset: int) -> None:
-        try:
-            if os.preadv(self._fd, (view,), offset) == len(view):
-                return
-        except OSError:
-            pass  # `read` tries again, and names the fault
-        view[:] = self.read(offset, len(view))
-
     def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 def open_source(url: str) -> Source:

@@ -75,10 +75,6 @@ class RemoteSource:
         fetch = functools.partial(_fetch, offset=offset, length=length, limit=limit)
         return with_retries(self._url, limit, lambda: self._access(fetch))
 
-    def read_into(self, view: memoryview, offset: int) -> None:
-        """Fills `view` with the bytes from `offset`; raises as `read`."""
-        view[:] = self.read(offset, len(view))
-
 
 class _Access:
     """Filesystem and path of a shard, under the newest URL to which its server has granted access.

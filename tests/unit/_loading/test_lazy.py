@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader._loading.lazy import LazyRow, read_together
 from dmagent_loader.errors import DamagedShardError, DecodeError
+from dmagent_loader.shards.array_rows import Buffers
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import PACKED_MEMBER, collate_packed, packed_tokens
 
@@ -64,10 +65,9 @@ def test_batches_are_the_same_across_changes_of_the_mix(shards, tmp_path, collat
 
 def test_a_batch_is_read_into_one_array_only_if_it_can_be(shards, tmp_path):
     rows = take(build(shards, tmp_path, decode="lazy"), 8)
-    tags, values = read_together(rows, PACKED_MEMBER)
-    assert values.base is not None
-    assert values.shape == (8, 16)
-    assert tags["__index__"] == list(range(8))
+    columns = read_together(rows, PACKED_MEMBER)
+    assert columns.values.shape == (8, 16)
+    assert columns.index.tolist() == list(range(8))
     assert read_together(rows, "txt") is None
     assert read_together([dict(row) for row in rows], PACKED_MEMBER) is None
     assert read_together([*take(build(shards, tmp_path, decode="lazy"), 1), rows[0]], PACKED_MEMBER) is None
@@ -121,7 +121,9 @@ def test_no_memory_is_taken_for_a_batch_whose_rows_differ(tmp_path):
     collection = build(rows, tmp_path).collection
     collection.read(0, 0, 1)  # its index is in memory from here on
     tracemalloc.start()
-    assert collection.read_equal([(0, 0, row) for row in range(32)], PACKED_MEMBER) is None
+    arrays = collection.array_rows(PACKED_MEMBER)
+    spans = arrays.find(np.zeros(32, np.int64), np.zeros(32, np.int64), np.arange(32))
+    assert arrays.read(spans, 0, 32, Buffers()) is None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < large

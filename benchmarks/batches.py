@@ -1,0 +1,163 @@
+"""CPU time of a packed row in a batch, for comparing two versions of this package; not part of the page.
+
+    python benchmarks/batches.py --against ../main
+
+Batches of 32 rows of 2,048 tokens in 52 domains, a warm page cache. Each measurement is a process of its own, and a
+round goes through all of them, so that whatever else the machine does disturbs all alike. The CPU time of a row is that
+of the trainer's process (*trainer*) and of all processes (*all*); ratios are medians of the rounds. *torch* passes the
+same ready int64 batch again and again: its own limit with data workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from dmagent_loader import AgentWeightedSampler, DomainSpace, MixingDataLoader, ReadingConfig
+from dmagent_loader.testing import write_toy_shards
+from dmagent_loader.transforms import collate_packed, packed_tokens
+
+BATCH_SIZE, TOKENS = 32, 2048
+KINDS: dict[str, dict[str, Any]] = {
+    "packed_tokens": {"transform": packed_tokens},
+    "collate_packed": {"collate_fn": collate_packed},
+    "collate_packed, labels=False": {"collate_fn": functools.partial(collate_packed, labels=False)},
+    "narrow": {"collate_fn": functools.partial(collate_packed, narrow=True)},
+    "narrow, keys=False": {"collate_fn": functools.partial(collate_packed, narrow=True, keys=False)},
+}
+TORCH = "torch"
+BASE = "collate_packed"
+"""What narrow batches, which an older version may not have, are compared with there."""
+
+
+class Again(IterableDataset[Any]):
+    """One batch over and over."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from itertools.repeat({"input_ids": torch.zeros((BATCH_SIZE, TOKENS), dtype=torch.int64)})
+
+
+def loader(kind: str, workers: int, folder: Path, lazy: bool) -> Any:
+    """The loader to measure."""
+    if kind == TORCH:
+        return DataLoader(Again(), batch_size=None, num_workers=workers)
+    shards = {name: sorted(map(str, (folder / name).glob("*.tar"))) for name in DomainSpace.canonical().names}
+    options = dict(KINDS[kind])
+    transform = options.pop("transform", None)
+    sampler = AgentWeightedSampler(
+        shards,
+        samples_per_reweight=10**9,
+        exhausted="repeat",
+        transform=transform,
+        decode="lazy" if lazy and transform is None else "default",
+        reading=ReadingConfig(cache_dir=folder / "cache", progress=False),
+    )
+    return MixingDataLoader(sampler, BATCH_SIZE, num_workers=workers, **options)
+
+
+def measure(kind: str, workers: int, folder: Path, seconds: float, lazy: bool) -> dict[str, float]:
+    """Rows per second, and microseconds of CPU for each."""
+    torch.set_num_threads(1)
+    batches = iter(loader(kind, workers, folder, lazy))
+    for _ in range(64):
+        next(batches)
+    began, trainer = time.perf_counter(), time.process_time()
+    rows = 0
+    while time.perf_counter() - began < seconds:
+        for _ in range(16):
+            next(batches)
+        rows += 16 * BATCH_SIZE
+    took, trainer = time.perf_counter() - began, time.process_time() - trainer
+    del batches
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    per_row = 1e6 / rows
+    of_workers = (children.ru_utime + children.ru_stime) * per_row if workers else 0.0
+    return {"rate": rows / took, "trainer": trainer * per_row, "all": trainer * per_row + of_workers}
+
+
+def child(checkout: Path, kind: str, workers: int, args: argparse.Namespace) -> dict[str, float]:
+    """A measurement in a process of its own, with the package of a checkout."""
+    command = [sys.executable, __file__, "--one", kind, str(workers), "--data", str(args.data)]
+    command += ["--seconds", str(args.seconds)]
+    if checkout != Path(__file__).parents[1]:
+        command.append("--lazy")
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Prints a table of medians, and of the median ratios to the other version and to torch."""
+    here = Path(__file__).parents[1]
+    configurations = [(TORCH, workers) for workers in args.workers if workers]
+    configurations += [(kind, workers) for workers in args.workers for kind in KINDS]
+    found: dict[tuple[str, str, int], list[dict[str, float]]] = {}
+    for number in range(args.repeats):
+        for kind, workers in random.Random(number).sample(configurations, len(configurations)):
+            found.setdefault(("here", kind, workers), []).append(child(here, kind, workers, args))
+            if args.against and not kind.startswith("narrow") and kind != TORCH:
+                there = child(args.against.resolve(), kind, workers, args)
+                found.setdefault(("there", kind, workers), []).append(there)
+    print(
+        "| workers | batches | rows/s | trainer, us a row | all, us a row | CPU of --against / ours | rows/s of torch |"
+    )
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    for kind, workers in configurations:
+        ours = found["here", kind, workers]
+        rate, trainer, everything = (
+            statistics.median(one[name] for one in ours) for name in ("rate", "trainer", "all")
+        )
+        there = found.get(("there", kind if not kind.startswith("narrow") else BASE, workers))
+        ratio = f"{_ratio(there, ours, 'all'):.2f}" if there else "-"
+        limit = f"{_ratio(ours, found['here', TORCH, workers], 'rate'):.0%}" if workers else "-"
+        print(f"| {workers} | {kind} | {rate:,.0f} | {trainer:.2f} | {everything:.2f} | {ratio} | {limit} |")
+
+
+def _ratio(ones: list[dict[str, float]], others: list[dict[str, float]], name: str) -> float:
+    return statistics.median(one[name] / other[name] for one, other in zip(ones, others, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, help="checkout of another version")
+    parser.add_argument("--data", type=Path, help="folder for shards that are made once (default: a temporary one)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--lazy", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one[0], int(args.one[1]), args.data, args.seconds, args.lazy)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        args.data = args.data or Path(scratch)
+        if not (args.data / "source").exists():
+            names = DomainSpace.canonical().names
+            write_toy_shards(
+                args.data, dict.fromkeys(names, 1152), rows_per_shard=576, tokens=TOKENS, vocabulary=50_000
+            )
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Whole batches: packed rows are read together and converted at once, and data workers pass them in `slots`.
+
+The batches are those that `torch.utils.data.DataLoader` makes from the samples of a sampler, one by one. Wherever rows
+cannot be read together, samples are taken one by one here, too: at the end of a run, and where a row is damaged, has
+another length or a second member. So the errors and the replacements of bad rows are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dmagent_loader._loading.lazy import Columns
+from dmagent_loader._loading.slots import Slots
+from dmagent_loader._loading.stream import SampleStream
+from dmagent_loader.errors import DecodeError
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How the samples of a batch become the batch.
+
+    Attributes:
+        collate: Function from samples to a batch.
+        of_columns: Function from rows that were read together to their batch, or, with `to_samples`, to samples. A
+            `DecodeError` means that they have to be read one by one. None: all are read one by one.
+        to_samples: Whether `of_columns` returns samples, to be collated.
+    """
+
+    collate: Callable[[list[Any]], Any]
+    of_columns: Callable[[Columns], Any] | None = None
+    to_samples: bool = False
+
+
+class Batches(IterableDataset[Any]):
+    """The batches of a sampler.
+
+    Args:
+        samples: The sampler.
+        batch_size: B.
+        conversion: How samples become a batch.
+        slots: Shared memory in which data workers pass their batches.
+    """
+
+    def __init__(
+        self, samples: IterableDataset[Any], batch_size: int, conversion: Conversion, slots: Slots | None = None
+    ) -> None:
+        super().__init__()
+        self._samples, self._batch_size, self._conversion, self._slots = samples, batch_size, conversion, slots
+
+    def __iter__(self) -> Iterator[Any]:
+        return _BatchStream(iter(self._samples), self._batch_size, self._conversion, self._slots)
+
+
+class _BatchStream(Iterator[Any]):
+    """The batches of one iterator over a sampler, which goes on after an error as the iterator does."""
+
+    def __init__(self, samples: Iterator[Any], batch_size: int, conversion: Conversion, slots: Slots | None) -> None:
+        self._samples, self._batch_size, self._conversion = samples, batch_size, conversion
+        self._stream = samples if isinstance(samples, SampleStream) else None
+        self._slots, self._worker = slots, get_worker_info()
+
+    def __next__(self) -> Any:
+        batch = self._batch()
+        if self._slots is None or self._worker is None:
+            return batch
+        return self._slots.filled(self._worker.id, batch)
+
+    def _batch(self) -> Any:
+        conversion, stream = self._conversion, self._stream
+        of_columns = conversion.of_columns
+        if stream is not None and of_columns is not None and (columns := stream.columns(self._batch_size)) is not None:
+            try:
+                converted = of_columns(columns)
+            except DecodeError:
+                pass  # reading the rows one by one gives an error that names the row
+            else:
+                stream.advance(self._batch_size)
+                return conversion.collate(converted) if conversion.to_samples else converted
+        samples = list(islice(self._samples, self._batch_size))
+        if not samples:
+            raise StopIteration
+        return conversion.collate(samples)

@@ -1,0 +1,139 @@
+"""Batches from data workers through shared memory that is used again.
+
+torch passes each tensor of a worker in new shared memory: a file is made, its descriptor goes through a socket, both
+processes map it, and the kernel clears and maps every page of it anew. That takes longer than reading the rows. Here
+each worker keeps a few blocks, its *slots*, and writes its batches into them in turn:
+
+| step | by | |
+|---|---|---|
+| a free slot is marked as taken, the tensors are copied into it | worker | no slot is free: torch's own way |
+| the memory of a new slot, later only its number and the layout | through torch's queue | |
+| the tensors of the batch are views of the slot | main process | |
+| the slot is marked as free | main process | when the last of these tensors is gone |
+
+Nothing waits for a slot, so the order of batches, the prefetch of the loader and the work of the queue stay torch's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+_ALIGNMENT = 64
+"""Bytes to which each tensor of a slot is aligned."""
+
+_Layout = tuple[tuple[str, int, torch.dtype, tuple[int, ...]], ...]
+"""Name, first byte, type and shape of each tensor in a slot."""
+
+_numbers = itertools.count()
+_in_use: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
+"""The slots of this main process, by number."""
+
+
+class Slots:
+    """The slots of all workers of a loader, in the main process or as a worker's copy.
+
+    Args:
+        num_workers: Data workers.
+        per_worker: Slots of each. A worker needs one for each batch that it prepares ahead, and the trainer one for the
+            batch that it uses and one for the next.
+    """
+
+    def __init__(self, num_workers: int, per_worker: int) -> None:
+        self._number = next(_numbers)
+        self._taken = torch.zeros((num_workers, per_worker), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        self._process = os.getpid()
+        self._blocks: dict[tuple[int, int], torch.Tensor] = {}
+        self._lent: dict[tuple[int, int], weakref.ref[Any]] = {}
+        _in_use[self._number] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a spawned worker."""
+        return {**self.__dict__, "_blocks": {}, "_lent": {}}
+
+    # In a worker
+
+    def filled(self, worker: int, batch: Any) -> Any:
+        """A batch in a slot, to be put into a queue; the batch itself if that is not possible.
+
+        Args:
+            worker: Number of this worker.
+            batch: Batch; the tensors in a dict are copied, whatever else is in it goes through the queue.
+        """
+        if type(batch) is not dict:
+            return batch
+        tensors = {name: value for name, value in batch.items() if _can_be_copied(value)}
+        layout, size = [], 0
+        for name, tensor in tensors.items():
+            layout.append((name, size, tensor.dtype, tuple(tensor.shape)))
+            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        slot = self._free(worker) if size else None
+        if slot is None:
+            return batch
+        block, known = self._blocks.get((worker, slot)), True
+        if block is None or len(block) < size:
+            try:
+                block, known = torch.empty(size, dtype=torch.uint8).share_memory_(), False  # type: ignore[no-untyped-call]
+            except (RuntimeError, OSError):
+                return batch  # no space for shared memory; torch needs less at a time
+            self._blocks[worker, slot] = block
+        self._taken[worker, slot] = 1
+        for (_, begin, dtype, shape), tensor in zip(layout, tensors.values(), strict=True):
+            _view(block, begin, dtype, shape).copy_(tensor)
+        rest = {name: None if name in tensors else value for name, value in batch.items()}
+        return _Filled(self._number, (worker, slot), None if known else block, tuple(layout), rest)
+
+    def _free(self, worker: int) -> int | None:
+        free = torch.nonzero(self._taken[worker] == 0)
+        return int(free[0]) if len(free) else None
+
+    # In the main process
+
+    def opened(self, slot: tuple[int, int], block: torch.Tensor | None, layout: _Layout, rest: dict[str, Any]) -> Any:
+        """The batch in a slot. The slot is free again when all tensors of the batch are gone."""
+        if block is not None:
+            self._blocks[slot] = block
+        lent = np.frombuffer(memoryview(self._blocks[slot].numpy()), np.uint8)  # type: ignore[arg-type]
+        self._lent[slot] = weakref.ref(lent, self._release(slot))
+        whole = torch.from_numpy(lent)
+        return rest | {name: _view(whole, begin, dtype, shape) for name, begin, dtype, shape in layout}
+
+    def _release(self, slot: tuple[int, int]) -> Callable[[Any], None]:
+        taken, process = self._taken, self._process
+
+        def release(_: Any) -> None:
+            if os.getpid() == process:  # and not a process that was forked while the batch was in use
+                taken[slot] = 0
+
+        return release
+
+
+class _Filled:
+    """A batch in a slot on its way to the main process, where it arrives as the batch."""
+
+    def __init__(self, *address: Any) -> None:
+        self._address = address
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _opened, self._address
+
+
+def _opened(number: int, *address: Any) -> Any:
+    return _in_use[number].opened(*address)
+
+
+def _can_be_copied(value: Any) -> bool:
+    if type(value) is not torch.Tensor or value.requires_grad:
+        return False
+    return value.device.type == "cpu" and value.layout == torch.strided
+
+
+def _view(block: torch.Tensor, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return block[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

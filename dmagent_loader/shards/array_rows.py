@@ -1,0 +1,198 @@
+"""Rows that hold one npy array of the same shape each, read into one array: no object is made for a single row."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmagent_loader.errors import DecodeError, ShardError
+from dmagent_loader.shards.decode import decode_npy
+from dmagent_loader.shards.sources.checksum import crc32
+from dmagent_loader.shards.sources.local import LocalSource
+from dmagent_loader.shards.table import RowTable
+
+_NOT_AN_ARRAY = -1
+"""Size of a row that has another member than the one to be read, or several, or whose shard cannot be used."""
+
+
+@dataclass(frozen=True)
+class RowSpans:
+    """Positions of n rows, in plain integers: single numbers of an array cost more to read.
+
+    Attributes:
+        shard: Number of the shard in the catalogue.
+        row: Row in the shard.
+        offset, size: Bytes of the member in the file; size -1 if the row has to be read by itself.
+        crc: crc32 of the row.
+    """
+
+    shard: list[int]
+    row: list[int]
+    offset: list[int]
+    size: list[int]
+    crc: list[int]
+
+
+@dataclass(frozen=True)
+class _Format:
+    """The npy header of rows of one size, and the array behind it."""
+
+    header: bytes
+    dtype: np.dtype[Any]
+    length: int
+
+
+class Buffers:
+    """Memory for batches of rows, which is used again once nothing refers to the arrays that were read into it.
+
+    Each reading thread needs its own.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[_Buffer] = []
+
+    def take(self, count: int, form: _Format) -> _Buffer:
+        """Memory for `count` rows."""
+        while self._free:
+            buffer = self._free.pop()
+            if (buffer.count, buffer.form) == (count, form):
+                return buffer
+        return _Buffer(count, form)
+
+    def lend(self, buffer: _Buffer) -> np.ndarray[Any, Any]:
+        """The rows of a buffer, (n, T). The buffer is free when the last array or tensor over this memory is gone."""
+        # Arrays made of this one refer to it, and not to the buffer, because its own memory is no array.
+        lent = np.frombuffer(buffer.memory, buffer.form.dtype)
+        buffer.lent = weakref.ref(lent, lambda _, free=self._free: free.append(buffer))  # type: ignore[misc]
+        return lent.reshape(buffer.count, -1)
+
+
+class _Buffer:
+    """Memory for n rows of one format: their headers, and their arrays side by side.
+
+    Args:
+        count: n.
+        form: Format of the rows.
+    """
+
+    def __init__(self, count: int, form: _Format) -> None:
+        self.count, self.form = count, form
+        header, size = len(form.header), form.length * form.dtype.itemsize
+        self.headers, self.memory = memoryview(bytearray(count * header)), memoryview(bytearray(count * size))
+        self.arrays = [self.memory[begin : begin + size] for begin in range(0, count * size, size)]
+        """Bytes of each array."""
+        headers = [self.headers[begin : begin + header] for begin in range(0, count * header, header)]
+        self.rows = list(zip(headers, self.arrays, strict=True))
+        self.lent: weakref.ref[Any] | None = None
+
+
+class ArrayRows:
+    """Reads rows whose only member is a one-dimensional npy array, many at a time.
+
+    Args:
+        extension: Extension of the member.
+        first_shard: (D,) number in the catalogue of the first shard of each domain.
+        table: Function from the number of a shard to its table.
+        source: Function from the number of a shard to the open file.
+    """
+
+    def __init__(
+        self,
+        extension: str,
+        first_shard: NDArray[np.int64],
+        table: Callable[[int], RowTable],
+        source: Callable[[int], LocalSource],
+    ) -> None:
+        self._extension, self._first_shard, self._table, self._source = extension, first_shard, table, source
+        self._formats: dict[int, _Format] = {}
+        """By size of the row; as most rows of a size have the same header, only the last one is kept."""
+
+    def find(self, domain: NDArray[np.int64], shard: NDArray[np.int64], row: NDArray[np.int64]) -> RowSpans:
+        """Positions of n rows; each table is looked up once.
+
+        Args:
+            domain: (n,) domain numbers.
+            shard: (n,) shards within the domain.
+            row: (n,) rows within the shard.
+        """
+        number = self._first_shard[domain] + shard
+        gathered = np.argsort(number, kind="stable")
+        ends = np.flatnonzero(np.diff(number[gathered], append=-1)) + 1
+        sorted_row, found = row[gathered], np.empty((3, len(number)), np.int64)
+        begin = 0
+        for one, end in zip(number[gathered[ends - 1]].tolist(), ends.tolist(), strict=True):
+            try:
+                table = self._table(one)
+            except (OSError, ShardError):
+                table = None  # an error only for those who read its rows, which may come much later
+            if table is not None and table.only == self._extension:
+                chosen = sorted_row[begin:end]
+                for column, values in zip(table.arrays, found, strict=True):
+                    values[begin:end] = column[chosen]
+            else:
+                found[:, begin:end] = _NOT_AN_ARRAY
+            begin = end
+        columns = np.empty_like(found)
+        columns[:, gathered] = found
+        return RowSpans(number.tolist(), row.tolist(), *columns.tolist())
+
+    def read(self, spans: RowSpans, begin: int, end: int, buffers: Buffers) -> np.ndarray[Any, Any] | None:
+        """The arrays of rows `begin` to `end - 1`, each compared with its checksum.
+
+        Args:
+            spans: Positions of the rows.
+            begin: Number of the first row in `spans`.
+            end: Number after the last one.
+            buffers: Memory for the rows.
+
+        Returns:
+            (end - begin, T), in the memory of `buffers`. None if a row has another size, header or member than the
+            first one, is damaged or cannot be read: the rows have to be read one by one, which names the fault.
+        """
+        size, count = spans.size[begin], end - begin
+        if size < 0 or spans.size[begin:end].count(size) != count:
+            return None
+        numbers, offsets = spans.shard[begin:end], spans.offset[begin:end]
+        source_of, preadv = self._source, os.preadv
+        try:
+            form = self._formats.get(size) or self._format(source_of(numbers[0]), offsets[0], size)
+            if form is None:
+                return None
+            buffer = buffers.take(count, form)
+            for number, offset, row in zip(numbers, offsets, buffer.rows, strict=True):
+                if preadv(source_of(number).descriptor, row, offset) != size:
+                    return None
+        except (OSError, ShardError):
+            return None
+        if buffer.headers != count * form.header:
+            self._formats.pop(size, None)
+            return None
+        checksum = crc32(form.header)
+        for crc, array in zip(spans.crc[begin:end], buffer.arrays, strict=True):
+            if crc32(array, checksum) != crc:
+                return None
+        return buffers.lend(buffer)
+
+    def keys(self, spans: RowSpans, begin: int, end: int) -> list[str]:
+        """Keys of rows `begin` to `end - 1`."""
+        table = self._table
+        return [table(one).key(row) for one, row in zip(spans.shard[begin:end], spans.row[begin:end], strict=True)]
+
+    def _format(self, source: LocalSource, offset: int, size: int) -> _Format | None:
+        """The format of a row; None: it is not a one-dimensional array."""
+        data = source.read(offset, size)
+        try:
+            array = decode_npy(data)
+        except DecodeError:
+            return None
+        if array.ndim != 1 or not array.size:
+            return None
+        form = _Format(bytes(data[: size - array.nbytes]), array.dtype, len(array))
+        self._formats[size] = form
+        return form

@@ -1,0 +1,87 @@
+"""Shared memory that is used again: a batch comes out as it went in, and stays so while anything refers to it."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from dmagent_loader._loading.slots import Slots
+
+
+def through(slots: Slots, batch: dict) -> dict:
+    """The batch as the main process gets it, without the queue between."""
+    filled = slots.filled(0, batch)
+    if filled is batch:
+        return batch
+    function, address = filled.__reduce__()
+    return function(*address)
+
+
+def in_slot(slots: Slots, count: int) -> bool:
+    """Whether a batch of some tokens goes through a slot."""
+    batch = {"input_ids": torch.zeros(count)}
+    return through(slots, batch) is not batch
+
+
+def test_a_batch_comes_out_as_it_went_in():
+    batch = {
+        "__index__": torch.arange(3),
+        "__key__": ["a", "b", "c"],
+        "input_ids": torch.tensor([[1, 65_535], [3, 4], [5, 6]], dtype=torch.uint16),
+        "labels": torch.arange(12).reshape(3, 4)[:, ::2],
+        "mask": torch.tensor([True, False, True]),
+        "nothing": torch.empty(0, 5),
+        "number": torch.tensor(0.5),
+        "other": None,
+    }
+    found = through(Slots(1, 1), batch)
+    assert list(found) == list(batch)
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            assert found[name].dtype == value.dtype
+            assert torch.equal(found[name], value)
+            assert found[name].is_contiguous()
+        else:
+            assert found[name] is value
+
+
+def test_a_slot_is_used_again_once_nothing_refers_to_its_batch():
+    slots = Slots(1, 1)
+    first = through(slots, {"a": torch.ones(4), "b": torch.ones(4)})
+    place = first["a"].data_ptr()
+    part = first["b"][2:].numpy()
+    del first
+    gc.collect()
+    assert not in_slot(slots, 4), "part of the batch is still in use"
+    assert part.tolist() == [1, 1]
+    del part
+    assert through(slots, {"a": torch.zeros(4)})["a"].data_ptr() == place
+
+
+def test_without_a_free_slot_a_batch_goes_the_way_of_torch():
+    slots = Slots(2, 2)
+    kept = [through(slots, {"a": torch.full((4,), number)}) for number in range(5)]
+    assert [batch["a"].tolist() for batch in kept] == [[number] * 4 for number in range(5)]
+    del kept[1]
+    assert in_slot(slots, 4)
+
+
+def test_a_larger_batch_gets_a_larger_slot():
+    slots = Slots(1, 1)
+    small = through(slots, {"a": torch.ones(4)})["a"].clone()
+    large = through(slots, {"a": torch.arange(10_000)})["a"]
+    assert small.tolist() == [1] * 4
+    assert torch.equal(large, torch.arange(10_000))
+    del large
+    assert in_slot(slots, 4)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [[torch.ones(2)], {"text": ["a"]}, {"a": torch.ones(2, requires_grad=True)}, {"a": torch.eye(2).to_sparse()}],
+    ids=["list", "no tensors", "gradient", "sparse"],
+)
+def test_other_batches_stay_as_they_are(batch):
+    assert Slots(1, 1).filled(0, batch) is batch
