@@ -48,6 +48,8 @@ class ReadingConfig:
         key_ends_at: The dot of a file name in a shard at which the key of its row ends. ``"first-dot"`` is webdataset's
             rule; ``"last-dot"`` is for base names with dots in them, such as ``arxiv.2101.00000.txt``.
         cache_dir: Folder of the shard indexes; None: ``$DMAGENT_CACHE_DIR``, else ``~/.cache/dmagent_loader``.
+        indexes: Path or URL of indexes that ``dmagent index --to`` wrote; shards that it knows are not read through to
+            index them. None: indexes beside remote shards are used.
         progress: Whether to show a progress bar while shards are indexed.
 
     Raises:
@@ -65,6 +67,7 @@ class ReadingConfig:
     on_damage: OnDamage = "raise"
     key_ends_at: KeyEnd = "first-dot"
     cache_dir: str | os.PathLike[str] | None = None
+    indexes: str | os.PathLike[str] | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:

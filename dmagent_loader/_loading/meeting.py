@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dmagent_loader import _distributed as distributed
 from dmagent_loader.shards.index.peers import Alone, Peers
@@ -43,7 +43,7 @@ def work_together(step: str, work: Callable[[Peers], T]) -> T:
     """
     if not distributed.is_active():
         return work(Alone())
-    meeting = _Meeting()
+    meeting: _Meeting[T] = _Meeting()
     thread = threading.Thread(target=meeting.run, args=(work,), name="dmagent-start", daemon=True)
     thread.start()
     try:
@@ -60,13 +60,13 @@ def work_together(step: str, work: Callable[[Peers], T]) -> T:
         thread.join(_LONGEST_END_SECONDS)
 
 
-class _Meeting:
+class _Meeting(Generic[T]):
     """The work of this rank, and what it has to say to the others; the `Peers` that the work sees."""
 
     def __init__(self) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.stop = threading.Event()
-        self.result: Any = None
+        self.result: T
         self.sent: bytes | None = None
         """The value to be exchanged, until those of all ranks are there."""
         self._received: list[bytes] | None = None
@@ -74,7 +74,7 @@ class _Meeting:
         self._is_done = False
         self._changed = threading.Condition()
 
-    def run(self, work: Callable[[Peers], Any]) -> None:
+    def run(self, work: Callable[[Peers], T]) -> None:
         """Does the work; in a thread of its own."""
         try:
             self.result = work(self)

@@ -28,6 +28,8 @@ from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
 from dmagent_loader.shards.index.catalogue import Catalogue
 from dmagent_loader.shards.index.oddities import oddities
+from dmagent_loader.shards.index.peers import Peers
+from dmagent_loader.shards.index.stored import StoredIndexes
 from dmagent_loader.shards.manifest import Manifest, Manifests
 from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
@@ -106,6 +108,8 @@ class ShardCollection:
         key_ends_at: KeyEnd = "first-dot",
         max_open_files: int = MAX_OPEN_FILES,
         manifests: Iterable[Manifest] = (),
+        indexes: str | os.PathLike[str] | None = None,
+        peers: Peers | None = None,
     ) -> ShardCollection:
         """Finds the shards and indexes those that are not in the cache.
 
@@ -120,6 +124,9 @@ class ShardCollection:
             max_open_files: Largest number of open files in each process.
             manifests: Manifests of remote shards that `shards` lists without being a `Manifest` itself, for example
                 because it was put together from several. Local shards are compared with the manifest above them anyway.
+            indexes: Path or URL of indexes that ``dmagent index --to`` wrote; None: those beside remote shards.
+            peers: The ranks of a run that open the same shards at the same time and share the work; None: this process
+                works alone.
 
         Raises:
             ShardNotFoundError: A pattern matches nothing, or a shard does not exist.
@@ -139,7 +146,8 @@ class ShardCollection:
         cache = IndexCache(Path(cache_dir) if cache_dir is not None else default_cache_dir(), key_ends_at)
         given = (*manifests, shards) if isinstance(shards, Manifest) else tuple(manifests)
         try:
-            catalogue = Catalogue(urls, cache, Manifests(given), progress)
+            stored = StoredIndexes(key_ends_at, None if indexes is None else os.fspath(indexes))
+            catalogue = Catalogue(urls, cache, Manifests(given), stored=stored, progress=progress, peers=peers)
             collection = cls(catalogue, verify=verify, max_open_files=max_open_files)
             collection._check_damage(on_damage)
             collection._check_emptiness()
@@ -218,7 +226,7 @@ class ShardCollection:
                 # The bytes may have changed in transit: read them once more.
                 with contextlib.suppress(ChangedRow):
                     return table.read(self._sources.get(number), row, self._verify)
-            self._catalogue.forget_overview(number)
+            self._catalogue.forget(number)
             raise DamagedShardError(
                 f"row {row} (key {table.key(row)!r}) of shard {self._display(number)} changed since it was indexed "
                 f"({change}): the file was overwritten or its disk is failing; restore it, or, if it was replaced on "

@@ -89,7 +89,7 @@ class IndexCache:
     """
 
     def __init__(self, folder: Path, key_ends_at: KeyEnd = "first-dot") -> None:
-        self._folder = folder.absolute()
+        self.folder = folder.absolute()
         self.key_ends_at = key_ends_at
         self._suffix = b"" if key_ends_at == "first-dot" else b"\0" + key_ends_at.encode()
 
@@ -97,7 +97,7 @@ class IndexCache:
         """The file for the index of a shard."""
         identity = os.path.realpath(local_path(url)) if is_local(url) else without_signature(url)
         digest = hashlib.sha256(os.fsencode(identity) + self._suffix).hexdigest()
-        return self._folder / "index" / f"{digest}.safetensors"
+        return self.folder / "index" / f"{digest}.safetensors"
 
     def load(self, url: str, version: ShardVersion, record: ShardRecord | None) -> ShardIndex | None:
         """The index of this version of a shard, compared with the manifest; None if no usable one is cached.
@@ -124,7 +124,7 @@ class IndexCache:
                 # Users are told to restore a damaged shard, which may also restore its times; for a remote shard, that
                 # would go unnoticed.
                 return index if is_same and version.changed else None
-            return index if is_same or _looks_as_indexed(url, index) else None
+            return index if is_same or looks_as_indexed(url, index) else None
         except Exception as error:  # of any kind: the index is built again
             logger.warning(
                 "the cached index %s of %s is not usable (%s): building it again", path, display_url(url), error
@@ -141,7 +141,7 @@ class IndexCache:
             if index is None or index.file_size != version.size or (index.sha256 is None and record is not None):
                 return None
             index = verified(url, index, record)
-            if index.damage or not _looks_as_indexed(url, index):
+            if index.damage or not looks_as_indexed(url, index):
                 return None
         except Exception:  # of any kind: the index is built
             return None
@@ -159,7 +159,7 @@ class IndexCache:
             source, length = open_source(url), min(_BYTES_OF_A_PLACE, version.size)
             for place in np.linspace(0, version.size - length, _SAMPLED_PLACES, dtype=np.int64).tolist():
                 digest.update(source.read(place, length))
-        return self._folder / "content" / digest.hexdigest()
+        return self.folder / "content" / digest.hexdigest()
 
     def forget_content(self, url: str, version: ShardVersion) -> None:
         """Removes the link to the index of a shard whose rows have turned out to be others."""
@@ -181,6 +181,15 @@ class IndexCache:
         except Exception:  # of any kind: the index is built again
             return None
         return None if index is None else with_content(index, checksum)
+
+    def knows_another(self, url: str, version: ShardVersion) -> bool:
+        """Whether the index of another version of a shard is cached, and none of this one."""
+        try:
+            metadata = read_metadata(self.entry(url).read_bytes())
+            tags = [tag for tag, _ in json.loads(metadata["copies"])]
+            return int(metadata["size"]) != version.size or bool(tags and version.tag not in tags)
+        except Exception:  # of any kind: the file does not count
+            return False
 
     def of_the_same_time(self, url: str, version: ShardVersion) -> ShardIndex | None:
         """The index of an intact local shard, of whatever size, with this modification time; None if there is none."""
@@ -256,7 +265,7 @@ class IndexCache:
     def sweep(self) -> None:
         """Removes temporary files of killed processes."""
         for folder in ("index", "content", "overview"):
-            remove_leftovers(self._folder / folder)
+            remove_leftovers(self.folder / folder)
 
     def _overview(self, urls: Iterable[str]) -> Path:
         digest = hashlib.sha256()
@@ -264,7 +273,7 @@ class IndexCache:
             identity = without_signature(url) if "?" in url and not is_local(url) else url
             digest.update(os.fsencode(identity) + b"\0")
         digest.update(self._suffix)
-        return self._folder / "overview" / f"{digest.hexdigest()}.safetensors"
+        return self.folder / "overview" / f"{digest.hexdigest()}.safetensors"
 
     def _write(self, path: Path, data: bytes) -> bool:
         try:
@@ -273,12 +282,12 @@ class IndexCache:
             write_atomically(path, data, durable=False)
             return True
         except OSError as error:
-            if str(self._folder) not in _warned:
-                _warned.add(str(self._folder))
+            if str(self.folder) not in _warned:
+                _warned.add(str(self.folder))
                 logger.warning(
                     "the index cache %s cannot be written (%s): shards are indexed again at every start; set %s or "
                     "cache_dir to a folder that can be written",
-                    self._folder,
+                    self.folder,
                     error,
                     CACHE_VARIABLE,
                 )
@@ -395,7 +404,7 @@ def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardInd
     return index
 
 
-def _looks_as_indexed(url: str, index: ShardIndex) -> bool:
+def looks_as_indexed(url: str, index: ShardIndex) -> bool:
     """Whether only zeros follow the last row, and some rows of a local shard are those that were indexed.
 
     Rows written over the padding change neither size nor checksums.

@@ -28,12 +28,12 @@ class Peers(Protocol):
 
 
 class Alone:
-    """The only process."""
+    """The only process, or one that works for itself."""
 
     rank, size = 0, 1
 
-    def __init__(self) -> None:
-        self.stop = threading.Event()
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        self.stop = stop or threading.Event()
 
     def gather(self, value: Any) -> list[Any]:
         """The value itself."""
