@@ -48,8 +48,10 @@ class ReadingConfig:
         key_ends_at: The dot of a file name in a shard at which the key of its row ends. ``"first-dot"`` is webdataset's
             rule; ``"last-dot"`` is for base names with dots in them, such as ``arxiv.2101.00000.txt``.
         cache_dir: Folder of the shard indexes; None: ``$DMAGENT_CACHE_DIR``, else ``~/.cache/dmagent_loader``.
-        indexes: Path or URL of indexes that ``dmagent index --to`` wrote; shards that it knows are not read through to
-            index them. None: indexes beside remote shards are used.
+        indexes: Indexes in the store, with which shards need not be read through at a start. True: those beside remote
+            shards, as ``dmagent shard`` and ``dmagent index --beside`` write them. A path or URL: those that ``dmagent
+            index --to`` wrote there, for local shards, too. False: none; every shard is read through once, which shows
+            damage before training rather than when its row is read.
         progress: Whether to show a progress bar while shards are indexed.
 
     Raises:
@@ -67,7 +69,7 @@ class ReadingConfig:
     on_damage: OnDamage = "raise"
     key_ends_at: KeyEnd = "first-dot"
     cache_dir: str | os.PathLike[str] | None = None
-    indexes: str | os.PathLike[str] | None = None
+    indexes: str | os.PathLike[str] | bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -87,6 +89,8 @@ class ReadingConfig:
                 )
         else:
             whole_number("max_bad_rows", self.max_bad_rows, least=0)
+        if not isinstance(self.indexes, (str, os.PathLike, bool)):
+            raise ConfigurationError(f"indexes is {shown(self.indexes)}; it must be a path, a URL, True or False")
         if self.on_damage not in get_args(OnDamage):
             raise ConfigurationError(f"on_damage is {shown(self.on_damage)}; choose one of {list(get_args(OnDamage))}")
         if self.key_ends_at not in get_args(KeyEnd):

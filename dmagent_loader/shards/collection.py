@@ -30,6 +30,7 @@ from dmagent_loader.shards.index.catalogue import Catalogue
 from dmagent_loader.shards.index.oddities import oddities
 from dmagent_loader.shards.index.peers import Peers
 from dmagent_loader.shards.index.stored import StoredIndexes
+from dmagent_loader.shards.index.storing import write_indexes
 from dmagent_loader.shards.manifest import Manifest, Manifests
 from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
@@ -108,7 +109,7 @@ class ShardCollection:
         key_ends_at: KeyEnd = "first-dot",
         max_open_files: int = MAX_OPEN_FILES,
         manifests: Iterable[Manifest] = (),
-        indexes: str | os.PathLike[str] | None = None,
+        indexes: str | os.PathLike[str] | bool = True,
         peers: Peers | None = None,
     ) -> ShardCollection:
         """Finds the shards and indexes those that are not in the cache.
@@ -124,7 +125,8 @@ class ShardCollection:
             max_open_files: Largest number of open files in each process.
             manifests: Manifests of remote shards that `shards` lists without being a `Manifest` itself, for example
                 because it was put together from several. Local shards are compared with the manifest above them anyway.
-            indexes: Path or URL of indexes that ``dmagent index --to`` wrote; None: those beside remote shards.
+            indexes: Path or URL of indexes that ``dmagent index --to`` wrote. True: those beside remote shards. False:
+                none; every shard is read through once.
             peers: The ranks of a run that open the same shards at the same time and share the work; None: this process
                 works alone.
 
@@ -146,7 +148,11 @@ class ShardCollection:
         cache = IndexCache(Path(cache_dir) if cache_dir is not None else default_cache_dir(), key_ends_at)
         given = (*manifests, shards) if isinstance(shards, Manifest) else tuple(manifests)
         try:
-            stored = StoredIndexes(key_ends_at, None if indexes is None else os.fspath(indexes))
+            stored = (
+                StoredIndexes(key_ends_at, None if indexes is True else os.fspath(indexes))
+                if indexes is not False
+                else None
+            )
             catalogue = Catalogue(urls, cache, Manifests(given), stored=stored, progress=progress, peers=peers)
             collection = cls(catalogue, verify=verify, max_open_files=max_open_files)
             collection._check_damage(on_damage)
@@ -319,6 +325,20 @@ class ShardCollection:
             "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, aligned, widths, strict=True)).rstrip()
             for line in lines
         )
+
+    def write_indexes(self, to: str | os.PathLike[str] | None = None) -> int:
+        """Writes the indexes of all intact shards to their store, so that nobody else has to read the shards for that.
+
+        Args:
+            to: Path or URL of a folder for them, `open`'s ``indexes``; None: beside the shards.
+
+        Returns:
+            Number of shards whose index was written.
+
+        Raises:
+            ConfigurationError: They cannot be written.
+        """
+        return write_indexes(self._catalogue, StoredIndexes(self._catalogue.cache.key_ends_at, to))
 
     def close(self) -> None:
         """Closes the open files; a later read opens them again."""

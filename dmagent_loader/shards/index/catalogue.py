@@ -33,7 +33,7 @@ from dmagent_loader.shards.index.overview import SHARDS_OF_OVERVIEW, KnownShard,
 from dmagent_loader.shards.index.peers import Alone, Peers
 from dmagent_loader.shards.index.shard_index import ShardIndex
 from dmagent_loader.shards.index.sharing import cache_groups, digest_of, lacking_on_ranks, owners, slices
-from dmagent_loader.shards.index.stored import StoredIndexes
+from dmagent_loader.shards.index.stored import StoredIndexes, table_entry
 from dmagent_loader.shards.index.verify import is_verified, with_content
 from dmagent_loader.shards.manifest import Manifests
 from dmagent_loader.shards.sources.listing import REQUESTS_IN_FLIGHT, remote_versions
@@ -96,7 +96,7 @@ class Catalogue:
         urls: Each domain with the URLs of its shards. Only one list is in memory at a time.
         cache: Where indexes are kept.
         manifests: Manifests that shards are compared with.
-        stored: Indexes in the store; None: those beside remote shards.
+        stored: Indexes in the store; None: none are used.
         progress: Show a progress bar while shards are indexed.
         peers: The ranks that open the same shards; None: this process alone.
 
@@ -125,7 +125,7 @@ class Catalogue:
         peers: Peers | None = None,
     ) -> None:
         self.cache, self._manifests = cache, manifests
-        self._stored = stored or StoredIndexes(cache.key_ends_at)
+        self._stored = stored
         self._names = bytearray()
         domains, name_end, span_end = [], array("q", [0]), [0]
         for domain, listed in urls:
@@ -211,7 +211,7 @@ class Catalogue:
         # The same rows may lie at other offsets in another version. A server is not asked: one request per shard.
         version = shard_version(url) if is_local(url) else None
         index = self.cache.find(url, version, checksum)
-        if index is None and self._stored.are_used_for(url):
+        if index is None and self._stored is not None and self._stored.are_used_for(url):
             index = self._stored.load(url, int(self.rows[number]), checksum)
             if index is not None:
                 self.cache.save(url, None, index)
@@ -227,6 +227,30 @@ class Catalogue:
                 f"the shards again to index the new version; {HOW_TO_RESUME}"
             )
         return index
+
+    def store_index(self, number: int, stored: StoredIndexes) -> KnownShard | None:
+        """Writes the index of a shard to the store.
+
+        Args:
+            number: Number of the shard.
+            stored: Where to.
+
+        Returns:
+            Its entry in the table; None if the shard has changed since the catalogue was made.
+
+        Raises:
+            ConfigurationError: It cannot be written.
+        """
+        url = self.url(number)
+        version, index = shard_version(url), self._uncached.get(number)
+        if index is not None:
+            version = replace(version, is_sure=False)  # only the cache knows which version was indexed
+        else:
+            index = self.cache.load(url, version, self._manifests.record(url))
+        if index is None or index.damage or index.checksum != self._checksum(number).hex():
+            return None
+        stored.save(url, index)
+        return table_entry(version, index)
 
     def forget(self, number: int) -> None:
         """Has the next start look at the index of a shard that was replaced."""
@@ -281,7 +305,7 @@ class Catalogue:
         self._versions = self._remote_versions(peers)
         lacking = np.zeros(len(self), bool)
         waiting: Counter[int] = Counter()
-        for task, found in _in_threads(self._look_up, self._look_ups(waiting), peers.stop):
+        for task, found in in_threads(self._look_up, self._look_ups(waiting), peers.stop):
             for number, facts in zip(task.shards, found, strict=True):
                 if facts is None:
                     lacking[number] = True
@@ -349,7 +373,8 @@ class Catalogue:
             return
         groups = cache_groups(peers, self.cache.folder) if peers.size > 1 else [0]
         pending = _Pending(self, lacking, saves=groups[peers.rank] == peers.rank)
-        self._use_tables(np.flatnonzero(on_ranks.any(axis=0)).tolist(), pending, peers)
+        if self._stored is not None:
+            self._use_tables(self._stored, np.flatnonzero(on_ranks.any(axis=0)).tolist(), pending, peers)
         lacking = np.zeros(len(self), bool)
         lacking[list(pending.numbers)] = True
         on_ranks = lacking_on_ranks(peers, lacking)
@@ -364,21 +389,22 @@ class Catalogue:
         self._build(sorted(pending.numbers), pending, progress, peers.stop)
         self.cache.sweep()
 
-    def _use_tables(self, numbers: Sequence[int], pending: _Pending, peers: Peers) -> None:
+    def _use_tables(self, stored: StoredIndexes, numbers: Sequence[int], pending: _Pending, peers: Peers) -> None:
         """Facts from the tables in the store, which rank 0 reads.
 
         Args:
+            stored: Indexes in the store.
             numbers: Shards that any rank lacks.
             pending: Shards that this rank lacks.
             peers: The ranks.
         """
-        stored, folders = self._stored, defaultdict(list)
+        folders: dict[str, list[int]] = defaultdict(list)
         for number in numbers:
             if stored.are_used_for(self.url(number)):
                 folders[stored.folder(self.url(number))].append(number)
         tables: dict[str, bytes] = {}
         if peers.rank == 0:
-            found = _in_threads(stored.read_table, folders, peers.stop, REQUESTS_IN_FLIGHT)
+            found = in_threads(stored.read_table, folders, peers.stop, REQUESTS_IN_FLIGHT)
             tables = {folder: data for folder, data in found if data is not None}
         tables = peers.gather(tables or None)[0] or {}
         for folder, data in tables.items():
@@ -428,7 +454,7 @@ class Catalogue:
             disable=not progress,
         ) as bar:
             threads = _INDEX_THREADS if are_local else REQUESTS_IN_FLIGHT
-            for number, facts in _in_threads(build, numbers, stop, threads):
+            for number, facts in in_threads(build, numbers, stop, threads):
                 pending.add(number, facts)
 
     def _exchanged(
@@ -531,7 +557,7 @@ class _Pending:
         return self._overviews[group]
 
 
-def _in_threads(
+def in_threads(
     work: Callable[[_T], _R], tasks: Iterable[_T], stop: threading.Event, threads: int = _INDEX_THREADS
 ) -> Iterator[tuple[_T, _R]]:
     """Yields every task with its result. An error or Ctrl-C stops running tasks and drops pending ones."""

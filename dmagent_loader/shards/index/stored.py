@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import posixpath
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +34,9 @@ from dmagent_loader.shards.sources.remote import call, filesystem_of, timeout_se
 from dmagent_loader.shards.sources.urls import absolute, base_name, display_url, is_local, local_path, without_signature
 from dmagent_loader.shards.tar import KeyEnd
 
-SUFFIX = ".index"
+INDEX_SUFFIX = ".index"
 _TABLE = "shards"
+TABLE_NAME = f"{_TABLE}{INDEX_SUFFIX}"
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +61,9 @@ class StoredIndexes:
         root: Path or URL under which they lie, in folders named after those of the shards; None: beside the shards.
     """
 
-    def __init__(self, key_ends_at: KeyEnd, root: str | None = None) -> None:
-        self._suffix = SUFFIX if key_ends_at == "first-dot" else f".{key_ends_at}{SUFFIX}"
-        self._root = None if root is None else absolute(root).rstrip("/")
+    def __init__(self, key_ends_at: KeyEnd, root: str | os.PathLike[str] | None = None) -> None:
+        self._suffix = INDEX_SUFFIX if key_ends_at == "first-dot" else f".{key_ends_at}{INDEX_SUFFIX}"
+        self._root = None if root is None else absolute(os.fspath(root)).rstrip("/")
 
     def are_used_for(self, url: str) -> bool:
         """Whether the indexes of a shard are looked for.
@@ -106,6 +108,19 @@ class StoredIndexes:
             )
             return {}
 
+    def table(self, folder: str) -> dict[str, KnownShard]:
+        """The table of a folder; empty if there is none that can be used."""
+        data = self.read_table(folder)
+        return {} if data is None else self.parse_table(folder, data)
+
+    def read(self, url: str) -> ShardIndex | None:
+        """The index of a shard; None if it is of another format.
+
+        Raises:
+            Exception: Of any kind, if there is none or it is damaged.
+        """
+        return parse_entry(url, read_stored(self._in(self.folder(url), base_name(url))), None)
+
     def load(self, url: str, rows: int, checksum: str) -> ShardIndex | None:
         """The index of a shard; None if it is not there or, with a warning, not of this content.
 
@@ -114,9 +129,8 @@ class StoredIndexes:
             rows: Number of its rows.
             checksum: `ShardIndex.checksum` of its content.
         """
-        place = self._in(self.folder(url), base_name(url))
         try:
-            index = parse_entry(url, read_stored(place), None)
+            index = self.read(url)
             if index is None or index.damage or (index.num_rows, with_checksum(index).checksum) != (rows, checksum):
                 raise ValueError("it is of another content")
             return index
@@ -126,7 +140,7 @@ class StoredIndexes:
             logger.warning(
                 "the index %s of %s cannot be used (%s): the shard is read through to index it; `dmagent index` "
                 "writes it anew (--beside, --to)",
-                display_url(place),
+                display_url(self._in(self.folder(url), base_name(url))),
                 display_url(url),
                 error,
             )
