@@ -247,6 +247,8 @@ class Catalogue:
             version = replace(version, is_sure=False)  # only the cache knows which version was indexed
         else:
             index = self.cache.load(url, version, self._manifests.record(url))
+        if is_local(url):
+            version = replace(version, is_sure=False)  # its time says nothing of a copy
         if index is None or index.damage or index.checksum != self._checksum(number).hex():
             return None
         stored.save(url, index)

@@ -13,7 +13,7 @@ from dmagent_loader.shards.sources.local import ShardVersion, shard_version, ver
 from dmagent_loader.shards.sources.remote import call, filesystem_of, timeout_seconds, with_retries
 from dmagent_loader.shards.sources.urls import display_url
 
-REQUESTS_IN_FLIGHT = 48
+REQUESTS_IN_FLIGHT = 32
 _LISTED_FROM = 8
 """Shards of one folder from which on it is listed: a folder may hold many other files."""
 _KEYS_PER_REQUEST = 1000
