@@ -236,8 +236,8 @@ class ShardCollection:
             raise DamagedShardError(
                 f"row {row} (key {table.key(row)!r}) of shard {self._display(number)} changed since it was indexed "
                 f"({change}): the file was overwritten or its disk is failing; restore it, or, if it was replaced on "
-                f"purpose, remove its cached index {self._catalogue.cached_index(number)} and open the shards again; "
-                f"{HOW_TO_RESUME}"
+                f"purpose, remove its cached index {self._catalogue.cached_index(number)}{self._in_store(number)} and "
+                f"open the shards again; {HOW_TO_RESUME}"
             ) from None
 
     def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]:
@@ -351,6 +351,10 @@ class ShardCollection:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
+
+    def _in_store(self, number: int) -> str:
+        """The second half of the remedy for a changed row, where the index may come from the store."""
+        return ", write that in its store anew (`dmagent index`)" if self._catalogue.may_be_stored(number) else ""
 
     def _display(self, number: int) -> str:
         return display_url(self._catalogue.url(number))

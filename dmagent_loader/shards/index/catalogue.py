@@ -211,7 +211,7 @@ class Catalogue:
         # The same rows may lie at other offsets in another version. A server is not asked: one request per shard.
         version = shard_version(url) if is_local(url) else None
         index = self.cache.find(url, version, checksum)
-        if index is None and self._stored is not None and self._stored.are_used_for(url):
+        if index is None and self._stored is not None and self.may_be_stored(number):
             index = self._stored.load(url, int(self.rows[number]), checksum)
             if index is not None:
                 self.cache.save(url, None, index)
@@ -259,6 +259,10 @@ class Catalogue:
         self.cache.forget_overview(map(self.url, self._groups[self.group_of(number)]))
         with contextlib.suppress(ShardError):
             self.cache.forget_content(self.url(number), shard_version(self.url(number)))
+
+    def may_be_stored(self, number: int) -> bool:
+        """Whether the index of a shard is looked for in the store."""
+        return self._stored is not None and self._stored.are_used_for(self.url(number))
 
     def cached_index(self, number: int) -> Path:
         """The file for the index of a shard."""

@@ -56,7 +56,10 @@ def remote_versions(urls: Sequence[str], stop: threading.Event) -> list[ShardVer
 
 
 def _listed(folder: str, urls: Sequence[str]) -> dict[str, ShardVersion]:
-    """The versions of those shards that a listing of their folder names."""
+    """The versions of those shards that a listing of their folder names, with etags or checksums.
+
+    Stores write times in listings in another way than in answers about single files.
+    """
     limit = timeout_seconds() * (1 + len(urls) / _KEYS_PER_REQUEST)
     try:
         filesystem, path = filesystem_of(folder)
@@ -73,4 +76,5 @@ def _listed(folder: str, urls: Sequence[str]) -> dict[str, ShardVersion]:
         return {}
     by_name = {str(entry["name"]).rpartition("/")[2]: entry for entry in entries if entry.get("type") == "file"}
     found = ((url, by_name.get(url.rpartition("/")[2])) for url in urls)
-    return {url: version_of(url, entry) for url, entry in found if entry is not None}
+    versions = {url: version_of(url, entry) for url, entry in found if entry is not None}
+    return {url: version for url, version in versions.items() if version.is_sure}
