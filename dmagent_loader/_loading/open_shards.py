@@ -65,10 +65,9 @@ def _open(
         indexes=reading.indexes,
         peers=peers,
     )
-    if pack is None:
-        return collection
+    rows: RowSource = collection
     for is_our_turn in (peers.rank == 0, peers.rank != 0):
-        if is_our_turn:
+        if pack is not None and is_our_turn:
             rows = PackedRows.open(
                 collection,
                 pack,

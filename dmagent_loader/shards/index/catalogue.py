@@ -328,9 +328,9 @@ class Catalogue:
         self._versions.clear()
 
     def _alike(self, peers: Peers) -> Peers:
-        """The ranks, if they list the same shards; else this one alone: the lists are compared after the start."""
+        """The ranks, if they open the same shards in the same way; else this one works alone."""
         remote = digest_of(without_signature(self.url(number)) for number in self._remote)
-        lists = peers.gather((self.domains, self.spans, remote))
+        lists = peers.gather((self.domains, self.spans, remote, self.cache.key_ends_at, self._stored is None))
         return peers if all(other == lists[0] for other in lists) else Alone(peers.stop)
 
     def _remote_versions(self, peers: Peers) -> dict[int, ShardVersion]:

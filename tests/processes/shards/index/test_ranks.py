@@ -177,6 +177,17 @@ def test_ranks_with_other_lists_do_not_take_over_each_other_s_indexes(tmp_path: 
     assert "differ in the shards of 'source/a' (rank 0: 6 shards" in ranks[0]["message"]
 
 
+def test_a_rank_with_other_settings_of_indexes_opens_the_same_shards(tmp_path: Path) -> None:
+    """One looks for indexes in the store, the other does not: they do not wait for each other without end."""
+    write_shards(tmp_path / "disk")
+
+    def work(rank: int, folder: Path) -> Any:
+        return opened(f"{folder}/disk/s-*.tar", folder / f"cache{rank}", indexes=rank == 0)
+
+    ranks = on_ranks(work, tmp_path)
+    assert ranks[0]["result"][0] == ranks[1]["result"][0]
+
+
 def test_values_of_any_size_reach_all_ranks_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "_BYTES_PER_BROADCAST", 1000)
 
