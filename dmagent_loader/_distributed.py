@@ -96,6 +96,32 @@ def together(step: str, *, shared: tuple[type[Exception], ...] = ()) -> Iterator
     _refuse_differences(step, reports)
 
 
+def report(step: str, state: str, fault: BaseException | None = None) -> list[str]:
+    """Tells all ranks the state of this one, in the middle of a step.
+
+    Args:
+        step: Description of the step, for messages; the same on all ranks.
+        state: State of this rank.
+        fault: Error that ends the step on this rank.
+
+    Returns:
+        The states of all ranks, in rank order.
+
+    Raises:
+        RankError: Another rank failed, is at another step, or does not answer. A rank that failed itself raises its
+            own error.
+    """
+    text = None if fault is None else f"{type(fault).__name__}: {fault}"
+    try:
+        gathered = all_gather_object(((step, text, dict[str, str]()), state), step)
+    except RankError as lost:
+        raise (fault or lost) from None
+    if fault is not None:
+        raise fault
+    _refuse_differences(step, [other for other, _ in gathered])
+    return [other for _, other in gathered]
+
+
 @contextmanager
 def interruptible(step: str) -> Iterator[None]:
     """An action in which the ranks share one sharded model (FSDP 2): a rank that fails stops the others.
@@ -177,6 +203,30 @@ def broadcast_object(value: T, step: str, source: int = 0) -> T:
     box = [value]
     _collective(step, lambda: dist.broadcast_object_list(box, src=source, device=_device()))
     return box[0]
+
+
+def broadcast_bytes(data: bytes | None, size: int, step: str, source: int) -> bytes:
+    """The bytes of the `source` rank, on every rank.
+
+    Args:
+        data: The bytes; None on the other ranks.
+        size: Their number, which all ranks know.
+        step: Description of the step, for the message if other ranks are gone.
+        source: Rank that provides them.
+
+    Raises:
+        RankError: Another rank does not answer.
+    """
+    if not is_active():
+        return data or b""
+    own = np.zeros(size, np.uint8) if data is None else np.frombuffer(data, np.uint8).copy()
+    tensor = torch.from_numpy(own).to(_device())
+
+    def broadcast() -> bytes:
+        dist.broadcast(tensor, src=source)
+        return tensor.cpu().numpy().tobytes()  # on a GPU, a failure surfaces only here
+
+    return _collective(step, broadcast)
 
 
 def all_gather_object(value: T, step: str) -> list[T]:

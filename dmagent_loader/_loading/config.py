@@ -52,6 +52,10 @@ class ReadingConfig:
             user on the disk for temporary files (``$TMPDIR``). Use a local disk with locks.
         block_cache_bytes: Limit on the size of that folder. None: half of the free space, at most 64 GiB. 0: no
             folder; every process keeps its own blocks in memory.
+        indexes: Indexes in the store, with which shards need not be read through at a start. True: those beside remote
+            shards, as ``dmagent shard`` and ``dmagent index --beside`` write them. A path or URL: those that ``dmagent
+            index --to`` wrote there, for local shards, too. False: none; every shard is read through once, which shows
+            damage before training rather than when its row is read.
         progress: Whether to show a progress bar while shards are indexed.
 
     Raises:
@@ -71,6 +75,7 @@ class ReadingConfig:
     cache_dir: str | os.PathLike[str] | None = None
     block_cache_dir: str | os.PathLike[str] | None = None
     block_cache_bytes: int | None = None
+    indexes: str | os.PathLike[str] | bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -93,6 +98,8 @@ class ReadingConfig:
                 )
         else:
             whole_number("max_bad_rows", self.max_bad_rows, least=0)
+        if not isinstance(self.indexes, (str, os.PathLike, bool)):
+            raise ConfigurationError(f"indexes is {shown(self.indexes)}; it must be a path, a URL, True or False")
         if self.on_damage not in get_args(OnDamage):
             raise ConfigurationError(f"on_damage is {shown(self.on_damage)}; choose one of {list(get_args(OnDamage))}")
         if self.key_ends_at not in get_args(KeyEnd):

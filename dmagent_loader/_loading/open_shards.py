@@ -1,4 +1,4 @@
-"""Opening shards in a run of several processes: indexed once, and the same for all."""
+"""Opening shards in a run of several processes: each indexes its part, and all see the same."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 from dmagent_loader import _distributed as distributed
 from dmagent_loader._loading.bad_rows import OnBadRow
 from dmagent_loader._loading.config import ReadingConfig
+from dmagent_loader._loading.meeting import work_together
 from dmagent_loader.shards import PackedRows, PackText, RowSource, ShardCollection
 from dmagent_loader.shards.index.cache import default_cache_dir
+from dmagent_loader.shards.index.peers import Peers
 
 _STEP = "opening the shards"
 
@@ -18,7 +20,7 @@ _STEP = "opening the shards"
 def open_on_all_ranks(
     shards: Mapping[str, str | Sequence[str]], reading: ReadingConfig, pack: PackText | None, on_bad_row: OnBadRow
 ) -> RowSource:
-    """Opens the shards: rank 0 indexes them and counts their tokens first, the others then find what it wrote.
+    """Opens the shards: the ranks share the indexing. Rank 0 counts tokens first, the others then find what it wrote.
 
     Args:
         shards: Domain -> shards.
@@ -30,13 +32,8 @@ def open_on_all_ranks(
         ShardError: This rank could not open the shards.
         RankError: Another rank could not open them, or the ranks see different data. Every rank raises, so none waits.
     """
-    rows: RowSource | None = None
-    with distributed.together(_STEP):
-        if distributed.get_rank() == 0:
-            rows = _open(shards, reading, pack, on_bad_row)
+    rows = work_together(_STEP, lambda peers: _open(shards, reading, pack, on_bad_row, peers))
     with distributed.together(_STEP) as facts:
-        if rows is None:
-            rows = _open(shards, reading, pack, on_bad_row)
         if distributed.is_active():
             facts |= _contents(rows)
     return rows
@@ -52,9 +49,13 @@ def _contents(rows: RowSource) -> dict[str, Any]:
 
 
 def _open(
-    shards: Mapping[str, str | Sequence[str]], reading: ReadingConfig, pack: PackText | None, on_bad_row: OnBadRow
+    shards: Mapping[str, str | Sequence[str]],
+    reading: ReadingConfig,
+    pack: PackText | None,
+    on_bad_row: OnBadRow,
+    peers: Peers,
 ) -> RowSource:
-    progress = reading.progress and distributed.get_rank() == 0
+    progress = reading.progress and peers.rank == 0
     collection = ShardCollection.open(
         shards,
         on_damage=reading.on_damage,
@@ -63,13 +64,18 @@ def _open(
         progress=progress,
         block_cache_dir=reading.block_cache_dir,
         block_cache_bytes=reading.block_cache_bytes,
+        indexes=reading.indexes,
+        peers=peers,
     )
-    if pack is None:
-        return collection
-    return PackedRows.open(
-        collection,
-        pack,
-        cache_dir=default_cache_dir() if reading.cache_dir is None else Path(reading.cache_dir),
-        progress=progress,
-        max_bad=reading.max_bad_rows if on_bad_row == "skip" else 0,
-    )
+    rows: RowSource = collection
+    for is_our_turn in (peers.rank == 0, peers.rank != 0):
+        if pack is not None and is_our_turn:
+            rows = PackedRows.open(
+                collection,
+                pack,
+                cache_dir=default_cache_dir() if reading.cache_dir is None else Path(reading.cache_dir),
+                progress=progress,
+                max_bad=reading.max_bad_rows if on_bad_row == "skip" else 0,
+            )
+        peers.gather(None)
+    return rows

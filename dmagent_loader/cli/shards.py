@@ -92,7 +92,11 @@ def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "index",
         help="index shards and list rows, bytes and damage",
-        description="Indexes every shard (or reads its cached index) and prints a table. Exits with 1 on damage.",
+        description=(
+            "Indexes every shard (or reads its cached index) and prints a table. Exits with 1 on damage. With --beside "
+            "or --to, also writes the indexes for everybody, so that a run on any machine starts without reading the "
+            "shards through."
+        ),
     )
     parser.add_argument(
         "shards",
@@ -105,6 +109,18 @@ def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=get_args(KeyEnd),
         default="first-dot",
         help="the dot of a file name at which the key of its row ends (default: %(default)s)",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--beside",
+        action="store_true",
+        help="write the indexes beside the shards: NAME.tar.index for each, and shards.index in each folder",
+    )
+    where.add_argument(
+        "--to",
+        metavar="DIR",
+        help="write the indexes to this folder or URL, for shards whose own folder cannot be written to; a run finds "
+        "them with ReadingConfig(indexes=DIR)",
     )
     parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -166,10 +182,14 @@ def index(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         progress=not args.no_progress,
         manifests=manifests,
+        indexes=not (args.beside or args.to),
     )
     print(collection.describe())
     for damage in collection.damage:
         print(damage)
+    if args.beside or args.to:
+        written = collection.write_indexes(args.to)
+        print(f"wrote the indexes of {written:,} shard(s) {f'to {args.to}' if args.to else 'beside them'}")
     return 1 if collection.damage else 0
 
 

@@ -30,6 +30,9 @@ from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
 from dmagent_loader.shards.index.catalogue import Catalogue
 from dmagent_loader.shards.index.oddities import oddities
+from dmagent_loader.shards.index.peers import Peers
+from dmagent_loader.shards.index.stored import StoredIndexes
+from dmagent_loader.shards.index.storing import write_indexes
 from dmagent_loader.shards.manifest import Manifest, Manifests
 from dmagent_loader.shards.sources.blocks import Block, IntArray
 from dmagent_loader.shards.sources.fetching import BlockFetcher
@@ -133,6 +136,8 @@ class ShardCollection:
         manifests: Iterable[Manifest] = (),
         block_cache_dir: str | os.PathLike[str] | None = None,
         block_cache_bytes: int | None = None,
+        indexes: str | os.PathLike[str] | bool = True,
+        peers: Peers | None = None,
     ) -> ShardCollection:
         """Finds the shards and indexes those that are not in the cache.
 
@@ -151,6 +156,10 @@ class ShardCollection:
                 temporary files.
             block_cache_bytes: Limit on its size; None: half of the free space, at most 64 GiB; 0: blocks stay in the
                 memory of each process.
+            indexes: Path or URL of indexes that ``dmagent index --to`` wrote. True: those beside remote shards. False:
+                none; every shard is read through once.
+            peers: The ranks of a run that open the same shards at the same time and share the work; None: this process
+                works alone.
 
         Raises:
             ShardNotFoundError: A pattern matches nothing, or a shard does not exist.
@@ -170,7 +179,12 @@ class ShardCollection:
         cache = IndexCache(Path(cache_dir) if cache_dir is not None else default_cache_dir(), key_ends_at)
         given = (*manifests, shards) if isinstance(shards, Manifest) else tuple(manifests)
         try:
-            catalogue = Catalogue(urls, cache, Manifests(given), progress)
+            stored = (
+                StoredIndexes(key_ends_at, None if indexes is True else os.fspath(indexes))
+                if indexes is not False
+                else None
+            )
+            catalogue = Catalogue(urls, cache, Manifests(given), stored=stored, progress=progress, peers=peers)
             collection = cls(
                 catalogue,
                 verify=verify,
@@ -257,12 +271,12 @@ class ShardCollection:
                 # The bytes may have changed in transit: read them once more.
                 with contextlib.suppress(ChangedRow):
                     return table.read(self._sources.get(number), row, self._verify)
-            self._catalogue.forget_overview(number)
+            self._catalogue.forget(number)
             raise DamagedShardError(
                 f"row {row} (key {table.key(row)!r}) of shard {self._display(number)} changed since it was indexed "
                 f"({change}): the file was overwritten or its disk is failing; restore it, or, if it was replaced on "
-                f"purpose, remove its cached index {self._catalogue.cached_index(number)} and open the shards again; "
-                f"{HOW_TO_RESUME}"
+                f"purpose, remove its cached index {self._catalogue.cached_index(number)}{self._in_store(number)} and "
+                f"open the shards again; {HOW_TO_RESUME}"
             ) from None
 
     def _read_block(self, fetcher: BlockFetcher, number: int, table: RowTable, row: int) -> RawSample:
@@ -366,6 +380,20 @@ class ShardCollection:
             for line in lines
         )
 
+    def write_indexes(self, to: str | os.PathLike[str] | None = None) -> int:
+        """Writes the indexes of all intact shards to their store, so that nobody else has to read the shards for that.
+
+        Args:
+            to: Path or URL of a folder for them, `open`'s ``indexes``; None: beside the shards.
+
+        Returns:
+            Number of shards whose index was written.
+
+        Raises:
+            ConfigurationError: They cannot be written.
+        """
+        return write_indexes(self._catalogue, StoredIndexes(self._catalogue.cache.key_ends_at, to))
+
     def close(self) -> None:
         """Closes the open files; a later read opens them again."""
         self._sources.clear()
@@ -377,6 +405,10 @@ class ShardCollection:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
+
+    def _in_store(self, number: int) -> str:
+        """The second half of the remedy for a changed row, where the index may come from the store."""
+        return ", write that in its store anew (`dmagent index`)" if self._catalogue.may_be_stored(number) else ""
 
     def _display(self, number: int) -> str:
         return display_url(self._catalogue.url(number))

@@ -13,7 +13,7 @@ import os
 import posixpath
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,19 +165,34 @@ class Manifests:
 
     def record(self, url: str) -> ShardRecord | None:
         """The record of a shard as it was written; None if no manifest has one."""
-        if not is_local(url):
-            name = without_signature(url)
-            records = (
-                manifest.record(name.removeprefix(folder))
-                for folder, manifest in self._remote.items()
-                if name.startswith(folder)
-            )
-            return next((record for record in records if record is not None), None)
-        root, *names = _absolute(local_path(url)).rsplit(os.sep, _FOLDERS_ABOVE_SHARDS + 1)
-        if len(names) <= _FOLDERS_ABOVE_SHARDS:
-            return None
-        manifest = self._read(f"{root}{os.sep}{MANIFEST_NAME}")
-        return None if manifest is None else manifest.record("/".join(names))
+        return self.records([url])[0]
+
+    def records(self, urls: Sequence[str]) -> list[ShardRecord | None]:
+        """The records of several shards; a manifest above local ones is looked at once."""
+        above: dict[str, tuple[Manifest | None, str]] = {}
+        found: list[ShardRecord | None] = []
+        for url in urls:
+            if not is_local(url):
+                found.append(self._record_of_remote(url))
+                continue
+            folder, _, name = local_path(url).rpartition(os.sep)
+            if folder not in above:
+                root, *names = _absolute(f"{folder}{os.sep}{name}").rsplit(os.sep, _FOLDERS_ABOVE_SHARDS + 1)
+                is_below = len(names) > _FOLDERS_ABOVE_SHARDS
+                manifest = self._read(f"{root}{os.sep}{MANIFEST_NAME}") if is_below else None
+                above[folder] = manifest, "/".join(names[:-1])
+            manifest, folders = above[folder]
+            found.append(None if manifest is None else manifest.record(f"{folders}/{name}"))
+        return found
+
+    def _record_of_remote(self, url: str) -> ShardRecord | None:
+        name = without_signature(url)
+        records = (
+            manifest.record(name.removeprefix(folder))
+            for folder, manifest in self._remote.items()
+            if name.startswith(folder)
+        )
+        return next((record for record in records if record is not None), None)
 
     def release(self) -> None:
         """Frees the manifests above local shards; they are read again when they are needed."""

@@ -5,6 +5,11 @@ without signature. It is valid for one content: one size, and the modification t
 read through, of which nodes with disks of their own may have several. The index of a replaced shard overwrites that of
 the earlier one, unless both have the same modification time: then the shard was damaged. A file that is damaged in any
 way is built again. Overviews of many shards lie beside the indexes (`dmagent_loader.shards.index.overview`).
+
+Shards that were touched or moved are not read through again. Links in ``content``, named by the size and a sample of
+the bytes of a local shard, or by the digest in the etag of a remote one, lead to the index of the same content. A local
+shard of another path or time is taken for it if some of its rows are those that were indexed; every row is compared
+with its checksum when it is read.
 """
 
 from __future__ import annotations
@@ -14,7 +19,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from dmagent_loader._files import remove_leftovers, write_atomically
-from dmagent_loader.errors import DamagedShardError
+from dmagent_loader.errors import DamagedShardError, ShardError
 from dmagent_loader.shards.index.columns_file import read_columns, read_metadata, write_columns
 from dmagent_loader.shards.index.lock import exclusive
 from dmagent_loader.shards.index.overview import MOST_COPIES, Overview
@@ -35,14 +42,18 @@ from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 from dmagent_loader.shards.tar import KeyEnd, ShardDamage, padded
 
 CACHE_VARIABLE = "DMAGENT_CACHE_DIR"
-_FORMAT = "5"
+FORMAT = "5"
 """Raised whenever the same shard would get another index."""
 _COLUMNS = ("offset", "size", "extension", "row_first", "row_crc", "keys", "key_end")
 _PATIENCE_SECONDS = 60.0
 _SLOWEST_BYTES_PER_SECOND = 10 << 20
 """Rate at which another process is expected to index a shard."""
 _SAMPLED_ROWS, _LARGEST_SAMPLED_BYTES = 8, 1 << 20
-"""Rows that are compared where a file may have been replaced by one of the same size and time."""
+"""Rows that are compared where a file may have been replaced by one of the same size."""
+_SAMPLED_PLACES, _BYTES_OF_A_PLACE = 16, 4096
+"""Places of a file whose bytes stand for its content where its index is looked for."""
+_CONTENT_TAG = re.compile(r"(?:md5Hash|Content-MD5)=.+|(?:ETag|etag)=\"?[0-9a-f]{32}(?:-\d+)?\"?")
+"""Tags of remote shards that are made of their bytes; other etags are equal only for the same file."""
 _MAX_PADDING_BYTES = 1 << 20
 """Padding of a tar with the largest blocking factor in use."""
 
@@ -78,7 +89,7 @@ class IndexCache:
     """
 
     def __init__(self, folder: Path, key_ends_at: KeyEnd = "first-dot") -> None:
-        self._folder = folder.absolute()
+        self.folder = folder.absolute()
         self.key_ends_at = key_ends_at
         self._suffix = b"" if key_ends_at == "first-dot" else b"\0" + key_ends_at.encode()
 
@@ -86,7 +97,7 @@ class IndexCache:
         """The file for the index of a shard."""
         identity = os.path.realpath(local_path(url)) if is_local(url) else without_signature(url)
         digest = hashlib.sha256(os.fsencode(identity) + self._suffix).hexdigest()
-        return self._folder / "index" / f"{digest}.safetensors"
+        return self.folder / "index" / f"{digest}.safetensors"
 
     def load(self, url: str, version: ShardVersion, record: ShardRecord | None) -> ShardIndex | None:
         """The index of this version of a shard, compared with the manifest; None if no usable one is cached.
@@ -100,23 +111,62 @@ class IndexCache:
         try:
             data = path.read_bytes()
         except OSError:
-            return None
+            return self._of_the_same_content(url, version, record)
         try:
             index = parse_entry(url, data, version)
-            if index is None or (index.sha256 is None and record is not None):
-                return None  # the second: the manifest came after the index
+            if index is None:
+                return self._of_the_same_content(url, version, record)
+            if index.sha256 is None and record is not None:
+                return None  # the manifest came after the index
             index = verified(url, index, record)
             is_same = [version.tag, version.changed] in json.loads(read_metadata(data)["copies"]) and version.is_sure
             if index.damage:
                 # Users are told to restore a damaged shard, which may also restore its times; for a remote shard, that
                 # would go unnoticed.
                 return index if is_same and version.changed else None
-            return index if is_same or _looks_as_indexed(url, index) else None
+            return index if is_same or looks_as_indexed(url, index) else None
         except Exception as error:  # of any kind: the index is built again
             logger.warning(
                 "the cached index %s of %s is not usable (%s): building it again", path, display_url(url), error
             )
             return None
+
+    def _of_the_same_content(self, url: str, version: ShardVersion, record: ShardRecord | None) -> ShardIndex | None:
+        """The index of the content that a shard had under another path or time, which is saved for this shard, too."""
+        try:
+            link = self._link(url, version)
+            if link is None:
+                return None
+            index = parse_entry(url, link.read_bytes(), None)
+            if index is None or index.file_size != version.size or (index.sha256 is None and record is not None):
+                return None
+            index = verified(url, index, record)
+            if index.damage or not looks_as_indexed(url, index):
+                return None
+        except Exception:  # of any kind: the index is built
+            return None
+        self.save(url, version, index)
+        return index
+
+    def _link(self, url: str, version: ShardVersion) -> Path | None:
+        """The link to the index of a shard's content; None if nothing cheap identifies the content."""
+        digest = hashlib.sha256(str(version.size).encode() + self._suffix)
+        if not is_local(url):
+            if not _CONTENT_TAG.fullmatch(version.tag):
+                return None
+            digest.update(version.tag.encode())
+        else:
+            source, length = open_source(url), min(_BYTES_OF_A_PLACE, version.size)
+            for place in np.linspace(0, version.size - length, _SAMPLED_PLACES, dtype=np.int64).tolist():
+                digest.update(source.read(place, length))
+        return self.folder / "content" / digest.hexdigest()
+
+    def forget_content(self, url: str, version: ShardVersion) -> None:
+        """Removes the link to the index of a shard whose rows have turned out to be others."""
+        with contextlib.suppress(OSError, ShardError):
+            link = self._link(url, version)
+            if link is not None:
+                link.unlink()
 
     def find(self, url: str, version: ShardVersion | None, checksum: str) -> ShardIndex | None:
         """The cached index of the content with this checksum; None if there is none.
@@ -132,6 +182,15 @@ class IndexCache:
             return None
         return None if index is None else with_content(index, checksum)
 
+    def knows_another(self, url: str, version: ShardVersion) -> bool:
+        """Whether the index of another version of a shard is cached, and none of this one."""
+        try:
+            metadata = read_metadata(self.entry(url).read_bytes())
+            tags = [tag for tag, _ in json.loads(metadata["copies"])]
+            return int(metadata["size"]) != version.size or bool(tags and version.tag not in tags)
+        except Exception:  # of any kind: the file does not count
+            return False
+
     def of_the_same_time(self, url: str, version: ShardVersion) -> ShardIndex | None:
         """The index of an intact local shard, of whatever size, with this modification time; None if there is none."""
         if not is_local(url) or not version.is_sure:
@@ -143,22 +202,34 @@ class IndexCache:
             return None
         return None if index is None or index.damage else index
 
-    def save(self, url: str, version: ShardVersion, index: ShardIndex) -> bool:
-        """Writes an index atomically; False if the cache cannot be written to."""
-        metadata = {
-            "format": _FORMAT,
-            "shard": ascii(display_url(url)),
-            "size": str(version.size),
-            "copies": json.dumps([[version.tag, version.changed], *self._copies(url, version, index)]),
-            "extensions": json.dumps(index.extensions),
-            "hidden": str(index.hidden),
-            "checksum": index.checksum,
-            "sha256": index.sha256 or "",
-            "damage": json.dumps([asdict(damage) for damage in index.damage]),
-        }
-        return self._write(self.entry(url), write_columns({name: getattr(index, name) for name in _COLUMNS}, metadata))
+    def save(self, url: str, version: ShardVersion | None, index: ShardIndex) -> bool:
+        """Writes an index atomically; False if the cache cannot be written to.
 
-    def _copies(self, url: str, version: ShardVersion, index: ShardIndex) -> list[list[str]]:
+        Args:
+            url: URL of the shard.
+            version: Version that was indexed; None if an index from elsewhere says what the shard holds.
+            index: The index.
+        """
+        copies = self._copies(url, version, index)
+        if version is not None:
+            copies = [[version.tag, version.changed], *copies]
+        saved = self._write(self.entry(url), entry_bytes(display_url(url), index, copies))
+        if saved and version is not None and not index.damage:
+            self._save_link(url, version)
+        return saved
+
+    def _save_link(self, url: str, version: ShardVersion) -> None:
+        """Makes the content of a shard lead to its index; without links, moved shards are indexed again."""
+        with contextlib.suppress(OSError, ShardError):
+            link = self._link(url, version)
+            if link is None:
+                return
+            link.parent.mkdir(parents=True, exist_ok=True)
+            temporary = link.with_name(f".{uuid.uuid4().hex}.partial")
+            temporary.symlink_to(Path("..") / "index" / self.entry(url).name)
+            os.replace(temporary, link)
+
+    def _copies(self, url: str, version: ShardVersion | None, index: ShardIndex) -> list[list[str]]:
         """Tag and change time of other copies of a shard, with the same bytes at the same places."""
         try:
             data = self.entry(url).read_bytes()
@@ -168,13 +239,14 @@ class IndexCache:
             return []
         if before is None or not _are_equal(before, index):
             return []
-        return [copy for copy in copies if copy != [version.tag, version.changed]][:MOST_COPIES]
+        now = None if version is None else [version.tag, version.changed]
+        return [copy for copy in copies if copy != now][:MOST_COPIES]
 
     def load_overview(self, urls: Iterable[str], num_shards: int) -> Overview:
         """The overview of a list of shards; empty if no usable one is cached."""
         path = self._overview(urls)
         try:
-            return Overview.from_bytes(path.read_bytes(), num_shards, _FORMAT)
+            return Overview.from_bytes(path.read_bytes(), num_shards, FORMAT)
         except OSError:
             return Overview(num_shards)
         except Exception as error:  # of any kind: the indexes are read instead
@@ -183,7 +255,7 @@ class IndexCache:
 
     def save_overview(self, urls: Iterable[str], overview: Overview) -> None:
         """Writes the overview of a list of shards."""
-        self._write(self._overview(urls), overview.to_bytes(_FORMAT))
+        self._write(self._overview(urls), overview.to_bytes(FORMAT))
 
     def forget_overview(self, urls: Iterable[str]) -> None:
         """Removes the overview of a list of shards, one of which was replaced."""
@@ -192,8 +264,8 @@ class IndexCache:
 
     def sweep(self) -> None:
         """Removes temporary files of killed processes."""
-        for folder in ("index", "overview"):
-            remove_leftovers(self._folder / folder)
+        for folder in ("index", "content", "overview"):
+            remove_leftovers(self.folder / folder)
 
     def _overview(self, urls: Iterable[str]) -> Path:
         digest = hashlib.sha256()
@@ -201,7 +273,7 @@ class IndexCache:
             identity = without_signature(url) if "?" in url and not is_local(url) else url
             digest.update(os.fsencode(identity) + b"\0")
         digest.update(self._suffix)
-        return self._folder / "overview" / f"{digest.hexdigest()}.safetensors"
+        return self.folder / "overview" / f"{digest.hexdigest()}.safetensors"
 
     def _write(self, path: Path, data: bytes) -> bool:
         try:
@@ -210,12 +282,12 @@ class IndexCache:
             write_atomically(path, data, durable=False)
             return True
         except OSError as error:
-            if str(self._folder) not in _warned:
-                _warned.add(str(self._folder))
+            if str(self.folder) not in _warned:
+                _warned.add(str(self.folder))
                 logger.warning(
                     "the index cache %s cannot be written (%s): shards are indexed again at every start; set %s or "
                     "cache_dir to a folder that can be written",
-                    self._folder,
+                    self.folder,
                     error,
                     CACHE_VARIABLE,
                 )
@@ -279,6 +351,28 @@ def build_and_cache(
         return verified(url, index, record), saved
 
 
+def entry_bytes(name: str, index: ShardIndex, copies: list[list[str]]) -> bytes:
+    """The file of an index; `parse_entry` reads it.
+
+    Args:
+        name: Name of the shard, for people who look into the file.
+        index: The index.
+        copies: Tag and change time of each copy of the shard that it is valid for.
+    """
+    metadata = {
+        "format": FORMAT,
+        "shard": ascii(name),
+        "size": str(index.file_size),
+        "copies": json.dumps(copies),
+        "extensions": json.dumps(index.extensions),
+        "hidden": str(index.hidden),
+        "checksum": index.checksum,
+        "sha256": index.sha256 or "",
+        "damage": json.dumps([asdict(damage) for damage in index.damage]),
+    }
+    return write_columns({name: getattr(index, name) for name in _COLUMNS}, metadata)
+
+
 def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardIndex | None:
     """The index in a cache file; None if the file is for another version of the shard or has another format.
 
@@ -291,7 +385,7 @@ def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardInd
         Exception: Of any kind, if the file is damaged.
     """
     metadata = read_metadata(data)
-    if metadata["format"] != _FORMAT:
+    if metadata["format"] != FORMAT:
         return None
     size, copies = int(metadata["size"]), json.loads(metadata["copies"])
     if version is not None and (size != version.size or version.tag not in [tag for tag, _ in copies]):
@@ -310,7 +404,7 @@ def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardInd
     return index
 
 
-def _looks_as_indexed(url: str, index: ShardIndex) -> bool:
+def looks_as_indexed(url: str, index: ShardIndex) -> bool:
     """Whether only zeros follow the last row, and some rows of a local shard are those that were indexed.
 
     Rows written over the padding change neither size nor checksums.

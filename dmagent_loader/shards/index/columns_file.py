@@ -16,13 +16,19 @@ from dmagent_loader.shards.sources.checksum import crc32
 Columns = dict[str, NDArray[Any]]
 
 _CHECKSUM = "crc32"
+_ALIGNMENT = 8
+"""Bytes to a multiple of which safetensors pads its header."""
 
 
 def write_columns(columns: Columns, metadata: dict[str, str]) -> bytes:
-    """The bytes of a file with these columns and texts."""
+    """The bytes of a file with these columns and texts; equal ones give equal bytes."""
     columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     data: bytes = save_tensors(columns, {**metadata, _CHECKSUM: str(checksum_of(columns, metadata))})
-    return data
+    (length,) = struct.unpack_from("<Q", data)
+    # safetensors writes the texts in random order.
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % _ALIGNMENT)
+    return struct.pack("<Q", len(header)) + header + data[8 + length :]
 
 
 def read_metadata(data: bytes) -> dict[str, Any]:

@@ -90,6 +90,11 @@ class Overview:
             sha256=self._sha256[position].tobytes().hex() if self._has_sha256[position] else None,
         )
 
+    def knows_another(self, position: int, version: ShardVersion) -> bool:
+        """Whether the shard at a position of the list had another size or tag."""
+        now = self._size.item(position), self._tags[position]
+        return self._rows.item(position) != _UNKNOWN and now != (version.size, version.tag)
+
     def add(self, position: int, shard: KnownShard) -> None:
         """Sets the shard at a position of the list."""
         version = shard.version

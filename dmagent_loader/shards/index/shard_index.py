@@ -176,7 +176,7 @@ def without_rows(index: ShardIndex, rows: Sequence[int]) -> ShardIndex:
     keep[list(rows)] = False
     row_sizes, key_sizes = np.diff(index.row_first), np.diff(index.key_end)
     members = np.repeat(keep, row_sizes)
-    return _with_checksum(
+    return with_checksum(
         replace(
             index,
             offset=index.offset[members],
@@ -190,7 +190,7 @@ def without_rows(index: ShardIndex, rows: Sequence[int]) -> ShardIndex:
     )
 
 
-def _with_checksum(index: ShardIndex) -> ShardIndex:
+def with_checksum(index: ShardIndex) -> ShardIndex:
     """The index with the checksum of its content filled in."""
     names = [name.encode("utf-8", "surrogateescape") for name in index.extensions]
     digest = hashlib.sha256(repr(names).encode())
@@ -232,7 +232,7 @@ def _from_members(url: str, members: MemberTable, gaps: list[Gap], file_size: in
         damage=assess_damage(url, gaps, keep, first, size, file_size),
         hidden=members.hidden,
     )
-    return _with_checksum(index) if keep.all() else without_rows(index, np.flatnonzero(~keep).tolist())
+    return with_checksum(index) if keep.all() else without_rows(index, np.flatnonzero(~keep).tolist())
 
 
 def _narrow(values: IntArray) -> IntArray:

@@ -24,7 +24,7 @@ MAX_OPEN_FILES = min(1024, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _NO_TIME_NS = 86_400 * 10**9
 """A modification time on the first day of 1970 means that the file has none, as in read-only images, content-addressed
 stores and some network mounts."""
-_CONTENT_KEYS = ("ETag", "etag", "version_id", "generation", "md5Hash", "Content-MD5")
+_CONTENT_KEYS = ("md5Hash", "Content-MD5", "ETag", "etag", "blob_id", "version_id", "generation")
 _TIME_KEYS = ("Last-Modified", "LastModified", "last_modified", "mtime", "modified", "created")
 
 
@@ -34,7 +34,7 @@ class ShardVersion:
 
     Attributes:
         size: Size in bytes.
-        tag: Modification time in ns of a local file; etag, checksum or times of a remote one.
+        tag: Modification time in ns of a local file; checksum or etag of a remote one, or else its times.
         changed: Inode and change time in ns of a local shard. Unlike the modification time, a copy cannot take it over
             from the file that it replaces. New permissions and links change it, too, so a shard that differs in nothing
             else is looked at, but not read through again.
@@ -132,7 +132,15 @@ def shard_version(url: str) -> ShardVersion:
         changed = f"{status.st_ino} {status.st_ctime_ns}"
         time = status.st_mtime_ns
         return ShardVersion(size=status.st_size, tag=str(time), changed=changed, is_sure=time >= _NO_TIME_NS)
-    info = remote_info(url)
+    return version_of(url, remote_info(url))
+
+
+def version_of(url: str, info: Mapping[str, Any]) -> ShardVersion:
+    """Size and version of a remote shard, from the information of its filesystem.
+
+    Raises:
+        ShardError: The server does not report its size.
+    """
     if info.get("size") is None:
         raise ShardError(
             f"the server does not say how large {display_url(url)} is, so it cannot be read by position: "
@@ -142,8 +150,12 @@ def shard_version(url: str) -> ShardVersion:
 
 
 def version_tag(info: Mapping[str, Any]) -> str:
-    """A text that changes with a remote file, from the information of its filesystem: etag, checksum or times."""
-    return ";".join(f"{key}={info[key]}" for key in _known(info, (*_CONTENT_KEYS, *_TIME_KEYS)))
+    """A text that changes with a remote file, from the information of its filesystem.
+
+    That is a checksum or an etag, and without one the times. Listings and single requests agree on the former only.
+    """
+    keys = _known(info, _CONTENT_KEYS)[:1] or _known(info, _TIME_KEYS)
+    return ";".join(f"{key}={info[key]}" for key in keys)
 
 
 def _known(info: Mapping[str, Any], keys: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ import glob
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import braceexpand
@@ -23,6 +22,8 @@ _NOT_OF_SIGNATURE = re.compile(
     r"|key-pair-id|sig|se|sp|sv|sr|st|spr|sip|ske|skoid|sks|skt|sktid|skv|token|security-token)$).+"
 )
 """Parameters of a query other than those of signatures of S3, CloudFront, GCS, Azure and their kin."""
+_LISTED_FROM = 64
+"""Files of a domain from which on their folders are listed."""
 MAX_SHARDS = 10_000_000
 """Limit for one pattern: ten times the number of shards that the loader was measured with."""
 
@@ -60,9 +61,9 @@ def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | o
     if not urls:
         raise ShardNotFoundError(f"domain {domain!r} lists no shards: give it a path, a URL or a pattern")
     first_use: dict[str, str] = {}
-    folders: dict[str, str] = {}
+    real_path = _RealPaths(lists_folders=len(urls) >= _LISTED_FROM)
     for url in urls:
-        identity = _real_path(local_path(url), folders) if is_local(url) else without_signature(url)
+        identity = real_path(local_path(url)) if is_local(url) else without_signature(url)
         if identity in first_use:
             raise ConfigurationError(
                 f"domain {domain!r} lists shard {display_url(url)} twice (also as "
@@ -134,13 +135,35 @@ def display_url(text: str) -> str:
     return re.sub(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+", clean, text)
 
 
-def _real_path(path: str, folders: dict[str, str]) -> str:
-    """`os.path.realpath` of a file; `folders` caches those of folders, which take most of the time."""
-    folder, name = os.path.split(path)
-    if folder not in folders:
-        folders[folder] = os.path.realpath(folder)
-    real = os.path.join(folders[folder], name)
-    return os.path.realpath(real) if os.path.islink(real) else real
+class _RealPaths:
+    """`os.path.realpath` of files; the real paths of their folders, which take most of the time, are remembered.
+
+    Args:
+        lists_folders: Find out which files are links by listing their folders, which is faster for many files.
+    """
+
+    def __init__(self, *, lists_folders: bool) -> None:
+        self._lists_folders = lists_folders
+        self._folders: dict[str, tuple[str, set[str] | None]] = {}
+
+    def __call__(self, path: str) -> str:
+        folder, _, name = path.rpartition(os.sep)
+        if folder not in self._folders:
+            real = os.path.realpath(folder or (os.sep if path.startswith(os.sep) else os.curdir))
+            self._folders[folder] = os.path.join(real, ""), _links(real) if self._lists_folders else None
+        real, links = self._folders[folder]
+        file = real + name
+        is_link = os.path.islink(file) if links is None else name in links
+        return os.path.realpath(file) if is_link else file
+
+
+def _links(folder: str) -> set[str] | None:
+    """Names of the links in a folder; None if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_symlink()}
+    except OSError:
+        return None
 
 
 def _expand_one(domain: str, pattern: str) -> list[str]:
@@ -178,7 +201,7 @@ def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        matches = sorted(str(found) for found in Path(path).glob("*.tar"))
+        matches = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.endswith(".tar")]
         if not matches:
             raise ShardNotFoundError(
                 f"domain {domain!r}: the folder {path!r} holds no *.tar file (pattern {pattern!r})"

@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader._files import write_atomically
+from dmagent_loader.shards.index.shard_index import build_index
+from dmagent_loader.shards.index.stored import INDEX_SUFFIX, StoredIndexes
 from dmagent_loader.shards.manifest import ShardRecord
+from dmagent_loader.shards.sources.local import open_source
 from dmagent_loader.shards.writing.chunks import Counts, read_tensor
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.packing import LENGTHS_MEMBER, PACKED_MEMBER, encode_npy
@@ -56,12 +59,13 @@ class Assembly:
 
     def record(self) -> ShardRecord | None:
         """The record of the shard, if an earlier call has written it."""
-        if not (self.path.is_file() and self._record_path.is_file()):
+        index = self.path.with_name(f"{self.path.name}{INDEX_SUFFIX}")
+        if not all(path.is_file() for path in (self.path, index, self._record_path)):
             return None
         return ShardRecord(**json.loads(self._record_path.read_text(encoding="utf-8")))
 
     def run(self) -> ShardRecord:
-        """Writes the shard, unless it is there."""
+        """Writes the shard and its index, unless they are there."""
         record = self.record()
         if record is not None:
             return record
@@ -76,6 +80,8 @@ class Assembly:
         finally:
             writer.abandon()
         os.replace(temporary, self.path)
+        index = build_index(str(self.path), open_source(str(self.path)), record.bytes)
+        StoredIndexes("first-dot").save(str(self.path), replace(index, sha256=record.sha256))
         write_atomically(self._record_path, json.dumps(asdict(record)).encode())
         return record
 

@@ -14,7 +14,9 @@ from typing import Any
 from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.collection import ShardCollection
+from dmagent_loader.shards.index.stored import INDEX_SUFFIX, TABLE_NAME, StoredIndexes, table_entry
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, load_manifest
+from dmagent_loader.shards.sources.local import ShardVersion
 from dmagent_loader.shards.writing.chunks import Counts
 from dmagent_loader.shards.writing.job import Job
 
@@ -80,12 +82,17 @@ def next_row(root: Path, entry: Mapping[str, Any]) -> int:
 
 
 def publish(root: Path, job: Job, parts: Mapping[str, Part], kept: Mapping[str, Any]) -> None:
-    """Moves shards to the output, where the manifest does not name them yet."""
+    """Moves shards and their indexes to the output, where the manifest does not name them yet."""
+    stored = StoredIndexes("first-dot")
     listed = {shard["path"] for entry in kept.values() for shard in entry["shards"]}
-    for name in job.published() - listed:  # of a call that was killed before it wrote the manifest
-        (root / name).unlink(missing_ok=True)
+    for name in job.published():  # of a call that was killed before it wrote the manifest
+        if name not in listed and name.removesuffix(INDEX_SUFFIX) not in listed:
+            (root / name).unlink(missing_ok=True)
     moves = {
-        f"{domain}/{shard.path}": part.folder / shard.path for domain, part in parts.items() for shard in part.shards
+        f"{domain}/{shard.path}{suffix}": part.folder / f"{shard.path}{suffix}"
+        for domain, part in parts.items()
+        for shard in part.shards
+        for suffix in ("", INDEX_SUFFIX)
     }
     existing = sorted(name for name in moves if (root / name).exists())
     if existing:
@@ -93,12 +100,23 @@ def publish(root: Path, job: Job, parts: Mapping[str, Part], kept: Mapping[str, 
             f"{str(root / existing[0])!r} has appeared since this job began, and would be replaced: move it away, and "
             "run the same command again"
         )
-    new = {f"{domain}/{REJECTS_NAME}" for domain in parts if domain not in kept}
+    new = {f"{domain}/{name}" for domain in parts if domain not in kept for name in (REJECTS_NAME, TABLE_NAME)}
     job.publish({*moves, *new})
     for name, path in moves.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, root / name)
     for domain, part in parts.items():
+        folder = str(root / domain)
+        table = {
+            name: known
+            for name, known in stored.table(folder).items()
+            if f"{domain}/{name}" in listed and f"{domain}/{name}" not in moves
+        }
+        for shard in part.shards:
+            index = stored.read(f"{folder}/{shard.path}")
+            if index is not None:  # else another version of this package has begun the job
+                table[shard.path] = table_entry(ShardVersion(size=shard.bytes, tag="", is_sure=False), index)
+        stored.save_table(folder, table)
         if part.rejects:
             rejects = root / domain / REJECTS_NAME
             before = rejects.read_bytes() if rejects.exists() else b""

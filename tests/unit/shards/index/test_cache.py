@@ -130,8 +130,9 @@ def test_an_entry_of_another_version_is_not_used(twenty: Path, tmp_path: Path) -
     cache = IndexCache(tmp_path / "cache")
     version = shard_version(str(twenty))
     assert cache.load(str(twenty), version, None) is not None
-    assert cache.load(str(twenty), ShardVersion(size=version.size, tag="other"), None) is None
     assert cache.load(str(twenty), ShardVersion(size=version.size + 1, tag=version.tag), None) is None
+    twenty.write_bytes(twenty.read_bytes().replace(b"A" * 600, b"Z" * 600))
+    assert cache.load(str(twenty), shard_version(str(twenty)), None) is None
 
 
 def overviews(tmp_path: Path) -> list[Path]:
@@ -402,7 +403,7 @@ PINNED = ("5", "93f5433860695fd188661538ccf2edbf512998da3f73e53a221250d438663184
 def test_the_format_is_raised_when_shards_are_indexed_otherwise(write_tar: Callable[..., Path], tmp_path: Path) -> None:
     """Ranks with older indexes in their caches would refuse the others, for the same shards.
 
-    Where this fails: raise `_FORMAT`, and write down both.
+    Where this fails: raise `FORMAT`, and write down both.
     """
     rows = [(f"{n}.{end}", b"%d" % n * 700) for n in range(9) for end in ("cls", "txt")]
     digest = hashlib.sha256()
@@ -417,7 +418,7 @@ def test_the_format_is_raised_when_shards_are_indexed_otherwise(write_tar: Calla
             index = build_index("shard.tar", open_source(str(path)), len(content), with_sha256=True)
             facts = (index.checksum, index.offset.tolist(), index.damage, index.hidden, index.sha256)
             digest.update(repr(facts).encode())
-    assert (cache._FORMAT, digest.hexdigest()) == PINNED
+    assert (cache.FORMAT, digest.hexdigest()) == PINNED
 
 
 def test_links_to_one_file_are_noticed_wherever_the_link_is(many: list[Path], tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def test_raw_text_comes_back_in_order_over_several_shards(web: Path, tmp_path: P
     assert [shard.rows for shard in records["source/web"].shards] == [8, 8, 9]
     assert read_all(tmp_path / "out", "source/web") == [{"txt": f"text {n} ☃"} for n in range(25)]
     names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert names == ["manifest.json", *(f"source/web/web-{n:06d}.tar" for n in range(3))]
+    shards = [f"source/web/web-{n:06d}.tar{end}" for n in range(3) for end in ("", ".index")]
+    assert names == ["manifest.json", "source/web/shards.index", *shards]
 
 
 def test_columns_are_kept_beside_the_text(web: Path, tmp_path: Path) -> None:

@@ -1,0 +1,376 @@
+"""Indexes in the store: written once, used by everybody, and never trusted beyond the shards they were made of."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from benchmarks.slow_store import counts, slow_store
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
+from dmagent_loader.cli import main
+from dmagent_loader.errors import ConfigurationError, DamagedShardError
+from dmagent_loader.shards import ShardCollection, ShardingConfig, load_manifest, shard_files
+
+pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
+
+ROWS = 40
+
+
+def text(shard: int, row: int) -> str:
+    return f"{shard} {row} " * 50
+
+
+def write_shards(folder: Path, number: int = 3, rows: int = ROWS) -> list[Path]:
+    """Foreign shards: a tar of texts each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"s-{shard:03d}.tar" for shard in range(number)]
+    for shard, path in enumerate(paths):
+        with tarfile.open(path, "w") as tar:
+            for row in range(rows):
+                data = text(shard, row).encode()
+                info = tarfile.TarInfo(f"{row:03d}.txt")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return paths
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[str]:
+    """The folder ``store`` behind HTTP."""
+    (tmp_path / "store").mkdir()
+    with slow_store(tmp_path / "store", latency=0, rate=0) as url:
+        yield url
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Callable[[], Path]:
+    """A cache folder that does not exist yet, as on a new machine."""
+    numbers = iter(range(100))
+    return lambda: tmp_path / f"cache-{next(numbers)}"
+
+
+def opened(shards: Any, cache: Path, **settings: Any) -> ShardCollection:
+    listed = shards if isinstance(shards, dict) else {"source/a": shards}
+    return ShardCollection.open(listed, cache_dir=cache, progress=False, **settings)
+
+
+def sent(url: str) -> int:
+    """Bytes of shards that the store has sent."""
+    return int(counts(url)["bytes"].get("GET .tar", 0))
+
+
+def all_texts(collection: ShardCollection, domain: int = 0) -> list[str]:
+    return [
+        str(collection.read(domain, shard, row).members["txt"], "utf-8")
+        for shard, rows in enumerate(collection.shard_rows(domain))
+        for row in range(int(rows))
+    ]
+
+
+def indexed(paths: list[Path], cache: Path, **settings: Any) -> ShardCollection:
+    collection = opened([str(path) for path in paths], cache, **settings)
+    collection.write_indexes()
+    return collection
+
+
+def test_written_shards_are_opened_without_reading_a_byte_of_them(tmp_path: Path, store: str, fresh: Any) -> None:
+    """By every way to write them: at once, by more processes, and appended."""
+    for name in ("a", "b"):
+        lines = "".join(json.dumps({"text": f"{name} {n} " * 30}) + "\n" for n in range(100))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    config = ShardingConfig(rows_per_shard=20)
+    shard_files({"source/a": [tmp_path / "a.jsonl"]}, tmp_path / "store", config, progress=False)
+    shard_files(
+        {"source/a": [tmp_path / "b.jsonl"]}, tmp_path / "store", config, append=True, workers=2, progress=False
+    )
+    manifest = load_manifest(f"{store}/manifest.json")
+    collection = opened(manifest, fresh())
+    assert sent(store) == 0
+    read = opened(manifest, fresh(), indexes=False)
+    assert sent(store) > 0
+    assert collection.fingerprint == read.fingerprint
+    assert collection.num_rows.tolist() == [200]
+    before = sent(store)
+    assert all_texts(collection) == all_texts(read)
+    payload = sum(len(item) for item in all_texts(read))
+    assert sent(store) - before == 3 * payload, "a shard was read through to index it"
+
+
+def test_a_sampler_starts_from_indexes_in_the_store_and_resumes_without(store: str, tmp_path: Path, fresh: Any) -> None:
+    indexed(write_shards(tmp_path / "store"), fresh())
+    shards = {"source/a": f"{store}/s-{{000..002}}.tar"}
+    samplers = [
+        AgentWeightedSampler(
+            shards,
+            samples_per_reweight=100,
+            reading=ReadingConfig(cache_dir=fresh(), progress=False, num_threads=0, indexes=indexes),
+        )
+        for indexes in (True, False)
+    ]
+    iterator = iter(samplers[0])
+    keys = [next(iterator)["__key__"] for _ in range(20)]
+    samplers[1].load_state_dict(samplers[0].state_dict(consumed=8))
+    iterator = iter(samplers[1])
+    assert [next(iterator)["__key__"] for _ in range(12)] == keys[8:]
+
+
+def test_the_command_writes_them_for_foreign_shards_and_a_run_finds_them(
+    tmp_path: Path, store: str, fresh: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DMAGENT_CACHE_DIR", str(fresh()))
+    write_shards(tmp_path / "store")
+    shards = f"{store}/s-{{000..002}}.tar"
+    assert main(["index", shards, "--to", str(tmp_path / "indexes"), "--no-progress"]) == 0
+    assert "wrote the indexes of 3 shard(s) to" in capsys.readouterr().out
+    assert not list((tmp_path / "store").glob("*.index"))
+    before = sent(store)
+    collection = opened(shards, fresh(), indexes=tmp_path / "indexes")
+    assert sent(store) == before
+    assert all_texts(collection) == [text(shard, row) for shard in range(3) for row in range(ROWS)]
+    with pytest.raises(SystemExit):
+        main(["index", shards, "--to", "x", "--beside"])
+    assert main(["index", shards, "--beside", "--no-progress"]) == 2, "HTTP cannot be written to"
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_indexes_are_written_to_other_stores_and_beside_local_shards(
+    tmp_path: Path, fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DMAGENT_CACHE_DIR", str(fresh()))
+    paths = write_shards(tmp_path / "local")
+    assert main(["index", str(tmp_path / "local"), "--to", "memory://indexes-of-test", "--no-progress"]) == 0
+    stored = fsspec.filesystem("memory").find("/indexes-of-test")
+    folder = f"/indexes-of-test{tmp_path}/local"
+    assert stored == [f"{folder}/s-{n:03d}.tar.index" for n in range(3)] + [f"{folder}/shards.index"]
+    # Local shards take them only where they are named.
+    status = [path.stat() for path in paths]
+    data = bytearray(paths[1].read_bytes())
+    data[10 * 1024 : 10 * 1024 + 512] = bytes(512)
+    paths[1].write_bytes(data)
+    os.utime(paths[1], ns=(status[1].st_atime_ns, status[1].st_mtime_ns))
+    with pytest.raises(DamagedShardError):
+        opened(str(tmp_path / "local"), fresh())
+    assert opened(str(tmp_path / "local"), fresh(), indexes="memory://indexes-of-test").num_rows.tolist() == [3 * ROWS]
+    assert main(["index", str(tmp_path / "local"), "--beside", "--no-progress", "--cache-dir", str(fresh())]) == 1
+    names = sorted(path.name for path in (tmp_path / "local").glob("*.index"))
+    assert names == ["s-000.tar.index", "s-002.tar.index", "shards.index"], "a damaged shard gets no index"
+
+
+class StoreWithListings(MemoryFileSystem):
+    """Etags in listings and in answers about single files, as object stores give them; counts the latter."""
+
+    protocol = "listing"
+    asked: ClassVar[list[str]] = []
+
+    def _with_etag(self, entry: dict[str, Any]) -> dict[str, Any]:
+        etag = hashlib.md5(self.cat_file(entry["name"])).hexdigest() if entry["type"] == "file" else None
+        return {**entry, "ETag": etag and f'"{etag}"'}
+
+    def ls(self, path: str, detail: bool = True, **settings: Any) -> list[Any]:
+        entries = super().ls(path, detail=True, **settings)
+        return [self._with_etag(entry) if detail else entry["name"] for entry in entries]
+
+    def info(self, path: str, **settings: Any) -> dict[str, Any]:
+        self.asked.append(path)
+        return self._with_etag(super().info(path, **settings))
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("listing://")))
+
+
+fsspec.register_implementation("listing", StoreWithListings, clobber=True)
+
+
+def test_a_listing_stands_for_requests_of_single_shards(tmp_path: Path, fresh: Any) -> None:
+    """What a listing says of a shard is what a request for it says: no shard is indexed twice."""
+    paths = write_shards(tmp_path / "local", 12)
+    memory = fsspec.filesystem("listing")
+    for path in paths:
+        memory.pipe(f"/listed-of-test/{path.name}", path.read_bytes())
+    cache, shards = fresh(), "listing://listed-of-test/s-{000..011}.tar"
+    first = opened(shards, cache)
+    memory.asked.clear()
+    assert opened(shards, cache).fingerprint == first.fingerprint
+    assert memory.asked == []
+    moved = "listing://moved-of-test/s-{000..011}.tar"
+    for path in paths:
+        memory.pipe(f"/moved-of-test/{path.name}", path.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dmagent_loader.shards.index.cache.build_index", lambda *_, **__: pytest.fail("indexed again"))
+        assert opened(moved, cache).fingerprint == first.fingerprint
+
+
+def test_where_listings_are_refused_single_shards_are_asked_for(
+    tmp_path: Path, fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The right to read the objects of a bucket does not include that to list it."""
+    paths = write_shards(tmp_path / "local", 12)
+    memory = fsspec.filesystem("listing")
+    for path in paths:
+        memory.pipe(f"/refused-of-test/{path.name}", path.read_bytes())
+
+    def refused(self: StoreWithListings, path: str, **settings: Any) -> list[Any]:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(StoreWithListings, "ls", refused)
+    memory.asked.clear()
+    assert opened("listing://refused-of-test/s-{000..011}.tar", fresh()).num_rows.tolist() == [12 * ROWS]
+    assert {path.rpartition("/")[2] for path in memory.asked} >= {path.name for path in paths}
+
+
+def test_the_other_end_of_keys_has_indexes_of_its_own(tmp_path: Path, store: str, fresh: Any) -> None:
+    paths = write_shards(tmp_path / "store")
+    indexed(paths, fresh())
+    shards = f"{store}/s-{{000..002}}.tar"
+    opened(shards, fresh(), key_ends_at="last-dot")
+    assert sent(store) > 0
+    before = sent(store)
+    indexed(paths, fresh(), key_ends_at="last-dot")
+    opened(shards, fresh(), key_ends_at="last-dot")
+    opened(shards, fresh())
+    assert sent(store) == before
+
+
+def replaced_by_another_size(folder: Path) -> None:
+    write_shards(folder / "more", 2, rows=ROWS + 20)[1].rename(folder / "s-001.tar")
+
+
+def replaced_by_another_etag(folder: Path) -> None:
+    """Other rows of the same size: only the etag, which the table names, tells them apart."""
+    path = folder / "s-001.tar"
+    path.write_bytes(path.read_bytes().replace(b"1 7 ", b"1 8 "))
+
+
+@pytest.mark.parametrize("replace", [replaced_by_another_size, replaced_by_another_etag])
+def test_an_index_of_another_shard_is_not_used(
+    tmp_path: Path, store: str, fresh: Any, replace: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path / "store")
+    shards = f"{store}/s-{{000..002}}.tar"
+    opened(shards, fresh()).write_indexes(tmp_path / "indexes")
+    replace(tmp_path / "store")
+    before = sent(store)
+    with caplog.at_level(logging.WARNING):
+        collection = opened(shards, fresh(), indexes=tmp_path / "indexes")
+    assert "1 shard(s) are not those of the table of indexes there" in caplog.text
+    assert "s-001.tar" in caplog.text
+    size = (tmp_path / "store" / "s-001.tar").stat().st_size
+    assert size <= sent(store) - before < 1.2 * size, "only the changed shard is read through"
+    assert collection.fingerprint == opened(shards, fresh(), indexes=False).fingerprint
+
+
+def test_the_manifest_is_believed_rather_than_the_table(
+    tmp_path: Path, store: str, fresh: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "alpha {n}"}}\n' for n in range(30)))
+    shard_files({"source/a": [tmp_path / "a.jsonl"]}, tmp_path / "store", progress=False)
+    table = tmp_path / "store" / "source" / "a" / "shards.index"
+    content = json.loads(table.read_text())
+    content["shards"]["a-000000.tar"]["sha256"] = "0" * 64
+    table.write_text(json.dumps(content))
+    with caplog.at_level(logging.WARNING):
+        opened(load_manifest(f"{store}/manifest.json"), fresh())
+    assert "not those of the table" in caplog.text
+    assert sent(store) > 0
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "another shard's", "cut", "gone", "empty"])
+def test_a_damaged_index_costs_time_and_no_row(
+    tmp_path: Path, store: str, fresh: Any, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    indexed(write_shards(tmp_path / "store"), fresh())
+    path = tmp_path / "store" / "s-001.tar.index"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    content = {
+        "flipped bit": bytes(data),
+        "another shard's": (tmp_path / "store" / "s-002.tar.index").read_bytes(),
+        "cut": bytes(data[:700]),
+        "empty": b"",
+    }
+    path.unlink() if how == "gone" else path.write_bytes(content[how])
+    collection = opened(f"{store}/s-{{000..002}}.tar", fresh())
+    assert sent(store) == 0
+    with caplog.at_level(logging.WARNING):
+        assert all_texts(collection) == [text(shard, row) for shard in range(3) for row in range(ROWS)]
+    assert ("s-001.tar.index" in caplog.text) == (how != "gone")
+
+
+TABLES = {
+    "no JSON": b"shards",
+    "a list": b"[]",
+    "another format": b'{"format": "1", "shards": {}}',
+    "no shards": b'{"format": "5"}',
+    "more rows than bytes": None,
+    "a checksum of text": None,
+    "an inventory that is none": None,
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_that_is_none_is_left_aside_with_a_warning(
+    tmp_path: Path, store: str, fresh: Any, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    indexed(write_shards(tmp_path / "store"), fresh())
+    path = tmp_path / "store" / "shards.index"
+    content = json.loads(path.read_text())
+    entry = content["shards"]["s-001.tar"]
+    entry |= {
+        "more rows than bytes": {"rows": 1 << 60},
+        "a checksum of text": {"checksum": "none"},
+        "an inventory that is none": {"inventory": "[[3]]"},
+    }.get(kind, {})
+    path.write_bytes(TABLES[kind] or json.dumps(content).encode())
+    with caplog.at_level(logging.WARNING):
+        collection = opened(f"{store}/s-{{000..002}}.tar", fresh())
+    assert "is not a table of indexes that can be used" in caplog.text
+    assert collection.num_rows.tolist() == [3 * ROWS]
+
+
+def test_rows_that_the_store_does_not_hold_any_more_are_found_and_the_remedy_works(tmp_path: Path, fresh: Any) -> None:
+    """A table made before the shards were stored names no etag: rows are compared when they are read."""
+    indexed(write_shards(tmp_path / "local"), fresh())
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "local"), "/stale-of-test", recursive=True)
+    path = tmp_path / "local" / "s-001.tar"
+    memory.pipe("/stale-of-test/s-001.tar", path.read_bytes().replace(b"1 7 ", b"1 8 "))
+    shards, cache = "memory://stale-of-test/s-{000..002}.tar", fresh()
+    with pytest.raises(DamagedShardError, match="changed since it was indexed") as error:
+        all_texts(opened(shards, cache))
+    assert "`dmagent index`" in str(error.value)
+    opened(shards, fresh(), indexes=False).write_indexes()
+    shutil.rmtree(cache)
+    assert all_texts(opened(shards, cache))[ROWS + 7] == "1 8 " * 50
+
+
+def test_a_shard_that_is_replaced_after_the_first_start_is_read_through(tmp_path: Path, fresh: Any) -> None:
+    """The table may still name the old one; without an etag, only the time of the store tells."""
+    indexed(write_shards(tmp_path / "local"), fresh())
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "local"), "/replaced-of-test", recursive=True)
+    shards, cache = "memory://replaced-of-test/s-{000..002}.tar", fresh()
+    first = opened(shards, cache)
+    path = tmp_path / "local" / "s-001.tar"
+    memory.pipe("/replaced-of-test/s-001.tar", path.read_bytes().replace(b"1 7 ", b"1 8 "))
+    second = opened(shards, cache)
+    assert second.fingerprint != first.fingerprint
+    assert all_texts(second)[ROWS + 7] == "1 8 " * 50
+
+
+def test_another_value_for_the_indexes_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="indexes is 3; it must be a path, a URL, True or False"):
+        ReadingConfig(indexes=3)  # type: ignore[arg-type]
