@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 from tqdm import tqdm
 
 from dmagent_loader import _distributed as distributed
@@ -28,7 +29,7 @@ def count_on_all_ranks(counts: TokenCounts, *, progress: bool) -> None:
     world_size = distributed.get_world_size()
     if world_size == 1:
         return
-    missing = distributed.all_reduce_sum(counts.missing(), _STEP) > 0
+    missing = distributed.all_reduce_sum(counts.missing().astype(np.float64), _STEP) > 0
     share = counts.count_share(missing, distributed.get_rank(), world_size)
     documents = counts.documents(missing)
     with tqdm(

@@ -118,7 +118,7 @@ class TokenCounts:
         """Takes counts; those of a shard are kept when they are complete."""
         for domain, shard, first, found in batches:
             rows = int(self._collection.shard_rows(domain)[shard])
-            counts, arrived = self._incomplete.pop((domain, shard), None) or (np.zeros(rows, np.uint32), 0)
+            counts, arrived = self._incomplete.pop((domain, shard), (np.zeros(rows, np.uint32), 0))
             counts[first : first + len(found)] = found
             arrived += len(found)
             if arrived < rows:

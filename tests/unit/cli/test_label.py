@@ -213,7 +213,12 @@ def test_packed_rows_are_composed_with_their_tokenizer(
     assert "holds tokens, not text: name their tokenizer (--tokenizer" in capsys.readouterr().err
     Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a")).save(str(tmp_path / "other.json"))
     other = ["--tokenizer", str(tmp_path / "other.json")]
-    assert main(["compose", str(tmp_path / "s"), "--no-progress", *other]) == 1
+    assert main(["compose", str(tmp_path / "s"), "--no-progress", *other]) == 2
+    assert "'source/web' were packed with the tokenizer 'tokenizer.json'" in capsys.readouterr().err
+    assert main(["compose", str(tmp_path / "s"), "--no-progress", *packing[:2], "--eos-token", words[0]]) == 2
+    assert "are ended by token 1, but the end-of-text token is 2: " in capsys.readouterr().err
+    without_manifest = [f"source/web={tmp_path}/s/source/web/*.tar", "--output", str(tmp_path / "c.json")]
+    assert main(["compose", *without_manifest, "--no-progress", *other]) == 1
     assert "so it is not that of the rows" in capsys.readouterr().err
     assert main(["compose", str(tmp_path / "s"), "--no-progress", *packing[:2]]) == 0
     shares = load_compositions(tmp_path / "s" / COMPOSITIONS_NAME)["source/web"].shares
