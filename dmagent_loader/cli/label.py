@@ -358,9 +358,9 @@ def _check_tokenizer(domain: str, settings: Mapping[str, Any], tokenizer: TextTo
     packed, end = settings.get("tokenizer_sha256"), settings.get("eos_id")
     if packed not in (None, tokenizer.sha256):
         raise ConfigurationError(
-            f"the rows of {domain!r} were packed with the tokenizer {settings.get('tokenizer')!r} ({str(packed)[:12]}), "
-            f"but {name!r} is another one ({tokenizer.sha256[:12]}), which would make other text of them: name the one "
-            "that packed them (--tokenizer)"
+            f"the rows of {domain!r} were packed with the tokenizer {settings.get('tokenizer')!r} "
+            f"({str(packed)[:12]}), but {name!r} is another one ({tokenizer.sha256[:12]}): "
+            "name the one that packed them (--tokenizer)"
         )
     if end not in (None, tokenizer.eos_id):
         raise ConfigurationError(

@@ -114,8 +114,8 @@ class PackText:
         found = _DESCRIPTION.fullmatch(description)
         if found is None:
             raise ConfigurationError(
-                f"the state's packing is {shown(description)}, which describes no PackText: it is damaged or was edited; "
-                "load an older one"
+                f"the state's packing is {shown(description)}, which describes no PackText: it is damaged or was "
+                "edited; load an older one"
             )
         pack = cls(
             tokenizer,

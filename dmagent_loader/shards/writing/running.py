@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.pieces import divide
 from dmagent_loader.shards.inputs.records import Advance
 from dmagent_loader.shards.manifest import ShardRecord
-from dmagent_loader.shards.writing.assembling import Assembly, plan_shards
+from dmagent_loader.shards.writing.assembling import Assembly, TarSize, plan_shards, tar_size
 from dmagent_loader.shards.writing.chunks import Counts, read_tensor
 from dmagent_loader.shards.writing.collecting import CHUNK_BYTES, Collection, check_bad
 from dmagent_loader.shards.writing.config import ShardingConfig
@@ -23,6 +24,11 @@ from dmagent_loader.shards.writing.job import Job
 from dmagent_loader.shards.writing.output import Part, next_row, next_shard
 from dmagent_loader.shards.writing.packing import TextTokenizer
 from dmagent_loader.shards.writing.tasks import run_tasks
+
+_SMALL_BYTES = 1 << 20
+"""Size of a domain below which nobody minds what headers take."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -83,6 +89,8 @@ class Run:
                 first_shard = next_shard(job, domain, earlier[domain])
                 first_row = next_row(job.output, earlier[domain])
             folders[domain] = job.shards(domain, first_shard, first_row)
+            if counts[domain].documents:
+                self._report_overhead(domain, tar_size(chunks, counts[domain], self.config))
             assemblies[domain] = plan_shards(
                 folders[domain],
                 domain.rpartition("/")[2],
@@ -125,6 +133,20 @@ class Run:
                     "keep_columns"
                 )
         return ""
+
+    def _report_overhead(self, domain: str, size: TarSize) -> None:
+        if size.content >= size.total / 2 or size.total < _SMALL_BYTES:
+            return
+        logger.warning(
+            "domain %r: %.0f%% of the bytes of its shards will be headers and padding of the tar, because its rows are "
+            "short, %d bytes each: %s",
+            domain,
+            100 * (1 - size.content / size.total),
+            round(size.content / max(1, size.rows)),
+            "choose longer rows (--sequence-length), or write text and pack it when it is read (PackText)"
+            if self.tokenizer
+            else "pack its documents (--tokenizer, --sequence-length), or ignore it where space does not matter",
+        )
 
     def _assemble(self, assemblies: Mapping[str, Sequence[Assembly]]) -> dict[str, list[ShardRecord]]:
         tasks = [task for items in assemblies.values() for task in items]
