@@ -60,14 +60,14 @@ def write_raw(data: Path, raw: Path, most: int) -> float:
 
 def commands(data: Path, output: Path, steps: int) -> list[str]:
     """The four commands."""
-    pack = f"--tokenizer {output}/raw/tokenizer.json --sequence-length 512 --output {output}/shards --no-progress"
+    pack = f"--tokenizer {output}/raw/tokenizer.json --sequence-length 512 --output {output}/shards --skip-small"
     dmagent = f"{sys.executable} -m dmagent_loader"
     questions = f"general={data}/env/mmlu_val_500.jsonl.gz math={data}/env/math_train_500.jsonl.gz"
     return [
         f"{dmagent} label --domain source/web={output}/raw/web-* --domain target/math={output}/raw/math.parquet"
         f" --output {output}/labelled --split --no-progress",
-        f"{dmagent} shard --input {output}/labelled/source --field source {pack}",
-        f"{dmagent} shard --input {output}/labelled/target --field target {pack}",
+        f"{dmagent} shard --input {output}/labelled/source --field source {pack} --no-progress",
+        f"{dmagent} shard --input {output}/labelled/target --field target {pack} --no-progress",
         f"{sys.executable} {ROOT}/examples/huggingface_trainer.py --shards {output}/shards --tokenizer"
         f" {output}/raw/tokenizer.json --environment {questions} --max-questions 32 --output {output}/run --cpu"
         f" --max-steps {steps} --decisions 4 --exhausted repeat --logging-steps {max(1, steps // 4)} --report-to none",

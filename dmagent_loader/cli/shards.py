@@ -78,6 +78,11 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="maximum bytes per shard, on average; its shards have equal numbers of rows (default: %(default)s)",
     )
     parser.add_argument(
+        "--skip-small",
+        action="store_true",
+        help="leave out domains with too little text for one row, with a warning (default: they are an error)",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=0,
@@ -128,6 +133,7 @@ def shard(args: argparse.Namespace) -> int:
         max_shard_bytes=args.max_shard_bytes,
         shuffle_seed=None if args.keep_order else args.shuffle_seed,
         max_bad=args.max_bad,
+        skip_small=args.skip_small,
     )
     records = shard_files(
         input_domains(args),

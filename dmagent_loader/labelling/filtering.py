@@ -33,6 +33,8 @@ NGRAM, SHORTEST_QUESTION = 13, 8
 """Words of a question that make a document contaminated; words of the shortest question that is looked for."""
 SHINGLE = 5
 _PERMUTATIONS = 128
+_MAX_INDEX_THRESHOLD = 0.9
+"""Similarity from which the index finds candidates at the latest; it cannot be built for similarities near 1."""
 _WORD = re.compile(r"\w+")
 
 
@@ -155,7 +157,9 @@ class _NearDuplicates:
         datasketch = require_extra("datasketch", "label")
         self._similarity = similarity
         self._make: Any = datasketch.MinHash
-        self._index: Any = datasketch.MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS)
+        self._index: Any = datasketch.MinHashLSH(
+            threshold=min(similarity, _MAX_INDEX_THRESHOLD), num_perm=_PERMUTATIONS
+        )
         self._hashes: list[Any] = []
 
     def is_repeated(self, words: Sequence[str]) -> bool:

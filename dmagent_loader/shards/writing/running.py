@@ -59,7 +59,7 @@ class Run:
 
         Raises:
             ShardError: An input cannot be used, or no document has a column to keep.
-            EmptyShardError: A domain has no rows.
+            EmptyShardError: A domain has no rows, and is not to be left out; or none has.
         """
         collections = {
             domain: [
@@ -100,9 +100,17 @@ class Run:
                 first_shard=first_shard,
                 first_row=first_row,
             )
-            if not assemblies[domain]:
+        small = [domain for domain, tasks in assemblies.items() if not tasks]
+        if small:
+            fault = self._without_rows(small[0], counts[small[0]])
+            if len(small) == len(inputs):
                 job.remove()  # only other inputs or settings can help
-                raise EmptyShardError(self._without_rows(domain, counts[domain]))
+                raise EmptyShardError(fault)
+            others = f" (the same for {small[1:]})" if small[1:] else ""
+            if not self.config.skip_small:
+                raise EmptyShardError(f"{fault}{others}, or leave such domains out (--skip-small, skip_small=True)")
+            logger.warning("%s%s; left out, as --skip-small says", fault, others)
+        assemblies = {domain: tasks for domain, tasks in assemblies.items() if tasks}
         shards = self._assemble(assemblies)
         return {
             domain: Part(
@@ -111,7 +119,7 @@ class Run:
                 shards[domain],
                 b"".join(read_tensor(c, "rejects").tobytes() for task in collections[domain] for c in task.chunks()),
             )
-            for domain in inputs
+            for domain in assemblies
         }
 
     def _collect(self, collections: Mapping[str, Sequence[Collection]], size: int) -> dict[str, Counts]:

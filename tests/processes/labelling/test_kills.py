@@ -63,26 +63,13 @@ def test_a_killed_job_continues_after_its_last_part(tmp_path: Path) -> None:
 
 def test_a_killed_filter_continues_after_its_last_part(tmp_path: Path) -> None:
     """Of repeats on both sides of the kill, the first is kept, by its exact text and by its shingles."""
-    words = [
-        "goalkeeper",
-        "penalty",
-        "minute",
-        "league",
-        "onions",
-        "butter",
-        "garlic",
-        "stock",
-        "season",
-        "soup",
-        "salt",
-    ]
-    texts = [" ".join([*words, f"n{n % 9000}"] * 2) for n in range(3 * PART_DOCUMENTS)]
+    texts = [f"{TEXTS[0]} n{n % 9000} {TEXTS[1]} n{n % 9000}" for n in range(3 * PART_DOCUMENTS)]
     web = write_jsonl(tmp_path / "web.jsonl", [{"text": text, "id": n} for n, text in enumerate(texts)])
     more = write_jsonl(tmp_path / "more.jsonl", [{"text": text} for text in (texts[5], "zzzz " * 30, texts[-1] + " a")])
 
     def begin(output: Path, *other: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "dmagent_loader", "filter", "--domain", f"source/web={web}", "--no-progress"]
-        command += ["--domain", f"source/more={more}", "--near-duplicates", "0.99", "--output", str(output), *other]
+        command += ["--domain", f"source/more={more}", "--near-duplicates", "0.9", "--output", str(output), *other]
         return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     whole = finished(begin(tmp_path / "whole"))
