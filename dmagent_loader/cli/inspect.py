@@ -67,7 +67,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _is_data(argument: str) -> bool:
-    if "=" in argument or argument.endswith(".json"):
+    if "=" in argument or argument.endswith(".json") or os.path.isfile(argument):
         return True
     return os.path.isdir(argument) and not os.path.isfile(os.path.join(argument, CONFIG_FILE))
 

@@ -44,6 +44,7 @@ from dmagent_loader.shards.compositions import (
     compositions_text,
     load_compositions,
 )
+from dmagent_loader.shards.inputs.kinds import Kind, kind_of_name
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest
 from dmagent_loader.shards.sources.urls import is_local, local_path
 from dmagent_loader.shards.writing.packing import TextTokenizer
@@ -204,9 +205,11 @@ def label(args: argparse.Namespace) -> int:
             print(f"wrote {folder}; next: dmagent shard --input {folder} --field {field} --output SHARDS")
         unsure = sum(found.unsure for found in counted.values())
         if unsure:
+            folder = Path(args.output) / UNSURE_FOLDER
+            field = next(name.split("/", 1)[0] for name, found in counted.items() if found.unsure)
             print(
-                f"{unsure:,} documents of unknown topic are in {Path(args.output) / UNSURE_FOLDER}: shard them as a "
-                "domain, or leave them out"
+                f"{unsure:,} documents of unknown topic are in {folder}: shard them as domains of their own "
+                f"(dmagent shard --domain {field}/other={folder / f'{field}.jsonl.gz'} ...), or leave them out"
             )
     return 0
 
@@ -315,9 +318,10 @@ def open_shards(args: argparse.Namespace) -> tuple[ShardCollection, list[Manifes
 
     Raises:
         ShardNotFoundError: An argument is neither a manifest, nor its folder, nor ``NAME=PATTERN``.
-        ShardError: The shards cannot be opened.
+        ShardError: The shards cannot be opened, or a file is not one.
     """
     for argument in args.shards:
+        _check_is_no_raw_data(argument)
         if not is_local(argument) or any(character in argument for character in "=*?[{"):
             continue
         path = local_path(argument)
@@ -332,6 +336,18 @@ def open_shards(args: argparse.Namespace) -> tuple[ShardCollection, list[Manifes
             )
     shards, manifests = listed_shards(args.shards)
     return ShardCollection.open(shards, progress=not args.no_progress, manifests=manifests), manifests
+
+
+def _check_is_no_raw_data(argument: str) -> None:
+    """Refuses files that `dmagent shard` reads, but that are not shards."""
+    name, separator, pattern = argument.partition("=")
+    path = pattern if separator and "://" not in name else argument
+    kind = kind_of_name(path)
+    if kind not in (None, Kind.TAR) and not path.endswith(".json"):  # a manifest may have any name
+        raise ShardError(
+            f"{path!r} is not a shard: write shards of it first (dmagent shard --domain source/NAME={path} --output "
+            "SHARDS), and give their folder"
+        )
 
 
 def shard_documents(

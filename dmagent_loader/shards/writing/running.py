@@ -106,10 +106,13 @@ class Run:
             if len(small) == len(inputs):
                 job.remove()  # only other inputs or settings can help
                 raise EmptyShardError(fault)
-            others = f" (the same for {small[1:]})" if small[1:] else ""
             if not self.config.skip_small:
-                raise EmptyShardError(f"{fault}{others}, or leave such domains out (--skip-small, skip_small=True)")
-            logger.warning("%s%s; left out, as --skip-small says", fault, others)
+                others = f" (the same for {small[1:]})" if small[1:] else ""
+                raise EmptyShardError(f"{fault}, or leave such domains out (--skip-small, skip_small=True){others}")
+            logger.warning(
+                "left out, because they have too little text for a row (--skip-small): %s",
+                ", ".join(f"{domain} ({counts[domain].documents} documents)" for domain in small),
+            )
         assemblies = {domain: tasks for domain, tasks in assemblies.items() if tasks}
         shards = self._assemble(assemblies)
         return {

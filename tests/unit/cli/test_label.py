@@ -280,6 +280,11 @@ def test_inputs_that_cannot_be_used_are_refused(
     assert "pass --output FILE" in capsys.readouterr().err
     assert main(["label", "--shards", f"web={shards}/source/web/*.tar", "--output", str(tmp_path / "o")]) == 2
     assert "the domains ['web'] have no field" in capsys.readouterr().err
+    raw = tmp_path / "raw.jsonl"
+    write_jsonl(raw, [{"text": SPORTS}])
+    for command in (["compose", str(raw)], ["compose", f"source/web={raw}"], ["inspect", str(raw)]):
+        assert main([*command, "--no-progress"]) == 2
+        assert "raw.jsonl' is not a shard: write shards of it first (dmagent shard" in capsys.readouterr().err
     (shards / COMPOSITIONS_NAME).write_text(json.dumps({"schema": 9, "domains": {}}))
     assert main(["compose", str(shards), "--no-progress"]) == 2
     assert "has schema 9, but this version reads schema 1" in capsys.readouterr().err

@@ -238,7 +238,7 @@ def test_small_domains_are_left_out_on_request(tmp_path: Path, caplog: pytest.Lo
     config = ShardingConfig(**packed, skip_small=True)  # type: ignore[arg-type]
     records = shard_files(domains, tmp_path / "out", config, progress=False)
     assert "goes on where it stood" in caplog.text
-    assert "'source/b' would have no rows" in caplog.text
+    assert "too little text for a row (--skip-small): source/b (1 documents)" in caplog.text
     assert list(records) == list(load_manifest(tmp_path / "out")) == ["source/a"]
     assert not (tmp_path / "out" / ".partial").exists()
     with pytest.raises(EmptyShardError, match="'source/b' would have no rows"):
