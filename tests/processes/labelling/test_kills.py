@@ -63,7 +63,7 @@ def test_a_killed_job_continues_after_its_last_part(tmp_path: Path) -> None:
 
 def test_a_killed_filter_continues_after_its_last_part(tmp_path: Path) -> None:
     """Of repeats on both sides of the kill, the first is kept, by its exact text and by its shingles."""
-    texts = [f"{TEXTS[0]} n{n % 9000} {TEXTS[1]} n{n % 9000}" for n in range(3 * PART_DOCUMENTS)]
+    texts = [f"{TEXTS[0]} n{n % 6000} {TEXTS[1]} n{n % 6000}" for n in range(3 * PART_DOCUMENTS)]
     web = write_jsonl(tmp_path / "web.jsonl", [{"text": text, "id": n} for n, text in enumerate(texts)])
     more = write_jsonl(tmp_path / "more.jsonl", [{"text": text} for text in (texts[5], "zzzz " * 30, texts[-1] + " a")])
 
@@ -73,7 +73,7 @@ def test_a_killed_filter_continues_after_its_last_part(tmp_path: Path) -> None:
         return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     whole = finished(begin(tmp_path / "whole"))
-    assert "9,000 of 12,288 kept; dropped: 3,288 exact duplicate" in whole
+    assert "6,000 of 12,288 kept; dropped: 6,288 exact duplicate" in whole
     killed = begin(tmp_path / "killed")
     parts = tmp_path / "killed" / ".partial" / "reasons" / "source" / "web"
     deadline = time.monotonic() + 100

@@ -129,7 +129,8 @@ def test_half_precision_as_on_a_gpu_gives_nearly_the_same(
 ) -> None:
     """The weights in bfloat16 and batches with padding, on the CPU: the classes are those of float32."""
     folder = nvidia(tmp_path, CANONICAL_TOPICS)[0] if make == "nvidia" else web_organizer(tmp_path)[0]
-    expected = load_classifier(folder, device="cpu", batch_size=3).probabilities(TEXTS)
+    texts = ["w1 w2 w3", "w5", "w7 w9 w11 w13"]  # short, because processors have no instructions for this type
+    expected = load_classifier(folder, device="cpu", batch_size=2).probabilities(texts)
     module = deberta if make == "nvidia" else web_organizer_module
     seen = []
 
@@ -139,7 +140,7 @@ def test_half_precision_as_on_a_gpu_gives_nearly_the_same(
         return model
 
     monkeypatch.setattr(module, "placed", in_half)
-    found = load_classifier(folder, device="cpu", batch_size=3).probabilities(TEXTS)
+    found = load_classifier(folder, device="cpu", batch_size=2).probabilities(texts)
     assert len(seen) == 2
     np.testing.assert_allclose(found.sum(axis=1), 1)
     np.testing.assert_allclose(found, expected, atol=0.1)
