@@ -70,7 +70,8 @@ def commands(data: Path, output: Path, steps: int) -> list[str]:
         f"{dmagent} shard --input {output}/labelled/target --field target {pack} --no-progress",
         f"{sys.executable} {ROOT}/examples/huggingface_trainer.py --shards {output}/shards --tokenizer"
         f" {output}/raw/tokenizer.json --environment {questions} --max-questions 32 --output {output}/run --cpu"
-        f" --max-steps {steps} --decisions 4 --exhausted repeat --logging-steps {max(1, steps // 4)} --report-to none",
+        f" --agent dmagent-rl --max-steps {steps} --decisions 4 --exhausted repeat"
+        f" --logging-steps {max(1, steps // 4)} --report-to none",
     ]
 
 
