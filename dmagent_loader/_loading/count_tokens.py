@@ -29,7 +29,9 @@ def count_on_all_ranks(counts: TokenCounts, *, progress: bool) -> None:
     world_size = distributed.get_world_size()
     if world_size == 1:
         return
-    missing = distributed.all_reduce_sum(counts.missing().astype(np.float64), _STEP) > 0
+    with distributed.together(_STEP):
+        lacking = counts.missing()
+    missing = distributed.all_reduce_sum(lacking.astype(np.float64), _STEP) > 0
     share = counts.count_share(missing, distributed.get_rank(), world_size)
     documents = counts.documents(missing)
     with tqdm(

@@ -110,9 +110,9 @@ def state(args: argparse.Namespace) -> int:
     """Describes a saved state."""
     saved = find_saved_state(Path(args.state)).state
     run = rebuild_state(saved)
+    _check_tokenizer(args, saved["packing"])
     plan, consumed = run.plan, run.consumed
     segment = f", {len(plan.segments)} segments, the last from sample {plan.begin:,} on" * (len(plan.segments) > 1)
-    _check_tokenizer(args, saved["packing"])
     print(f"a run of {consumed:,} samples{segment}, with {len(saved['measurements'])} decisions, seed {plan.seed}")
     if saved["packing"] is not None:
         print(f"its documents were packed when they were read: {saved['packing']}")
