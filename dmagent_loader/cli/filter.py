@@ -111,19 +111,17 @@ def filter_documents(args: argparse.Namespace) -> int:
 def _filter_domains(args: argparse.Namespace, domains: Mapping[str, FileDocuments], config: FilterConfig) -> None:
     """Writes the kept and the dropped documents of all domains, or none."""
     questions = [f"{q.question} {q.answer}" for q in (read_questions(args.decontaminate) if args.decontaminate else [])]
+    quality = load_classifier(args.quality, device=args.device, batch_size=args.batch_size) if args.quality else None
     partial = args.output / _PARTIAL
     settings = {
         "inputs": {name: documents.identity for name, documents in domains.items()},
         "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest(),
-        "quality classifier": args.quality,
+        "quality classifier": None if quality is None else quality.name,
         "documents of a part": PART_DOCUMENTS,
         **asdict(config),
     }
     try:
         _continue_in(args.output, domains, settings)
-        quality = (
-            load_classifier(args.quality, device=args.device, batch_size=args.batch_size) if args.quality else None
-        )
         checked = DocumentFilter(config, questions, quality)
         if questions:
             print(
