@@ -30,8 +30,8 @@ LENGTHS_MEMBER = "document_lengths.npy"
 
 BATCH_CHARACTERS = 1 << 20
 """Length of the texts that are passed to the tokenizer together."""
-_LONG_CHARACTERS = 4000
-"""Mean length of texts from which the tokenizer is faster without offsets, as measured with tokenizers 0.23."""
+_LONG_CHARACTERS = 2000
+"""Mean length of texts from which the tokenizer is faster without offsets (benchmarks/encoding.py, tokenizers 0.23)."""
 COMMON_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ def _is_bare(name: str) -> bool:
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The token ids of each text, whole and without tokens added to it; texts are tokenised in parallel.
 
-    ``encode_batch_fast``, which makes no offsets, takes 0.8 to 0.9 of the time of ``encode_batch`` with long texts, but
-    1.2 to 1.3 with short ones.
+    ``encode_batch_fast``, which makes no offsets, takes less time than ``encode_batch`` with long texts, but more with
+    short ones.
 
     Args:
         tokenizer: A ``tokenizers.Tokenizer``.
