@@ -59,7 +59,7 @@ def test_the_table_has_the_numbers_of_each_domain() -> None:
         "source/web",
         "1,000",
         "2",
-        "3.0",
+        "3.00",
         "10 / 200 / 3,000",
         "3.0%",
         "80%",
