@@ -22,7 +22,7 @@ _OTHER_COLORS = ("#00513d", "#b5e3d3")
 _NAMED_TOPICS, _LEAST_SHARE = 3, 0.01
 _UNKNOWN = (0.9, 0.9, 0.9)
 _LUMINANCE, _DARK = (0.299, 0.587, 0.114), 0.55
-_LARGEST_POINTS, _READABLE_POINTS, _SMALLEST_POINTS = 11.0, 7.0, 5.0
+_LARGEST_POINTS, _SMALLEST_POINTS = 11.0, 5.0
 _POINTS, _FILLED = 72, 0.9
 """Points per inch; part of a tile that text may fill."""
 _LETTER_WIDTH, _LINE_HEIGHT = 0.6, 1.3
@@ -118,13 +118,13 @@ def domain_table(facts: Sequence[DomainFacts]) -> Table:
     rows = []
     for domain in facts:
         most = [i for i in np.argsort(-domain.shares)[:_NAMED_TOPICS] if domain.shares[i] >= _LEAST_SHARE]
-        tokens = ("" if domain.tokens is None else f"{domain.tokens / 1e6:,.2f}",) if packed else ()
+        tokens = ("" if domain.tokens is None else f"{domain.tokens / 1e6:,.3f}",) if packed else ()
         rows.append(
             (
                 domain.name,
                 f"{domain.rows:,}",
                 f"{domain.shards:,}",
-                f"{domain.bytes / 1e6:,.1f}",
+                f"{domain.bytes / 1e6:,.2f}",
                 *tokens,
                 " / ".join(f"{length:,}" for length in domain.lengths),
                 f"{domain.repeated / max(1, domain.sampled):.1%}",
@@ -192,13 +192,12 @@ def _rows(facts: Sequence[DomainFacts], field: str) -> float:
 def _fitted(name: str, share: str, tile: Box) -> tuple[str, float]:
     """The text of a tile, in one of several line breaks, and the size in points at which it fits."""
     fitting = []
-    for text in (f"{name}\n{share}", f"{_broken(name)}\n{share}", share):
+    for text in (f"{name}\n{share}", f"{_broken(name)}\n{share}"):
         lines = text.split("\n")
         wide = tile[2] * _POINTS * _FILLED / (_LETTER_WIDTH * max(map(len, lines)))
         high = tile[3] * _POINTS * _FILLED / (_LINE_HEIGHT * len(lines))
         fitting.append((text, min(wide, high, _LARGEST_POINTS)))
-    named = max(fitting[:2], key=lambda found: found[1])
-    return named if named[1] >= _READABLE_POINTS else fitting[2]
+    return max(fitting, key=lambda found: found[1])
 
 
 def _broken(name: str) -> str:

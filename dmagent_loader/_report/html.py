@@ -10,7 +10,7 @@ from dmagent_loader._report.tables import Table
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 75rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p, li { max-width: 50rem; overflow-wrap: anywhere; } img { max-width: 100%; height: auto; }
@@ -18,7 +18,7 @@ p, li { max-width: 50rem; overflow-wrap: anywhere; } img { max-width: 100%; heig
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); align-items: start; }
 summary { cursor: pointer; margin: .8rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; font-weight: normal; }
+th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid #ddd; font-weight: normal; }
 thead th { color: #555; border-bottom: 1px solid #888; vertical-align: bottom; }
 thead .group { border-bottom: none; text-align: center; }
 tbody th, thead th:first-child { text-align: left; } tbody tr:hover { background: #f4f4f4; }

@@ -142,7 +142,9 @@ class Run:
             "mix after %d samples%s: %s",
             consumed,
             " (shadow)" if decision.shadow else "",
-            self.feed.plan.space.field_mass(decision.outcome.mix),
+            ", ".join(
+                f"{field} {mass:.1%}" for field, mass in self.feed.plan.space.field_mass(decision.outcome.mix).items()
+            ),
         )
         return decision
 

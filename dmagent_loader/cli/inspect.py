@@ -67,7 +67,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _is_data(argument: str) -> bool:
-    if "=" in argument or argument.endswith(".json"):
+    if "=" in argument or argument.endswith(".json") or os.path.isfile(argument):
         return True
     return os.path.isdir(argument) and not os.path.isfile(os.path.join(argument, CONFIG_FILE))
 
@@ -106,10 +106,10 @@ def _inspect_data(args: argparse.Namespace) -> int:
     from dmagent_loader._report.data_page import DomainFacts, write_data_page
 
     labeller = labeller_of(args)
-    collection, _ = open_shards(args)
+    collection, manifests = open_shards(args)
     summaries = collection.summaries()
     facts: list[DomainFacts] = []
-    for name, documents in shard_documents(collection, args).items():
+    for name, documents in shard_documents(collection, manifests, args).items():
         found = survey(name, documents, labeller, most_rows=args.sample, seed=args.seed)
         shortest, median, longest = (int(length) for length in np.percentile(found.lengths, (10, 50, 90)))
         own = [summary for summary in summaries if summary.domain == name]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from dmagent_loader.shards.compositions import (
     compositions_text,
     load_compositions,
 )
+from dmagent_loader.shards.inputs.kinds import Kind, kind_of_name
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest
 from dmagent_loader.shards.sources.urls import is_local, local_path
 from dmagent_loader.shards.writing.packing import TextTokenizer
@@ -181,8 +183,7 @@ def label(args: argparse.Namespace) -> int:
     labeller = labeller_of(args)
     domains: dict[str, DomainDocuments] = {}
     if args.shards:
-        collection, _ = open_shards(args)
-        domains.update(shard_documents(collection, args))
+        domains.update(shard_documents(*open_shards(args), args))
         fieldless = [name for name in domains if "/" not in name]
         if fieldless:
             raise DomainError(
@@ -204,9 +205,11 @@ def label(args: argparse.Namespace) -> int:
             print(f"wrote {folder}; next: dmagent shard --input {folder} --field {field} --output SHARDS")
         unsure = sum(found.unsure for found in counted.values())
         if unsure:
+            folder = Path(args.output) / UNSURE_FOLDER
+            field = next(name.split("/", 1)[0] for name, found in counted.items() if found.unsure)
             print(
-                f"{unsure:,} documents of unknown topic are in {Path(args.output) / UNSURE_FOLDER}: shard them as a "
-                "domain, or leave them out"
+                f"{unsure:,} documents of unknown topic are in {folder}: shard them as domains of their own "
+                f"(dmagent shard --domain {field}/other={folder / f'{field}.jsonl.gz'} ...), or leave them out"
             )
     return 0
 
@@ -228,7 +231,7 @@ def compose_shards(args: argparse.Namespace) -> int:
     config = _sample_config(args)
     found = load_compositions(output) if output.exists() else {}
     status = 0
-    for name, documents in shard_documents(collection, args).items():
+    for name, documents in shard_documents(collection, manifests, args).items():
         shards, progress = digests.get(name, ""), not args.no_progress
         try:
             found[name] = compose(name, documents, labeller, config, shards=shards, progress=progress)
@@ -258,8 +261,7 @@ def start_state(args: argparse.Namespace) -> int:
             model, tokenizer, labeller, config, generation, keep=args.keep_texts, progress=progress
         )
     elif args.shards:
-        collection, _ = open_shards(args)
-        rows = JoinedDocuments(list(shard_documents(collection, args).values()))
+        rows = JoinedDocuments(list(shard_documents(*open_shards(args), args).values()))
         found = compose(START_STATE, rows, labeller, config, progress=progress)
     else:
         documents = FileDocuments(START_STATE, args.data, read_options(args))
@@ -316,9 +318,10 @@ def open_shards(args: argparse.Namespace) -> tuple[ShardCollection, list[Manifes
 
     Raises:
         ShardNotFoundError: An argument is neither a manifest, nor its folder, nor ``NAME=PATTERN``.
-        ShardError: The shards cannot be opened.
+        ShardError: The shards cannot be opened, or a file is not one.
     """
     for argument in args.shards:
+        _check_is_no_raw_data(argument)
         if not is_local(argument) or any(character in argument for character in "=*?[{"):
             continue
         path = local_path(argument)
@@ -335,13 +338,51 @@ def open_shards(args: argparse.Namespace) -> tuple[ShardCollection, list[Manifes
     return ShardCollection.open(shards, progress=not args.no_progress, manifests=manifests), manifests
 
 
-def shard_documents(collection: ShardCollection, args: argparse.Namespace) -> dict[str, ShardDocuments]:
-    """Domain -> its rows as documents."""
+def _check_is_no_raw_data(argument: str) -> None:
+    """Refuses files that `dmagent shard` reads, but that are not shards."""
+    name, separator, pattern = argument.partition("=")
+    path = pattern if separator and "://" not in name else argument
+    kind = kind_of_name(path)
+    if kind not in (None, Kind.TAR) and not path.endswith(".json"):  # a manifest may have any name
+        raise ShardError(
+            f"{path!r} is not a shard: write shards of it first (dmagent shard --domain source/NAME={path} --output "
+            "SHARDS), and give their folder"
+        )
+
+
+def shard_documents(
+    collection: ShardCollection, manifests: Sequence[Manifest], args: argparse.Namespace
+) -> dict[str, ShardDocuments]:
+    """Domain -> its rows as documents.
+
+    Raises:
+        ConfigurationError: The rows were packed with another tokenizer than that of the arguments.
+    """
     tokenizer = None if args.tokenizer is None else TextTokenizer.load(args.tokenizer, args.eos_token)
+    if tokenizer is not None:
+        for manifest in manifests:
+            for domain, settings in manifest.settings.items():
+                _check_tokenizer(domain, settings, tokenizer, args.tokenizer)
     return {
         name: ShardDocuments(collection, number, args.text_key, tokenizer)
         for number, name in enumerate(collection.domains)
     }
+
+
+def _check_tokenizer(domain: str, settings: Mapping[str, Any], tokenizer: TextTokenizer, name: str) -> None:
+    """Checks the tokenizer against the settings with which a domain was packed: another one decodes to other text."""
+    packed, end = settings.get("tokenizer_sha256"), settings.get("eos_id")
+    if packed not in (None, tokenizer.sha256):
+        raise ConfigurationError(
+            f"the rows of {domain!r} were packed with the tokenizer {settings.get('tokenizer')!r} "
+            f"({str(packed)[:12]}), but {name!r} is another one ({tokenizer.sha256[:12]}): "
+            "name the one that packed them (--tokenizer)"
+        )
+    if end not in (None, tokenizer.eos_id):
+        raise ConfigurationError(
+            f"the documents in the rows of {domain!r} are ended by token {end}, but the end-of-text token is "
+            f"{tokenizer.eos_id}: name the one with which they were packed (--eos-token)"
+        )
 
 
 def _labels_line(name: str, found: LabelledDomain) -> str:

@@ -78,6 +78,11 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="maximum bytes per shard, on average; its shards have equal numbers of rows (default: %(default)s)",
     )
     parser.add_argument(
+        "--skip-small",
+        action="store_true",
+        help="leave out domains with too little text for one row, with a warning (default: they are an error)",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=0,
@@ -144,6 +149,7 @@ def shard(args: argparse.Namespace) -> int:
         max_shard_bytes=args.max_shard_bytes,
         shuffle_seed=None if args.keep_order else args.shuffle_seed,
         max_bad=args.max_bad,
+        skip_small=args.skip_small,
     )
     records = shard_files(
         input_domains(args),
@@ -262,7 +268,7 @@ def listed_shards(arguments: list[str]) -> tuple[dict[str, list[str]], list[Mani
             for domain, paths in manifests[-1].items():
                 shards.setdefault(domain, []).extend(paths)
         elif separator and "://" not in name and not os.path.exists(argument):
-            shards.setdefault(name, []).append(pattern)
+            shards.setdefault(name, []).append(os.path.expanduser(pattern))
         else:
             shards.setdefault("(shards)", []).append(argument)
     return shards, manifests
@@ -310,8 +316,11 @@ def _split(paths: str) -> Iterator[str]:
     """The paths between commas; a file or folder whose name has commas is one path."""
     parts = paths.split(",")
     while parts:
-        count = next((n for n in range(len(parts), 1, -1) if os.path.exists(",".join(parts[:n]))), 1)
-        yield ",".join(parts[:count])
+        # A shell leaves the ~ of NAME=~/path as it is.
+        candidates = [os.path.expanduser(",".join(parts[:n])) for n in range(len(parts), 0, -1)]
+        path = next((path for path in candidates[:-1] if os.path.exists(path)), candidates[-1])
+        count = len(parts) - candidates.index(path)
+        yield path
         del parts[:count]
 
 

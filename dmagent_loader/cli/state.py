@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,9 @@ from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
 from dmagent_loader.mixture.segment import Segment
 from dmagent_loader.mixture.sharding import StreamLayout, ranks_key
-from dmagent_loader.shards import ShardCollection, load_manifest
+from dmagent_loader.shards import PackedRows, PackText, RowSource, ShardCollection, load_manifest
+from dmagent_loader.shards.index.cache import default_cache_dir
+from dmagent_loader.shards.writing.packing import load_tokenizer
 
 _BATCH = 4096
 _STATE_HELP = "a saved state_dict() as JSON, a checkpoint, or a folder of one run's checkpoints"
@@ -54,7 +55,7 @@ def _add_state(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--shuffle-window", type=int, metavar="N", help="rows per window (default: that of the run)")
     parser.add_argument("--shuffle-shards", type=int, metavar="N", help="shards per window (default: that of the run)")
-    parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
+    _add_shard_arguments(parser)
     parser.set_defaults(run=state)
 
 
@@ -91,17 +92,30 @@ def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="samples of a rank in a batch (default: %(default)s)")
     parser.add_argument("--own-shards", action="store_true", help="the run dealt its samples by lane (docs/order.md)")
-    parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
+    _add_shard_arguments(parser)
     parser.set_defaults(run=replay)
+
+
+def _add_shard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer of a run with pack=PackText(...), for --shards: a tokenizer.json, or a folder written by "
+        "save_pretrained",
+    )
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
 
 
 def state(args: argparse.Namespace) -> int:
     """Describes a saved state."""
     saved = find_saved_state(Path(args.state)).state
     run = rebuild_state(saved)
+    _check_tokenizer(args, saved["packing"])
     plan, consumed = run.plan, run.consumed
     segment = f", {len(plan.segments)} segments, the last from sample {plan.begin:,} on" * (len(plan.segments) > 1)
     print(f"a run of {consumed:,} samples{segment}, with {len(saved['measurements'])} decisions, seed {plan.seed}")
+    if saved["packing"] is not None:
+        print(f"its documents were packed when they were read: {saved['packing']}")
     drawn, left = plan.drawn(consumed), plan.rows_left(consumed)
     weights = plan.ledger.in_force(consumed).weights()
     table = [("domain", "weight", "samples", "rows", "left of this pass", "rule")]
@@ -120,18 +134,30 @@ def state(args: argparse.Namespace) -> int:
     return _compare(args, saved, plan, consumed)
 
 
-def _check_unpacked(saved: Mapping[str, Any]) -> None:
-    """Refuses to look for the rows of a run in shards that do not store them."""
-    if saved["packing"] is not None:
+def _check_tokenizer(args: argparse.Namespace, packing: str | None) -> None:
+    """Refuses shards without the tokenizer that makes the rows of the run from them, and a tokenizer without effect."""
+    if args.tokenizer is not None and (packing is None or not args.shards):
+        reason = "the run read rows as the shards store them" if packing is None else "it is for the rows of --shards"
+        raise ConfigurationError(f"--tokenizer has no effect, because {reason}: leave it out")
+    if args.tokenizer is None and packing is not None and args.shards:
         raise ConfigurationError(
-            f"the run packed its documents while it read them ({saved['packing']}), so no shard stores its rows: leave "
-            "--shards out; load_state_dict of a sampler with the same pack= names what differs"
+            f"the run packed its documents while it read them ({packing}), so no shard stores its rows: pass the "
+            "tokenizer of the run (--tokenizer tokenizer.json, or the folder of save_pretrained), or leave --shards out"
         )
 
 
+def _open_rows(manifest: str, packing: str | None, args: argparse.Namespace) -> RowSource:
+    """The rows of a run in the shards of a manifest."""
+    collection = ShardCollection.open(load_manifest(manifest), cache_dir=args.cache_dir, on_damage="skip")
+    if packing is None:
+        return collection
+    pack = PackText.described(packing, load_tokenizer(args.tokenizer))
+    cache_dir = default_cache_dir() if args.cache_dir is None else Path(args.cache_dir)
+    return PackedRows.open(collection, pack, cache_dir=cache_dir, max_bad=1.0)
+
+
 def _compare(args: argparse.Namespace, saved: Mapping[str, Any], plan: Plan, consumed: int) -> int:
-    _check_unpacked(saved)
-    collection, present = _present(args, plan)
+    collection, present = _present(args, saved["packing"], plan)
     before = read_segments(saved)[-1]
     same_settings = (present.rules, present.shuffle) == (plan.rules, plan.shuffle)
     print()
@@ -175,10 +201,10 @@ def _print_table(rows: Sequence[tuple[str, ...]], *, indent: str = "") -> None:
         print(f"{indent}{'  '.join([f'{first:{widths[0]}}', *cells, last])}".rstrip())
 
 
-def _present(args: argparse.Namespace, plan: Plan) -> tuple[ShardCollection, RunData]:
+def _present(args: argparse.Namespace, packing: str | None, plan: Plan) -> tuple[RowSource, RunData]:
     """The shards on the command line, with the settings of the run where the command line has none."""
-    shards = load_manifest(args.shards)
-    collection = ShardCollection.open(shards, cache_dir=args.cache_dir, on_damage="skip")
+    collection = _open_rows(args.shards, packing, args)
+    shards = collection.domains
     fields = {domain.name: domain.field for segment in plan.segments for domain in segment.space.domains}
     space = DomainSpace.from_names(shards, fields={name: fields[name] for name in shards if name in fields})
     exhausted: Any = args.exhausted
@@ -215,9 +241,8 @@ def replay(args: argparse.Namespace) -> int:
     if end is not None and end < stop:
         print(f"the run ends at sample {end}, because its data are used up", file=sys.stderr)
         stop = end
-    if args.shards:
-        _check_unpacked(saved)
-    keys = _Keys(args.shards, args.cache_dir) if args.shards else None
+    _check_tokenizer(args, saved["packing"])
+    keys = _Keys({path: _open_rows(path, saved["packing"], args) for path in args.shards}) if args.shards else None
     replaced = dict(saved["bad_rows"]["replaced"])
     ends = [*(segment.begin for segment in plan.segments[1:]), stop]
     for number, (segment, last) in enumerate(zip(plan.segments, ends, strict=True)):
@@ -256,15 +281,13 @@ class _Keys:
     """Keys of rows, read from shards that are found by their content.
 
     Args:
-        manifests: Manifests of the shards.
-        cache_dir: Folder of the shard indexes.
+        opened: Manifest -> rows of its shards.
     """
 
-    def __init__(self, manifests: Sequence[str], cache_dir: str | os.PathLike[str] | None) -> None:
-        self._manifests = manifests
-        self._found: dict[tuple[str, int, int], tuple[ShardCollection, int, int]] = {}
-        for manifest in manifests:
-            collection = ShardCollection.open(load_manifest(manifest), cache_dir=cache_dir, on_damage="skip")
+    def __init__(self, opened: Mapping[str, RowSource]) -> None:
+        self._manifests = list(opened)
+        self._found: dict[tuple[str, int, int], tuple[RowSource, int, int]] = {}
+        for collection in opened.values():
             for domain, name in enumerate(collection.domains):
                 contents, rows = collection.shard_contents(domain).tolist(), collection.shard_rows(domain).tolist()
                 for shard, key in enumerate(zip(contents, rows, strict=True)):

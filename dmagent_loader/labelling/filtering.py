@@ -33,6 +33,8 @@ NGRAM, SHORTEST_QUESTION = 13, 8
 """Words of a question that make a document contaminated; words of the shortest question that is looked for."""
 SHINGLE = 5
 _PERMUTATIONS = 128
+_MAX_INDEX_THRESHOLD = 0.9
+"""Similarity from which the index finds candidates at the latest; it cannot be built for similarities near 1."""
 _WORD = re.compile(r"\w+")
 
 
@@ -120,12 +122,25 @@ class DocumentFilter:
                     found[number] = NEAR
         return found
 
+    def recall(self, documents: Sequence[Document], reasons: Sequence[str | None]) -> None:
+        """Remembers documents for which `reasons` was called in an earlier process.
+
+        Args:
+            documents: The documents.
+            reasons: What it returned.
+        """
+        for document, reason in zip(documents, reasons, strict=True):
+            if self.config.exact_duplicates and reason != LENGTH:
+                self._seen.add(_digest(document.text))
+            if self._near is not None and reason is None:
+                self._near.remember(_words(document.text))
+
     def _reason(self, text: str) -> str | None:
         longest = self.config.max_characters
         if len(text) < self.config.min_characters or (longest is not None and len(text) > longest):
             return LENGTH
         if self.config.exact_duplicates:
-            digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8", "replace"), digest_size=16).digest()
+            digest = _digest(text)
             if digest in self._seen:
                 return EXACT
             self._seen.add(digest)
@@ -142,22 +157,45 @@ class _NearDuplicates:
         datasketch = require_extra("datasketch", "label")
         self._similarity = similarity
         self._make: Any = datasketch.MinHash
-        self._index: Any = datasketch.MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS)
+        self._index: Any = datasketch.MinHashLSH(
+            threshold=min(similarity, _MAX_INDEX_THRESHOLD), num_perm=_PERMUTATIONS
+        )
         self._hashes: list[Any] = []
 
     def is_repeated(self, words: Sequence[str]) -> bool:
         """Whether an earlier document is as similar; if not, this one is remembered."""
-        shingles = {gram.encode("utf-8", "replace") for gram in _ngrams(words, min(SHINGLE, len(words)))}
-        if not shingles:
+        found = self._hash(words)
+        if found is None:
             return False
-        found = self._make(num_perm=_PERMUTATIONS, seed=1)
-        found.update_batch(shingles)
         # The index returns candidates; their similarity is estimated from all of their hashes.
         if any(self._hashes[number].jaccard(found) >= self._similarity for number in self._index.query(found)):
             return True
+        self._insert(found)
+        return False
+
+    def remember(self, words: Sequence[str]) -> None:
+        """Remembers a document that is kept."""
+        found = self._hash(words)
+        if found is not None:
+            self._insert(found)
+
+    def _hash(self, words: Sequence[str]) -> Any:
+        """MinHash of the shingles; None if there are none."""
+        shingles = {gram.encode("utf-8", "replace") for gram in _ngrams(words, min(SHINGLE, len(words)))}
+        if not shingles:
+            return None
+        found = self._make(num_perm=_PERMUTATIONS, seed=1)
+        found.update_batch(shingles)
+        return found
+
+    def _insert(self, found: Any) -> None:
         self._index.insert(len(self._hashes), found)
         self._hashes.append(found)
-        return False
+
+
+def _digest(text: str) -> bytes:
+    """16 bytes that are the same for texts that differ in white space only."""
+    return hashlib.blake2b(" ".join(text.split()).encode("utf-8", "replace"), digest_size=16).digest()
 
 
 def counts_text(counts: Counter[str | None]) -> str:

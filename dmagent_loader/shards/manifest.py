@@ -92,13 +92,18 @@ class Manifest(dict[str, list[str]]):
         url: URL of the manifest.
         entries: Domain name -> the entries of its shards, as they stand in the file.
         version: Size and modification time of a local manifest when it was read.
+        settings: Domain name -> the settings of its writer, as they stand in the file.
     """
 
     def __init__(
-        self, url: str, entries: Mapping[str, list[dict[str, Any]]], version: tuple[int, int] | None = None
+        self,
+        url: str,
+        entries: Mapping[str, list[dict[str, Any]]],
+        version: tuple[int, int] | None = None,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        self.url, self.version = url, version
+        self.url, self.version, self.settings = url, version, settings or {}
         self._entries: dict[str, dict[str, Any]] = {}
         self._is_warned = False
         self._paths = {domain: [str(shard["path"]) for shard in shards] for domain, shards in entries.items()}
@@ -288,6 +293,7 @@ def parse_manifest(url: str, data: bytes, version: tuple[int, int] | None = None
                 f"schema {SCHEMA}: write the shards again with this version, or list them yourself"
             )
         domains = {domain: list(entry["shards"]) for domain, entry in content["domains"].items()}
+        settings = {domain: dict(entry.get("settings") or {}) for domain, entry in content["domains"].items()}
         for domain, shards in domains.items():
             for shard in shards:
                 name = shard["path"]
@@ -301,7 +307,7 @@ def parse_manifest(url: str, data: bytes, version: tuple[int, int] | None = None
             f"{display_url(url)} is not a manifest of shards ({type(error).__name__}: {error}); `dmagent shard` "
             "writes one"
         ) from error
-    return Manifest(url, domains, version)
+    return Manifest(url, domains, version, settings)
 
 
 def _version_of(path: str) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,17 +23,28 @@ import torch.distributed as dist
 from reading import quiet
 from text_shards import byte_tokenizer
 from dmagent_loader import AgentWeightedSampler, PackText
+from dmagent_loader._loading import count_tokens
+from dmagent_loader.errors import RankError, ShardError
+from dmagent_loader.shards.packed import counts
 from dmagent_loader.shards.packed.encoder import DocumentEncoder
 
 dist.init_process_group("gloo")
+counts.PIECE_DOCUMENTS, count_tokens.ROUND_SECONDS = 7, 0  # shards are divided, and each batch is exchanged
 tokens, tokenised = DocumentEncoder.tokens, []
 DocumentEncoder.tokens = lambda self, rows: tokenised.append(len(rows)) or tokens(self, rows)
-length = 24 - (dist.get_rank() == int(sys.argv[3]))
-sampler = AgentWeightedSampler(json.load(open(sys.argv[2] + "/shards.json")), pack=PackText(byte_tokenizer(), length),
-                               reading=quiet(sys.argv[2] + "/cache"), exhausted="repeat")
-counted = sum(tokenised)
-rows = [[s["__index__"], s["input_ids.npy"].tolist()] for s, _ in zip(sampler, range(20))]
-json.dump({"counted": counted, "rows": rows}, open(f"{sys.argv[2]}/rank{dist.get_rank()}.json", "w"))
+rank, (folder, other, cache) = dist.get_rank(), sys.argv[2:]
+length = 24 - (rank == int(other))
+if cache == "fails" and rank == 1:
+    DocumentEncoder.tokens = lambda self, rows: (_ for _ in ()).throw(ShardError("the disk is gone"))
+report = {}
+try:
+    sampler = AgentWeightedSampler(json.load(open(folder + "/shards.json")), pack=PackText(byte_tokenizer(), length),
+                                   reading=quiet(f"{folder}/{cache.format(rank)}"), exhausted="repeat")
+    report["counted"], report["fingerprint"] = sum(tokenised), sampler.collection.fingerprint
+    report["rows"] = [[s["__index__"], s["input_ids.npy"].tolist()] for s, _ in zip(sampler, range(20))]
+except (ShardError, RankError) as error:
+    report["error"] = str(error)
+json.dump(report, open(f"{folder}/rank{rank}.json", "w"))
 dist.barrier(); sys.stdout.flush()
 import os; os._exit(0)
 """
@@ -58,27 +70,50 @@ def test_data_workers_read_the_same_rows(shards, tmp_path, start):
     assert torch.equal(batches(0), batches(2))
 
 
-def ranks(folder: Path, shards: dict[str, list[str]], other: int = -1) -> subprocess.CompletedProcess[str]:
-    """Two ranks; `other`: the rank that packs in another way."""
+def ranks(folder: Path, shards: dict[str, list[str]], *, other: int = -1, cache: str = "cache") -> list[dict[str, Any]]:
+    """The reports of two ranks.
+
+    Args:
+        folder: Folder of the run.
+        shards: Domain -> shards.
+        other: Rank that packs in another way.
+        cache: Name of the cache folder; ``{}`` stands for the rank.
+    """
     (folder / "shards.json").write_text(json.dumps(shards))
     (folder / "rank.py").write_text(RANK)
-    command = [*python(2), str(folder / "rank.py"), str(REPOSITORY / "tests"), str(folder), str(other)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-
-
-def test_ranks_count_tokens_once_and_share_the_rows(shards, tmp_path):
-    finished = ranks(tmp_path, shards)
+    command = [*python(2), str(folder / "rank.py"), str(REPOSITORY / "tests"), str(folder), str(other), cache]
+    finished = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
-    reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert [report["counted"] for report in reports] == [120, 0]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("cache", ["cache", "cache{}", "shards.json/cache"])
+def test_ranks_share_the_counting_and_the_rows(shards, tmp_path, cache):
+    """With one cache, with a cache of each node, and without one: 4 shards of 30 documents, dealt in pieces of 7."""
+    reports = ranks(tmp_path, shards, cache=cache)
+    assert [report["counted"] for report in reports] == [4 * 14 + 2 * 2, 4 * 14 + 2 * 2]
     alone = AgentWeightedSampler(
-        shards, pack=PackText(byte_tokenizer(), 24), reading=quiet(tmp_path / "cache"), exhausted="repeat"
+        shards, pack=PackText(byte_tokenizer(), 24), reading=quiet(tmp_path / "alone"), exhausted="repeat"
     )
+    assert {report["fingerprint"] for report in reports} == {alone.collection.fingerprint}
     whole = [[s["__index__"], s["input_ids.npy"].tolist()] for s, _ in zip(alone, range(40), strict=False)]
     assert sorted(reports[0]["rows"] + reports[1]["rows"]) == whole
 
 
+def test_a_node_without_counts_makes_its_share_and_gets_the_others(shards, tmp_path):
+    AgentWeightedSampler(shards, pack=PackText(byte_tokenizer(), 24), reading=quiet(tmp_path / "cache0"))
+    reports = ranks(tmp_path, shards, cache="cache{}")
+    assert [report["counted"] for report in reports] == [0, 60]
+    assert reports[0]["fingerprint"] == reports[1]["fingerprint"]
+
+
 def test_a_rank_that_packs_in_another_way_is_named(shards, tmp_path):
-    finished = ranks(tmp_path, shards, other=1)
-    assert finished.returncode != 0
-    assert "the ranks differ in the packing (rank 0: rows of 24 tokens" in finished.stderr
+    reports = ranks(tmp_path, shards, other=1)
+    for report in reports:
+        assert "the ranks differ in the packing (rank 0: rows of 24 tokens" in report["error"]
+
+
+def test_a_rank_that_fails_while_it_counts_ends_all(shards, tmp_path):
+    first, second = ranks(tmp_path, shards, cache="fails")
+    assert second["error"] == "the disk is gone"
+    assert "counting tokens failed on 1 of 2 ranks; rank 1: ShardError: the disk is gone" in first["error"]

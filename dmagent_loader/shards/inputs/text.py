@@ -251,6 +251,8 @@ def missing_column(place: str, columns: object, options: ReadOptions) -> str:
         return f"{fault}: name the column with the messages (--messages-key, messages_key=)"
     if isinstance(columns, list) and options.messages_key in columns:
         return f"{fault}: for conversations, pass a chat template (--chat-template, chat_template=)"
+    if "." in options.document_key:
+        return f"{fault}: columns inside of columns are not read, so write the text to a column of its own first"
     return f"{fault}: name the text column (--text-key, text_key=)"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,6 +11,12 @@ from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.packed.encoder import DocumentEncoder
 from dmagent_loader.shards.writing.packing import COMMON_END_TOKENS
+
+_DESCRIPTION = re.compile(
+    r"rows of (?P<length>\d+) tokens, tokenizer \w+, end token (?P<end>\d+), member (?P<member>'.*?'|\".*?\")"
+    r"(?:, key (?P<key>'.*?'|\".*?\"))?(?P<parsed>, special tokens parsed)?"
+)
+"""`PackText.description`, from which all but the tokenizer can be read again."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +99,35 @@ class PackText:
     def description(self) -> str:
         """All that determines the rows of a shard; equal for equal tokenizers, wherever their files are."""
         return f"rows of {self.length} tokens, {self.encoder.description}"
+
+    @classmethod
+    def described(cls, description: str, tokenizer: Any) -> PackText:
+        """The packing of a saved run.
+
+        Args:
+            description: Its `description`, as a state holds it.
+            tokenizer: The tokenizer of the run.
+
+        Raises:
+            ConfigurationError: It is another tokenizer.
+        """
+        found = _DESCRIPTION.fullmatch(description)
+        if found is None:
+            raise ConfigurationError(
+                f"the state's packing is {shown(description)}, which describes no PackText: it is damaged or was "
+                "edited; load an older one"
+            )
+        pack = cls(
+            tokenizer,
+            int(found["length"]),
+            member=ast.literal_eval(found["member"]),
+            text_key=ast.literal_eval(found["key"] or "'text'"),
+            end_token=int(found["end"]),
+            parse_special_tokens=found["parsed"] is not None,
+        )
+        if pack.description != description:
+            raise ConfigurationError(
+                f"the run packed {description}, but with this tokenizer it would be {pack.description}: pass the "
+                "tokenizer of the run"
+            )
+        return pack

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +27,22 @@ _COLUMN = "tokens"
 _PATIENCE_SECONDS = 60.0
 _SLOWEST_DOCUMENTS_PER_SECOND = 50
 """Rate at which another process is expected to tokenise a shard."""
+PIECE_DOCUMENTS = 1024
+"""Consecutive documents of a shard that are dealt to one rank."""
 
 logger = logging.getLogger(__name__)
 
 Counts = NDArray[np.uint32]
 """(R,) tokens of each document of a shard, with the end-of-text token; 0 for a bad row."""
+
+
+class CountedBatch(NamedTuple):
+    """Counts of consecutive documents, on their way to the other ranks."""
+
+    domain: int
+    shard: int
+    first: int
+    counts: Counts
 
 
 class TokenCounts:
@@ -48,6 +61,8 @@ class TokenCounts:
         identity = f"{encoder.description}, tokenizers {encoder.version}"
         self._folder = cache_dir.absolute() / "tokens" / hashlib.sha256(identity.encode()).hexdigest()[:16]
         self._uncached: dict[tuple[int, int], Counts] = {}
+        self._incomplete: dict[tuple[int, int], tuple[Counts, int]] = {}
+        """Counts of a shard that arrive in batches, and how many have."""
 
     def all(self, progress: bool) -> Iterator[tuple[int, int, Counts]]:
         """Domain, shard and counts of every shard; those without counts are counted now.
@@ -55,9 +70,7 @@ class TokenCounts:
         Args:
             progress: Whether to show a progress bar over the documents to be counted.
         """
-        collection = self._collection
-        shards = [(d, s) for d in range(len(collection.domains)) for s in range(len(collection.shard_rows(d)))]
-        missing = sum(int(collection.shard_rows(d)[s]) for d, s in shards if not self._path(d, s).exists())
+        shards, missing = self._shards(), self.documents(self.missing())
         with tqdm(
             total=missing,
             unit=" documents",
@@ -71,6 +84,48 @@ class TokenCounts:
         if missing:
             remove_leftovers(self._folder)
 
+    def missing(self) -> NDArray[np.bool_]:
+        """(S,) for every shard, in the order of domains and shards: whether it has no counts yet."""
+        return np.array([s not in self._uncached and not self._path(*s).exists() for s in self._shards()], np.bool_)
+
+    def documents(self, shards: NDArray[np.bool_]) -> int:
+        """Number of documents in some of the shards, (S,)."""
+        return int(self._rows()[shards].sum())
+
+    def count_share(self, missing: NDArray[np.bool_], rank: int, world_size: int) -> Iterator[CountedBatch]:
+        """Counts the documents that are dealt to one of several ranks, in batches; `add` takes those of all ranks.
+
+        Shards whose counts this rank has are not tokenised again: it reports what it has.
+
+        Args:
+            missing: (S,) shards to count; the same on all ranks.
+            rank, world_size: Rank, and number of ranks.
+        """
+        shards = self._shards()
+        pieces = (
+            (*shards[number], first, min(rows, first + PIECE_DOCUMENTS))
+            for number, rows in zip(np.flatnonzero(missing), self._rows()[missing].tolist(), strict=True)
+            for first in range(0, rows, PIECE_DOCUMENTS)
+        )
+        for domain, shard, first, end in islice(pieces, rank, None, world_size):
+            known = self._load(domain, shard)
+            if known is not None:
+                yield CountedBatch(domain, shard, first, known[first:end])
+            else:
+                yield from self._count(domain, shard, first, end)
+
+    def add(self, batches: Iterable[CountedBatch]) -> None:
+        """Takes counts; those of a shard are kept when they are complete."""
+        for domain, shard, first, found in batches:
+            rows = int(self._collection.shard_rows(domain)[shard])
+            counts, arrived = self._incomplete.pop((domain, shard), (np.zeros(rows, np.uint32), 0))
+            counts[first : first + len(found)] = found
+            arrived += len(found)
+            if arrived < rows:
+                self._incomplete[domain, shard] = counts, arrived
+            elif not self._path(domain, shard).exists():
+                self._save(domain, shard, counts)
+
     def of(self, domain: int, shard: int) -> Counts:
         """The counts of one shard."""
         counts = self._load(domain, shard)
@@ -81,6 +136,14 @@ class TokenCounts:
         (found,) = self._encoder.tokens([self._collection.read(domain, shard, row)])
         assert isinstance(found, DecodeError)
         return found
+
+    def _shards(self) -> list[tuple[int, int]]:
+        domains = range(len(self._collection.domains))
+        return [(domain, shard) for domain in domains for shard in range(len(self._collection.shard_rows(domain)))]
+
+    def _rows(self) -> NDArray[np.int64]:
+        """(S,) number of documents of every shard."""
+        return np.concatenate([self._collection.shard_rows(domain) for domain in range(len(self._collection.domains))])
 
     def _path(self, domain: int, shard: int) -> Path:
         content, rows = self._collection.shard_contents(domain)[shard], self._collection.shard_rows(domain)[shard]
@@ -119,25 +182,27 @@ class TokenCounts:
                 bar.update(rows)
                 return counts
             counts = np.zeros(rows, np.uint32)
-            for first, batch in self._batches(domain, shard, rows):
-                found = self._encoder.tokens(batch)
-                counts[first : first + len(batch)] = [0 if isinstance(t, DecodeError) else len(t) for t in found]
-                bar.update(len(batch))
-            self._save(domain, shard, path, counts)
+            for batch in self._count(domain, shard, 0, rows):
+                counts[batch.first : batch.first + len(batch.counts)] = batch.counts
+                bar.update(len(batch.counts))
+            self._save(domain, shard, counts)
         return counts
 
-    def _batches(self, domain: int, shard: int, rows: int) -> Iterator[tuple[int, list[RawSample]]]:
-        """Consecutive rows, with the number of the first."""
+    def _count(self, domain: int, shard: int, first: int, end: int) -> Iterator[CountedBatch]:
+        """Tokenises the documents from `first` up to `end`, many at once."""
         batch: list[RawSample] = []
-        size = first = 0
-        for row in range(rows):
+        size = 0
+        for row in range(first, end):
             batch.append(self._collection.read(domain, shard, row))
             size += sum(map(len, batch[-1].members.values()))
-            if size >= BATCH_CHARACTERS or row == rows - 1:
-                yield first, batch
-                batch, size, first = [], 0, row + 1
+            if size >= BATCH_CHARACTERS or row == end - 1:
+                tokens = self._encoder.tokens(batch)
+                counts = np.array([0 if isinstance(t, DecodeError) else len(t) for t in tokens], np.uint32)
+                yield CountedBatch(domain, shard, row + 1 - len(batch), counts)
+                batch, size = [], 0
 
-    def _save(self, domain: int, shard: int, path: Path, counts: Counts) -> None:
+    def _save(self, domain: int, shard: int, counts: Counts) -> None:
+        path = self._path(domain, shard)
         metadata = {
             "shard": ascii(self._collection.display(domain, shard)),
             "encoder": ascii(self._encoder.description),

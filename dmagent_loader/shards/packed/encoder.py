@@ -11,7 +11,7 @@ import numpy as np
 
 from dmagent_loader.errors import DecodeError, require_extra
 from dmagent_loader.shards.decode import Decoder, RawSample
-from dmagent_loader.shards.writing.packing import TokenArray
+from dmagent_loader.shards.writing.packing import TokenArray, encode_texts
 
 _WITHOUT_EFFECT = ("version", "truncation", "padding", "post_processor", "decoder")
 """Entries of a tokenizer's definition that do not change the tokens of a whole text without added tokens."""
@@ -91,10 +91,8 @@ class DocumentEncoder:
                 texts.append(self.text(row))
             except DecodeError as error:
                 texts.append(error)
-        encoded = iter(
-            self._tokenizer.encode_batch_fast([t for t in texts if isinstance(t, str)], add_special_tokens=False)
-        )
-        return [self._ended(next(encoded).ids) if isinstance(text, str) else text for text in texts]
+        encoded = iter(encode_texts(self._tokenizer, [text for text in texts if isinstance(text, str)]))
+        return [self._ended(next(encoded)) if isinstance(text, str) else text for text in texts]
 
     def _ended(self, ids: list[int]) -> TokenArray | DecodeError:
         end = self.end_token

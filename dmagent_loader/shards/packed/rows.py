@@ -62,12 +62,12 @@ class PackingAccount:
 class PackedRows:
     """The packed rows of all domains, readable by (domain, shard, row) like a `ShardCollection`. Made by `open`."""
 
-    def __init__(self, collection: ShardCollection, pack: PackText, cache_dir: Path) -> None:
+    def __init__(self, collection: ShardCollection, pack: PackText, counts: TokenCounts) -> None:
         self._collection, self._encoder, self._length = collection, pack.encoder, pack.length
         self.packing: str | None = pack.description
         self.accounts: dict[str, PackingAccount] = {}
         """Domain -> its tokens."""
-        self._counts = TokenCounts(collection, pack.encoder, cache_dir)
+        self._counts = counts
         self._rows: list[NDArray[np.int64]] = []
         self._contents: list[NDArray[np.uint64]] = []
         self._start()
@@ -90,6 +90,7 @@ class PackedRows:
         pack: PackText,
         *,
         cache_dir: Path,
+        counts: TokenCounts | None = None,
         progress: bool = True,
         max_bad: float = 0,
     ) -> PackedRows:
@@ -99,6 +100,7 @@ class PackedRows:
             collection: The text shards.
             pack: Settings of the rows.
             cache_dir: Folder of the shard indexes; counts are kept there, too.
+            counts: Counts that several ranks have made together; None: those in `cache_dir`.
             progress: Whether to show a progress bar while tokens are counted.
             max_bad: Bad documents that are left out: their largest number in all domains, or, as a float, their largest
                 share of each domain.
@@ -107,7 +109,7 @@ class PackedRows:
             DecodeError: There are more bad documents.
             EmptyShardError: No shard of a domain has enough tokens for a row.
         """
-        rows = cls(collection, pack, cache_dir)
+        rows = cls(collection, pack, counts or TokenCounts(collection, pack.encoder, cache_dir))
         rows._count(progress, max_bad)
         return rows
 

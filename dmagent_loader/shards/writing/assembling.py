@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,7 +176,7 @@ def plan_shards(
     rows = counts.documents if length is None else counts.elements // length
     if not rows:
         return []
-    size = counts.tar_bytes if length is None else rows * _packed_row_bytes(chunks, length)
+    size = tar_size(chunks, counts, config).total
     shards = max(-(-size // config.max_shard_bytes), -(-rows // (config.rows_per_shard or rows)))
     shards = min(shards, rows)
     places, units = _buckets(chunks, shards, is_packed=length is not None)
@@ -201,9 +201,32 @@ def plan_shards(
     return tasks
 
 
-def _packed_row_bytes(chunks: Sequence[Path], length: int) -> int:
+class TarSize(NamedTuple):
+    """Rows of a domain, their bytes in its tars, and the bytes of their tokens or texts in these."""
+
+    rows: int
+    total: int
+    content: int
+
+
+def tar_size(chunks: Sequence[Path], counts: Counts, config: ShardingConfig) -> TarSize:
+    """The size of a domain, before it is written.
+
+    Args:
+        chunks: All chunks of the domain, of one document or more.
+        counts: Counts of the domain.
+        config: Settings.
+    """
+    length = config.sequence_length
+    if length is None:
+        return TarSize(counts.documents, counts.tar_bytes, counts.elements)
+    rows = counts.elements // length
     dtype = next(tokens.dtype for chunk in chunks if len(tokens := read_tensor(chunk, "data0", 0, 1)))
-    return member_bytes(len(encode_npy(np.zeros(length, dtype))))
+    row_bytes = member_bytes(len(encode_npy(np.zeros(length, dtype))))
+    if config.parse_special_tokens:
+        pieces = 1 + counts.documents // max(1, rows)
+        row_bytes += member_bytes(len(encode_npy(np.zeros(pieces, np.uint32))))
+    return TarSize(rows, rows * row_bytes, rows * length * dtype.itemsize)
 
 
 def _buckets(chunks: Sequence[Path], count: int, *, is_packed: bool) -> tuple[IntArray, IntArray]:

@@ -29,6 +29,8 @@ class ShardingConfig:
         max_shard_bytes: Largest mean size of a domain's shards, in bytes. They have equal numbers of rows.
         shuffle_seed: Seed of the order of the documents; None: the order of the input.
         max_bad: Largest number of records of a domain that may be left out because they are no documents.
+        skip_small: Whether domains with too little text for one row are left out with a warning. False: they are an
+            error.
     """
 
     text_key: str = "text"
@@ -45,6 +47,7 @@ class ShardingConfig:
     max_shard_bytes: int = 256 << 20
     shuffle_seed: int | None = 0
     max_bad: int = 0
+    skip_small: bool = False
 
     def __post_init__(self) -> None:
         if (self.tokenizer is None) != (self.sequence_length is None):

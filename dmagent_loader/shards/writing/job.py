@@ -18,7 +18,7 @@ from dmagent_loader.shards.writing.config import ShardingConfig
 
 _FOLDER = ".partial"
 _PUBLISHED = "published.json"
-_NOT_IDENTITY = ("max_bad", "tokenizer", "chat_template")
+_NOT_IDENTITY = ("max_bad", "skip_small", "tokenizer", "chat_template")
 """Settings that may differ when a job goes on: they change none of its rows, or `settings` has what they name."""
 
 logger = logging.getLogger(__name__)

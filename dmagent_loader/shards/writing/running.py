@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.pieces import divide
 from dmagent_loader.shards.inputs.records import Advance
 from dmagent_loader.shards.manifest import ShardRecord
-from dmagent_loader.shards.writing.assembling import Assembly, plan_shards
+from dmagent_loader.shards.writing.assembling import Assembly, TarSize, plan_shards, tar_size
 from dmagent_loader.shards.writing.chunks import Counts, read_tensor
 from dmagent_loader.shards.writing.collecting import CHUNK_BYTES, Collection, check_bad
 from dmagent_loader.shards.writing.config import ShardingConfig
@@ -23,6 +24,11 @@ from dmagent_loader.shards.writing.job import Job
 from dmagent_loader.shards.writing.output import Part, next_row, next_shard
 from dmagent_loader.shards.writing.packing import TextTokenizer
 from dmagent_loader.shards.writing.tasks import run_tasks
+
+_SMALL_BYTES = 1 << 20
+"""Size of a domain below which nobody minds what headers take."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,7 +59,7 @@ class Run:
 
         Raises:
             ShardError: An input cannot be used, or no document has a column to keep.
-            EmptyShardError: A domain has no rows.
+            EmptyShardError: A domain has no rows, and is not to be left out; or none has.
         """
         collections = {
             domain: [
@@ -83,6 +89,8 @@ class Run:
                 first_shard = next_shard(job, domain, earlier[domain])
                 first_row = next_row(job.output, earlier[domain])
             folders[domain] = job.shards(domain, first_shard, first_row)
+            if counts[domain].documents:
+                self._report_overhead(domain, tar_size(chunks, counts[domain], self.config))
             assemblies[domain] = plan_shards(
                 folders[domain],
                 domain.rpartition("/")[2],
@@ -92,9 +100,20 @@ class Run:
                 first_shard=first_shard,
                 first_row=first_row,
             )
-            if not assemblies[domain]:
+        small = [domain for domain, tasks in assemblies.items() if not tasks]
+        if small:
+            fault = self._without_rows(small[0], counts[small[0]])
+            if len(small) == len(inputs):
                 job.remove()  # only other inputs or settings can help
-                raise EmptyShardError(self._without_rows(domain, counts[domain]))
+                raise EmptyShardError(fault)
+            if not self.config.skip_small:
+                others = f" (the same for {small[1:]})" if small[1:] else ""
+                raise EmptyShardError(f"{fault}, or leave such domains out (--skip-small, skip_small=True){others}")
+            logger.warning(
+                "left out, because they have too little text for a row (--skip-small): %s",
+                ", ".join(f"{domain} ({counts[domain].documents} documents)" for domain in small),
+            )
+        assemblies = {domain: tasks for domain, tasks in assemblies.items() if tasks}
         shards = self._assemble(assemblies)
         return {
             domain: Part(
@@ -103,7 +122,7 @@ class Run:
                 shards[domain],
                 b"".join(read_tensor(c, "rejects").tobytes() for task in collections[domain] for c in task.chunks()),
             )
-            for domain in inputs
+            for domain in assemblies
         }
 
     def _collect(self, collections: Mapping[str, Sequence[Collection]], size: int) -> dict[str, Counts]:
@@ -125,6 +144,20 @@ class Run:
                     "keep_columns"
                 )
         return ""
+
+    def _report_overhead(self, domain: str, size: TarSize) -> None:
+        if size.content >= size.total / 2 or size.total < _SMALL_BYTES:
+            return
+        logger.warning(
+            "domain %r: %.0f%% of the bytes of its shards will be headers and padding of the tar, because its rows are "
+            "short, %d bytes each: %s",
+            domain,
+            100 * (1 - size.content / size.total),
+            round(size.content / max(1, size.rows)),
+            "choose longer rows (--sequence-length), or write text and pack it when it is read (PackText)"
+            if self.tokenizer
+            else "pack its documents (--tokenizer, --sequence-length), or ignore it where space does not matter",
+        )
 
     def _assemble(self, assemblies: Mapping[str, Sequence[Assembly]]) -> dict[str, list[ShardRecord]]:
         tasks = [task for items in assemblies.values() for task in items]

@@ -59,7 +59,7 @@ def shard_files(
         progress: Show progress bars.
 
     Returns:
-        A record of each domain, of all its shards.
+        A record of each domain, of all its shards; without those that are left out because they have no rows.
 
     Raises:
         DomainError: A name is not ``field/domain``, or the folder already holds the domain.
@@ -68,7 +68,7 @@ def shard_files(
             length or tokenizer.
         ShardNotFoundError: A path matches no file.
         ShardError: An input cannot be used, or more of its records are bad than `config` allows.
-        EmptyShardError: A domain has no rows.
+        EmptyShardError: A domain has no rows, and is not to be left out; or none has.
         MissingExtraError: A kind of input needs a package that is not installed.
     """
     config = config or ShardingConfig()
@@ -127,7 +127,11 @@ def shard_files(
                 job.remove()
             raise
         job.remove()
-    return {domain: records[domain] if domain in records else earlier_record(done[domain]) for domain in domains}
+    return {
+        domain: records[domain] if domain in records else earlier_record(done[domain])
+        for domain in domains
+        if domain in records or domain in done
+    }
 
 
 def _settings(config: ShardingConfig, tokenizer: TextTokenizer | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`dmagent label` is killed, run again, and gives what an undisturbed run gives."""
+"""`dmagent label` and `filter` are killed, run again, and give what an undisturbed run gives."""
 
 from __future__ import annotations
 
@@ -55,6 +55,42 @@ def test_a_killed_job_continues_after_its_last_part(tmp_path: Path) -> None:
     again = finished(start(web, tmp_path / "killed"))
     assert again.replace(str(tmp_path / "killed"), str(tmp_path / "whole")) == whole
     assert all(path.stat().st_mtime_ns == changed for path, changed in written.items())
+    names = {path.relative_to(tmp_path / "whole") for path in files_under(tmp_path / "whole")}
+    assert names == {path.relative_to(tmp_path / "killed") for path in files_under(tmp_path / "killed")}
+    for name in names:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_killed_filter_continues_after_its_last_part(tmp_path: Path) -> None:
+    """Of repeats on both sides of the kill, the first is kept, by its exact text and by its shingles."""
+    texts = [f"{TEXTS[0]} n{n % 6000} {TEXTS[1]} n{n % 6000}" for n in range(3 * PART_DOCUMENTS)]
+    web = write_jsonl(tmp_path / "web.jsonl", [{"text": text, "id": n} for n, text in enumerate(texts)])
+    more = write_jsonl(tmp_path / "more.jsonl", [{"text": text} for text in (texts[5], "zzzz " * 30, texts[-1] + " a")])
+
+    def begin(output: Path, *other: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "dmagent_loader", "filter", "--domain", f"source/web={web}", "--no-progress"]
+        command += ["--domain", f"source/more={more}", "--near-duplicates", "0.9", "--output", str(output), *other]
+        return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    whole = finished(begin(tmp_path / "whole"))
+    assert "6,000 of 12,288 kept; dropped: 6,288 exact duplicate" in whole
+    killed = begin(tmp_path / "killed")
+    parts = tmp_path / "killed" / ".partial" / "reasons" / "source" / "web"
+    deadline = time.monotonic() + 100
+    while not (parts / "part-000000.json").exists():
+        assert killed.poll() is None, killed.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    written = {path: path.stat().st_mtime_ns for path in parts.glob("part-*")}
+    assert len(written) < 3, "it was done before it was killed"
+    assert not (tmp_path / "killed" / "source").exists()
+    _, errors = begin(tmp_path / "killed", "--min-characters", "9").communicate(timeout=200)
+    assert "holds unfinished work with other min_characters: run that command again" in errors
+    assert {path: path.stat().st_mtime_ns for path in parts.glob("part-*")} == written
+    again = finished(begin(tmp_path / "killed"))
+    assert again.replace(str(tmp_path / "killed"), str(tmp_path / "whole")) == whole
     names = {path.relative_to(tmp_path / "whole") for path in files_under(tmp_path / "whole")}
     assert names == {path.relative_to(tmp_path / "killed") for path in files_under(tmp_path / "killed")}
     for name in names:

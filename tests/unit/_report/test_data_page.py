@@ -59,14 +59,14 @@ def test_the_table_has_the_numbers_of_each_domain() -> None:
         "source/web",
         "1,000",
         "2",
-        "3.0",
+        "3.00",
         "10 / 200 / 3,000",
         "3.0%",
         "80%",
         "News 75%, Law & Government 25%",
     ]
     packed = domain_table([facts("source/web", {"News": 60}, tokens=2_500_000), facts("target/math", {})])
-    assert [row[4] for row in packed.rows] == ["2.50", ""]
+    assert [row[4] for row in packed.rows] == ["2.500", ""]
 
 
 def test_the_page_weights_domains_by_their_rows() -> None:

@@ -53,7 +53,7 @@ def test_it_writes_a_page_about_shards(tmp_path: Path, capsys: pytest.CaptureFix
     page = tmp_path / "page.html"
     assert run(str(tmp_path / "shards"), "--output", str(page), "--no-progress") == 0
     line = " ".join(capsys.readouterr().out.splitlines()[2].split())
-    assert line == "source/web 10 1 0.0 85 / 85 / 85 20.0% 100% Sports 100%"
+    assert line == "source/web 10 1 0.02 85 / 85 / 85 20.0% 100% Sports 100%"
     assert "<!DOCTYPE html>" in page.read_text()
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigurationError, match=r"must be a file that ends in \.html"):

@@ -213,7 +213,12 @@ def test_packed_rows_are_composed_with_their_tokenizer(
     assert "holds tokens, not text: name their tokenizer (--tokenizer" in capsys.readouterr().err
     Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a")).save(str(tmp_path / "other.json"))
     other = ["--tokenizer", str(tmp_path / "other.json")]
-    assert main(["compose", str(tmp_path / "s"), "--no-progress", *other]) == 1
+    assert main(["compose", str(tmp_path / "s"), "--no-progress", *other]) == 2
+    assert "'source/web' were packed with the tokenizer 'tokenizer.json'" in capsys.readouterr().err
+    assert main(["compose", str(tmp_path / "s"), "--no-progress", *packing[:2], "--eos-token", words[0]]) == 2
+    assert "are ended by token 1, but the end-of-text token is 2: " in capsys.readouterr().err
+    without_manifest = [f"source/web={tmp_path}/s/source/web/*.tar", "--output", str(tmp_path / "c.json")]
+    assert main(["compose", *without_manifest, "--no-progress", *other]) == 1
     assert "so it is not that of the rows" in capsys.readouterr().err
     assert main(["compose", str(tmp_path / "s"), "--no-progress", *packing[:2]]) == 0
     shares = load_compositions(tmp_path / "s" / COMPOSITIONS_NAME)["source/web"].shares
@@ -275,6 +280,11 @@ def test_inputs_that_cannot_be_used_are_refused(
     assert "pass --output FILE" in capsys.readouterr().err
     assert main(["label", "--shards", f"web={shards}/source/web/*.tar", "--output", str(tmp_path / "o")]) == 2
     assert "the domains ['web'] have no field" in capsys.readouterr().err
+    raw = tmp_path / "raw.jsonl"
+    write_jsonl(raw, [{"text": SPORTS}])
+    for command in (["compose", str(raw)], ["compose", f"source/web={raw}"], ["inspect", str(raw)]):
+        assert main([*command, "--no-progress"]) == 2
+        assert "raw.jsonl' is not a shard: write shards of it first (dmagent shard" in capsys.readouterr().err
     (shards / COMPOSITIONS_NAME).write_text(json.dumps({"schema": 9, "domains": {}}))
     assert main(["compose", str(shards), "--no-progress"]) == 2
     assert "has schema 9, but this version reads schema 1" in capsys.readouterr().err

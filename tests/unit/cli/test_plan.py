@@ -87,6 +87,16 @@ def test_a_domain_that_is_given_twice_is_refused(tmp_path, capsys):
     assert "--domain 'source/a' is given twice" in capsys.readouterr().err
 
 
+def test_the_home_folder_is_found_although_the_shell_does_not_name_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a,b.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "c"}\n{"text": "d"}\n')
+    domain = "source/a=~/a,b.jsonl,~/c.jsonl"
+    assert main(["shard", "--domain", domain, "--output", str(tmp_path / "out"), "--no-progress"]) == 0
+    assert "3 documents" in capsys.readouterr().out
+    assert main(["index", "source/a=~/out/source/a/*.tar", "--no-progress"]) == 0
+
+
 def test_two_files_that_would_be_one_domain_are_refused(tmp_path, capsys):
     for name in ("c4.en.jsonl", "c4.de.jsonl"):
         (tmp_path / "in").mkdir(exist_ok=True)

@@ -62,6 +62,12 @@ def test_near_duplicates_are_those_above_the_similarity() -> None:
     texts = [" ".join(part) for part in (text, close, far, words(1))]
     assert reasons(texts, near_duplicates=0.6) == [None, NEAR, None, None]
     assert reasons(texts, near_duplicates=0.95) == [None, None, None, None]
+    for similarity in (0.99, 1):  # the index of datasketch has no bands for these
+        assert reasons([texts[0], texts[0], texts[1]], near_duplicates=similarity, exact_duplicates=False) == [
+            None,
+            NEAR,
+            None,
+        ]
     assert reasons(["one two", "one, two", "three"], near_duplicates=0.9, exact_duplicates=False) == [None, NEAR, None]
 
 

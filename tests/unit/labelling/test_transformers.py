@@ -18,6 +18,8 @@ import torch
 from torch.nn import functional as F
 
 from dmagent_loader.errors import CheckpointError, ConfigurationError
+from dmagent_loader.labelling import deberta
+from dmagent_loader.labelling import web_organizer as web_organizer_module
 from dmagent_loader.labelling.classifier import load_classifier
 from dmagent_loader.labelling.labels import Labeller
 from dmagent_loader.labelling.taxonomy import WEB_ORGANIZER
@@ -119,6 +121,33 @@ def test_nvidias_classifiers(tmp_path: Path, labels: tuple[str, ...], characters
     assert found[:, 0].max() > 1.1 * found[:, 0].min()
     assert classifier.labels == labels
     assert classifier.name.startswith("classifier (")
+
+
+@pytest.mark.parametrize("make", ["nvidia", "web_organizer"])
+def test_half_precision_as_on_a_gpu_gives_nearly_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: str
+) -> None:
+    """The weights in bfloat16 and batches with padding, on the CPU: the classes are those of float32."""
+    folder = nvidia(tmp_path, CANONICAL_TOPICS)[0] if make == "nvidia" else web_organizer(tmp_path)[0]
+    texts = ["w1 w2 w3", "w5", "w7 w9 w11 w13"]  # short, because processors have no instructions for this type
+    expected = load_classifier(folder, device="cpu", batch_size=2).probabilities(texts)
+    module = deberta if make == "nvidia" else web_organizer_module
+    seen = []
+
+    def in_half(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        model = model.eval().to(device, torch.bfloat16)
+        model.register_forward_hook(lambda *call: seen.append(call[2]))
+        return model
+
+    monkeypatch.setattr(module, "placed", in_half)
+    found = load_classifier(folder, device="cpu", batch_size=2).probabilities(texts)
+    assert len(seen) == 2
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    np.testing.assert_allclose(found, expected, atol=0.1)
+    sure = np.sort(expected)[:, -1] - np.sort(expected)[:, -2] > 0.2
+    assert sure.any()
+    assert (found.argmax(axis=1) == expected.argmax(axis=1))[sure].all()
+    assert not np.allclose(found, expected, atol=1e-6), "nothing was rounded"
 
 
 def test_labels_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:

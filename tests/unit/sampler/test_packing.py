@@ -14,13 +14,16 @@ import pytest
 import torch
 from reading import quiet
 from samplers import logged
+from shard_fixtures import write_jsonl
 from text_shards import END, END_ID, byte_tokenizer, random_documents, write_documents
+from transformers import PreTrainedTokenizerFast
 
 from dmagent_loader import AgentWeightedSampler, MixingDataLoader, PackText, ReadingConfig
 from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, DecodeError, StateError
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.policies import StaticPolicy
+from dmagent_loader.shards import ShardingConfig, shard_files
 from dmagent_loader.testing import assert_same_after_resume
 from dmagent_loader.transforms import IGNORED_LABEL, PACKED_MEMBER, ShiftedTokens, collate_packed
 
@@ -51,6 +54,17 @@ def build(shards: Any, cache: Path, *, pack: PackText | None = None, **settings:
     for number, mix in enumerate(CHANGES, start=1):
         sampler.plan.append(LedgerEntry(start=20 * number, mix=mix, decided_by="test", decided_at=20 * number))
     return sampler
+
+
+def text_manifest(folder: Path, rows: dict[str, int]) -> str:
+    """Shards of `dmagent shard` with so many documents of each domain."""
+    folder.mkdir()
+    domains = {}
+    for name, count in rows.items():
+        documents = [{"text": f"{name} {number} " * 5} for number in range(count)]
+        domains[name] = [write_jsonl(folder / f"{name.replace('/', '-')}.jsonl", documents)]
+    shard_files(domains, folder / "shards", ShardingConfig(rows_per_shard=20), progress=False)
+    return str(folder / "shards" / "manifest.json")
 
 
 def contents(samples: Any) -> list[tuple[int, str, str, bytes]]:
@@ -205,14 +219,53 @@ def test_a_packing_in_the_wrong_place_is_named(shards, cache):
         AgentWeightedSampler(shards, pack=16, reading=quiet(cache))  # type: ignore[arg-type]
 
 
-def test_commands_that_look_for_stored_rows_refuse_a_packed_run(shards, cache, tmp_path, capsys):
-    path = tmp_path / "state.json"
-    path.write_text(json.dumps(build(shards, cache).state_dict(consumed=30)))
-    assert main(["replay", str(path)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 30
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_commands_find_the_rows_of_a_packed_run(tmp_path, capsys, is_folder):
+    """With its tokenizer: they say what load_state_dict does, and replay the keys that the run read."""
+    tokenizer = tmp_path / "tokenizer.json"
+    byte_tokenizer().save(str(tokenizer))
+    if is_folder:
+        tokenizer = tmp_path / "tokenizer"
+        PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token=END).save_pretrained(tokenizer)
+    manifest = text_manifest(tmp_path / "first", {"source/web": 60, "target/math": 40})
+    sampler = AgentWeightedSampler(manifest, pack=PackText(byte_tokenizer(), LENGTH), reading=quiet(tmp_path / "cache"))
+    keys = [sample["__key__"] for sample in itertools.islice(sampler, 12)]
+    (tmp_path / "state.json").write_text(json.dumps(sampler.state_dict()))
+    more = ["--tokenizer", str(tokenizer), "--cache-dir", str(tmp_path / "cache")]
+    assert main(["replay", str(tmp_path / "state.json"), "--shards", manifest, *more]) == 0
+    assert [json.loads(line)["key"] for line in capsys.readouterr().out.splitlines()] == keys
+    assert main(["state", str(tmp_path / "state.json"), "--shards", manifest, *more]) == 0
+    out = capsys.readouterr().out
+    assert "its documents were packed when they were read: rows of 16 tokens, tokenizer " in out
+    assert "load_state_dict(state) resumes exactly at sample 12" in out
+    other = text_manifest(tmp_path / "second", {"source/web": 60, "target/math": 41})
+    assert main(["state", str(tmp_path / "state.json"), "--shards", other, *more]) == 1
+    assert "domain 'target/math': " in capsys.readouterr().out
+
+
+def test_commands_name_what_they_need_for_a_packed_run(shards, cache, tmp_path, capsys):
+    manifest = text_manifest(tmp_path / "text", {"source/web": 60, "target/math": 40})
+    packed, stored = tmp_path / "packed.json", tmp_path / "stored.json"
+    sampler = AgentWeightedSampler(manifest, pack=PackText(byte_tokenizer(), LENGTH), reading=quiet(cache))
+    packed.write_text(json.dumps(sampler.state_dict(consumed=5)))
+    stored.write_text(json.dumps(AgentWeightedSampler(manifest, reading=quiet(cache)).state_dict(consumed=5)))
+    byte_tokenizer("</s>").save(str(tmp_path / "other.json"))
+    assert main(["replay", str(packed)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    tokenizer = ["--tokenizer", str(tmp_path / "other.json")]
     for command in ("replay", "state"):
-        assert main([command, str(path), "--shards", str(tmp_path)]) != 0
-        assert "the run packed its documents while it read them (rows of 16 tokens" in capsys.readouterr().err
+        for state, arguments, expected in (
+            (packed, ["--shards", manifest], "pass the tokenizer of the run (--tokenizer tokenizer.json"),
+            (packed, ["--shards", manifest, *tokenizer], "pass the tokenizer of the run"),
+            (packed, tokenizer, "--tokenizer has no effect, because it is for the rows of --shards"),
+            (stored, ["--shards", manifest, *tokenizer], "--tokenizer has no effect, because the run read rows as"),
+        ):
+            assert main([command, str(state), *arguments]) == 2
+            assert expected in capsys.readouterr().err
+    edited = {**json.loads(packed.read_bytes()), "packing": "rows of paper"}
+    packed.write_text(json.dumps(edited))
+    assert main(["replay", str(packed), "--shards", manifest, *tokenizer]) == 2
+    assert "the state's packing is 'rows of paper', which describes no PackText" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("parse", [False, True])

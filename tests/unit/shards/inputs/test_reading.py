@@ -215,6 +215,16 @@ def test_a_file_without_the_column_is_refused_with_what_it_has(tmp_path: Path, n
         documents(tmp_path / name, ReadOptions(text_key="body"))
 
 
+def test_a_column_inside_of_a_column_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"page": [{"text": "a"}]}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"page": {"text": "a"}}\n')
+    for name in ("a.parquet", "a.jsonl"):
+        with pytest.raises(ShardError, match=r"it has \['page'\]: columns inside of columns are not read"):
+            documents(tmp_path / name, ReadOptions(text_key="page.text"))
+
+
 def test_values_of_a_table_that_are_no_text_are_refused_by_row(tmp_path: Path) -> None:
     import pyarrow.parquet
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from dmagent_loader.errors import ConfigurationError, EmptyShardError, ShardError
 from dmagent_loader.shards import Decoder, ShardCollection, ShardingConfig, load_manifest, shard_files
-from dmagent_loader.shards.manifest import DomainRecord
+from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord
 from dmagent_loader.shards.writing import running
 from dmagent_loader.shards.writing.job import Job
 
@@ -224,3 +224,22 @@ def test_numbers_below_zero_are_refused(tmp_path: Path) -> None:
         ShardingConfig(shuffle_seed=-1)
     with pytest.raises(ConfigurationError, match=r"workers=-3: it must be at least 0"):
         shard_files({"source/a": [lines(tmp_path / "a.jsonl", "a")]}, tmp_path / "out", workers=-3)
+
+
+def test_small_domains_are_left_out_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the topics of `dmagent label --split` may be; the tokens of the others are not made again."""
+    packed = {"tokenizer": tokenizer(tmp_path / "tokenizer.json"), "eos_token": "<end>", "sequence_length": 4}
+    domains = {
+        f"source/{name}": [lines(tmp_path / f"{name}.jsonl", "w1 " * words)] for name, words in [("a", 9), ("b", 2)]
+    }
+    with pytest.raises(EmptyShardError, match=r"'source/b' would have no rows.*leave such domains out \(--skip-small"):
+        shard_files(domains, tmp_path / "out", ShardingConfig(**packed), progress=False)  # type: ignore[arg-type]
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+    config = ShardingConfig(**packed, skip_small=True)  # type: ignore[arg-type]
+    records = shard_files(domains, tmp_path / "out", config, progress=False)
+    assert "goes on where it stood" in caplog.text
+    assert "too little text for a row (--skip-small): source/b (1 documents)" in caplog.text
+    assert list(records) == list(load_manifest(tmp_path / "out")) == ["source/a"]
+    assert not (tmp_path / "out" / ".partial").exists()
+    with pytest.raises(EmptyShardError, match="'source/b' would have no rows"):
+        shard_files({"source/b": domains["source/b"]}, tmp_path / "none", config, progress=False)

@@ -177,3 +177,30 @@ def test_the_manifest_counts_documents_that_spell_special_tokens(tmp_path: Path)
     packed([f"a {END} b", "jumps over it " * 5], saved(bytes_bpe(), tmp_path, "tokenizer.json"), tmp_path)
     entry = json.loads((tmp_path / "out/manifest.json").read_text())["domains"]["source/a"]
     assert entry["special_token_documents"] == 1
+
+
+def test_rows_so_short_that_the_headers_outweigh_them_are_warned_of(tmp_path, caplog):
+    tokenizer = saved(bytes_bpe(), tmp_path, "tokenizer.json")
+    (tmp_path / "short").mkdir()
+    record, _ = packed(["0123456789abcde" * 8] * 160, tokenizer, tmp_path / "short")
+    assert record.rows > 1100
+    assert "'source/a': 97% of the bytes of its shards will be headers and padding" in caplog.text
+    assert "rows are short, 32 bytes each: choose longer rows (--sequence-length)" in caplog.text
+    caplog.clear()
+    texts = [{"text": f"{number:0100d}"} for number in range(1100)]
+    path = write_jsonl(tmp_path / "texts.jsonl", texts)
+    shard_files({"source/a": [path]}, tmp_path / "texts", ShardingConfig(), progress=False)
+    assert "rows are short, 100 bytes each: pack its documents (--tokenizer" in caplog.text
+    caplog.clear()
+    path = write_jsonl(tmp_path / "long.jsonl", [{"text": f"{number:01000d}"} for number in range(1100)])
+    shard_files({"source/a": [path]}, tmp_path / "long", ShardingConfig(), progress=False)
+    shard_files({"source/a": [write_jsonl(tmp_path / "few.jsonl", texts[:9])]}, tmp_path / "few", progress=False)
+    assert caplog.text == ""
+
+
+def test_shards_with_document_lengths_are_as_large_as_asked_for(tmp_path):
+    tokenizer = saved(bytes_bpe(), tmp_path, "tokenizer.json")
+    record, _ = packed(
+        ["0123456789abcde" * 8] * 160, tokenizer, tmp_path, parse_special_tokens=True, max_shard_bytes=1 << 18
+    )
+    assert record.bytes / len(record.shards) <= (1 << 18) + tarfile.RECORDSIZE
