@@ -13,7 +13,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -53,7 +53,7 @@ class TimedEnvironment(Environment):
         self.evaluations = self.measurements = self.tokens = self.peak_bytes = 0
         self.evaluation_seconds = self.influence_seconds = 0.0
 
-    def evaluate(self, *args: Any, **settings: Any) -> Mapping[str, float]:
+    def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
         result, seconds = _timed(lambda: super(TimedEnvironment, self).evaluate(*args, **settings))
         self.evaluations += 1
         self.evaluation_seconds += seconds
