@@ -33,8 +33,8 @@ model = LlamaForCausalLM(config)
 pairs = {{"keep": [("12", "34"), ("5 6", "78"), ("a", "b")], "acquire": [("x =", " y"), ("q", "r"), ("s", "t")]}}
 environment = Environment.from_pairs(pairs, lambda text: [ord(c) % 64 for c in text], progress=False)
 sampler = AgentWeightedSampler(
-    json.load(open("shards.json")), policy=partial(InfluencePolicy, every=2), samples_per_reweight=12, exhausted="repeat",
-    transform=packed_tokens, reading=ReadingConfig(progress=False, cache_dir="cache"),
+    json.load(open("shards.json")), policy=partial(InfluencePolicy, every=2), samples_per_reweight=12,
+    exhausted="repeat", transform=packed_tokens, reading=ReadingConfig(progress=False, cache_dir="cache"),
 )
 
 
