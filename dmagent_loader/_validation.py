@@ -111,6 +111,19 @@ def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
     return number
 
 
+def added_tokens(of_nothing: list[int], of_text: list[int]) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and after every text.
+
+    Args:
+        of_nothing: Tokens of the empty text.
+        of_text: Tokens of a short text.
+    """
+    pairs = zip(of_nothing, of_text, strict=False)
+    num_before = next((number for number, (one, other) in enumerate(pairs) if one != other), len(of_nothing))
+    before, after = of_nothing[:num_before], of_nothing[num_before:]
+    return before, after if of_text[-len(after) :] == after else []
+
+
 def shown(value: Any) -> str:
     """The `repr` of a value for a message, shortened if it is long or deeply nested."""
     try:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dmagent_loader._loading.lazy import TAGS, Columns, read_together
-from dmagent_loader._validation import whole_number
+from dmagent_loader._validation import added_tokens, whole_number
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DecodeError
 from dmagent_loader.shards.writing.packing import LENGTHS_MEMBER, PACKED_MEMBER
 
@@ -323,7 +323,8 @@ class TokenizeText:
             of transformers; with another function, a row with the end token in its middle is an error.
 
     Raises:
-        ConfigurationError: `pad_token` is None, or `encode` does not return token ids, truncates or pads.
+        ConfigurationError: `pad_token` is None, or `encode` does not return token ids, truncates, pads, or appends
+            another token than `end_token` to every text.
     """
 
     encode: Callable[..., Sequence[int]]
@@ -352,21 +353,13 @@ class TokenizeText:
                 "encode does not return a list of token ids: pass tokenizer.encode of transformers, or a function from "
                 "text to ids"
             )
-        if self.end_token == "tokenizer":
-            end_token = getattr(getattr(self.encode, "__self__", None), "eos_token_id", None)
-            if end_token is None:
-                logger.warning(
-                    "the end-of-text token is unknown, so documents will not end: pass end_token= (its id), or "
-                    "end_token=None if the function encode puts it there or it is not wanted"
-                )
-            object.__setattr__(self, "end_token", end_token)
-        if self.end_token is not None:
-            whole_number("end_token", self.end_token, least=0)
         if len(probe) >= _LEAST_PADDED:
             raise ConfigurationError(
                 f"encode returns {len(probe)} tokens for 'a', so it pads and padding would be trained on: pass a "
                 "function without padding, TokenizeText pads"
             )
+        if self.end_token is not None:
+            self._find_end_token(added_tokens(self._encoded(""), probe)[1])
         if not self._is_method_of_transformers():  # whose encode truncates on request only, and warns of long texts
             found = len(self._encoded("a " * 2 * self.length))
             if found < self.length:
@@ -375,6 +368,33 @@ class TokenizeText:
                     f"length={self.length} and most of a long document would be lost: pass a function without "
                     "truncation, TokenizeText cuts and counts"
                 )
+
+    def _find_end_token(self, appended: list[int]) -> None:
+        """Sets the id of the end-of-text token.
+
+        Args:
+            appended: Tokens that `encode` appends to every text.
+        """
+        end_token = self.end_token
+        if end_token == "tokenizer":
+            end_token = getattr(getattr(self.encode, "__self__", None), "eos_token_id", None)
+        if appended and appended != [end_token]:
+            known = "is unknown" if end_token is None else f"has id {end_token}"
+            meant = f"end_token={appended[0]} if that token ends documents; or " * (len(appended) == 1)
+            raise ConfigurationError(
+                f"encode appends tokens of its own ({appended}) to every text, but the end-of-text token {known}, so "
+                f"documents would not end as packed ones do: pass {meant}a function that appends none, such as "
+                "tokenizer.encode with add_special_tokens=False, and end_token= (its id); or end_token=None to leave "
+                "the texts as encode ends them"
+            )
+        if end_token is None:
+            logger.warning(
+                "the end-of-text token is unknown, so documents will not end: pass end_token= (its id), or "
+                "end_token=None if the function encode puts it there or it is not wanted"
+            )
+        else:
+            whole_number("end_token", end_token, least=0)
+        object.__setattr__(self, "end_token", end_token)
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels``, all (T,) int64; labels of padding are -100.

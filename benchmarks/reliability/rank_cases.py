@@ -156,6 +156,12 @@ def one_does_not_resume(here: Rank) -> Any:
         sampler.load_state_dict(state)
 
 
+def other_data(here: Rank) -> Any:
+    """One rank would begin a new segment where the others go on exactly."""
+    state = here.build().state_dict(consumed=0)
+    here.build().load_state_dict(state, data="changed" if here.rank == 1 else "exact")
+
+
 def other_ledger(here: Rank) -> Any:
     sampler = here.build()
     if here.rank == 1:
@@ -200,6 +206,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shadow": {"deciding": DecisionConfig(shadow=True)},
     "history_mix": {"deciding": DecisionConfig(history_mix="requested")},
     "guard": {"deciding": DecisionConfig(guard=GuardConfig(max_change=0.1))},
+    "on_bad_row": {"on_bad_row": "skip"},
     "the loader": {"reading": ReadingConfig(prefetch_factor=4)},
     "world_size": {"rank": 2, "world_size": 8},
     "no process has data-parallel rank 2 of 4": {"rank": 1, "world_size": 4},
@@ -285,6 +292,7 @@ TOGETHER: dict[str, Callable[[Rank], Any]] = {
     "rank 3 has a damaged state": damaged_state,
     "rank 3 has an unreadable checkpoint": unreadable_checkpoint,
     "rank 1 does not resume": one_does_not_resume,
+    "rank 1 allows other data": other_data,
     "rank 1 has another ledger": other_ledger,
     "rank 1 counts otherwise": other_count,
     "rank 2 sets its mix by hand": hand_against_policy,

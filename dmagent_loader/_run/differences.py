@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
+import numpy as np
+
 from dmagent_loader._run.segments import RunData
+from dmagent_loader.mixture.hashing import UIntArray
+from dmagent_loader.mixture.rest_of_pass import partners
+from dmagent_loader.mixture.simplex import IntArray
 
 _LISTED = 5
 """Shards that a line names, and lines in a summary."""
@@ -17,18 +21,20 @@ class Shards:
     """Some shards of a domain.
 
     Attributes:
+        num_shards: Number of shards.
+        num_rows: Their rows.
         names: File names, as far as they are known.
-        rows: Rows of each.
     """
 
-    names: list[str]
-    rows: list[int]
+    num_shards: int
+    num_rows: int
+    names: Sequence[str] = ()
 
     def __str__(self) -> str:
-        count, more = len(self.rows), len(self.names) - _LISTED
+        more = len(self.names) - _LISTED
         listed = ", ".join(self.names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
         named = f" ({listed})" if listed else ""
-        return f"{count} shard{'s' * (count != 1)}{named} with {sum(self.rows):,} rows"
+        return f"{self.num_shards} shard{'s' * (self.num_shards != 1)}{named} with {self.num_rows:,} rows"
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class DomainDifference:
     @property
     def is_same(self) -> bool:
         """Whether the domain has the same shards, in any order and under any name."""
-        return self.kind == "kept" and not (self.changed.rows or self.new.rows or self.lost.rows)
+        return self.kind == "kept" and not (self.changed.num_shards or self.new.num_shards or self.lost.num_shards)
 
     def __str__(self) -> str:
         if self.kind == "new":
@@ -62,7 +68,7 @@ class DomainDifference:
         if self.kind == "removed":
             return f"domain {self.name!r} is gone: {self.lost}"
         kinds = ((self.changed, "changed"), (self.new, "new"), (self.lost, "lost"))
-        parts = [f"{words} {shards}" for shards, words in kinds if shards.rows]
+        parts = [f"{words} {shards}" for shards, words in kinds if shards.num_shards]
         return f"domain {self.name!r}: {', '.join(parts)}; unchanged {self.unchanged}"
 
 
@@ -95,7 +101,9 @@ def differences(saved: RunData, present: RunData) -> Differences:
     now = {name: number for number, name in enumerate(present.space.names)}
     before = {name: number for number, name in enumerate(saved.space.names)}
     names = list(dict.fromkeys([*now, *before]))
-    domains = [_domain(name, _shards(saved, before.get(name)), _shards(present, now.get(name))) for name in names]
+    domains = [
+        _domain(name, _Columns.of(saved, before.get(name)), _Columns.of(present, now.get(name))) for name in names
+    ]
     kept = [name for name in before if name in now]
     settings = []
     if kept != [name for name in now if name in before]:
@@ -111,45 +119,47 @@ def differences(saved: RunData, present: RunData) -> Differences:
     return Differences(domains, settings)
 
 
-_Shard = tuple[tuple[int, int], str | None]
-"""(content, rows) of a shard, and its file name if it is known."""
+@dataclass(frozen=True)
+class _Columns:
+    """The shards of a domain, S of them; none where there is no such domain."""
+
+    contents: UIntArray
+    rows: IntArray
+    names: Sequence[str] | None
+    is_there: bool
+
+    @classmethod
+    def of(cls, data: RunData, domain: int | None) -> _Columns:
+        if domain is None:
+            return cls(np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64), None, is_there=False)
+        names = None if data.names is None else data.names[domain]
+        return cls(data.shards.contents[domain], data.shards.rows[domain], names, is_there=True)
+
+    def names_of(self, numbers: IntArray) -> list[str]:
+        return [] if self.names is None else [self.names[number] for number in numbers.tolist()]
+
+    def chosen(self, numbers: IntArray, files: Set[str], *, among: bool) -> Shards:
+        """Those of some shards whose file names are, or are not, among others."""
+        if files:
+            names = self.names_of(numbers)
+            numbers = numbers[[(name in files) == among for name in names]]
+        elif among:
+            numbers = numbers[:0]
+        return Shards(len(numbers), int(self.rows[numbers].sum()), self.names_of(numbers))
 
 
-def _domain(name: str, before: list[_Shard] | None, now: list[_Shard] | None) -> DomainDifference:
-    added, gone = _without(now or [], before or []), _without(before or [], now or [])
-    files_added = {file for _, file in added} - {None}
-    replaced = files_added & {file for _, file in gone}
-    unchanged = _without(now or [], added)
+def _domain(name: str, before: _Columns, now: _Columns) -> DomainDifference:
+    partner = partners(now.contents, now.rows, before.contents, before.rows)
+    is_same = partner >= 0
+    is_gone = np.ones(len(before.rows), dtype=bool)
+    is_gone[partner[is_same]] = False
+    added, gone = np.flatnonzero(~is_same), np.flatnonzero(is_gone)
+    replaced = set(now.names_of(added)) & set(before.names_of(gone))
     return DomainDifference(
         name=name,
-        kind="new" if before is None else "removed" if now is None else "kept",
-        unchanged=Shards([], [rows for (_, rows), _ in unchanged]),
-        changed=_some(one for one in added if one[1] in replaced),
-        new=_some(one for one in added if one[1] not in replaced),
-        lost=_some(one for one in gone if one[1] not in replaced),
+        kind="new" if not before.is_there else "removed" if not now.is_there else "kept",
+        unchanged=Shards(int(is_same.sum()), int(now.rows[is_same].sum())),
+        changed=now.chosen(added, replaced, among=True),
+        new=now.chosen(added, replaced, among=False),
+        lost=before.chosen(gone, replaced, among=False),
     )
-
-
-def _without(shards: list[_Shard], others: list[_Shard]) -> list[_Shard]:
-    """The shards whose contents are not among the others, as often as these have them."""
-    left = Counter(key for key, _ in others)
-    kept = []
-    for key, file in shards:
-        if left[key] > 0:
-            left[key] -= 1
-        else:
-            kept.append((key, file))
-    return kept
-
-
-def _shards(data: RunData, domain: int | None) -> list[_Shard] | None:
-    if domain is None:
-        return None
-    contents, rows = data.shards.contents[domain].tolist(), data.shards.rows[domain].tolist()
-    names: Sequence[str | None] = [None] * len(rows) if data.names is None else data.names[domain]
-    return list(zip(zip(contents, rows, strict=True), names, strict=True))
-
-
-def _some(shards: Iterable[_Shard]) -> Shards:
-    listed = list(shards)
-    return Shards([name for _, name in listed if name is not None], [rows for (_, rows), _ in listed])

@@ -21,10 +21,9 @@ from dmagent_loader._validation import is_count, shown
 from dmagent_loader.errors import ConfigurationError, EmptyShardError, StateError
 from dmagent_loader.mixture.domains import Domain, DomainSpace
 from dmagent_loader.mixture.exhaustion import EXHAUSTION_RULES, ExhaustionRule
-from dmagent_loader.mixture.hashing import UIntArray
 from dmagent_loader.mixture.ledger import Ledger
 from dmagent_loader.mixture.plan import Plan
-from dmagent_loader.mixture.rest_of_pass import ShardSet
+from dmagent_loader.mixture.rest_of_pass import ShardSet, partners
 from dmagent_loader.mixture.segment import Segment
 from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import IntArray
@@ -176,7 +175,7 @@ def _write_shards(
     saved: dict[str, Any] = {"numbers": [len(its) for its in shards.rows]}
     new = np.ones(len(rows), dtype=bool)
     if following is not None:
-        kept = _positions(contents, rows, following)
+        kept = partners(contents, rows, _joined(following.contents), _joined(following.rows))
         # Most shards keep their order, so differences compress to nearly nothing.
         saved["kept"] = _packed(np.diff(kept, prepend=0))
         new = kept < 0
@@ -187,14 +186,6 @@ def _write_shards(
         fits = len(compressed) <= _MAX_NAME_BYTES
         saved["names"] = base64.b64encode(compressed).decode() if fits else None
     return saved
-
-
-def _positions(contents: UIntArray, rows: IntArray, shards: ShardSet) -> IntArray:
-    """For each shard, the number of one of the same content among others; -1: there is none."""
-    others, other_rows = _joined(shards.contents), _joined(shards.rows)
-    order = np.argsort(others, kind="stable")
-    found = order[np.minimum(np.searchsorted(others[order], contents), len(order) - 1)]
-    return np.where((others[found] == contents) & (other_rows[found] == rows), found, -1)
 
 
 def _read_segment(saved: Mapping[str, Any], following: ShardSet | None) -> SavedSegment:

@@ -189,7 +189,7 @@ def _remark(domain: DomainDifference) -> str:
         return "new: no weight until the next decision or set_mix()"
     if domain.is_same:
         return ""
-    joins = sum(domain.changed.rows) + sum(domain.new.rows)
+    joins = domain.changed.num_rows + domain.new.num_rows
     return f"{joins:,} rows join" if joins else "shards leave"
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from dmagent_loader._validation import added_tokens
 from dmagent_loader.environment.questions import Question
 from dmagent_loader.errors import ConfigurationError, EnvironmentDataError
 
@@ -107,9 +108,8 @@ class PairEncoder:
                 f"the tokenizer returns {len(probe)} tokens for 'a', so it pads and padding would be scored: pass a "
                 "function from text to its token ids alone"
             )
-        num_before = next((n for n, (x, y) in enumerate(zip(added, probe, strict=False)) if x != y), len(added))
-        self._added_before, appended = added[:num_before], added[num_before:]
-        if appended and probe[-len(appended) :] == appended:
+        self._added_before, appended = added_tokens(added, probe)
+        if appended:
             raise ConfigurationError(
                 f"the tokenizer appends tokens of its own ({appended}) to every text, so every question would end "
                 "before its answer begins: pass a tokenizer with add_eos_token=False, or a function from text to token "

@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from dmagent_loader.mixture.hashing import UIntArray, permutations, random_bits, stream_key
+from dmagent_loader.mixture.rest_of_pass import RowsLeft
 from dmagent_loader.mixture.shuffle import Lanes, Shuffle
 from dmagent_loader.mixture.simplex import IntArray
 
@@ -73,16 +74,13 @@ class RowOrders:
         """The lane of each draw: (n,). For the arguments see `locate`."""
         return self._lanes.lane(*self._in_pass(domain, draw))
 
-    def rows_left(self, domain: int, epoch: int, drawn: int) -> list[tuple[int, IntArray]]:
+    def rows_left(self, domain: int, epoch: int, drawn: int) -> RowsLeft:
         """Rows that an epoch has not drawn yet, of every shard from which it has drawn.
 
         Args:
             domain: Domain number.
             epoch: Number of the epoch.
             drawn: Samples of the epoch that were drawn, at least 1.
-
-        Returns:
-            Shard number and runs of rows (`rest_of_pass`), (n, 2), by shard.
         """
         span = slice(int(self._first_shard[domain]), int(self._first_shard[domain + 1]))
         order, starts = (column[span] for column in self._sequence)
@@ -92,15 +90,8 @@ class RowOrders:
         # The gaps between the drawn runs, and those before the first and after the last.
         begin, end = np.append(0, runs[:, 1]), np.append(runs[:, 0], self.num_rows[domain])
         is_gap = begin < end
-        begin, end = begin[is_gap], end[is_gap]
-        gaps = np.column_stack([np.searchsorted(end, first, side="right"), np.searchsorted(begin, first + counts)])
-        left = []
-        for number in np.flatnonzero(counts > 0).tolist():
-            start, count, inside = int(first[number]), int(counts[number]), slice(*gaps[number].tolist())
-            row, stop = np.maximum(begin[inside] - start, 0), np.minimum(end[inside] - start, count)
-            if (stop - row).sum() < count:
-                left.append((int(order[number]), np.column_stack([row, stop - row])))
-        return sorted(left, key=lambda one: one[0])
+        gaps = np.column_stack([begin[is_gap], (end - begin)[is_gap]])
+        return RowsLeft.of_sequence(gaps, order, first, counts)
 
     def _in_pass(self, domain: IntArray, draw: IntArray) -> tuple[UIntArray, IntArray]:
         """Key of the pass of each draw, and position in the pass."""

@@ -21,7 +21,7 @@ from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.exhaustion import ExhaustionRule
 from dmagent_loader.mixture.hashing import stream_key
 from dmagent_loader.mixture.ledger import Ledger, LedgerEntry
-from dmagent_loader.mixture.rest_of_pass import ShardLeft, ShardSet
+from dmagent_loader.mixture.rest_of_pass import ShardSet, ShardsLeft
 from dmagent_loader.mixture.segment_rows import SegmentRows
 from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
@@ -106,7 +106,7 @@ class Segment:
         shuffle: Shuffle,
         begin: int = 0,
         owed: IntArray | None = None,
-        left: Mapping[str, Sequence[ShardLeft]] | None = None,
+        left: Mapping[str, ShardsLeft] | None = None,
     ) -> None:
         if not len(shards.rows) == len(shards.contents) == len(rules) == len(space):
             raise ValueError(f"shards of {len(shards.rows)} and rules of {len(rules)} domains for {len(space)} domains")
@@ -325,7 +325,7 @@ class Segment:
             draw[chosen] += stretch.base[domain[chosen]]
         return domain, draw
 
-    def left(self, index: int) -> dict[str, list[ShardLeft]]:
+    def left(self, index: int) -> dict[str, ShardsLeft]:
         """Domain -> what its present pass has left of the shards from which it has drawn, before a global index."""
         return self._rows.left(self.counts(index))
 

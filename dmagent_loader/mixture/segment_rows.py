@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from dmagent_loader.mixture.hashing import stream_key
-from dmagent_loader.mixture.rest_of_pass import RestOfPass, ShardLeft, ShardSet, rows_of, runs_of
+from dmagent_loader.mixture.rest_of_pass import RestOfPass, RowsLeft, ShardSet, ShardsLeft
 from dmagent_loader.mixture.row_order import RowOrders
 from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import IntArray
@@ -43,7 +43,7 @@ class SegmentRows:
         seed: int,
         shuffle: Shuffle,
         begin: int,
-        left: Mapping[str, Sequence[ShardLeft]] | None,
+        left: Mapping[str, ShardsLeft] | None,
     ) -> None:
         self._names, self._shards, self._seed, self._shuffle, self._begin = names, shards, seed, shuffle, begin
         self.num_rows: IntArray = np.array([rows.sum() for rows in shards.rows], dtype=np.int64)
@@ -113,7 +113,7 @@ class SegmentRows:
         later = draws - self.first_pass
         return np.where(later <= 0, -later, self.num_rows - 1 - (later - 1) % self.num_rows)
 
-    def left(self, draws: IntArray) -> dict[str, list[ShardLeft]]:
+    def left(self, draws: IntArray) -> dict[str, ShardsLeft]:
         """Domain -> what its present pass has left of the shards from which it has drawn.
 
         A pass stays the present one, with nothing left, until the first draw of the next.
@@ -122,34 +122,27 @@ class SegmentRows:
             draws: (D,) samples drawn from each domain.
         """
         absent = {} if self._rest is None else self._rest.absent
-        left = {name: listed for name, listed in absent.items() if name not in self._names}
+        left = {name: its for name, its in absent.items() if name not in self._names}
         for domain, name in enumerate(self._names):
             drawn = int(draws[domain])
-            if self._rest is not None and drawn <= self.first_pass[domain]:
-                left[name] = [*self._left_of_rest(domain, drawn), *absent.get(name, ())]
-            else:
-                left[name] = self._left_of_pass(domain, drawn)
-        return {name: listed for name, listed in left.items() if listed}
+            if self._rest is None or drawn > self.first_pass[domain]:
+                if drawn:
+                    left[name] = self._of_content(domain, self._left_of_pass(domain, drawn))
+                continue
+            here = self._rest_order.rows_left(domain, 0, drawn) if drawn else None
+            left[name] = self._of_content(domain, self._rest.left(domain, here))
+            if name in absent:
+                left[name] += absent[name]
+        return left
 
-    def _left_of_pass(self, domain: int, draws: int) -> list[ShardLeft]:
+    def _left_of_pass(self, domain: int, draws: int) -> RowsLeft:
         """What is left of a whole pass."""
         if self._rest is not None:
             draws -= int(self.first_pass[domain])
-        if not draws:
-            return []
         epoch, drawn = divmod(draws - 1, int(self.num_rows[domain]))
-        left = self._passes.rows_left(domain, epoch, drawn + 1)
-        return [self._shard_left(domain, shard, runs) for shard, runs in left]
+        return self._passes.rows_left(domain, epoch, drawn + 1)
 
-    def _left_of_rest(self, domain: int, draws: int) -> list[ShardLeft]:
-        """What is left of the rest of a pass."""
-        assert self._rest is not None
-        runs = {shard: self._rest.runs(domain, shard) for shard in self._rest.cut(domain)}
-        for shard, numbers in self._rest_order.rows_left(domain, 0, draws) if draws else ():
-            before = runs.get(shard)
-            runs[shard] = numbers if before is None else runs_of(rows_of(before)[rows_of(numbers)])
-        return [self._shard_left(domain, shard, its) for shard, its in sorted(runs.items())]
-
-    def _shard_left(self, domain: int, shard: int, runs: IntArray) -> ShardLeft:
-        shards = self._shards
-        return ShardLeft(int(shards.contents[domain][shard]), int(shards.rows[domain][shard]), runs)
+    def _of_content(self, domain: int, left: RowsLeft) -> ShardsLeft:
+        """Shards by content, not by number."""
+        contents, rows = self._shards.contents[domain], self._shards.rows[domain]
+        return ShardsLeft(contents[left.shard], rows[left.shard], left.num_runs, left.runs)

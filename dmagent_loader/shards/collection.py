@@ -424,8 +424,8 @@ class ShardCollection:
         report = "\n  ".join(lines)
         if on_damage == "raise":
             raise DamagedShardError(
-                f"{len(damage)} damaged place(s):\n  {report}\nRestore the shards, or pass on_damage='skip' to train "
-                "on the rows that are whole."
+                f"{len(damage)} damaged place(s):\n  {report}\nRestore the shards, or pass "
+                "reading=ReadingConfig(on_damage='skip') to train on the rows that are whole"
             )
         logger.warning("damaged shards, using the rows that are whole:\n  %s", report)
 
@@ -445,9 +445,12 @@ class ShardCollection:
                 missing = round(float(np.median(intact))) - int(self._catalogue.rows[number]) if intact else 0
                 estimate = max(estimate, missing)
             lost += estimate
+        left = f"domain {self.domains[domain]!r}: {kept} rows are left"
+        if not lost and certain:
+            return f"{left}, as many as there were"
         return (
-            f"domain {self.domains[domain]!r}: {kept} rows are left, {'about' if certain else 'at least'} {lost} are "
-            f"lost ({lost / max(1, kept + lost):.1%} of the domain), so at equal weight its rows repeat sooner"
+            f"{left}, {'about' if certain else 'at least'} {lost} are lost ({lost / max(1, kept + lost):.1%} of the "
+            "domain), so at equal weight its rows repeat sooner"
         )
 
     def _check_emptiness(self) -> None:

@@ -21,6 +21,7 @@ _LINK = re.compile(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"')
 _PATH = re.compile(
     r"(?<![\w./-])(?:tests|benchmarks|examples|dmagent_loader|docs|agent_checkpoints|training_record)/[\w./-]*[\w/]"
 )
+_TEST = re.compile(r"`([\w/]+\.py)::(\w+)`")
 _MODULE = re.compile(r"python -m (benchmarks(?:\.\w+)+)")
 _DOTTED = re.compile(r"`(dmagent_loader(?:\.\w+)+)`")
 
@@ -67,3 +68,13 @@ def test_paths_exist(page: Path) -> None:
 def test_modules_named_in_prose_are_public(page: Path) -> None:
     for name in _DOTTED.findall(prose(page)):
         assert not re.search(r"\._", name), f"{page.name} names {name}, which is private"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    missing = [
+        f"{file}::{name}"
+        for file, name in _TEST.findall(prose(page))
+        if not re.search(rf"^def {name}\(", (REPOSITORY / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert not missing

@@ -20,7 +20,7 @@ Reports = dict[str, dict[int, dict[str, Any]]]
 
 SETTINGS = (
     *("seed", "exhausted", "shuffle_window", "samples_per_reweight", "initial_mix", "start_state", "policy", "shadow"),
-    *("history_mix", "guard", "world_size", "shuffle_shards"),
+    *("history_mix", "guard", "on_bad_row", "world_size", "shuffle_shards"),
 )
 REFUSED = {
     "rank 3 lacks a shard": ("opening the shards failed on 1 of 4 ranks; rank 3: ShardNotFoundError", {3}),
@@ -38,6 +38,7 @@ REFUSED = {
     ),
     "rank 3 has an unreadable checkpoint": ("failed on 1 of 4 ranks; rank 3: StateError: the saved state", {3}),
     "rank 1 does not resume": ("'loading a state', but rank 1 is at 'deciding on the next mix'", {1}),
+    "rank 1 allows other data": ("the ranks differ in data (ranks 0, 2, 3: exact; rank 1: changed)", set()),
     "rank 1 has another ledger": ("differ in the mixes so far (ranks 0, 2, 3: 1 mixes,", set()),
     "rank 1 counts otherwise": ("differ in consumed (ranks 0, 2, 3: 16; rank 1: 12)", set()),
     "rank 2 sets its mix by hand": ("but rank 2 is at 'changing the mix by hand'", {2}),

@@ -19,7 +19,7 @@ from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.exhaustion import exhaustion_rules
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
-from dmagent_loader.mixture.rest_of_pass import NO_RUNS, RestOfPass, ShardLeft, ShardSet, rows_of, runs_of
+from dmagent_loader.mixture.rest_of_pass import NO_RUNS, RestOfPass, ShardSet, ShardsLeft, cut_runs, partners
 from dmagent_loader.mixture.row_order import RowOrders
 from dmagent_loader.mixture.sharding import StreamLayout
 from dmagent_loader.mixture.shuffle import Shuffle
@@ -185,34 +185,58 @@ def test_the_rows_left_of_a_pass_are_those_it_has_not_drawn(data) -> None:
     draws = epoch * total + np.arange(drawn)
     shard, row = order.locate(np.zeros_like(draws), draws)
     taken = set(zip(shard.tolist(), row.tolist(), strict=True))
-    left = dict(order.rows_left(0, epoch, drawn))
-    assert set(left) == {number for number, _ in taken}
-    for number, runs in left.items():
-        assert {(number, int(r)) for r in rows_of(runs)} == {(number, r) for r in range(rows[number])} - taken
+    left = order.rows_left(0, epoch, drawn)
+    assert left.shard.tolist() == sorted({number for number, _ in taken})
+    shard = np.repeat(left.shard, left.num_runs)
+    found = {(int(s), row) for s, run in zip(shard, left.runs, strict=True) for row in rows_of(run)}
+    assert found == {(int(number), row) for number in left.shard for row in range(rows[number])} - taken
 
 
-@given(st.lists(st.booleans(), max_size=40))
-def test_runs_hold_row_numbers(chosen) -> None:
-    rows = np.flatnonzero(np.array(chosen, dtype=bool))
-    runs = runs_of(rows)
-    assert rows_of(runs).tolist() == rows.tolist()
-    assert len(runs) <= (len(chosen) + 1) // 2
+def rows_of(run: np.ndarray) -> range:
+    return range(int(run[0]), int(run[0] + run[1]))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=9), st.lists(st.integers(0, 4), min_size=1))
+def test_runs_are_cut_where_ranges_begin(gaps, lengths) -> None:
+    """Ranges may be empty, and a run may lie in many of them."""
+    ends = np.cumsum([gap + length for gap, length in gaps], dtype=np.int64)
+    runs = np.array([(end - length, length) for end, (_, length) in zip(ends, gaps, strict=True)]).reshape(-1, 2)
+    starts = np.cumsum([0, *lengths[:-1]])
+    pieces, run, place = cut_runs(runs, starts)
+    found = [(int(r), row, int(p)) for piece, r, p in zip(pieces, run, place, strict=True) for row in rows_of(piece)]
+    ranges = [*zip(starts.tolist(), [*starts[1:].tolist(), 1 << 40], strict=True)]
+    expected = [
+        (number, row, next(n for n, (first, end) in enumerate(ranges) if first <= row < end))
+        for number, its in enumerate(runs)
+        for row in rows_of(its)
+    ]
+    assert found == expected
+
+
+@given(*[st.lists(st.tuples(st.integers(0, 3), st.integers(1, 2)), max_size=9)] * 2)
+def test_each_shard_has_a_partner_of_its_own(shards, others) -> None:
+    def columns(listed) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([c for c, _ in listed], dtype=np.uint64), np.array([rows for _, rows in listed], dtype=np.int64)
+
+    expected, waiting = [], list(enumerate(others))
+    for shard in shards:
+        number = next((number for number, other in waiting if other == shard), -1)
+        waiting = [one for one in waiting if one[0] != number]
+        expected.append(number)
+    assert partners(*columns(shards), *columns(others)).tolist() == expected
 
 
 def test_a_shard_that_was_away_goes_on_where_its_pass_was() -> None:
     """Catches a rest of a pass that forgets shards which are gone for a while, as on a mount that was missing."""
     shards = ShardSet([np.array([3, 2])], [np.array([7, 8], dtype=np.uint64)])
     left = {
-        "source/a": [ShardLeft(7, 3, np.array([[1, 1]])), ShardLeft(9, 4, NO_RUNS)],
-        "target/x": [ShardLeft(1, 1, NO_RUNS)],
+        "source/a": ShardsLeft(np.uint64([7, 9]), np.array([3, 4]), np.array([1, 0]), np.array([[1, 1]])),
+        "target/x": ShardsLeft(np.uint64([1]), np.array([1]), np.array([0]), NO_RUNS),
     }
     rest = RestOfPass(["source/a"], shards, left)
     assert rest.counts[0].tolist() == [1, 2]
     assert rest.rows(np.array([0, 0]), np.array([0, 1]), np.array([0, 1])).tolist() == [1, 1]
-    assert {name: [one.content for one in its] for name, its in rest.absent.items()} == {
-        "source/a": [9],
-        "target/x": [1],
-    }
+    assert {name: its.contents.tolist() for name, its in rest.absent.items()} == {"source/a": [9], "target/x": [1]}
 
 
 def test_changing_the_data_often_starves_no_domain() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -142,6 +143,37 @@ def test_a_truncated_shard_is_skipped(run: Run) -> None:
         file.truncate(5000)
     assert "on_damage='skip'" in refused(DamagedShardError, run.exact)
     run.resumes(reading={"on_damage": "skip"})
+
+
+def test_a_shard_that_was_replaced_on_purpose_loses_its_entry_in_the_manifest(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    folder, sizes = tmp_path / "shards", ("rows", "bytes", "sha256")
+    listed = {
+        name: {
+            "shards": [
+                {
+                    "path": os.path.relpath(shard, folder),
+                    "rows": 8,
+                    "bytes": os.path.getsize(shard),
+                    "sha256": hashlib.sha256(Path(shard).read_bytes()).hexdigest(),
+                }
+                for shard in shards
+            ]
+        }
+        for name, shards in run.shards.items()
+    }
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"schema": 1, "domains": listed}))
+    rewritten(run.shards["source/web"][0], lambda key, members: {"txt": b"repaired"})
+    for shards in (run.shards, str(manifest)):
+        assert "take its rows, bytes and sha256 out of" in refused(
+            DamagedShardError, lambda given=shards: run.exact(shards=given)
+        )
+    for entry in listed["source/web"]["shards"][:1]:
+        for name in sizes:
+            del entry[name]
+    manifest.write_text(json.dumps({"schema": 1, "domains": listed}))
+    run.resumes(shards=str(manifest))
 
 
 def test_a_missing_shard_is_left_out(run: Run) -> None:

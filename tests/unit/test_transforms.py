@@ -1,5 +1,7 @@
 """From rows to what a causal language model trains on."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,54 @@ def test_text_that_spells_the_end_token_is_refused_where_it_cannot_be_read_as_te
         TokenizeText(encode=characters, length=8, pad_token=0, end_token=9)(row)
     parsed = TokenizeText(encode=characters, length=8, pad_token=0, end_token=9, parse_special_tokens=True)
     assert parsed(row)["labels"].tolist() == [97, 98, 9, 99, 100, 9, -100, -100]
+
+
+@pytest.mark.parametrize("end_token", [9, "tokenizer"])
+@pytest.mark.parametrize("appended", [[7], [9, 7], [7, 9]])
+def test_a_function_that_appends_other_tokens_than_the_end_token_is_refused(appended, end_token):
+    """A document would end with them and the end token, where packing drops the first and the environment refuses."""
+
+    def encode(text: str) -> list[int]:
+        return [2, *characters(text), *appended]
+
+    known = "has id 9" if end_token == 9 else "is unknown"
+    with pytest.raises(ConfigurationError, match=rf"appends tokens of its own \({re.escape(str(appended))}\).*{known}"):
+        TokenizeText(encode=encode, length=8, pad_token=0, end_token=end_token)
+    left = TokenizeText(encode=encode, length=8, pad_token=0, end_token=None)({"txt": "a"})
+    assert left["input_ids"].tolist() == ([2, 97, *appended] + [0] * 5)[:8]
+
+
+def test_an_appended_token_that_ends_documents_can_be_named():
+    def encode(text: str) -> list[int]:
+        return [2, *characters(text), 7]
+
+    with pytest.raises(ConfigurationError, match="end_token=7 if that token ends documents"):
+        TokenizeText(encode=encode, length=8, pad_token=0, end_token=9)
+    ended = TokenizeText(encode=encode, length=4, pad_token=0, end_token=7)({"txt": "a"})
+    assert ended["labels"].tolist() == [2, 97, 7, -100]
+
+
+@pytest.mark.parametrize("end", ["[EOS]", None])
+def test_a_tokenizer_of_transformers_that_appends_another_token_is_refused(end):
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[EOS]": 3, "a": 4}, "[UNK]")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end)
+    with pytest.raises(ConfigurationError, match=r"appends tokens of its own \(\[2\]\)"):
+        TokenizeText(encode=tokenizer.encode, length=8, pad_token=0)
+    ended = TokenizeText(encode=tokenizer.encode, length=8, pad_token=0, end_token=2)({"txt": "a a"})
+    assert ended["labels"].tolist() == [1, 4, 4, 2, *[-100] * 4]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    plain = TokenizeText(encode=encode, length=4, pad_token=0, end_token=3)({"txt": "a"})
+    assert plain["labels"].tolist() == [4, 3, -100, -100]
 
 
 def test_text_that_spells_a_special_token_is_text_for_tokenizers_of_transformers():

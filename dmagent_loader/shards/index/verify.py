@@ -24,8 +24,8 @@ class ChangedShard(ShardDamage):
     def __str__(self) -> str:
         return (
             f"shard {display_url(self.shard)} is not the file that was written: its size, rows or sha256 are not those "
-            f"of the manifest.json above it ({self.rows_kept} rows readable); if it was replaced on purpose, correct "
-            "the manifest or remove it"
+            f"of the manifest.json above it ({self.rows_kept} rows readable); if it was replaced on purpose, take its "
+            "rows, bytes and sha256 out of that manifest"
         )
 
 
