@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
-from dmagent_loader.shards import ShardCollection, load_manifest
+from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.inputs.finding import find_inputs
 from dmagent_loader.shards.sources import remote
 from dmagent_loader.shards.sources.patterns import expand_shards
@@ -98,7 +98,7 @@ def test_chained_urls_are_read_through_the_cache_and_known_without_it(
     fsspec.filesystem("s3").rm(url)
     if cache != "blockcache":
         assert texts_of(collection) == TEXTS, "the rows did not come from the cache"
-    with pytest.raises(ConfigurationError, match="lists shard simplecache::s3://corpus/a.tar twice"):
+    with pytest.raises(ConfigurationError, match=r"lists shard simplecache::s3://corpus/a\.tar twice"):
         open_shards([url, f"simplecache::{url}"])
 
 

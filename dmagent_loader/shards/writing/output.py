@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import posixpath
 import re
 from collections.abc import Mapping
@@ -11,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dmagent_loader._files import write_atomically
-from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
 from dmagent_loader.shards.collection import ShardCollection
-from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, load_manifest
+from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, parse_manifest
 from dmagent_loader.shards.writing.chunks import Counts
 from dmagent_loader.shards.writing.job import Job
+from dmagent_loader.shards.writing.place import Place
 
 REJECTS_NAME = "rejects.jsonl"
 """File beside the shards of a domain with the records that were left out: origin, reason and beginning of each."""
@@ -42,13 +41,13 @@ class Part:
     rejects: bytes
 
 
-def earlier_entries(root: Path) -> dict[str, Any]:
+def earlier_entries(place: Place) -> dict[str, Any]:
     """The domains of the folder's manifest, as they stand in the file."""
-    path = root / MANIFEST_NAME
-    if not path.exists():
+    data = place.read(MANIFEST_NAME)
+    if data is None:
         return {}
-    load_manifest(path)  # checks it
-    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["domains"]
+    parse_manifest(place.url(MANIFEST_NAME), data)  # checks it
+    entries: dict[str, Any] = json.loads(data.decode("utf-8"))["domains"]
     return entries
 
 
@@ -60,49 +59,50 @@ def earlier_record(entry: Mapping[str, Any]) -> DomainRecord:
 
 def next_shard(job: Job, domain: str, entry: Mapping[str, Any]) -> int:
     """One more than the largest number of a shard in the manifest and in the folder."""
-    folder, published = job.output / domain, job.published()
+    published = job.published()
     names = {posixpath.basename(shard["path"]) for shard in entry["shards"]}
-    if folder.is_dir():
-        names |= {path.name for path in folder.iterdir() if f"{domain}/{path.name}" not in published}
+    names |= {posixpath.basename(name) for name in job.place.names(domain) if name not in published}
     pattern = re.compile(rf"{re.escape(posixpath.basename(domain))}-(\d+)\.tar")
     return max((int(found[1]) + 1 for found in map(pattern.fullmatch, names) if found), default=0)
 
 
-def next_row(root: Path, entry: Mapping[str, Any]) -> int:
+def next_row(place: Place, entry: Mapping[str, Any]) -> int:
     """A number above the keys of all rows; a manifest that was edited may count fewer rows than their last key."""
-    last = root / max((shard["path"] for shard in entry["shards"]), default="")
-    if not last.is_file():
+    last = max((shard["path"] for shard in entry["shards"]), default="")
+    try:
+        collection = ShardCollection.open({"source/shard": [place.url(last)]}, progress=False)
+    except ShardNotFoundError:
         return int(entry["rows"])
-    collection = ShardCollection.open({"source/shard": [str(last)]}, progress=False)
     (rows,) = collection.shard_rows(0)
     key = collection.read(0, 0, rows - 1).key
     return max(int(entry["rows"]), int(key) + 1 if key.isdecimal() else 0)
 
 
-def publish(root: Path, job: Job, parts: Mapping[str, Part], kept: Mapping[str, Any]) -> None:
+def publish(job: Job, parts: Mapping[str, Part], kept: Mapping[str, Any], *, progress: bool) -> None:
     """Moves shards to the output, where the manifest does not name them yet."""
-    listed = {shard["path"] for entry in kept.values() for shard in entry["shards"]}
-    for name in job.published() - listed:  # of a call that was killed before it wrote the manifest
-        (root / name).unlink(missing_ok=True)
+    place = job.place
     moves = {
         f"{domain}/{shard.path}": part.folder / shard.path for domain, part in parts.items() for shard in part.shards
     }
-    existing = sorted(name for name in moves if (root / name).exists())
+    listed = {shard["path"] for entry in kept.values() for shard in entry["shards"]}
+    earlier = job.published() - listed  # of a call that was killed before it wrote the manifest
+    for name in earlier - moves.keys():
+        place.remove(name)
+    present = {name for domain in parts for name in place.names(domain)}
+    existing = sorted(moves.keys() & present - earlier)
     if existing:
         raise ConfigurationError(
-            f"{str(root / existing[0])!r} has appeared since this job began, and would be replaced: move it away, and "
+            f"{place.url(existing[0])!r} has appeared since this job began, and would be replaced: move it away, and "
             "run the same command again"
         )
     new = {f"{domain}/{REJECTS_NAME}" for domain in parts if domain not in kept}
     job.publish({*moves, *new})
-    for name, path in moves.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, root / name)
+    place.move_in(moves, progress=progress)
     for domain, part in parts.items():
         if part.rejects:
-            rejects = root / domain / REJECTS_NAME
-            before = rejects.read_bytes() if rejects.exists() else b""
-            write_atomically(rejects, before.removesuffix(part.rejects) + part.rejects)
+            name = f"{domain}/{REJECTS_NAME}"
+            before = place.read(name) or b""
+            place.write(name, before.removesuffix(part.rejects) + part.rejects)
 
 
 def joined_record(
