@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import pyarrow
 import pytest
 
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
@@ -17,6 +18,7 @@ from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.inputs.finding import find_inputs
 from dmagent_loader.shards.sources import remote
 from dmagent_loader.shards.sources.patterns import expand_shards
+from dmagent_loader.shards.writing.writer import shard_files
 from tests.stores import BUCKET, S3Server, s3_server
 
 pytest.importorskip("s3fs", reason="needs s3fs: pip install 'dmagent-loader[s3]'")
@@ -102,12 +104,28 @@ def test_chained_urls_are_read_through_the_cache_and_known_without_it(
         open_shards([url, f"simplecache::{url}"])
 
 
-def test_inputs_are_found_by_globs(s3: S3Server) -> None:
+def test_inputs_are_found_by_globs(s3: S3Server, tmp_path: Path) -> None:
     put("raw/b.jsonl", b'{"text": "b"}\n')
     put("raw/a.jsonl", b'{"text": "a"}\n')
     for path in (f"s3://{BUCKET}/raw/*.jsonl", f"s3://{BUCKET}/raw", f"simplecache::s3://{BUCKET}/raw/*.jsonl"):
         found = find_inputs("source/a", [path])
         assert [item.name for item in found] == ["a.jsonl", "b.jsonl"]
+    compressed = pyarrow.Codec("zstd").compress(b'{"text": "c"}\n', asbytes=True)
+    put("raw/c.jsonl.zst", compressed)
+    records = shard_files({"source/a": [f"s3://{BUCKET}/raw/*.jsonl*"]}, tmp_path / "out", progress=False)
+    assert records["source/a"].rows == 3
+
+
+def test_inputs_that_may_not_be_read_are_named(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = [put("raw/a.jsonl", b'{"text": "a"}\n'), f"s3://{BUCKET}/raw/*.jsonl"]
+    for name in KEYS:
+        monkeypatch.delenv(name)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    for url in urls:
+        with pytest.raises(
+            ShardError, match="may not be (read|listed): Unable to locate credentials"
+        ):
+            shard_files({"source/a": [url]}, tmp_path / "out", progress=False)
 
 
 def test_a_profile_names_the_server_and_the_keys(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
