@@ -9,7 +9,10 @@ from dmagent_loader.mixture.segment import Located
 from dmagent_loader.shards import RawSample, RowSource
 
 _ROWS_PER_TASK = 16
-_REMOTE_THREADS = 2
+REMOTE_THREADS = 2
+"""Threads that read remote rows, by default, and so requests in flight."""
+BYTES_PER_REQUEST = 0
+"""Bytes of a remote shard that are fetched at a time; 0: each row by a request of its own."""
 _Key = tuple[int, int]
 
 
@@ -32,7 +35,7 @@ class Readahead:
         """The reading threads of a configuration, if any."""
         threads = config.num_threads
         if threads is None:
-            threads = 0 if collection.is_local else _REMOTE_THREADS
+            threads = 0 if collection.is_local else REMOTE_THREADS
         return cls(collection, threads, config.num_rows) if threads else None
 
     def request(self, located: Located) -> None:

@@ -122,9 +122,7 @@ def test_inputs_that_may_not_be_read_are_named(s3: S3Server, tmp_path: Path, mon
         monkeypatch.delenv(name)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     for url in urls:
-        with pytest.raises(
-            ShardError, match="may not be (read|listed): Unable to locate credentials"
-        ):
+        with pytest.raises(ShardError, match=r"may not be (read|listed): Unable to locate credentials"):
             shard_files({"source/a": [url]}, tmp_path / "out", progress=False)
 
 

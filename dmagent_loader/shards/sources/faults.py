@@ -46,9 +46,9 @@ _NO_CREDENTIALS = frozenset(
 )
 _REMEDIES = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for temporary keys, AWS_SESSION_TOKEN; "
-    "for a public bucket, set FSSPEC_S3_ANON=true",
+    "for a public bucket, set FSSPEC_S3='{\"anon\": true}'",
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS; for a public bucket, "
-    "set FSSPEC_GS_TOKEN=anon",
+    'set FSSPEC_GS=\'{"token": "anon"}\'',
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or a login of "
     "`az login`, or AZURE_STORAGE_CONNECTION_STRING",
     "hf": "set HF_TOKEN, or run `hf auth login`, with a token that may read the repository",
@@ -126,7 +126,7 @@ def retry_after(error: BaseException) -> float:
 
 def fault_text(error: BaseException) -> str:
     """A fault for a message, with the server's name for it."""
-    text, code = display_url(str(error)) or type(error).__name__, reason_code(error)
+    text, code = " ".join(display_url(str(error)).split()) or type(error).__name__, reason_code(error)
     return text if not code or code in text else f"{code}: {text}"
 
 

@@ -412,7 +412,7 @@ async def _http_range(filesystem: Any, url: str, offset: int, length: int) -> by
 
 def _pause(error: BaseException, attempt: int) -> float:
     """Seconds until the next attempt: growing, different on each rank, and at least ``Retry-After``."""
-    pause = REMOTE_BACKOFF_SECONDS * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.5)
+    pause: float = REMOTE_BACKOFF_SECONDS * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.5)
     return min(max(pause, retry_after(error)), LONGEST_PAUSE_SECONDS)
 
 
