@@ -136,7 +136,7 @@ def test_a_killed_upload_shows_no_shards_and_is_continued(texts: Path, tmp_path:
 def test_a_store_that_refuses_is_found_before_the_work(
     s3: S3Server, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ShardError, match=r"s3://nowhere/shards/.*does not exist"):
+    with pytest.raises(ShardError, match=r"s3://nowhere/shards/.*its bucket does not exist: make it"):
         shard_files({"source/a": [texts]}, "s3://nowhere/shards", CONFIG, progress=False)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     for output in ("https://host/shards", f"simplecache::{OUTPUT}", "ftp://host/shards"):

@@ -51,6 +51,7 @@ _jitter = random.SystemRandom()
 _T = TypeVar("_T")
 
 _CONNECTIONS = 64
+"""Connections to S3 in a process."""
 _PACKAGES = {
     **dict.fromkeys(("s3", "s3a"), "'dmagent-loader[s3]'"),
     **dict.fromkeys(("gs", "gcs"), "'dmagent-loader[gs]'"),
@@ -221,8 +222,9 @@ def filesystem_of(url: str) -> tuple[Any, str]:
             f"{remedy_for_refusal(url)}"
         ) from error
     _USED_FILESYSTEMS.add(filesystem)
-    if type(filesystem).__name__ == "S3FileSystem":
-        filesystem.retries = 1  # besides those of botocore, it has repeats of its own
+    store = getattr(filesystem, "fs", filesystem)  # behind a cache
+    if type(store).__name__ == "S3FileSystem":
+        store.retries = 1  # besides those of botocore, it has repeats of its own
     return filesystem, path
 
 

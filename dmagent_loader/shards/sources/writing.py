@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dmagent_loader._files import write_atomically
-from dmagent_loader.errors import ShardError
+from dmagent_loader.errors import ShardError, ShardNotFoundError
 from dmagent_loader.shards.sources.remote import (
     SLOWEST_BYTES_PER_SECOND,
     call,
@@ -87,4 +87,7 @@ def _put(url: str, size: int, action: Callable[[Any, str, float], object]) -> No
     refuse_unwritable(url)
     filesystem, path = filesystem_of(url)
     limit = timeout_seconds() + size / SLOWEST_BYTES_PER_SECOND
-    with_retries(url, limit, lambda: action(filesystem, path, limit), "written")
+    try:
+        with_retries(url, limit, lambda: action(filesystem, path, limit), "written")
+    except ShardNotFoundError as error:
+        raise ShardError(f"{display_url(url)} cannot be written, because its bucket does not exist: make it") from error
