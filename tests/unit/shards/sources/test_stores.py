@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import fsspec
@@ -38,7 +39,7 @@ def test_colons_chain_filesystems_and_join_patterns() -> None:
 def test_a_missing_package_is_named_by_its_extra(url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = protocol(url)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(fsspec.registry._registry, name, raising=False)
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, name, raising=False)
     with pytest.raises(ShardError, match=rf"no access to '{name}' URLs.*pip install 'dmagent-loader\[{name}\]'"):
         filesystem_of(url)
 
