@@ -10,6 +10,8 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import fsspec
+
 BUCKET = "corpus"
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 _SERVER = """
@@ -50,6 +52,12 @@ class S3Server:
     def _call(self, method: str, path: str, data: bytes = b"", headers: dict[str, str] | None = None) -> None:
         request = urllib.request.Request(f"{self.endpoint}/{path}", data, headers or {}, method=method)
         urllib.request.urlopen(request, timeout=60).close()
+
+
+def forget_filesystems() -> None:
+    """Has fsspec make its filesystems anew, with the present environment, also those behind its caches."""
+    for name in ("s3", "simplecache", "filecache", "blockcache"):
+        fsspec.get_filesystem_class(name).clear_instance_cache()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from dmagent_loader.shards.inputs.finding import find_inputs
 from dmagent_loader.shards.sources import remote
 from dmagent_loader.shards.sources.patterns import expand_shards
 from dmagent_loader.shards.writing.writer import shard_files
-from tests.stores import BUCKET, S3Server, s3_server
+from tests.stores import BUCKET, S3Server, forget_filesystems, s3_server
 
 pytest.importorskip("s3fs", reason="needs s3fs: pip install 'dmagent-loader[s3]'")
 from benchmarks.reliability.remote_faults import TEXTS, tar_bytes
@@ -36,7 +36,7 @@ def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("DMAGENT_CACHE_DIR", str(tmp_path / "cache"))
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    forget_filesystems()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_inputs_that_may_not_be_read_are_named(s3: S3Server, tmp_path: Path, mon
     urls = [put("raw/a.jsonl", b'{"text": "a"}\n'), f"s3://{BUCKET}/raw/*.jsonl"]
     for name in KEYS:
         monkeypatch.delenv(name)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    forget_filesystems()
     for url in urls:
         with pytest.raises(ShardError, match=r"may not be (read|listed): Unable to locate credentials"):
             shard_files({"source/a": [url]}, tmp_path / "out", progress=False)
@@ -130,12 +130,12 @@ def test_a_profile_names_the_server_and_the_keys(s3: S3Server, tmp_path: Path, m
     url = put("a.tar", tar_bytes(TEXTS))
     for name in (*KEYS, "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    forget_filesystems()
     (tmp_path / "aws-config").write_text(f"[profile team]\nendpoint_url = {s3.endpoint}\nregion = us-east-1\n")
     (tmp_path / "aws-credentials").write_text("[team]\naws_access_key_id = testing\naws_secret_access_key = testing\n")
     monkeypatch.setenv("AWS_PROFILE", "team")
     assert texts_of(open_shards(url)) == TEXTS
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    forget_filesystems()
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(ShardError, match=r"a\.tar may not be read.*\(nobody\).*set AWS_PROFILE"):
         open_shards(url)
@@ -147,7 +147,7 @@ def test_missing_credentials_are_named_at_once(
     url = put("a.tar", tar_bytes(TEXTS))
     for name in KEYS:
         monkeypatch.delenv(name)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    forget_filesystems()
     with pytest.raises(ShardError, match=r"a\.tar may not be read: Unable to locate credentials; set AWS_PROFILE"):
         open_shards(url)
     assert not caplog.records
@@ -163,7 +163,7 @@ def test_keys_that_the_server_does_not_know_are_named(s3: S3Server, monkeypatch:
     """With authentication on, as S3 answers: HEAD has no body, so the reason comes from a second request."""
     url = put("a.tar", tar_bytes(TEXTS))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAUNKNOWN")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    forget_filesystems()
     s3.require_credentials()
     with pytest.raises(ShardError, match=r"a\.tar may not be read: InvalidAccessKeyId: .*set AWS_PROFILE"):
         open_shards(url)

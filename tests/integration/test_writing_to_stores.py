@@ -22,7 +22,7 @@ from dmagent_loader.errors import ConfigurationError, DomainError, ShardError
 from dmagent_loader.shards import load_manifest
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.writer import shard_files
-from tests.stores import BUCKET, S3Server, s3_server
+from tests.stores import BUCKET, S3Server, forget_filesystems, s3_server
 
 pytest.importorskip("s3fs", reason="needs s3fs: pip install 'dmagent-loader[s3]'")
 
@@ -42,7 +42,7 @@ def s3(running: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3
     for name, value in running.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DMAGENT_CACHE_DIR", str(tmp_path / "cache"))
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    forget_filesystems()
     return running
 
 
