@@ -22,6 +22,7 @@ from dmagent_loader._run.segments import RunData, SegmentWriter, read_segments, 
 from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.rest_of_pass import ShardSet
+from dmagent_loader.mixture.shuffle import shared_shuffle
 
 ROWS = 1000
 """Rows of a shard."""
@@ -86,7 +87,7 @@ def main() -> None:
     rows = [np.full(count, ROWS) for _ in range(args.domains)]
     contents = [generator.integers(0, 1 << 63, count, dtype=np.uint64) for _ in range(args.domains)]
     names = [[f"{domain}-{shard:06d}.tar" for shard in range(count)] for domain in range(args.domains)]
-    plan = Plan(space, ShardSet(rows, contents), seed=0)
+    plan = Plan(space, ShardSet(rows, contents), seed=0, shuffle=shared_shuffle(rows))  # as a sampler's default
     plan.append(LedgerEntry(start=0, mix=tuple(plan.natural_mix.tolist()), decided_by="initial", decided_at=0))
     measured = {drawn: states(plan, names, drawn) for drawn in DRAWN}
     steps = list(measured[DRAWN[0]])

@@ -18,12 +18,10 @@ KILLED_AT = 8
 SAVED_EVERY = 5
 PROGRAM = f"""
 import hashlib, json, os, signal, sys
-from functools import partial
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from dmagent_loader import AgentWeightedSampler, Environment, ReadingConfig
 from dmagent_loader.integrations.huggingface import DataMixingCallback, last_whole_checkpoint
-from dmagent_loader.policies import InfluencePolicy
 from dmagent_loader.transforms import packed_tokens
 
 folder, kills = sys.argv[1], sys.argv[2] == "kill"
@@ -33,8 +31,8 @@ model = LlamaForCausalLM(config)
 pairs = {{"keep": [("12", "34"), ("5 6", "78"), ("a", "b")], "acquire": [("x =", " y"), ("q", "r"), ("s", "t")]}}
 environment = Environment.from_pairs(pairs, lambda text: [ord(c) % 64 for c in text], progress=False)
 sampler = AgentWeightedSampler(
-    json.load(open("shards.json")), policy=partial(InfluencePolicy, every=2), samples_per_reweight=12,
-    exhausted="repeat", transform=packed_tokens, reading=ReadingConfig(progress=False, cache_dir="cache"),
+    json.load(open("shards.json")), policy="influence", samples_per_reweight=12, exhausted="repeat",
+    transform=packed_tokens, reading=ReadingConfig(progress=False, cache_dir="cache"),
 )
 
 
@@ -78,12 +76,12 @@ def train(folder: Path, run: str, *, kills: bool = False, returncode: int = 0) -
 
 
 def test_a_killed_run_measures_decides_and_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
-    """Catches a measurement that is lost and made again, or read from other rows, and another mix after a restart."""
+    """Catches a measurement that is lost and made again after the restart, and another mix."""
     shards = write_toy_shards(tmp_path / "shards", DOMAINS, tokens=24)
     (tmp_path / "shards.json").write_text(json.dumps(shards))
     whole = train(tmp_path, "whole")
     assert len(whole["ledger"]) > 3
-    assert len(whole["measured_at"]) > 1
+    assert whole["measured_at"] == [0]
     train(tmp_path, "killed", kills=True, returncode=-signal.SIGKILL)
     checkpoint = last_whole_checkpoint(tmp_path / "killed")
     assert checkpoint is not None
