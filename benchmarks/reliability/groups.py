@@ -101,7 +101,7 @@ def run(shards: Any, cache: Path, world_size: int, workers: int, state: str | No
         assert len({len(batch) for batch in given}) == 1, "a rank has more samples than another"
         if not given[0]:
             break
-        stretch.steps.append([sample for samples in zip(*given, strict=True) for sample in samples])
+        stretch.steps.append(sorted(sample for batch in given for sample in batch))
         consumed += len(stretch.steps[-1])
     stretch.ledger = ranks[0].sampler.ledger.to_json()
     return stretch

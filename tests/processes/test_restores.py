@@ -79,7 +79,7 @@ def test_every_state_is_restored_by_real_processes(restores, before, processes, 
         parts = [rank[str(at)] for rank in ranks]
         assert all(part["ledger"] == parts[0]["ledger"] for part in parts)
         steps = [
-            [(index, key) for samples in zip(*step, strict=True) for index, key in samples]
+            sorted((index, key) for batch in step for index, key in batch)
             for step in zip(*(part["steps"] for part in parts), strict=True)
         ]
         left = Stretch(steps=steps, ledger=parts[0]["ledger"])
