@@ -15,7 +15,7 @@ from shard_fixtures import WriteTar, read_and_check
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.index.catalogue import _in_threads
+from dmagent_loader.shards.index.catalogue import in_threads
 
 
 def test_shapes_and_order_follow_the_mapping(hundred: dict[str, list[str]]) -> None:
@@ -172,7 +172,7 @@ def test_ctrl_c_in_one_thread_stops_the_others() -> None:
         done.append(url)
 
     with pytest.raises(KeyboardInterrupt):
-        list(_in_threads(work, [str(n) for n in range(100)], stop))
+        list(in_threads(work, [str(n) for n in range(100)], stop))
     assert len(done) < 10
 
 
