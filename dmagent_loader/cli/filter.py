@@ -23,7 +23,7 @@ from dmagent_loader.environment.questions import read_questions
 from dmagent_loader.errors import ConfigurationError, DMAgentError
 from dmagent_loader.labelling.classifier import load_classifier
 from dmagent_loader.labelling.documents import FileDocuments
-from dmagent_loader.labelling.files import PART_DOCUMENTS, SETTINGS_FILE, refuse_inputs_below, rows_file
+from dmagent_loader.labelling.files import PART_DOCUMENTS, SETTINGS_FILE, check_output, rows_file
 from dmagent_loader.labelling.filtering import NGRAM, SHORTEST_QUESTION, DocumentFilter, FilterConfig, counts_text
 from dmagent_loader.labelling.labels import batches
 
@@ -48,7 +48,7 @@ def add_filter_command(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     )
     add_input_arguments(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the kept documents")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the kept documents")
     add_reading_arguments(parser)
     parser.add_argument(
         "--min-characters", type=int, default=defaults.min_characters, metavar="N", help="least length of a document"
@@ -98,21 +98,22 @@ def filter_documents(args: argparse.Namespace) -> int:
         dropped_quality=tuple(args.drop_quality),
     )
     domains = {name: FileDocuments(name, paths, read_options(args)) for name, paths in input_domains(args).items()}
-    refuse_inputs_below(args.output, (url for documents in domains.values() for url in documents.urls))
-    with only_writer(args.output, "documents"):
-        _filter_domains(args, domains, config)
+    check_output(args.output, (url for documents in domains.values() for url in documents.urls))
+    output = Path(args.output)
+    with only_writer(output, "documents"):
+        _filter_domains(args, output, domains, config)
     for field in dict.fromkeys(name.split("/", 1)[0] for name in domains):
-        print(
-            f"wrote {args.output / field}; next: dmagent label or shard --input {args.output / field} --field {field}"
-        )
+        print(f"wrote {output / field}; next: dmagent label or shard --input {output / field} --field {field}")
     return 0
 
 
-def _filter_domains(args: argparse.Namespace, domains: Mapping[str, FileDocuments], config: FilterConfig) -> None:
+def _filter_domains(
+    args: argparse.Namespace, output: Path, domains: Mapping[str, FileDocuments], config: FilterConfig
+) -> None:
     """Writes the kept and the dropped documents of all domains, or none."""
     questions = [f"{q.question} {q.answer}" for q in (read_questions(args.decontaminate) if args.decontaminate else [])]
     quality = load_classifier(args.quality, device=args.device, batch_size=args.batch_size) if args.quality else None
-    partial = args.output / _PARTIAL
+    partial = output / _PARTIAL
     settings = {
         "inputs": {name: documents.identity for name, documents in domains.items()},
         "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest(),
@@ -121,7 +122,7 @@ def _filter_domains(args: argparse.Namespace, domains: Mapping[str, FileDocument
         **asdict(config),
     }
     try:
-        _continue_in(args.output, domains, settings)
+        _continue_in(output, domains, settings)
         checked = DocumentFilter(config, questions, quality)
         if questions:
             print(
@@ -133,14 +134,14 @@ def _filter_domains(args: argparse.Namespace, domains: Mapping[str, FileDocument
             print(f"{name}: {counts_text(counts)}")
         for name in domains:
             for folder in ("", _DROPPED):
-                final = args.output / folder / f"{name}.jsonl.gz"
+                final = output / folder / f"{name}.jsonl.gz"
                 final.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(partial / folder / f"{name}.jsonl.gz", final)
         shutil.rmtree(partial)
     except DMAgentError:
         raise  # a ShardNotFoundError of an input is an OSError, too
     except OSError as error:
-        raise ConfigurationError(f"{str(args.output)!r} cannot be written: {error}; pass another --output") from error
+        raise ConfigurationError(f"{str(output)!r} cannot be written: {error}; pass another --output") from error
     finally:
         if not any(partial.glob(f"{_REASONS}/**/part-*")):
             shutil.rmtree(partial, ignore_errors=True)

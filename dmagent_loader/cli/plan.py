@@ -6,6 +6,7 @@ import argparse
 
 import numpy as np
 
+from dmagent_loader.cli.storage import add_storage_arguments, storage_lines
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.exhaustion import EXHAUSTION_RULES
@@ -40,6 +41,7 @@ def add_simulate_command(subparsers: argparse._SubParsersAction[argparse.Argumen
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample order (default: %(default)s)")
     parser.add_argument("--cache-dir", metavar="DIR", help="folder of the shard indexes (default: $DMAGENT_CACHE_DIR)")
+    add_storage_arguments(parser)
     parser.set_defaults(run=simulate)
 
 
@@ -79,6 +81,8 @@ def simulate(args: argparse.Namespace) -> int:
     if failure is not None and failure[0] < budget:
         reason = f"the run fails there, because {', '.join(failure[1])} are used up and the rule is 'error'"
     print(f"the run ends after {stop:,} samples (step {stop / args.samples_per_reweight:.1f}): {reason}")
+    if args.storage:
+        print("\n".join(storage_lines(args, collection, counts)))
     return 0 if failure is None or failure[0] >= budget else 1
 
 

@@ -18,6 +18,7 @@ from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, load_manifes
 from dmagent_loader.shards.tar import KeyEnd
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.output import REJECTS_NAME
+from dmagent_loader.shards.writing.place import place_of
 from dmagent_loader.shards.writing.writer import shard_files
 
 
@@ -41,7 +42,14 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_input_arguments(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the shards")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of the shards, or a URL such as s3://bucket/shards"
+    )
+    parser.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="local folder for the work in progress of a URL (default: a folder in $DMAGENT_CACHE_DIR)",
+    )
     parser.add_argument("--append", action="store_true", help="add shards to domains that the folder holds")
     add_reading_arguments(parser)
     parser.add_argument(
@@ -156,6 +164,7 @@ def shard(args: argparse.Namespace) -> int:
         args.output,
         config,
         append=args.append,
+        work_dir=args.work_dir,
         workers=args.workers,
         progress=not args.no_progress,
     )
@@ -174,7 +183,7 @@ def shard(args: argparse.Namespace) -> int:
             f"{name:{width}}  {record.rows:>10,} rows in {len(record.shards)} shard(s), {record.bytes:,} bytes, "
             f"{record.documents:,} documents{tokens}{empty}"
         )
-    print(f"wrote {Path(args.output) / MANIFEST_NAME}")
+    print(f"wrote {place_of(args.output, args.work_dir).url(MANIFEST_NAME)}")
     return 0
 
 

@@ -29,7 +29,7 @@ from dmagent_loader.labelling.labels import STATED, Labeller, Labels, batches
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.shards.inputs.documents import Document
-from dmagent_loader.shards.sources.urls import is_local, local_path
+from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 PART_DOCUMENTS = 4096
 """Documents of one part: what a killed job may lose, and what is sorted by length."""
@@ -86,8 +86,8 @@ def label_domains(
             writes to it; or it cannot be written to.
         ShardError: A document cannot be read, or a part is damaged.
     """
+    check_output(output, (url for documents in domains.values() for url in documents.urls))
     root = Path(output)
-    refuse_inputs_below(root, (url for documents in domains.values() for url in documents.urls))
     with only_writer(root, "labels"):
         if split:
             _check_replaced(domains, root)
@@ -111,16 +111,21 @@ def read_labels(folder: Path) -> Iterator[dict[str, Any]]:
         yield from _read_part(_part(folder, number))
 
 
-def refuse_inputs_below(output: Path, inputs: Iterable[str]) -> None:
-    """Refuses an output folder that holds inputs: what is written there could replace them.
+def check_output(output: str | os.PathLike[str], inputs: Iterable[str]) -> None:
+    """Refuses an output that is no local folder, or that holds inputs, which could be replaced.
 
     Args:
         output: Folder that is written to.
         inputs: Paths and URLs.
 
     Raises:
-        ConfigurationError: A local path lies in the folder.
+        ConfigurationError: It is a URL, or a local path lies in the folder.
     """
+    if not is_local(os.fspath(output)):
+        raise ConfigurationError(
+            f"{display_url(os.fspath(output))} is a URL, but documents and labels are written to local folders only: "
+            "pass a local --output, and `dmagent shard --output URL` writes shards of it"
+        )
     root = os.path.realpath(output)
     for url in inputs:
         if is_local(url) and os.path.realpath(local_path(url)).startswith(os.path.join(root, "")):

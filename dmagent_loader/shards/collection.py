@@ -37,7 +37,8 @@ from dmagent_loader.shards.manifest import Manifest, Manifests
 from dmagent_loader.shards.sources.blocks import Block, IntArray
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
-from dmagent_loader.shards.sources.urls import base_name, display_url, expand_shards, is_local
+from dmagent_loader.shards.sources.patterns import expand_shards
+from dmagent_loader.shards.sources.urls import base_name, display_url, is_local
 from dmagent_loader.shards.table import ChangedRow, RowTable
 from dmagent_loader.shards.tar import KeyEnd, ShardDamage
 
@@ -142,7 +143,7 @@ class ShardCollection:
         """Finds the shards and indexes those that are not in the cache.
 
         Args:
-            shards: Domain name -> path, URL, pattern or list of these (`sources.urls.expand_shards`).
+            shards: Domain name -> path, URL, pattern or list of these (`sources.patterns.expand_shards`).
             on_damage: ``"raise"`` refuses damaged shards; ``"skip"`` uses their intact rows and logs the losses.
             cache_dir: Folder for indexes; None: ``$DMAGENT_CACHE_DIR``, or else ``~/.cache/dmagent_loader``.
             progress: Show a progress bar while shards are indexed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import http.server
 import io
+import json
 import multiprocessing
 import re
 import tarfile
@@ -19,6 +20,7 @@ import fsspec
 import pytest
 
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
+from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection, load_manifest, shard_files
 from dmagent_loader.shards.manifest import parse_manifest
@@ -364,6 +366,31 @@ def test_many_threads_read_over_http(server: Server) -> None:
         rows = list(range(30)) * 4
         read = pool.map(lambda row: str(collection.read(0, 0, row).members["txt"], "utf-8"), rows)
         assert list(read) == [TEXTS[row] for row in rows]
+
+
+def test_simulate_predicts_the_requests_of_a_run(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counted by the server: what the reader does and what is said about it cannot part."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    shard_files({"source/a": [tmp_path / "a.jsonl"]}, tmp_path / "out", progress=False)
+    for name in ("manifest.json", "source/a/a-000000.tar"):
+        server.files[name] = (tmp_path / "out" / name).read_bytes()
+    command = ["simulate", "--shards", server.url("manifest.json"), "--mix", "source=1", "--steps", "3"]
+    command += ["--exhausted", "stop"]
+    assert main([*command, "--samples-per-reweight", "10", "--storage", "--latency", "0.1"]) == 0
+    found = re.search(
+        r"reading: (\d+) requests of up to 8 MiB, .*\nrate: at most (\d+) rows/s", capsys.readouterr().out
+    )
+    assert found is not None
+    shards = load_manifest(server.url("manifest.json"))
+    reading = ReadingConfig(progress=False)
+    sampler = AgentWeightedSampler(shards, samples_per_reweight=10, exhausted="stop", reading=reading)
+    server.ranges = []
+    assert len(list(sampler)) == 30
+    assert len(server.ranges) == int(found[1])
+    assert int(found[1]) == 1
+    assert int(found[2]) in (299, 300), "30 rows in one request of 0.1 s"
 
 
 def test_memory_filesystem_and_manifest(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dmagent_loader.errors import ShardError, ShardNotFoundError
 from dmagent_loader.shards.inputs.kinds import DATASET_PREFIX, READ, Input, Kind, kind_of_name, remedy_for
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.sources.local import version_tag
-from dmagent_loader.shards.sources.remote import filesystem_of, remote_info
+from dmagent_loader.shards.sources.remote import remote_info, remote_names
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 _LISTED_STRAYS = 5
@@ -152,14 +152,10 @@ def _remote_names(url: str, options: ReadOptions) -> tuple[bool, list[str]]:
     is_pattern = any(character in url.partition("?")[0] for character in "*[")
     if not is_pattern and kind_of_name(url.partition("?")[0], options.text_files) is not None:
         return True, [url]
-    filesystem, path = filesystem_of(url)
-    try:
-        if not is_pattern and not filesystem.isdir(path):
-            return True, [url]
-        names = filesystem.glob(path) if is_pattern else filesystem.find(path)
-        return False, [filesystem.unstrip_protocol(name) for name in sorted(names) if _is_shown(name, path)]
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{display_url(url)} cannot be listed: {error}; name the files") from error
+    names = [name for name in remote_names(url) if _is_shown(name, url)]
+    if not is_pattern and names in ([], [url]):
+        return True, [url]
+    return False, names
 
 
 def _is_shown(name: str, folder: str) -> bool:

@@ -18,7 +18,7 @@ from dmagent_loader.errors import ShardError, require_extra
 from dmagent_loader.shards.inputs.kinds import Input, Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.records import Advance, Record, Rejected, rejected
-from dmagent_loader.shards.sources.remote import filesystem_of
+from dmagent_loader.shards.sources.remote import filesystem_of, timeout_seconds, with_retries
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 _MAX_FIELD = (1 << 31) - 1
@@ -37,6 +37,8 @@ def stored_file(url: str) -> Iterator[IO[bytes]]:
     """
     try:
         opened = _open(url)
+    except ShardError:
+        raise  # a ShardNotFoundError is an OSError, too
     except OSError as error:
         raise ShardError(f"{display_url(url)} cannot be opened: {error}") from error
     with opened as file:
@@ -47,7 +49,8 @@ def _open(url: str) -> IO[bytes]:
     if is_local(url):
         return open(local_path(url), "rb")
     filesystem, path = filesystem_of(url)
-    return cast("IO[bytes]", filesystem.open(path, "rb"))
+    opened = with_retries(url, timeout_seconds(), lambda: filesystem.open(path, "rb"))
+    return cast("IO[bytes]", opened)
 
 
 def read_text(

@@ -7,7 +7,6 @@ ranges or still refuses access is an error at once. All errors name the shard.
 
 from __future__ import annotations
 
-import email.utils
 import functools
 import logging
 import os
@@ -17,13 +16,22 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import fsspec
 
 from dmagent_loader._validation import read_regular
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError
-from dmagent_loader.shards.sources.urls import display_url, without_signature
+from dmagent_loader.shards.sources.faults import (
+    Kind,
+    fault_text,
+    kind_of_fault,
+    reason_code,
+    remedy_for_refusal,
+    retry_after,
+    root_cause,
+    status_of,
+)
+from dmagent_loader.shards.sources.urls import display_url, protocol, split_chain, without_signature
 
 REMOTE_ATTEMPTS = 6
 REMOTE_BACKOFF_SECONDS = 0.25
@@ -38,12 +46,20 @@ SLOWEST_BYTES_PER_SECOND = 1 << 18
 SIGNED_URLS_VARIABLE = "DMAGENT_SIGNED_URLS"
 """Names a file with URLs of shards, one a line. They replace those whose signatures have expired, in a running job."""
 _MAX_SIGNED_URLS_BYTES = 1 << 30
-_REFUSALS = (400, 401, 403)
-"""Statuses for expired signatures: 400 is that of Google's storage."""
-
 logger = logging.getLogger(__name__)
 _jitter = random.SystemRandom()
 _T = TypeVar("_T")
+
+_CONNECTIONS = 64
+"""Connections to S3 in a process."""
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "'dmagent-loader[s3]'"),
+    **dict.fromkeys(("gs", "gcs"), "'dmagent-loader[gs]'"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "'dmagent-loader[az]'"),
+    **dict.fromkeys(("http", "https"), "'dmagent-loader[remote]'"),
+    "hf": "huggingface_hub",
+}
+"""What is to be installed for a protocol."""
 
 _USED_FILESYSTEMS: set[Any] = set()
 """Every filesystem that was ever used, to keep it alive.
@@ -94,7 +110,7 @@ class _Access:
         try:
             return action(filesystem, path)
         except Exception as error:  # each protocol has its own exceptions
-            if not _is_refusal(_cause(error)) or not self._renew(url):
+            if kind_of_fault(error) is not Kind.REFUSED or not self._renew(url):
                 raise
         _, filesystem, path = self._target
         return action(filesystem, path)
@@ -103,6 +119,8 @@ class _Access:
         """Whether there is another URL than the refused one; another thread may have found it."""
         if self._target[0] == refused:
             url = _newest_url(refused)
+            chain, _ = split_chain(refused)
+            url = url if url is None else chain + url
             if url is None or url == refused:
                 return False
             self._target = (url, *filesystem_of(url))
@@ -136,10 +154,6 @@ def _signed_urls(path: str, time_ns: int) -> dict[str, str]:
     return {without_signature(line.strip()): line.strip() for line in lines}
 
 
-def _is_refusal(fault: BaseException) -> bool:
-    return isinstance(fault, PermissionError) or getattr(fault, "status", None) in _REFUSALS
-
-
 def remote_info(url: str) -> dict[str, Any]:
     """Information of the filesystem about a shard, not from its cache.
 
@@ -151,26 +165,78 @@ def remote_info(url: str) -> dict[str, Any]:
 
     def fresh_info(filesystem: Any, path: str) -> dict[str, Any]:
         filesystem.invalidate_cache()
-        return dict(call(filesystem, "info", path, limit=limit))
+        try:
+            return dict(call(filesystem, "info", path, limit=limit))
+        except Exception as error:
+            if kind_of_fault(error) is Kind.REFUSED and status_of(error) is not None and not reason_code(error):
+                # The answer to HEAD has no body, which would say whether the token has expired or the key is unknown.
+                call(filesystem, "cat_file", path, start=0, end=1, limit=limit)
+            raise
 
     return with_retries(url, limit, lambda: access(fresh_info))
+
+
+def remote_names(url: str) -> list[str]:
+    """URLs of the files that match a pattern or, if it has no wildcard, lie in a folder; sorted.
+
+    Raises:
+        ShardError: The store cannot be listed.
+    """
+    chain, address = split_chain(url)
+    filesystem, path = filesystem_of(address)
+    limit = timeout_seconds()
+
+    def names() -> list[str]:
+        filesystem.invalidate_cache()
+        is_pattern = any(character in path for character in "*[")
+        return sorted(call(filesystem, "glob" if is_pattern else "find", path, limit=limit))
+
+    try:
+        found = with_retries(url, limit, names, "listed")
+    except ShardNotFoundError:
+        return []
+    scheme = address.split("://", 1)[0]
+    return [chain + (name if "://" in name else f"{scheme}://{name.lstrip('/')}") for name in found]
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
     """The fsspec filesystem of a URL, and the path in it.
 
     Raises:
-        ShardError: The package for the protocol is not installed.
+        ShardError: The package for the protocol is not installed, or its settings cannot be used.
     """
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
+        filesystem, path = fsspec.core.url_to_fs(url, **_settings(url))
+    except (ImportError, ValueError, TypeError) as error:
+        name = protocol(url)
+        if isinstance(error, ImportError) or "not known" in str(error):
+            package = _PACKAGES.get(name)
+            remedy = f"pip install {package}" if package else "install the fsspec package for it"
+            raise ShardError(f"{display_url(url)}: no access to {name!r} URLs ({error}); {remedy}") from error
         raise ShardError(
-            f"{display_url(url)}: no access to {urlsplit(url).scheme!r} URLs ({error}); install the fsspec package "
-            "for it"
+            f"{display_url(url)}: {name!r} URLs cannot be accessed with these settings ({error}); "
+            f"{remedy_for_refusal(url)}"
         ) from error
     _USED_FILESYSTEMS.add(filesystem)
+    store = getattr(filesystem, "fs", filesystem)  # behind a cache
+    if type(store).__name__ == "S3FileSystem":
+        store.retries = 1  # besides those of botocore, it has repeats of its own
     return filesystem, path
+
+
+def _settings(url: str) -> dict[str, Any]:
+    """Settings of a filesystem, besides those of fsspec's configuration.
+
+    For S3: `_CONNECTIONS`, where botocore has 10, and no repeats by botocore, which do not heed ``Retry-After`` and
+    would multiply with those of `with_retries`.
+    """
+    name = protocol(url)
+    if name not in ("s3", "s3a"):
+        return {}
+    given = fsspec.config.conf.get(name, {}).get("config_kwargs", {})
+    ours = {"max_pool_connections": _CONNECTIONS, "retries": {"total_max_attempts": 1, "mode": "standard"}}
+    settings = {"config_kwargs": {**ours, **given}}
+    return {name: settings} if split_chain(url)[0] else settings
 
 
 def timeout_seconds() -> float:
@@ -197,7 +263,7 @@ def call(filesystem: Any, name: str, *arguments: Any, limit: float, **settings: 
     Raises:
         TimeoutError: The call took longer.
     """
-    if getattr(filesystem, "async_impl", False):
+    if _type_has(filesystem, "async_impl"):
         method = getattr(filesystem, f"_{name}")
         return fsspec.asyn.sync(filesystem.loop, method, *arguments, timeout=limit, **settings)
     outcome: list[tuple[Any, BaseException | None]] = []
@@ -219,58 +285,66 @@ def call(filesystem: Any, name: str, *arguments: Any, limit: float, **settings: 
     return result
 
 
-def with_retries(url: str, limit: float, action: Callable[[], _T]) -> _T:
-    """Repeats an action after temporary failures, up to `REMOTE_ATTEMPTS` times.
+def _type_has(filesystem: Any, name: str) -> bool:
+    """Whether a filesystem has an attribute of its own: one that caches passes on those of the store behind it."""
+    return bool(getattr(type(filesystem), name, False))
+
+
+def with_retries(url: str, limit: float, action: Callable[[], _T], doing: str = "read") -> _T:
+    """Repeats an action after faults that may pass, up to `REMOTE_ATTEMPTS` times.
 
     Args:
-        url: URL of the shard, for messages.
+        url: URL of the file, for messages.
         limit: Time limit of one attempt in seconds, for messages.
         action: Function to call.
+        doing: Participle of the action, for messages.
 
     Raises:
         ShardNotFoundError: There is no such file.
         DamagedShardError: The shard ends before the requested bytes.
-        ShardError: Access is refused, or all attempts failed.
+        ShardError: Access is refused, the request cannot succeed, or all attempts failed.
     """
     shard = display_url(url)
     for attempt in range(1, REMOTE_ATTEMPTS + 1):
         try:
             return action()
+        except (ShardError, ConfigurationError):
+            raise
         except Exception as error:  # each protocol has its own exceptions, few of them OSErrors
-            fault = _cause(error)
-            if isinstance(fault, (ShardError, ConfigurationError)):
-                raise
-            status = getattr(fault, "status", None)
-            if isinstance(fault, FileNotFoundError) or status in (404, 410):
-                raise ShardNotFoundError(f"shard {shard} does not exist") from error
-            if _is_refusal(fault):
-                expired = (
-                    "; if its signature has expired, write newer URLs, one a line, to a file, and name it in "
-                    f"{SIGNED_URLS_VARIABLE}"
-                )
-                expired = expired if "?" in url else ""
-                raise ShardError(f"shard {shard} may not be read: {display_url(str(fault))}{expired}") from error
-            if isinstance(fault, _IgnoresRanges):
+            kind = kind_of_fault(error)
+            if isinstance(error, _IgnoresRanges):
                 raise ShardError(
                     f"{shard}: the server ignores byte ranges, so rows cannot be read by position; use a server with "
                     "Range support or a local copy"
                 ) from error
-            if status == 416:
+            if status_of(error) == 416:
                 raise ends_early(url, "the server has no such bytes") from error
+            if kind is Kind.MISSING:
+                raise ShardNotFoundError(f"shard {shard} does not exist") from error
+            if kind is Kind.REFUSED:
+                remedy = (
+                    f"if its signature has expired, write newer URLs, one a line, to a file, and name it in "
+                    f"{SIGNED_URLS_VARIABLE}"
+                    if "?" in url
+                    else remedy_for_refusal(url)
+                )
+                raise ShardError(f"shard {shard} may not be {doing}: {fault_text(error)}; {remedy}") from error
+            if kind is Kind.LASTING:
+                raise ShardError(f"shard {shard} cannot be {doing}: {_describe(error, limit)}") from error
             if attempt == REMOTE_ATTEMPTS:
-                if isinstance(fault, _ShortRead):
-                    raise ends_early(url, str(fault)) from error
+                if isinstance(error, _ShortRead):
+                    raise ends_early(url, str(error)) from error
                 raise ShardError(
-                    f"shard {shard} could not be read in {REMOTE_ATTEMPTS} attempts; the last one failed with "
-                    f"{_describe(fault, limit)}"
+                    f"shard {shard} could not be {doing} in {REMOTE_ATTEMPTS} attempts; the last one failed with "
+                    f"{_describe(error, limit)}"
                 ) from error
-            pause = _pause(fault, attempt)
+            pause = _pause(error, attempt)
             logger.warning(
                 "shard %s: attempt %d of %d failed with %s; again in %.1f s",
                 shard,
                 attempt,
                 REMOTE_ATTEMPTS,
-                _describe(fault, limit),
+                _describe(error, limit),
                 pause,
             )
             time.sleep(pause)
@@ -300,7 +374,7 @@ class _OtherRange(Exception):
 
 def _fetch(filesystem: Any, path: str, *, offset: int, length: int, limit: float) -> bytearray:
     """One attempt to read a byte range."""
-    if hasattr(filesystem, "encode_url") and hasattr(filesystem, "set_session"):
+    if _type_has(filesystem, "encode_url") and _type_has(filesystem, "set_session"):
         data: bytes | bytearray = fsspec.asyn.sync(
             filesystem.loop, _http_range, filesystem, path, offset, length, timeout=limit
         )
@@ -334,34 +408,14 @@ async def _http_range(filesystem: Any, url: str, offset: int, length: int) -> by
     return data
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The cause of fsspec's FileNotFoundError, which its HTTP filesystem also raises for a busy server."""
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and cause is not None:
-        is_busy = isinstance(cause, (ConnectionError, TimeoutError))
-        if is_busy or type(cause).__module__.startswith("aiohttp"):
-            return cause
-    return error
-
-
-def _pause(fault: BaseException, attempt: int) -> float:
+def _pause(error: BaseException, attempt: int) -> float:
     """Seconds until the next attempt: growing, different on each rank, and at least ``Retry-After``."""
     pause: float = REMOTE_BACKOFF_SECONDS * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.5)
-    headers: Any = getattr(fault, "headers", None)
-    asked = headers.get("Retry-After") if hasattr(headers, "get") else None
-    if isinstance(asked, str):
-        try:
-            seconds = float(asked)
-        except ValueError:
-            try:
-                seconds = email.utils.parsedate_to_datetime(asked).timestamp() - time.time()
-            except ValueError:
-                seconds = 0.0
-        pause = max(pause, seconds if seconds == seconds else 0.0)
-    return min(pause, LONGEST_PAUSE_SECONDS)
+    return min(max(pause, retry_after(error)), LONGEST_PAUSE_SECONDS)
 
 
-def _describe(fault: BaseException, limit: float) -> str:
-    if isinstance(fault, TimeoutError):
+def _describe(error: BaseException, limit: float) -> str:
+    fault = root_cause(error)
+    if isinstance(fault, TimeoutError) or isinstance(fault.__cause__, TimeoutError):
         return f"no answer within {limit:.0f} s (the limit is {TIMEOUT_VARIABLE})"
-    return f"{type(fault).__name__}: {display_url(str(fault))}"
+    return f"{type(fault).__name__}: {fault_text(fault)}"

@@ -1,77 +1,20 @@
-"""Expansion of paths, URLs and patterns to the list of shards of a domain."""
+"""Paths and URLs: their parts, the identity of a remote file, and how they are shown."""
 
 from __future__ import annotations
 
-import glob
 import os
 import re
-from collections.abc import Iterable
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-import braceexpand
-
-from dmagent_loader._validation import shown
-from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
-
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
-_GLOB = re.compile(r"[*?\[]")
-_RANGE = re.compile(r"\{([+-]?\d{1,18})\.\.([+-]?\d{1,18})(?:\.\.([+-]?\d{1,18}))?\}")
+_CHAIN = re.compile(r"^((?:[a-z][a-z0-9_+-]*::)+)(?=[A-Za-z][A-Za-z0-9+.-]*://)")
+"""The filesystems of fsspec that a URL is read through, such as ``simplecache::``."""
 _VERSION = re.compile(r"(?i)versionid|version|generation|snapshot")
 _NOT_OF_SIGNATURE = re.compile(
     r"(?i)(?!x-(?:amz|goog|oss|cos)-|q-|(?:signature|expires|policy|awsaccesskeyid|googleaccessid|ossaccesskeyid"
     r"|key-pair-id|sig|se|sp|sv|sr|st|spr|sip|ske|skoid|sks|skt|sktid|skv|token|security-token)$).+"
 )
 """Parameters of a query other than those of signatures of S3, CloudFront, GCS, Azure and their kin."""
-_LISTED_FROM = 64
-"""Files of a domain from which on their folders are listed."""
-MAX_SHARDS = 10_000_000
-"""Limit for one pattern: ten times the number of shards that the loader was measured with."""
-
-
-def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Lists the shards of one domain, in order.
-
-    Brace notation is expanded as webdataset does (``a-{000..015}.tar``, ``{a,b}.tar``, several patterns joined by
-    ``::``). Local paths may also be globs or folders, which stand for their ``*.tar``; both are sorted. A pattern that
-    is the exact name of a local file stands for this file.
-
-    Args:
-        domain: Name of the domain, for messages.
-        shards: A path, URL or pattern, or several of them.
-
-    Raises:
-        ConfigurationError: An entry is a shell pipe, or neither path nor URL; a shard is listed twice; or a pattern
-            names far too many shards.
-        ShardNotFoundError: A pattern matches no file.
-
-    Example:
-        >>> expand_shards("source/web", "s3://corpus/web-{00..02}.tar")
-        ['s3://corpus/web-00.tar', 's3://corpus/web-01.tar', 's3://corpus/web-02.tar']
-    """
-    patterns = [shards] if isinstance(shards, (str, os.PathLike)) or not isinstance(shards, Iterable) else list(shards)
-    urls: list[str] = []
-    for pattern in patterns:
-        path = os.fspath(pattern) if isinstance(pattern, os.PathLike) else pattern
-        if not isinstance(path, str):
-            raise ConfigurationError(
-                f"domain {domain!r} lists {shown(pattern)} as its shards: give it a path, a URL or a pattern, or a "
-                "list of these"
-            )
-        urls.extend(_expand_one(domain, path))
-    if not urls:
-        raise ShardNotFoundError(f"domain {domain!r} lists no shards: give it a path, a URL or a pattern")
-    first_use: dict[str, str] = {}
-    real_path = _RealPaths(lists_folders=len(urls) >= _LISTED_FROM)
-    for url in urls:
-        identity = real_path(local_path(url)) if is_local(url) else without_signature(url)
-        if identity in first_use:
-            raise ConfigurationError(
-                f"domain {domain!r} lists shard {display_url(url)} twice (also as "
-                f"{display_url(first_use[identity])}), so its rows would be trained on twice per epoch: list every "
-                "shard once"
-            )
-        first_use[identity] = url
-    return urls
 
 
 def is_local(url: str) -> bool:
@@ -79,7 +22,23 @@ def is_local(url: str) -> bool:
     if "://" not in url:  # faster than the pattern, and asked several times for each of a million shards
         return True
     scheme = _SCHEME.match(url)
-    return scheme is None or scheme[1].lower() == "file"
+    return scheme[1].lower() == "file" if scheme is not None else _CHAIN.match(url) is None
+
+
+def split_chain(url: str) -> tuple[str, str]:
+    """The filesystems that a URL is read through, and the URL of the file.
+
+    Example:
+        >>> split_chain("simplecache::s3://bucket/a.tar")
+        ('simplecache::', 's3://bucket/a.tar')
+    """
+    chain = _CHAIN.match(url)
+    return (chain[1], url[chain.end() :]) if chain is not None else ("", url)
+
+
+def protocol(url: str) -> str:
+    """The protocol of the store that holds the file of a URL, in lower case."""
+    return split_chain(url)[1].split("://", 1)[0].lower()
 
 
 def local_path(url: str) -> str:
@@ -93,7 +52,7 @@ def absolute(url: str) -> str:
 
 
 def without_signature(url: str) -> str:
-    """The URL of a remote shard, without the part that grants access to it for a time.
+    """The URL of a remote file alone: without what grants access to it for a time, or caches it on the way.
 
     Where the path names a tar, that is the query, except a version. Elsewhere the query may name the shard, and only
     the parameters that signatures consist of are left out.
@@ -103,7 +62,11 @@ def without_signature(url: str) -> str:
         'https://host/a.tar?versionId=3'
         >>> without_signature("https://host/get?file=a.tar&sig=f00&se=2026-01-01")
         'https://host/get?file=a.tar'
+        >>> without_signature("simplecache::s3://bucket/a.tar")
+        's3://bucket/a.tar'
     """
+    if "::" in url:
+        url = split_chain(url)[1]
     address, mark, query = url.partition("?")
     if not mark:
         return url
@@ -133,98 +96,3 @@ def display_url(text: str) -> str:
         return urlunsplit((parts.scheme, host, parts.path, "", "")) + ("?..." if parts.query else "")
 
     return re.sub(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+", clean, text)
-
-
-class _RealPaths:
-    """`os.path.realpath` of files; the real paths of their folders, which take most of the time, are remembered.
-
-    Args:
-        lists_folders: Find out which files are links by listing their folders, which is faster for many files.
-    """
-
-    def __init__(self, *, lists_folders: bool) -> None:
-        self._lists_folders = lists_folders
-        self._folders: dict[str, tuple[str, set[str] | None]] = {}
-
-    def __call__(self, path: str) -> str:
-        folder, _, name = path.rpartition(os.sep)
-        if folder not in self._folders:
-            real = os.path.realpath(folder or (os.sep if path.startswith(os.sep) else os.curdir))
-            self._folders[folder] = os.path.join(real, ""), _links(real) if self._lists_folders else None
-        real, links = self._folders[folder]
-        file = real + name
-        is_link = os.path.islink(file) if links is None else name in links
-        return os.path.realpath(file) if is_link else file
-
-
-def _links(folder: str) -> set[str] | None:
-    """Names of the links in a folder; None if it cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_symlink()}
-    except OSError:
-        return None
-
-
-def _expand_one(domain: str, pattern: str) -> list[str]:
-    if re.match(r"^\s*(pipe:|\|)", pattern):
-        raise ConfigurationError(
-            f"domain {domain!r}: {pattern!r} would run a shell command; commands are never run from a shard list: "
-            "use a local path or an fsspec URL (s3://, gs://, https://, ...)"
-        )
-    if is_local(pattern) and os.path.isfile(local_path(pattern)):
-        return [pattern]
-    urls: list[str] = []
-    _refuse_too_many(domain, pattern)
-    for part in pattern.split("::"):
-        try:
-            expanded = list(braceexpand.braceexpand(part))
-        except ValueError as error:
-            raise ConfigurationError(f"domain {domain!r}: the braces in {part!r} do not match ({error})") from error
-        for url in expanded:
-            urls.extend(_local_matches(domain, pattern, url) if is_local(url) else [_remote(domain, url)])
-    return urls
-
-
-def _refuse_too_many(domain: str, pattern: str) -> None:
-    count = 1
-    for first, last, step in _RANGE.findall(pattern):
-        count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
-        if count > MAX_SHARDS:
-            raise ConfigurationError(
-                f"domain {domain!r}: the ranges in {pattern!r} name more than {MAX_SHARDS:,} shards: check their ends"
-            )
-
-
-def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
-    path = local_path(url)
-    if os.path.isfile(path):
-        return [path]
-    if os.path.isdir(path):
-        matches = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.endswith(".tar")]
-        if not matches:
-            raise ShardNotFoundError(
-                f"domain {domain!r}: the folder {path!r} holds no *.tar file (pattern {pattern!r})"
-            )
-        return matches
-    matches = sorted(glob.glob(path, recursive=True)) if _GLOB.search(path) else []
-    if not matches:
-        detail = "" if url == pattern else f" (from the pattern {pattern!r})"
-        raise ShardNotFoundError(
-            f"domain {domain!r}: no shard matches {path!r}{detail}, seen from {os.getcwd()!r}; check the path, or "
-            "leave it out"
-        )
-    return matches
-
-
-def _remote(domain: str, url: str) -> str:
-    try:
-        urlsplit(url).geturl().encode()
-    except ValueError as error:
-        raise ConfigurationError(f"domain {domain!r} lists {display_url(url)!r}, which is no URL: {error}") from error
-    if _GLOB.search(url.partition("?")[0]):
-        raise ConfigurationError(
-            f"domain {domain!r}: {display_url(url)!r} has a wildcard, which only local paths may have: use brace "
-            f"notation, for example shard-{{000..015}}.tar, or a list"
-        )
-    return url

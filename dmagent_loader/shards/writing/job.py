@@ -15,6 +15,7 @@ from dmagent_loader._files import write_atomically
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.tables import version_of
 from dmagent_loader.shards.writing.config import ShardingConfig
+from dmagent_loader.shards.writing.place import Place
 
 _FOLDER = ".partial"
 _PUBLISHED = "published.json"
@@ -28,26 +29,26 @@ class Job:
     """Chunks and shards that are written, but not yet part of the output.
 
     Args:
-        output: Folder of the shards.
+        place: Where the shards are written.
         inputs: Domain -> its inputs.
         config: Settings.
         settings: What else decides the rows, such as the content of the tokenizer.
 
     Attributes:
-        output: Folder of the shards.
+        place: Where the shards are written.
         digests: Domain -> hex sha256 of its inputs and the settings.
         folder: Folder of the work.
     """
 
     def __init__(
         self,
-        output: Path,
+        place: Place,
         inputs: Mapping[str, Sequence[Input]],
         config: ShardingConfig,
         settings: Mapping[str, Any],
     ) -> None:
         chosen = {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTITY}
-        self.output = output
+        self.place = place
         self.digests = {
             domain: _digest(
                 {
@@ -58,22 +59,21 @@ class Job:
             )
             for domain, items in inputs.items()
         }
-        self.folder = output / _FOLDER / _digest(self.digests)[:16]
+        self.folder = place.work / _FOLDER / _digest(self.digests)[:16]
 
     def announce(self) -> None:
         """Warns of unfinished work."""
-        output = self.output
-        others = [path for path in (output / _FOLDER).glob("*") if path != self.folder]
+        others = [path for path in self.folder.parent.glob("*") if path != self.folder]
         if others:
             logger.warning(
                 "%s holds unfinished work of %d other job(s), with other inputs or settings, which goes on when they "
                 "are run again: remove %s if they will not be",
-                output,
+                self.folder.parent.parent,
                 len(others),
                 ", ".join(map(str, others)),
             )
         if self.folder.exists():
-            logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", output)
+            logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", self.place)
 
     def chunks(self, domain: str) -> Path:
         """The folder of the chunks of a domain, which is made."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import posixpath
 import re
 from collections.abc import Mapping
@@ -11,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dmagent_loader._files import write_atomically
-from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.index.stored import INDEX_SUFFIX, TABLE_NAME, StoredIndexes, table_entry
-from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, load_manifest
+from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, parse_manifest
 from dmagent_loader.shards.sources.local import ShardVersion
 from dmagent_loader.shards.writing.chunks import Counts
 from dmagent_loader.shards.writing.job import Job
+from dmagent_loader.shards.writing.place import Place
 
 REJECTS_NAME = "rejects.jsonl"
 """File beside the shards of a domain with the records that were left out: origin, reason and beginning of each."""
@@ -44,13 +43,13 @@ class Part:
     rejects: bytes
 
 
-def earlier_entries(root: Path) -> dict[str, Any]:
+def earlier_entries(place: Place) -> dict[str, Any]:
     """The domains of the folder's manifest, as they stand in the file."""
-    path = root / MANIFEST_NAME
-    if not path.exists():
+    data = place.read(MANIFEST_NAME)
+    if data is None:
         return {}
-    load_manifest(path)  # checks it
-    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["domains"]
+    parse_manifest(place.url(MANIFEST_NAME), data)  # checks it
+    entries: dict[str, Any] = json.loads(data.decode("utf-8"))["domains"]
     return entries
 
 
@@ -62,65 +61,70 @@ def earlier_record(entry: Mapping[str, Any]) -> DomainRecord:
 
 def next_shard(job: Job, domain: str, entry: Mapping[str, Any]) -> int:
     """One more than the largest number of a shard in the manifest and in the folder."""
-    folder, published = job.output / domain, job.published()
+    published = job.published()
     names = {posixpath.basename(shard["path"]) for shard in entry["shards"]}
-    if folder.is_dir():
-        names |= {path.name for path in folder.iterdir() if f"{domain}/{path.name}" not in published}
+    names |= {posixpath.basename(name) for name in job.place.names(domain) if name not in published}
     pattern = re.compile(rf"{re.escape(posixpath.basename(domain))}-(\d+)\.tar")
     return max((int(found[1]) + 1 for found in map(pattern.fullmatch, names) if found), default=0)
 
 
-def next_row(root: Path, entry: Mapping[str, Any]) -> int:
+def next_row(place: Place, entry: Mapping[str, Any]) -> int:
     """A number above the keys of all rows; a manifest that was edited may count fewer rows than their last key."""
-    last = root / max((shard["path"] for shard in entry["shards"]), default="")
-    if not last.is_file():
+    last = max((shard["path"] for shard in entry["shards"]), default="")
+    try:
+        collection = ShardCollection.open({"source/shard": [place.url(last)]}, progress=False)
+    except ShardNotFoundError:
         return int(entry["rows"])
-    collection = ShardCollection.open({"source/shard": [str(last)]}, progress=False)
     (rows,) = collection.shard_rows(0)
     key = collection.read(0, 0, rows - 1).key
     return max(int(entry["rows"]), int(key) + 1 if key.isdecimal() else 0)
 
 
-def publish(root: Path, job: Job, parts: Mapping[str, Part], kept: Mapping[str, Any]) -> None:
+def publish(job: Job, parts: Mapping[str, Part], kept: Mapping[str, Any], *, progress: bool) -> None:
     """Moves shards and their indexes to the output, where the manifest does not name them yet."""
-    stored = StoredIndexes("first-dot")
-    listed = {shard["path"] for entry in kept.values() for shard in entry["shards"]}
-    for name in job.published():  # of a call that was killed before it wrote the manifest
-        if name not in listed and name.removesuffix(INDEX_SUFFIX) not in listed:
-            (root / name).unlink(missing_ok=True)
+    place, stored = job.place, StoredIndexes("first-dot")
     moves = {
         f"{domain}/{shard.path}{suffix}": part.folder / f"{shard.path}{suffix}"
         for domain, part in parts.items()
         for shard in part.shards
         for suffix in ("", INDEX_SUFFIX)
     }
-    existing = sorted(name for name in moves if (root / name).exists())
+    listed = {shard["path"] for entry in kept.values() for shard in entry["shards"]}
+    # Of a call that was killed before it wrote the manifest:
+    earlier = {name for name in job.published() if not {name, name.removesuffix(INDEX_SUFFIX)} & listed}
+    for name in earlier - moves.keys():
+        place.remove(name)
+    present = {name for domain in parts for name in place.names(domain)}
+    existing = sorted(moves.keys() & present - earlier)
     if existing:
         raise ConfigurationError(
-            f"{str(root / existing[0])!r} has appeared since this job began, and would be replaced: move it away, and "
+            f"{place.url(existing[0])!r} has appeared since this job began, and would be replaced: move it away, and "
             "run the same command again"
         )
     new = {f"{domain}/{name}" for domain in parts if domain not in kept for name in (REJECTS_NAME, TABLE_NAME)}
     job.publish({*moves, *new})
-    for name, path in moves.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, root / name)
+    indexes = {
+        f"{domain}/{shard.path}": stored.read(str(part.folder / shard.path))
+        for domain, part in parts.items()
+        for shard in part.shards
+    }
+    place.move_in(moves, progress=progress)
     for domain, part in parts.items():
-        folder = str(root / domain)
+        folder = place.url(domain)
         table = {
             name: known
             for name, known in stored.table(folder).items()
             if f"{domain}/{name}" in listed and f"{domain}/{name}" not in moves
         }
         for shard in part.shards:
-            index = stored.read(f"{folder}/{shard.path}")
+            index = indexes[f"{domain}/{shard.path}"]
             if index is not None:  # else another version of this package has begun the job
                 table[shard.path] = table_entry(ShardVersion(size=shard.bytes, tag="", is_sure=False), index)
         stored.save_table(folder, table)
         if part.rejects:
-            rejects = root / domain / REJECTS_NAME
-            before = rejects.read_bytes() if rejects.exists() else b""
-            write_atomically(rejects, before.removesuffix(part.rejects) + part.rejects)
+            name = f"{domain}/{REJECTS_NAME}"
+            before = place.read(name) or b""
+            place.write(name, before.removesuffix(part.rejects) + part.rejects)
 
 
 def joined_record(

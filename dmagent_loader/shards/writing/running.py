@@ -87,7 +87,7 @@ class Run:
             first_shard, first_row = 0, 0
             if domain in earlier:
                 first_shard = next_shard(job, domain, earlier[domain])
-                first_row = next_row(job.output, earlier[domain])
+                first_row = next_row(job.place, earlier[domain])
             folders[domain] = job.shards(domain, first_shard, first_row)
             if counts[domain].documents:
                 self._report_overhead(domain, tar_size(chunks, counts[domain], self.config))

@@ -11,10 +11,9 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from dmagent_loader._files import only_writer, write_atomically
+from dmagent_loader._files import only_writer
 from dmagent_loader.errors import ConfigurationError, DomainError
 from dmagent_loader.shards.inputs.chat import load_template
 from dmagent_loader.shards.inputs.finding import find_inputs
@@ -24,6 +23,7 @@ from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.job import Job
 from dmagent_loader.shards.writing.output import earlier_entries, earlier_record, joined_record, publish
 from dmagent_loader.shards.writing.packing import TextTokenizer
+from dmagent_loader.shards.writing.place import StorePlace, place_of
 from dmagent_loader.shards.writing.refusals import refuse_other_files, refuse_other_rows, refuse_own_shards
 from dmagent_loader.shards.writing.running import Run
 
@@ -38,6 +38,7 @@ def shard_files(
     config: ShardingConfig | None = None,
     *,
     append: bool = False,
+    work_dir: str | os.PathLike[str] | None = None,
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, DomainRecord]:
@@ -48,13 +49,17 @@ def shard_files(
     from there. While it runs, a job needs about as much space again as its shards. Files that an earlier call did not
     write are never replaced or removed.
 
+    With the URL of an object store, the work is done in a local folder, which needs twice the space of the shards, and
+    uploaded at the end, the manifest last.
+
     Args:
         domains: Domain, such as ``"source/Science"`` -> files, globs, folders, fsspec URLs, or ``hf:`` and the name of
             a data set. The endings of files say how they are read; the guide lists them.
-        output: Folder of the shards; created if missing.
+        output: Folder of the shards, created if missing, or URL of an object store, such as ``s3://bucket/shards``.
         config: Settings; None: raw text with the defaults.
         append: Add shards to domains that the folder holds; False: such domains are an error. Inputs that were added
             with the same settings before are left out with a warning, so a call can be repeated.
+        work_dir: Local folder for the work in progress of a store; None: a folder in that of the caches.
         workers: Number of processes; 0: this one, in which the tokenizer uses all cores.
         progress: Show progress bars.
 
@@ -67,14 +72,15 @@ def shard_files(
             that its manifest does not name, or rows of another kind: text beside packed rows, or packed rows of another
             length or tokenizer.
         ShardNotFoundError: A path matches no file.
-        ShardError: An input cannot be used, or more of its records are bad than `config` allows.
+        ShardError: An input cannot be used, more of its records are bad than `config` allows, or the store refuses
+            access or cannot be reached.
         EmptyShardError: A domain has no rows, and is not to be left out; or none has.
         MissingExtraError: A kind of input needs a package that is not installed.
     """
     config = config or ShardingConfig()
     if workers < 0:
         raise ConfigurationError(f"workers={workers}: it must be at least 0, which is this process alone")
-    root = Path(output)
+    place = place_of(output, work_dir)
     for domain in domains:
         if not _NAME.fullmatch(domain):
             raise DomainError(
@@ -88,17 +94,17 @@ def shard_files(
         else None
     )
     settings = _settings(config, tokenizer)
-    refuse_own_shards(root, inputs)
-    with only_writer(root, "shards"):
-        kept = earlier_entries(root)
+    refuse_own_shards(place, inputs)
+    with only_writer(place.work, "shards"):
+        kept = earlier_entries(place)
         earlier = {domain: kept[domain] for domain in domains if domain in kept}
-        job = Job(root, inputs, config, {**settings, "piece_bytes": PIECE_BYTES})
+        job = Job(place, inputs, config, {**settings, "piece_bytes": PIECE_BYTES})
         done = {domain: entry for domain, entry in earlier.items() if job.digests[domain] in entry.get("jobs", ())}
         if append or (len(done) == len(inputs) and job.folder.exists()):  # killed after it wrote the manifest
             if done:
                 logger.warning(
                     "%s holds these inputs of %s already, with these settings: they are not added again",
-                    root,
+                    place,
                     ", ".join(done),
                 )
             inputs = {domain: items for domain, items in inputs.items() if domain not in done}
@@ -107,21 +113,23 @@ def shard_files(
                 return {domain: earlier_record(entry) for domain, entry in done.items()}
         elif earlier:
             raise DomainError(
-                f"{str(root)!r} holds the domain(s) {list(earlier)} already: add to them (--append, append=True), "
+                f"{str(place)!r} holds the domain(s) {list(earlier)} already: add to them (--append, append=True), "
                 f"choose another folder, or remove them from the folder and its {MANIFEST_NAME}"
             )
-        refuse_other_rows(root, kept, settings, earlier)
-        refuse_other_files(root, [domain for domain in inputs if domain not in kept], job.published())
+        refuse_other_rows(place, kept, settings, earlier)
+        refuse_other_files(place, [domain for domain in inputs if domain not in kept], job.published())
+        if isinstance(place, StorePlace):
+            place.check_access()
         job.announce()
         run = Run(config, tokenizer, workers, progress, PIECE_BYTES)
         try:
             parts = run.write(job, inputs, earlier)
-            publish(root, job, parts, kept)
+            publish(job, parts, kept, progress=progress)
             records = {
                 domain: joined_record(kept.get(domain), job, domain, parts[domain], settings) for domain in parts
             }
             others = {domain: entry for domain, entry in kept.items() if domain not in records}
-            write_atomically(root / MANIFEST_NAME, manifest_text(records, others).encode())
+            place.write(MANIFEST_NAME, manifest_text(records, others).encode())
         except BaseException:
             if not job.has_work:
                 job.remove()

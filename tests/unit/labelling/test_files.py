@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from shard_fixtures import write_jsonl
 
+from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, ShardError
 from dmagent_loader.labelling import files
 from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, ShardDocuments
-from dmagent_loader.labelling.files import label_domains, read_labels
+from dmagent_loader.labelling.files import check_output, label_domains, read_labels
 from dmagent_loader.labelling.labels import Labeller
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
 from dmagent_loader.shards.collection import ShardCollection
@@ -165,6 +166,18 @@ def test_inputs_in_the_output_folder_are_refused_and_stay(web: Path, tmp_path: P
         with pytest.raises(ConfigurationError, match="lies in the output folder"):
             run(copy, tmp_path / "loss", ByWord(), split=True)
         assert copy.read_bytes() == web.read_bytes()
+
+
+def test_urls_are_no_folders(web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a local folder named `s3:`."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigurationError, match="s3://bucket/out is a URL, but documents and labels"):
+        check_output("s3://bucket/out", [])
+    command = ["--domain", f"source/web={web}", "--output", "s3://bucket/out", "--no-progress"]
+    assert main(["filter", *command]) != 0
+    assert main(["label", *command]) != 0
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_sorting_that_is_killed_while_it_replaces_goes_on(

@@ -8,7 +8,8 @@ import pytest
 import webdataset
 
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
-from dmagent_loader.shards.sources.urls import base_name, display_url, expand_shards, local_path, without_signature
+from dmagent_loader.shards.sources.patterns import expand_shards
+from dmagent_loader.shards.sources.urls import base_name, display_url, local_path, without_signature
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,189 @@
+"""Expansion of paths, URLs and patterns to the list of shards of a domain."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+from urllib.parse import urlsplit
+
+import braceexpand
+
+from dmagent_loader._validation import shown
+from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
+from dmagent_loader.shards.sources.remote import remote_names
+from dmagent_loader.shards.sources.urls import display_url, is_local, local_path, protocol, without_signature
+
+_GLOB = re.compile(r"[*?\[]")
+_REMOTE_GLOB = re.compile(r"[*\[]")
+"""Without ``?``, which begins the query of a URL."""
+_RANGE = re.compile(r"\{([+-]?\d{1,18})\.\.([+-]?\d{1,18})(?:\.\.([+-]?\d{1,18}))?\}")
+_PROTOCOL = re.compile(r"[a-z][a-z0-9_+-]*")
+_LISTED_FROM = 64
+"""Files of a domain from which on their folders are listed."""
+MAX_SHARDS = 10_000_000
+"""Limit for one pattern: ten times the number of shards that the loader was measured with."""
+
+
+def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Lists the shards of one domain, in order.
+
+    Brace notation is expanded as webdataset does (``a-{000..015}.tar``, ``{a,b}.tar``, several patterns joined by
+    ``::``). Paths and URLs may also be globs (without ``?`` in URLs), or folders, which stand for their ``*.tar``; the
+    URL of a folder ends with a slash. Both are sorted. A pattern that is the exact name of a local file stands for this
+    file. In front of a URL, ``::`` chains filesystems of fsspec, as in ``simplecache::https://host/a.tar``.
+
+    Args:
+        domain: Name of the domain, for messages.
+        shards: A path, URL or pattern, or several of them.
+
+    Raises:
+        ConfigurationError: An entry is a shell pipe, or neither path nor URL; a shard is listed twice; or a pattern
+            names far too many shards.
+        ShardNotFoundError: A pattern matches no file.
+        ShardError: A store cannot be listed.
+
+    Example:
+        >>> expand_shards("source/web", "s3://corpus/web-{00..02}.tar")
+        ['s3://corpus/web-00.tar', 's3://corpus/web-01.tar', 's3://corpus/web-02.tar']
+    """
+    patterns = [shards] if isinstance(shards, (str, os.PathLike)) or not isinstance(shards, Iterable) else list(shards)
+    urls: list[str] = []
+    for pattern in patterns:
+        path = os.fspath(pattern) if isinstance(pattern, os.PathLike) else pattern
+        if not isinstance(path, str):
+            raise ConfigurationError(
+                f"domain {domain!r} lists {shown(pattern)} as its shards: give it a path, a URL or a pattern, or a "
+                "list of these"
+            )
+        urls.extend(_expand_one(domain, path))
+    if not urls:
+        raise ShardNotFoundError(f"domain {domain!r} lists no shards: give it a path, a URL or a pattern")
+    first_use: dict[str, str] = {}
+    real_path = _RealPaths(lists_folders=len(urls) >= _LISTED_FROM)
+    for url in urls:
+        identity = real_path(local_path(url)) if is_local(url) else without_signature(url)
+        if identity in first_use:
+            raise ConfigurationError(
+                f"domain {domain!r} lists shard {display_url(url)} twice (also as "
+                f"{display_url(first_use[identity])}), so its rows would be trained on twice per epoch: list every "
+                "shard once"
+            )
+        first_use[identity] = url
+    return urls
+
+
+class _RealPaths:
+    """`os.path.realpath` of files; the real paths of their folders, which take most of the time, are remembered.
+
+    Args:
+        lists_folders: Find out which files are links by listing their folders, which is faster for many files.
+    """
+
+    def __init__(self, *, lists_folders: bool) -> None:
+        self._lists_folders = lists_folders
+        self._folders: dict[str, tuple[str, set[str] | None]] = {}
+
+    def __call__(self, path: str) -> str:
+        folder, _, name = path.rpartition(os.sep)
+        if folder not in self._folders:
+            real = os.path.realpath(folder or (os.sep if path.startswith(os.sep) else os.curdir))
+            self._folders[folder] = os.path.join(real, ""), _links(real) if self._lists_folders else None
+        real, links = self._folders[folder]
+        file = real + name
+        is_link = os.path.islink(file) if links is None else name in links
+        return os.path.realpath(file) if is_link else file
+
+
+def _links(folder: str) -> set[str] | None:
+    """Names of the links in a folder; None if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_symlink()}
+    except OSError:
+        return None
+
+
+def _expand_one(domain: str, pattern: str) -> list[str]:
+    if re.match(r"^\s*(pipe:|\|)", pattern):
+        raise ConfigurationError(
+            f"domain {domain!r}: {pattern!r} would run a shell command; commands are never run from a shard list: "
+            "use a local path or an fsspec URL (s3://, gs://, https://, ...)"
+        )
+    if is_local(pattern) and os.path.isfile(local_path(pattern)):
+        return [pattern]
+    urls: list[str] = []
+    _refuse_too_many(domain, pattern)
+    for part in _joined_patterns(pattern):
+        try:
+            expanded = list(braceexpand.braceexpand(part))
+        except ValueError as error:
+            raise ConfigurationError(f"domain {domain!r}: the braces in {part!r} do not match ({error})") from error
+        for url in expanded:
+            urls.extend(_local_matches(domain, pattern, url) if is_local(url) else _remote_matches(domain, url))
+    return urls
+
+
+def _joined_patterns(pattern: str) -> Iterator[str]:
+    """The patterns that ``::`` joins; it also stands behind each filesystem that a URL is read through."""
+    chain = ""
+    for part in pattern.split("::"):
+        if _PROTOCOL.fullmatch(part) and not os.path.exists(part):
+            chain += f"{part}::"
+        else:
+            yield chain + part
+            chain = ""
+    if chain:
+        yield chain.removesuffix("::")
+
+
+def _refuse_too_many(domain: str, pattern: str) -> None:
+    count = 1
+    for first, last, step in _RANGE.findall(pattern):
+        count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
+        if count > MAX_SHARDS:
+            raise ConfigurationError(
+                f"domain {domain!r}: the ranges in {pattern!r} name more than {MAX_SHARDS:,} shards: check their ends"
+            )
+
+
+def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
+    path = local_path(url)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        matches = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.endswith(".tar")]
+        if not matches:
+            raise ShardNotFoundError(
+                f"domain {domain!r}: the folder {path!r} holds no *.tar file (pattern {pattern!r})"
+            )
+        return matches
+    matches = sorted(glob.glob(path, recursive=True)) if _GLOB.search(path) else []
+    if not matches:
+        detail = "" if url == pattern else f" (from the pattern {pattern!r})"
+        raise ShardNotFoundError(
+            f"domain {domain!r}: no shard matches {path!r}{detail}, seen from {os.getcwd()!r}; check the path, or "
+            "leave it out"
+        )
+    return matches
+
+
+def _remote_matches(domain: str, url: str) -> list[str]:
+    try:
+        urlsplit(url).geturl().encode()
+    except ValueError as error:
+        raise ConfigurationError(f"domain {domain!r} lists {display_url(url)!r}, which is no URL: {error}") from error
+    address, mark, _ = url.partition("?")
+    is_pattern = _REMOTE_GLOB.search(address) is not None
+    if not is_pattern and not address.endswith("/"):
+        return [url]
+    if mark or protocol(url) in ("http", "https"):
+        raise ConfigurationError(
+            f"domain {domain!r}: {display_url(url)!r} has a wildcard or is a folder, which only local paths and object "
+            "stores may have: use brace notation, for example shard-{000..015}.tar, or a list"
+        )
+    matches = remote_names(url if is_pattern else f"{url}*.tar")
+    if not matches:
+        raise ShardNotFoundError(f"domain {domain!r}: no shard matches {display_url(url)!r}: check it, or leave it out")
+    return matches

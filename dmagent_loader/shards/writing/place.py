@@ -1,0 +1,187 @@
+"""Where shards are written: a local folder, or a prefix of an object store.
+
+Work goes on in a local folder, where it can be continued after a kill. Files appear in the place one by one, each as a
+whole, and the manifest, which names them, comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from tqdm.auto import tqdm
+
+from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.shards.index.cache import default_cache_dir
+from dmagent_loader.shards.manifest import read_stored
+from dmagent_loader.shards.sources.remote import remote_names
+from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
+from dmagent_loader.shards.sources.writing import refuse_unwritable, remove_url, upload_file, write_url
+
+_UPLOADS = 8
+"""Files that are uploaded at the same time."""
+_UPLOADED = ".uploaded"
+_WRITE_TEST = ".dmagent-write-test"
+
+
+class Place(Protocol):
+    """A folder of shards. Names are relative to it, with forward slashes.
+
+    Attributes:
+        work: Local folder for the work in progress.
+    """
+
+    work: Path
+
+    def __str__(self) -> str:
+        """The path or URL, for messages."""
+        ...
+
+    def url(self, name: str) -> str:
+        """Path or URL of a file."""
+        ...
+
+    def names(self, domain: str) -> list[str]:
+        """The files in the folder of a domain."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """A file; None if there is none."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file, whole or not at all."""
+        ...
+
+    def move_in(self, files: Mapping[str, Path], *, progress: bool) -> None:
+        """Moves files of the work here; files of their names are replaced."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if there is one."""
+        ...
+
+
+class LocalPlace:
+    """A local folder, which also holds the work in progress."""
+
+    def __init__(self, folder: Path) -> None:
+        self.work = folder
+
+    def __str__(self) -> str:
+        return str(self.work)
+
+    def url(self, name: str) -> str:
+        return str(self.work / name)
+
+    def names(self, domain: str) -> list[str]:
+        folder = self.work / domain
+        found = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
+        return [path.relative_to(self.work).as_posix() for path in found]
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return read_stored(self.url(name))
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        write_url(self.url(name), data)
+
+    def move_in(self, files: Mapping[str, Path], *, progress: bool) -> None:
+        for name, path in files.items():
+            (self.work / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, self.work / name)
+
+    def remove(self, name: str) -> None:
+        (self.work / name).unlink(missing_ok=True)
+
+
+class StorePlace:
+    """A prefix of an object store.
+
+    Args:
+        url: Its URL.
+        work: Local folder for the work in progress.
+    """
+
+    def __init__(self, url: str, work: Path) -> None:
+        self._url, self.work = url.rstrip("/"), work
+
+    def __str__(self) -> str:
+        return display_url(self._url)
+
+    def url(self, name: str) -> str:
+        return f"{self._url}/{name}"
+
+    def check_access(self) -> None:
+        """Writes and removes an object, so that a refusal comes before hours of work.
+
+        Raises:
+            ShardError: The store refuses it or cannot be reached.
+        """
+        write_url(self.url(_WRITE_TEST), b"")
+        remove_url(self.url(_WRITE_TEST))
+
+    def names(self, domain: str) -> list[str]:
+        return [url.removeprefix(f"{self._url}/") for url in remote_names(self.url(domain))]
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return read_stored(self.url(name))
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        write_url(self.url(name), data)
+
+    def move_in(self, files: Mapping[str, Path], *, progress: bool) -> None:
+        """Uploads files. Those that an earlier call had uploaded are left out: equal jobs write equal bytes."""
+        present = {name for folder in {name.rpartition("/")[0] for name in files} for name in self.names(folder)}
+
+        def upload(item: tuple[str, Path]) -> None:
+            name, path = item
+            mark = path.with_name(path.name + _UPLOADED)
+            if name not in present or not mark.exists():
+                upload_file(path, self.url(name))
+                mark.touch()
+
+        with ThreadPoolExecutor(_UPLOADS) as pool:
+            try:
+                uploads = pool.map(upload, files.items())
+                for _ in tqdm(uploads, total=len(files), desc="uploading", unit="file", disable=not progress):
+                    pass
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def remove(self, name: str) -> None:
+        remove_url(self.url(name))
+
+
+def place_of(output: str | os.PathLike[str], work_dir: str | os.PathLike[str] | None = None) -> LocalPlace | StorePlace:
+    """The place that a path or URL names.
+
+    Args:
+        output: Path, or URL of an object store.
+        work_dir: Local folder for the work in progress of a store; None: a folder for this URL in the cache folder.
+
+    Raises:
+        ConfigurationError: A work folder is given for a local folder, which holds its work itself.
+        ShardError: The URL is not that of an object store.
+    """
+    url = os.fspath(output)
+    if is_local(url):
+        if work_dir is not None:
+            raise ConfigurationError(
+                f"work_dir={os.fspath(work_dir)!r} has no effect with the local output {url!r}, which holds the work "
+                "in progress: leave it out (--work-dir, work_dir=)"
+            )
+        return LocalPlace(Path(local_path(url)))
+    refuse_unwritable(url)
+    name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    return StorePlace(url, Path(work_dir) if work_dir is not None else default_cache_dir() / "writing" / name)

@@ -1,0 +1,52 @@
+"""URLs of stores: chains, missing packages, and what can be written to."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import fsspec
+import pytest
+
+from dmagent_loader.errors import ShardError
+from dmagent_loader.shards.sources.patterns import expand_shards
+from dmagent_loader.shards.sources.remote import filesystem_of
+from dmagent_loader.shards.sources.urls import base_name, display_url, is_local, protocol, without_signature
+from dmagent_loader.shards.sources.writing import write_url
+
+CHAINED = "simplecache::https://user:password@host/p/a.tar?X-Amz-Signature=f"
+
+
+def test_the_parts_of_a_chained_url() -> None:
+    assert not is_local(CHAINED)
+    assert protocol(CHAINED) == "https"
+    assert base_name(CHAINED) == "a.tar"
+    assert without_signature("filecache::s3://bucket/a.tar") == "s3://bucket/a.tar"
+    assert display_url(CHAINED) == "simplecache::https://host/p/a.tar?..."
+
+
+def test_colons_chain_filesystems_and_join_patterns() -> None:
+    pattern = "simplecache::s3://b/a-{0..1}.tar::s3://b/c.tar::blockcache::gs://b/d.tar"
+    assert expand_shards("d", pattern) == [
+        "simplecache::s3://b/a-0.tar",
+        "simplecache::s3://b/a-1.tar",
+        "s3://b/c.tar",
+        "blockcache::gs://b/d.tar",
+    ]
+
+
+@pytest.mark.parametrize(("url", "package"), [("s3://b/a.tar", "s3fs"), ("filecache::gs://b/a.tar", "gcsfs")])
+def test_a_missing_package_is_named_by_its_extra(url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = protocol(url)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, name, raising=False)
+    with pytest.raises(ShardError, match=rf"no access to '{name}' URLs.*pip install 'dmagent-loader\[{name}\]'"):
+        filesystem_of(url)
+
+
+def test_files_are_written_whole_to_paths_and_stores(tmp_path) -> None:
+    for url in (str(tmp_path / "folder" / "a.txt"), "memory://of-test-stores/a.txt"):
+        for data in (b"one", b"two"):
+            write_url(url, data)
+            with fsspec.open(url, "rb") as file:
+                assert file.read() == data
