@@ -11,6 +11,7 @@ from dmagent_loader._version import __version__
 from dmagent_loader.cli.demo import add_demo_command
 from dmagent_loader.cli.filter import add_filter_command
 from dmagent_loader.cli.fit_mix import add_fit_mix_command
+from dmagent_loader.cli.generate import add_generate_command
 from dmagent_loader.cli.inspect import add_inspect_command
 from dmagent_loader.cli.label import add_label_commands
 from dmagent_loader.cli.plan import add_simulate_command
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     add_demo_command(commands)
     add_shard_commands(commands)
+    add_generate_command(commands)
     add_filter_command(commands)
     add_label_commands(commands)
     add_simulate_command(commands)

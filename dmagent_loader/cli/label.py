@@ -14,27 +14,31 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dmagent_loader._files import write_atomically
+from dmagent_loader.cli.generate import add_sampling_arguments, language_model
 from dmagent_loader.cli.shards import (
+    add_gpus_per_worker,
     add_input_arguments,
     add_reading_arguments,
+    add_worker_arguments,
     input_domains,
     listed_shards,
     read_options,
+    workers_of,
 )
-from dmagent_loader.errors import ConfigurationError, DomainError, ShardError, ShardNotFoundError, require_extra
+from dmagent_loader.errors import ConfigurationError, DomainError, ShardError, ShardNotFoundError
 from dmagent_loader.labelling.classifier import BUNDLED, load_classifier
 from dmagent_loader.labelling.compose import MAX_ERROR, SampleConfig, compose
 from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, JoinedDocuments, ShardDocuments
-from dmagent_loader.labelling.files import LABELS, UNSURE_FOLDER, LabelledDomain, label_domains
+from dmagent_loader.labelling.files import LABELS, LabelledDomain, label_domains
 from dmagent_loader.labelling.generation import GenerationConfig
 from dmagent_loader.labelling.labels import MIN_CONFIDENCE, LabelConfig, Labeller
+from dmagent_loader.labelling.sorting import UNSURE_FOLDER
 from dmagent_loader.labelling.start_state import (
     MOST_DOCUMENTS,
     MOST_TEXTS,
     start_state_of_documents,
     start_state_of_model,
 )
-from dmagent_loader.labelling.transformer import chosen_device
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.compositions import (
@@ -77,6 +81,8 @@ def _add_label(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the labels")
     parser.add_argument("--split", action="store_true", help="also write the documents sorted by topic")
     add_reading_arguments(parser)
+    add_worker_arguments(parser, "processes (default: one)")
+    add_gpus_per_worker(parser)
     add_classifier_arguments(parser)
     parser.set_defaults(run=label)
 
@@ -101,7 +107,6 @@ def _add_compose(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_start_state(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    defaults = GenerationConfig()
     parser = subparsers.add_parser(
         "start-state",
         help="measure the topics of the base model's own training data, or of texts that it writes",
@@ -121,12 +126,7 @@ def _add_start_state(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     _add_sample_arguments(
         parser, f"largest sample (default: {MOST_DOCUMENTS:,} documents of files, {MOST_TEXTS:,} texts of a model)"
     )
-    parser.add_argument(
-        "--temperature", type=float, default=defaults.temperature, help="of the model's texts (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=defaults.max_tokens, metavar="N", help="per text (default: %(default)s)"
-    )
+    add_sampling_arguments(parser)
     parser.add_argument("--keep-texts", type=Path, metavar="FILE.jsonl.gz", help="keep the model's texts")
     add_reading_arguments(parser)
     add_classifier_arguments(parser)
@@ -195,7 +195,14 @@ def label(args: argparse.Namespace) -> int:
     empty = [name for name, documents in domains.items() if not documents.size]
     if empty:
         print(f"dmagent label: the inputs of {empty} are empty", file=sys.stderr)
-    counted = label_domains(domains, args.output, labeller, split=args.split, progress=not args.no_progress)
+    counted = label_domains(
+        domains,
+        args.output,
+        labeller,
+        split=args.split,
+        workers=workers_of(args),
+        progress=not args.no_progress,
+    )
     for name, found in counted.items():
         print(_labels_line(name, found))
     print(f"wrote {Path(args.output) / LABELS}")
@@ -256,7 +263,7 @@ def start_state(args: argparse.Namespace) -> int:
         raise ConfigurationError("--temperature and --max-tokens are for the texts of a --model: leave them out")
     _check_folder(args.output)
     if args.model is not None:
-        model, tokenizer = _language_model(args.model, args.device)
+        model, tokenizer = language_model(args.model, args.device)
         found = start_state_of_model(
             model, tokenizer, labeller, config, generation, keep=args.keep_texts, progress=progress
         )
@@ -286,19 +293,6 @@ def _write(output: Path, compositions: dict[str, Composition]) -> None:
         write_atomically(output, compositions_text(compositions).encode())
     except OSError as error:
         raise ConfigurationError(f"{output} cannot be written: {error}; pass another --output") from error
-
-
-def _language_model(name: str, device: str | None) -> tuple[Any, Any]:
-    transformers = require_extra("transformers", "label")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype="auto")
-    except Exception as error:  # the library raises bare Exceptions
-        raise ConfigurationError(
-            f"no language model could be loaded from {name!r} ({error}): give a folder that save_pretrained wrote, "
-            "with its tokenizer, or a Hub id"
-        ) from error
-    return model.to(chosen_device(device)), tokenizer
 
 
 def _sample_config(args: argparse.Namespace) -> SampleConfig:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
+from dmagent_loader._tasks import RayWorkers, Workers
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.inputs.finding import domain_name
@@ -90,13 +91,7 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="leave out domains with too little text for one row, with a warning (default: they are an error)",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes (default: one, in which the tokenizer uses all cores)",
-    )
+    add_worker_arguments(parser, "processes (default: one, in which the tokenizer uses all cores)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=shard)
 
@@ -165,7 +160,7 @@ def shard(args: argparse.Namespace) -> int:
         config,
         append=args.append,
         work_dir=args.work_dir,
-        workers=args.workers,
+        workers=workers_of(args),
         progress=not args.no_progress,
     )
     width = max(len(name) for name in records)
@@ -252,6 +247,40 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tar-member", metavar="NAME", help="read tar shards, from this member of their rows, such as txt"
     )
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser, workers_help: str) -> None:
+    """Adds where a job runs; `workers_of` reads it."""
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help=f"{workers_help}; with --ray, the largest number of tasks at a time"
+    )
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="run on the Ray cluster of RAY_ADDRESS or of this machine, or else on a Ray that is started here (extra "
+        "[ray])",
+    )
+
+
+def add_gpus_per_worker(parser: argparse.ArgumentParser) -> None:
+    """Adds the GPUs of a worker, for jobs with a classifier."""
+    parser.add_argument(
+        "--gpus-per-worker",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="GPUs of a task on Ray, such as 1 or 0.5; a task without any sees none (default: 0)",
+    )
+
+
+def workers_of(args: argparse.Namespace) -> Workers:
+    """Where a job runs, from the arguments of `add_worker_arguments` and `add_gpus_per_worker`."""
+    gpus = getattr(args, "gpus_per_worker", 0.0)
+    if args.ray:
+        return RayWorkers(count=args.workers, gpus_per_worker=gpus)
+    if gpus:
+        raise ConfigurationError("--gpus-per-worker has no effect without --ray: choose the device with --device")
+    return args.workers or 0
 
 
 def read_options(args: argparse.Namespace) -> ReadOptions:

@@ -10,7 +10,9 @@ from dmagent_loader.labelling.classifier import Classifier, load_classifier
 from dmagent_loader.labelling.compose import SampleConfig, compose
 from dmagent_loader.labelling.documents import FileDocuments, ShardDocuments
 from dmagent_loader.labelling.files import label_domains
+from dmagent_loader.labelling.filter_files import filter_domains
 from dmagent_loader.labelling.filtering import DocumentFilter, FilterConfig
+from dmagent_loader.labelling.generated_files import generate_documents
 from dmagent_loader.labelling.generation import GenerationConfig, generate_texts
 from dmagent_loader.labelling.labels import LabelConfig, Labeller, Labels
 from dmagent_loader.labelling.linear import LinearClassifier
@@ -31,6 +33,8 @@ __all__ = [
     "SampleConfig",
     "ShardDocuments",
     "compose",
+    "filter_domains",
+    "generate_documents",
     "generate_texts",
     "label_domains",
     "load_classifier",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,14 +68,16 @@ def load_classifier(
     from dmagent_loader.labelling.web_organizer import is_web_organizer, load_web_organizer
 
     if is_deberta(config):
-        return load_deberta(folder, config, name=name, device=device, batch_size=batch_size)
-    if is_web_organizer(config):
-        return load_web_organizer(folder, config, name=name, device=device, batch_size=batch_size)
-    raise CheckpointError(
-        f"{name!r} is neither of the known kinds of classifier: its {_CONFIG} has the keys "
-        f"{shown(sorted(config))}; give NVIDIA's domain or quality classifier (base_model, fc_dropout, id2label), or "
-        "WebOrganizer's topic classifier (model_type 'new')"
-    )
+        found = load_deberta(folder, config, name=name, device=device, batch_size=batch_size)
+    elif is_web_organizer(config):
+        found = load_web_organizer(folder, config, name=name, device=device, batch_size=batch_size)
+    else:
+        raise CheckpointError(
+            f"{name!r} is neither of the known kinds of classifier: its {_CONFIG} has the keys "
+            f"{shown(sorted(config))}; give NVIDIA's domain or quality classifier (base_model, fc_dropout, id2label), "
+            "or WebOrganizer's topic classifier (model_type 'new')"
+        )
+    return replace(found, loader=partial(load_classifier, name, device=device, batch_size=batch_size))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

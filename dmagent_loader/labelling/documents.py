@@ -10,20 +10,31 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dmagent_loader._tasks import Advance
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ShardError
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.decode import RawSample, decode_npy
 from dmagent_loader.shards.inputs.chat import load_template
-from dmagent_loader.shards.inputs.documents import Document, DocumentReader
+from dmagent_loader.shards.inputs.documents import Document, read_documents
 from dmagent_loader.shards.inputs.finding import find_inputs
 from dmagent_loader.shards.inputs.kinds import Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
-from dmagent_loader.shards.inputs.records import Advance
+from dmagent_loader.shards.inputs.pieces import PIECE_BYTES, Piece, divide
 from dmagent_loader.shards.inputs.tables import version_of
 from dmagent_loader.shards.writing.packing import PACKED_MEMBER, TextTokenizer
 
 _TEXT_MEMBERS = ("txt", "text")
+PIECE_ROWS = 1 << 16
+"""Rows of a piece of a domain of shards."""
+
+
+class DocumentPiece(Protocol):
+    """Successive documents of a domain: the work of one task. It can be pickled."""
+
+    def read(self, advance: Advance) -> Iterator[Document]:
+        """Reads the documents with all their columns; calls `advance` with what was read since the last call."""
+        ...
 
 
 class DomainDocuments(Protocol):
@@ -49,9 +60,18 @@ class DomainDocuments(Protocol):
         """Paths and URLs of the files that are read."""
         ...
 
-    def read(self, advance: Advance) -> Iterator[Document]:
-        """Reads the documents with all their columns; calls `advance` with what was read since the last call."""
+    def pieces(self) -> Sequence[DocumentPiece]:
+        """Divides the documents, in order; the same pieces every time."""
         ...
+
+
+@dataclass(frozen=True)
+class _FilePiece:
+    piece: Piece
+    options: ReadOptions
+
+    def read(self, advance: Advance) -> Iterator[Document]:
+        return read_documents(self.piece, self.options, advance)
 
 
 class FileDocuments:
@@ -79,15 +99,19 @@ class FileDocuments:
 
     @property
     def identity(self) -> list[Any]:
-        """The options, and the names, sizes and versions of the inputs."""
+        """The options, the size of pieces, and the names, sizes and versions of the inputs."""
         options, template = asdict(self._options), self._options.chat_template
         if template is not None:
             options["chat_template"] = load_template(template).sha256
-        return [options, *([source.name, source.size, version_of(source)] for source in self._inputs)]
+        return [options, PIECE_BYTES, *([source.name, source.size, version_of(source)] for source in self._inputs)]
+
+    def pieces(self) -> list[_FilePiece]:
+        """See `DomainDocuments`."""
+        return [_FilePiece(piece, self._options) for piece in divide(self._inputs, PIECE_BYTES)]
 
     def read(self, advance: Advance) -> Iterator[Document]:
-        """See `DomainDocuments`."""
-        return iter(DocumentReader(self._inputs, self._options, advance))
+        """Reads the documents with all their columns; calls `advance` with what was read since the last call."""
+        return (document for piece in self.pieces() for document in piece.read(advance))
 
 
 @dataclass
@@ -123,21 +147,23 @@ class ShardDocuments:
 
     @property
     def identity(self) -> list[Any]:
-        """The column, the tokenizer, and digests of the shards."""
+        """The column, the tokenizer, the size of pieces, and digests of the shards."""
         tokenizer = None if self.tokenizer is None else [self.tokenizer.sha256, self.tokenizer.eos_id]
-        return [self.text_key, tokenizer, *(int(content) for content in self.collection.shard_contents(self.domain))]
+        return [
+            self.text_key,
+            tokenizer,
+            PIECE_ROWS,
+            *(int(content) for content in self.collection.shard_contents(self.domain)),
+        ]
 
     @property
     def urls(self) -> list[str]:
         """The shards."""
         return [self.collection.display(self.domain, n) for n in range(len(self.collection.shard_rows(self.domain)))]
 
-    def read(self, advance: Advance) -> Iterator[Document]:
+    def pieces(self) -> list[_RowPiece]:
         """See `DomainDocuments`."""
-        for document in self.rows(range(self.size)):
-            advance(1)
-            if document.text.strip():
-                yield document
+        return [_RowPiece(self, start, min(start + PIECE_ROWS, self.size)) for start in range(0, self.size, PIECE_ROWS)]
 
     def rows(self, positions: Iterable[int]) -> Iterator[Document]:
         """The rows at these positions of the domain.
@@ -180,6 +206,19 @@ class ShardDocuments:
             )
         pieces = np.split(tokens, np.flatnonzero(tokens == self.tokenizer.eos_id) + 1)
         return Document(self.tokenizer.decode(max(pieces, key=len).tolist()), columns, place)
+
+
+@dataclass(frozen=True)
+class _RowPiece:
+    documents: ShardDocuments
+    start: int
+    stop: int
+
+    def read(self, advance: Advance) -> Iterator[Document]:
+        for document in self.documents.rows(range(self.start, self.stop)):
+            advance(1)
+            if document.text.strip():
+                yield document
 
 
 def _decoded(decode: Callable[[bytes], Any], member: Any, place: str, name: str) -> Any:

@@ -1,20 +1,17 @@
 """Labelling of whole domains: labels beside the documents, resumable, and the documents sorted by topic.
 
-``OUTPUT/labels/<domain>/part-000000.jsonl.gz`` holds the labels of `PART_DOCUMENTS` documents, in their order. A part
-is written whole, so a killed job labels the missing parts only. ``OUTPUT/<field>/<topic>.jsonl.gz`` holds the documents
-of one topic, for `dmagent shard --input OUTPUT/<field> --field <field>`, and ``OUTPUT/unsure/<field>.jsonl.gz`` those
-without one.
+``OUTPUT/labels/<domain>`` holds the labels (`parts`), and ``OUTPUT/<field>/<topic>.jsonl.gz`` the documents of one
+topic (`sorting`), for `dmagent shard --input OUTPUT/<field> --field <field>`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dmagent_loader._files import only_writer, write_atomically
-from dmagent_loader._validation import read_regular
-from dmagent_loader.errors import ConfigurationError, ShardError
+from dmagent_loader._tasks import Advance, Workers, check_workers, run_tasks
+from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.labelling.documents import DomainDocuments
-from dmagent_loader.labelling.labels import STATED, Labeller, Labels, batches
+from dmagent_loader.labelling.labels import STATED, Labeller, Labels
+from dmagent_loader.labelling.parts import LabelPiece, labels_of, write_part
+from dmagent_loader.labelling.sorting import check_replaced, sort_documents
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.shards.inputs.documents import Document
@@ -34,13 +33,7 @@ from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 PART_DOCUMENTS = 4096
 """Documents of one part: what a killed job may lose, and what is sorted by length."""
 LABELS = "labels"
-UNSURE_FOLDER = "unsure"
 SETTINGS_FILE = "settings.json"
-SPLIT_FILE = ".split.json"
-"""Marks a folder of sorted documents, and lists its domains."""
-
-_MAX_PART_BYTES = 1 << 30
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +52,14 @@ class LabelledDomain:
     unsure: int
     stated: int
 
+    def __add__(self, other: LabelledDomain) -> LabelledDomain:
+        return LabelledDomain(
+            counts=self.counts + other.counts,
+            documents=self.documents + other.documents,
+            unsure=self.unsure + other.unsure,
+            stated=self.stated + other.stated,
+        )
+
 
 def label_domains(
     domains: Mapping[str, DomainDocuments],
@@ -66,16 +67,20 @@ def label_domains(
     labeller: Labeller,
     *,
     split: bool = False,
+    workers: Workers = 0,
     progress: bool = True,
 ) -> dict[str, LabelledDomain]:
-    """Labels every document of every domain. Run again after a kill, it continues after the last complete part.
+    """Labels every document of every domain. Run again after a kill, it labels what is not labelled yet.
+
+    The files are the same bytes with any number and kind of workers.
 
     Args:
         domains: Domain, such as ``"source/web"`` -> its documents.
         output: Folder of the labels; created if missing.
-        labeller: Classifier and settings.
+        labeller: Classifier and settings. Workers get a pickled copy.
         split: Whether to write the documents sorted by topic, too.
-        progress: Show a progress bar.
+        workers: Number of processes, 0: this one; or `RayWorkers`.
+        progress: Show progress bars.
 
     Returns:
         Domain -> its labels, counted.
@@ -84,31 +89,81 @@ def label_domains(
         ConfigurationError: The folder holds labels of other documents, of another classifier or with other settings;
             it holds inputs, or files that sorting would replace and an earlier call did not write; another process
             writes to it; or it cannot be written to.
-        ShardError: A document cannot be read, or a part is damaged.
+        ShardError: A document cannot be read, a part is damaged, or a worker died.
     """
+    check_workers(workers)
     check_output(output, (url for documents in domains.values() for url in documents.urls))
     root = Path(output)
     with only_writer(root, "labels"):
         if split:
-            _check_replaced(domains, root)
-        counted = {}
+            check_replaced(domains, root)
+        pieces: list[LabelPiece] = []
         for domain, documents in domains.items():
             folder = root / LABELS / domain
             _continue_in(folder, documents, labeller)
-            counted[domain] = _label_domain(domain, documents, folder, labeller, progress)
+            pieces += [
+                LabelPiece(domain=domain, number=number, documents=piece, folder=folder, part_documents=PART_DOCUMENTS)
+                for number, piece in enumerate(documents.pieces())
+            ]
+        if labeller.config.label_key is not None:
+            _check_label_key(pieces, labeller)
+        found: dict[int, LabelledDomain] = {}
+        with _bar("labelling", domains, progress) as advance:
+            job = _Labelling(tuple(pieces), labeller)
+            for number, result in run_tasks(_label, range(len(pieces)), job, workers, advance):
+                found[number] = result
         if split:
-            _split(domains, root, progress)
+            with _bar("sorting", domains, progress) as advance:
+                sort_documents(list(domains), pieces, root, workers, advance)
+    counted = {
+        domain: LabelledDomain(counts=np.zeros(NUM_TOPICS), documents=0, unsure=0, stated=0) for domain in domains
+    }
+    for number, piece in enumerate(pieces):
+        counted[piece.domain] += found[number]
     return counted
 
 
-def read_labels(folder: Path) -> Iterator[dict[str, Any]]:
-    """The labels of a domain, in the order of its documents.
+@dataclass(frozen=True)
+class _Labelling:
+    pieces: tuple[LabelPiece, ...]
+    labeller: Labeller
 
-    Raises:
-        ShardError: A part is damaged or missing.
-    """
-    for number in range(len(list(folder.glob("part-*.jsonl.gz")))):
-        yield from _read_part(_part(folder, number))
+
+def _label(number: int, job: _Labelling, advance: Advance) -> LabelledDomain:
+    """Labels a piece."""
+    counts, total, unsure, stated = np.zeros(NUM_TOPICS), 0, 0, 0
+    for path, batch in job.pieces[number].parts(advance):
+        if path.exists():
+            lines = labels_of(batch, path)
+        else:
+            lines = _lines(batch, job.labeller.label(batch), job.labeller.classifier.name)
+            write_part(path, lines)
+        for line in lines:
+            for topic, share in line["topics"].items():
+                counts[CANONICAL_TOPICS.index(topic)] += share
+        total += len(lines)
+        unsure += sum(line["topic"] is None for line in lines)
+        stated += sum(line["by"] == STATED for line in lines)
+    return LabelledDomain(counts=counts, documents=total, unsure=unsure, stated=stated)
+
+
+def _check_label_key(pieces: Sequence[LabelPiece], labeller: Labeller) -> None:
+    """Checks the column on the first documents, wherever the others are labelled."""
+    documents = (document for piece in pieces for document in piece.documents.read(lambda size: None))
+    labeller.check_label_key(list(islice(documents, PART_DOCUMENTS)))
+
+
+@contextlib.contextmanager
+def _bar(title: str, domains: Mapping[str, DomainDocuments], progress: bool) -> Iterator[Callable[[int], object]]:
+    unit = next((documents.unit for documents in domains.values()), "B")
+    with tqdm(
+        total=sum(documents.size for documents in domains.values()),
+        unit=unit,
+        unit_scale=unit == "B",
+        desc=f"{title} {len(domains)} domains",
+        disable=not progress,
+    ) as bar:
+        yield bar.update
 
 
 def check_output(output: str | os.PathLike[str], inputs: Iterable[str]) -> None:
@@ -133,77 +188,6 @@ def check_output(output: str | os.PathLike[str], inputs: Iterable[str]) -> None:
                 f"the input {url!r} lies in the output folder {str(output)!r}, where it could be replaced: choose "
                 "another --output"
             )
-
-
-@contextlib.contextmanager
-def rows_file(path: Path) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """Yields a function that writes a row to a new ``.jsonl.gz``; equal rows give equal bytes."""
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-        yield lambda row: file.write(json.dumps(row, default=str).encode() + b"\n")
-
-
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:06d}.jsonl.gz"
-
-
-def _read_part(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in gzip.decompress(read_regular(path, _MAX_PART_BYTES)).splitlines()]
-    except (OSError, EOFError, ValueError) as error:
-        raise ShardError(
-            f"the labels {path} cannot be read ({error}): remove the file, and run `dmagent label` again"
-        ) from error
-
-
-def _labels_of(batch: list[Document], path: Path) -> list[dict[str, Any]]:
-    """The labels of a part.
-
-    Raises:
-        ShardError: The part is damaged, or holds the labels of other documents.
-    """
-    lines = _read_part(path)
-    # Only the file names: the same folder may be named in another way.
-    files = [
-        [str(origin).rpartition("/")[2] for origin in origins]
-        for origins in (
-            (line.get("origin") for line in lines),
-            (document.origin for document in batch),
-        )
-    ]
-    if files[0] != files[1]:
-        raise ShardError(
-            f"the labels {path} are not those of the {len(batch)} documents from {batch[0].origin}: remove the file, "
-            "and run `dmagent label` again"
-        )
-    return lines
-
-
-def _label_domain(
-    domain: str, documents: DomainDocuments, folder: Path, labeller: Labeller, progress: bool
-) -> LabelledDomain:
-    counts, total, unsure, stated = np.zeros(NUM_TOPICS), 0, 0, 0
-    with tqdm(
-        total=documents.size,
-        unit=documents.unit,
-        unit_scale=documents.unit == "B",
-        desc=f"labelling {domain}",
-        disable=not progress,
-    ) as bar:
-        for number, batch in enumerate(batches(documents.read(bar.update), PART_DOCUMENTS)):
-            path = _part(folder, number)
-            if path.exists():
-                lines = _labels_of(batch, path)
-            else:
-                lines = _lines(batch, labeller.label(batch), labeller.classifier.name)
-                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                write_atomically(path, gzip.compress(text.encode("utf-8", "replace"), 6, mtime=0))
-            for line in lines:
-                for topic, share in line["topics"].items():
-                    counts[CANONICAL_TOPICS.index(topic)] += share
-            total += len(lines)
-            unsure += sum(line["topic"] is None for line in lines)
-            stated += sum(line["by"] == STATED for line in lines)
-    return LabelledDomain(counts=counts, documents=total, unsure=unsure, stated=stated)
 
 
 def _lines(documents: list[Document], labels: Labels, classifier: str) -> list[dict[str, Any]]:
@@ -251,76 +235,3 @@ def _continue_in(folder: Path, documents: DomainDocuments, labeller: Labeller) -
             f"{str(folder)!r} holds labels with other {', '.join(differing)}: choose another --output, or remove the "
             "folder to label again"
         )
-
-
-def _fields(domains: Iterable[str]) -> dict[str, list[str]]:
-    """Field -> its domains."""
-    found: dict[str, list[str]] = {}
-    for domain in domains:
-        found.setdefault(domain.split("/", 1)[0], []).append(domain)
-    return found
-
-
-def _check_replaced(domains: Iterable[str], root: Path) -> None:
-    """Checks that sorting replaces only what an earlier call wrote, and of these domains.
-
-    Raises:
-        ConfigurationError: It would replace other files, or drop the documents of other domains.
-    """
-    for field, names in _fields(domains).items():
-        present = [path for path in (root / field, _unsure(root, field)) if path.exists()]
-        if not present:
-            continue
-        try:
-            earlier = json.loads((root / field / SPLIT_FILE).read_bytes())["domains"]
-        except (OSError, ValueError, LookupError, TypeError):
-            raise ConfigurationError(
-                f"{str(present[0])!r} was not written by `dmagent label --split`, so it is not replaced: "
-                "choose another --output"
-            ) from None
-        dropped = sorted(set(earlier) - set(names))
-        if dropped:
-            raise ConfigurationError(
-                f"{str(root / field)!r} holds the documents of {dropped}, too, which would be dropped: give all "
-                f"domains of {field!r} in one call, or choose another --output"
-            )
-
-
-def _unsure(root: Path, field: str) -> Path:
-    return root / UNSURE_FOLDER / f"{field}.jsonl.gz"
-
-
-def _split(domains: Mapping[str, DomainDocuments], root: Path, progress: bool) -> None:
-    """Writes the documents of all domains by field and topic; what an earlier call wrote of a field is replaced."""
-    partial = root / _PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / UNSURE_FOLDER).mkdir(parents=True)
-    for field, names in _fields(domains).items():
-        (partial / field).mkdir()
-        (partial / field / SPLIT_FILE).write_text(json.dumps({"domains": names}), encoding="utf-8")
-    with contextlib.ExitStack() as stack:
-        files: dict[Path, Callable[[dict[str, Any]], object]] = {}
-        for domain, documents in domains.items():
-            field, folder = domain.split("/", 1)[0], root / LABELS / domain
-            with tqdm(total=documents.size, unit=documents.unit, desc=f"sorting {domain}", disable=not progress) as bar:
-                for number, batch in enumerate(batches(documents.read(bar.update), PART_DOCUMENTS)):
-                    for document, label in zip(batch, _labels_of(batch, _part(folder, number)), strict=True):
-                        topic = label["topic"]
-                        path = partial / field / f"{topic}.jsonl.gz" if topic else _unsure(partial, field)
-                        if path not in files:
-                            files[path] = stack.enter_context(rows_file(path))
-                        row = {**document.columns, "text": document.text}
-                        row |= {"topic": topic, "topic_confidence": label["confidence"], "topic_by": label["by"]}
-                        files[path](row)
-    (root / UNSURE_FOLDER).mkdir(exist_ok=True)
-    for field in _fields(domains):
-        # The mark in the folder lets the other file be replaced, so that file goes before it and comes after it.
-        _unsure(root, field).unlink(missing_ok=True)
-        if (root / field).exists():
-            os.replace(root / field, partial / f"{field}.replaced")
-        os.replace(partial / field, root / field)
-        if _unsure(partial, field).exists():
-            os.replace(_unsure(partial, field), _unsure(root, field))
-    with contextlib.suppress(OSError):
-        (root / UNSURE_FOLDER).rmdir()  # if it is empty
-    shutil.rmtree(partial, ignore_errors=True)

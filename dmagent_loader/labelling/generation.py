@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +41,9 @@ class GenerationConfig:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-def generate_texts(model: Any, tokenizer: Any, config: GenerationConfig | None = None) -> Iterator[str]:
+def generate_texts(
+    model: Any, tokenizer: Any, config: GenerationConfig | None = None, *, first_batch: int = 0
+) -> Iterator[str]:
     """Writes texts without end, each from the start token alone.
 
     A text ends with the model's end-of-text token, after `max_tokens`, or where its positions end. Sampling is from the
@@ -51,6 +54,7 @@ def generate_texts(model: Any, tokenizer: Any, config: GenerationConfig | None =
         model: A causal language model of transformers.
         tokenizer: Its tokenizer.
         config: Settings; None: the defaults.
+        first_batch: Number of the batch to begin with.
 
     Raises:
         ConfigurationError: The tokenizer has neither a start token nor an end-of-text token.
@@ -66,12 +70,10 @@ def generate_texts(model: Any, tokenizer: Any, config: GenerationConfig | None =
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         config = replace(config, max_tokens=min(config.max_tokens, positions))
-    number = 0
-    while True:
+    for number in itertools.count(first_batch):
         generator = torch.Generator(device=model.device).manual_seed(stream_key(config.seed, "texts", str(number)))
         rows = _sample(model, start, end, config, generator)
         yield from tokenizer.batch_decode(rows, skip_special_tokens=True)
-        number += 1
 
 
 @torch.inference_mode()

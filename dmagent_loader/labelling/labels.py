@@ -120,7 +120,7 @@ class Labeller:
         count = len(documents)
         shares, confidence, stated = np.zeros((count, NUM_TOPICS)), np.ones(count), np.zeros(count, dtype=bool)
         if self.config.use_stated:
-            self._check_label_key(documents)
+            self.check_label_key(documents)
             key, least, ignored = self.config.label_key, self.config.min_confidence, self._foreign_columns(documents)
             for number, document in enumerate(documents):
                 topics = stated_topics(document.columns, key, min_confidence=least, ignored=ignored)
@@ -137,7 +137,12 @@ class Labeller:
         likeliest = np.where(shares.any(axis=1), shares.argmax(axis=1), UNSURE)
         return Labels(topics=likeliest, shares=shares, confidence=confidence, stated=stated)
 
-    def _check_label_key(self, documents: Sequence[Document]) -> None:
+    def check_label_key(self, documents: Sequence[Document]) -> None:
+        """Checks, until it was found once, that a document has the column `label_key`.
+
+        Raises:
+            ConfigurationError: None has it.
+        """
         key = self.config.label_key
         if key is None or self._key_found or not documents:
             return

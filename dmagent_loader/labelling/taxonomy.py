@@ -125,8 +125,8 @@ def topics_of_labels(labels: Sequence[str]) -> FloatArray:
     return np.stack([row for row in rows if row is not None])
 
 
-_COLUMNS = ("topic", "domain_pred", "domain", "weborganizer_topic", "topic_label")
-"""Columns that data sets keep a topic in; NeMo Curator calls its column ``domain_pred``."""
+_COLUMNS = ("topic", "domain_pred", "multilingual_domain_pred", "domain", "weborganizer_topic", "topic_label")
+"""Columns that data sets keep a topic in; those of NeMo Curator end in ``domain_pred``."""
 _FOLDERS = ("metadata", "attributes", "added")
 """Columns with further columns inside: datatrove's ``metadata``, Dolma's ``metadata`` and ``attributes``."""
 
@@ -140,9 +140,10 @@ def stated_topics(
 ) -> FloatArray | None:
     """The topics that a document states itself.
 
-    Read are, in this order: the column `label_key`; the columns ``topic``, ``domain_pred`` (NeMo Curator), ``domain``,
-    ``weborganizer_topic`` and ``topic_label``, also inside ``metadata`` (datatrove, Dolma); and Dolma's ``attributes``,
-    whose names hold "topic" or "domain" and end in a label, ``{"tagger__topic__Science": [[0, 120, 0.9]]}``.
+    Read are, in this order: the column `label_key`; the columns ``topic``, ``domain_pred`` and
+    ``multilingual_domain_pred`` (NeMo Curator), ``domain``, ``weborganizer_topic`` and ``topic_label``, also inside
+    ``metadata`` (datatrove, Dolma); and Dolma's ``attributes``, whose names hold "topic" or "domain" and end in a
+    label, ``{"tagger__topic__Science": [[0, 120, 0.9]]}``.
 
     Args:
         columns: Columns of the document.

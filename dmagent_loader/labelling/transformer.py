@@ -30,6 +30,7 @@ class TransformerClassifier:
         batch_size: Texts in one forward pass.
         max_tokens: Number of leading tokens read.
         max_characters: Number of leading characters read.
+        loader: Loads the classifier; a pickled one is loaded again, on a device of the process that unpickles it.
     """
 
     name: str
@@ -40,6 +41,11 @@ class TransformerClassifier:
     batch_size: int
     max_tokens: int
     max_characters: int
+    loader: Callable[[], Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self.loader is not None, "only classifiers of load_classifier are pickled"
+        return self.loader, ()
 
     def probabilities(self, texts: Sequence[str]) -> FloatArray:
         """Probability of each label of each text: (n, L), rows sum to 1. Texts of similar length share a batch."""

@@ -1,5 +1,6 @@
 """WebDataset tar shards with random access: index, reader, decoders, writer."""
 
+from dmagent_loader._tasks import RayWorkers
 from dmagent_loader.shards.collection import ShardCollection, ShardSummary
 from dmagent_loader.shards.compositions import Composition, load_compositions, load_start_state
 from dmagent_loader.shards.decode import Decoder, RawSample, decode_npy, make_decoder
@@ -18,6 +19,7 @@ __all__ = [
     "PackedRows",
     "PackingAccount",
     "RawSample",
+    "RayWorkers",
     "RowSource",
     "ShardCollection",
     "ShardDamage",

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from dmagent_loader._tasks import Advance
 from dmagent_loader.errors import DecodeError, ShardError, require_extra
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.decode import Decoder, RawSample
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.options import ReadOptions
-from dmagent_loader.shards.inputs.records import Advance, Record, Rejected, rejected
+from dmagent_loader.shards.inputs.records import Record, Rejected, rejected
 from dmagent_loader.shards.inputs.text import missing_column, stored_file
 from dmagent_loader.shards.sources.urls import display_url, local_path
 

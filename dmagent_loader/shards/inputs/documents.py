@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from dmagent_loader._tasks import Advance
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ShardError
 from dmagent_loader.shards.inputs.chat import fault_of_messages, load_template
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.options import ReadOptions
-from dmagent_loader.shards.inputs.pieces import divide
-from dmagent_loader.shards.inputs.records import Advance, Record, Rejected, TokenArray, rejected
+from dmagent_loader.shards.inputs.pieces import Piece, divide
+from dmagent_loader.shards.inputs.records import Record, Rejected, TokenArray, rejected
 from dmagent_loader.shards.inputs.text import missing_column
 
 
@@ -123,14 +124,19 @@ class DocumentReader:
     advance: Advance = lambda size: None
 
     def __iter__(self) -> Iterator[Document]:
-        make = Documents(self.options).make
         for piece in divide(self.inputs):
-            for record in piece.read(self.options, self.advance):
-                document = make(record)
-                if isinstance(document, Rejected):
-                    raise ShardError(document.reason)
-                if not document.is_empty:
-                    yield document
+            yield from read_documents(piece, self.options, self.advance)
+
+
+def read_documents(piece: Piece, options: ReadOptions, advance: Advance) -> Iterator[Document]:
+    """Reads the documents of a piece, as `DocumentReader` does those of a domain."""
+    make = Documents(options).make
+    for record in piece.read(options, advance):
+        document = make(record)
+        if isinstance(document, Rejected):
+            raise ShardError(document.reason)
+        if not document.is_empty:
+            yield document
 
 
 def _surrogate(text: str, place: str) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from dmagent_loader._tasks import Advance
 from dmagent_loader.shards.inputs.archives import read_mds, read_megatron, read_tar
 from dmagent_loader.shards.inputs.kinds import Input, Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
-from dmagent_loader.shards.inputs.records import Advance, Record, Rejected
+from dmagent_loader.shards.inputs.records import Record, Rejected
 from dmagent_loader.shards.inputs.tables import dataset_shards, parquet_row_groups, read_table, saved_rows
 from dmagent_loader.shards.inputs.text import begins_array, read_text, stored_file
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader._validation import shown
-
-Advance = Callable[[int], object]
-"""Called with the number of stored bytes read since the last call."""
 
 TokenArray = NDArray[np.integer[Any]]
 

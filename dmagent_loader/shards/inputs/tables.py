@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import IO, Any
 
+from dmagent_loader._tasks import Advance
 from dmagent_loader.errors import ShardError, require_extra
 from dmagent_loader.shards.inputs.kinds import DATASET_PREFIX, Input, Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
-from dmagent_loader.shards.inputs.records import Advance, Record
+from dmagent_loader.shards.inputs.records import Record
 from dmagent_loader.shards.inputs.text import check_columns, stored_file
 from dmagent_loader.shards.sources.urls import display_url, local_path
 

@@ -14,10 +14,11 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
+from dmagent_loader._tasks import Advance
 from dmagent_loader.errors import ShardError, require_extra
 from dmagent_loader.shards.inputs.kinds import Input, Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
-from dmagent_loader.shards.inputs.records import Advance, Record, Rejected, rejected
+from dmagent_loader.shards.inputs.records import Record, Rejected, rejected
 from dmagent_loader.shards.sources.remote import filesystem_of, timeout_seconds, with_retries
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ class Assembly:
             return record
         for leftover in self.path.parent.glob(f"{self.path.name}.*"):
             leftover.unlink()
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        temporary = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
         writer = TarWriter(temporary)
         try:
             for number, members in enumerate(self._rows(), start=self.first_key):

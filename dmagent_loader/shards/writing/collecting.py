@@ -15,10 +15,11 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 
+from dmagent_loader._tasks import Advance
 from dmagent_loader.errors import ShardError
 from dmagent_loader.shards.inputs.documents import Document, Documents
 from dmagent_loader.shards.inputs.pieces import Piece
-from dmagent_loader.shards.inputs.records import Advance, Record, Rejected, rejected
+from dmagent_loader.shards.inputs.records import Record, Rejected, rejected
 from dmagent_loader.shards.writing.chunks import Counts, keys_of, read_counts, write_chunk
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.packing import BATCH_CHARACTERS, DocumentTokenizer, TextTokenizer

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ class TextTokenizer:
         sha256: Hex sha256 of the whole tokenizer, because the files of most have the same name.
         special_tokens: Texts of the special tokens.
         parses_special_tokens: Whether `encode` turns these texts into the tokens.
+        loaded_from: Arguments of `load`; a pickled tokenizer is loaded from there again.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -102,6 +104,11 @@ class TextTokenizer:
     sha256: str
     special_tokens: tuple[str, ...]
     parses_special_tokens: bool
+    loaded_from: tuple[str, str | None]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        path, eos_token = self.loaded_from
+        return partial(TextTokenizer.load, path, eos_token, parse_special_tokens=self.parses_special_tokens), ()
 
     @classmethod
     def load(
@@ -165,6 +172,7 @@ class TextTokenizer:
             sha256=hashlib.sha256(serialised.encode()).hexdigest(),
             special_tokens=tuple(sorted({end, *(token.content for token in added if token.special)})),
             parses_special_tokens=parse_special_tokens,
+            loaded_from=(name, eos_token),
         )
 
 

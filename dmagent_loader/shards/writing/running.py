@@ -11,10 +11,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from dmagent_loader._tasks import Advance, Workers, run_tasks
 from dmagent_loader.errors import EmptyShardError, ShardError
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.pieces import divide
-from dmagent_loader.shards.inputs.records import Advance
 from dmagent_loader.shards.manifest import ShardRecord
 from dmagent_loader.shards.writing.assembling import Assembly, TarSize, plan_shards, tar_size
 from dmagent_loader.shards.writing.chunks import Counts, read_tensor
@@ -23,7 +23,6 @@ from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.job import Job
 from dmagent_loader.shards.writing.output import Part, next_row, next_shard
 from dmagent_loader.shards.writing.packing import TextTokenizer
-from dmagent_loader.shards.writing.tasks import run_tasks
 
 _SMALL_BYTES = 1 << 20
 """Size of a domain below which nobody minds what headers take."""
@@ -38,14 +37,14 @@ class Run:
     Attributes:
         config: Settings.
         tokenizer: Tokenizer of packed rows; None: raw text.
-        workers: Number of processes; see `shard_files`.
+        workers: See `shard_files`.
         progress: Show progress bars.
         piece_bytes: See `PIECE_BYTES`.
     """
 
     config: ShardingConfig
     tokenizer: TextTokenizer | None
-    workers: int
+    workers: Workers
     progress: bool
     piece_bytes: int
 
@@ -129,7 +128,7 @@ class Run:
         counts = {domain: Counts() for domain in collections}
         tasks = [task for items in collections.values() for task in items]
         with self._bar(f"reading {len(collections)} domains", size, "B") as advance:
-            for task, result in run_tasks(_collect, tasks, self.config, self.tokenizer, self.workers, advance):
+            for task, result in run_tasks(_collect, tasks, self.tokenizer, self.workers, advance):
                 counts[task.domain] += result
                 check_bad(task.domain, counts[task.domain], self.config.max_bad)
         return counts
@@ -163,7 +162,7 @@ class Run:
         tasks = [task for items in assemblies.values() for task in items]
         records: dict[Path, ShardRecord] = {}
         with self._bar("writing shards", len(tasks), "shard") as advance:
-            for task, record in run_tasks(_assemble, tasks, self.config, self.tokenizer, self.workers, advance):
+            for task, record in run_tasks(_assemble, tasks, None, self.workers, advance):
                 records[task.path] = record
         return {domain: [records[task.path] for task in items] for domain, items in assemblies.items()}
 
@@ -187,7 +186,7 @@ def _collect(task: Collection, tokenizer: TextTokenizer | None, advance: Advance
     return task.run(tokenizer, advance)
 
 
-def _assemble(task: Assembly, tokenizer: TextTokenizer | None, advance: Advance) -> ShardRecord:
+def _assemble(task: Assembly, context: None, advance: Advance) -> ShardRecord:
     record = task.run()
     advance(1)
     return record

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmagent_loader._files import only_writer
-from dmagent_loader.errors import ConfigurationError, DomainError
+from dmagent_loader._tasks import Workers, check_workers
+from dmagent_loader.errors import DomainError
 from dmagent_loader.shards.inputs.chat import load_template
 from dmagent_loader.shards.inputs.finding import find_inputs
 from dmagent_loader.shards.inputs.pieces import PIECE_BYTES
@@ -39,7 +40,7 @@ def shard_files(
     *,
     append: bool = False,
     work_dir: str | os.PathLike[str] | None = None,
-    workers: int = 0,
+    workers: Workers = 0,
     progress: bool = True,
 ) -> dict[str, DomainRecord]:
     """Writes shards for every domain: ``OUTPUT/<field>/<domain>/<domain>-000000.tar`` and ``OUTPUT/manifest.json``.
@@ -60,7 +61,7 @@ def shard_files(
         append: Add shards to domains that the folder holds; False: such domains are an error. Inputs that were added
             with the same settings before are left out with a warning, so a call can be repeated.
         work_dir: Local folder for the work in progress of a store; None: a folder in that of the caches.
-        workers: Number of processes; 0: this one, in which the tokenizer uses all cores.
+        workers: Number of processes, 0: this one, in which the tokenizer uses all cores; or `RayWorkers`.
         progress: Show progress bars.
 
     Returns:
@@ -78,8 +79,7 @@ def shard_files(
         MissingExtraError: A kind of input needs a package that is not installed.
     """
     config = config or ShardingConfig()
-    if workers < 0:
-        raise ConfigurationError(f"workers={workers}: it must be at least 0, which is this process alone")
+    check_workers(workers)
     place = place_of(output, work_dir)
     for domain in domains:
         if not _NAME.fullmatch(domain):

@@ -8,7 +8,6 @@ worker would be this process instead of a machine of the cluster, and the data w
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dmagent_loader._tasks import on_ray
 from dmagent_loader.errors import ConfigurationError, require_extra
 
 Result = dict[str, Tensor]
@@ -93,7 +93,8 @@ class Workers:
             MissingExtraError: joblib or Ray is not installed.
         """
         if self.backend == "ray":
-            return _with_ray(units, count, self)
+            found = on_ray(_on_one_thread, range(count), units, self.count, self.gpus_per_worker)
+            return (result for _, result in found)
         joblib = require_extra("joblib", "rl")
         # A unit takes minutes or hours: batches of several would only delay results.
         parallel = joblib.Parallel(n_jobs=self.count, batch_size=1, return_as="generator_unordered")
@@ -105,25 +106,6 @@ def _work(units: Units, number: int) -> tuple[int, Result]:
     return number, units.work(number)
 
 
-def _with_ray(units: Units, count: int, workers: Workers) -> Iterator[tuple[int, Result]]:
-    ray = require_extra("ray", "ray")
-    if not ray.is_initialized():
-        ray.init()
-
-    def task(units: Units, number: int) -> tuple[int, Result]:
-        torch.set_num_threads(1)
-        return _work(units, number)
-
-    remote = ray.remote(num_cpus=1, num_gpus=workers.gpus_per_worker, max_retries=3)(task)
-    shared = ray.put(units)
-    numbers = iter(range(count))
-    waiting = [remote.remote(shared, number) for number in itertools.islice(numbers, workers.count or count)]
-    try:
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            waiting += [remote.remote(shared, number) for number in itertools.islice(numbers, len(done))]
-            for reference in done:
-                yield ray.get(reference)
-    finally:
-        for reference in waiting:
-            ray.cancel(reference)
+def _on_one_thread(number: int, units: Units) -> tuple[int, Result]:
+    torch.set_num_threads(1)
+    return _work(units, number)

@@ -44,7 +44,7 @@ def test_a_killed_job_continues_after_its_last_part(tmp_path: Path) -> None:
     killed = start(web, tmp_path / "killed")
     labels = tmp_path / "killed" / "labels" / "source" / "web"
     deadline = time.monotonic() + 100
-    while not (labels / "part-000000.jsonl.gz").exists():
+    while not (labels / "part-000000-000000.jsonl.gz").exists():
         assert killed.poll() is None, killed.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -75,9 +75,9 @@ def test_a_killed_filter_continues_after_its_last_part(tmp_path: Path) -> None:
     whole = finished(begin(tmp_path / "whole"))
     assert "6,000 of 12,288 kept; dropped: 6,288 exact duplicate" in whole
     killed = begin(tmp_path / "killed")
-    parts = tmp_path / "killed" / ".partial" / "reasons" / "source" / "web"
+    parts = tmp_path / "killed" / ".partial" / "found"
     deadline = time.monotonic() + 100
-    while not (parts / "part-000000.json").exists():
+    while not (parts / "part-000000-000000.safetensors").exists():
         assert killed.poll() is None, killed.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -88,7 +88,7 @@ def test_other_inputs_are_labelled_with_their_columns(tmp_path: Path, capsys: py
 def test_shards_are_labelled_as_their_documents(raw: Path, shards: Path, tmp_path: Path) -> None:
     assert main(["label", "--shards", str(shards), "--output", str(tmp_path / "a"), "--no-progress"]) == 0
     assert main(["label", *domains(raw), "--output", str(tmp_path / "b"), "--no-progress"]) == 0
-    from dmagent_loader.labelling.files import read_labels
+    from dmagent_loader.labelling.parts import read_labels
 
     for domain in ("source/web", "target/cook"):
         a, b = ([line["topics"] for line in read_labels(tmp_path / x / "labels" / domain)] for x in "ab")

@@ -15,10 +15,11 @@ from shard_fixtures import write_jsonl
 
 from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, ShardError
-from dmagent_loader.labelling import files
+from dmagent_loader.labelling import files, sorting
 from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, ShardDocuments
-from dmagent_loader.labelling.files import check_output, label_domains, read_labels
+from dmagent_loader.labelling.files import check_output, label_domains
 from dmagent_loader.labelling.labels import Labeller
+from dmagent_loader.labelling.parts import read_labels
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.manifest import load_manifest
@@ -96,7 +97,7 @@ def test_documents_are_sorted_by_topic_with_their_columns(web: Path, tmp_path: P
     run(web, tmp_path / "out", ByWord(), split=True)
     folder = tmp_path / "out" / "source"
     assert sorted(path.name for path in folder.iterdir()) == [
-        files.SPLIT_FILE,
+        sorting.SPLIT_FILE,
         "Games.jsonl.gz",
         "News.jsonl.gz",
         "Science.jsonl.gz",
@@ -152,9 +153,9 @@ def test_labels_of_another_data_set_or_column_are_not_continued(
 
 def test_a_damaged_part_is_named(web: Path, tmp_path: Path) -> None:
     run(web, tmp_path / "out", ByWord())
-    part = tmp_path / "out" / "labels" / "source/web" / "part-000001.jsonl.gz"
+    part = tmp_path / "out" / "labels" / "source/web" / "part-000000-000001.jsonl.gz"
     part.write_bytes(part.read_bytes()[:-9])
-    with pytest.raises(ShardError, match="part-000001"):
+    with pytest.raises(ShardError, match="part-000000-000001"):
         run(web, tmp_path / "out", ByWord())
 
 
@@ -204,7 +205,7 @@ def test_sorting_that_is_killed_while_it_replaces_goes_on(
             replace(source, target)
 
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "replace", killed)
+            patch.setattr(sorting.os, "replace", killed)
             try:
                 run(web, tmp_path / "out", ByWord(), split=True)
                 exceeded = True
@@ -212,7 +213,7 @@ def test_sorting_that_is_killed_while_it_replaces_goes_on(
                 kills += 1
         run(web, tmp_path / "out", ByWord(), split=True)
         assert contents() == expected
-    assert kills == 3
+    assert kills == 4 + 3, "four new files, and three renames of the replacement"
 
 
 def test_folders_that_sorting_did_not_write_are_not_replaced(web: Path, tmp_path: Path) -> None:
@@ -253,8 +254,8 @@ def test_a_missing_part_is_labelled_again_and_the_others_stay(web: Path, tmp_pat
     run(web, tmp_path / "out", ByWord())
     folder = tmp_path / "out" / "labels" / "source/web"
     whole = list(read_labels(folder))
-    (folder / "part-000001.jsonl.gz").unlink()
-    with pytest.raises(ShardError, match="part-000001"):
+    (folder / "part-000000-000001.jsonl.gz").unlink()
+    with pytest.raises(ShardError, match=r"before part-000000-000002 in .* are missing"):
         list(read_labels(folder))
     again = ByWord()
     run(web, tmp_path / "out", again, split=True)
@@ -265,6 +266,6 @@ def test_a_missing_part_is_labelled_again_and_the_others_stay(web: Path, tmp_pat
 def test_labels_of_other_rows_are_refused(web: Path, tmp_path: Path) -> None:
     run(web, tmp_path / "out", ByWord())
     folder = tmp_path / "out" / "labels" / "source/web"
-    (folder / "part-000000.jsonl.gz").write_bytes((folder / "part-000001.jsonl.gz").read_bytes())
+    (folder / "part-000000-000000.jsonl.gz").write_bytes((folder / "part-000000-000001.jsonl.gz").read_bytes())
     with pytest.raises(ShardError, match="are not those of the 4 documents"):
         run(web, tmp_path / "out", ByWord())

@@ -15,13 +15,16 @@ from shard_fixtures import write_jsonl
 from dmagent_loader._files import locked
 from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.labelling import filter_files
 from dmagent_loader.labelling.filtering import (
     CONTAMINATED,
     EXACT,
     LENGTH,
     NEAR,
     QUALITY,
+    DocumentChecks,
     DocumentFilter,
+    Examined,
     FilterConfig,
 )
 from dmagent_loader.shards.inputs.documents import Document
@@ -182,13 +185,13 @@ def test_an_input_that_vanishes_is_not_called_a_fault_of_the_output(
 ) -> None:
     tar = tmp_path / "a.tar"
     tar.touch()
-    reasons = DocumentFilter.reasons
+    examine = DocumentChecks.examine
 
-    def removed(self: DocumentFilter, documents: Sequence[Document]) -> list[str | None]:
+    def removed(self: DocumentChecks, *arguments: Any) -> Examined:
         tar.unlink(missing_ok=True)
-        return reasons(self, documents)
+        return examine(self, *arguments)
 
-    monkeypatch.setattr(DocumentFilter, "reasons", removed)
+    monkeypatch.setattr(DocumentChecks, "examine", removed)
     web = write_jsonl(tmp_path / "web.jsonl", [{"text": "kept here"}])
     command = ["filter", "--domain", f"source/web={web}", "--domain", f"source/tar={tar}", "--tar-member", "txt"]
     assert main([*command, "--output", str(tmp_path / "out"), "--no-progress"]) == 2
@@ -203,3 +206,52 @@ def test_two_processes_do_not_filter_into_one_folder(tmp_path: Path, capsys: pyt
         assert main(command) == 2
     assert "another process is writing documents to" in capsys.readouterr().err
     assert main(command) == 0
+
+
+def test_what_was_found_is_not_looked_for_again_and_damage_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first call dies in the third part of two documents."""
+    monkeypatch.setattr(filter_files, "PART_DOCUMENTS", 2)
+    web = write_jsonl(tmp_path / "web.jsonl", [{"text": text} for text in ("one", "two", "one", "three", "four")])
+    command = ["filter", "--domain", f"source/web={web}", "--output", str(tmp_path / "out"), "--no-progress"]
+    examine, seen = DocumentChecks.examine, []
+
+    def dies(self: DocumentChecks, documents: Sequence[Document], *others: Any) -> Examined:
+        seen.extend(document.text for document in documents)
+        if seen == ["one", "two", "one", "three", "four"]:
+            raise KeyboardInterrupt
+        return examine(self, documents, *others)
+
+    monkeypatch.setattr(DocumentChecks, "examine", dies)
+    assert main(command) == 130
+    part = tmp_path / "out" / ".partial" / "found" / "part-000000-000001.safetensors"
+    content = part.read_bytes()
+    part.write_bytes(content[:9])
+    assert main(command) == 2
+    assert f"the unfinished work {part} cannot be read" in capsys.readouterr().err
+    part.write_bytes(content)
+    seen.clear()
+    assert main(command) == 0
+    assert seen == ["four"]
+    assert "source/web: 4 of 5 kept; dropped: 1 exact duplicate" in capsys.readouterr().out
+    assert not (tmp_path / "out" / ".partial").exists()
+
+
+def test_an_input_that_changes_while_it_is_filtered_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Documents are read twice: to examine them, and to write them."""
+    decide = DocumentFilter.decide
+    for changed in ([{"text": "one"}, {"text": "two"}], []):
+        web = write_jsonl(tmp_path / "web.jsonl", [{"text": "one"}])
+
+        def changes(self: DocumentFilter, found: Examined, rows: Sequence[Any] = changed) -> list[str | None]:
+            write_jsonl(tmp_path / "web.jsonl", list(rows))
+            return decide(self, found)
+
+        monkeypatch.setattr(DocumentFilter, "decide", changes)
+        output = tmp_path / f"out{len(changed)}"
+        assert main(["filter", "--domain", f"source/web={web}", "--output", str(output), "--no-progress"]) == 2
+        assert "the inputs of domain 'source/web' have changed while they were filtered" in capsys.readouterr().err
+        assert not (output / "source").exists()

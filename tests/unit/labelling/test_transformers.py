@@ -6,6 +6,7 @@ Each is compared with a computation of its own from the same weights, text by te
 from __future__ import annotations
 
 import json
+import pickle
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,6 +122,17 @@ def test_nvidias_classifiers(tmp_path: Path, labels: tuple[str, ...], characters
     assert found[:, 0].max() > 1.1 * found[:, 0].min()
     assert classifier.labels == labels
     assert classifier.name.startswith("classifier (")
+
+
+def test_a_pickled_classifier_is_loaded_again(tmp_path: Path) -> None:
+    """Workers get it so; each chooses its own device, and the weights are not sent."""
+    folder, _ = nvidia(tmp_path / "classifier", CANONICAL_TOPICS)
+    classifier = load_classifier(folder, device="cpu", batch_size=3)
+    pickled = pickle.dumps(classifier)
+    copy = pickle.loads(pickled)
+    assert len(pickled) < 1000
+    assert (copy.name, copy.batch_size) == (classifier.name, 3)
+    assert np.array_equal(copy.probabilities(TEXTS), classifier.probabilities(TEXTS))
 
 
 @pytest.mark.parametrize("make", ["nvidia", "web_organizer"])

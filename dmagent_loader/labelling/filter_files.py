@@ -1,0 +1,229 @@
+"""Filters whole domains: the kept documents, ``OUTPUT/<domain>.jsonl.gz``, and the reason for each of the others.
+
+Documents are examined, and later written, in pieces, by any number of workers. In between, this process goes through
+what was found of them in their order: whether a document repeats another depends on all earlier ones. What is found of
+`PART_DOCUMENTS` documents is a file of ``OUTPUT/.partial``, so a job that is killed examines the others only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+from tqdm.auto import tqdm
+
+from dmagent_loader._files import only_writer, write_atomically
+from dmagent_loader._tasks import Advance, Workers, check_workers, run_tasks
+from dmagent_loader.errors import ConfigurationError, DMAgentError, ShardError
+from dmagent_loader.labelling.documents import DocumentPiece, FileDocuments
+from dmagent_loader.labelling.files import PART_DOCUMENTS, SETTINGS_FILE, check_output
+from dmagent_loader.labelling.filtering import DocumentChecks, DocumentFilter, Examined
+from dmagent_loader.labelling.labels import batches
+from dmagent_loader.labelling.row_files import join_members, row_files
+
+_DROPPED = "dropped"
+_PARTIAL = ".partial"
+_FOUND = "found"
+"""Folder of the unfinished work with what was found, in parts that are whole."""
+
+logger = logging.getLogger(__name__)
+
+
+def filter_domains(
+    domains: Mapping[str, FileDocuments],
+    output: str | os.PathLike[str],
+    checked: DocumentFilter,
+    *,
+    workers: Workers = 0,
+    progress: bool = True,
+) -> dict[str, Counter[str | None]]:
+    """Writes the kept and the dropped documents of all domains, or none. Of repeated ones, the first is kept.
+
+    The files are the same bytes with any number and kind of workers. Run again after a kill, it goes on where it stood.
+
+    Args:
+        domains: Domain, such as ``"source/web"`` -> its documents, in the order in which repeats are found.
+        output: Folder of the documents; created if missing.
+        checked: The filter. Workers get a pickled copy of its `DocumentChecks`.
+        workers: Number of processes, 0: this one; or `RayWorkers`.
+        progress: Show progress bars.
+
+    Returns:
+        Domain -> reason to drop a document, or None -> number of documents.
+
+    Raises:
+        ConfigurationError: The output is a URL, holds inputs, a domain already or other unfinished work, or cannot be
+            written to; or another process writes to it.
+        ShardError: A document cannot be read, an input changes meanwhile, or a worker died.
+    """
+    check_workers(workers)
+    check_output(output, (url for documents in domains.values() for url in documents.urls))
+    root = Path(output)
+    partial = root / _PARTIAL
+    with only_writer(root, "documents"):
+        try:
+            _continue_in(root, domains, checked.checks)
+            for name, documents in domains.items():
+                checked.checks.check_quality_key(name, list(islice(documents.read(lambda size: None), PART_DOCUMENTS)))
+            counts = _Job(domains, partial, checked, workers, progress).run()
+            for file in (file for name in domains for file in _files(name)):
+                (root / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(partial / file, root / file)
+            shutil.rmtree(partial)
+        except DMAgentError:
+            raise  # a ShardNotFoundError of an input is an OSError, too
+        except OSError as error:
+            raise ConfigurationError(f"{str(root)!r} cannot be written: {error}; pass another --output") from error
+        finally:
+            if not any(partial.glob(f"{_FOUND}/part-*")):
+                shutil.rmtree(partial, ignore_errors=True)
+    return counts
+
+
+def _continue_in(root: Path, domains: Mapping[str, FileDocuments], checks: DocumentChecks) -> None:
+    """Begins a job, or checks that the unfinished one in the folder is the same.
+
+    Raises:
+        ConfigurationError: It is another one; or the folder holds a domain already.
+        OSError: The folder cannot be written to.
+    """
+    inputs = {name: documents.identity for name, documents in domains.items()}
+    path = root / _PARTIAL / SETTINGS_FILE
+    text = json.dumps({"inputs": inputs, "documents of a part": PART_DOCUMENTS, **checks.identity})
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_bytes())
+        except ValueError:
+            earlier = {}
+        differing = sorted(name for name, value in json.loads(text).items() if earlier.get(name) != value)
+        if differing:
+            raise ConfigurationError(
+                f"{str(root)!r} holds unfinished work with other {', '.join(differing)}: run that command again, "
+                f"remove {str(path.parent)!r}, or choose another --output"
+            )
+        logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", root)
+        return
+    present = [name for name in domains if (root / f"{name}.jsonl.gz").exists()]
+    if present:
+        raise ConfigurationError(f"{str(root)!r} holds the domain(s) {present} already: choose another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode())
+
+
+class _Job:
+    def __init__(
+        self,
+        domains: Mapping[str, FileDocuments],
+        folder: Path,
+        checked: DocumentFilter,
+        workers: Workers,
+        progress: bool,
+    ) -> None:
+        self._pieces = [(name, piece) for name, documents in domains.items() for piece in documents.pieces()]
+        self._size = sum(documents.size for documents in domains.values())
+        self._domains, self._folder, self._checked = list(domains), folder, checked
+        self._workers, self._progress = workers, progress
+
+    def run(self) -> dict[str, Counter[str | None]]:
+        found = self._folder / _FOUND
+        found.mkdir(exist_ok=True)
+        examining = [_Examining(found, n, piece, PART_DOCUMENTS) for n, (_, piece) in enumerate(self._pieces)]
+        checks = self._checked.checks
+        parts = {task.number: count for task, count in self._run("examining", _examine, examining, checks)}
+        counts: dict[str, Counter[str | None]] = {name: Counter() for name in self._domains}
+        members = self._folder / uuid.uuid4().hex  # a task of a killed job may still write to its own
+        writing = []
+        for task, (name, piece) in zip(examining, self._pieces, strict=True):
+            reasons: list[str | None] = []
+            for number in range(parts[task.number]):
+                reasons += self._checked.decide(_read(task.part(number)))
+            counts[name].update(reasons)
+            writing.append(_Writing(members, task.number, name, piece, tuple(reasons)))
+        for _ in self._run("writing", _write, writing, None):
+            pass
+        for file in (file for name in self._domains for file in _files(name)):
+            join_members(members, file, self._folder / file)
+        return counts
+
+    def _run(self, title: str, function: Any, tasks: Sequence[Any], context: Any) -> Iterator[tuple[Any, Any]]:
+        title = f"{title} {len(self._domains)} domains"
+        with tqdm(total=self._size, unit="B", unit_scale=True, desc=title, disable=not self._progress) as bar:
+            yield from run_tasks(function, tasks, context, self._workers, bar.update)
+
+
+def _files(domain: str) -> tuple[str, str]:
+    """The files of the kept and of the dropped documents."""
+    return f"{domain}.jsonl.gz", f"{_DROPPED}/{domain}.jsonl.gz"
+
+
+@dataclass(frozen=True)
+class _Examining:
+    folder: Path
+    number: int
+    documents: DocumentPiece
+    part_documents: int
+
+    def part(self, number: int) -> Path:
+        return self.folder / f"part-{self.number:06d}-{number:06d}.safetensors"
+
+
+def _examine(task: _Examining, checks: DocumentChecks, advance: Advance) -> int:
+    """Writes what is found of the documents of a piece; the number of parts."""
+    seen: set[bytes] = set()
+    number = 0
+    for number, batch in enumerate(batches(task.documents.read(advance), task.part_documents), start=1):
+        path = task.part(number - 1)
+        if path.exists():
+            found = _read(path)
+        else:
+            found = checks.examine(batch, seen)
+            write_atomically(path, safetensors.numpy.save(vars(found)))
+        seen.update(map(bytes, found.digests))
+    return number
+
+
+def _read(path: Path) -> Examined:
+    try:
+        return Examined(**safetensors.numpy.load(path.read_bytes()))
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise ShardError(
+            f"the unfinished work {path} cannot be read ({error}): remove the file, and run the command again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Writing:
+    folder: Path
+    number: int
+    domain: str
+    documents: DocumentPiece
+    reasons: tuple[str | None, ...]
+
+
+def _write(task: _Writing, context: None, advance: Advance) -> None:
+    """Writes the kept and the dropped documents of a piece."""
+    kept, dropped = _files(task.domain)
+    with row_files(task.folder, task.number) as add:
+        number = 0
+        for number, document in enumerate(task.documents.read(advance), start=1):
+            if number > len(task.reasons):
+                break
+            reason = task.reasons[number - 1]
+            if reason is None:
+                add(kept, {**document.columns, "text": document.text})
+            else:
+                add(dropped, {"origin": document.origin, "reason": reason})
+        if number != len(task.reasons):
+            raise ShardError(
+                f"the inputs of domain {task.domain!r} have changed while they were filtered: run the command again"
+            )
