@@ -187,9 +187,12 @@ def _packed_tokens_of_rows(rows: np.ndarray[Any, Any]) -> dict[str, torch.Tensor
 
 
 def _as_tensor(rows: np.ndarray[Any, Any]) -> torch.Tensor:
-    """An array as a tensor, without a copy if torch has its type: torch widens four times as fast as numpy."""
+    """An array as a tensor, without a copy if torch has its type: torch widens four times as fast as numpy.
+
+    Arrays that cannot be written to are copied, because torch has no such tensors.
+    """
     try:
-        return torch.from_numpy(rows)
+        return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
     except TypeError:
         return torch.from_numpy(rows.astype(np.int64))
 

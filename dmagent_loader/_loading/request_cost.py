@@ -74,7 +74,7 @@ def reading_cost(
         in_flight: Largest number of requests of one reading process at a time.
     """
     request_bytes = np.maximum(row_bytes, bytes_per_request)
-    requests = np.ceil(rows * row_bytes / request_bytes)
+    requests = np.ceil(np.round(rows * row_bytes / request_bytes, 6))
     seconds = (requests * (conditions.latency_seconds + request_bytes / conditions.bytes_per_second)).sum()
     total = float((rows * row_bytes).sum())
     price = requests.sum() / 1e3 * conditions.dollars_per_1000_requests + total / 1e9 * conditions.dollars_per_gb

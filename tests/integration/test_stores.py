@@ -199,6 +199,9 @@ class StoreHandler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> None:
         self.server.requests += 1
         status, code = self.server.error
+        if self.path.endswith(".index"):
+            self._send(404, b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", {})
+            return
         if status and self.server.errors_left > 0:
             self.server.errors_left -= 1
             body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()

@@ -120,7 +120,8 @@ def test_a_killed_upload_shows_no_shards_and_is_continued(texts: Path, tmp_path:
         process.send_signal(signal.SIGKILL)
         process.wait()
     first = stored().keys()
-    assert first < {f"source/a/a-{number:06d}.tar" for number in range(60)}, "a manifest, or incomplete files"
+    of_shards = {f"source/a/a-{number:06d}.tar{suffix}" for number in range(60) for suffix in ("", ".index")}
+    assert first < of_shards, "a manifest, or incomplete files"
     filesystem = fsspec.filesystem("s3")
     times = {name: filesystem.info(f"{OUTPUT}/{name}")["LastModified"] for name in first}
     time.sleep(1)  # the server's times are whole seconds
