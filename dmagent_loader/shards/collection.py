@@ -409,7 +409,9 @@ class ShardCollection:
 
     def _in_store(self, number: int) -> str:
         """The second half of the remedy for a changed row, where the index may come from the store."""
-        return " (and write any in its store anew with `dmagent index`)" if self._catalogue.may_be_stored(number) else ""
+        return (
+            " (and write any in its store anew with `dmagent index`)" if self._catalogue.may_be_stored(number) else ""
+        )
 
     def _display(self, number: int) -> str:
         return display_url(self._catalogue.url(number))

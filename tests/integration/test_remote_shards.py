@@ -384,7 +384,7 @@ def test_simulate_predicts_the_requests_of_a_run(
     )
     assert found is not None
     shards = load_manifest(server.url("manifest.json"))
-    reading = ReadingConfig(progress=False)
+    reading = ReadingConfig(progress=False, block_cache_dir=tmp_path / "blocks")
     sampler = AgentWeightedSampler(shards, samples_per_reweight=10, exhausted="stop", reading=reading)
     server.ranges = []
     assert len(list(sampler)) == 30

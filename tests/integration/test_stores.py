@@ -199,9 +199,6 @@ class StoreHandler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> None:
         self.server.requests += 1
         status, code = self.server.error
-        if self.path.endswith(".index"):
-            self._send(404, b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", {})
-            return
         if status and self.server.errors_left > 0:
             self.server.errors_left -= 1
             body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
@@ -260,6 +257,7 @@ def test_refusals_of_s3_are_named_at_once(
     status: int, code: str, stage: str, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     collection = open_shards(URL) if stage == "read" else None
+    caplog.clear()  # this store has the shard in place of the table of indexes, too, which is said
     store.error, store.requests = (status, code), 0
     with pytest.raises(ShardError, match=rf"a\.tar may not be read: {code}.*set AWS_PROFILE"):
         open_shards(URL) if collection is None else collection.read(0, 0, 0)
