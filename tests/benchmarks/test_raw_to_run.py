@@ -23,6 +23,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.slow
 def test_four_commands_make_a_run_of_unlabelled_text(tmp_path: Path) -> None:
     for name, text in TEXTS.items():
         path = tmp_path / "data" / f"{name}.jsonl.gz"

@@ -181,6 +181,7 @@ def test_data_workers_share_the_blocks(server: FarServer, folder: Path, tmp_path
     assert server.take_counts()["bytes"] <= sum(path.stat().st_size for path in folder.rglob("*.tar"))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

@@ -106,6 +106,7 @@ def test_domains_and_shards_are_added_as_in_a_folder(texts: Path, tmp_path: Path
         )
 
 
+@pytest.mark.slow
 def test_a_killed_upload_shows_no_shards_and_is_continued(texts: Path, tmp_path: Path) -> None:
     """With a shard for each row the upload takes long enough to be killed in the middle."""
     command = ["shard", "--domain", f"source/a={texts}", "--output", OUTPUT, "--rows-per-shard", "1"]

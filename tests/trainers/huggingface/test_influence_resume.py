@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from launching import REPOSITORY, environment, python
 
 from dmagent_loader.integrations.huggingface import last_whole_checkpoint
@@ -75,6 +76,7 @@ def train(folder: Path, run: str, *, kills: bool = False, returncode: int = 0) -
     return {} if kills else json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_killed_run_measures_decides_and_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
     """Catches a measurement that is lost and made again after the restart, and another mix."""
     shards = write_toy_shards(tmp_path / "shards", DOMAINS, tokens=24)
