@@ -14,7 +14,7 @@ import numpy as np
 from dmagent_loader.errors import DecodeError
 from dmagent_loader.mixture.simplex import IntArray
 from dmagent_loader.shards import RawSample, RowSource
-from dmagent_loader.shards.array_rows import Buffers
+from dmagent_loader.shards.array_rows import ArrayRows, Buffers
 
 Sample = dict[str, Any]
 RowAddress = tuple[int, int, int, int, int]
@@ -50,6 +50,15 @@ class RowReader:
         self.collection, self.substitute = collection, substitute
         self._decode, self._check_members = decode, check_members
         self.names = collection.domains
+        self.buffers = Buffers()
+        """Memory for rows that are read together."""
+        self._array_rows: dict[str, ArrayRows | None] = {}
+
+    def array_rows(self, member: str) -> ArrayRows | None:
+        """The reader of many rows at a time, as `RowSource.array_rows`; it knows the format of rows read before."""
+        if member not in self._array_rows:
+            self._array_rows[member] = self.collection.array_rows(member)
+        return self._array_rows[member]
 
     def sample(self, address: RowAddress, raw: RawSample | None = None) -> Sample:
         """A sample with its tags.
@@ -144,7 +153,7 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> Columns 
         member alone, in local shards, whole and with the same npy header.
     """
     reader = samples[0]._reader if samples and type(samples[0]) is LazyRow else None
-    rows = None if reader is None else reader.collection.array_rows(member)
+    rows = None if reader is None else reader.array_rows(member)
     if reader is None or rows is None:
         return None
     addresses = []
@@ -152,10 +161,10 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> Columns 
         if type(sample) is not LazyRow or sample._reader is not reader or sample._sample is not None:
             return None
         addresses.append(sample._address)
-    index, domain, _, shard, row = np.array(addresses, np.int64).T
-    spans, count = rows.find(domain, shard, row), len(samples)
-    values = rows.read(spans, 0, count, Buffers())
+    index, domain, _, shard, row = zip(*addresses, strict=True)
+    spans, count = rows.find_few(domain, shard, row), len(samples)
+    values = rows.read(spans, 0, count, reader.buffers)
     if values is None:
         return None
-    names = [reader.names[number] for number in domain.tolist()]
-    return Columns(index, names, values, lambda: rows.keys(spans, 0, count))
+    names = [reader.names[number] for number in domain]
+    return Columns(np.array(index, np.int64), names, values, lambda: rows.keys(spans, 0, count))

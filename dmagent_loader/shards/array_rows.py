@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from dmagent_loader.shards.table import RowTable
 
 _NOT_AN_ARRAY = -1
 """Size of a row that has another member than the one to be read, or several, or whose shard cannot be used."""
+_NOWHERE = (_NOT_AN_ARRAY,) * 3
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,17 @@ class _Format:
 
 
 class Buffers:
-    """Memory for batches of rows, which is used again once nothing refers to the arrays that were read into it.
-
-    Each reading thread needs its own.
-    """
+    """Memory for batches of rows, which is used again once nothing refers to the arrays that were read into it."""
 
     def __init__(self) -> None:
         self._free: list[_Buffer] = []
 
     def take(self, count: int, form: _Format) -> _Buffer:
         """Memory for `count` rows."""
-        while self._free:
-            buffer = self._free.pop()
-            if (buffer.count, buffer.form) == (count, form):
-                return buffer
+        with contextlib.suppress(IndexError):  # another thread may take the last one
+            while (buffer := self._free.pop()).count != count or buffer.form != form:
+                pass
+            return buffer
         return _Buffer(count, form)
 
     def lend(self, buffer: _Buffer) -> np.ndarray[Any, Any]:
@@ -110,6 +109,7 @@ class ArrayRows:
         source: Callable[[int], LocalSource],
     ) -> None:
         self._extension, self._first_shard, self._table, self._source = extension, first_shard, table, source
+        self._first_shards: list[int] = first_shard.tolist()
         self._formats: dict[int, _Format] = {}
         """By size of the row; as most rows of a size have the same header, only the last one is kept."""
 
@@ -127,11 +127,8 @@ class ArrayRows:
         sorted_row, found = row[gathered], np.empty((3, len(number)), np.int64)
         begin = 0
         for one, end in zip(number[gathered[ends - 1]].tolist(), ends.tolist(), strict=True):
-            try:
-                table = self._table(one)
-            except (OSError, ShardError):
-                table = None  # an error only for those who read its rows, which may come much later
-            if table is not None and table.only == self._extension:
+            table = self._table_with_arrays(one)
+            if table is not None:
                 chosen = sorted_row[begin:end]
                 for column, values in zip(table.arrays, found, strict=True):
                     values[begin:end] = column[chosen]
@@ -141,6 +138,24 @@ class ArrayRows:
         columns = np.empty_like(found)
         columns[:, gathered] = found
         return RowSpans(number.tolist(), row.tolist(), *columns.tolist())
+
+    def find_few(self, domain: Sequence[int], shard: Sequence[int], row: Sequence[int]) -> RowSpans:
+        """As `find`, for the rows of one batch: they lie in nearly as many shards, so each table is looked up anew."""
+        numbers = [self._first_shards[one] + other for one, other in zip(domain, shard, strict=True)]
+        found = []
+        for number, one in zip(numbers, row, strict=True):
+            table = self._table_with_arrays(number)
+            found.append(_NOWHERE if table is None else (table.offset[one], table.size[one], table.crc[one]))
+        offset, size, crc = (list(column) for column in zip(*found, strict=True))
+        return RowSpans(numbers, list(row), offset, size, crc)
+
+    def _table_with_arrays(self, number: int) -> RowTable | None:
+        """The table of a shard; None if its rows have other members, or it cannot be used."""
+        try:
+            table = self._table(number)
+        except (OSError, ShardError):
+            return None  # an error only for those who read its rows, which may come much later
+        return table if table.only == self._extension else None
 
     def read(self, spans: RowSpans, begin: int, end: int, buffers: Buffers) -> np.ndarray[Any, Any] | None:
         """The arrays of rows `begin` to `end - 1`, each compared with its checksum.
