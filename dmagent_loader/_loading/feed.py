@@ -203,6 +203,22 @@ class Feed:
         self._length = self.length
 
     @property
+    def handed_out(self) -> int:
+        """Global index after the last sample that was delivered or consumed, not beyond the end of the run."""
+        return self._before_end(self.cursor.handed_out)
+
+    @property
+    def frontier(self) -> int:
+        """The first global index that no iterator of this rank has delivered, not beyond the end of the run."""
+        return self._before_end(self.cursor.frontier)
+
+    def _before_end(self, index: int) -> int:
+        """A position of the cursor, which counts a last global batch that is smaller than the others as a whole one."""
+        layout = self.layout(base=self.cursor.position)
+        end = self.plan.ends_by(index + layout.samples_per_step_all_ranks)
+        return index if end is None else min(index, max(layout.delivered_end(end), self.cursor.consumed))
+
+    @property
     def mix(self) -> FloatArray:
         """(D,) weights in force for the next sample to be fetched; a used-up domain has none."""
         index = self.cursor.frontier
