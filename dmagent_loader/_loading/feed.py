@@ -92,6 +92,7 @@ class Feed:
         """Samples, over all ranks, between two moments at which the trainer can make a decision; None: one step."""
         self._undercount_reported = False
         self.check_ranks()
+        self._report_shards_of_nodes()
 
     # Ranks and loader
 
@@ -134,6 +135,22 @@ class Feed:
         """Whether samples are dealt by lane, so that a node reads its own part of the shards."""
         chosen = self.reading.own_shards
         return not self.collection.is_local and self.plan.num_lanes >= _FEWEST_LANES if chosen is None else chosen
+
+    def _report_shards_of_nodes(self) -> None:
+        """Warns if each of several nodes would fetch nearly all data."""
+        processes, of_node = (os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        are_several = processes.isdigit() and of_node.isdigit() and int(of_node) < int(processes)
+        is_chosen = self.reading.own_shards is not None or self.own_shards
+        if are_several and self.rank == 0 and not self.collection.is_local and not is_chosen:
+            logger.warning(
+                "the shards are remote, and %s of %s processes run on this node: each node will fetch nearly all "
+                "shards, because no more than %d of a domain are in use at a time; pass "
+                "reading=ReadingConfig(own_shards=True), with which each node fetches its own part, or "
+                "own_shards=False to leave it so",
+                of_node,
+                processes,
+                self.plan.num_lanes,
+            )
 
     def set_loader(self, loader: LoaderSettings) -> None:
         """Describes the loader, before its first sample.
