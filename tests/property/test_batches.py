@@ -113,7 +113,7 @@ def record(sampler: AgentWeightedSampler, loader: MixingDataLoader, changes: dic
             found.append(plain(batch))
             if batch is None:
                 break
-        except (DMAgentError, ValueError, RuntimeError, TypeError) as error:
+        except (DMAgentError, LookupError, ValueError, RuntimeError, TypeError) as error:
             found.append((type(error).__name__, str(error)))
         change = changes.get(number)
         found.append((sampler.frontier, sampler.bad_rows, sampler.achieved()))
