@@ -124,7 +124,7 @@ class FeedDataset(IterableDataset[Sample]):
             ConfigurationError: The indices are not whole numbers of 0 or more, or `stop` is before `start`.
         """
         start = whole_number("start", start, least=0)
-        stop = whole_number("stop", self._feed.cursor.frontier if stop is None else stop, least=start)
+        stop = whole_number("stop", self._feed.frontier if stop is None else stop, least=start)
         before, counts = self.plan.drawn(start), self.plan.drawn(stop)
         return {name: count - before[name] for name, count in counts.items()}
 
@@ -146,7 +146,7 @@ class FeedDataset(IterableDataset[Sample]):
     @property
     def frontier(self) -> int:
         """Global index after the last sample that an iterator of this rank has fetched."""
-        return self._feed.cursor.frontier
+        return self._feed.frontier
 
     @property
     def end(self) -> int | None:

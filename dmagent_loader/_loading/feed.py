@@ -92,6 +92,7 @@ class Feed:
         """Samples, over all ranks, between two moments at which the trainer can make a decision; None: one step."""
         self._undercount_reported = False
         self.check_ranks()
+        self._report_shards_of_nodes()
 
     # Ranks and loader
 
@@ -134,6 +135,22 @@ class Feed:
         """Whether samples are dealt by lane, so that a node reads its own part of the shards."""
         chosen = self.reading.own_shards
         return not self.collection.is_local and self.plan.num_lanes >= _FEWEST_LANES if chosen is None else chosen
+
+    def _report_shards_of_nodes(self) -> None:
+        """Warns if each of several nodes would fetch nearly all data."""
+        processes, of_node = (os.environ.get(name, "") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        are_several = processes.isdigit() and of_node.isdigit() and int(of_node) < int(processes)
+        is_chosen = self.reading.own_shards is not None or self.own_shards
+        if are_several and self.rank == 0 and not self.collection.is_local and not is_chosen:
+            logger.warning(
+                "the shards are remote, and %s of %s processes run on this node: each node will fetch nearly all "
+                "shards, because no more than %d of a domain are in use at a time; pass "
+                "reading=ReadingConfig(own_shards=True), with which each node fetches its own part, or "
+                "own_shards=False to leave it so",
+                of_node,
+                processes,
+                self.plan.num_lanes,
+            )
 
     def set_loader(self, loader: LoaderSettings) -> None:
         """Describes the loader, before its first sample.
@@ -201,6 +218,22 @@ class Feed:
         """Fixes `length` at its present value, whatever mixes follow."""
         self._length = None
         self._length = self.length
+
+    @property
+    def handed_out(self) -> int:
+        """Global index after the last sample that was delivered or consumed, not beyond the end of the run."""
+        return self._before_end(self.cursor.handed_out)
+
+    @property
+    def frontier(self) -> int:
+        """The first global index that no iterator of this rank has delivered, not beyond the end of the run."""
+        return self._before_end(self.cursor.frontier)
+
+    def _before_end(self, index: int) -> int:
+        """A position of the cursor, which counts a last global batch that is smaller than the others as a whole one."""
+        layout = self.layout(base=self.cursor.position)
+        end = self.plan.ends_by(index + layout.samples_per_step_all_ranks)
+        return index if end is None else min(index, max(layout.delivered_end(end), self.cursor.consumed))
 
     @property
     def mix(self) -> FloatArray:

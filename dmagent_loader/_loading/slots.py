@@ -12,11 +12,14 @@ each worker keeps a few blocks, its *slots*, and writes its batches into them in
 | the slot is marked as free | main process | when the last of these tensors is gone |
 
 Nothing waits for a slot, so the order of batches, the prefetch of the loader and the work of the queue stay torch's.
+Without space for a new slot, the bytes themselves go through the queue. torch has no space either then, and would lose
+the batch, for which the trainer would wait for ever.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import weakref
@@ -25,6 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
 """Bytes to which each tensor of a slot is aligned."""
@@ -52,6 +57,7 @@ class Slots:
         self._process = os.getpid()
         self._blocks: dict[tuple[int, int], torch.Tensor] = {}
         self._lent: dict[tuple[int, int], weakref.ref[Any]] = {}
+        self._is_full_reported = False
         _in_use[self._number] = self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,18 +83,33 @@ class Slots:
         slot = self._free(worker) if size else None
         if slot is None:
             return batch
-        block, known = self._blocks.get((worker, slot)), True
+        address = (worker, slot)
+        block, new = self._blocks.get(address), None
         if block is None or len(block) < size:
-            try:
-                block, known = torch.empty(size, dtype=torch.uint8).share_memory_(), False  # type: ignore[no-untyped-call]
-            except (RuntimeError, OSError):
-                return batch  # no space for shared memory; torch needs less at a time
-            self._blocks[worker, slot] = block
-        self._taken[worker, slot] = 1
+            block = new = torch.empty(size, dtype=torch.uint8)
+            self._share(new)
         for (_, begin, dtype, shape), tensor in zip(layout, tensors.values(), strict=True):
             _view(block, begin, dtype, shape).copy_(tensor)
         rest = {name: None if name in tensors else value for name, value in batch.items()}
-        return _Filled(self._number, (worker, slot), None if known else block, tuple(layout), rest)
+        if not block.is_shared():  # type: ignore[no-untyped-call]
+            return _Sent(_batch, block.numpy(), tuple(layout), rest)
+        self._blocks[address], self._taken[address] = block, 1
+        return _Sent(_from_slot, self._number, address, new, tuple(layout), rest)
+
+    def _share(self, block: torch.Tensor) -> None:
+        """Moves a block to shared memory, if there is space for it."""
+        try:
+            block.share_memory_()  # type: ignore[no-untyped-call]
+        except (RuntimeError, OSError) as error:
+            if not self._is_full_reported:
+                self._is_full_reported = True
+                logger.warning(
+                    "no space for a batch of %d bytes in shared memory (%s), so batches of data workers take longer: "
+                    "give /dev/shm more space (docker run --shm-size), or use fewer workers or a smaller "
+                    "prefetch_factor",
+                    len(block),
+                    error,
+                )
 
     def _free(self, worker: int) -> int | None:
         free = torch.nonzero(self._taken[worker] == 0)
@@ -96,14 +117,13 @@ class Slots:
 
     # In the main process
 
-    def opened(self, slot: tuple[int, int], block: torch.Tensor | None, layout: _Layout, rest: dict[str, Any]) -> Any:
+    def opened(self, slot: tuple[int, int], new: torch.Tensor | None, layout: _Layout, rest: dict[str, Any]) -> Any:
         """The batch in a slot. The slot is free again when all tensors of the batch are gone."""
-        if block is not None:
-            self._blocks[slot] = block
+        if new is not None:
+            self._blocks[slot] = new
         lent = np.frombuffer(memoryview(self._blocks[slot].numpy()), np.uint8)  # type: ignore[arg-type]
         self._lent[slot] = weakref.ref(lent, self._release(slot))
-        whole = torch.from_numpy(lent)
-        return rest | {name: _view(whole, begin, dtype, shape) for name, begin, dtype, shape in layout}
+        return _batch(lent, layout, rest)
 
     def _release(self, slot: tuple[int, int]) -> Callable[[Any], None]:
         taken, process = self._taken, self._process
@@ -115,18 +135,23 @@ class Slots:
         return release
 
 
-class _Filled:
-    """A batch in a slot on its way to the main process, where it arrives as the batch."""
+class _Sent:
+    """A batch on its way to the main process, where it arrives as the batch."""
 
-    def __init__(self, *address: Any) -> None:
-        self._address = address
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = function, arguments
 
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _opened, self._address
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._call
 
 
-def _opened(number: int, *address: Any) -> Any:
-    return _in_use[number].opened(*address)
+def _from_slot(number: int, *arguments: Any) -> Any:
+    return _in_use[number].opened(*arguments)
+
+
+def _batch(memory: np.ndarray[Any, Any], layout: _Layout, rest: dict[str, Any]) -> Any:
+    whole = torch.from_numpy(memory)
+    return rest | {name: _view(whole, begin, dtype, shape) for name, begin, dtype, shape in layout}
 
 
 def _can_be_copied(value: Any) -> bool:

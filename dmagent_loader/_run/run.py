@@ -157,7 +157,7 @@ class Run:
                     "torch workers read ahead of training, so only the training loop knows how many samples were "
                     "consumed: pass consumed=, the number of samples trained on by all ranks"
                 )
-            consumed = cursor.handed_out
+            consumed = self.feed.handed_out
         else:
             consumed = whole_number("consumed", consumed, least=0)
             if cursor.stream is not None or workers:

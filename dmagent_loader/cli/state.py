@@ -254,10 +254,15 @@ def replay(args: argparse.Namespace) -> int:
             batch_size=whole_number("--batch-size", args.batch_size, least=1),
         )
         more = {"segment": number} if len(plan.segments) > 1 else {}
-        end = min(last, stop)
-        for first in range(0, layout.num_samples(end), _BATCH):
-            indices = layout.indices(first, _BATCH, end, segment if args.own_shards else None)
-            _print_samples(segment, indices, replaced, keys, more)
+        # Global batches are dealt whole: only the end of the data makes one smaller.
+        last = min(last, stop)
+        batches = -(-max(0, last - layout.base) // layout.global_batch)
+        end = segment.ends_by(layout.base + (batches + 1) * layout.global_batch)
+        num_samples = batches * layout.own_batch
+        for first in range(0, num_samples, _BATCH):
+            laned = segment if args.own_shards else None
+            indices = layout.indices(first, min(_BATCH, num_samples - first), end, laned)
+            _print_samples(segment, indices[indices < last], replaced, keys, more)
     return 0
 
 

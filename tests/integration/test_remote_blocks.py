@@ -10,6 +10,7 @@ import os
 import resource
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from dmagent_loader.errors import DamagedShardError, ShardError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.sources import blocks, fetching
 from dmagent_loader.shards.writing.tar_writer import TarWriter
+from dmagent_loader.testing import write_toy_shards
+from dmagent_loader.transforms import collate_packed
 
 pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
 
@@ -58,8 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def server(folder: Path) -> Iterator[FarServer]:
+@contextmanager
+def served(folder: Path) -> Iterator[FarServer]:
     server = FarServer(folder, latency=0.001, rate=1e9)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -67,6 +70,12 @@ def server(folder: Path) -> Iterator[FarServer]:
     gc.collect()  # iterators of the test would go on fetching
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[FarServer]:
+    with served(folder) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +188,52 @@ def test_data_workers_share_the_blocks(server: FarServer, folder: Path, tmp_path
     server.take_counts()
     assert texts(sampler, workers) == texts(build(local(folder), tmp_path), 0)
     assert server.take_counts()["bytes"] <= sum(path.stat().st_size for path in folder.rglob("*.tar"))
+
+
+def packed_batches(shards: Mapping[str, Any], tmp_path: Path, workers: int, **reading: Any) -> list[Any]:
+    """Batches of two passes of a loader whose data workers stay, with new mixes in both.
+
+    The sampler has been read before: its iterator has blocks when the workers are forked.
+    """
+    config = {"cache_dir": tmp_path / "index", "block_cache_dir": tmp_path / "blocks", **reading}
+    sampler = AgentWeightedSampler(
+        shards,
+        exhausted="repeat",
+        reading=ReadingConfig(progress=False, shuffle_window=64, shuffle_shards=4, **config),
+    )
+    earlier = iter(sampler)
+    next(earlier)
+    sampler.seek(0)
+    loader = MixingDataLoader(
+        sampler, batch_size=6, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate_packed
+    )
+    found, consumed = [], 0
+    for share in (0.1, 0.8):
+        for number, batch in enumerate(loader):
+            found.append((batch["__index__"].tolist(), batch["__key__"], batch["input_ids"].tolist()))
+            consumed += 6
+            sampler.reweight_due(consumed)
+            if number == 9:
+                sampler.set_mix({"source/a": share, "target/b": 1 - share})
+            if number == 29:
+                break
+        if not workers:
+            sampler.seek(consumed)
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_packed_rows_are_those_of_local_shards(tmp_path: Path, workers: int) -> None:
+    """Whether rows are read together, ahead in threads, or from blocks; and from both kinds of shards in one run."""
+    near = write_toy_shards(tmp_path / "far", {"source/a": 120, "target/b": 90}, tokens=16)
+    with served(tmp_path / "far") as server:
+        far = {d: [server.url(str(Path(p).relative_to(tmp_path / "far"))) for p in paths] for d, paths in near.items()}
+        expected = packed_batches(near, tmp_path, workers)
+        assert [index for batch, _, _ in expected for index in batch] == list(range(360))
+        for shards in (near, far, {**near, "target/b": far["target/b"]}):
+            for reading in ({}, {"num_threads": 2}, {"own_shards": True}, {"block_cache_bytes": 0}):
+                if shards is not near or "num_threads" in reading:
+                    assert packed_batches(shards, tmp_path, workers, **reading) == expected
 
 
 @pytest.mark.slow

@@ -99,12 +99,6 @@ def plain(value: Any) -> Any:
     return [plain(inner) for inner in value] if isinstance(value, list) else value
 
 
-def state_of(sampler: AgentWeightedSampler) -> dict[str, Any]:
-    """The state after all samples that were handed out."""
-    end = sampler.end
-    return sampler.state_dict(sampler.frontier if end is None else min(end, sampler.frontier))
-
-
 def record(sampler: AgentWeightedSampler, loader: MixingDataLoader, changes: dict[int, Any], one_by_one: bool) -> list:
     """What happens in a run: batches, errors, and where the run then stands."""
 
@@ -119,18 +113,18 @@ def record(sampler: AgentWeightedSampler, loader: MixingDataLoader, changes: dic
             found.append(plain(batch))
             if batch is None:
                 break
-        except (DMAgentError, ValueError, RuntimeError, TypeError) as error:
+        except (DMAgentError, LookupError, ValueError, RuntimeError, TypeError) as error:
             found.append((type(error).__name__, str(error)))
         change = changes.get(number)
         found.append((sampler.frontier, sampler.bad_rows, sampler.achieved()))
         if change == "resume":
-            sampler.load_state_dict(json.loads(json.dumps(state_of(sampler))))
+            sampler.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
             batches = begin()
         elif change == "again":
             batches = begin()
         elif change is not None:
             sampler.set_mix(dict(zip(DOMAINS, change, strict=True)))
-    return [*found, state_of(sampler)]
+    return [*found, sampler.state_dict()]
 
 
 @settings(max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])

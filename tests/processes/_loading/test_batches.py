@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,26 @@ def test_memory_is_used_again(build):
     loader = MixingDataLoader(build(exhausted="repeat"), batch_size=6, num_workers=1, collate_fn=collate_packed)
     places = {batch["input_ids"].data_ptr() for _, batch in zip(range(40), loader, strict=False)}
     assert len(places) <= 4
+
+
+def without_space(_: int) -> None:
+    """In a data worker: no file, and so no shared memory, may be larger than a batch."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_batches_do_not_depend_on_space_for_shared_memory(build):
+    loader = LOADERS["collate_packed"]
+    assert_same(batches(build, 0, loader), batches(build, 2, loader, worker_init_fn=without_space, timeout=60))
+
+
+def test_a_batch_outlives_its_loader(build):
+    loader = MixingDataLoader(build(), batch_size=6, num_workers=1, collate_fn=collate_packed)
+    stream = iter(loader)
+    held = [next(stream) for _ in range(3)]
+    copies = [batch["input_ids"].clone() for batch in held]
+    del loader, stream
+    gc.collect()
+    assert all(torch.equal(batch["input_ids"], copy) for batch, copy in zip(held, copies, strict=True))
 
 
 def test_persistent_workers_use_their_slots_in_a_second_pass(build):

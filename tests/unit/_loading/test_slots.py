@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import pickle
+import resource
 
 import pytest
 import torch
+from samplers import logged
 
 from dmagent_loader._loading.slots import Slots
 
@@ -76,6 +79,23 @@ def test_a_larger_batch_gets_a_larger_slot():
     assert torch.equal(large, torch.arange(10_000))
     del large
     assert in_slot(slots, 4)
+
+
+def test_without_space_for_shared_memory_the_bytes_are_sent(caplog):
+    """torch would lose the batch, because it makes its shared memory in a thread whose errors nobody sees."""
+    slots, limit = Slots(1, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    batch = {"__key__": ["a"], "a": torch.arange(5000), "b": torch.ones(3)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        for _ in range(2):
+            found = pickle.loads(pickle.dumps(slots.filled(0, batch)))
+            assert list(found) == list(batch)
+            assert torch.equal(found["a"], batch["a"])
+            found["b"] += 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert len(logged(caplog, "docker run --shm-size")) == 1
+    assert in_slot(slots, 5000)
 
 
 @pytest.mark.parametrize(

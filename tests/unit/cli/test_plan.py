@@ -63,6 +63,10 @@ def test_replay_lists_the_samples_of_a_resumed_rank(manifest, tmp_path, capsys, 
     assert main(["replay", str(state), "--shards", manifest, "--cache-dir", str(tmp_path / "cache"), *arguments]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["index"], line["key"]) for line in lines] == given
+    for stop in range(4, 28):
+        assert main(["replay", str(state), *arguments, "--stop", str(stop)]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["index"] for line in lines] == [index for index, _ in given if index < stop]
 
 
 def test_replay_ends_where_the_data_do_and_warns_of_nothing(manifest, tmp_path, capsys, caplog):

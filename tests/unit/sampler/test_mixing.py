@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from samplers import CHANGES, ROWS, mixed_in_advance
+from samplers import CHANGES, ROWS, logged, mixed_in_advance
 
 from dmagent_loader import ReadingConfig
 from dmagent_loader.errors import ConfigurationError, ExhaustedError
@@ -48,14 +48,19 @@ def test_global_batches_do_not_depend_on_world_size(build, world_size, own_shard
     assert len(whole) - len(merged) < world_size
 
 
-def test_ranks_read_their_own_shards_from_a_store_if_there_are_lanes_for_them(build, shards):
+@pytest.fixture
+def far(shards):
+    """The shards in a store."""
     memory = fsspec.filesystem("memory")
     far = {}
     for domain, paths in shards.items():
         far[domain] = [f"memory://own-shards{path}" for path in paths]
         for path, url in zip(paths, far[domain], strict=True):
             memory.pipe(url, Path(path).read_bytes())
+    return far
 
+
+def test_ranks_read_their_own_shards_from_a_store_if_there_are_lanes_for_them(build, shards, far):
     def reads_own(where, **reading):
         return build(shards=where, reading=ReadingConfig(**reading))._feed.own_shards
 
@@ -64,6 +69,26 @@ def test_ranks_read_their_own_shards_from_a_store_if_there_are_lanes_for_them(bu
     assert not reads_own(far, shuffle_shards=8, own_shards=False)
     assert not reads_own(shards, shuffle_shards=8)
     assert reads_own(shards, own_shards=True)
+
+
+def test_nodes_that_each_fetch_all_of_a_store_are_reported_once(build, shards, far, monkeypatch, caplog):
+    def reports(where=far, rank=0, **reading):
+        caplog.clear()
+        build(shards=where, rank=rank, world_size=16, reading=ReadingConfig(**reading))
+        return logged(caplog, "each node will fetch nearly all shards, because no more than")
+
+    assert not reports(shuffle_shards=7), "how many nodes there are is not known"
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert not reports(shuffle_shards=7), "there is one node"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    (message,) = reports(shuffle_shards=7)
+    assert "8 of 16 processes" in message
+    assert "no more than 7 of a domain" in message
+    assert not reports(shuffle_shards=7, rank=1)
+    assert not reports(shuffle_shards=7, where=shards)
+    assert not any(reports(shuffle_shards=7, own_shards=own) for own in (True, False))
+    assert not reports(shuffle_shards=8)
 
 
 def test_ranks_may_be_told_after_the_sampler_was_built(build):

@@ -15,7 +15,7 @@ from samplers import (
     mixed_in_advance,
 )
 
-from dmagent_loader import ReadingConfig
+from dmagent_loader import MixingDataLoader, ReadingConfig
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import assert_same_after_resume, sample_ids, write_toy_shards
@@ -28,6 +28,18 @@ def test_restored_at_every_sample_the_rest_is_exactly_the_same(build):
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (2, 3)])
 def test_ranks_may_change_at_restore(build, before, after):
     assert_ranks_may_change_at_a_restore(build, before, after, workers=0)
+
+
+def test_a_state_after_the_last_batch_which_is_smaller_holds_the_samples_of_all_ranks(build):
+    """178 samples on 7 ranks are 8 global batches of 21, and one of 7; a world of one rank can train on the rest."""
+    for rank in range(7):
+        sampler = build(rank=rank, world_size=7)
+        samples = sum(len(batch["__index__"]) for batch in MixingDataLoader(sampler, batch_size=3))
+        assert 7 * samples == sampler.end == sampler.frontier == sum(sampler.achieved().values()) == 175
+        assert sampler.state_dict()["consumed"] == 175
+    resumed = build()
+    resumed.load_state_dict(sampler.state_dict())
+    assert [sample["__index__"] for sample in resumed] == [175, 176, 177]
 
 
 def test_an_iterator_in_use_does_not_go_on_after_a_state_was_loaded(build):
