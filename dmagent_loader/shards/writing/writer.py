@@ -24,7 +24,7 @@ from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.job import Job
 from dmagent_loader.shards.writing.output import earlier_entries, earlier_record, joined_record, publish
 from dmagent_loader.shards.writing.packing import TextTokenizer
-from dmagent_loader.shards.writing.place import StorePlace, place_of
+from dmagent_loader.shards.writing.place import place_of
 from dmagent_loader.shards.writing.refusals import refuse_other_files, refuse_other_rows, refuse_own_shards
 from dmagent_loader.shards.writing.running import Run
 
@@ -118,8 +118,7 @@ def shard_files(
             )
         refuse_other_rows(place, kept, settings, earlier)
         refuse_other_files(place, [domain for domain in inputs if domain not in kept], job.published())
-        if isinstance(place, StorePlace):
-            place.check_access()
+        place.check_access()
         job.announce()
         run = Run(config, tokenizer, workers, progress, PIECE_BYTES)
         try:
