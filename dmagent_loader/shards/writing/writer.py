@@ -100,7 +100,9 @@ def shard_files(
         earlier = {domain: kept[domain] for domain in domains if domain in kept}
         job = Job(place, inputs, config, {**settings, "piece_bytes": PIECE_BYTES})
         done = {domain: entry for domain, entry in earlier.items() if job.digests[domain] in entry.get("jobs", ())}
-        if append or (len(done) == len(inputs) and job.folder.exists()):  # killed after it wrote the manifest
+        # A job that was killed after it wrote the manifest holds all its domains, but those that it left out as small.
+        was_written = done.keys() == earlier.keys() and job.folder.exists()
+        if append or (done and was_written):
             if done:
                 logger.warning(
                     "%s holds these inputs of %s already, with these settings: they are not added again",
@@ -122,7 +124,7 @@ def shard_files(
         job.announce()
         run = Run(config, tokenizer, workers, progress, PIECE_BYTES)
         try:
-            parts = run.write(job, inputs, earlier)
+            parts = run.write(job, inputs, earlier, may_be_empty=bool(done))
             publish(job, parts, kept, progress=progress)
             records = {
                 domain: joined_record(kept.get(domain), job, domain, parts[domain], settings) for domain in parts

@@ -263,3 +263,23 @@ def test_small_domains_are_left_out_on_request(tmp_path: Path, caplog: pytest.Lo
     assert not (tmp_path / "out" / ".partial").exists()
     with pytest.raises(EmptyShardError, match="'source/b' would have no rows"):
         shard_files({"source/b": domains["source/b"]}, tmp_path / "none", config, progress=False)
+
+
+def test_a_job_with_small_domains_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill behind the manifest, and with --append: the domains that were left out are not an error."""
+    packed = {"tokenizer": tokenizer(tmp_path / "tokenizer.json"), "eos_token": "<end>", "sequence_length": 4}
+    config = ShardingConfig(**packed, skip_small=True)  # type: ignore[arg-type]
+    domains = {
+        f"source/{name}": [lines(tmp_path / f"{name}.jsonl", "w1 " * words)] for name, words in [("a", 9), ("b", 2)]
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shard_files(domains, tmp_path / "out", config, progress=False)
+    manifest = (tmp_path / "out" / MANIFEST_NAME).read_bytes()
+    for append in (False, True):
+        assert list(shard_files(domains, tmp_path / "out", config, append=append, progress=False)) == ["source/a"]
+        assert (tmp_path / "out" / MANIFEST_NAME).read_bytes() == manifest
+        assert not (tmp_path / "out/.partial").exists()
+    with pytest.raises(EmptyShardError, match=r"'source/b' would have no rows.*leave such domains out"):
+        shard_files(domains, tmp_path / "out", ShardingConfig(**packed), append=True, progress=False)  # type: ignore[arg-type]
