@@ -94,6 +94,7 @@ def run_tasks(
 
     Raises:
         ShardError: A worker died; on Ray, the last of four that tried one task.
+        ConfigurationError: The Ray cluster cannot be reached.
         MissingExtraError: Ray is not installed.
     """
     if isinstance(workers, RayWorkers):
@@ -214,12 +215,14 @@ def on_ray(
         folder: Working directory of the tasks, for relative paths; None: any.
 
     Raises:
+        ConfigurationError: There is no cluster at the address that `ray.init` reads, or none can be started.
         MissingExtraError: Ray is not installed.
+        RuntimeError: A task raised an error that cannot be pickled; the message holds its traceback.
         RayError: The workers of a task died `_RETRIES` times and once more (``ray.exceptions``).
     """
     ray = require_extra("ray", "ray")
     if not ray.is_initialized():
-        ray.init()
+        _connect(ray)
     _announce_missing_gpus(ray, gpus)
     # Nested in a list, it is not fetched again for each task. As bytes, it is unpickled where its errors are seen.
     shared = [ray.put(ray.cloudpickle.dumps(context))]
@@ -237,6 +240,8 @@ def on_ray(
             try:
                 result = ray.get(done)
             except ray.exceptions.RayTaskError as error:
+                if type(error.cause) is ray.exceptions.RayError:  # in place of an error that cannot be pickled
+                    raise RuntimeError(f"a task on Ray failed: {error}") from error
                 raise error.cause from error
             yield task, result
     finally:
@@ -244,6 +249,17 @@ def on_ray(
             ray.cancel(reference)
         if running:
             ray.wait(list(running), num_returns=len(running), timeout=_SECONDS_TO_CANCEL)
+
+
+def _connect(ray: Any) -> None:
+    try:
+        ray.init()
+    except Exception as error:  # of many kinds
+        address = os.environ.get("RAY_ADDRESS")
+        raise ConfigurationError(
+            f"no Ray cluster could be reached or started, with RAY_ADDRESS={address!r} ({type(error).__name__}: "
+            f"{error}): correct RAY_ADDRESS, or unset it for a Ray of this machine"
+        ) from error
 
 
 def _announce_missing_gpus(ray: Any, gpus: float) -> None:
