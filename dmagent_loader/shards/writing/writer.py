@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from dmagent_loader._files import only_writer
 from dmagent_loader._tasks import Workers, check_workers
 from dmagent_loader.errors import DomainError
 from dmagent_loader.shards.inputs.chat import load_template
-from dmagent_loader.shards.inputs.finding import find_inputs
+from dmagent_loader.shards.inputs.finding import check_names, find_inputs
 from dmagent_loader.shards.inputs.pieces import PIECE_BYTES
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, manifest_text
 from dmagent_loader.shards.writing.config import ShardingConfig
@@ -29,8 +28,6 @@ from dmagent_loader.shards.writing.refusals import refuse_other_files, refuse_ot
 from dmagent_loader.shards.writing.running import Run
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"[\w+-][\w+.-]*/[\w+-][\w+. -]*")
 
 
 def shard_files(
@@ -81,12 +78,7 @@ def shard_files(
     config = config or ShardingConfig()
     check_workers(workers)
     place = place_of(output, work_dir)
-    for domain in domains:
-        if not _NAME.fullmatch(domain):
-            raise DomainError(
-                f"domain {domain!r} cannot be a folder: name it field/domain, such as 'source/Science', of letters, "
-                "digits, '_', '-', '+' and, except at the beginning of a part, '.'; the domain may have spaces"
-            )
+    check_names(domains)
     inputs = {domain: find_inputs(domain, paths, config.reading) for domain, paths in domains.items()}
     tokenizer = (
         TextTokenizer.load(config.tokenizer, config.eos_token, parse_special_tokens=config.parse_special_tokens)
