@@ -75,7 +75,7 @@ def test_a_killed_filter_continues_after_its_last_part(tmp_path: Path) -> None:
     whole = finished(begin(tmp_path / "whole"))
     assert "6,000 of 12,288 kept; dropped: 6,288 exact duplicate" in whole
     killed = begin(tmp_path / "killed")
-    parts = tmp_path / "killed" / ".partial" / "found"
+    parts = tmp_path / "killed" / ".filtering" / "found"
     deadline = time.monotonic() + 100
     while not (parts / "part-000000-000000.safetensors").exists():
         assert killed.poll() is None, killed.communicate()
