@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import parent_process
 from typing import Any, TypeVar
 
@@ -130,9 +131,9 @@ _context: Any = None
 def _in_processes(
     function: Function[Task, Context, Result], tasks: Sequence[Task], context: Context, count: int
 ) -> Iterator[tuple[Task, tuple[Result, int]]]:
-    pool = ProcessPoolExecutor(
-        count, multiprocessing.get_context("spawn"), initializer=_start, initargs=(pickle.dumps(context),)
-    )
+    processes = multiprocessing.get_context("spawn")
+    stopped, stop = processes.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(count, processes, initializer=_start, initargs=(pickle.dumps(context), stopped))
     try:
         futures = {pool.submit(_run, function, task): task for task in tasks}
         for future in as_completed(futures):
@@ -142,25 +143,29 @@ def _in_processes(
             "a worker process died, perhaps for lack of memory: run the same command again, with fewer --workers "
             "(workers=); a script needs if __name__ == '__main__': around its main part"
         ) from error
+    except BaseException:
+        stop.close()  # ends the workers: a task may take hours, and is repeated by the next call
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        stop.close()
+        stopped.close()
 
 
-def _start(context: bytes) -> None:
+def _start(context: bytes, stopped: Connection) -> None:
     """Prepares a worker process."""
     global _context
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_job, args=(stopped,), daemon=True).start()
     _share_cores()
     _context = pickle.loads(context)
 
 
-def _exit_with_parent() -> None:
-    """Ends the process when its parent is gone: a killed job leaves no writers behind."""
+def _exit_with_job(stopped: Connection) -> None:
+    """Ends the process when its parent stops the job or is gone: a killed job leaves no writers behind."""
     parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    wait([stopped] if parent is None else [stopped, parent.sentinel])
+    os._exit(1)
 
 
 def _share_cores() -> None:
