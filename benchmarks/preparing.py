@@ -166,19 +166,13 @@ def duplicates_datatrove(name: str, folder: Path, output: Path) -> Work:
     from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
     from datatrove.pipeline.writers import JsonlWriter
-    from datatrove.utils.word_tokenizers import WordTokenizer
+    from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
-    class Words(WordTokenizer):
+    class Words(WhitespaceTokenizer):
         """The words of `dmagent filter`."""
 
         def word_tokenize(self, text: str) -> list[str]:
             return re.findall(r"\w+", text.lower())
-
-        def sent_tokenize(self, text: str) -> list[str]:
-            raise NotImplementedError
-
-        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-            raise NotImplementedError
 
     config = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
     places = [str(output / part) for part in ("signatures", "buckets", "remove", "kept")]

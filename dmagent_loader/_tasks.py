@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import parent_process
 from typing import Any, TypeVar
 
@@ -94,6 +95,7 @@ def run_tasks(
 
     Raises:
         ShardError: A worker died; on Ray, the last of four that tried one task.
+        ConfigurationError: The Ray cluster cannot be reached.
         MissingExtraError: Ray is not installed.
     """
     if isinstance(workers, RayWorkers):
@@ -129,9 +131,9 @@ _context: Any = None
 def _in_processes(
     function: Function[Task, Context, Result], tasks: Sequence[Task], context: Context, count: int
 ) -> Iterator[tuple[Task, tuple[Result, int]]]:
-    pool = ProcessPoolExecutor(
-        count, multiprocessing.get_context("spawn"), initializer=_start, initargs=(pickle.dumps(context),)
-    )
+    processes = multiprocessing.get_context("spawn")
+    stopped, stop = processes.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(count, processes, initializer=_start, initargs=(pickle.dumps(context), stopped))
     try:
         futures = {pool.submit(_run, function, task): task for task in tasks}
         for future in as_completed(futures):
@@ -141,25 +143,29 @@ def _in_processes(
             "a worker process died, perhaps for lack of memory: run the same command again, with fewer --workers "
             "(workers=); a script needs if __name__ == '__main__': around its main part"
         ) from error
+    except BaseException:
+        stop.close()  # ends the workers: a task may take hours, and is repeated by the next call
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        stop.close()
+        stopped.close()
 
 
-def _start(context: bytes) -> None:
+def _start(context: bytes, stopped: Connection) -> None:
     """Prepares a worker process."""
     global _context
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_job, args=(stopped,), daemon=True).start()
     _share_cores()
     _context = pickle.loads(context)
 
 
-def _exit_with_parent() -> None:
-    """Ends the process when its parent is gone: a killed job leaves no writers behind."""
+def _exit_with_job(stopped: Connection) -> None:
+    """Ends the process when its parent stops the job or is gone: a killed job leaves no writers behind."""
     parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    wait([stopped] if parent is None else [stopped, parent.sentinel])
+    os._exit(1)
 
 
 def _share_cores() -> None:
@@ -214,12 +220,14 @@ def on_ray(
         folder: Working directory of the tasks, for relative paths; None: any.
 
     Raises:
+        ConfigurationError: There is no cluster at the address that `ray.init` reads, or none can be started.
         MissingExtraError: Ray is not installed.
+        RuntimeError: A task raised an error that cannot be pickled; the message holds its traceback.
         RayError: The workers of a task died `_RETRIES` times and once more (``ray.exceptions``).
     """
     ray = require_extra("ray", "ray")
     if not ray.is_initialized():
-        ray.init()
+        _connect(ray)
     _announce_missing_gpus(ray, gpus)
     # Nested in a list, it is not fetched again for each task. As bytes, it is unpickled where its errors are seen.
     shared = [ray.put(ray.cloudpickle.dumps(context))]
@@ -237,6 +245,8 @@ def on_ray(
             try:
                 result = ray.get(done)
             except ray.exceptions.RayTaskError as error:
+                if type(error.cause) is ray.exceptions.RayError:  # in place of an error that cannot be pickled
+                    raise RuntimeError(f"a task on Ray failed: {error}") from error
                 raise error.cause from error
             yield task, result
     finally:
@@ -244,6 +254,17 @@ def on_ray(
             ray.cancel(reference)
         if running:
             ray.wait(list(running), num_returns=len(running), timeout=_SECONDS_TO_CANCEL)
+
+
+def _connect(ray: Any) -> None:
+    try:
+        ray.init()
+    except Exception as error:  # of many kinds
+        address = os.environ.get("RAY_ADDRESS")
+        raise ConfigurationError(
+            f"no Ray cluster could be reached or started, with RAY_ADDRESS={address!r} ({type(error).__name__}: "
+            f"{error}): correct RAY_ADDRESS, or unset it for a Ray of this machine"
+        ) from error
 
 
 def _announce_missing_gpus(ray: Any, gpus: float) -> None:

@@ -29,10 +29,10 @@ from dmagent_loader.errors import ConfigurationError, DomainError, ShardError, S
 from dmagent_loader.labelling.classifier import BUNDLED, load_classifier
 from dmagent_loader.labelling.compose import MAX_ERROR, SampleConfig, compose
 from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, JoinedDocuments, ShardDocuments
-from dmagent_loader.labelling.files import LABELS, LabelledDomain, label_domains
+from dmagent_loader.labelling.files import LabelledDomain, label_domains
 from dmagent_loader.labelling.generation import GenerationConfig
 from dmagent_loader.labelling.labels import MIN_CONFIDENCE, LabelConfig, Labeller
-from dmagent_loader.labelling.sorting import UNSURE_FOLDER
+from dmagent_loader.labelling.sorting import LABELS, UNSURE_FOLDER
 from dmagent_loader.labelling.start_state import (
     MOST_DOCUMENTS,
     MOST_TEXTS,

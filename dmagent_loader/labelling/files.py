@@ -7,7 +7,6 @@ topic (`sorting`), for `dmagent shard --input OUTPUT/<field> --field <field>`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,13 +17,14 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from dmagent_loader._files import only_writer, write_atomically
+from dmagent_loader._files import only_writer
 from dmagent_loader._tasks import Advance, Workers, check_workers, run_tasks
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.labelling.documents import DomainDocuments
 from dmagent_loader.labelling.labels import STATED, Labeller, Labels
 from dmagent_loader.labelling.parts import LabelPiece, labels_of, write_part
-from dmagent_loader.labelling.sorting import check_replaced, sort_documents
+from dmagent_loader.labelling.settings_file import differing_settings
+from dmagent_loader.labelling.sorting import LABELS, check_replaced, sort_documents
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.shards.inputs.documents import Document
@@ -32,7 +32,6 @@ from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 PART_DOCUMENTS = 4096
 """Documents of one part: what a killed job may lose, and what is sorted by length."""
-LABELS = "labels"
 SETTINGS_FILE = "settings.json"
 
 
@@ -86,6 +85,7 @@ def label_domains(
         Domain -> its labels, counted.
 
     Raises:
+        DomainError: Documents are sorted, and their field has the name of a folder of other files.
         ConfigurationError: The folder holds labels of other documents, of another classifier or with other settings;
             it holds inputs, or files that sorting would replace and an earlier call did not write; another process
             writes to it; or it cannot be written to.
@@ -212,24 +212,15 @@ def _continue_in(folder: Path, documents: DomainDocuments, labeller: Labeller) -
     Raises:
         ConfigurationError: They are not, or the folder cannot be written to.
     """
-    text = json.dumps(
+    differing = differing_settings(
+        folder / SETTINGS_FILE,
         {
             "documents": documents.identity,
             "classifier": labeller.classifier.name,
             "part_documents": PART_DOCUMENTS,
             **asdict(labeller.config),
         },
-        indent=1,
     )
-    path, settings = folder / SETTINGS_FILE, json.loads(text)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_atomically(path, text.encode())
-        earlier = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"labels cannot be written to {str(folder)!r}: {error}") from error
-    differing = sorted(name for name in settings if earlier.get(name) != settings[name])
     if differing:
         raise ConfigurationError(
             f"{str(folder)!r} holds labels with other {', '.join(differing)}: choose another --output, or remove the "

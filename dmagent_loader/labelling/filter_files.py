@@ -2,12 +2,11 @@
 
 Documents are examined, and later written, in pieces, by any number of workers. In between, this process goes through
 what was found of them in their order: whether a document repeats another depends on all earlier ones. What is found of
-`PART_DOCUMENTS` documents is a file of ``OUTPUT/.partial``, so a job that is killed examines the others only.
+`PART_DOCUMENTS` documents is a file of ``OUTPUT/.filtering``, so a job that is killed examines the others only.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -30,9 +29,12 @@ from dmagent_loader.labelling.files import PART_DOCUMENTS, SETTINGS_FILE, check_
 from dmagent_loader.labelling.filtering import DocumentChecks, DocumentFilter, Examined
 from dmagent_loader.labelling.labels import batches
 from dmagent_loader.labelling.row_files import join_members, row_files
+from dmagent_loader.labelling.settings_file import differing_settings
+from dmagent_loader.shards.inputs.finding import check_names
 
 _DROPPED = "dropped"
-_PARTIAL = ".partial"
+_PARTIAL = ".filtering"
+"""Not `.partial`, in which `dmagent shard` keeps its unfinished work."""
 _FOUND = "found"
 """Folder of the unfinished work with what was found, in parts that are whole."""
 
@@ -62,19 +64,23 @@ def filter_domains(
         Domain -> reason to drop a document, or None -> number of documents.
 
     Raises:
+        DomainError: A name is not ``field/domain``, or cannot be a folder.
         ConfigurationError: The output is a URL, holds inputs, a domain already or other unfinished work, or cannot be
             written to; or another process writes to it.
         ShardError: A document cannot be read, an input changes meanwhile, or a worker died.
     """
     check_workers(workers)
+    check_names(domains)
     check_output(output, (url for documents in domains.values() for url in documents.urls))
     root = Path(output)
     partial = root / _PARTIAL
     with only_writer(root, "documents"):
         try:
             _continue_in(root, domains, checked.checks)
-            for name, documents in domains.items():
-                checked.checks.check_quality_key(name, list(islice(documents.read(lambda size: None), PART_DOCUMENTS)))
+            if checked.checks.config.quality_key is not None:
+                for name, documents in domains.items():
+                    first = islice(documents.read(lambda size: None), PART_DOCUMENTS)
+                    checked.checks.check_quality_key(name, list(first))
             counts = _Job(domains, partial, checked, workers, progress).run()
             for file in (file for name in domains for file in _files(name)):
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
@@ -94,30 +100,23 @@ def _continue_in(root: Path, domains: Mapping[str, FileDocuments], checks: Docum
     """Begins a job, or checks that the unfinished one in the folder is the same.
 
     Raises:
-        ConfigurationError: It is another one; or the folder holds a domain already.
-        OSError: The folder cannot be written to.
+        ConfigurationError: It is another one; the folder holds a domain already, or cannot be written to.
     """
-    inputs = {name: documents.identity for name, documents in domains.items()}
     path = root / _PARTIAL / SETTINGS_FILE
-    text = json.dumps({"inputs": inputs, "documents of a part": PART_DOCUMENTS, **checks.identity})
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_bytes())
-        except ValueError:
-            earlier = {}
-        differing = sorted(name for name, value in json.loads(text).items() if earlier.get(name) != value)
-        if differing:
-            raise ConfigurationError(
-                f"{str(root)!r} holds unfinished work with other {', '.join(differing)}: run that command again, "
-                f"remove {str(path.parent)!r}, or choose another --output"
-            )
-        logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", root)
-        return
+    is_begun = path.exists()
     present = [name for name in domains if (root / f"{name}.jsonl.gz").exists()]
-    if present:
+    if present and not is_begun:
         raise ConfigurationError(f"{str(root)!r} holds the domain(s) {present} already: choose another --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    inputs = {name: documents.identity for name, documents in domains.items()}
+    settings = {"inputs": inputs, "documents of a part": PART_DOCUMENTS, **checks.identity}
+    differing = differing_settings(path, settings)
+    if differing:
+        raise ConfigurationError(
+            f"{str(root)!r} holds unfinished work with other {', '.join(differing)}: run that command again, "
+            f"remove {str(path.parent)!r}, or choose another --output"
+        )
+    if is_begun:
+        logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", root)
 
 
 class _Job:

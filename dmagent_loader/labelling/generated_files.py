@@ -21,7 +21,9 @@ from tqdm.auto import tqdm
 from dmagent_loader._files import only_writer, write_atomically
 from dmagent_loader._validation import read_regular
 from dmagent_loader.errors import ConfigurationError, ShardError
+from dmagent_loader.labelling.files import check_output
 from dmagent_loader.labelling.generation import GenerationConfig, generate_texts
+from dmagent_loader.labelling.settings_file import differing_settings
 
 PART_BATCHES = 16
 """Batches of a part: what a killed job may lose."""
@@ -55,19 +57,20 @@ def generate_documents(
         Number of texts that are not empty.
 
     Raises:
-        ConfigurationError: `documents` is less than 1; the folder holds more texts than that, texts of another model or
-            with other settings, or other files; another process writes to it; or the tokenizer has no start or
-            end-of-text token.
+        ConfigurationError: `documents` is less than 1; the output is a URL; the folder holds more texts than that,
+            texts of another model or with other settings, or other files; another process writes to it; or the
+            tokenizer has no start or end-of-text token.
         ShardError: A part is damaged.
     """
     if documents < 1:
         raise ConfigurationError(f"documents is {documents}; it must be at least 1")
+    check_output(output, ())
     config = config or GenerationConfig()
     root, size = Path(output), PART_BATCHES * config.batch_size
     with only_writer(root, "texts"):
-        _continue_in(root, model, tokenizer, config)
         paths = [root / f"part-{number:06d}.jsonl.gz" for number in range(-(-documents // size))]
         _check_others(root, paths, documents)
+        _continue_in(root, model, tokenizer, config)
         filled = 0
         with tqdm(total=documents, unit="text", desc="generating", disable=not progress) as bar:
             for number, path in enumerate(paths):
@@ -122,23 +125,15 @@ def _continue_in(root: Path, model: Any, tokenizer: Any, config: GenerationConfi
     Raises:
         ConfigurationError: They are not.
     """
-    text = json.dumps(
+    differing = differing_settings(
+        root / SETTINGS_FILE,
         {
             "model": _digest(model),
             "tokenizer": [tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)],
             "part_batches": PART_BATCHES,
             **asdict(config),
         },
-        indent=1,
     )
-    path, settings = root / SETTINGS_FILE, json.loads(text)
-    if not path.exists():
-        write_atomically(path, text.encode())
-    try:
-        earlier = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(f"the settings {path} cannot be read ({error}): choose another --output") from error
-    differing = sorted(name for name in settings if earlier.get(name) != settings[name])
     if differing:
         raise ConfigurationError(
             f"{str(root)!r} holds texts with another {', '.join(differing)}: choose another --output, or remove the "

@@ -48,7 +48,7 @@ def row_files(folder: Path, number: int) -> Iterator[Add]:
 
 
 def join_members(folder: Path, name: str, target: Path) -> None:
-    """Joins the members of a file; a file without rows is an empty one."""
+    """Joins the members of a file, and waits until it is on disk; a file without rows is an empty one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     members = sorted(path for path in (folder / name).glob("*") if not path.suffix)
     with open(target, "wb") as file:
@@ -57,3 +57,5 @@ def join_members(folder: Path, name: str, target: Path) -> None:
                 shutil.copyfileobj(part, file, 1 << 20)
         if not members:
             file.write(gzip.compress(b"", 6, mtime=0))
+        file.flush()
+        os.fsync(file.fileno())

@@ -12,23 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmagent_loader._tasks import Advance, Workers, run_tasks
-from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.errors import ConfigurationError, DomainError
 from dmagent_loader.labelling.parts import LabelPiece, labels_of
 from dmagent_loader.labelling.row_files import join_members, row_files
 
+LABELS = "labels"
 UNSURE_FOLDER = "unsure"
 SPLIT_FILE = ".split.json"
 """Marks a folder of sorted documents, and lists its domains."""
-_PARTIAL = ".partial"
+_PARTIAL = ".sorting"
+"""Not `.partial`, in which `dmagent shard` keeps its unfinished work."""
 
 
 def check_replaced(domains: Iterable[str], root: Path) -> None:
     """Checks that sorting replaces only what an earlier call wrote, and of these domains.
 
     Raises:
+        DomainError: A field has the name of a folder that is not of a field.
         ConfigurationError: It would replace other files, or drop the documents of other domains.
     """
     for field, names in _fields(domains).items():
+        if field in (LABELS, UNSURE_FOLDER):
+            raise DomainError(
+                f"the documents of {names} would be sorted into the folder {field!r}, which is for other files: name "
+                "their field source or target, or leave out --split"
+            )
         present = [path for path in (root / field, _unsure(root, field)) if path.exists()]
         if not present:
             continue

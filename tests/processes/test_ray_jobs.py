@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -175,6 +178,37 @@ def test_an_error_of_a_task_on_ray_is_that_of_one_process(two_ray_workers: Any, 
         shard_files({"source/a": [bad]}, tmp_path / "out", workers=RayWorkers(), progress=False)
     assert type(error.value) is ShardError
     assert "Traceback" not in str(error.value)
+
+
+class Unpicklable(Exception):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+def fail(task: int, context: None, advance: Any) -> None:
+    raise Unpicklable("the fault itself")
+
+
+def test_an_error_that_cannot_be_pickled_is_shown(two_ray_workers: Any) -> None:
+    """It was reported as the death of four workers for lack of memory."""
+    two_ray_workers.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.raises(RuntimeError, match="the fault itself"):
+        list(_tasks.run_tasks(fail, [1], None, RayWorkers(), lambda size: None))
+
+
+def test_a_cluster_that_cannot_be_reached_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dmagent_loader", "shard", "--domain", "source/law=law.jsonl.gz", "--ray"]
+    run = subprocess.run(
+        [*command, "--output", str(tmp_path / "out"), "--no-progress"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_ADDRESS": "no port"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "no Ray cluster could be reached or started, with RAY_ADDRESS='no port'" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_a_task_whose_workers_always_die_ends_the_job_with_a_remedy(

@@ -6,11 +6,12 @@ import glob
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dmagent_loader._validation import read_regular
-from dmagent_loader.errors import ShardError, ShardNotFoundError
+from dmagent_loader.errors import DomainError, ShardError, ShardNotFoundError
 from dmagent_loader.shards.inputs.kinds import DATASET_PREFIX, READ, Input, Kind, kind_of_name, remedy_for
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.sources.local import version_tag
@@ -18,6 +19,7 @@ from dmagent_loader.shards.sources.remote import remote_info, remote_names
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 _LISTED_STRAYS = 5
+_NAME = re.compile(r"[\w+-][\w+.-]*/[\w+-][\w+. -]*")
 _MAX_INDEX_BYTES = 1 << 26
 _DATASET_MARKS = (("dataset_dict.json",), ("state.json", "dataset_info.json"))
 """Files that together mark a folder of `save_to_disk`."""
@@ -28,6 +30,16 @@ logger = logging.getLogger(__name__)
 def domain_name(path: str | os.PathLike[str]) -> str:
     """The name of the domain of a file: ``Science.jsonl.gz`` -> ``Science``."""
     return os.path.basename(os.path.normpath(os.fspath(path))).split(".")[0]
+
+
+def check_names(domains: Iterable[str]) -> None:
+    """Raises DomainError if the name of a domain is not ``field/domain``, or cannot be a folder."""
+    for domain in domains:
+        if not _NAME.fullmatch(domain):
+            raise DomainError(
+                f"domain {domain!r} cannot be a folder: name it field/domain, such as 'source/Science', of letters, "
+                "digits, '_', '-', '+' and, except at the beginning of a part, '.'; the domain may have spaces"
+            )
 
 
 def find_inputs(

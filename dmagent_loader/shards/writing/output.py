@@ -21,6 +21,8 @@ from dmagent_loader.shards.writing.place import Place
 
 REJECTS_NAME = "rejects.jsonl"
 """File beside the shards of a domain with the records that were left out: origin, reason and beginning of each."""
+_OF_A_DOMAIN = (REJECTS_NAME, TABLE_NAME)
+"""Files beside the shards of a domain that all jobs share."""
 
 _SUMMED = (
     "rows",
@@ -90,6 +92,7 @@ def publish(job: Job, parts: Mapping[str, Part], kept: Mapping[str, Any], *, pro
         for suffix in ("", INDEX_SUFFIX)
     }
     listed = {shard["path"] for entry in kept.values() for shard in entry["shards"]}
+    listed |= {f"{domain}/{name}" for domain in kept for name in _OF_A_DOMAIN}
     # Of a call that was killed before it wrote the manifest:
     earlier = {name for name in job.published() if not {name, name.removesuffix(INDEX_SUFFIX)} & listed}
     for name in earlier - moves.keys():
@@ -101,7 +104,7 @@ def publish(job: Job, parts: Mapping[str, Part], kept: Mapping[str, Any], *, pro
             f"{place.url(existing[0])!r} has appeared since this job began, and would be replaced: move it away, and "
             "run the same command again"
         )
-    new = {f"{domain}/{name}" for domain in parts if domain not in kept for name in (REJECTS_NAME, TABLE_NAME)}
+    new = {f"{domain}/{name}" for domain in parts if domain not in kept for name in _OF_A_DOMAIN}
     job.publish({*moves, *new})
     indexes = {
         f"{domain}/{shard.path}": stored.read(str(part.folder / shard.path))

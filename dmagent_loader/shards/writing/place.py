@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 from tqdm.auto import tqdm
 
@@ -28,7 +28,7 @@ _UPLOADED = ".uploaded"
 _WRITE_TEST = ".dmagent-write-test"
 
 
-class Place(Protocol):
+class Place(ABC):
     """A folder of shards. Names are relative to it, with forward slashes.
 
     Attributes:
@@ -37,36 +37,47 @@ class Place(Protocol):
 
     work: Path
 
+    @abstractmethod
     def __str__(self) -> str:
         """The path or URL, for messages."""
-        ...
 
+    @abstractmethod
     def url(self, name: str) -> str:
         """Path or URL of a file."""
-        ...
 
+    @abstractmethod
+    def check_access(self) -> None:
+        """Checks that files can be written here, before hours of work.
+
+        Raises:
+            ShardError: The store refuses it or cannot be reached.
+        """
+
+    @abstractmethod
     def names(self, domain: str) -> list[str]:
         """The files in the folder of a domain."""
-        ...
+
+    @abstractmethod
+    def move_in(self, files: Mapping[str, Path], *, progress: bool) -> None:
+        """Moves files of the work here; files of their names are replaced."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Removes a file, if there is one."""
 
     def read(self, name: str) -> bytes | None:
         """A file; None if there is none."""
-        ...
+        try:
+            return read_stored(self.url(name))
+        except FileNotFoundError:
+            return None
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file, whole or not at all."""
-        ...
-
-    def move_in(self, files: Mapping[str, Path], *, progress: bool) -> None:
-        """Moves files of the work here; files of their names are replaced."""
-        ...
-
-    def remove(self, name: str) -> None:
-        """Removes a file, if there is one."""
-        ...
+        write_url(self.url(name), data)
 
 
-class LocalPlace:
+class LocalPlace(Place):
     """A local folder, which also holds the work in progress."""
 
     def __init__(self, folder: Path) -> None:
@@ -78,19 +89,13 @@ class LocalPlace:
     def url(self, name: str) -> str:
         return str(self.work / name)
 
+    def check_access(self) -> None:
+        """Nothing is left to check: the lock of the work in progress lies in the same folder."""
+
     def names(self, domain: str) -> list[str]:
         folder = self.work / domain
         found = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
         return [path.relative_to(self.work).as_posix() for path in found]
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            return read_stored(self.url(name))
-        except FileNotFoundError:
-            return None
-
-    def write(self, name: str, data: bytes) -> None:
-        write_url(self.url(name), data)
 
     def move_in(self, files: Mapping[str, Path], *, progress: bool) -> None:
         for name, path in files.items():
@@ -101,7 +106,7 @@ class LocalPlace:
         (self.work / name).unlink(missing_ok=True)
 
 
-class StorePlace:
+class StorePlace(Place):
     """A prefix of an object store.
 
     Args:
@@ -119,25 +124,12 @@ class StorePlace:
         return f"{self._url}/{name}"
 
     def check_access(self) -> None:
-        """Writes and removes an object, so that a refusal comes before hours of work.
-
-        Raises:
-            ShardError: The store refuses it or cannot be reached.
-        """
+        """Writes and removes an object."""
         write_url(self.url(_WRITE_TEST), b"")
         remove_url(self.url(_WRITE_TEST))
 
     def names(self, domain: str) -> list[str]:
         return [url.removeprefix(f"{self._url}/") for url in remote_names(self.url(domain))]
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            return read_stored(self.url(name))
-        except FileNotFoundError:
-            return None
-
-    def write(self, name: str, data: bytes) -> None:
-        write_url(self.url(name), data)
 
     def move_in(self, files: Mapping[str, Path], *, progress: bool) -> None:
         """Uploads files. Those that an earlier call had uploaded are left out: equal jobs write equal bytes."""
@@ -163,7 +155,7 @@ class StorePlace:
         remove_url(self.url(name))
 
 
-def place_of(output: str | os.PathLike[str], work_dir: str | os.PathLike[str] | None = None) -> LocalPlace | StorePlace:
+def place_of(output: str | os.PathLike[str], work_dir: str | os.PathLike[str] | None = None) -> Place:
     """The place that a path or URL names.
 
     Args:

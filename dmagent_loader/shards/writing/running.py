@@ -48,13 +48,16 @@ class Run:
     progress: bool
     piece_bytes: int
 
-    def write(self, job: Job, inputs: Mapping[str, Sequence[Input]], earlier: Mapping[str, Any]) -> dict[str, Part]:
+    def write(
+        self, job: Job, inputs: Mapping[str, Sequence[Input]], earlier: Mapping[str, Any], *, may_be_empty: bool
+    ) -> dict[str, Part]:
         """Writes the chunks and shards of all domains.
 
         Args:
             job: The job.
             inputs: Domain -> its inputs.
             earlier: Entries in the manifest of the domains that get more shards.
+            may_be_empty: All of these domains may be left out, because others of the job are written already.
 
         Raises:
             ShardError: An input cannot be used, or no document has a column to keep.
@@ -102,7 +105,7 @@ class Run:
         small = [domain for domain, tasks in assemblies.items() if not tasks]
         if small:
             fault = self._without_rows(small[0], counts[small[0]])
-            if len(small) == len(inputs):
+            if len(small) == len(inputs) and not may_be_empty:
                 job.remove()  # only other inputs or settings can help
                 raise EmptyShardError(fault)
             if not self.config.skip_small:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,20 +16,18 @@ from dmagent_loader._files import only_writer
 from dmagent_loader._tasks import Workers, check_workers
 from dmagent_loader.errors import DomainError
 from dmagent_loader.shards.inputs.chat import load_template
-from dmagent_loader.shards.inputs.finding import find_inputs
+from dmagent_loader.shards.inputs.finding import check_names, find_inputs
 from dmagent_loader.shards.inputs.pieces import PIECE_BYTES
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, manifest_text
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.job import Job
 from dmagent_loader.shards.writing.output import earlier_entries, earlier_record, joined_record, publish
 from dmagent_loader.shards.writing.packing import TextTokenizer
-from dmagent_loader.shards.writing.place import StorePlace, place_of
+from dmagent_loader.shards.writing.place import place_of
 from dmagent_loader.shards.writing.refusals import refuse_other_files, refuse_other_rows, refuse_own_shards
 from dmagent_loader.shards.writing.running import Run
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"[\w+-][\w+.-]*/[\w+-][\w+. -]*")
 
 
 def shard_files(
@@ -81,12 +78,7 @@ def shard_files(
     config = config or ShardingConfig()
     check_workers(workers)
     place = place_of(output, work_dir)
-    for domain in domains:
-        if not _NAME.fullmatch(domain):
-            raise DomainError(
-                f"domain {domain!r} cannot be a folder: name it field/domain, such as 'source/Science', of letters, "
-                "digits, '_', '-', '+' and, except at the beginning of a part, '.'; the domain may have spaces"
-            )
+    check_names(domains)
     inputs = {domain: find_inputs(domain, paths, config.reading) for domain, paths in domains.items()}
     tokenizer = (
         TextTokenizer.load(config.tokenizer, config.eos_token, parse_special_tokens=config.parse_special_tokens)
@@ -100,7 +92,9 @@ def shard_files(
         earlier = {domain: kept[domain] for domain in domains if domain in kept}
         job = Job(place, inputs, config, {**settings, "piece_bytes": PIECE_BYTES})
         done = {domain: entry for domain, entry in earlier.items() if job.digests[domain] in entry.get("jobs", ())}
-        if append or (len(done) == len(inputs) and job.folder.exists()):  # killed after it wrote the manifest
+        # A job that was killed after it wrote the manifest holds all its domains, but those that it left out as small.
+        was_written = done.keys() == earlier.keys() and job.folder.exists()
+        if append or (done and was_written):
             if done:
                 logger.warning(
                     "%s holds these inputs of %s already, with these settings: they are not added again",
@@ -118,12 +112,11 @@ def shard_files(
             )
         refuse_other_rows(place, kept, settings, earlier)
         refuse_other_files(place, [domain for domain in inputs if domain not in kept], job.published())
-        if isinstance(place, StorePlace):
-            place.check_access()
+        place.check_access()
         job.announce()
         run = Run(config, tokenizer, workers, progress, PIECE_BYTES)
         try:
-            parts = run.write(job, inputs, earlier)
+            parts = run.write(job, inputs, earlier, may_be_empty=bool(done))
             publish(job, parts, kept, progress=progress)
             records = {
                 domain: joined_record(kept.get(domain), job, domain, parts[domain], settings) for domain in parts

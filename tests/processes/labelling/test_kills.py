@@ -37,28 +37,33 @@ def finished(run: subprocess.Popen[str]) -> str:
     return out
 
 
+def kill_when_there_is(part: Path, run: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 100
+    while not part.exists():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+
+
+def contents(output: Path) -> dict[Path, bytes]:
+    return {path.relative_to(output): path.read_bytes() for path in files_under(output)}
+
+
 def test_a_killed_job_continues_after_its_last_part(tmp_path: Path) -> None:
     count = 4 * PART_DOCUMENTS + 100
     web = write_jsonl(tmp_path / "web.jsonl", [{"text": f"{TEXTS[n % 3]} {n}", "id": n} for n in range(count)])
     whole = finished(start(web, tmp_path / "whole"))
     killed = start(web, tmp_path / "killed")
     labels = tmp_path / "killed" / "labels" / "source" / "web"
-    deadline = time.monotonic() + 100
-    while not (labels / "part-000000-000000.jsonl.gz").exists():
-        assert killed.poll() is None, killed.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    kill_when_there_is(labels / "part-000000-000000.jsonl.gz", killed)
     written = {path: path.stat().st_mtime_ns for path in labels.glob("part-*")}
     assert len(written) < 5, "it was done before it was killed"
     again = finished(start(web, tmp_path / "killed"))
     assert again.replace(str(tmp_path / "killed"), str(tmp_path / "whole")) == whole
     assert all(path.stat().st_mtime_ns == changed for path, changed in written.items())
-    names = {path.relative_to(tmp_path / "whole") for path in files_under(tmp_path / "whole")}
-    assert names == {path.relative_to(tmp_path / "killed") for path in files_under(tmp_path / "killed")}
-    for name in names:
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_a_killed_filter_continues_after_its_last_part(tmp_path: Path) -> None:
@@ -75,14 +80,8 @@ def test_a_killed_filter_continues_after_its_last_part(tmp_path: Path) -> None:
     whole = finished(begin(tmp_path / "whole"))
     assert "6,000 of 12,288 kept; dropped: 6,288 exact duplicate" in whole
     killed = begin(tmp_path / "killed")
-    parts = tmp_path / "killed" / ".partial" / "found"
-    deadline = time.monotonic() + 100
-    while not (parts / "part-000000-000000.safetensors").exists():
-        assert killed.poll() is None, killed.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    parts = tmp_path / "killed" / ".filtering" / "found"
+    kill_when_there_is(parts / "part-000000-000000.safetensors", killed)
     written = {path: path.stat().st_mtime_ns for path in parts.glob("part-*")}
     assert len(written) < 3, "it was done before it was killed"
     assert not (tmp_path / "killed" / "source").exists()
@@ -91,7 +90,4 @@ def test_a_killed_filter_continues_after_its_last_part(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in parts.glob("part-*")} == written
     again = finished(begin(tmp_path / "killed"))
     assert again.replace(str(tmp_path / "killed"), str(tmp_path / "whole")) == whole
-    names = {path.relative_to(tmp_path / "whole") for path in files_under(tmp_path / "whole")}
-    assert names == {path.relative_to(tmp_path / "killed") for path in files_under(tmp_path / "killed")}
-    for name in names:
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

@@ -14,7 +14,7 @@ import pytest
 from shard_fixtures import write_jsonl
 
 from dmagent_loader.cli import main
-from dmagent_loader.errors import ConfigurationError, ShardError
+from dmagent_loader.errors import ConfigurationError, DomainError, ShardError
 from dmagent_loader.labelling import files, sorting
 from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, ShardDocuments
 from dmagent_loader.labelling.files import check_output, label_domains
@@ -108,6 +108,26 @@ def test_documents_are_sorted_by_topic_with_their_columns(web: Path, tmp_path: P
     assert rows[0]["topic_by"] == "by word"
     (unsure,) = read_rows(tmp_path / "out" / "unsure" / "source.jsonl.gz")
     assert unsure["text"] == "Games ? 8"
+
+
+def test_sorting_leaves_the_labels_and_the_unfinished_work_of_shard(web: Path, tmp_path: Path) -> None:
+    """Sorting removed `.partial`, and a field called "labels" was sorted into the folder of the labels."""
+    unfinished = tmp_path / "out" / ".partial" / "job" / "chunk.safetensors"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_bytes(b"hours of work")
+    run(web, tmp_path / "out", ByWord(), split=True)
+    assert unfinished.read_bytes() == b"hours of work"
+    for field in ("labels", "unsure"):
+        documents = {f"{field}/web": FileDocuments(f"{field}/web", [web])}
+        with pytest.raises(DomainError, match=f"sorted into the folder '{field}', which is for other files"):
+            label_domains(documents, tmp_path / field, Labeller(ByWord()), split=True, progress=False)
+
+
+def test_settings_that_cannot_be_read_are_an_error_with_a_remedy(web: Path, tmp_path: Path) -> None:
+    run(web, tmp_path / "out", ByWord())
+    (tmp_path / "out" / "labels" / "source" / "web" / files.SETTINGS_FILE).write_text("[")
+    with pytest.raises(ConfigurationError, match=r"settings\.json of the job cannot be written or read .* or remove"):
+        run(web, tmp_path / "out", ByWord())
 
 
 def test_labels_of_other_documents_or_settings_are_not_continued(web: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_the_command_counts_what_it_drops_over_all_domains(tmp_path: Path, capsy
     assert read("source/web.jsonl.gz") == [{"id": 1, "text": "kept here"}]
     assert read("target/math.jsonl.gz") == [{"text": "only here"}]
     assert [row["reason"] for row in read("dropped/source/web.jsonl.gz")] == ["length", "contaminated"]
-    assert not (tmp_path / "out" / ".partial").exists()
+    assert not (tmp_path / "out" / ".filtering").exists()
     assert main(command) == 2
     assert "holds the domain(s) ['source/web', 'target/math'] already" in capsys.readouterr().err
 
@@ -178,6 +178,21 @@ def test_the_command_refuses_an_output_that_holds_its_inputs(
     assert "lies in the output folder" in capsys.readouterr().err
     assert main([*command, "--drop-quality", "Medium"]) == 2
     assert "--drop-quality has no effect without --quality" in capsys.readouterr().err
+
+
+def test_the_command_refuses_names_that_shard_would_refuse_and_leaves_its_unfinished_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A filter that was done removed `.partial`."""
+    unfinished = tmp_path / "out" / ".partial" / "job" / "chunk.safetensors"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_bytes(b"hours of work")
+    web = write_jsonl(tmp_path / "web.jsonl", [{"text": "kept here"}])
+    command = ["filter", "--output", str(tmp_path / "out"), "--no-progress", "--domain"]
+    assert main([*command, f"source/../web={web}"]) == 2
+    assert "domain 'source/../web' cannot be a folder" in capsys.readouterr().err
+    assert main([*command, f"source/web={web}"]) == 0
+    assert unfinished.read_bytes() == b"hours of work"
 
 
 def test_an_input_that_vanishes_is_not_called_a_fault_of_the_output(
@@ -225,7 +240,7 @@ def test_what_was_found_is_not_looked_for_again_and_damage_is_named(
 
     monkeypatch.setattr(DocumentChecks, "examine", dies)
     assert main(command) == 130
-    part = tmp_path / "out" / ".partial" / "found" / "part-000000-000001.safetensors"
+    part = tmp_path / "out" / ".filtering" / "found" / "part-000000-000001.safetensors"
     content = part.read_bytes()
     part.write_bytes(content[:9])
     assert main(command) == 2
@@ -235,7 +250,7 @@ def test_what_was_found_is_not_looked_for_again_and_damage_is_named(
     assert main(command) == 0
     assert seen == ["four"]
     assert "source/web: 4 of 5 kept; dropped: 1 exact duplicate" in capsys.readouterr().out
-    assert not (tmp_path / "out" / ".partial").exists()
+    assert not (tmp_path / "out" / ".filtering").exists()
 
 
 def test_an_input_that_changes_while_it_is_filtered_is_an_error(

@@ -183,6 +183,41 @@ def test_workers_of_a_killed_job_end(folder: Path, tmp_path: Path) -> None:
     assert not alive
 
 
+ENDLESS = """
+import sys, time
+from pathlib import Path
+from dmagent_loader import _tasks
+
+def work(task, context, advance):
+    (Path(sys.argv[1]) / str(task)).touch()
+    if task == 2 and sys.argv[2] == "fails":
+        raise ValueError("the fault of a task")
+    time.sleep(0 if task == 2 else 1000)
+
+if __name__ == "__main__":
+    list(_tasks.run_tasks(work, [1, 2], None, 2, lambda size: None))
+"""
+
+
+@pytest.mark.parametrize("end", ["fails", "is interrupted"])
+def test_a_job_that_ends_early_does_not_wait_for_tasks_that_take_hours(tmp_path: Path, end: str) -> None:
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    command = [sys.executable, str(tmp_path / "endless.py"), str(tmp_path), end]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "1").exists() or not (tmp_path / "2").exists():
+        assert job.poll() is None or end == "fails"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if end == "is interrupted":
+        workers = psutil.Process(job.pid).children()
+        job.send_signal(signal.SIGINT)
+        _, alive = psutil.wait_procs(workers, timeout=60)
+        assert not alive
+    _, errors = job.communicate(timeout=60)
+    assert ("the fault of a task" if end == "fails" else "KeyboardInterrupt") in errors
+
+
 def test_an_error_in_a_worker_is_that_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [write_jsonl(tmp_path / f"{name}.jsonl.gz", [{"text": "a"}] * 50 + [{"body": 1}]) for name in "abcd"]
     monkeypatch.setattr(writer, "PIECE_BYTES", 1)

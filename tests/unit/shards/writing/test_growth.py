@@ -17,6 +17,7 @@ from dmagent_loader.shards import Decoder, ShardCollection, ShardingConfig, load
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord
 from dmagent_loader.shards.writing import running
 from dmagent_loader.shards.writing.job import Job
+from dmagent_loader.shards.writing.place import LocalPlace
 
 
 def lines(path: Path, *texts: str) -> Path:
@@ -39,7 +40,7 @@ def contents(output: Path) -> tuple[list[str], list[str]]:
     return [sample.key for sample in samples], [decode(sample)["txt"] for sample in samples]
 
 
-def killed(*arguments: Any) -> None:
+def killed(*arguments: Any, **options: Any) -> None:
     raise KeyboardInterrupt
 
 
@@ -111,6 +112,25 @@ def test_a_job_that_is_killed_while_it_publishes_goes_on(
     assert keys == [f"{number:09d}" for number in range(len(texts))]
     assert len(list((tmp_path / "out").rglob("*.tar"))) == len(texts)
     assert not (tmp_path / "out/.partial").exists()
+
+
+def test_a_killed_job_leaves_the_files_beside_the_shards_of_a_domain_that_another_job_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed when it had noted what it would publish, before the first file was there."""
+    first = lines(tmp_path / "1.jsonl", "one")
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "two"}, {"body": "no text"}])
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalPlace, "move_in", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shard(first, tmp_path / "out", append=True, max_bad=1)
+    shard(bad, tmp_path / "out", max_bad=1)
+    rejects = (tmp_path / "out/source/a/rejects.jsonl").read_bytes()
+    shard(first, tmp_path / "out", append=True, max_bad=1)
+    assert (tmp_path / "out/source/a/rejects.jsonl").read_bytes() == rejects
+    table = json.loads((tmp_path / "out/source/a/shards.index").read_bytes())
+    assert list(table["shards"]) == ["a-000000.tar", "a-000001.tar"]
+    assert contents(tmp_path / "out")[1] == ["two", "one"]
 
 
 def test_numbers_go_on_after_the_largest_of_the_manifest_and_the_folder(tmp_path: Path) -> None:
@@ -243,3 +263,23 @@ def test_small_domains_are_left_out_on_request(tmp_path: Path, caplog: pytest.Lo
     assert not (tmp_path / "out" / ".partial").exists()
     with pytest.raises(EmptyShardError, match="'source/b' would have no rows"):
         shard_files({"source/b": domains["source/b"]}, tmp_path / "none", config, progress=False)
+
+
+def test_a_job_with_small_domains_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill behind the manifest, and with --append: the domains that were left out are not an error."""
+    packed = {"tokenizer": tokenizer(tmp_path / "tokenizer.json"), "eos_token": "<end>", "sequence_length": 4}
+    config = ShardingConfig(**packed, skip_small=True)  # type: ignore[arg-type]
+    domains = {
+        f"source/{name}": [lines(tmp_path / f"{name}.jsonl", "w1 " * words)] for name, words in [("a", 9), ("b", 2)]
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shard_files(domains, tmp_path / "out", config, progress=False)
+    manifest = (tmp_path / "out" / MANIFEST_NAME).read_bytes()
+    for append in (False, True):
+        assert list(shard_files(domains, tmp_path / "out", config, append=append, progress=False)) == ["source/a"]
+        assert (tmp_path / "out" / MANIFEST_NAME).read_bytes() == manifest
+        assert not (tmp_path / "out/.partial").exists()
+    with pytest.raises(EmptyShardError, match=r"'source/b' would have no rows.*leave such domains out"):
+        shard_files(domains, tmp_path / "out", ShardingConfig(**packed), append=True, progress=False)  # type: ignore[arg-type]
