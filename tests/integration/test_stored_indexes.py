@@ -17,7 +17,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from benchmarks.slow_store import counts, slow_store
+from benchmarks.far_server import counts, serving
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, DamagedShardError
@@ -50,7 +50,7 @@ def write_shards(folder: Path, number: int = 3, rows: int = ROWS) -> list[Path]:
 def store(tmp_path: Path) -> Iterator[str]:
     """The folder ``store`` behind HTTP."""
     (tmp_path / "store").mkdir()
-    with slow_store(tmp_path / "store", latency=0, rate=0) as url:
+    with serving(tmp_path / "store", latency=0, rate=0) as url:
         yield url
 
 

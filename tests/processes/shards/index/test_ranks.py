@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from benchmarks.slow_store import counts, slow_store
+from benchmarks.far_server import counts, serving
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader._loading import meeting
 from dmagent_loader._loading.meeting import work_together
@@ -78,7 +78,7 @@ def test_a_start_that_takes_longer_than_the_timeout_ends_no_run(tmp_path: Path, 
     """Rank 0 alone indexed all shards while the others waited in a collective: a RankError after the timeout."""
     paths = write_shards(tmp_path / "store")
     size = paths[0].stat().st_size
-    with slow_store(tmp_path / "store", rate=size / (1.5 * TIMEOUT_SECONDS)) as url:
+    with serving(tmp_path / "store", rate=size / (1.5 * TIMEOUT_SECONDS)) as url:
 
         def work(rank: int, folder: Path) -> Any:
             return opened(f"{url}/s-{{000..{SHARDS - 1:03d}}}.tar", folder / ("cache" if is_shared else f"cache{rank}"))
@@ -95,7 +95,7 @@ def test_a_start_that_takes_longer_than_the_timeout_ends_no_run(tmp_path: Path, 
 
 def test_known_shards_are_asked_for_by_one_rank(tmp_path: Path) -> None:
     write_shards(tmp_path / "store")
-    with slow_store(tmp_path / "store", rate=0) as url:
+    with serving(tmp_path / "store", rate=0) as url:
 
         def work(rank: int, folder: Path) -> Any:
             return opened(f"{url}/s-{{000..{SHARDS - 1:03d}}}.tar", folder / "cache")
@@ -148,7 +148,7 @@ def test_a_copy_with_other_rows_is_not_taken_for_the_one_that_another_node_index
 
 def test_a_cache_that_one_node_has_serves_the_others(tmp_path: Path) -> None:
     write_shards(tmp_path / "store")
-    with slow_store(tmp_path / "store", rate=0) as url:
+    with serving(tmp_path / "store", rate=0) as url:
         shards = f"{url}/s-{{000..{SHARDS - 1:03d}}}.tar"
 
         def alone(rank: int, folder: Path) -> Any:
