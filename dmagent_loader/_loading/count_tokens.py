@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dmagent_loader._loading.meeting import work_together
@@ -33,7 +35,7 @@ def count_on_all_ranks(counts: TokenCounts, *, progress: bool) -> None:
 def _count(counts: TokenCounts, peers: Peers, *, progress: bool) -> None:
     if peers.size == 1:
         return
-    missing = lacking_on_ranks(peers, counts.missing()).any(axis=0)
+    missing: NDArray[np.bool_] = np.logical_or.reduce(lacking_on_ranks(peers, counts.missing()), axis=0)
     share = counts.count_share(missing, peers.rank, peers.size)
     documents = counts.documents(missing)
     with tqdm(

@@ -6,8 +6,9 @@ import logging
 import threading
 from collections import defaultdict
 
-from dmagent_loader.shards.index.catalogue import Catalogue, in_threads
+from dmagent_loader.shards.index.catalogue import Catalogue
 from dmagent_loader.shards.index.stored import StoredIndexes, can_be_stored
+from dmagent_loader.shards.index.threads import in_threads
 from dmagent_loader.shards.sources.listing import REQUESTS_IN_FLIGHT
 from dmagent_loader.shards.sources.urls import base_name, display_url
 
