@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from far_server import counts, serving
 from measuring import interleaved, median
-from slow_store import counts, slow_store
 
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.shards import ShardCollection
@@ -79,7 +79,7 @@ def main() -> None:
     folder = args.data / f"far-{args.shards}-{args.shard_bytes}"
     write_shards(folder, args.shards, args.shard_bytes)
     cpu: dict[str, list[float]] = {"indexes in the store": [], "no indexes": [], "cached": []}
-    with slow_store(folder) as url, tempfile.TemporaryDirectory() as known:
+    with serving(folder) as url, tempfile.TemporaryDirectory() as known:
         start(url, args.shards, known, indexes=True, cpu=[])
 
         def fresh(name: str, **settings: Any) -> float:

@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace, kind: str, scratch: Path) -> dict[str, Any
     with far_server.serving(folder) as address:
 
         def run(name: str, cache: Path, *options: str) -> None:
-            far_server.take_counts(address)
+            far_server.counts(address, reset=True)
             reader = name.partition(",")[0]
             command = [sys.executable, str(Path(__file__).with_name("remote_readers.py")), reader, address]
             command += [str(folder), kind, str(rows), "--cache", str(cache), *options]
@@ -115,7 +115,10 @@ def measure(args: argparse.Namespace, kind: str, scratch: Path) -> dict[str, Any
             if done.returncode or not lines:
                 measuring.say(f"{kind} {name}: failed")
                 return
-            found[name].append({**json.loads(lines[-1]), **far_server.take_counts(address)})
+            counts = far_server.counts(address)
+            requests = sum(count for kind, count in counts["requests"].items() if kind.startswith("GET "))
+            sent = sum(counts["bytes"].values())
+            found[name].append({**json.loads(lines[-1]), "requests": requests, "bytes": sent})
             measuring.say(f"{kind} {name}: {found[name][-1]['rows'] / found[name][-1]['seconds']:,.0f} rows/s")
 
         if not (folder / "index").exists() or kind == "text":

@@ -164,6 +164,8 @@ def open_exclusively(path: Path) -> int | None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError:
+        if not os.path.lexists(path):
+            raise  # the folder cannot be written to
         return None  # another user's file
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

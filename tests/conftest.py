@@ -1,9 +1,15 @@
-"""How tests are dealt to processes; `--conformance-table FILE`: which integration passed what, as Markdown."""
+"""How tests are dealt to processes, and their temporary folder.
+
+`--conformance-table FILE`: which integration passed what, as Markdown.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +33,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
         if getattr(integration, "variant", False) and not getattr(parameters.get("setting"), "for_variants", False):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Blocks of remote shards neither come from the machine's default folder nor stay there; also in subprocesses.
+
+    The path is short, because sockets of subprocesses lie there, too.
+    """
+    tmp_path_factory.getbasetemp()  # pytest's own folder stays where it is
+    folder = tempfile.mkdtemp(prefix="dmagent-")
+    Path(folder).chmod(0o1777)  # some tests act as another user
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+import queue
 import random
 import shutil
 import signal
@@ -108,14 +110,14 @@ def wrong_blocks(folder: Path, shards: Path, collection: ShardCollection) -> int
 
 
 def play(url: str, shards: Path, expected: str, rng: random.Random, limit: int | None) -> Counter[str]:
-    """One kill."""
-    counts: Counter[str] = Counter(kills=1)
+    """One kill, unless the process was faster."""
+    counts: Counter[str] = Counter()
     folder = Path(tempfile.mkdtemp())
     shutil.copytree(shards.parent / "index", folder / "index")
     collection = collection_of(url, folder, limit)
     context = multiprocessing.get_context("fork")
     results = [context.Queue() for _ in range(READERS)]
-    readers = [context.Process(target=read, args=(collection, queue)) for queue in results]
+    readers = [context.Process(target=read, args=(collection, rows)) for rows in results]
     for reader in readers:
         reader.start()
     partials = folder / "blocks"
@@ -125,19 +127,20 @@ def play(url: str, shards: Path, expected: str, rng: random.Random, limit: int |
             break  # in the middle of a fetch
         time.sleep(0.002)
     victim = rng.randrange(READERS)
-    counts["while fetching"] += any(partials.glob("*.partial"))
     pid = readers[victim].pid
     assert pid is not None
     if readers[victim].is_alive():
+        counts["kills"] += 1
+        counts["while fetching"] += any(partials.glob("*.partial"))
         os.kill(pid, signal.SIGKILL)
     else:
         counts["too late"] += 1
-    for number, queue in enumerate(results):
+    for number, rows in enumerate(results):
         if number == victim:
             continue
         try:
-            counts["wrong rows"] += queue.get(timeout=LONGEST_SECONDS) != expected
-        except Exception:
+            counts["wrong rows"] += rows.get(timeout=LONGEST_SECONDS) != expected
+        except queue.Empty:
             counts["did not finish"] += 1
     for reader in readers:
         reader.join(5)
@@ -170,9 +173,11 @@ def campaign(kills: int, seed: int = 0) -> Counter[str]:
         for shard, row in order().tolist():
             digest.update(local.read(0, shard, row).members["txt"])
         collection_of(url, folder, None)  # makes the indexes
-        for kill in range(kills):
-            totals += play(url, shards, digest.hexdigest(), rng, LIMITS[kill % len(LIMITS)])
-            print(f"\r{kill + 1} of {kills}: {dict(totals)}", end="", file=sys.stderr, flush=True)
+        for limit in itertools.cycle(LIMITS):
+            if totals["kills"] >= kills:
+                break
+            totals += play(url, shards, digest.hexdigest(), rng, limit)
+            print(f"\r{dict(totals)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     shutil.rmtree(folder)
     return totals

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
-import http.server
 import io
 import logging
 import os
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.far_server import Handler, Server
 from dmagent_loader.errors import ShardError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.sources import remote
@@ -45,27 +45,21 @@ def tar_bytes(texts: list[str]) -> bytes:
     return stream.getvalue()
 
 
-class Server(http.server.ThreadingHTTPServer):
+class FaultyServer(Server):
     """Serves one shard by byte ranges; `fault` is what it does wrong the next `faults_left` times."""
 
-    daemon_threads = True
-
     def __init__(self, data: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(FaultyHandler)
         self.data = data
         self.fault = ""
         self.faults_left = 0
         self.requests = 0
         self.well_again = threading.Event()
-        self.lock = threading.Lock()
 
     @property
-    def url(self) -> str:
-        """Of the shard."""
-        return f"http://127.0.0.1:{self.server_address[1]}/shard-000.tar?token=secret"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that give up are what is tested here."""
+    def shard_url(self) -> str:
+        """URL of the shard."""
+        return self.url("shard-000.tar?token=secret")
 
     def begin(self, fault: str, times: int) -> None:
         """Does something wrong the next so many times."""
@@ -81,25 +75,13 @@ class Server(http.server.ThreadingHTTPServer):
             return self.fault
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class FaultyHandler(Handler):
     """Answers one request, well or badly."""
 
-    server: Server
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+    server: FaultyServer
 
-    def do_HEAD(self) -> None:
-        """Size and version."""
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        """Bytes."""
-        self._answer(body=True)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
-
-    def _answer(self, body: bool) -> None:
+    def answer(self, *, body: bool) -> None:
+        """Answers one request."""
         fault = self.server.take_fault()
         if fault == "reset":
             return self._reset()
@@ -115,25 +97,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, fault: str, body: bool) -> None:
         data = self.server.data
-        wanted = self.headers.get("Range") if body else None
+        wanted = self.wanted_range(len(data)) if body else None
         status, headers = 200, {"Accept-Ranges": "bytes", "ETag": '"1"'}
         if wanted and fault != "ignores ranges":
-            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+            first, end = wanted
             if first >= len(data):
                 return self._refuse(416, {})
             if fault == "other range":
-                first = max(0, first - 512)
-                last = first + last - int(wanted.removeprefix("bytes=").split("-")[0])
-            last = min(last, len(data) - 1)
+                first, end = max(0, first - 512), max(0, first - 512) + end - first
             if fault == "short range":
-                last = max(first, (first + last) // 2)
+                end = max(first + 1, (first + end + 1) // 2)
             status = 206
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-            data = data[first : last + 1]
+            headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"
+            data = data[first:end]
             if fault == "flipped bit":
                 data = bytes([data[0] ^ 1]) + data[1:]
-        headers["Content-Length"] = str(len(data))
-        self._head(status, headers)
+        self.head(status, len(data), headers)
         if not body:
             return None
         if fault in ("reset in the body", "stall in the body", "ends in the body"):
@@ -149,14 +128,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
         return None
 
-    def _head(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-
     def _refuse(self, status: int, headers: dict[str, str]) -> None:
-        self._head(status, {**headers, "Content-Length": "0"})
+        self.head(status, 0, headers)
 
     def _stall(self) -> None:
         self.close_connection = True
@@ -189,9 +162,9 @@ REFUSED = ("ignores ranges", "401", "403", "404")
 
 
 @contextlib.contextmanager
-def serving(texts: list[str] | None = None) -> Iterator[Server]:
+def serving(texts: list[str] | None = None) -> Iterator[FaultyServer]:
     """A server that is well, for a while."""
-    server = Server(tar_bytes(texts or TEXTS))
+    server = FaultyServer(tar_bytes(texts or TEXTS))
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
@@ -244,7 +217,7 @@ def run_fault(fault: str, stage: str, times: int, cache: Path) -> Outcome:
     with serving() as server:
 
         def opened() -> ShardCollection:
-            return ShardCollection.open({"source/a": server.url}, progress=False, cache_dir=cache)
+            return ShardCollection.open({"source/a": server.shard_url}, progress=False, cache_dir=cache)
 
         def rows(collection: ShardCollection) -> int:
             samples = (collection.read(0, 0, row) for row in range(len(TEXTS)))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dmagent_loader import _distributed as distributed
+from dmagent_loader._loading.meeting import work_together
+from dmagent_loader.shards.index.peers import Peers
+from dmagent_loader.shards.index.sharing import lacking_on_ranks
 from dmagent_loader.shards.packed.counts import CountedBatch, TokenCounts
 
 ROUND_SECONDS = 20.0
-"""Time between two exchanges of counts: far below the timeout of a process group, so that no rank waits in vain."""
+"""Time between two exchanges of counts. Those of complete shards are saved then."""
 _STEP = "counting tokens"
 
 
@@ -26,13 +29,14 @@ def count_on_all_ranks(counts: TokenCounts, *, progress: bool) -> None:
         ShardError: This rank could not read a document.
         RankError: Another rank could not, or does not answer.
     """
-    world_size = distributed.get_world_size()
-    if world_size == 1:
+    work_together(_STEP, lambda peers: _count(counts, peers, progress=progress))
+
+
+def _count(counts: TokenCounts, peers: Peers, *, progress: bool) -> None:
+    if peers.size == 1:
         return
-    with distributed.together(_STEP):
-        lacking = counts.missing()
-    missing = distributed.all_reduce_sum(lacking.astype(np.float64), _STEP) > 0
-    share = counts.count_share(missing, distributed.get_rank(), world_size)
+    missing: NDArray[np.bool_] = np.logical_or.reduce(lacking_on_ranks(peers, counts.missing()), axis=0)
+    share = counts.count_share(missing, peers.rank, peers.size)
     documents = counts.documents(missing)
     with tqdm(
         total=documents, unit=" documents", desc=_STEP, mininterval=0.5, disable=not (progress and documents)
@@ -41,12 +45,11 @@ def count_on_all_ranks(counts: TokenCounts, *, progress: bool) -> None:
         while not is_done:
             found: list[CountedBatch] = []
             end = time.monotonic() + ROUND_SECONDS
-            with distributed.together(_STEP):
-                for batch in share:
-                    found.append(batch)
-                    if time.monotonic() > end:
-                        break
-            gathered = distributed.all_gather_object(found, _STEP)
+            for batch in share:
+                found.append(batch)
+                if time.monotonic() > end or peers.stop.is_set():
+                    break
+            gathered = peers.gather(found)
             for of_rank in gathered:
                 counts.add(of_rank)
                 bar.update(sum(len(batch.counts) for batch in of_rank))

@@ -30,6 +30,7 @@ from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
 from dmagent_loader.shards.index.catalogue import Catalogue
 from dmagent_loader.shards.index.oddities import oddities
+from dmagent_loader.shards.index.opening import open_catalogue
 from dmagent_loader.shards.index.peers import Peers
 from dmagent_loader.shards.index.stored import StoredIndexes
 from dmagent_loader.shards.index.storing import write_indexes
@@ -185,7 +186,7 @@ class ShardCollection:
                 if indexes is not False
                 else None
             )
-            catalogue = Catalogue(urls, cache, Manifests(given), stored=stored, progress=progress, peers=peers)
+            catalogue = open_catalogue(urls, cache, Manifests(given), stored=stored, progress=progress, peers=peers)
             collection = cls(
                 catalogue,
                 verify=verify,

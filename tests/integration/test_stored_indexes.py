@@ -17,7 +17,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from benchmarks.slow_store import counts, slow_store
+from benchmarks.far_server import counts, serving
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, DamagedShardError
@@ -50,7 +50,7 @@ def write_shards(folder: Path, number: int = 3, rows: int = ROWS) -> list[Path]:
 def store(tmp_path: Path) -> Iterator[str]:
     """The folder ``store`` behind HTTP."""
     (tmp_path / "store").mkdir()
-    with slow_store(tmp_path / "store", latency=0, rate=0) as url:
+    with serving(tmp_path / "store", latency=0, rate=0) as url:
         yield url
 
 
@@ -166,6 +166,54 @@ def test_indexes_are_written_to_other_stores_and_beside_local_shards(
     assert main(["index", str(tmp_path / "local"), "--beside", "--no-progress", "--cache-dir", str(fresh())]) == 1
     names = sorted(path.name for path in (tmp_path / "local").glob("*.index"))
     assert names == ["s-000.tar.index", "s-002.tar.index", "shards.index"], "a damaged shard gets no index"
+
+
+@pytest.mark.parametrize(("fault", "is_lost"), [(ConnectionError("reset"), True), (PermissionError("denied"), False)])
+def test_a_table_that_cannot_be_read_is_not_replaced_by_one_with_fewer_shards(
+    tmp_path: Path,
+    fresh: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: OSError,
+    is_lost: bool,
+) -> None:
+    """A refusal is S3's answer where there is no table, to those who may not list the bucket."""
+    monkeypatch.setattr("dmagent_loader.shards.sources.remote.REMOTE_BACKOFF_SECONDS", 0.001)
+    paths, root = write_shards(tmp_path / "local"), f"memory://{tmp_path.name}"
+    opened([str(path) for path in paths], fresh()).write_indexes(root)
+    (table,) = fsspec.filesystem("memory").glob(f"/{tmp_path.name}/**/shards.index")
+    before = fsspec.filesystem("memory").cat_file(table)
+    second = opened(str(paths[1]), fresh())
+    info = MemoryFileSystem.info
+
+    def failing(self: MemoryFileSystem, path: str, **settings: Any) -> dict[str, Any]:
+        if path == table:
+            raise fault
+        return info(self, path, **settings)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", failing)
+    if is_lost:
+        with pytest.raises(ConfigurationError, match="would lose its other shards"):
+            second.write_indexes(root)
+        assert fsspec.filesystem("memory").cat_file(table) == before
+    else:
+        assert second.write_indexes(root) == 1
+    with caplog.at_level(logging.WARNING):
+        assert opened([str(path) for path in paths], fresh(), indexes=root).num_rows.tolist() == [3 * ROWS]
+    assert ("cannot be read: its shards are read through" in caplog.text) == is_lost
+
+
+def test_shards_that_only_a_query_names_get_no_index(
+    tmp_path: Path, store: str, fresh: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of them would have the same name."""
+    for path in write_shards(tmp_path / "store", 2):
+        path.rename(path.with_suffix(""))
+    with caplog.at_level(logging.WARNING):
+        collection = opened([f"{store}/s-00{number}?name=s-00{number}" for number in range(2)], fresh())
+        assert collection.write_indexes(tmp_path / "indexes") == 0
+    assert "2 shard(s) are named by the query" in caplog.text
+    assert not (tmp_path / "indexes").exists()
 
 
 class StoreWithListings(MemoryFileSystem):

@@ -17,7 +17,8 @@ from dmagent_loader import AgentWeightedSampler, MixingDataLoader, PackText
 from dmagent_loader.transforms import collate_packed
 
 RANK = """
-import json, sys
+import json, sys, time
+from datetime import timedelta
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
 from reading import quiet
@@ -28,7 +29,7 @@ from dmagent_loader.errors import RankError, ShardError
 from dmagent_loader.shards.packed import counts
 from dmagent_loader.shards.packed.encoder import DocumentEncoder
 
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=timedelta(seconds=4 if sys.argv[4] == "slow" else 600))
 counts.PIECE_DOCUMENTS, count_tokens.ROUND_SECONDS = 7, 0  # shards are divided, and each batch is exchanged
 tokens, tokenised = DocumentEncoder.tokens, []
 DocumentEncoder.tokens = lambda self, rows: tokenised.append(len(rows)) or tokens(self, rows)
@@ -36,6 +37,9 @@ rank, (folder, other, cache) = dist.get_rank(), sys.argv[2:]
 length = 24 - (rank == int(other))
 if cache == "fails" and rank == 1:
     DocumentEncoder.tokens = lambda self, rows: (_ for _ in ()).throw(ShardError("the disk is gone"))
+if cache == "slow" and rank == 1:
+    once = DocumentEncoder.tokens
+    DocumentEncoder.tokens = lambda self, rows: (time.sleep(0 if tokenised else 8), once(self, rows))[1]
 report = {}
 try:
     sampler = AgentWeightedSampler(json.load(open(folder + "/shards.json")), pack=PackText(byte_tokenizer(), length),
@@ -117,3 +121,9 @@ def test_a_rank_that_fails_while_it_counts_ends_all(shards, tmp_path):
     first, second = ranks(tmp_path, shards, cache="fails")
     assert second["error"] == "the disk is gone"
     assert "counting tokens failed on 1 of 2 ranks; rank 1: ShardError: the disk is gone" in first["error"]
+
+
+def test_documents_that_take_longer_than_the_timeout_end_no_run(shards, tmp_path):
+    """Eight seconds for the first documents of one rank, and a process group that waits for four."""
+    first, second = ranks(tmp_path, shards, cache="slow")
+    assert first["fingerprint"] == second["fingerprint"]

@@ -28,6 +28,7 @@ from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundEr
 from dmagent_loader.shards import ShardCollection, ShardingConfig, load_manifest, shard_files
 from dmagent_loader.shards.index.cache import IndexCache
 from dmagent_loader.shards.sources.local import shard_version
+from dmagent_loader.shards.sources.node_cache import NodeCache, default_block_folder
 
 NOBODY = 65534
 
@@ -68,6 +69,25 @@ def public_folder() -> Iterator[Path]:
     folder.chmod(0o777)
     yield folder
     shutil.rmtree(folder)
+
+
+def test_a_folder_of_blocks_that_cannot_be_written_to_is_named_as_that(public_folder: Path) -> None:
+    public_folder.chmod(0o555)
+    with as_nobody(), pytest.raises(PermissionError, match="Permission denied"):
+        NodeCache(public_folder, None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+@pytest.mark.parametrize("is_link", [False, True])
+def test_the_default_folder_of_blocks_is_refused_if_another_user_made_it(
+    public_folder: Path, monkeypatch: pytest.MonkeyPatch, is_link: bool
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(public_folder))
+    theirs = public_folder / f"dmagent_loader-{os.getuid()}"
+    with as_nobody():
+        theirs.symlink_to(public_folder) if is_link else theirs.mkdir()
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        default_block_folder()
 
 
 def test_a_shard_that_may_not_be_read_is_named(public_folder: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_server_that_ignores_ranges_does_not_send_the_whole_shard(tmp_path: Pa
     """`cat_file` would take a shard of any size into memory before its length is looked at."""
     texts = ["x" * (1 << 20)] * 64
     with serving(texts) as server:
-        collection = ShardCollection.open({"source/a": server.url}, progress=False, cache_dir=tmp_path)
+        collection = ShardCollection.open({"source/a": server.shard_url}, progress=False, cache_dir=tmp_path)
         server.begin("ignores ranges", 1 << 30)
         begin = time.perf_counter()
         with pytest.raises(ShardError, match="ignores byte ranges"):
@@ -137,7 +137,7 @@ def test_a_limit_that_is_none_is_refused(value: str, monkeypatch: pytest.MonkeyP
 
 def test_a_shard_that_shrinks_behind_the_url_is_damaged_not_unreachable(tmp_path: Path) -> None:
     with serving() as server:
-        collection = ShardCollection.open({"source/a": server.url}, progress=False, cache_dir=tmp_path)
+        collection = ShardCollection.open({"source/a": server.shard_url}, progress=False, cache_dir=tmp_path)
         server.data = server.data[:4000]
         with pytest.raises(DamagedShardError, match=r"shard-000\.tar.*changed since it was indexed"):
             collection.read(0, 0, 29)
@@ -158,5 +158,5 @@ def test_a_shard_that_is_replaced_while_it_is_indexed_is_refused(
 
         monkeypatch.setattr(server, "take_fault", replace_in_the_middle)
         with pytest.raises(DamagedShardError, match=r"shard-000\.tar.*changed"):
-            ShardCollection.open({"source/a": server.url}, progress=False, cache_dir=tmp_path)
+            ShardCollection.open({"source/a": server.shard_url}, progress=False, cache_dir=tmp_path)
         assert server.requests > 4

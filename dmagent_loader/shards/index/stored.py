@@ -11,27 +11,24 @@ and every row is compared with its checksum when it is read. Reading them cannot
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import posixpath
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
 from dmagent_loader.shards.index.cache import FORMAT, entry_bytes, parse_entry
 from dmagent_loader.shards.index.inventory import inventory_text, parse_inventory
 from dmagent_loader.shards.index.overview import KnownShard
 from dmagent_loader.shards.index.shard_index import ShardIndex, with_checksum
 from dmagent_loader.shards.manifest import read_stored
+from dmagent_loader.shards.sources.faults import Kind, kind_of_fault
 from dmagent_loader.shards.sources.local import ShardVersion
-from dmagent_loader.shards.sources.remote import call, filesystem_of, timeout_seconds, with_retries
 from dmagent_loader.shards.sources.urls import absolute, base_name, display_url, is_local, local_path, without_signature
+from dmagent_loader.shards.sources.writing import write_url
 from dmagent_loader.shards.tar import KeyEnd
 
 INDEX_SUFFIX = ".index"
@@ -53,6 +50,11 @@ def table_entry(version: ShardVersion, index: ShardIndex) -> KnownShard:
     )
 
 
+def can_be_stored(url: str) -> bool:
+    """Whether the path of a URL names the shard; where the query does, all indexes would have one name."""
+    return is_local(url) or "?" not in without_signature(url)
+
+
 class StoredIndexes:
     """The indexes of shards in their store.
 
@@ -70,7 +72,7 @@ class StoredIndexes:
 
         Local shards are read through once on each machine, which shows damage before training, unless a root was named.
         """
-        return (self._root is not None or not is_local(url)) and (is_local(url) or "?" not in without_signature(url))
+        return (self._root is not None or not is_local(url)) and can_be_stored(url)
 
     def folder(self, url: str) -> str:
         """The folder with the table and the index of a shard."""
@@ -82,14 +84,32 @@ class StoredIndexes:
         return f"{self._root}/{path.strip('/')}"
 
     def read_table(self, folder: str) -> bytes | None:
-        """The file of the table of a folder; None if there is none."""
-        url = self._in(folder, _TABLE)
+        """The file of the table of a folder; None if there is none or, with a warning, it cannot be read."""
         try:
-            return read_stored(url)
+            return self._read_table(folder)
+        except (ShardError, OSError) as error:
+            logger.warning(
+                "the table of indexes %s cannot be read: its shards are read through to index them (%s)",
+                display_url(self._in(folder, _TABLE)),
+                error,
+            )
+            return None
+
+    def _read_table(self, folder: str) -> bytes | None:
+        """The file of the table of a folder; None if there is none.
+
+        Raises:
+            ShardError, OSError: It cannot be read.
+        """
+        try:
+            return read_stored(self._in(folder, _TABLE))
         except (ShardNotFoundError, FileNotFoundError):
             return None
-        except (ShardError, OSError) as error:  # S3 answers so where there is no file and no right to list the bucket
-            logger.info("there is no table of indexes that can be read, %s: %s", display_url(url), error)
+        except ShardError as error:
+            if error.__cause__ is None or kind_of_fault(error.__cause__) is not Kind.REFUSED:
+                raise
+            # S3 answers so where there is no file and no right to list the bucket.
+            logger.info("there is no table of indexes in %s that may be read: %s", display_url(folder), error)
             return None
 
     def parse_table(self, folder: str, data: bytes) -> dict[str, KnownShard]:
@@ -109,8 +129,18 @@ class StoredIndexes:
             return {}
 
     def table(self, folder: str) -> dict[str, KnownShard]:
-        """The table of a folder; empty if there is none that can be used."""
-        data = self.read_table(folder)
+        """The table of a folder, to be written anew; empty if there is none that can be used.
+
+        Raises:
+            ConfigurationError: It cannot be read now, and its entries of other shards would be lost.
+        """
+        try:
+            data = self._read_table(folder)
+        except (ShardError, OSError) as error:
+            raise ConfigurationError(
+                f"the table of indexes {display_url(self._in(folder, _TABLE))} cannot be read, so a new one would lose "
+                f"its other shards: {error}; try again, or choose another place (--to)"
+            ) from error
         return {} if data is None else self.parse_table(folder, data)
 
     def read(self, url: str) -> ShardIndex | None:
@@ -202,23 +232,7 @@ def _write(url: str, data: bytes) -> None:
         ConfigurationError: It cannot be written.
     """
     try:
-        if is_local(url):
-            path = Path(local_path(url))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, data)
-            return
-        filesystem, name = filesystem_of(url)
-        limit = timeout_seconds()
-        with contextlib.suppress(NotImplementedError, OSError):  # object stores have no folders
-            call(filesystem, "makedirs", posixpath.dirname(name), exist_ok=True, limit=limit)
-
-        def put() -> None:
-            try:
-                call(filesystem, "pipe_file", name, data, limit=limit)
-            except NotImplementedError as error:
-                raise ShardError(f"{filesystem.protocol} URLs cannot be written to") from error
-
-        with_retries(url, limit, put)
+        write_url(url, data)
     except (OSError, ShardError) as error:
         raise ConfigurationError(
             f"the index {display_url(url)} cannot be written: {error}; choose a place that can be written to (--to)"

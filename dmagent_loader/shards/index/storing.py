@@ -6,8 +6,9 @@ import logging
 import threading
 from collections import defaultdict
 
-from dmagent_loader.shards.index.catalogue import Catalogue, in_threads
-from dmagent_loader.shards.index.stored import StoredIndexes
+from dmagent_loader.shards.index.catalogue import Catalogue
+from dmagent_loader.shards.index.stored import StoredIndexes, can_be_stored
+from dmagent_loader.shards.index.threads import in_threads
 from dmagent_loader.shards.sources.listing import REQUESTS_IN_FLIGHT
 from dmagent_loader.shards.sources.urls import base_name, display_url
 
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_indexes(catalogue: Catalogue, stored: StoredIndexes) -> int:
-    """Writes the index of every intact shard, and the tables of their folders.
+    """Writes the index of every intact shard that has a name, and the tables of their folders.
 
     Entries of other shards stay in the tables.
 
@@ -30,9 +31,19 @@ def write_indexes(catalogue: Catalogue, stored: StoredIndexes) -> int:
         ConfigurationError: They cannot be written.
     """
     folders: dict[str, list[int]] = defaultdict(list)
+    nameless = 0
     for number in range(len(catalogue)):
-        if number not in catalogue.damage:
-            folders[stored.folder(catalogue.url(number))].append(number)
+        url = catalogue.url(number)
+        if not can_be_stored(url):
+            nameless += 1
+        elif number not in catalogue.damage:
+            folders[stored.folder(url)].append(number)
+    if nameless:
+        logger.warning(
+            "%d shard(s) are named by the query of their URL, so their indexes have no names and are left out: each "
+            "start reads these shards through where they are not in its cache; give them URLs that end in a file name",
+            nameless,
+        )
     written = 0
     for folder, numbers in folders.items():
         table = stored.table(folder)

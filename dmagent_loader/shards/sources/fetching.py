@@ -12,19 +12,18 @@ import heapq
 import itertools
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
-from dmagent_loader.errors import DamagedShardError, ShardError
+from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError
 from dmagent_loader.shards import forks
 from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.sources.blocks import Block
 from dmagent_loader.shards.sources.local import LocalSource, Source
-from dmagent_loader.shards.sources.node_cache import BlockInUse, Claim, NodeCache
+from dmagent_loader.shards.sources.node_cache import BlockInUse, Claim, NodeCache, default_block_folder
 from dmagent_loader.shards.sources.remote import SLOWEST_BYTES_PER_SECOND, timeout_seconds
 
 FETCHES = 32
@@ -42,20 +41,7 @@ _TRY_AGAIN_SECONDS = 0.5
 
 logger = logging.getLogger(__name__)
 _reported: set[str] = set()
-"""Folders that could not be used, as this process has said."""
-
-
-def default_block_folder() -> Path:
-    """The folder of this user on the disk for temporary files.
-
-    Raises:
-        PermissionError: Another user has made it.
-    """
-    folder = Path(tempfile.gettempdir()) / f"dmagent_loader-{os.getuid()}" / "blocks"
-    folder.parent.mkdir(mode=0o700, exist_ok=True)
-    if os.lstat(folder.parent).st_uid != os.getuid():
-        raise PermissionError(f"{folder.parent} belongs to another user")
-    return folder
+"""Warnings of folders that this process has given."""
 
 
 class _State(Enum):
@@ -224,12 +210,24 @@ class BlockFetcher:
             if state is _State.ON_DISK:
                 try:
                     return self._files.get(entry.place)
-                except ShardError:  # the file was removed: it is fetched again
+                except ShardNotFoundError:  # it was removed: it is fetched again
                     with self._changed:
                         if entry.state is _State.ON_DISK:
                             self._leave_disk(entry)
                             self._enqueue(entry)
                     continue
+                except ShardError as error:  # such as a file of another user, which would be found again without end
+                    with self._changed:
+                        if entry.state is _State.ON_DISK:
+                            self._leave_disk(entry)
+                            entry.state = _State.FAILED
+                    _warn_once(
+                        f"blocks of remote shards cannot be read from the folder {os.path.dirname(entry.place[0])}: "
+                        "their rows are read one by one from the shards; set block_cache_dir of ReadingConfig to a "
+                        "folder to which no other user writes, and keep some file descriptors free",
+                        str(error),
+                    )
+                    return None
             if state in (_State.NO_ROOM, _State.FAILED) or not self._wait(entry):
                 return None
 
@@ -437,15 +435,18 @@ class BlockFetcher:
         """Keeps further blocks in memory, and says so once."""
         self._can_store = False
         name = "for temporary files" if folder is None else str(folder)
-        if name in _reported:
-            return
-        _reported.add(name)
-        logger.warning(
-            "blocks of remote shards cannot be stored in the folder %s (%s): each process keeps its own in memory; set "
+        _warn_once(
+            f"blocks of remote shards cannot be stored in the folder {name}: each process keeps its own in memory; set "
             "block_cache_dir of ReadingConfig to a folder with free space on a local disk",
-            name,
-            error.strerror or error,
+            error.strerror or str(error),
         )
+
+
+def _warn_once(text: str, reason: str) -> None:
+    """Warns of a folder, for the first of all reasons."""
+    if text not in _reported:
+        _reported.add(text)
+        logger.warning("%s (%s)", text, reason)
 
 
 def _open_file(place: tuple[str, int]) -> _File:

@@ -16,6 +16,7 @@ import fcntl
 import os
 import re
 import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -39,6 +40,19 @@ _EVICTED_SHARE = 0.05
 _REWRITTEN_LINES = 10_000
 
 
+def default_block_folder() -> Path:
+    """The folder of this user on the disk for temporary files.
+
+    Raises:
+        PermissionError: Another user has made it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"dmagent_loader-{os.getuid()}" / "blocks"
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    if os.lstat(folder.parent).st_uid != os.getuid():
+        raise PermissionError(f"{folder.parent} belongs to another user")
+    return folder
+
+
 class BlockInUse(Exception):
     """Another process or thread is fetching the block."""
 
@@ -47,12 +61,19 @@ class BlockInUse(Exception):
 class _Survey:
     """The content of the folder."""
 
-    total: int = 0
-    """Bytes of all blocks, complete or not, and those that other processes may add."""
-    blocks: list[tuple[float, int, str]] = field(default_factory=list)
-    """Time of the last use, size and name of every complete block."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Name -> bytes of every block, complete or not."""
+    last_use: dict[str, float] = field(default_factory=dict)
+    """Name -> time of the last use of every complete block."""
     needed: set[str] = field(default_factory=set)
     """Names of the blocks that a process needs."""
+    allowance: int = 0
+    """Bytes that other processes may add."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all blocks, and those that other processes may add."""
+        return sum(self.sizes.values()) + self.allowance
 
 
 class Claim:
@@ -114,7 +135,9 @@ class NodeCache:
         self._needed: Counter[str] = Counter()
         self._lines = 0
         self._needs = self._open_needs()
-        self._finalizer = weakref.finalize(self, _unlink_by, os.getpid(), self._needs[1])
+        weakref.finalize(self, _unlink_by, os.getpid(), self._needs[1])
+        self._closer = weakref.finalize(self, os.close, self._needs[0])
+        self._closer.atexit = False  # threads may still write to it, and its number might be another file's by then
         found = self._survey()  # which also removes leftovers
         if limit is None:
             limit = min(MOST_BYTES, (shutil.disk_usage(folder).free + found.total) // 2)
@@ -191,9 +214,11 @@ class NodeCache:
 
     def close_after_fork(self) -> None:
         """Closes what a forked child has taken over."""
+        self._closer.detach()
         for descriptor in self._descriptors:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+        self._descriptors.clear()
 
     def close_descriptor(self, descriptor: int) -> None:
         """Closes a locked file."""
@@ -247,14 +272,14 @@ class NodeCache:
         Blocks from before this process go first, the oldest of them before the others. Of the blocks that were used
         since, the one that was used last comes last in the next pass.
         """
-        aim = int(self._limit * (1 - _EVICTED_SHARE))
-        unneeded = [block for block in survey.blocks if block[2] not in survey.needed]
+        excess = survey.total - int(self._limit * (1 - _EVICTED_SHARE))
+        unneeded = [(time, name) for name, time in survey.last_use.items() if name not in survey.needed]
         unneeded.sort(key=lambda block: (block[0] >= self._began, block[0] if block[0] < self._began else -block[0]))
-        for _, size, name in unneeded:
-            if survey.total <= aim:
+        for _, name in unneeded:
+            if excess <= 0:
                 return
             self.remove(name)
-            survey.total -= size
+            excess -= survey.sizes.pop(name)
 
     def _survey(self) -> _Survey:
         """Looks through the folder, and removes what killed processes have left behind."""
@@ -262,20 +287,30 @@ class NodeCache:
         for entry in self._entries():
             name, suffix = os.path.splitext(entry.name)
             try:
-                status = entry.stat()
-                if suffix == _BLOCK:
-                    survey.blocks.append((status.st_mtime, status.st_size, name))
-                elif entry.path == self._needs[1] or _is_abandoned(entry.path):
-                    continue
-                elif suffix == _NEEDS:
-                    needed, allowance = _needs_of(Path(entry.path).read_text("ascii"))
-                    survey.needed |= needed
-                    survey.total += allowance
-                    continue
-                survey.total += status.st_size
+                if suffix == _NEEDS:
+                    if entry.path != self._needs[1] and not _is_abandoned(entry.path):
+                        needed, allowance = _needs_of(Path(entry.path).read_bytes())
+                        survey.needed |= needed
+                        survey.allowance += allowance
+                elif suffix == _BLOCK or not self._count_partial(survey, name):
+                    status = os.stat(self.path(name))
+                    survey.sizes[name], survey.last_use[name] = status.st_size, status.st_mtime
             except OSError:
-                continue  # removed or renamed since
+                continue  # removed since
         return survey
+
+    def _count_partial(self, survey: _Survey, name: str) -> bool:
+        """Counts a block that is being fetched; False if it is complete by now, and has to be counted as such.
+
+        A block that is completed during a look must not be missed: its new name may not be in the list of files.
+        """
+        path = self.path(name, _PARTIAL)
+        try:
+            if not _is_abandoned(path):
+                survey.sizes[name] = os.stat(path).st_size
+        except FileNotFoundError:
+            return False
+        return True
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
         with os.scandir(self.folder) as entries:
@@ -290,8 +325,15 @@ def _unlink_by(process: int, path: str) -> None:
 
 
 def _is_abandoned(path: str) -> bool:
-    """Removes a file that a killed process has left behind."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    """Removes a file that a killed process has left behind.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except PermissionError:
+        return False  # another user's
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -304,15 +346,18 @@ def _is_abandoned(path: str) -> bool:
     return True
 
 
-def _needs_of(lines: str) -> tuple[set[str], int]:
-    """The names in a file of needs, and the allowance; the last line may not be complete yet."""
+def _needs_of(content: bytes) -> tuple[set[str], int]:
+    """The names in a file of needs, and the allowance.
+
+    The last line may not be complete yet. One that a full disk has cut is joined with the next, and says nothing.
+    """
     needed: set[str] = set()
     allowance = 0
-    for line in lines.split("\n")[:-1]:
+    for line in content.decode("ascii", "replace").split("\n")[:-1]:
         if line.startswith("+"):
             needed.add(line[1:])
         elif line.startswith("-"):
             needed.discard(line[1:])
-        else:
+        elif line[1:].isdecimal():
             allowance = int(line[1:])
     return needed, allowance

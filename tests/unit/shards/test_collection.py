@@ -15,7 +15,7 @@ from shard_fixtures import WriteTar, read_and_check
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, EmptyShardError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.index.catalogue import in_threads
+from dmagent_loader.shards.index.threads import in_threads
 
 
 def test_shapes_and_order_follow_the_mapping(hundred: dict[str, list[str]]) -> None:

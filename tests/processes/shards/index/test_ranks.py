@@ -9,6 +9,7 @@ import io
 import json
 import multiprocessing
 import tarfile
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from benchmarks.slow_store import counts, slow_store
+from benchmarks.far_server import counts, serving
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader._loading import meeting
 from dmagent_loader._loading.meeting import work_together
@@ -46,7 +47,8 @@ def on_ranks(work: Callable[[int, Path], Any], folder: Path, size: int = 2) -> l
     """What a function returns or raises on each rank of a group."""
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    ranks = [context.Process(target=_rank, args=(work, rank, size, folder, answers)) for rank in range(size)]
+    group = Path(tempfile.mkdtemp(dir=folder)) / "group"  # with the file of an earlier group, ranks call dead ones
+    ranks = [context.Process(target=_rank, args=(work, rank, size, folder, group, answers)) for rank in range(size)]
     for process in ranks:
         process.start()
     found = dict(answers.get(timeout=90) for _ in ranks)
@@ -55,9 +57,9 @@ def on_ranks(work: Callable[[int, Path], Any], folder: Path, size: int = 2) -> l
     return [found[rank] for rank in range(size)]
 
 
-def _rank(work: Callable[[int, Path], Any], rank: int, size: int, folder: Path, answers: Any) -> None:
+def _rank(work: Callable[[int, Path], Any], rank: int, size: int, folder: Path, group: Path, answers: Any) -> None:
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group("gloo", f"file://{group}", rank=rank, world_size=size, timeout=timeout)
     try:
         answers.put((rank, {"result": work(rank, folder)}))
     except Exception as error:
@@ -65,10 +67,13 @@ def _rank(work: Callable[[int, Path], Any], rank: int, size: int, folder: Path, 
     dist.destroy_process_group()
 
 
-def opened(shards: str, cache: Path, **reading: Any) -> tuple[str, list[str]]:
-    """The fingerprint of the shards, and keys of the first samples of this rank."""
+def opened(
+    shards: str, cache: Path, *, then: Callable[[], object] = lambda: None, **reading: Any
+) -> tuple[str, list[str]]:
+    """The fingerprint of the shards, and keys of the first samples of this rank, which it reads after `then`."""
     config = ReadingConfig(cache_dir=cache, progress=False, num_threads=0, num_rows=1, **reading)
     sampler = AgentWeightedSampler({"source/a": shards}, samples_per_reweight=100, exhausted="repeat", reading=config)
+    then()
     samples = [sample["txt"][:8] for sample, _ in zip(sampler, range(10), strict=False)]
     return sampler.collection.fingerprint, samples
 
@@ -78,15 +83,22 @@ def test_a_start_that_takes_longer_than_the_timeout_ends_no_run(tmp_path: Path, 
     """Rank 0 alone indexed all shards while the others waited in a collective: a RankError after the timeout."""
     paths = write_shards(tmp_path / "store")
     size = paths[0].stat().st_size
-    with slow_store(tmp_path / "store", rate=size / (1.5 * TIMEOUT_SECONDS)) as url:
+    with serving(tmp_path / "store", rate=size / (1.5 * TIMEOUT_SECONDS)) as url:
 
         def work(rank: int, folder: Path) -> Any:
-            return opened(f"{url}/s-{{000..{SHARDS - 1:03d}}}.tar", folder / ("cache" if is_shared else f"cache{rank}"))
+            sent: list[Any] = []
+
+            def count() -> None:
+                """What it took to index the shards: none of the ranks reads rows yet."""
+                sent.append(counts(url))
+                dist.barrier()
+
+            cache = folder / ("cache" if is_shared else f"cache{rank}")
+            return *opened(f"{url}/s-{{000..{SHARDS - 1:03d}}}.tar", cache, then=count), sent[0]
 
         ranks = on_ranks(work, tmp_path)
-        sent = counts(url)
     assert all("error" not in rank for rank in ranks), ranks
-    (first, ours), (second, theirs) = (rank["result"] for rank in ranks)
+    (first, ours, sent), (second, theirs, _) = (rank["result"] for rank in ranks)
     assert first == second
     assert not {*ours} & {*theirs}
     assert sent["bytes"]["GET .tar"] < 1.2 * SHARDS * size, "a shard was read through twice"
@@ -95,7 +107,7 @@ def test_a_start_that_takes_longer_than_the_timeout_ends_no_run(tmp_path: Path, 
 
 def test_known_shards_are_asked_for_by_one_rank(tmp_path: Path) -> None:
     write_shards(tmp_path / "store")
-    with slow_store(tmp_path / "store", rate=0) as url:
+    with serving(tmp_path / "store", rate=0) as url:
 
         def work(rank: int, folder: Path) -> Any:
             return opened(f"{url}/s-{{000..{SHARDS - 1:03d}}}.tar", folder / "cache")
@@ -148,7 +160,7 @@ def test_a_copy_with_other_rows_is_not_taken_for_the_one_that_another_node_index
 
 def test_a_cache_that_one_node_has_serves_the_others(tmp_path: Path) -> None:
     write_shards(tmp_path / "store")
-    with slow_store(tmp_path / "store", rate=0) as url:
+    with serving(tmp_path / "store", rate=0) as url:
         shards = f"{url}/s-{{000..{SHARDS - 1:03d}}}.tar"
 
         def alone(rank: int, folder: Path) -> Any:

@@ -6,21 +6,9 @@ import os
 import threading
 from pathlib import Path
 
+from node_blocks import SIZE, fetch, name
+
 from dmagent_loader.shards.sources.node_cache import NodeCache
-
-SIZE = 1000
-
-
-def name(number: int) -> str:
-    return f"{number:032x}-0-{SIZE:x}"
-
-
-def fetch(cache: NodeCache, number: int) -> bool:
-    """Fetches a block, unless there is no room."""
-    claim = cache.claim(name(number), SIZE)
-    if claim is not None:
-        claim.store(bytes([number]) * SIZE)
-    return claim is not None
 
 
 def test_the_needs_of_a_process_end_with_it(tmp_path: Path) -> None:
@@ -52,11 +40,9 @@ def test_a_forked_child_does_not_keep_the_locks_of_its_parent(tmp_path: Path) ->
         os.write(writer, b"x")
         threading.Event().wait()
     os.read(reader, 1)
-    for descriptor in list(cache._descriptors):
-        os.close(descriptor)  # as the system does when the parent is killed
+    cache.close_after_fork()  # as the system does when the parent is killed
     try:
         assert fetch(NodeCache(tmp_path, 10 * SIZE), 1)
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
-        cache._descriptors.clear()

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from node_blocks import SIZE, fetch, name
 
 from dmagent_loader.shards.sources.node_cache import BlockInUse, NodeCache
-
-SIZE = 1000
-
-
-def name(number: int) -> str:
-    return f"{number:032x}-0-{SIZE:x}"
-
-
-def fetch(cache: NodeCache, number: int) -> bool:
-    """Fetches a block, unless there is no room."""
-    claim = cache.claim(name(number), SIZE)
-    if claim is not None:
-        claim.store(bytes([number]) * SIZE)
-    return claim is not None
 
 
 def held(cache: NodeCache, numbers: range = range(64)) -> set[int]:
@@ -93,6 +81,36 @@ def test_what_another_process_needs_is_not_evicted(tmp_path: Path) -> None:
     second.release(name(2))
     assert fetch(first, 4)
     assert held(first) == {1, 3, 4}
+
+
+def test_a_block_that_is_completed_during_a_look_counts(tmp_path: Path) -> None:
+    """Otherwise the limit is exceeded: neither its old nor its new name need be found."""
+
+    class Listed(NodeCache):
+        """Completes a block between the list of the files and the look at each."""
+
+        def _entries(self) -> Iterator[os.DirEntry[str]]:
+            entries = list(super()._entries())
+            if claim is not None:
+                claim.store(b"x" * SIZE)
+            yield from entries
+
+    claim = None
+    cache = Listed(tmp_path, SIZE)
+    other = NodeCache(tmp_path, SIZE)
+    other.need(name(1))
+    claim = other.claim(name(1), SIZE)
+    assert cache.claim(name(2), SIZE) is None
+
+
+def test_needs_that_a_full_disk_has_cut_keep_nobody_from_fetching(tmp_path: Path) -> None:
+    first, second = NodeCache(tmp_path, 2 * SIZE), NodeCache(tmp_path, 2 * SIZE)
+    second.need(name(1))
+    with Path(second._needs[1]).open("ab") as file:
+        file.write(b"=12+" + name(2).encode() + b"\n\xff\n")
+    for number in (1, 2, 3):
+        assert fetch(first, number)
+    assert 1 in held(first)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -171,6 +189,16 @@ def test_a_block_that_cannot_be_written_is_given_back(tmp_path: Path) -> None:
         claim.store(b"x" * SIZE)
     assert error.value.errno == errno.ENOENT
     assert fetch(cache, 1)
+
+
+def test_a_folder_that_is_not_used_any_more_is_left(tmp_path: Path) -> None:
+    """Neither a file nor a descriptor stays: a notebook opens shards many times."""
+    before = set(os.listdir("/proc/self/fd"))
+    cache = NodeCache(tmp_path, 10 * SIZE)
+    assert fetch(cache, 1)
+    del cache
+    assert set(os.listdir("/proc/self/fd")) <= before
+    assert not list(tmp_path.glob("*.needs"))
 
 
 def test_a_limit_that_is_not_given_leaves_half_of_the_disk(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""Work on many shards in threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
+from typing import TypeVar
+
+# Threads, not processes: reads and checksums of large rows release the interpreter lock, two processes were not faster
+# on two cores, and spawned processes would run a script without a main guard again. Small rows keep one core busy.
+INDEX_THREADS = 8
+_TASKS_AT_A_TIME = 512
+"""Tasks submitted together: a pending task takes a kilobyte and keeps its overview in memory."""
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def in_threads(
+    work: Callable[[_T], _R], tasks: Iterable[_T], stop: threading.Event, threads: int = INDEX_THREADS
+) -> Iterator[tuple[_T, _R]]:
+    """Yields every task with its result. An error or Ctrl-C stops running tasks and drops pending ones."""
+    tasks = iter(tasks)
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="dmagent-index") as pool:
+        try:
+            while batch := list(islice(tasks, _TASKS_AT_A_TIME)):
+                futures = {pool.submit(work, task): task for task in batch}
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # first, so that stopped threads take no more tasks
+            stop.set()
+            raise

@@ -1,0 +1,51 @@
+"""Blocks that were asked for, in folders that misbehave."""
+
+from __future__ import annotations
+
+import resource
+import threading
+from pathlib import Path
+
+import pytest
+from node_blocks import SIZE, name
+
+from dmagent_loader.shards.sources import fetching
+from dmagent_loader.shards.sources.blocks import Block
+from dmagent_loader.shards.sources.fetching import BlockFetcher
+from dmagent_loader.shards.sources.local import LocalSource, Source
+
+
+@pytest.fixture
+def fetcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlockFetcher:
+    """Fetches the only block of a shard, which is a local file."""
+    monkeypatch.setattr(fetching, "_reported", set())
+    (tmp_path / "shard").write_bytes(b"x" * SIZE)
+    block = Block(name(1), 0, SIZE, 1)
+    return BlockFetcher(
+        lambda key: (0, block),
+        lambda shard: LocalSource(str(tmp_path / "shard")),
+        folder=tmp_path / "blocks",
+        limit=10 * SIZE,
+        max_open_files=8,
+    )
+
+
+def test_a_block_that_cannot_be_opened_is_not_fetched_without_end(
+    fetcher: BlockFetcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its rows come from the shard. The limit on open files stands in for another user's file."""
+    fetcher.want(0, 0)
+    assert fetcher.get(0) is not None
+    fetcher._files.clear()
+    found: list[Source | None] = []
+    reader = threading.Thread(target=lambda: found.append(fetcher.get(0)), daemon=True)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        reader.start()
+        reader.join(10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert found == [None]
+    assert "cannot be read from the folder" in caplog.text
+    fetcher.release(0)
