@@ -8,7 +8,7 @@ indices:
 | `consumed` | `consume`, `seek`: the training loop or its integration | every property below, `begin_pass` |
 | `position` | `begin_pass`: a new iterator; `seek` | `delivered`, the length of the run |
 | `delivered` | the iterator of the main process, through its `frontier` | `handed_out` |
-| `handed_out` | follows from `delivered` and `consumed` | `frontier`, `first_free`, `begin_pass` in the main process |
+| `handed_out` | follows from `delivered` and `consumed` | `frontier`, `first_free`, `Feed.handed_out` |
 | `frontier` | follows from `handed_out` and the workers' reports in the mailbox | the mix in force, `achieved` |
 | `first_free` | follows from `frontier` or the prefetch bound, over all ranks | the start of a new ledger entry |
 | `mailbox.base` | `consume`, `seek` in the main process | `begin_pass` in a worker |
@@ -123,23 +123,24 @@ class Cursor:
         self.generation += 1
         self.mailbox.generation = self.generation
 
-    def begin_pass(self, worker: WorkerInfo | None) -> int:
+    def begin_pass(self, worker: WorkerInfo | None, handed_out: int) -> int:
         """The first global index of a new pass, the same for all workers of a loader.
 
         In the main process the pass begins after the samples handed out, in a worker after those consumed.
 
         Args:
             worker: Worker info of torch; None: this is the main process.
+            handed_out: Global index after the last sample handed out: `handed_out`, not beyond the end of the run.
         """
         if worker is None:
             # From now on the main process reads by itself: samples of older workers would overlap with its own.
             self._refuse_workers()
             self.mailbox.clear_workers()
-            self.position = self.consumed if self.training_counts else self.handed_out
+            self.position = self.consumed if self.training_counts else handed_out
         elif self._worker_start is None:
             # First pass of this worker. All workers were copied from the main process at the same position. The mailbox
             # is not a safe source: training may have moved its base on with batches of faster workers.
-            self.position = self._worker_start = self.handed_out
+            self.position = self._worker_start = handed_out
         elif self.is_newest(worker):
             # Later pass of a persistent worker. Its copy of `consumed` is as old as the worker, so the mailbox is the
             # only source. It may change while the workers begin, so they agree on the start of the first one. The key

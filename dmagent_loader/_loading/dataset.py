@@ -43,7 +43,7 @@ class FeedDataset(IterableDataset[Sample]):
         worker = get_worker_info()
         if worker is None:
             self._feed.check_pass()
-        stream = SampleStream(self._feed, self._feed.cursor.begin_pass(worker))
+        stream = SampleStream(self._feed, self._feed.cursor.begin_pass(worker, self._feed.handed_out))
         self._feed.cursor.stream = stream
         return stream
 

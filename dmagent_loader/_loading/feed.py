@@ -368,7 +368,7 @@ class Feed:
                 "reads the same samples: call init_process_group first, or pass rank= and world_size=",
                 processes,
             )
-        begin = self.cursor.handed_out
+        begin = self.handed_out
         if begin and self.finished(begin):
             logger.warning(
                 "data are used up after %d samples, so a new pass has none: a run is one pass, however often the "
@@ -382,7 +382,7 @@ class Feed:
         """State for a spawned data worker: the position without its iterator, and the ranks, unknown to the worker."""
         state = self.__dict__.copy()
         state["cursor"] = copy.copy(self.cursor)
-        state["cursor"].position, state["cursor"].stream = self.cursor.handed_out, None
+        state["cursor"].position, state["cursor"].stream = self.handed_out, None
         if distributed.is_active():
             state["_rank"], state["_world_size"] = self.rank, self.world_size
         return state

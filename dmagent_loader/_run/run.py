@@ -86,7 +86,7 @@ class Run:
         with self._together(_SETTING_BY_HAND) as facts:
             facts["the mixes so far"] = plan.ledger.summary()
             mix = plan.space.mix(weights, renormalize=renormalize, shares=plan.num_rows.astype(np.float64))
-        mix, decided_at = distributed.broadcast_object((mix, self.feed.cursor.handed_out), _SETTING_BY_HAND)
+        mix, decided_at = distributed.broadcast_object((mix, self.feed.handed_out), _SETTING_BY_HAND)
         return self.feed.append(mix, decided_by=MANUAL, decided_at=decided_at)
 
     def reweight_due(self, consumed: int) -> bool:

@@ -81,10 +81,11 @@ def test_without_workers_the_place_is_after_the_last_sample_given_or_consumed(cu
 def test_a_new_pass_begins_after_what_was_handed_out_or_after_what_was_trained_on(cursor):
     cursor.stream = At(10)
     cursor.consume(4)
-    assert cursor.begin_pass(None) == 10
+    assert cursor.begin_pass(None, cursor.handed_out) == 10
     cursor.stream = At(20)
     cursor.training_counts = True
-    assert cursor.begin_pass(None) == 4, "the trainer counts each batch, and what it had fetched ahead comes again"
+    begin = cursor.begin_pass(None, cursor.handed_out)
+    assert begin == 4, "the trainer counts each batch, and what it had fetched ahead comes again"
     assert cursor.delivered == 4
 
 
@@ -140,18 +141,18 @@ def test_a_worker_that_starts_late_begins_where_the_others_did_in_every_pass(cur
     """What was consumed from the others by then is in the mailbox, but not in the worker's own copy."""
     cursor.seek(16)
     first, late = forked(cursor), forked(cursor)
-    assert first.begin_pass(Worker(0)) == 16
+    assert first.begin_pass(Worker(0), first.handed_out) == 16
     cursor.consume(24)
-    assert late.begin_pass(Worker(1)) == 16
-    assert first.begin_pass(Worker(0)) == 24, "the next pass of a persistent worker"
+    assert late.begin_pass(Worker(1), late.handed_out) == 16
+    assert first.begin_pass(Worker(0), first.handed_out) == 24, "the next pass of a persistent worker"
     cursor.consume(32)
-    assert late.begin_pass(Worker(1)) == 24
+    assert late.begin_pass(Worker(1), late.handed_out) == 24
 
 
 def test_workers_of_a_loader_that_was_replaced_leave_the_place_alone(cursor):
     """They would overwrite how far the new ones have come."""
     replaced = forked(cursor)
-    cursor.begin_pass(None)
+    cursor.begin_pass(None, cursor.handed_out)
     new = forked(cursor)
     new.start_worker(Worker(0, loader=2000), 8)
     replaced.start_worker(Worker(0, loader=1000), 0)

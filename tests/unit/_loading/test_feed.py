@@ -167,7 +167,7 @@ def test_the_run_ends_with_whole_steps_on_all_ranks(make):
 def test_a_spawned_worker_gets_the_place_of_the_run_and_not_its_iterator(make):
     feed = make()
     feed.cursor.seek(12)
-    stream = feed.cursor.stream = SampleStream(feed, feed.cursor.begin_pass(None))
+    stream = feed.cursor.stream = SampleStream(feed, feed.cursor.begin_pass(None, feed.handed_out))
     assert indices(itertools.islice(stream, 5)) == [12, 13, 14, 15, 16]
     twin = pickle.loads(pickle.dumps(feed))
     assert (twin.cursor.position, twin.cursor.stream) == (17, None)

@@ -37,6 +37,8 @@ def test_a_state_after_the_last_batch_which_is_smaller_holds_the_samples_of_all_
         samples = sum(len(batch["__index__"]) for batch in MixingDataLoader(sampler, batch_size=3))
         assert 7 * samples == sampler.end == sampler.frontier == sum(sampler.achieved().values()) == 175
         assert sampler.state_dict()["consumed"] == 175
+        assert not list(sampler), "a new pass after the end"
+        assert sampler.end == sampler.state_dict()["consumed"] == 175
     resumed = build()
     resumed.load_state_dict(sampler.state_dict())
     assert [sample["__index__"] for sample in resumed] == [175, 176, 177]
