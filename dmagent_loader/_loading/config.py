@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.sharding import StreamKind
 from dmagent_loader.mixture.shuffle import Shuffle, shared_shuffle
 from dmagent_loader.mixture.simplex import IntArray
+from dmagent_loader.shards.checks import OnDamage
 from dmagent_loader.shards.tar import KeyEnd
 
-OnDamage = Literal["raise", "skip"]
 DEFAULT_PREFETCH_FACTOR = 2
 """torch's default: batches that each data worker prepares ahead."""
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +24,7 @@ from dmagent_loader.errors import (
 )
 from dmagent_loader.shards.array_rows import ArrayRows
 from dmagent_loader.shards.bounded_cache import BoundedCache
+from dmagent_loader.shards.checks import OnDamage, check_copies, check_damage, check_emptiness
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
 from dmagent_loader.shards.index.catalogue import Catalogue
@@ -40,13 +39,12 @@ from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
 from dmagent_loader.shards.sources.patterns import expand_shards
 from dmagent_loader.shards.sources.urls import base_name, display_url, is_local
+from dmagent_loader.shards.summary import ShardSummary, summaries, table_of_shards
 from dmagent_loader.shards.table import ChangedRow, RowTable
 from dmagent_loader.shards.tar import KeyEnd, ShardDamage
 
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-OnDamage = Literal["raise", "skip"]
 
-_LISTED_DAMAGES, _LISTED_COPIES = 20, 5
 _NO_BLOCKS: IntArray = np.empty(0, np.int64)
 _BLOCK_BITS, _ROW_BITS = 24, 40
 """Bits for the number of a block in its shard, and of a row."""
@@ -54,29 +52,6 @@ _MAX_TABLE_BYTES = 512 << 20
 """Memory for row tables in each process, at about 30 bytes per row of the shards read lately."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardSummary:
-    """Facts about one shard, from `ShardCollection.summaries`.
-
-    Attributes:
-        domain: Name of the domain.
-        shard: URL of the shard.
-        rows, members: Number of rows, and of members.
-        payload_bytes, file_bytes: Size of all payloads, and of the file with its headers.
-        extensions: Distinct extensions.
-        damage: Places that could not be read.
-    """
-
-    domain: str
-    shard: str
-    rows: int
-    members: int
-    payload_bytes: int
-    file_bytes: int
-    extensions: tuple[str, ...]
-    damage: tuple[ShardDamage, ...]
 
 
 class ShardCollection:
@@ -194,11 +169,11 @@ class ShardCollection:
                 block_cache_dir=None if block_cache_dir is None else Path(block_cache_dir).expanduser().absolute(),
                 block_cache_bytes=block_cache_bytes,
             )
-            collection._check_damage(on_damage)
-            collection._check_emptiness()
+            check_damage(catalogue, on_damage)
+            check_emptiness(catalogue)
         except (DamagedShardError, EmptyShardError, ShardLayoutError, ShardNotFoundError) as error:
             raise type(error)(f"{error}; {HOW_TO_RESUME}") from error
-        collection._check_copies()
+        check_copies(catalogue)
         for oddity in oddities(catalogue):
             logger.warning("%s", oddity)
         return collection
@@ -238,7 +213,7 @@ class ShardCollection:
     @property
     def damage(self) -> tuple[ShardDamage, ...]:
         """All damage, in the order of domains and shards."""
-        return tuple(damage for _, found in sorted(self._catalogue.damage.items()) for damage in found)
+        return self._catalogue.all_damage
 
     @property
     def fingerprint(self) -> str:
@@ -344,43 +319,11 @@ class ShardCollection:
 
     def summaries(self) -> tuple[ShardSummary, ...]:
         """Facts about every shard, in the order of domains and shards."""
-        summaries = []
-        for domain, span in zip(self.domains, self._spans, strict=True):
-            for number in range(*span):
-                index = self._catalogue.index(number)
-                summaries.append(
-                    ShardSummary(
-                        domain=domain,
-                        shard=self._catalogue.url(number),
-                        rows=index.num_rows,
-                        members=index.num_members,
-                        payload_bytes=index.payload_bytes,
-                        file_bytes=index.file_size,
-                        extensions=index.extensions,
-                        damage=self._catalogue.damage.get(number, ()),
-                    )
-                )
-        return tuple(summaries)
+        return summaries(self._catalogue)
 
     def describe(self) -> str:
         """A table of all shards, as text."""
-        lines = [("domain / shard", "rows", "members", "bytes", "extensions", "damage")]
-        summaries = self.summaries()
-        for domain, (first, end) in zip(self.domains, self._spans, strict=True):
-            shards = summaries[first:end]
-            rows, members = sum(shard.rows for shard in shards), sum(shard.members for shard in shards)
-            payload = sum(shard.payload_bytes for shard in shards)
-            lines.append((domain, f"{rows:,}", f"{members:,}", f"{payload:,}", "", ""))
-            for shard in shards:
-                damage = "; ".join(f"{item.kind} at byte {item.offset}" for item in shard.damage) or "-"
-                counts = (f"{shard.rows:,}", f"{shard.members:,}", f"{shard.payload_bytes:,}")
-                lines.append((f"  {base_name(shard.shard)}", *counts, " ".join(shard.extensions), damage))
-        widths = [max(len(line[column]) for line in lines) for column in range(6)]
-        aligned = ("<", ">", ">", ">", "<", "<")
-        return "\n".join(
-            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, aligned, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return table_of_shards(self.summaries())
 
     def write_indexes(self, to: str | os.PathLike[str] | None = None) -> int:
         """Writes the indexes of all intact shards to their store, so that nobody else has to read the shards for that.
@@ -416,84 +359,6 @@ class ShardCollection:
 
     def _display(self, number: int) -> str:
         return display_url(self._catalogue.url(number))
-
-    def _check_damage(self, on_damage: OnDamage) -> None:
-        damage = self.damage
-        if not damage:
-            return
-        effects = [self._damage_effect(number) for number in range(len(self.domains))]
-        lines = [str(item) for item in damage[:_LISTED_DAMAGES]] + [effect for effect in effects if effect]
-        if len(damage) > _LISTED_DAMAGES:
-            lines.insert(_LISTED_DAMAGES, f"... and {len(damage) - _LISTED_DAMAGES} more damaged places")
-        report = "\n  ".join(lines)
-        if on_damage == "raise":
-            raise DamagedShardError(
-                f"{len(damage)} damaged place(s):\n  {report}\nRestore the shards, or pass "
-                "reading=ReadingConfig(on_damage='skip') to train on the rows that are whole"
-            )
-        logger.warning("damaged shards, using the rows that are whole:\n  %s", report)
-
-    def _damage_effect(self, domain: int) -> str:
-        """The loss of rows in a domain, as text; a shard that was cut is compared with the intact ones beside it."""
-        shards = range(*self._spans[domain])
-        damaged = {number: damage for number, damage in self._catalogue.damage.items() if number in shards}
-        if not damaged:
-            return ""
-        kept = int(self._rows[domain].sum())
-        intact = [int(self._catalogue.rows[number]) for number in shards if number not in damaged]
-        lost, certain = 0, True
-        for number, damage in damaged.items():
-            estimate = sum(item.rows_lost for item in damage)
-            if any(item.at_least for item in damage):
-                certain = certain and bool(intact)
-                missing = round(float(np.median(intact))) - int(self._catalogue.rows[number]) if intact else 0
-                estimate = max(estimate, missing)
-            lost += estimate
-        left = f"domain {self.domains[domain]!r}: {kept} rows are left"
-        if not lost and certain:
-            return f"{left}, as many as there were"
-        return (
-            f"{left}, {'about' if certain else 'at least'} {lost} are lost ({lost / max(1, kept + lost):.1%} of the "
-            "domain), so at equal weight its rows repeat sooner"
-        )
-
-    def _check_emptiness(self) -> None:
-        for number, (domain, rows) in enumerate(zip(self.domains, self._rows, strict=True)):
-            first = self._spans[number][0]
-            empty = [self._display(first + int(shard)) for shard in np.flatnonzero(rows == 0)]
-            if len(empty) == len(rows):
-                raise EmptyShardError(
-                    f"domain {domain!r} has no rows: none of its {len(rows)} shard(s) holds a sample (first: "
-                    f"{empty[0]}); a sample is a file with an extension, such as 0001.txt; give the domain other "
-                    "shards or take it out"
-                )
-            if empty:
-                logger.warning(
-                    "domain %r: %d of %d shards hold no sample (%s); the other shards have %d rows",
-                    domain,
-                    len(empty),
-                    len(rows),
-                    ", ".join(empty[:5]),
-                    rows.sum(),
-                )
-
-    def _check_copies(self) -> None:
-        count, some = self._catalogue.copies(_LISTED_COPIES)
-        if not count:
-            return
-        ends = [end for _, end in self._spans]
-        pairs = [
-            " and ".join(f"{self._display(shard)} of {self.domains[bisect_right(ends, shard)]!r}" for shard in pair)
-            for pair in some
-        ]
-        logger.warning(
-            "%d shard(s) hold the same rows as another one, which are so trained on more than once a pass, or in two "
-            "domains: %s%s; list each shard once, in one domain; %s",
-            count,
-            "; ".join(pairs),
-            f", and {count - len(pairs)} more" if count > len(pairs) else "",
-            HOW_TO_RESUME,
-        )
 
 
 def _open_one(catalogue: Catalogue, number: int) -> Source:

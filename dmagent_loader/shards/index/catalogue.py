@@ -118,6 +118,11 @@ class Catalogue:
         return (self.url(number) for number in range(*self.spans[domain]))
 
     @property
+    def all_damage(self) -> tuple[ShardDamage, ...]:
+        """All damage, in the order of domains and shards."""
+        return tuple(damage for _, found in sorted(self.damage.items()) for damage in found)
+
+    @property
     def is_local(self) -> bool:
         """Whether all shards are local files."""
         return not self.remote
