@@ -18,7 +18,7 @@ from dmagent_loader.environment.encoding import PairEncoder, Tokenizer, request,
 from dmagent_loader.environment.evaluation import Evaluation
 from dmagent_loader.environment.influence import InfluenceSettings, measure
 from dmagent_loader.environment.influence_ways import STEP
-from dmagent_loader.environment.probe_rows import Row, probe_windows
+from dmagent_loader.environment.probe_rows import Row, probe_windows, without_copies
 from dmagent_loader.environment.questions import (
     Paths,
     Question,
@@ -28,7 +28,7 @@ from dmagent_loader.environment.questions import (
 )
 from dmagent_loader.environment.scoring import Model, model_max_length, model_vocabulary, unwrap
 from dmagent_loader.environment.settings import EnvironmentSettings
-from dmagent_loader.errors import ConfigurationError, EnvironmentDataError
+from dmagent_loader.errors import ConfigurationError, EnvironmentDataError, InfluenceError
 from dmagent_loader.mixture.influence import Influence
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,8 @@ class Environment(Evaluation):
             model: Model as in `evaluate`, but a module with trainable parameters; only those are considered (LoRA,
                 frozen parts). DistributedDataParallel and FSDP 2 are supported.
             rows_by_domain: Domain -> several training rows: token ids, or mappings with ``input_ids`` and optionally
-                ``attention_mask`` and ``labels``. At least 32 rows per domain keep the standard errors small.
+                ``attention_mask`` and ``labels``. At least 32 rows per domain keep the standard errors small. Copies
+                of a row count once.
             optimizer: Optimizer that trains the model; its second moments give the scale of an update. Without them,
                 the mean squared gradients of mixed batches are used.
             rank: See `evaluate`.
@@ -190,7 +191,7 @@ class Environment(Evaluation):
             ...     def forward(self, input_ids, attention_mask):
             ...         return self.table(input_ids)
             >>> environment = Environment.from_pairs({"sums": [("1+1=", "2")] * 4}, lambda text: list(text.encode()))
-            >>> rows = {"source/talk": [b"hello world"] * 2, "target/sums": [b"1+1=2 2+2=4"] * 2}
+            >>> rows = {"source/talk": [b"hello world", b"good morning"], "target/sums": [b"1+1=2", b"2+2=4"]}
             >>> influence = environment.influence(Bigrams(), {n: [list(r) for r in rows[n]] for n in rows})
             >>> influence["sums"]["target/sums"].value > influence["sums"]["source/talk"].value
             True
@@ -199,14 +200,16 @@ class Environment(Evaluation):
         if (rank is None) != (world_size is None):
             raise ConfigurationError(f"rank is {rank} and world_size is {world_size}: give both or neither")
         model = unwrap(model)
-        with together(STEP) as facts:
+        with together(STEP, shared=(InfluenceError,)) as facts:
             if is_active():
                 facts["the environment's questions"] = self.fingerprint
             questions = self._windows_of(model)
-            rows = probe_windows(
-                rows_by_domain,
-                max_length=min(self._max_length(model), given.max_row_tokens or sys.maxsize),
-                vocabulary=model_vocabulary(model),
+            rows = without_copies(
+                probe_windows(
+                    rows_by_domain,
+                    max_length=min(self._max_length(model), given.max_row_tokens or sys.maxsize),
+                    vocabulary=model_vocabulary(model),
+                )
             )
         if given.batch_tokens is None and self.settings.batch_tokens is not None:
             given = dataclasses.replace(given, batch_tokens=self.settings.batch_tokens)

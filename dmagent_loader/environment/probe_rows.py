@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from dmagent_loader._distributed import get_rank
 from dmagent_loader._validation import shown
 from dmagent_loader.environment.batches import ScoredWindow
 from dmagent_loader.environment.encoding import Tokens
-from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.errors import ConfigurationError, InfluenceError
+
+logger = logging.getLogger(__name__)
 
 Row: TypeAlias = Any
 """Token ids (list, array, tensor), or a mapping with ``input_ids`` and optionally ``attention_mask`` and ``labels``."""
@@ -51,6 +55,32 @@ def probe_windows(
             for number, row in enumerate(rows)
         ]
     return windows
+
+
+def without_copies(windows: Mapping[str, Sequence[ScoredWindow]]) -> dict[str, list[ScoredWindow]]:
+    """Each window of a domain once: a copy is no further evidence, and would make the standard error too small.
+
+    Raises:
+        InfluenceError: No domain has two different windows, though one has several.
+    """
+    found = {
+        domain: list({(row.num_scored, row.tokens.tobytes()): row for row in listed}.values())
+        for domain, listed in windows.items()
+    }
+    if all(len(listed) < 2 for listed in found.values()) and any(len(listed) > 1 for listed in windows.values()):
+        raise InfluenceError(
+            "the rows of each domain are copies of one row, but a standard error needs several: give the domains "
+            "other rows, or use the policy 'question-topics'"
+        )
+    counts = {domain: (len(listed), len(windows[domain])) for domain, listed in found.items()}
+    repeated = [f"{name!r} ({kept} of {read} differ)" for name, (kept, read) in counts.items() if 2 * kept < read]
+    if repeated and get_rank() == 0:
+        logger.warning(
+            "most of the rows read of %s are copies of each other, such as boilerplate; each counts once: look at "
+            "these domains with `dmagent inspect`, and remove copies with `dmagent filter`",
+            ", ".join(repeated),
+        )
+    return found
 
 
 def num_tokens(row: Row) -> int:

@@ -38,6 +38,7 @@ class TaskRows:
         self._space, self._spec, self._topic = space, spec, topic
         self._stream = SpaceRows(space, number, rows_per_step)
         self._number, self._step = number, 0
+        self._is_noise = spec.perturbation.kind == "noise"
         self._fields = np.array([field == TARGET for field in space.fields])
         self._natural = space.natural(0.5)
         self.capacity = space.num_rows
@@ -51,8 +52,7 @@ class TaskRows:
 
     def next(self, mix: FloatArray) -> npt.NDArray[np.int64]:
         """Tokens of the next step under a mix: (D,) -> (R, `ROW_TOKENS` + 1)."""
-        perturbation = self._spec.perturbation
-        is_noise = perturbation.kind == "noise" and self._step >= perturbation.onset * self._spec.steps
+        is_noise = self._is_noise and self._step >= self._spec.perturbation.onset * self._spec.steps
         self._step += 1
         return self._read(self._stream.draw(self.delivered(mix)), is_noise)
 
@@ -68,14 +68,19 @@ class TaskRows:
         return result
 
     def of_each(self, count: int) -> dict[str, npt.NDArray[np.int64]]:
-        """Rows of each domain that has some, for a measurement: name -> (rows, `ROW_TOKENS` + 1)."""
-        perturbation = self._spec.perturbation
-        is_noise = perturbation.kind == "noise" and perturbation.onset == 0
-        return {
-            name: self._read(self._space.order(domain, self._number)[:count], is_noise)
-            for domain, name in enumerate(self._space.names)
-            if self.capacity[domain] > 0
-        }
+        """Rows of each domain that has some, for a measurement: name -> (rows, `ROW_TOKENS` + 1).
+
+        Like those of `AgentWeightedSampler.probe_rows`, they are spread over all rows of the domain: if its text turns
+        to noise during the run, so are the last of them.
+        """
+        found = {}
+        for domain, name in enumerate(self._space.names):
+            if self.capacity[domain] > 0:
+                rows = self._space.order(domain, self._number)[:count]
+                clean = round(self._spec.perturbation.onset * len(rows))
+                parts = self._read(rows[:clean], False), self._read(rows[clean:], self._is_noise)
+                found[name] = np.concatenate(parts)
+        return found
 
     def _read(self, rows: IntArray, is_noise: bool) -> npt.NDArray[np.int64]:
         tokens = self._space.read(rows)

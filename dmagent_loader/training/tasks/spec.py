@@ -50,7 +50,7 @@ class Perturbation:
             pre-trained on a fifth of the tokens. ``"noisy_questions"``: feedback and influence read 8 questions to keep
             and 4 to acquire. ``"bad_base"``: the base model saw few topics.
         noise: ``"random"`` tokens, the tokens of the row ``"shuffled"``, or the first row of the topic ``"repeated"``.
-        onset: Part of the run after which there is noise; at 0, the measurement of influence reads it, too.
+        onset: Part of the run, and of the rows that a measurement reads, after which there is noise.
     """
 
     kind: Kind = "none"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError
 
-ROWS = {"source/a": [[1, 2, 3, 4]] * 4, "target/b": [[5, 6, 7]] * 4}
+ROWS = {"source/a": [[n, 2, 3, 4] for n in range(1, 5)], "target/b": [[5, 6, n] for n in range(1, 5)]}
 
 
 class Bigrams(nn.Module):
@@ -152,7 +152,7 @@ class BaseModel(Bigrams):
 )
 @pytest.mark.parametrize("measured", ["feedback", "influence"])
 def test_other_models_are_refused_with_the_remedy(shape, message, measured):
-    rows = {name: [[200, 201, 202]] * 4 for name in ROWS}
+    rows = {name: [[200, 201, 202], [201, 202, 203]] for name in ROWS}
     with pytest.raises(ConfigurationError, match=message):
         environment().evaluate(shape()) if measured == "feedback" else environment().influence(shape(), rows)
 

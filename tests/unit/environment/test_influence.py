@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, InfluenceError
-from dmagent_loader.mixture.influence import Influence
+from dmagent_loader.mixture.influence import Influence, variance_over_questions
 
 V = 256
 
@@ -433,13 +433,31 @@ class Narrow(nn.Module):
 
 @pytest.mark.parametrize("way", ["gradient", "ghost"])
 def test_lack_of_memory_is_met_by_smaller_calls_and_both_are_reported(way, caplog):
-    wide = {domain: listed * 2 for domain, listed in rows().items()}  # two rows of a group in one call
+    # Two rows of a group in one call.
+    wide = {domain: [*listed, *(row[::-1] for row in listed)] for domain, listed in rows().items()}
     found = environment().influence(Narrow(1000, 30), wide, row_groups=2, way=way)
     assert found.way == way
     assert "short of memory" in found.notes[0]
     assert "short of memory" in caplog.text
     expected = environment().influence(Bigrams(), wide, row_groups=2)
     np.testing.assert_allclose(found.values(), expected.values(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["gradient", "ghost", "reverse"])
+def test_copies_of_a_row_are_no_evidence(way, caplog):
+    """Copies agree with each other, so the error of boilerplate was that of the questions alone."""
+    once = environment().influence(Bigrams(), rows(), way=way)
+    copied = {**rows(), "source/talk": [*rows()["source/talk"], *rows()["source/talk"][:1] * 30]}
+    found = environment().influence(Bigrams(), copied, way=way)
+    assert found.scores == once.scores
+    assert found.rows == {"source/talk": 2, "target/sums": 2}
+    assert "'source/talk' (2 of 32 differ)" in caplog.text
+    boilerplate = {**rows(), "source/talk": rows()["source/talk"][:1] * 32}
+    alone = environment().influence(Bigrams(), boilerplate, way=way)
+    over_questions = variance_over_questions(np.array([alone.by_questions[name] for name in alone.fields]))
+    assert (alone.errors()[:, 0] ** 2 > 1.2 * over_questions).all(), "as if there were no variance over rows"
+    with pytest.raises(InfluenceError, match="copies of one row"):
+        environment().influence(Bigrams(), {domain: listed[:1] * 2 for domain, listed in rows().items()}, way=way)
 
 
 def test_lack_of_memory_for_the_least_ends_in_an_error_with_a_way_out():
