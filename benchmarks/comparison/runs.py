@@ -40,6 +40,7 @@ TOLD = (
     ("validation", 3, 9),
     ("test", 15, 24),
     ("train", 0, 9),
+    ("test", 24, 36),
 )
 """Split, first task and end, in the order of running."""
 PROXY_STREAM = 2000
