@@ -5,7 +5,8 @@
 Batches of 32 rows of 2,048 tokens in 52 domains, a warm page cache. Each measurement is a process of its own, and a
 round goes through all of them, so that whatever else the machine does disturbs all alike. The CPU time of a row is that
 of the trainer's process (*trainer*) and of all processes (*all*); ratios are medians of the rounds. *torch* passes the
-same ready int64 batch again and again: its own limit with data workers.
+same ready batch of one tensor again and again, int64 or, for the narrow batches, uint16: its own limit with data
+workers.
 """
 
 from __future__ import annotations
@@ -41,22 +42,36 @@ KINDS: dict[str, dict[str, Any]] = {
     "narrow": {"collate_fn": functools.partial(collate_packed, narrow=True)},
     "narrow, keys=False": {"collate_fn": functools.partial(collate_packed, narrow=True, keys=False)},
 }
-TORCH = "torch"
+TORCH, TORCH_NARROW = "torch", "torch, narrow"
+READY = {TORCH: torch.int64, TORCH_NARROW: torch.uint16}
 BASE = "collate_packed"
 """What narrow batches, which an older version may not have, are compared with there."""
 
 
 class Again(IterableDataset[Any]):
-    """One batch over and over."""
+    """One batch over and over.
+
+    Args:
+        dtype: Type of its tokens.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
 
     def __iter__(self) -> Iterator[Any]:
-        yield from itertools.repeat({"input_ids": torch.zeros((BATCH_SIZE, TOKENS), dtype=torch.int64)})
+        yield from itertools.repeat({"input_ids": torch.zeros((BATCH_SIZE, TOKENS), dtype=self._dtype)})
+
+
+def limit(kind: str) -> str:
+    """The loader of ready batches of the type of a kind of batches."""
+    return TORCH_NARROW if kind.startswith("narrow") or kind == TORCH_NARROW else TORCH
 
 
 def loader(kind: str, workers: int, folder: Path, lazy: bool) -> Any:
     """The loader to measure."""
-    if kind == TORCH:
-        return DataLoader(Again(), batch_size=None, num_workers=workers)
+    if kind in READY:
+        return DataLoader(Again(READY[kind]), batch_size=None, num_workers=workers)
     shards = {name: sorted(map(str, (folder / name).glob("*.tar"))) for name in DomainSpace.canonical().names}
     options = dict(KINDS[kind])
     transform = options.pop("transform", None)
@@ -108,13 +123,13 @@ def child(checkout: Path, kind: str, workers: int, args: argparse.Namespace) -> 
 def compare(args: argparse.Namespace) -> None:
     """Prints a table of medians, and of the median ratios to the other version and to torch."""
     here = Path(__file__).parents[1]
-    configurations = [(TORCH, workers) for workers in args.workers if workers]
+    configurations = [(kind, workers) for workers in args.workers if workers for kind in READY]
     configurations += [(kind, workers) for workers in args.workers for kind in KINDS]
     found: dict[tuple[str, str, int], list[dict[str, float]]] = {}
     for number in range(args.repeats):
         for kind, workers in random.Random(number).sample(configurations, len(configurations)):
             found.setdefault(("here", kind, workers), []).append(child(here, kind, workers, args))
-            if args.against and not kind.startswith("narrow") and kind != TORCH:
+            if args.against and not kind.startswith("narrow") and kind not in READY:
                 there = child(args.against.resolve(), kind, workers, args)
                 found.setdefault(("there", kind, workers), []).append(there)
     print(
@@ -126,10 +141,12 @@ def compare(args: argparse.Namespace) -> None:
         rate, trainer, everything = (
             statistics.median(one[name] for one in ours) for name in ("rate", "trainer", "all")
         )
-        there = found.get(("there", kind if not kind.startswith("narrow") else BASE, workers))
+        there = (
+            None if kind in READY else found.get(("there", kind if not kind.startswith("narrow") else BASE, workers))
+        )
         ratio = f"{_ratio(there, ours, 'all'):.2f}" if there else "-"
-        limit = f"{_ratio(ours, found['here', TORCH, workers], 'rate'):.0%}" if workers else "-"
-        print(f"| {workers} | {kind} | {rate:,.0f} | {trainer:.2f} | {everything:.2f} | {ratio} | {limit} |")
+        share = f"{_ratio(ours, found['here', limit(kind), workers], 'rate'):.0%}" if workers else "-"
+        print(f"| {workers} | {kind} | {rate:,.0f} | {trainer:.2f} | {everything:.2f} | {ratio} | {share} |")
 
 
 def _ratio(ones: list[dict[str, float]], others: list[dict[str, float]], name: str) -> float:
