@@ -159,7 +159,6 @@ def _entry(saved: Mapping[str, Any], domains: tuple[str, ...]) -> LedgerEntry:
     weights, feedback = saved["mix"], saved.get("feedback")
     if not isinstance(weights, (list, tuple)) or not are_finite_numbers(weights):
         raise ValueError(f"its mix is {shown(weights)}, not a list of finite numbers")
-    validate_mix(weights, domains)
     for name in ("start", "decided_at"):
         if not is_count(saved[name]):
             raise ValueError(f"its {name} is {shown(saved[name])}, not an index of samples")
@@ -168,7 +167,7 @@ def _entry(saved: Mapping[str, Any], domains: tuple[str, ...]) -> LedgerEntry:
             raise ValueError(f"its {name} is {shown(saved[name])}, not a {kind.__name__}")
     if feedback is not None and not all(map(is_finite_number, feedback.values())):
         raise ValueError(f"its feedback is {shown(feedback)}, not finite numbers by field")
-    return LedgerEntry(
+    entry = LedgerEntry(
         start=saved["start"],
         mix=tuple(map(float, weights)),
         decided_by=saved["decided_by"],
@@ -177,3 +176,5 @@ def _entry(saved: Mapping[str, Any], domains: tuple[str, ...]) -> LedgerEntry:
         accepted=saved.get("accepted", True),
         note=saved.get("note", ""),
     )
+    validate_mix(entry.weights(), domains)
+    return entry
