@@ -5,7 +5,9 @@
 Batches of 32 rows of 2,048 tokens in 52 domains, a warm page cache. Each measurement is a process of its own, and a
 round goes through all of them, so that whatever else the machine does disturbs all alike. The CPU time of a row is that
 of the trainer's process (*trainer*) and of all processes (*all*); ratios are medians of the rounds. *torch* passes the
-same ready int64 batch again and again: its own limit with data workers.
+same ready batch of one tensor again and again, int64 or, for the narrow batches, uint16: its own limit with data
+workers. With `--every`, each loader is also measured with a new random mix every so many samples; *lost* is the share
+of the CPU time that the changes take.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -41,22 +44,36 @@ KINDS: dict[str, dict[str, Any]] = {
     "narrow": {"collate_fn": functools.partial(collate_packed, narrow=True)},
     "narrow, keys=False": {"collate_fn": functools.partial(collate_packed, narrow=True, keys=False)},
 }
-TORCH = "torch"
+TORCH, TORCH_NARROW = "torch", "torch, narrow"
+READY = {TORCH: torch.int64, TORCH_NARROW: torch.uint16}
 BASE = "collate_packed"
 """What narrow batches, which an older version may not have, are compared with there."""
 
 
 class Again(IterableDataset[Any]):
-    """One batch over and over."""
+    """One batch over and over.
+
+    Args:
+        dtype: Type of its tokens.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
 
     def __iter__(self) -> Iterator[Any]:
-        yield from itertools.repeat({"input_ids": torch.zeros((BATCH_SIZE, TOKENS), dtype=torch.int64)})
+        yield from itertools.repeat({"input_ids": torch.zeros((BATCH_SIZE, TOKENS), dtype=self._dtype)})
+
+
+def limit(kind: str) -> str:
+    """The loader of ready batches of the type of a kind of batches."""
+    return TORCH_NARROW if kind.startswith("narrow") or kind == TORCH_NARROW else TORCH
 
 
 def loader(kind: str, workers: int, folder: Path, lazy: bool) -> Any:
     """The loader to measure."""
-    if kind == TORCH:
-        return DataLoader(Again(), batch_size=None, num_workers=workers)
+    if kind in READY:
+        return DataLoader(Again(READY[kind]), batch_size=None, num_workers=workers)
     shards = {name: sorted(map(str, (folder / name).glob("*.tar"))) for name in DomainSpace.canonical().names}
     options = dict(KINDS[kind])
     transform = options.pop("transform", None)
@@ -71,30 +88,42 @@ def loader(kind: str, workers: int, folder: Path, lazy: bool) -> Any:
     return MixingDataLoader(sampler, BATCH_SIZE, num_workers=workers, **options)
 
 
-def measure(kind: str, workers: int, folder: Path, seconds: float, lazy: bool) -> dict[str, float]:
+def measure(kind: str, workers: int, folder: Path, seconds: float, lazy: bool, every: int) -> dict[str, float]:
     """Rows per second, and microseconds of CPU for each."""
     torch.set_num_threads(1)
-    batches = iter(loader(kind, workers, folder, lazy))
-    for _ in range(64):
-        next(batches)
-    began, trainer = time.perf_counter(), time.process_time()
-    rows = 0
-    while time.perf_counter() - began < seconds:
-        for _ in range(16):
+    source = loader(kind, workers, folder, lazy)
+    batches: Any = iter(source)
+    taken = 0
+
+    def take(count: int) -> None:
+        nonlocal taken
+        for _ in range(count):
             next(batches)
-        rows += 16 * BATCH_SIZE
+            taken += 1
+            if every:
+                source.dataset.reweight_due(taken * BATCH_SIZE)
+            if every and taken % (every // BATCH_SIZE) == 0:
+                names = source.dataset.space.names
+                mix = np.random.default_rng(taken).dirichlet(np.ones(len(names)))
+                source.dataset.set_mix(dict(zip(names, mix.tolist(), strict=True)))
+
+    take(64 if workers else 512)  # without workers, all shards are open from here on
+    began, trainer, before = time.perf_counter(), time.process_time(), taken
+    while time.perf_counter() - began < seconds:
+        take(16)
+    rows = (taken - before) * BATCH_SIZE
     took, trainer = time.perf_counter() - began, time.process_time() - trainer
-    del batches
+    batches = None  # ends the workers
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     per_row = 1e6 / rows
     of_workers = (children.ru_utime + children.ru_stime) * per_row if workers else 0.0
     return {"rate": rows / took, "trainer": trainer * per_row, "all": trainer * per_row + of_workers}
 
 
-def child(checkout: Path, kind: str, workers: int, args: argparse.Namespace) -> dict[str, float]:
+def child(checkout: Path, kind: str, workers: int, args: argparse.Namespace, every: int = 0) -> dict[str, float]:
     """A measurement in a process of its own, with the package of a checkout."""
     command = [sys.executable, __file__, "--one", kind, str(workers), "--data", str(args.data)]
-    command += ["--seconds", str(args.seconds)]
+    command += ["--seconds", str(args.seconds), "--every", str(every)]
     if checkout != Path(__file__).parents[1]:
         command.append("--lazy")
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
@@ -108,28 +137,33 @@ def child(checkout: Path, kind: str, workers: int, args: argparse.Namespace) -> 
 def compare(args: argparse.Namespace) -> None:
     """Prints a table of medians, and of the median ratios to the other version and to torch."""
     here = Path(__file__).parents[1]
-    configurations = [(TORCH, workers) for workers in args.workers if workers]
+    configurations = [(kind, workers) for workers in args.workers if workers for kind in READY]
     configurations += [(kind, workers) for workers in args.workers for kind in KINDS]
     found: dict[tuple[str, str, int], list[dict[str, float]]] = {}
     for number in range(args.repeats):
         for kind, workers in random.Random(number).sample(configurations, len(configurations)):
             found.setdefault(("here", kind, workers), []).append(child(here, kind, workers, args))
-            if args.against and not kind.startswith("narrow") and kind != TORCH:
+            if args.against and not kind.startswith("narrow") and kind not in READY:
                 there = child(args.against.resolve(), kind, workers, args)
                 found.setdefault(("there", kind, workers), []).append(there)
-    print(
-        "| workers | batches | rows/s | trainer, us a row | all, us a row | CPU of --against / ours | rows/s of torch |"
-    )
-    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+            if args.every and kind not in READY:
+                found.setdefault(("changing", kind, workers), []).append(child(here, kind, workers, args, args.every))
+    columns = ("rows/s", "trainer, us a row", "all, us a row", "CPU of --against / ours", "rows/s of torch", "lost")
+    print(f"| workers | batches | {' | '.join(columns)} |")
+    print("| ---: | --- |" + " ---: |" * len(columns))
     for kind, workers in configurations:
         ours = found["here", kind, workers]
         rate, trainer, everything = (
             statistics.median(one[name] for one in ours) for name in ("rate", "trainer", "all")
         )
-        there = found.get(("there", kind if not kind.startswith("narrow") else BASE, workers))
-        ratio = f"{_ratio(there, ours, 'all'):.2f}" if there else "-"
-        limit = f"{_ratio(ours, found['here', TORCH, workers], 'rate'):.0%}" if workers else "-"
-        print(f"| {workers} | {kind} | {rate:,.0f} | {trainer:.2f} | {everything:.2f} | {ratio} | {limit} |")
+        older = (
+            None if kind in READY else found.get(("there", kind if not kind.startswith("narrow") else BASE, workers))
+        )
+        ratio = f"{_ratio(older, ours, 'all'):.2f}" if older else "-"
+        share = f"{_ratio(ours, found['here', limit(kind), workers], 'rate'):.0%}" if workers else "-"
+        changed = found.get(("changing", kind, workers))
+        lost = f"{1 - _ratio(ours, changed, 'all'):.0%}" if changed else "-"
+        print(f"| {workers} | {kind} | {rate:,.0f} | {trainer:.2f} | {everything:.2f} | {ratio} | {share} | {lost} |")
 
 
 def _ratio(ones: list[dict[str, float]], others: list[dict[str, float]], name: str) -> float:
@@ -143,11 +177,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=0, help="samples between two changes of the mix (0: none)")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--lazy", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one[0], int(args.one[1]), args.data, args.seconds, args.lazy)))
+        print(json.dumps(measure(args.one[0], int(args.one[1]), args.data, args.seconds, args.lazy, args.every)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         args.data = args.data or Path(scratch)

@@ -69,11 +69,12 @@ class Ours:
     def state(self, consumed: int, decisions: int) -> Path:
         """The state of a run with so many decisions behind it, evenly spaced, at most one every 64,000 samples."""
         sampler, generator = self.sampler(), np.random.default_rng(0)
+        measurements = sampler._deciding().decider.measurements
         apart = max(INTERVAL, consumed // decisions)
         for start in range(0, min(decisions * apart, consumed), apart):
             mix = generator.dirichlet(np.ones(self.domains))
             feedback = {"general": -3.0 - generator.random(), "math": -4.0 - generator.random()}
-            sampler.measurements.append(Measurement(start, feedback))
+            measurements.append(Measurement(start, feedback))
             sampler.plan.append(
                 LedgerEntry(
                     start=start, mix=tuple(mix.tolist()), decided_by="bench", decided_at=start, feedback=feedback

@@ -8,6 +8,7 @@ import operator
 import os
 import reprlib
 import stat
+from collections.abc import Sequence
 from typing import Any
 
 from dmagent_loader.errors import ConfigurationError
@@ -80,6 +81,11 @@ def is_finite_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def are_finite_numbers(values: Sequence[Any]) -> bool:
+    """Whether `is_finite_number` holds for all values; of a long ledger of floats, these are the most."""
+    return (set(map(type, values)) == {float} and math.isfinite(sum(values))) or all(map(is_finite_number, values))
 
 
 def is_count(value: Any) -> bool:

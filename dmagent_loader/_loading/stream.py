@@ -2,7 +2,7 @@
 
 Steps of a sample: position in the iterator -> global index (layout) -> domain and row (plan) -> bytes (shards, read
 ahead in threads) -> values (decode) -> transform. Positions are planned in runs. A new mix discards the rest of a run,
-but rows already read or fetched for it stay useful: the rows of a domain have the same order under any mix.
+but rows looked up, read or fetched for it stay useful: the rows of a domain have the same order under any mix.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dmagent_loader._loading.blocks_ahead import BlocksAhead
 from dmagent_loader._loading.feed import Feed
 from dmagent_loader._loading.lazy import Columns, LazyRow, RowAddress, RowReader
 from dmagent_loader._loading.readahead import Readahead
+from dmagent_loader._loading.rows_ahead import RowsAhead
 from dmagent_loader.errors import ConfigurationError, ExhaustedError, StateError
 from dmagent_loader.mixture.segment import Located
 from dmagent_loader.mixture.sharding import StreamLayout
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 _FIRST_RUN, _LARGEST_RUN = 512, 16_384
 """Positions planned at a time without reading threads: few after a new mix, because another may follow soon, then twice
 as many each time, because the cost of planning hardly grows with their number."""
+_LARGEST_RUN_OF_AHEAD = 2048
+"""Positions of a run up to which its rows are looked up in `RowsAhead`: longer ones mean that mixes change rarely."""
 _LARGEST_DEAL = 1 << 16
 """Positions of all ranks planned at a time if samples are dealt by lane, unless one global batch has more."""
 _RUN_AHEAD = 2048
@@ -59,6 +62,8 @@ class _Run:
     located: Located
     all_frontiers: IntArray
     """First global index that cannot have been delivered, before each position and after the last."""
+    positions: IntArray | None = None
+    """Positions of the rows, as `ArrayRows.find` returns them; None: not looked up yet."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -113,6 +118,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             check_members=feed.bad_rows.skips and feed.transform is None,
         )
         self._arrays = self._array_rows()
+        self._rows_ahead: RowsAhead | None = None
+        self._reads_columns = False
         self._spans: RowSpans | None = None
         """Positions of the rows of the present run; None: not looked up yet."""
         self._buffers = Buffers()
@@ -171,7 +178,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             Their packed tokens as they are stored. None: they have to be read one by one, with `next`, which also
             raises the error of a damaged row.
         """
-        self._batch_size = count
+        self._batch_size, self._reads_columns = count, True
         if self._arrays is None or not self._is_ready():
             return None
         arrays, begin, end = self._arrays, self._cursor, self._cursor + count
@@ -180,7 +187,10 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         located = self._run.located
         spans = self._spans
         if spans is None:
-            spans = self._spans = arrays.find(located.domain, located.shard, located.row)
+            positions = self._run.positions
+            if positions is None:
+                positions = arrays.find(located.domain, located.shard, located.row)
+            spans = self._spans = RowSpans.of(positions)
         values = arrays.read(spans, begin, end, self._buffers)
         if values is None:
             return None
@@ -340,7 +350,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             indices = self._layout.indices(first, count, end, laned)
             if not len(indices):
                 return None
-            located = plan.locate(indices)
+            located, positions = self._located(indices)
         except ExhaustedError:
             # The end lies inside the run: deliver the samples before it one by one. A global batch that cannot be
             # planned whole is dealt in runs.
@@ -348,9 +358,19 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 indices = self._layout.indices(first, 1, end, laned)
             except ExhaustedError:
                 indices = self._layout.indices(first, 1, end)
-            located = plan.locate(indices)
+            located, positions = self._located(indices)
         frontiers = self._layout.frontiers(np.arange(first, first + len(indices) + 1))
-        return _Run(first, indices, located, frontiers)
+        return _Run(first, indices, located, frontiers, positions)
+
+    def _located(self, indices: IntArray) -> tuple[Located, IntArray | None]:
+        """Addresses of samples, and the positions of their rows if these are known at once."""
+        plan = self._feed.plan
+        if self._blocks is not None or self._readahead is not None or len(indices) > _LARGEST_RUN_OF_AHEAD:
+            self._rows_ahead = None
+            return plan.locate(indices), None
+        if self._rows_ahead is None:
+            self._rows_ahead = RowsAhead(plan, self._arrays if self._reads_columns else None)
+        return self._rows_ahead.find(*plan.draws(indices))
 
     def _close(self) -> None:
         readahead = getattr(self, "_readahead", None)

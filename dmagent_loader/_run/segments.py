@@ -134,8 +134,7 @@ def rebuild(segments: Sequence[SavedSegment], seed: int, newest: RunData | None 
             if plan is None:
                 rules = dict(zip(used.space.names, used.rules, strict=True))
                 plan = Plan(used.space, used.shards, seed=seed, exhausted=rules, shuffle=used.shuffle)
-                for entry in saved.ledger:
-                    plan.append(entry)
+                plan.extend(saved.ledger)
             else:
                 plan = plan.changed(
                     saved.begin,

@@ -20,23 +20,22 @@ Integer arithmetic makes every choice: weights are multiples of 2**-30.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from itertools import pairwise
 
 import numpy as np
 
 from dmagent_loader.mixture.hashing import UIntArray, random_bits
+from dmagent_loader.mixture.mix_tree import RESOLUTION, MixTree, grow
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, largest_remainder
 
-RESOLUTION = 1 << 30
-"""Weights are rounded to multiples of 1 / RESOLUTION: an error of half a sample after 10**9 samples of one mix."""
-
-DISCREPANCY = 1.25
-"""Largest deviation of a domain from its share, in samples, up to which the order is made irregular."""
-
-_HASH_BITS = 30
-_UNUSED_BITS = np.uint64(64 - _HASH_BITS)
+# As arrays without dimensions: operations with plain numbers take twice the time on short arrays.
+_HASH_BITS = np.array(30)
+_UNUSED_BITS = np.array(64 - 30, dtype=np.uint64)
+_ZERO = np.array(0)
 _DIRECT_LIMIT = 1 << 32
 _ROOT = 0
+_DENSE, _MOST_IN_RANGE = 4, 1 << 16
+"""Samples of a range for each one of them that is looked up, and in all, up to which all of the range are."""
 
 
 def in_quanta(mix: FloatArray) -> IntArray:
@@ -52,16 +51,28 @@ class DomainOrder:
         key: Key of the random stream that makes the order irregular.
         carry: (D,) int64, debt to each domain in units of samples / RESOLUTION; None: no debt. A domain of weight 0
             gets nothing under this mix, and its debt stays for a later one.
+        tree: The tree of the mix, if it was grown before.
     """
 
-    def __init__(self, quanta: IntArray, key: int, carry: IntArray | None = None) -> None:
-        self.quanta: IntArray = quanta.astype(np.int64)
+    def __init__(self, quanta: IntArray, key: int, carry: IntArray | None = None, tree: MixTree | None = None) -> None:
+        self._tree = tree = grow([quanta.astype(np.int64)])[0] if tree is None else tree
+        self.quanta = tree.quanta
         """(D,) int64: the mix in force in units of 1 / RESOLUTION; sums to RESOLUTION."""
         self._carry = np.zeros(len(quanta), dtype=np.int64) if carry is None else carry
-        active = np.flatnonzero(self.quanta > 0)
-        self._leaves = active[np.argsort(-self.quanta[active], kind="stable")].astype(np.int64)
+        self._leaves = tree.leaves
         self._counted: tuple[int, IntArray] | None = None
-        self._grow(key)
+        self._reached: tuple[int, IntArray] | None = None
+        """The end of the last range that was located, and `_received` there: the next one mostly begins there."""
+        self._range: tuple[int, IntArray, IntArray] | None = None
+        """First sample of this range, counts before it, and the domain of each sample."""
+        self._total, self._minor, self._lowest, self._width = tree.total, tree.minor, tree.lowest, tree.width
+        self._key: UIntArray = random_bits(key, np.arange(len(tree.total), dtype=np.int64))
+        # The debt to the lighter child beyond its share of the node's debt, in the units of m p: the carry of L(m).
+        owed = np.append(0, np.cumsum(self._carry[self._leaves]))
+        low, split, high = owed[tree.bounds]
+        of_minor = np.where(tree.is_left, split - low, high - split)
+        shift = of_minor / RESOLUTION * self._total - self._minor * ((high - low) / RESOLUTION)
+        self._shift: IntArray = np.rint(shift).astype(np.int64)
 
     def locate(self, samples: IntArray) -> tuple[IntArray, IntArray]:
         """The domain of each sample, and the number of earlier samples of that domain under this mix.
@@ -75,19 +86,67 @@ class DomainOrder:
         samples = np.asarray(samples, dtype=np.int64)
         if len(self._leaves) == 1:
             return np.full(samples.shape, self._leaves[0]), samples.copy()
+        if not len(samples):
+            return samples.copy(), samples.copy()
+        first, end = int(samples.min()), int(samples.max()) + 1
+        if end - first > min(_DENSE * len(samples), _MOST_IN_RANGE) or end > _DIRECT_LIMIT:
+            return self._locate_each(samples, end)
+        domain, rank = self._locate_range(first, end)
+        within = samples - first
+        return domain[within], rank[within]
+
+    def _locate_each(self, samples: IntArray, end: int) -> tuple[IntArray, IntArray]:
+        """`locate` for samples that lie far apart, all below `end`."""
         domain, rank = np.empty_like(samples), np.empty_like(samples)
         # All samples walk down the tree together, one level per iteration; those that reach a leaf drop out.
         pending = np.arange(len(samples))
         node, received = np.full(samples.shape, _ROOT, dtype=np.int64), samples
         while len(pending):
-            to_minor, minor = self._split(node, received)
+            to_minor, minor = self._split(node, received, end > _DIRECT_LIMIT)
             # Sample m of a node is sample L(m) of its lighter child, or sample m - L(m) of its heavier one.
             received = np.where(minor, to_minor, received - to_minor)
-            node = self._children[2 * node + minor]
+            node = np.where(minor, self._tree.lighter[node], self._tree.heavier[node])
             if (done := node < 0).any():
                 finished, remaining = pending[done], ~done
                 domain[finished], rank[finished] = self._leaves[~node[done]], received[done]
                 pending, node, received = pending[remaining], node[remaining], received[remaining]
+        return domain, rank
+
+    def _locate_range(self, first: int, end: int) -> tuple[IntArray, IntArray]:
+        """`locate` for the samples from `first` to `end` - 1, of all nodes together.
+
+        A node and a leaf have a block each, of the samples in the range that they receive. Each place in a block comes
+        from one in the block of the parent; those in the block of the root are the samples.
+        """
+        tree, num_nodes = self._tree, len(self._total)
+        reached = self._reached
+        before = self._received(first) if reached is None or reached[0] != first else reached[1]
+        after = self._received(end)
+        number = after - before
+        begin = np.cumsum(number) - number
+        to_lighter = number[tree.lighter]
+        node = np.repeat(np.arange(num_nodes), to_lighter)
+        within = _counting(to_lighter)
+        # The lighter child gets its sample k once the node has received m of them, with m p + carry >= k q + T_k. The
+        # bound holds for a large carry, as in `_to_minor`.
+        k = before[tree.lighter][node] + within
+        due = k * self._total[node] + self._threshold(node, k) - self._shift[node]
+        received = np.maximum(-(-due // self._minor[node]), k + 1)
+        lighter = (begin - before)[node] + received - 1
+        is_lighter = np.zeros(int(begin[num_nodes]), dtype=bool)
+        is_lighter[lighter] = True
+        to_heavier = number[:num_nodes] - to_lighter
+        parent = np.arange(int(begin[-1] + number[-1]))
+        parent[begin[tree.lighter][node] + within] = lighter
+        parent[np.repeat(begin[tree.heavier], to_heavier) + _counting(to_heavier)] = np.flatnonzero(~is_lighter)
+        sample = parent[len(is_lighter) :]
+        for _ in tree.levels[2:]:
+            sample = parent[sample]
+        of_leaves = number[num_nodes:]
+        domain, rank = np.empty_like(sample), np.empty_like(sample)
+        domain[sample] = np.repeat(self._leaves[::-1], of_leaves)
+        rank[sample] = np.repeat(before[num_nodes:], of_leaves) + _counting(of_leaves)
+        self._reached, self._range = (end, after), (first, self._of_domains(before), domain)
         return domain, rank
 
     def counts(self, num_samples: int) -> IntArray:
@@ -98,19 +157,37 @@ class DomainOrder:
         return self._counted[1].copy()
 
     def _count(self, num_samples: int) -> IntArray:
-        counts = np.zeros(len(self.quanta), dtype=np.int64)
         if len(self._leaves) == 1:
-            counts[self._leaves[0]] = num_samples
-            return counts
-        node, received = np.array([_ROOT]), np.array([num_samples])
-        while len(node):
-            to_minor = self._to_minor(node, received)
-            received = np.column_stack([received - to_minor, to_minor]).ravel()
-            node = self._children.reshape(-1, 2)[node].ravel()
-            leaf = node < 0
-            counts[self._leaves[~node[leaf]]] = received[leaf]
-            node, received = node[~leaf], received[~leaf]
+            return self._of_domains(np.array([num_samples]))
+        if self._range is not None:
+            first, before, domain = self._range
+            if first <= num_samples <= first + len(domain):
+                return before + np.bincount(domain[: num_samples - first], minlength=len(before))
+        return self._of_domains(self._received(num_samples))
+
+    def _of_domains(self, received: IntArray) -> IntArray:
+        """Samples of each domain, (D,), by those that each node and leaf has received."""
+        counts = np.zeros(len(self.quanta), dtype=np.int64)
+        counts[self._leaves] = received[: -len(self._leaves) - 1 : -1]
         return counts
+
+    def _received(self, num_samples: int) -> IntArray:
+        """Samples that each node and, from the end on, each leaf has received among the first `num_samples`: (N + L,).
+
+        So the numbers of children in the tree are their places.
+        """
+        tree, is_long = self._tree, num_samples >= _DIRECT_LIMIT
+        received = np.zeros(len(self._total) + len(self._leaves), dtype=np.int64)
+        if not num_samples:
+            return received
+        received[_ROOT] = num_samples
+        for first, last in pairwise(tree.levels):
+            level = slice(first, last)
+            here = received[level]
+            to_minor = self._to_minor(level, here, is_long)
+            received[tree.lighter[level]] = to_minor
+            received[tree.heavier[level]] = here - to_minor
+        return received
 
     def counts_and_owed(self, num_samples: int) -> tuple[IntArray, IntArray]:
         """`counts`, and the debt to each domain after them: (D,) int64, in units of samples / RESOLUTION.
@@ -124,10 +201,19 @@ class DomainOrder:
         owed = (whole * self.quanta + extra - counts) * RESOLUTION + rest + self._carry
         return counts, np.asarray(owed, dtype=np.int64)
 
-    def _divide(self, node: IntArray, received: IntArray, shift: IntArray) -> tuple[IntArray, IntArray]:
-        """Quotient and remainder of (received * p + shift) / q at each node; q fits in 30 bits."""
+    def _divide(
+        self, node: IntArray | slice, received: IntArray, shift: IntArray, is_long: bool
+    ) -> tuple[IntArray, IntArray]:
+        """Quotient and remainder of (received * p + shift) / q at each node; q fits in 30 bits.
+
+        Args:
+            node: The nodes.
+            received: Samples that each has received.
+            shift: Added to received * p.
+            is_long: Whether any node may have received _DIRECT_LIMIT samples or more.
+        """
         total, minor = self._total[node], self._minor[node]
-        if len(received) and int(received.max()) >= _DIRECT_LIMIT:
+        if is_long:
             # received * minor could overflow int64: whole cycles of q samples contribute exactly p each.
             cycles = received // total
             start = (received - cycles * total) * minor + shift
@@ -137,93 +223,37 @@ class DomainOrder:
         k = start // total
         return k, start - k * total
 
-    def _to_minor(self, node: IntArray, received: IntArray) -> IntArray:
+    def _to_minor(self, node: IntArray | slice, received: IntArray, is_long: bool) -> IntArray:
         """L(m) of each node: the number of its first m samples that went to its lighter child."""
-        k, rest = self._divide(node, received, self._shift[node])
+        k, rest = self._divide(node, received, self._shift[node], is_long)
         # Thresholds 0 to k - 1 are passed, threshold k only if the remainder has reached it. A large carry would give
         # the child more samples than the node has received, or fewer than none: hence the bounds.
-        to_minor: IntArray = np.minimum(np.maximum(k + (self._threshold(node, k) <= rest), 0), received)
-        return to_minor
+        passed = k + (self._threshold(node, k) <= rest)
+        return np.asarray(np.minimum(np.maximum(passed, _ZERO), received))
 
-    def _split(self, node: IntArray, received: IntArray) -> tuple[IntArray, np.ndarray]:
+    def _split(self, node: IntArray, received: IntArray, is_long: bool) -> tuple[IntArray, np.ndarray]:
         """L(m) of each node, and whether sample m itself goes to the lighter child: L(m + 1) > L(m)."""
         total, minor = self._total[node], self._minor[node]
-        k, rest = self._divide(node, received, self._shift[node] + minor)
+        k, rest = self._divide(node, received, self._shift[node] + minor, is_long)
         # Thresholds keep p / 2 away from both ends, so a step passes at most one of them: threshold k, or threshold
         # k - 1 if the step has just crossed into the next cycle.
-        wrapped = 2 * rest < minor
+        wrapped = rest + rest < minor
         position = rest + total * wrapped
         threshold = self._threshold(node, k - wrapped)
         passed = threshold <= position
         after = k + (passed & ~wrapped)
         before = after - (passed & (threshold > position - minor))
-        before = np.minimum(np.maximum(before, 0), received)
-        after = np.minimum(np.maximum(after, 0), received + 1)
+        before = np.minimum(np.maximum(before, _ZERO), received)
+        after = np.minimum(np.maximum(after, _ZERO), received + 1)
         return before, after > before
 
-    def _threshold(self, node: IntArray, k: IntArray) -> IntArray:
+    def _threshold(self, node: IntArray | slice, k: IntArray) -> IntArray:
         """T_k of each node: uniform over an interval of length `_width` in the middle of its cycle."""
         bits = random_bits(self._key[node], k) >> _UNUSED_BITS
         drawn: IntArray = (bits.view(np.int64) * self._width[node]) >> _HASH_BITS
         return self._lowest[node] + drawn
 
-    def _grow(self, key: int) -> None:
-        """Builds the tree level by level. A node is an interval of the leaves, sorted by descending weight.
 
-        This uses plain Python numbers: most levels are so short that numpy would take ten times as long.
-        """
-        num_leaves = len(self._leaves)
-        # Prefix sums, so the weight and the debt of any interval of leaves are one subtraction.
-        weight = [0, *np.cumsum(self.quanta[self._leaves]).tolist()]
-        owed = [0, *np.cumsum(self._carry[self._leaves]).tolist()]
-        total: list[int] = []
-        lighter: list[int] = []
-        shift: list[int] = []
-        children: list[int] = []
-        # Each interval comes with two bounds on its error in samples: the error of rounding to the nearest sample, and
-        # the error that thresholds drawn from their full range would add.
-        freedom = [1.0] * num_leaves
-        queue = [(0, num_leaves, 0.0, 0.0)] if num_leaves > 1 else []
-        intervals: list[tuple[int, int]] = []
-        for low, high, rounding, irregular in queue:  # the loop appends to the queue
-            # Split at the leaf boundary closest to half the weight: even splits keep heavy leaves near the root, so
-            # most samples need few steps. Both sides get at least one leaf.
-            middle = (weight[low] + weight[high]) / 2
-            split = bisect_left(weight, middle, low, high)
-            split -= abs(weight[split - 1] - middle) <= abs(weight[split] - middle)
-            split = min(max(split, low + 1), high - 1)
-            whole, left = weight[high] - weight[low], weight[split] - weight[low]
-            owed_whole, owed_left = owed[high] - owed[low], owed[split] - owed[low]
-            left_is_minor = 2 * left <= whole
-            minor, owed_minor = (left, owed_left) if left_is_minor else (whole - left, owed_whole - owed_left)
-            ids = []
-            for first, last, share in ((low, split, left / whole), (split, high, 1 - left / whole)):
-                # A child inherits its share of the parent's error. Its own split adds up to half a sample by rounding,
-                # and up to half of the threshold range.
-                child_rounding = 0.5 + share * rounding
-                child_irregular = (1 - minor / whole) / 2 + share * irregular
-                if last - first == 1:
-                    # The part of the full range that keeps this leaf within DISCREPANCY.
-                    freedom[first] = min(max((DISCREPANCY - child_rounding) / child_irregular, 0.0), 1.0)
-                    ids.append(~first)
-                else:
-                    ids.append(len(queue))
-                    queue.append((first, last, child_rounding, child_irregular))
-            total.append(whole)
-            lighter.append(minor)
-            # The debt to the lighter child beyond its share of the node's debt, in the units of m p: the carry of L(m).
-            shift.append(round(owed_minor / RESOLUTION * whole - minor * (owed_whole / RESOLUTION)))
-            children += ids[::-1] if left_is_minor else ids
-            intervals.append((low, high))
-
-        self._total, self._minor = np.array(total, dtype=np.int64), np.array(lighter, dtype=np.int64)
-        self._shift = np.array(shift, dtype=np.int64)
-        self._children: IntArray = np.array(children, dtype=np.int64)
-        """Heavier and lighter child of each node; a leaf is stored as its bitwise complement, so it is negative."""
-        self._key: UIntArray = random_bits(key, np.arange(len(total), dtype=np.int64))
-        # Thresholds may range over [p / 2, q - p / 2], of length q - p. A node affects every leaf below it, so the
-        # strictest leaf limits its range, which stays centred.
-        slack = self._total - self._minor
-        node_freedom = np.array([min(freedom[low:high]) for low, high in intervals], dtype=np.float64)
-        self._width = np.floor(slack * node_freedom).astype(np.int64)
-        self._lowest = (self._minor + 1) // 2 + (slack - self._width) // 2
+def _counting(lengths: IntArray) -> IntArray:
+    """0, 1, ... up to each length, one after the other."""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)

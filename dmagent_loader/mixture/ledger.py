@@ -9,11 +9,12 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from dmagent_loader._validation import is_count, is_finite_number, shown
+from dmagent_loader._validation import are_finite_numbers, is_count, is_finite_number, shown
 from dmagent_loader.errors import StateError
 from dmagent_loader.mixture.simplex import FloatArray, validate_mix
 
@@ -52,6 +53,10 @@ class LedgerEntry:
 
     def weights(self) -> FloatArray:
         """The mix as a vector: (D,)."""
+        return self._weights.copy()
+
+    @cached_property
+    def _weights(self) -> FloatArray:
         return np.array(self.mix, dtype=np.float64)
 
 
@@ -152,9 +157,8 @@ class Ledger:
 
 def _entry(saved: Mapping[str, Any], domains: tuple[str, ...]) -> LedgerEntry:
     weights, feedback = saved["mix"], saved.get("feedback")
-    if not isinstance(weights, (list, tuple)) or not all(map(is_finite_number, weights)):
+    if not isinstance(weights, (list, tuple)) or not are_finite_numbers(weights):
         raise ValueError(f"its mix is {shown(weights)}, not a list of finite numbers")
-    validate_mix(weights, domains)
     for name in ("start", "decided_at"):
         if not is_count(saved[name]):
             raise ValueError(f"its {name} is {shown(saved[name])}, not an index of samples")
@@ -163,7 +167,7 @@ def _entry(saved: Mapping[str, Any], domains: tuple[str, ...]) -> LedgerEntry:
             raise ValueError(f"its {name} is {shown(saved[name])}, not a {kind.__name__}")
     if feedback is not None and not all(map(is_finite_number, feedback.values())):
         raise ValueError(f"its feedback is {shown(feedback)}, not finite numbers by field")
-    return LedgerEntry(
+    entry = LedgerEntry(
         start=saved["start"],
         mix=tuple(map(float, weights)),
         decided_by=saved["decided_by"],
@@ -172,3 +176,5 @@ def _entry(saved: Mapping[str, Any], domains: tuple[str, ...]) -> LedgerEntry:
         accepted=saved.get("accepted", True),
         note=saved.get("note", ""),
     )
+    validate_mix(entry.weights(), domains)
+    return entry

@@ -165,15 +165,18 @@ class Lanes:
             # In each lane the drawn places are a range, which continues at the beginning of the lane: whole tiles, and
             # parts of the tiles with the first and the last of them.
             begin = self._first_row(key.repeat(self._lanes), lanes) % length
-            first = np.arange(0, length, tile)
-            last = np.minimum(first + tile, length)
-            is_whole = (first - begin[:, None]) % length + (last - first) <= whole
-            lane, number = np.nonzero(is_whole)
-            runs = np.column_stack([lane * length + first[number], lane * length + last[number]])
+            first = np.stack([begin, np.zeros_like(begin)])
+            last = np.stack([np.minimum(begin + whole, length), np.maximum(begin + whole - length, 0)])
+            ends_lane = last == length
+            first, last = -(-first // tile) * tile, np.where(ends_lane, length, last // tile * tile)
+            some = first < last
+            runs = (lanes * length + np.stack([first, last]))[:, some].T
             # Only the first draws, as many as a tile has, and the last are in other tiles than whole ones.
-            draws = np.unique(np.concatenate([np.arange(min(tile, whole)), np.arange(whole)[-tile:]]))
+            draws = np.concatenate([np.arange(min(tile, whole)), np.arange(max(tile, whole - tile), whole)])
             places = (draws + begin[:, None]) % length
-            lane, chosen = np.nonzero(~is_whole[lanes[:, None], places // tile])
+            first = places // tile * tile
+            size = np.minimum(length - first, tile)
+            lane, chosen = np.nonzero((first - begin[:, None]) % length + size > whole)
             shape = np.full(len(lane), domain)
             rows.append(self._in_lane(shape, key.repeat(len(lane)), lane, draws[chosen]))
         single = np.concatenate(rows)

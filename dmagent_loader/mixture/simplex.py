@@ -45,7 +45,8 @@ def validate_mix(
         [0.25, 0.75]
     """
     if isinstance(weights, Mapping):
-        unknown = [name for name in weights if name not in set(names)]
+        known = set(names)
+        unknown = [name for name in weights if name not in known]
         if unknown:
             raise DomainError(f"the mix names unknown domains {_shorten(unknown)}; the domains are {_shorten(names)}")
         mix = numbers([weights.get(name, 0.0) for name in names])

@@ -40,6 +40,11 @@ class RowSpans:
     size: list[int]
     crc: list[int]
 
+    @classmethod
+    def of(cls, positions: NDArray[np.int64]) -> RowSpans:
+        """From columns, (5, n), as `ArrayRows.find` returns them."""
+        return cls(*positions.tolist())
+
 
 @dataclass(frozen=True)
 class _Format:
@@ -113,13 +118,16 @@ class ArrayRows:
         self._formats: dict[int, _Format] = {}
         """By size of the row; as most rows of a size have the same header, only the last one is kept."""
 
-    def find(self, domain: NDArray[np.int64], shard: NDArray[np.int64], row: NDArray[np.int64]) -> RowSpans:
+    def find(self, domain: NDArray[np.int64], shard: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of n rows; each table is looked up once.
 
         Args:
             domain: (n,) domain numbers.
             shard: (n,) shards within the domain.
             row: (n,) rows within the shard.
+
+        Returns:
+            (5, n), for `RowSpans.of`.
         """
         number = self._first_shard[domain] + shard
         gathered = np.argsort(number, kind="stable")
@@ -135,9 +143,10 @@ class ArrayRows:
             else:
                 found[:, begin:end] = _NOT_AN_ARRAY
             begin = end
-        columns = np.empty_like(found)
-        columns[:, gathered] = found
-        return RowSpans(number.tolist(), row.tolist(), *columns.tolist())
+        columns = np.empty((5, len(number)), np.int64)
+        columns[0], columns[1] = number, row
+        columns[2:, gathered] = found
+        return columns
 
     def find_few(self, domain: Sequence[int], shard: Sequence[int], row: Sequence[int]) -> RowSpans:
         """As `find`, for the rows of one batch: they lie in nearly as many shards, so each table is looked up anew."""

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmagent_loader.errors import EmptyShardError, ExhaustedError
-from dmagent_loader.mixture.domain_order import RESOLUTION, DomainOrder, in_quanta
+from dmagent_loader.mixture.domain_order import DomainOrder, in_quanta
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.hashing import random_bits, scatter
 from dmagent_loader.mixture.ledger import LedgerEntry
+from dmagent_loader.mixture.mix_tree import RESOLUTION, grow
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.row_order import RowOrders
 from dmagent_loader.mixture.shuffle import Shuffle
@@ -84,6 +85,55 @@ def test_any_sample_is_found_without_those_before_it(mix, start):
         seen[domain] += 1
     assert (order.counts(start + 64) == before + seen).all()
     assert before.sum() == start
+
+
+@given(mixes(), st.integers(0, 10**10), st.integers(1, 400), st.integers(0, 4 << 30), st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_samples_of_a_range_are_found_as_each_of_them_is(mix, first, length, debt, seed):
+    """A range is located by what its nodes receive, single samples by a walk down the tree; here with large debts."""
+    carry = np.random.default_rng(seed).integers(-debt, debt + 1, len(mix))
+    order, other = (DomainOrder(in_quanta(mix), 5, carry) for _ in range(2))
+    samples = np.arange(first, first + length)
+    domains, ranks = order.locate(samples)
+    for number in (0, length // 2, length - 1):
+        far_apart = samples[[number, number]] + [0, 10**6]
+        domain, rank = other.locate(far_apart)
+        assert (domain[0], rank[0]) == (domains[number], ranks[number])
+        assert (order.counts(first + number) == other.counts(first + number)).all()
+
+
+@given(st.lists(mixes(), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_trees_that_grow_together_are_those_that_grow_one_by_one(several):
+    size = max(map(len, several))
+    quanta = [in_quanta(np.pad(mix, (0, size - len(mix)))) for mix in several]
+    for tree, (alone,) in zip(grow(quanta * 20), [grow([its]) for its in quanta * 20], strict=True):
+        assert list(tree.levels) == list(alone.levels)
+        for name, column in vars(alone).items():
+            assert np.array_equal(column, getattr(tree, name)), name
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), mixes(6)), min_size=1, max_size=60),
+    st.sampled_from(["repeat", "redistribute", "stop", "error"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_plan_that_is_given_many_mixes_at_once_is_that_of_one_after_the_other(steps, rule):
+    """Also where domains run out between two mixes, so that the mix in force is another one."""
+    names = [f"source/{number}" for number in range(6)]
+    one, other = (Plan(DomainSpace.from_names(names), [np.array([40])] * 6, seed=3, exhausted=rule) for _ in range(2))
+    entries, start = [], 0
+    for length, mix in steps:
+        entries.append(entry(start, np.pad(mix, (0, 6 - len(mix)))))
+        start += length
+    for each in entries:
+        one.append(each)
+    other.extend(entries)
+    assert one.ledger.summary() == other.ledger.summary()
+    assert (one.end, one.failure) == (other.end, other.failure)
+    for index in range(0, start + 50, 7):
+        assert (one.counts(index) == other.counts(index)).all()
+        assert (one.mix_at(index) == other.mix_at(index)).all()
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), mixes(8)), min_size=2, max_size=40), st.integers(0, 1000))

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader._loading.lazy import LazyRow, read_together
 from dmagent_loader.errors import DamagedShardError, DecodeError
-from dmagent_loader.shards.array_rows import Buffers
+from dmagent_loader.shards.array_rows import Buffers, RowSpans
 from dmagent_loader.shards.sources.local import LocalSource
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import PACKED_MEMBER, collate_packed, packed_tokens
@@ -134,7 +134,7 @@ def test_no_memory_is_taken_for_a_batch_whose_rows_differ(tmp_path):
     collection.read(0, 0, 1)  # its index is in memory from here on
     tracemalloc.start()
     arrays = collection.array_rows(PACKED_MEMBER)
-    spans = arrays.find(np.zeros(32, np.int64), np.zeros(32, np.int64), np.arange(32))
+    spans = RowSpans.of(arrays.find(np.zeros(32, np.int64), np.zeros(32, np.int64), np.arange(32)))
     assert arrays.read(spans, 0, 32, Buffers()) is None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

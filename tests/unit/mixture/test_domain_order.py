@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dmagent_loader.mixture.domain_order import DISCREPANCY, RESOLUTION, DomainOrder, in_quanta
+from dmagent_loader.mixture.domain_order import DomainOrder, in_quanta
+from dmagent_loader.mixture.mix_tree import DISCREPANCY, RESOLUTION
 
 MIX = np.array([0.6, 0.0, 0.3, 0.1])
 

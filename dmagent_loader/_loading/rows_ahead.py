@@ -1,0 +1,96 @@
+"""The rows that each domain gives next, looked up ahead: they stay valid when the mix changes.
+
+A new mix changes the order of the domains, but not the order of the rows of a domain. If mixes change often, the runs
+of positions between them are short, and to look up their rows costs about as much for a few rows as for thousands.
+
+Shapes: D domains, n samples.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dmagent_loader.mixture.plan import Plan
+from dmagent_loader.mixture.segment import Located
+from dmagent_loader.mixture.simplex import IntArray
+from dmagent_loader.shards.array_rows import ArrayRows
+
+_MOST_AHEAD = 1 << 14
+"""Rows of all domains that are looked up beyond those of a run."""
+_AS_BEFORE = 0.75
+"""Share of them that follows the draws since the last look-up."""
+_MOST_OF_OTHERS = 3
+"""Rows of other ranks and workers for each own one, up to which the rows between two own ones are looked up, too."""
+
+
+class RowsAhead:
+    """The next rows of each domain.
+
+    Args:
+        plan: Order of the samples.
+        arrays: Reader of whole batches, whose positions of rows are looked up, too; None: it is not used.
+    """
+
+    def __init__(self, plan: Plan, arrays: ArrayRows | None) -> None:
+        self._plan, self._arrays = plan, arrays
+        self._first: IntArray = np.zeros(len(plan.space), dtype=np.int64)
+        """(D,) first known draw of each domain."""
+        self._end: IntArray = np.zeros_like(self._first)
+        """(D,) draw after the last known one."""
+        self._begin: IntArray = np.zeros_like(self._first)
+        """(D,) column of the first known draw."""
+        self._columns: IntArray = np.empty((2 if arrays is None else 7, 0), dtype=np.int64)
+        """Shard and row of each known draw, domain by domain; and its position, as `ArrayRows.find` returns it."""
+        self._ahead = 0
+
+    def find(self, domain: IntArray, draw: IntArray) -> tuple[Located, IntArray | None]:
+        """The rows of a run.
+
+        Args:
+            domain: (n,) domain numbers.
+            draw: (n,) number of earlier samples of the domain.
+
+        Returns:
+            Their addresses, and their positions as `ArrayRows.find` returns them; None: these were not looked up.
+        """
+        known = (draw >= self._first[domain]) & (draw < self._end[domain])
+        if not known.all() and not self._look_up(domain, draw):
+            return Located(domain, draw, *self._plan.rows(domain, draw)), None
+        columns = self._columns.take(self._begin[domain] + draw - self._first[domain], axis=1)
+        return Located(domain, draw, columns[0], columns[1]), None if self._arrays is None else columns[2:]
+
+    def _look_up(self, domain: IntArray, draw: IntArray) -> bool:
+        """Makes the rows of a run known, and more of each domain, twice as many as the last time.
+
+        Returns:
+            False: too many of the rows between them belong to other ranks or workers.
+        """
+        low, high = np.full_like(self._first, np.iinfo(np.int64).max), np.zeros_like(self._first)
+        np.minimum.at(low, domain, draw)
+        np.maximum.at(high, domain, draw + 1)
+        is_used = high > 0
+        span = np.where(is_used, high - low, 0)
+        total = int(span.sum())
+        if total > (1 + _MOST_OF_OTHERS) * len(draw):
+            return False
+        first = np.where(is_used, low, self._first)
+        # Most of the additional rows are shared out as those since the last time, and some evenly: mixes change.
+        past = span + np.maximum(first - self._first, 0)
+        share = _AS_BEFORE * past / past.sum() + (1 - _AS_BEFORE) / len(past)
+        more = np.ceil(self._ahead * share).astype(np.int64)
+        end = np.maximum(np.where(is_used, high + more, self._end), np.where(first < self._first, 0, self._end))
+        self._ahead = min(max(2 * self._ahead, len(draw)), _MOST_AHEAD)
+        length = end - first
+        begin = np.cumsum(length) - length
+        domains = np.repeat(np.arange(len(length)), length)
+        draws = np.arange(len(domains)) + np.repeat(first - begin, length)
+        columns = np.empty((len(self._columns), len(domains)), dtype=np.int64)
+        is_known = (draws >= self._first[domains]) & (draws < self._end[domains])
+        known, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
+        columns[:, known] = self._columns[:, (self._begin - self._first)[domains[known]] + draws[known]]
+        shard, row = self._plan.rows(domains[new], draws[new])
+        columns[0, new], columns[1, new] = shard, row
+        if self._arrays is not None:
+            columns[2:, new] = self._arrays.find(domains[new], shard, row)
+        self._first, self._end, self._begin, self._columns = first, end, begin, columns
+        return True
