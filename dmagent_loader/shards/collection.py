@@ -118,7 +118,7 @@ class ShardCollection:
             folder, limit = self._block_cache
             self.fetcher = BlockFetcher(
                 partial(_block_of, self._tables.get),
-                self._sources.get,
+                self._sources.get,  # type: ignore[arg-type]  # blocks are those of remote shards
                 folder=folder,
                 limit=limit,
                 max_open_files=self._max_open_files,
