@@ -191,6 +191,8 @@ class Manifests:
         return found
 
     def _record_of_remote(self, url: str) -> ShardRecord | None:
+        if not self._remote:
+            return None
         name = without_signature(url)
         records = (
             manifest.record(name.removeprefix(folder))
