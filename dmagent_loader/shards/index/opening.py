@@ -18,7 +18,7 @@ from dmagent_loader.shards.index.peers import Alone, Peers
 from dmagent_loader.shards.index.sharing import cache_groups, digest_of, lacking_on_ranks, owners, slices
 from dmagent_loader.shards.index.stored import StoredIndexes
 from dmagent_loader.shards.index.threads import INDEX_THREADS, in_threads
-from dmagent_loader.shards.index.verify import is_verified
+from dmagent_loader.shards.index.verify import are_verified, is_verified
 from dmagent_loader.shards.manifest import Manifests
 from dmagent_loader.shards.sources.listing import REQUESTS_IN_FLIGHT, remote_versions
 from dmagent_loader.shards.sources.local import ShardVersion, VersionFacts, local_facts, shard_version
@@ -148,11 +148,10 @@ class _Opening:
         versions = list(map(self._facts_of, task.shards, urls))
         self._sizes[task.shards.start : task.shards.stop] = [size for size, *_ in versions]
         records = self._catalogue.manifests.records(urls)
-        if records.count(None) == len(records):
-            # No object is made for a single shard where none has changed, as at most starts.
-            known_shards = task.overview.find_all(task.shards.start - start, versions)
-            if known_shards is not None:
-                return known_shards
+        # No object is made for a single shard where none has changed, as at most starts.
+        unchanged = task.overview.find_all(task.shards.start - start, versions)
+        if unchanged is not None and are_verified(unchanged, records):
+            return unchanged
         found: list[Facts | None] = []
         for number, url, facts_of_version, record in zip(task.shards, urls, versions, records, strict=True):
             version = ShardVersion.of(facts_of_version)

@@ -60,11 +60,17 @@ class KnownShards:
         rows: (S,) number of rows of each.
         inventories: S inventories as text.
         checksums: (S, 32) checksum of the content of each, as bytes.
+        sizes: (S,) bytes of each.
+        sha256: (S, 32) sha256 of each file, as bytes.
+        has_sha256: (S,) 1 if that was computed, else 0.
     """
 
     rows: NDArray[np.int64]
     inventories: list[str]
     checksums: NDArray[np.uint8]
+    sizes: NDArray[np.int64]
+    sha256: NDArray[np.uint8]
+    has_sha256: NDArray[np.uint8]
 
 
 class Overview:
@@ -123,6 +129,9 @@ class Overview:
             rows=self._rows[start:end],
             inventories=self._inventories[start:end],
             checksums=self._checksum[start:end],
+            sizes=self._size[start:end],
+            sha256=self._sha256[start:end],
+            has_sha256=self._has_sha256[start:end],
         )
 
     def knows_another(self, position: int, version: ShardVersion) -> bool:
