@@ -129,6 +129,13 @@ class Catalogue:
         """Whether all shards are local files."""
         return not self.remote
 
+    @cached_property
+    def is_remote(self) -> NDArray[np.bool_]:
+        """(S,) whether each shard is remote."""
+        are_remote = np.zeros(len(self), bool)
+        are_remote[self.remote] = True
+        return are_remote
+
     @property
     def fingerprint(self) -> str:
         """Hex sha256 over domain names and, per shard, file name, rows and content, but not folders and hosts."""
