@@ -16,5 +16,6 @@ def fetch(cache: NodeCache, number: int) -> bool:
     """Fetches a block, unless there is no room."""
     claim = cache.claim(name(number), SIZE)
     if claim is not None:
-        claim.store(bytes([number]) * SIZE)
+        claim.write(0, bytes([number]) * SIZE)
+        claim.complete()
     return claim is not None

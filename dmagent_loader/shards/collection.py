@@ -93,7 +93,7 @@ class ShardCollection:
             folder, limit = self._block_cache
             self.fetcher = BlockFetcher(
                 partial(_block_of, self._tables.get),
-                self._sources.get,
+                self._sources.get,  # type: ignore[arg-type]  # blocks are those of remote shards
                 folder=folder,
                 limit=limit,
                 max_open_files=self._max_open_files,
@@ -284,8 +284,8 @@ class ShardCollection:
         numbers, of_row = np.unique(first[domain] + shard, return_inverse=True)
         # One search in the first rows of the blocks of all these shards, one shard after the other.
         begins = [
-            self._tables.get(number).blocks.first_row if not is_local(self._catalogue.url(number)) else _NO_BLOCKS
-            for number in numbers.tolist()
+            self._tables.get(number).blocks.first_row if is_remote else _NO_BLOCKS
+            for number, is_remote in zip(numbers.tolist(), self._catalogue.is_remote[numbers].tolist(), strict=True)
         ]
         counts = np.array([len(of_shard) for of_shard in begins], np.int64)
         offsets = np.cumsum(counts) - counts

@@ -126,7 +126,9 @@ class Manifest(dict[str, list[str]]):
         Args:
             path: Path of the shard, relative to the manifest.
         """
-        entry = self._entries.get(posixpath.normpath(path))
+        entry = self._entries.get(path)  # most paths are in their normal form
+        if entry is None:
+            entry = self._entries.get(posixpath.normpath(path))
         if entry is None:
             return None
         name, rows, size, sha256 = (entry.get(field) for field in ("path", "rows", "bytes", "sha256"))
@@ -191,6 +193,8 @@ class Manifests:
         return found
 
     def _record_of_remote(self, url: str) -> ShardRecord | None:
+        if not self._remote:
+            return None
         name = without_signature(url)
         records = (
             manifest.record(name.removeprefix(folder))

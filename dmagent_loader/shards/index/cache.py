@@ -268,10 +268,8 @@ class IndexCache:
             remove_leftovers(self.folder / folder)
 
     def _overview(self, urls: Iterable[str]) -> Path:
-        digest = hashlib.sha256()
-        for url in urls:
-            identity = without_signature(url) if "?" in url and not is_local(url) else url
-            digest.update(os.fsencode(identity) + b"\0")
+        identities = (without_signature(url) if "?" in url and not is_local(url) else url for url in urls)
+        digest = hashlib.sha256(os.fsencode("".join(f"{identity}\0" for identity in identities)))
         digest.update(self._suffix)
         return self.folder / "overview" / f"{digest.hexdigest()}.safetensors"
 

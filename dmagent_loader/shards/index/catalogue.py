@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dmagent_loader.errors import HOW_TO_RESUME, DamagedShardError, ShardError
 from dmagent_loader.shards.index.cache import IndexCache, build_and_cache
 from dmagent_loader.shards.index.inventory import inventory_text
-from dmagent_loader.shards.index.overview import SHARDS_OF_OVERVIEW, KnownShard, Overview
+from dmagent_loader.shards.index.overview import SHARDS_OF_OVERVIEW, KnownShard, KnownShards, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex
 from dmagent_loader.shards.index.stored import StoredIndexes, table_entry
 from dmagent_loader.shards.index.verify import with_content
@@ -87,18 +87,17 @@ class Catalogue:
         self.cache, self.manifests, self.stored = cache, manifests, stored
         self._names = bytearray()
         self.remote = array("q")
-        domains, name_end, span_end = [], array("q", [0]), [0]
+        domains, lengths, span_end = [], array("q", [0]), [0]
         for domain, listed in urls:
             domains.append(domain)
-            for url in listed:
-                if not is_local(url):
-                    self.remote.append(len(name_end) - 1)
-                self._names += absolute(url).encode("utf-8", "surrogateescape")
-                name_end.append(len(self._names))
-            span_end.append(len(name_end) - 1)
+            self.remote.extend(span_end[-1] + place for place, url in enumerate(listed) if not is_local(url))
+            names = [_encoded(url if url.startswith("/") else absolute(url)) for url in listed]
+            self._names += b"".join(names)
+            lengths.extend(map(len, names))
+            span_end.append(len(lengths) - 1)
         self.domains: tuple[str, ...] = tuple(domains)
         self.spans: list[tuple[int, int]] = list(pairwise(span_end))
-        self._name_end: NDArray[np.int64] = np.array(name_end, np.int64)
+        self._name_end: NDArray[np.int64] = np.cumsum(lengths, dtype=np.int64)
         self.rows: NDArray[np.int64] = np.zeros(len(self), np.int64)
         self.inventories: dict[str, int] = {}
         self.inventory: NDArray[np.int32] = np.zeros(len(self), np.int32)
@@ -117,6 +116,14 @@ class Catalogue:
         """The URLs of a domain."""
         return (self.url(number) for number in range(*self.spans[domain]))
 
+    def urls_of(self, shards: range) -> list[str]:
+        """The URLs of consecutive shards."""
+        ends = self._name_end[shards.start : shards.stop + 1].tolist()
+        names = bytes(self._names[ends[0] : ends[-1]])
+        return [
+            str(names[begin - ends[0] : end - ends[0]], "utf-8", "surrogateescape") for begin, end in pairwise(ends)
+        ]
+
     @property
     def all_damage(self) -> tuple[ShardDamage, ...]:
         """All damage, in the order of domains and shards."""
@@ -126,6 +133,13 @@ class Catalogue:
     def is_local(self) -> bool:
         """Whether all shards are local files."""
         return not self.remote
+
+    @cached_property
+    def is_remote(self) -> NDArray[np.bool_]:
+        """(S,) whether each shard is remote."""
+        are_remote = np.zeros(len(self), bool)
+        are_remote[self.remote] = True
+        return are_remote
 
     @property
     def fingerprint(self) -> str:
@@ -217,7 +231,7 @@ class Catalogue:
 
     def forget(self, number: int) -> None:
         """Has the next start look at the index of a shard that was replaced."""
-        self.cache.forget_overview(map(self.url, self.groups[self.group_of(number)]))
+        self.cache.forget_overview(self.urls_of(self.groups[self.group_of(number)]))
         with contextlib.suppress(ShardError):
             self.cache.forget_content(self.url(number), shard_version(self.url(number)))
 
@@ -258,11 +272,7 @@ class Catalogue:
         """Adds the facts about a shard."""
         known = facts.known
         self.rows[number] = known.rows
-        inventory = self.inventories.get(known.inventory)
-        if inventory is None:
-            inventory = self.inventories[known.inventory] = len(self.inventories)
-        if inventory:
-            self.inventory[number] = inventory
+        self.inventory[number] = self._number_of(known.inventory)
         size = len(known.checksum)
         self._checksums[number * size : (number + 1) * size] = known.checksum
         if facts.damage:
@@ -270,12 +280,27 @@ class Catalogue:
         if facts.index is not None:
             self._uncached[number] = facts.index
 
+    def add_all(self, shards: range, known: KnownShards) -> None:
+        """Adds the facts about consecutive intact shards, whose indexes are cached."""
+        chosen = slice(shards.start, shards.stop)
+        self.rows[chosen] = known.rows
+        self.inventory[chosen] = list(map(self._number_of, known.inventories))
+        checksums = np.frombuffer(self._checksums, np.uint8).reshape(-1, hashlib.sha256().digest_size)
+        checksums[chosen] = known.checksums
+
+    def _number_of(self, inventory: str) -> int:
+        return self.inventories.setdefault(inventory, len(self.inventories))
+
     def load_overview(self, group: int) -> Overview:
         """The overview of a group, as it was written last."""
         shards = self.groups[group]
-        return self.cache.load_overview(map(self.url, shards), len(shards))
+        return self.cache.load_overview(self.urls_of(shards), len(shards))
 
     def save_overview(self, group: int, overview: Overview) -> None:
         """Writes the overview of a group, if it has changed."""
         if overview.is_changed:
-            self.cache.save_overview(map(self.url, self.groups[group]), overview)
+            self.cache.save_overview(self.urls_of(self.groups[group]), overview)
+
+
+def _encoded(url: str) -> bytes:
+    return url.encode("utf-8", "surrogateescape")

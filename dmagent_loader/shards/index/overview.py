@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dmagent_loader.shards.index.columns_file import read_columns, read_metadata, write_columns
 from dmagent_loader.shards.index.inventory import parse_inventory
-from dmagent_loader.shards.sources.local import ShardVersion
+from dmagent_loader.shards.sources.local import ShardVersion, VersionFacts
 
 SHARDS_OF_OVERVIEW = 1024
 """Small enough for memory, and a list that grows at its end keeps most of its overviews."""
@@ -48,6 +50,27 @@ class KnownShard:
     inventory: str
     checksum: bytes
     sha256: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownShards:
+    """Consecutive intact shards.
+
+    Attributes:
+        rows: (S,) number of rows of each.
+        inventories: S inventories as text.
+        checksums: (S, 32) checksum of the content of each, as bytes.
+        sizes: (S,) bytes of each.
+        sha256: (S, 32) sha256 of each file, as bytes.
+        has_sha256: (S,) 1 if that was computed, else 0.
+    """
+
+    rows: NDArray[np.int64]
+    inventories: list[str]
+    checksums: NDArray[np.uint8]
+    sizes: NDArray[np.int64]
+    sha256: NDArray[np.uint8]
+    has_sha256: NDArray[np.uint8]
 
 
 class Overview:
@@ -88,6 +111,27 @@ class Overview:
             inventory=self._inventories[position],
             checksum=self._checksum[position].tobytes(),
             sha256=self._sha256[position].tobytes().hex() if self._has_sha256[position] else None,
+        )
+
+    def find_all(self, start: int, versions: Sequence[VersionFacts]) -> KnownShards | None:
+        """Consecutive shards from a position of the list on; None unless all are known and unchanged."""
+        end = start + len(versions)
+        sizes, tags, changed, are_sure = map(list, zip(*versions, strict=True))
+        if (
+            not all(are_sure)
+            or tags != self._tags[start:end]
+            or changed != self._changed[start:end]
+            or sizes != self._size[start:end].tolist()
+            or (self._rows[start:end] == _UNKNOWN).any()
+        ):
+            return None
+        return KnownShards(
+            rows=self._rows[start:end],
+            inventories=self._inventories[start:end],
+            checksums=self._checksum[start:end],
+            sizes=self._size[start:end],
+            sha256=self._sha256[start:end],
+            has_sha256=self._has_sha256[start:end],
         )
 
     def knows_another(self, position: int, version: ShardVersion) -> bool:
@@ -142,7 +186,7 @@ class Overview:
         texts = json.loads(columns["texts"].tobytes())
         for name in _TEXTS:
             values = texts[name]
-            if not isinstance(values, list) or len(values) != num_shards or not all(isinstance(v, str) for v in values):
+            if not isinstance(values, list) or len(values) != num_shards or not set(map(type, values)) <= {str}:
                 raise ValueError(f"it is not about {num_shards} shards")
             setattr(overview, f"_{name}", values)
         for name in _COLUMNS:

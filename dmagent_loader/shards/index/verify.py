@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dmagent_loader.shards.index.overview import KnownShard
+from dmagent_loader.shards.index.overview import KnownShard, KnownShards
 from dmagent_loader.shards.index.shard_index import ShardIndex, without_rows
 from dmagent_loader.shards.manifest import ShardRecord
 from dmagent_loader.shards.sources.urls import display_url
@@ -73,6 +74,20 @@ def is_verified(shard: KnownShard, record: ShardRecord | None) -> bool:
     if record is None:
         return True
     return shard.sha256 is not None and _is_as_written(record, shard.version.size, shard.rows, shard.sha256)
+
+
+def are_verified(shards: KnownShards, records: Sequence[ShardRecord | None]) -> bool:
+    """Whether `is_verified` holds for each of consecutive shards."""
+    if records.count(None) == len(records):
+        return True
+    digests = shards.sha256.tobytes().hex()
+    width = len(digests) // len(records)
+    facts = zip(records, shards.sizes.tolist(), shards.rows.tolist(), shards.has_sha256.tolist(), strict=True)
+    return all(
+        record is None
+        or (has_sha256 == 1 and _is_as_written(record, size, rows, digests[place * width : (place + 1) * width]))
+        for place, (record, size, rows, has_sha256) in enumerate(facts)
+    )
 
 
 def with_content(index: ShardIndex, checksum: str) -> ShardIndex | None:

@@ -24,7 +24,7 @@ from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.sources.blocks import Block
 from dmagent_loader.shards.sources.local import LocalSource, Source
 from dmagent_loader.shards.sources.node_cache import BlockInUse, Claim, NodeCache, default_block_folder
-from dmagent_loader.shards.sources.remote import SLOWEST_BYTES_PER_SECOND, timeout_seconds
+from dmagent_loader.shards.sources.remote import SLOWEST_BYTES_PER_SECOND, RemoteSource, SinkError, timeout_seconds
 
 FETCHES = 32
 """Requests in flight, in each process."""
@@ -108,7 +108,7 @@ class BlockFetcher:
     def __init__(
         self,
         block_of: Callable[[int], tuple[int, Block]],
-        source_of: Callable[[int], Source],
+        source_of: Callable[[int], RemoteSource],
         *,
         folder: Path | None,
         limit: int | None,
@@ -377,28 +377,33 @@ class BlockFetcher:
                 else:
                     if claim is None:
                         self._disk_full_until = time.monotonic() + _TRY_AGAIN_SECONDS
-        if claim is None and not self._reserve_memory(block):
+        source = self._source_of(entry.shard)
+        if claim is not None:
+            assert cache is not None
+            if self._store(claim, source, block, cache.folder):
+                return _State.ON_DISK, None, 0.0
+        if not self._reserve_memory(block):
             self._full_until = time.monotonic() + _TRY_AGAIN_SECONDS
             return _State.NO_ROOM, None, _TRY_AGAIN_SECONDS
         try:
-            data = bytearray(self._source_of(entry.shard).read(block.start, block.length))
+            return _State.IN_MEMORY, source.read(block.start, block.length), 0.0
         except BaseException:
-            if claim is not None:
-                claim.give_back()
-            else:
-                self._free_memory(block)
+            self._free_memory(block)
             raise
-        if claim is not None:
-            assert cache is not None
-            if self._store(claim, data, cache.folder):
-                return _State.ON_DISK, None, 0.0
-            with self._changed:
-                self._memory_bytes += block.length
-        return _State.IN_MEMORY, data, 0.0
 
-    def _store(self, claim: Claim, data: bytearray, folder: Path) -> bool:
+    def _store(self, claim: Claim, source: RemoteSource, block: Block, folder: Path) -> bool:
+        """Fetches a block into the folder; False if the folder cannot take it."""
         try:
-            claim.store(data)
+            source.copy(block.start, block.length, claim.write)
+        except SinkError as error:
+            claim.give_back()
+            self._store_no_more(folder, error.reason)
+            return False
+        except BaseException:
+            claim.give_back()
+            raise
+        try:
+            claim.complete()
         except OSError as error:
             self._store_no_more(folder, error)
             return False

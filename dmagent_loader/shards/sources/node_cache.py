@@ -77,7 +77,7 @@ class _Survey:
 
 
 class Claim:
-    """The right to fetch a block, until it is stored or given back.
+    """The right to fetch a block, until it is complete or given back.
 
     Args:
         cache: The folder.
@@ -88,16 +88,24 @@ class Claim:
     def __init__(self, cache: NodeCache, name: str, descriptor: int) -> None:
         self._cache, self._name, self._descriptor = cache, name, descriptor
 
-    def store(self, data: bytes | bytearray) -> None:
-        """Writes the block, and makes it visible to all.
+    def write(self, position: int, data: bytes) -> None:
+        """Writes a part of the block.
 
         Raises:
-            OSError: The disk is full, or cannot be written to. The claim is given back.
+            OSError: The disk is full, or cannot be written to.
+        """
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(self._descriptor, view, position)
+            view, position = view[done:], position + done
+
+    def complete(self) -> None:
+        """Makes the block visible to all.
+
+        Raises:
+            OSError: The folder cannot be written to. The claim is given back.
         """
         try:
-            view, done = memoryview(data), 0
-            while done < len(view):
-                done += os.pwrite(self._descriptor, view[done:], done)
             os.rename(self._cache.path(self._name, _PARTIAL), self._cache.path(self._name))
         except OSError:
             self.give_back()

@@ -63,7 +63,10 @@ def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | o
     first_use: dict[str, str] = {}
     real_path = _RealPaths(lists_folders=len(urls) >= _LISTED_FROM)
     for url in urls:
-        identity = real_path(local_path(url)) if is_local(url) else without_signature(url)
+        if "://" not in url:  # faster than `is_local`
+            identity = real_path(url)
+        else:
+            identity = real_path(local_path(url)) if is_local(url) else without_signature(url)
         if identity in first_use:
             raise ConfigurationError(
                 f"domain {domain!r} lists shard {display_url(url)} twice (also as "
@@ -153,7 +156,8 @@ def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        matches = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.endswith(".tar")]
+        folder = os.path.join(path, "")
+        matches = [folder + name for name in sorted(os.listdir(path)) if name.endswith(".tar")]
         if not matches:
             raise ShardNotFoundError(
                 f"domain {domain!r}: the folder {path!r} holds no *.tar file (pattern {pattern!r})"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dmagent_loader.shards.index.overview import KnownShard
+from dmagent_loader.shards.index.overview import KnownShard, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex, build_index
 from dmagent_loader.shards.index.verify import (
     CHANGED,
     FEWER_ROWS,
     OTHER_BYTES,
+    are_verified,
     is_verified,
     verified,
     with_content,
@@ -120,3 +123,36 @@ def test_rows_that_are_added_over_the_padding_are_no_damage(write_tar: WriteTar)
     assert left is not None
     assert (left.num_rows, left.damage[0].rows_lost, left.damage[0].bytes_lost) == (0, 3, 0)
     assert "lacks rows that it had since it was indexed" in str(left.damage[0])
+
+
+@pytest.mark.parametrize("change", [{}, {"rows": 9}, {"bytes": 9}, {"sha256": "0" * 64}])
+@pytest.mark.parametrize("has_sha256", [True, False])
+def test_consecutive_shards_are_verified_if_each_one_is(change: dict[str, Any], has_sha256: bool) -> None:
+    digests = [f"{number:064x}" for number in range(3)]
+    overview, shards = Overview(3), []
+    for number, sha256 in enumerate(digests):
+        version = ShardVersion(size=100 + number, tag="1", changed="1")
+        known = has_sha256 or number != 1
+        shards.append(
+            KnownShard(
+                version=version,
+                rows=number,
+                inventory="[[]]",
+                checksum=bytes(32),
+                sha256=sha256 if known else None,
+            )
+        )
+        overview.add(number, shards[-1])
+    found = overview.find_all(0, [shard.version.facts for shard in shards])
+    assert found is not None
+    records: list[ShardRecord | None] = [
+        ShardRecord(path="a.tar", rows=number, bytes=100 + number, sha256=sha256)
+        for number, sha256 in enumerate(digests)
+    ]
+    records[0] = None
+    assert records[1] is not None
+    records[1] = replace(records[1], **change)
+    expected = all(is_verified(shard, record) for shard, record in zip(shards, records, strict=True))
+    assert are_verified(found, records) is expected
+    assert expected is (has_sha256 and not change)
+    assert are_verified(found, [None] * 3)

@@ -12,7 +12,8 @@ from node_blocks import SIZE, name
 from dmagent_loader.shards.sources import fetching
 from dmagent_loader.shards.sources.blocks import Block
 from dmagent_loader.shards.sources.fetching import BlockFetcher
-from dmagent_loader.shards.sources.local import LocalSource, Source
+from dmagent_loader.shards.sources.local import Source
+from dmagent_loader.shards.sources.remote import RemoteSource
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def fetcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlockFetcher:
     block = Block(name(1), 0, SIZE, 1)
     return BlockFetcher(
         lambda key: (0, block),
-        lambda shard: LocalSource(str(tmp_path / "shard")),
+        lambda shard: RemoteSource(f"file://{tmp_path}/shard"),
         folder=tmp_path / "blocks",
         limit=10 * SIZE,
         max_open_files=8,
@@ -48,4 +49,36 @@ def test_a_block_that_cannot_be_opened_is_not_fetched_without_end(
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert found == [None]
     assert "cannot be read from the folder" in caplog.text
+    fetcher.release(0)
+
+
+def test_a_block_that_finds_the_disk_full_halfway_stays_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The limit on the size of files stands in for the end of the disk: it is set after room was reserved."""
+    monkeypatch.setattr(fetching, "_reported", set())
+    content = bytes(range(256)) * (SIZE // 256)
+    (tmp_path / "shard").write_bytes(content)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def source_of(shard: int) -> RemoteSource:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, before[1]))
+        return RemoteSource(f"file://{tmp_path}/shard")
+
+    fetcher = BlockFetcher(
+        lambda key: (0, Block(name(1), 0, len(content), 1)),
+        source_of,
+        folder=tmp_path / "blocks",
+        limit=10 * SIZE,
+        max_open_files=8,
+    )
+    try:
+        fetcher.want(0, 0)
+        block = fetcher.get(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert block is not None
+    assert block.read(0, len(content)) == content
+    assert "cannot be stored in the folder" in caplog.text
+    assert [path.suffix for path in (tmp_path / "blocks").iterdir()] == [".needs"]
     fetcher.release(0)

@@ -31,7 +31,8 @@ def test_one_process_fetches_and_the_others_find_the_block(tmp_path: Path) -> No
     with pytest.raises(BlockInUse):
         second.claim(name(1), SIZE)
     assert not second.holds(name(1), SIZE), "a block that is being fetched was found"
-    claim.store(b"x" * SIZE)
+    claim.write(0, b"x" * SIZE)
+    claim.complete()
     assert second.holds(name(1), SIZE)
     assert Path(second.path(name(1))).read_bytes() == b"x" * SIZE
     with pytest.raises(BlockInUse):
@@ -92,7 +93,8 @@ def test_a_block_that_is_completed_during_a_look_counts(tmp_path: Path) -> None:
         def _entries(self) -> Iterator[os.DirEntry[str]]:
             entries = list(super()._entries())
             if claim is not None:
-                claim.store(b"x" * SIZE)
+                claim.write(0, b"x" * SIZE)
+                claim.complete()
             yield from entries
 
     claim = None
@@ -168,7 +170,8 @@ def test_leftovers_are_removed_at_the_start_and_nothing_else(tmp_path: Path) -> 
     assert not any(path.exists() for path in leftovers)
     assert all(path.exists() for path in foreign)
     assert claim is not None
-    claim.store(b"x" * SIZE)
+    claim.write(0, b"x" * SIZE)
+    claim.complete()
     assert first.holds(name(1), SIZE)
 
 
@@ -185,8 +188,9 @@ def test_a_block_that_cannot_be_written_is_given_back(tmp_path: Path) -> None:
     claim = cache.claim(name(1), SIZE)
     assert claim is not None
     os.unlink(tmp_path / f"{name(1)}.partial")
+    claim.write(0, b"x" * SIZE)
     with pytest.raises(OSError) as error:
-        claim.store(b"x" * SIZE)
+        claim.complete()
     assert error.value.errno == errno.ENOENT
     assert fetch(cache, 1)
 

@@ -1,0 +1,42 @@
+"""The bytes of one attempt to read a range."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from dmagent_loader.shards.sources.remote import SinkError, _IgnoresRanges, _Sink
+
+
+def test_a_late_part_is_not_written() -> None:
+    """A request that has timed out may still be running, and its file may be another one by then."""
+    parts: list[tuple[int, bytes]] = []
+    sink = _Sink(lambda position, part: parts.append((position, part)), 5)
+    sink.take(b"ab")
+    sink.take(b"cd")
+    sink.close()
+    with pytest.raises(TimeoutError):
+        sink.take(b"e")
+    assert parts == [(0, b"ab"), (2, b"cd")]
+
+
+def test_no_more_is_written_than_was_requested() -> None:
+    """A block has room for its own bytes only."""
+    parts: list[bytes] = []
+    sink = _Sink(lambda position, part: parts.append(part), 5)
+    sink.take(b"abc")
+    with pytest.raises(_IgnoresRanges):
+        sink.take(b"def")
+    assert (parts, sink.taken) == ([b"abc"], 3)
+
+
+def test_an_error_of_the_disk_is_none_of_the_network() -> None:
+    """An OSError of the network is repeated."""
+
+    def write(position: int, part: bytes) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(SinkError) as error:
+        _Sink(write, 5).take(b"abc")
+    assert error.value.reason.errno == errno.ENOSPC
