@@ -29,6 +29,18 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What the error handler surrogateescape makes of bytes that are not UTF-8."""
 
 
+class _Repeating(dict[str, Any]):
+    """A JSON object that names a column more than once; it holds the last value."""
+
+
+def _json_object(columns: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(columns)
+    return found if len(found) == len(columns) else _Repeating(found)
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_json_object)
+
+
 @contextlib.contextmanager
 def stored_file(url: str) -> Iterator[IO[bytes]]:
     """Opens the stored bytes of an input.
@@ -151,7 +163,7 @@ def _json_line(place: str, line: bytes) -> Record | Rejected:
     if isinstance(text, Rejected):
         return text
     try:
-        return _object(place, json.loads(text))
+        return _object(place, _JSON.decode(text))
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, brackets in brackets
         if text.strip() == "{":
             fault = "is not JSON but the beginning of an object of several lines: write each in one line (jq -c . does)"
@@ -165,7 +177,7 @@ def _json_array(name: str, file: IO[bytes]) -> Iterator[Record | Rejected]:
         yield text
         return
     try:
-        rows = json.loads(text)
+        rows = _JSON.decode(text)
     except (ValueError, RecursionError) as error:
         raise ShardError(
             f"{name} begins as a JSON array, but is not one ({error}): repair it, or write an object in each line"
@@ -174,6 +186,8 @@ def _json_array(name: str, file: IO[bytes]) -> Iterator[Record | Rejected]:
 
 
 def _object(place: str, value: Any) -> Record | Rejected:
+    if isinstance(value, _Repeating):
+        return rejected(place, "names a column more than once, so only the last would be read: rename it", value)
     if isinstance(value, dict):
         return Record(place, value)
     fault = (

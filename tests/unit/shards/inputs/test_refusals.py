@@ -35,6 +35,8 @@ def texts(path: Path | str, options: ReadOptions | None = None) -> list[str]:
         ("a.csv", "text,id\nstraße,1\n".encode("latin-1"), r"line 2 is not UTF-8: convert it \(iconv"),
         ("a.jsonl", b'"a string"\n', "line 1 has no text, because it is not an object but a str"),
         ("a.jsonl", b"3\n", "not an object but a int"),
+        ("a.jsonl", b'{"text": "one", "text": "two"}\n', "line 1 names a column more than once, so only the last would"),
+        ("a.json", b'[{"text": "one", "text": "two"}]', "item 1 names a column more than once, so only the last would"),
         ("a.json", b'["a string"]', "item 1 has no text, because it is not an object but a str"),
         ("a.json", json.dumps({"text": "one"}, indent=1).encode(), "beginning of an object of several lines"),
         ("a.jsonl", b'{"text": "a\\u0000b"}\n', "line 1 contains a zero byte"),
