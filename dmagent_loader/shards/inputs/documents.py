@@ -11,7 +11,7 @@ import numpy as np
 from dmagent_loader._tasks import Advance
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ShardError
-from dmagent_loader.shards.inputs.chat import fault_of_messages, load_template
+from dmagent_loader.shards.inputs.chat import fault_of_messages, fault_of_text, load_template
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.pieces import Piece, divide
@@ -90,7 +90,10 @@ class Documents:
         fault = fault_of_messages(messages)
         if not fault:
             try:
-                return self._render(messages)
+                text = self._render(messages)
+                fault = fault_of_text(text, messages)
+                if not fault:
+                    return text
             except Exception as error:  # a template may raise anything, such as jinja2.TemplateError
                 fault = f"cannot be rendered by the chat template ({error})"
         key = self._options.messages_key

@@ -239,11 +239,6 @@ def _check_header(name: str, columns: list[str], options: ReadOptions) -> None:
     line = "".join(columns)
     if _NOT_UTF8.search(line) or "\0" in line:
         raise ShardError(f"the header of {name} is not UTF-8: convert the file (iconv does)")
-    repeated = sorted({column for column in columns if columns.count(column) > 1})
-    if repeated:
-        raise ShardError(
-            f"the header of {name} names {repeated} more than once, so only the last would be read: rename"
-        )
     if len(columns) == 1 and options.document_key not in columns:
         for delimiter, meaning in ((";", "write it with commas"), ("\t", "rename it to .tsv")):
             if options.document_key in columns[0].split(delimiter):
@@ -257,9 +252,12 @@ def _whole(name: str, file: IO[bytes]) -> Iterator[Record | Rejected]:
 
 
 def check_columns(name: str, columns: list[str], options: ReadOptions) -> None:
-    """Raises ShardError if a table has no column with the document."""
+    """Raises ShardError if a table has no column with the document, or several columns of one name."""
     if options.document_key not in columns:
         raise ShardError(missing_column(name, sorted(columns), options))
+    repeated = sorted({column for column in columns if columns.count(column) > 1})
+    if repeated:
+        raise ShardError(f"{name} names {repeated} more than once, so only the last would be read: rename")
 
 
 def missing_column(place: str, columns: object, options: ReadOptions) -> str:
