@@ -18,6 +18,7 @@ from dmagent_loader.cli.generate import add_sampling_arguments, language_model
 from dmagent_loader.cli.shards import (
     add_gpus_per_worker,
     add_input_arguments,
+    add_output_arguments,
     add_reading_arguments,
     add_worker_arguments,
     input_domains,
@@ -52,6 +53,7 @@ from dmagent_loader.shards.inputs.kinds import Kind, kind_of_name
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest
 from dmagent_loader.shards.sources.urls import is_local, local_path
 from dmagent_loader.shards.writing.packing import TextTokenizer
+from dmagent_loader.shards.writing.place import place_of
 
 _SHOWN_TOPICS = 5
 
@@ -78,7 +80,7 @@ def _add_label(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_input_arguments(where)
     where.add_argument("--shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the labels")
+    add_output_arguments(parser, "the labels")
     parser.add_argument("--split", action="store_true", help="also write the documents sorted by topic")
     add_reading_arguments(parser)
     add_worker_arguments(parser, "processes (default: one)")
@@ -200,23 +202,25 @@ def label(args: argparse.Namespace) -> int:
         args.output,
         labeller,
         split=args.split,
+        work_dir=args.work_dir,
         workers=workers_of(args),
         progress=not args.no_progress,
     )
     for name, found in counted.items():
         print(_labels_line(name, found))
-    print(f"wrote {Path(args.output) / LABELS}")
+    place = place_of(args.output, args.work_dir)
+    print(f"wrote {place.url(LABELS)}")
     if args.split:
         for field in dict.fromkeys(name.split("/", 1)[0] for name in counted):
-            folder = Path(args.output) / field
+            folder = place.url(field)
             print(f"wrote {folder}; next: dmagent shard --input {folder} --field {field} --output SHARDS")
         unsure = sum(found.unsure for found in counted.values())
         if unsure:
-            folder = Path(args.output) / UNSURE_FOLDER
+            folder = place.url(UNSURE_FOLDER)
             field = next(name.split("/", 1)[0] for name, found in counted.items() if found.unsure)
             print(
                 f"{unsure:,} documents of unknown topic are in {folder}: shard them as domains of their own "
-                f"(dmagent shard --domain {field}/other={folder / f'{field}.jsonl.gz'} ...), or leave them out"
+                f"(dmagent shard --domain {field}/other={folder}/{field}.jsonl.gz ...), or leave them out"
             )
     return 0
 

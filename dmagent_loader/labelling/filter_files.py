@@ -31,6 +31,7 @@ from dmagent_loader.labelling.labels import batches
 from dmagent_loader.labelling.row_files import join_members, row_files
 from dmagent_loader.labelling.settings_file import differing_settings
 from dmagent_loader.shards.inputs.finding import check_names
+from dmagent_loader.shards.writing.place import Place, place_of
 
 _DROPPED = "dropped"
 _PARTIAL = ".filtering"
@@ -46,17 +47,20 @@ def filter_domains(
     output: str | os.PathLike[str],
     checked: DocumentFilter,
     *,
+    work_dir: str | os.PathLike[str] | None = None,
     workers: Workers = 0,
     progress: bool = True,
 ) -> dict[str, Counter[str | None]]:
-    """Writes the kept and the dropped documents of all domains, or none. Of repeated ones, the first is kept.
+    """Writes the kept and the dropped documents of all domains, at the end. Of repeated ones, the first is kept.
 
     The files are the same bytes with any number and kind of workers. Run again after a kill, it goes on where it stood.
 
     Args:
         domains: Domain, such as ``"source/web"`` -> its documents, in the order in which repeats are found.
-        output: Folder of the documents; created if missing.
+        output: Folder of the documents; created if missing. Or a URL of an object store, such as
+            ``"s3://bucket/filtered"``.
         checked: The filter. Workers get a pickled copy of its `DocumentChecks`.
+        work_dir: See `place_of`.
         workers: Number of processes, 0: this one; or `RayWorkers`.
         progress: Show progress bars.
 
@@ -65,58 +69,60 @@ def filter_domains(
 
     Raises:
         DomainError: A name is not ``field/domain``, or cannot be a folder.
-        ConfigurationError: The output is a URL, holds inputs, a domain already or other unfinished work, or cannot be
-            written to; or another process writes to it.
-        ShardError: A document cannot be read, an input changes meanwhile, or a worker died.
+        ConfigurationError: The output holds inputs, a domain already or other unfinished work, or cannot be written
+            to; or another process writes to it.
+        ShardError: A document cannot be read, an input changes meanwhile, a worker died, or the store refuses access
+            or cannot be reached.
     """
     check_workers(workers)
     check_names(domains)
-    check_output(output, (url for documents in domains.values() for url in documents.urls))
-    root = Path(output)
-    partial = root / _PARTIAL
-    with only_writer(root, "documents"):
+    place = place_of(output, work_dir)
+    check_output(place, (url for documents in domains.values() for url in documents.urls))
+    partial = place.work / _PARTIAL
+    with only_writer(place.work, "documents"):
         try:
-            _continue_in(root, domains, checked.checks)
+            place.check_access()
+            _continue_in(place, domains, checked.checks)
             if checked.checks.config.quality_key is not None:
                 for name, documents in domains.items():
                     first = islice(documents.read(lambda size: None), PART_DOCUMENTS)
                     checked.checks.check_quality_key(name, list(first))
             counts = _Job(domains, partial, checked, workers, progress).run()
-            for file in (file for name in domains for file in _files(name)):
-                (root / file).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(partial / file, root / file)
+            files = [file for name in domains for file in _files(name)]
+            place.move_in({file: partial / file for file in files}, progress=progress)
             shutil.rmtree(partial)
         except DMAgentError:
             raise  # a ShardNotFoundError of an input is an OSError, too
         except OSError as error:
-            raise ConfigurationError(f"{str(root)!r} cannot be written: {error}; pass another --output") from error
+            raise ConfigurationError(f"{str(place)!r} cannot be written: {error}; pass another --output") from error
         finally:
             if not any(partial.glob(f"{_FOUND}/part-*")):
                 shutil.rmtree(partial, ignore_errors=True)
     return counts
 
 
-def _continue_in(root: Path, domains: Mapping[str, FileDocuments], checks: DocumentChecks) -> None:
+def _continue_in(place: Place, domains: Mapping[str, FileDocuments], checks: DocumentChecks) -> None:
     """Begins a job, or checks that the unfinished one in the folder is the same.
 
     Raises:
         ConfigurationError: It is another one; the folder holds a domain already, or cannot be written to.
     """
-    path = root / _PARTIAL / SETTINGS_FILE
+    path = place.work / _PARTIAL / SETTINGS_FILE
     is_begun = path.exists()
-    present = [name for name in domains if (root / f"{name}.jsonl.gz").exists()]
+    stored = {file for field in {name.split("/")[0] for name in domains} for file in place.names(field)}
+    present = [name for name in domains if f"{name}.jsonl.gz" in stored]
     if present and not is_begun:
-        raise ConfigurationError(f"{str(root)!r} holds the domain(s) {present} already: choose another --output")
+        raise ConfigurationError(f"{str(place)!r} holds the domain(s) {present} already: choose another --output")
     inputs = {name: documents.identity for name, documents in domains.items()}
     settings = {"inputs": inputs, "documents of a part": PART_DOCUMENTS, **checks.identity}
     differing = differing_settings(path, settings)
     if differing:
         raise ConfigurationError(
-            f"{str(root)!r} holds unfinished work with other {', '.join(differing)}: run that command again, "
+            f"{str(place)!r} holds unfinished work with other {', '.join(differing)}: run that command again, "
             f"remove {str(path.parent)!r}, or choose another --output"
         )
     if is_begun:
-        logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", root)
+        logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", place)
 
 
 class _Job:

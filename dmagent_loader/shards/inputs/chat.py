@@ -110,8 +110,8 @@ def fault_of_text(text: str, messages: list[dict[str, Any]]) -> str:
         content = message.get("content")
         if content and not isinstance(content, str) and str(content) in text:
             return (
-                f"has {shown(content)} as 'content' of message {number}, which the chat template writes as Python code, "
-                "because it expects text"
+                f"has {shown(content)} as 'content' of message {number}, which the chat template writes as Python "
+                "code, because it expects text"
             )
     return ""
 

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from shard_fixtures import write_jsonl
 
-from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, DomainError, ShardError
 from dmagent_loader.labelling import files, sorting
 from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, ShardDocuments
-from dmagent_loader.labelling.files import check_output, label_domains
+from dmagent_loader.labelling.files import label_domains
 from dmagent_loader.labelling.labels import Labeller
 from dmagent_loader.labelling.parts import read_labels
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
@@ -189,18 +188,6 @@ def test_inputs_in_the_output_folder_are_refused_and_stay(web: Path, tmp_path: P
         assert copy.read_bytes() == web.read_bytes()
 
 
-def test_urls_are_no_folders(web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a local folder named `s3:`."""
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ConfigurationError, match="s3://bucket/out is a URL, but documents and labels"):
-        check_output("s3://bucket/out", [])
-    command = ["--domain", f"source/web={web}", "--output", "s3://bucket/out", "--no-progress"]
-    assert main(["filter", *command]) != 0
-    assert main(["label", *command]) != 0
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_sorting_that_is_killed_while_it_replaces_goes_on(
     web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +212,7 @@ def test_sorting_that_is_killed_while_it_replaces_goes_on(
             replace(source, target)
 
         with monkeypatch.context() as patch:
-            patch.setattr(sorting.os, "replace", killed)
+            patch.setattr(os, "replace", killed)
             try:
                 run(web, tmp_path / "out", ByWord(), split=True)
                 exceeded = True
