@@ -7,6 +7,7 @@ import argparse
 from dmagent_loader.cli.shards import (
     add_gpus_per_worker,
     add_input_arguments,
+    add_max_bad,
     add_output_arguments,
     add_reading_arguments,
     add_worker_arguments,
@@ -40,6 +41,7 @@ def add_filter_command(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
     add_output_arguments(parser, "the kept documents")
     add_reading_arguments(parser)
+    add_max_bad(parser, "OUTPUT/dropped")
     parser.add_argument(
         "--min-characters", type=int, default=defaults.min_characters, metavar="N", help="least length of a document"
     )
@@ -112,6 +114,7 @@ def filter_documents(args: argparse.Namespace) -> int:
         domains,
         args.output,
         checked,
+        max_bad=args.max_bad,
         work_dir=args.work_dir,
         workers=workers_of(args),
         progress=not args.no_progress,

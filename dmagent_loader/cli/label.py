@@ -18,6 +18,7 @@ from dmagent_loader.cli.generate import add_sampling_arguments, language_model
 from dmagent_loader.cli.shards import (
     add_gpus_per_worker,
     add_input_arguments,
+    add_max_bad,
     add_output_arguments,
     add_reading_arguments,
     add_worker_arguments,
@@ -52,6 +53,7 @@ from dmagent_loader.shards.compositions import (
 from dmagent_loader.shards.inputs.kinds import Kind, kind_of_name
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest
 from dmagent_loader.shards.sources.urls import is_local, local_path
+from dmagent_loader.shards.writing.output import REJECTS_NAME
 from dmagent_loader.shards.writing.packing import TextTokenizer
 from dmagent_loader.shards.writing.place import place_of
 
@@ -83,6 +85,7 @@ def _add_label(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_output_arguments(parser, "the labels")
     parser.add_argument("--split", action="store_true", help="also write the documents sorted by topic")
     add_reading_arguments(parser)
+    add_max_bad(parser, f"{REJECTS_NAME} beside its labels")
     add_worker_arguments(parser, "processes (default: one)")
     add_gpus_per_worker(parser)
     add_classifier_arguments(parser)
@@ -202,6 +205,7 @@ def label(args: argparse.Namespace) -> int:
         args.output,
         labeller,
         split=args.split,
+        max_bad=args.max_bad,
         work_dir=args.work_dir,
         workers=workers_of(args),
         progress=not args.no_progress,
@@ -387,7 +391,9 @@ def _labels_line(name: str, found: LabelledDomain) -> str:
     total = max(1.0, float(found.counts.sum()))
     most = [i for i in np.argsort(-found.counts)[:_SHOWN_TOPICS] if found.counts[i] > 0]
     topics = ", ".join(f"{CANONICAL_TOPICS[i]} {found.counts[i] / total:.0%}" for i in most)
-    return f"{name}: {found.documents:,} documents, {_known(found.documents, found.unsure, found.stated)}: {topics}"
+    bad = f", {found.bad_records:,} bad records left out" if found.bad_records else ""
+    known = _known(found.documents, found.unsure, found.stated)
+    return f"{name}: {found.documents:,} documents{bad}, {known}: {topics}"
 
 
 def _composition_line(name: str, found: Composition) -> str:

@@ -48,14 +48,7 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_output_arguments(parser, "the shards")
     parser.add_argument("--append", action="store_true", help="add shards to domains that the folder holds")
     add_reading_arguments(parser)
-    parser.add_argument(
-        "--max-bad",
-        type=int,
-        default=defaults.max_bad,
-        metavar="N",
-        help=f"leave out up to N records of a domain that are no documents, and list them in its {REJECTS_NAME} "
-        "(default: %(default)s)",
-    )
+    add_max_bad(parser, f"its {REJECTS_NAME}")
     parser.add_argument("--keep-columns", nargs="+", default=[], metavar="COLUMN", help="columns kept as a json member")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder written by save_pretrained")
     parser.add_argument("--eos-token", metavar="TOKEN", help="end-of-text token (default: the tokenizer's)")
@@ -254,6 +247,17 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tar-member", metavar="NAME", help="read tar shards, from this member of their rows, such as txt"
+    )
+
+
+def add_max_bad(parser: argparse.ArgumentParser, place: str) -> None:
+    """Adds the number of records that may be left out."""
+    parser.add_argument(
+        "--max-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"leave out up to N records of a domain that are no documents, and list them in {place} (default: 0)",
     )
 
 

@@ -7,6 +7,7 @@ topic (`sorting`), for `dmagent shard --input OUTPUT/<field> --field <field>`.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,10 @@ from dmagent_loader.labelling.sorting import LABELS, check_replaced, sort_docume
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.shards.inputs.documents import Document
+from dmagent_loader.shards.inputs.records import Rejected
 from dmagent_loader.shards.sources.urls import display_url
+from dmagent_loader.shards.writing.collecting import check_bad, rejects_line
+from dmagent_loader.shards.writing.output import REJECTS_NAME
 from dmagent_loader.shards.writing.place import Place, place_of
 
 PART_DOCUMENTS = 4096
@@ -45,12 +49,14 @@ class LabelledDomain:
         documents: Number of documents.
         unsure: Number of these without a topic.
         stated: Number of these whose label came with the data.
+        bad_records: Number of records that are no documents, which were left out.
     """
 
     counts: FloatArray
     documents: int
     unsure: int
     stated: int
+    bad_records: int = 0
 
     def __add__(self, other: LabelledDomain) -> LabelledDomain:
         return LabelledDomain(
@@ -58,6 +64,7 @@ class LabelledDomain:
             documents=self.documents + other.documents,
             unsure=self.unsure + other.unsure,
             stated=self.stated + other.stated,
+            bad_records=self.bad_records + other.bad_records,
         )
 
 
@@ -67,6 +74,7 @@ def label_domains(
     labeller: Labeller,
     *,
     split: bool = False,
+    max_bad: int = 0,
     work_dir: str | os.PathLike[str] | None = None,
     workers: Workers = 0,
     progress: bool = True,
@@ -81,6 +89,8 @@ def label_domains(
             ``"s3://bucket/labelled"``, which gets the files at the end.
         labeller: Classifier and settings. Workers get a pickled copy.
         split: Whether to write the documents sorted by topic, too.
+        max_bad: Largest number of records of a domain that are no documents and are left out; `REJECTS_NAME` beside its
+            labels lists them.
         work_dir: See `place_of`.
         workers: Number of processes, 0: this one; or `RayWorkers`.
         progress: Show progress bars.
@@ -93,8 +103,8 @@ def label_domains(
         ConfigurationError: The folder holds labels of other documents, of another classifier or with other settings;
             it holds inputs, or files that sorting would replace and an earlier call did not write; another process
             writes to it; or it cannot be written to.
-        ShardError: A document cannot be read, a part is damaged, a worker died, or the store refuses access or cannot
-            be reached.
+        ShardError: A document cannot be read, more records are bad than allowed, a part is damaged, a worker died,
+            or the store refuses access or cannot be reached.
     """
     check_workers(workers)
     place = place_of(output, work_dir)
@@ -114,10 +124,19 @@ def label_domains(
         if labeller.config.label_key is not None:
             _check_label_key(pieces, labeller)
         found: dict[int, LabelledDomain] = {}
+        rejects: dict[int, list[str]] = {}
         with _bar("labelling", domains, progress) as advance:
-            job = _Labelling(tuple(pieces), labeller)
-            for number, result in run_tasks(_label, range(len(pieces)), job, workers, advance):
-                found[number] = result
+            job = _Labelling(tuple(pieces), labeller, max_bad)
+            for number, (result, lines) in run_tasks(_label, range(len(pieces)), job, workers, advance):
+                found[number], rejects[number] = result, lines
+                if lines:
+                    domain = pieces[number].domain
+                    bad = sum(len(rejects[n]) for n in rejects if pieces[n].domain == domain)
+                    check_bad(domain, bad, json.loads(lines[-1])["reason"], max_bad)
+        for domain in domains:
+            lines = [line for n, piece in enumerate(pieces) if piece.domain == domain for line in rejects[n]]
+            if lines:
+                write_atomically(place.work / LABELS / domain / REJECTS_NAME, "".join(lines).encode())
         if split:
             with _bar("sorting", domains, progress) as advance:
                 sort_documents(list(domains), pieces, place, workers, advance)
@@ -135,12 +154,19 @@ def label_domains(
 class _Labelling:
     pieces: tuple[LabelPiece, ...]
     labeller: Labeller
+    max_bad: int
 
 
-def _label(number: int, job: _Labelling, advance: Advance) -> LabelledDomain:
-    """Labels a piece."""
+def _label(number: int, job: _Labelling, advance: Advance) -> tuple[LabelledDomain, list[str]]:
+    """Labels a piece; its labels, counted, and the lines of the rejects file."""
     counts, total, unsure, stated = np.zeros(NUM_TOPICS), 0, 0, 0
-    for path, batch in job.pieces[number].parts(advance):
+    piece, rejects = job.pieces[number], list[str]()
+
+    def reject(bad: Rejected) -> None:
+        rejects.append(rejects_line(bad))
+        check_bad(piece.domain, len(rejects), bad.reason, job.max_bad)
+
+    for path, batch in piece.parts(advance, reject):
         if path.exists():
             lines = labels_of(batch, path)
         else:
@@ -152,12 +178,13 @@ def _label(number: int, job: _Labelling, advance: Advance) -> LabelledDomain:
         total += len(lines)
         unsure += sum(line["topic"] is None for line in lines)
         stated += sum(line["by"] == STATED for line in lines)
-    return LabelledDomain(counts=counts, documents=total, unsure=unsure, stated=stated)
+    labelled = LabelledDomain(counts=counts, documents=total, unsure=unsure, stated=stated, bad_records=len(rejects))
+    return labelled, rejects
 
 
 def _check_label_key(pieces: Sequence[LabelPiece], labeller: Labeller) -> None:
     """Checks the column on the first documents, wherever the others are labelled."""
-    documents = (document for piece in pieces for document in piece.documents.read(lambda size: None))
+    documents = (document for piece in pieces for document in piece.documents.read(lambda size: None, lambda bad: None))
     labeller.check_label_key(list(islice(documents, PART_DOCUMENTS)))
 
 
@@ -180,7 +207,8 @@ def _publish(place: Place, domains: Iterable[str], *, progress: bool) -> None:
         folder = place.work / LABELS / domain
         # The settings are the first file, so that another job does not add its labels to these.
         place.write(f"{LABELS}/{domain}/{SETTINGS_FILE}", (folder / SETTINGS_FILE).read_bytes())
-        place.move_in({f"{LABELS}/{domain}/{path.name}": path for path in part_files(folder)}, progress=progress)
+        files = [*part_files(folder), *folder.glob(REJECTS_NAME)]
+        place.move_in({f"{LABELS}/{domain}/{path.name}": path for path in files}, progress=progress)
     for domain in domains:
         shutil.rmtree(place.work / LABELS / domain)
 

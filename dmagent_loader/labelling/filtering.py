@@ -32,6 +32,8 @@ from dmagent_loader.shards.inputs.documents import Document
 
 LENGTH, EXACT, NEAR = "length", "exact duplicate", "near duplicate"
 CONTAMINATED, QUALITY = "contaminated", "quality"
+BAD_RECORD = "bad record"
+"""A record that is not a document; it is not examined."""
 REASONS = (LENGTH, EXACT, CONTAMINATED, QUALITY, NEAR)
 
 NGRAM, SHORTEST_QUESTION = 13, 8
@@ -292,7 +294,7 @@ class _NearDuplicates:
 
 def counts_text(counts: Counter[str | None]) -> str:
     """The counts of reasons, for a line of a summary."""
-    dropped = ", ".join(f"{counts[reason]:,} {reason}" for reason in REASONS if counts[reason])
+    dropped = ", ".join(f"{counts[reason]:,} {reason}" for reason in (*REASONS, BAD_RECORD) if counts[reason])
     return f"{counts[None]:,} of {counts.total():,} kept" + (f"; dropped: {dropped}" if dropped else "")
 
 

@@ -21,6 +21,7 @@ from dmagent_loader.errors import ShardError
 from dmagent_loader.labelling.documents import DocumentPiece
 from dmagent_loader.labelling.labels import batches
 from dmagent_loader.shards.inputs.documents import Document
+from dmagent_loader.shards.inputs.records import Reject
 
 _MAX_PART_BYTES = 1 << 30
 _NAME = re.compile(r"part-(\d+)-(\d+)\.jsonl\.gz")
@@ -44,9 +45,9 @@ class LabelPiece:
     folder: Path
     part_documents: int
 
-    def parts(self, advance: Advance) -> Iterator[tuple[Path, list[Document]]]:
+    def parts(self, advance: Advance, reject: Reject) -> Iterator[tuple[Path, list[Document]]]:
         """Yields the documents of each part, and the path of their labels."""
-        for number, batch in enumerate(batches(self.documents.read(advance), self.part_documents)):
+        for number, batch in enumerate(batches(self.documents.read(advance, reject), self.part_documents)):
             yield self.folder / f"part-{self.number:06d}-{number:06d}.jsonl.gz", batch
 
 

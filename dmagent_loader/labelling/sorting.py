@@ -100,7 +100,7 @@ def _sort(number: int, job: _Sorting, advance: Advance) -> None:
     piece = job.pieces[number]
     field = piece.domain.split("/", 1)[0]
     with row_files(job.folder, number) as add:
-        for path, batch in piece.parts(advance):
+        for path, batch in piece.parts(advance, lambda found: None):
             for document, label in zip(batch, labels_of(batch, path), strict=True):
                 topic = label["topic"]
                 row = {**document.columns, "text": document.text}

@@ -15,7 +15,7 @@ from dmagent_loader.shards.inputs.chat import fault_of_messages, fault_of_text, 
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.pieces import Piece, divide
-from dmagent_loader.shards.inputs.records import Record, Rejected, TokenArray, rejected
+from dmagent_loader.shards.inputs.records import Record, Reject, Rejected, TokenArray, rejected
 from dmagent_loader.shards.inputs.text import missing_column
 
 
@@ -131,14 +131,19 @@ class DocumentReader:
             yield from read_documents(piece, self.options, self.advance)
 
 
-def read_documents(piece: Piece, options: ReadOptions, advance: Advance) -> Iterator[Document]:
-    """Reads the documents of a piece, as `DocumentReader` does those of a domain."""
+def refuse(found: Rejected) -> None:
+    """Raises ShardError for a record that is not a document."""
+    raise ShardError(found.reason)
+
+
+def read_documents(piece: Piece, options: ReadOptions, advance: Advance, reject: Reject = refuse) -> Iterator[Document]:
+    """Reads the documents of a piece, without those that are empty; passes what is none to `reject`."""
     make = Documents(options).make
     for record in piece.read(options, advance):
         document = make(record)
         if isinstance(document, Rejected):
-            raise ShardError(document.reason)
-        if not document.is_empty:
+            reject(document)
+        elif not document.is_empty:
             yield document
 
 
