@@ -158,14 +158,14 @@ class DocumentChecks:
                 reason = CONTAMINATED
             codes[number] = _code(reason)
         kept = np.flatnonzero(codes == 0).tolist()
-        for number, label in zip(kept, self._qualities([documents[number] for number in kept]), strict=True):
+        for number, label in zip(kept, self.qualities([documents[number] for number in kept]), strict=True):
             if label in self.config.dropped_quality:
                 codes[number] = _code(QUALITY)
         if not self.config.exact_duplicates:
             digests = digests[:0]
         return Examined(codes, digests, self._sketches(documents, codes))
 
-    def _qualities(self, documents: Sequence[Document]) -> list[Any]:
+    def qualities(self, documents: Sequence[Document]) -> list[Any]:
         """The quality of each document; None: it is not known."""
         labels = [self.stated_quality(document) for document in documents]
         unknown = [number for number, label in enumerate(labels) if label is None]
