@@ -18,6 +18,7 @@ from dmagent_loader.errors import ConfigurationError, require_extra
 from dmagent_loader.labelling.classifier import load_classifier
 from dmagent_loader.labelling.filtering import DocumentChecks, FilterConfig
 from dmagent_loader.labelling.survey import survey
+from dmagent_loader.shards.sources.urls import is_local
 
 CARD_LINES = 12
 DEFAULT_OUTPUT = Path("dmagent-data.html")
@@ -77,7 +78,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _is_data(argument: str) -> bool:
-    if "=" in argument or argument.endswith(".json") or os.path.isfile(argument):
+    if "=" in argument or not is_local(argument) or argument.endswith(".json") or os.path.isfile(argument):
         return True
     return os.path.isdir(argument) and not os.path.isfile(os.path.join(argument, CONFIG_FILE))
 

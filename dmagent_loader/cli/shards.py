@@ -313,7 +313,7 @@ def listed_shards(arguments: list[str]) -> tuple[dict[str, list[str]], list[Mani
     manifests: list[Manifest] = []
     for argument in arguments:
         name, separator, pattern = argument.partition("=")
-        if argument.endswith(".json") or os.path.isfile(os.path.join(argument, MANIFEST_NAME)):
+        if _is_manifest(argument):
             manifests.append(load_manifest(argument))
             for domain, paths in manifests[-1].items():
                 shards.setdefault(domain, []).extend(paths)
@@ -322,6 +322,15 @@ def listed_shards(arguments: list[str]) -> tuple[dict[str, list[str]], list[Mani
         else:
             shards.setdefault("(shards)", []).append(argument)
     return shards, manifests
+
+
+def _is_manifest(argument: str) -> bool:
+    """Whether an argument is a manifest or its folder; of a store, what is neither a shard nor a pattern is one."""
+    if argument.endswith(".json"):
+        return True
+    if is_local(argument):
+        return os.path.isfile(os.path.join(local_path(argument), MANIFEST_NAME))
+    return not argument.endswith(".tar") and not any(character in argument for character in "=*?[{")
 
 
 def _domains_of_folder(folder: str, text_files: Sequence[str]) -> dict[str, list[str]]:

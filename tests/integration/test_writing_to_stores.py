@@ -23,7 +23,7 @@ from dmagent_loader.errors import ConfigurationError, DomainError, ShardError
 from dmagent_loader.labelling import files
 from dmagent_loader.labelling.filtering import DocumentChecks
 from dmagent_loader.labelling.labels import Labeller
-from dmagent_loader.shards import load_manifest
+from dmagent_loader.shards import load_compositions, load_manifest
 from dmagent_loader.shards.sources.writing import upload_file
 from dmagent_loader.shards.writing import place
 from dmagent_loader.shards.writing.config import ShardingConfig
@@ -176,6 +176,22 @@ def test_a_store_gets_the_labels_and_documents_that_a_folder_gets(
     shards = ["--output", str(tmp_path / "shards"), "--no-progress"]
     assert main(["shard", "--input", f"{OUTPUT}/source", "--field", "source", *shards]) == 0
     assert load_manifest(tmp_path / "shards").keys() == {f"source/{topic}" for topic in TOPICS}
+
+
+def test_compositions_are_written_beside_the_manifest_in_the_store(
+    labelled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = ["shard", "--domain", f"source/web={labelled}", "--keep-columns", "topic", "--output", OUTPUT]
+    assert main([*shards, "--no-progress"]) == 0
+    assert main(["compose", OUTPUT, "--no-progress"]) == main(["compose", OUTPUT, "--no-progress"]) == 0
+    assert f"wrote {OUTPUT}/compositions.json" in capsys.readouterr().out
+    assert set(load_compositions(f"{OUTPUT}/compositions.json")["source/web"].counts) == set(TOPICS)
+    assert main(["index", OUTPUT, "--no-progress"]) == 0
+    assert "source/web" in capsys.readouterr().out, "the folder was taken for a shard"
+    pytest.importorskip("matplotlib")
+    assert main(["inspect", OUTPUT, "--output", str(labelled.with_suffix(".html")), "--no-progress"]) == 0
+    assert main(["index", f"{OUTPUT}/nothing", "--no-progress"]) == 2
+    assert f"there is no manifest {OUTPUT}/nothing/manifest.json" in capsys.readouterr().err
 
 
 def test_other_labels_and_documents_in_a_store_are_not_replaced(
