@@ -1,4 +1,4 @@
-"""Four commands from raw text without labels to a continual run, with the time of each.
+"""Four commands from raw text without labels to a continual run, with the wall and CPU time of each.
 
     python benchmarks/raw_to_run.py --data ../shared/data --output build/raw_to_run
 
@@ -14,6 +14,7 @@ import argparse
 import gzip
 import json
 import random
+import resource
 import shlex
 import subprocess
 import sys
@@ -75,6 +76,12 @@ def commands(data: Path, output: Path, steps: int) -> list[str]:
     ]
 
 
+def cpu_seconds_of_children() -> float:
+    """CPU time of all commands so far, with that of their own children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="folder of text")
@@ -86,9 +93,10 @@ def main() -> None:
     print(f"{megabytes:.1f} MB of text without labels")
     for command in commands(args.data, args.output, args.steps):
         print(f"\n$ {command}", flush=True)
-        began = time.monotonic()
+        began, cpu = time.monotonic(), cpu_seconds_of_children()
         subprocess.run(shlex.split(command), check=True)
-        print(f"# {time.monotonic() - began:.1f} s", flush=True)
+        cpu = cpu_seconds_of_children() - cpu
+        print(f"# {time.monotonic() - began:.1f} s, {cpu:.1f} s of CPU", flush=True)
 
 
 if __name__ == "__main__":

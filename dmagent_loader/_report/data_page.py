@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ Color = tuple[float, float, float]
 
 _COLORS = {"source": ("#0b3c6f", "#c3dcf2"), "target": ("#7a2e00", "#fdd3a6")}
 _OTHER_COLORS = ("#00513d", "#b5e3d3")
-_NAMED_TOPICS, _LEAST_SHARE = 3, 0.01
+_NAMED_TOPICS, _LEAST_SHARE, _NAMED_VALUES = 3, 0.01, 3
 _UNKNOWN = (0.9, 0.9, 0.9)
 _LUMINANCE, _DARK = (0.299, 0.587, 0.114), 0.55
 _LARGEST_POINTS, _SMALLEST_POINTS = 11.0, 5.0
@@ -44,6 +45,8 @@ class DomainFacts:
         topics: (26,) documents of each topic in the sample.
         unsure: Documents of the sample without a topic.
         repeated: Documents of the sample with the text of an earlier one.
+        quality: Label of quality -> documents of the sample; empty: it is not known.
+        sources: Source -> documents of the sample; empty: it is not known.
     """
 
     name: str
@@ -57,6 +60,8 @@ class DomainFacts:
     topics: FloatArray
     unsure: int
     repeated: int
+    quality: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def shares(self) -> FloatArray:
@@ -93,9 +98,10 @@ def write_data_page(facts: Sequence[DomainFacts], *, title: str, classifier: str
     picture = png_bytes(_treemap(facts), dots_per_inch=_DOTS_PER_INCH)
     table = domain_table(facts)
     rows = sum(domain.rows for domain in facts)
+    least, most = min(d.sampled for d in facts), max(d.sampled for d in facts)
     notes = [
-        f"Lengths, topics and repeats are those of random samples of {min(d.sampled for d in facts):,} to "
-        f"{max(d.sampled for d in facts):,} rows; topics by {classifier}.",
+        f"All from the lengths on is that of random samples of {f'{least:,} to ' * (least < most)}{most:,} rows; "
+        f"topics by {classifier}.",
         "Repeats are rows with the words of an earlier row of the sample. The domain has more: a sample holds both "
         "copies only by chance (dmagent filter finds all).",
     ]
@@ -115,6 +121,11 @@ def write_data_page(facts: Sequence[DomainFacts], *, title: str, classifier: str
 def domain_table(facts: Sequence[DomainFacts]) -> Table:
     """One line for each domain."""
     packed = any(domain.tokens is not None for domain in facts)
+    known: dict[str, Callable[[DomainFacts], Mapping[str, int]]] = {
+        "quality": lambda domain: domain.quality,
+        "main sources": lambda domain: domain.sources,
+    }
+    texts = {name: values for name, values in known.items() if any(map(values, facts))}
     rows = []
     for domain in facts:
         most = [i for i in np.argsort(-domain.shares)[:_NAMED_TOPICS] if domain.shares[i] >= _LEAST_SHARE]
@@ -130,11 +141,21 @@ def domain_table(facts: Sequence[DomainFacts]) -> Table:
                 f"{domain.repeated / max(1, domain.sampled):.1%}",
                 f"{domain.known:.0%}",
                 ", ".join(f"{_pretty(CANONICAL_TOPICS[i])} {domain.shares[i]:.0%}" for i in most),
+                *(_largest(values(domain)) for values in texts.values()),
             )
         )
     columns = ["domain", "rows", "shards", "MB", *(["M tokens"] if packed else [])]
-    columns += ["characters\n10 / 50 / 90%", "repeated", "with a\ntopic", "main topics"]
-    return Table(columns=columns, rows=rows, num_texts=1)
+    columns += ["characters\n10 / 50 / 90%", "repeated", "with a\ntopic", "main topics", *texts]
+    return Table(columns=columns, rows=rows, num_texts=1 + len(texts))
+
+
+def _largest(counts: Mapping[str, int]) -> str:
+    """The most frequent values with their shares."""
+    total = max(1, sum(counts.values()))
+    most = sorted(counts, key=lambda value: (-counts[value], value))[:_NAMED_VALUES]
+    others = len(counts) - len(most)
+    shares = [f"{value} {counts[value] / total:.0%}" for value in most]
+    return ", ".join([*shares, f"{others:,} more"] if others else shares)
 
 
 def _fields(facts: Sequence[DomainFacts]) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dmagent_loader.cli.shards import (
     add_gpus_per_worker,
     add_input_arguments,
+    add_max_bad,
+    add_output_arguments,
     add_reading_arguments,
     add_worker_arguments,
     input_domains,
@@ -20,6 +21,7 @@ from dmagent_loader.labelling.classifier import load_classifier
 from dmagent_loader.labelling.documents import FileDocuments
 from dmagent_loader.labelling.filter_files import filter_domains
 from dmagent_loader.labelling.filtering import NGRAM, SHORTEST_QUESTION, DocumentFilter, FilterConfig, counts_text
+from dmagent_loader.shards.writing.place import place_of
 
 
 def add_filter_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,8 +39,9 @@ def add_filter_command(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     )
     add_input_arguments(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the kept documents")
+    add_output_arguments(parser, "the kept documents")
     add_reading_arguments(parser)
+    add_max_bad(parser, "OUTPUT/dropped")
     parser.add_argument(
         "--min-characters", type=int, default=defaults.min_characters, metavar="N", help="least length of a document"
     )
@@ -107,10 +110,19 @@ def filter_documents(args: argparse.Namespace) -> int:
             f"{checked.num_questions_checked:,} of {len(questions):,} questions are looked for; the others have "
             f"fewer than {SHORTEST_QUESTION} words"
         )
-    counts = filter_domains(domains, args.output, checked, workers=workers_of(args), progress=not args.no_progress)
+    counts = filter_domains(
+        domains,
+        args.output,
+        checked,
+        max_bad=args.max_bad,
+        work_dir=args.work_dir,
+        workers=workers_of(args),
+        progress=not args.no_progress,
+    )
     for name, found in counts.items():
         print(f"{name}: {counts_text(found)}")
-    output = Path(args.output)
+    place = place_of(args.output, args.work_dir)
     for field in dict.fromkeys(name.split("/", 1)[0] for name in domains):
-        print(f"wrote {output / field}; next: dmagent label or shard --input {output / field} --field {field}")
+        folder = place.url(field)
+        print(f"wrote {folder}; next: dmagent label or shard --input {folder} --field {field}")
     return 0

@@ -15,7 +15,10 @@ from dmagent_loader.agent import MixingAgent
 from dmagent_loader.agent.checkpoint import CARD_FILE, CONFIG_FILE, list_bundled, read_config, resolve
 from dmagent_loader.cli.label import add_classifier_arguments, add_text_key, labeller_of, open_shards, shard_documents
 from dmagent_loader.errors import ConfigurationError, require_extra
+from dmagent_loader.labelling.classifier import load_classifier
+from dmagent_loader.labelling.filtering import DocumentChecks, FilterConfig
 from dmagent_loader.labelling.survey import survey
+from dmagent_loader.shards.sources.urls import is_local
 
 CARD_LINES = 12
 DEFAULT_OUTPUT = Path("dmagent-data.html")
@@ -29,7 +32,8 @@ def add_inspect_command(subparsers: argparse._SubParsersAction[argparse.Argument
         help="show an agent checkpoint, or what is in shards: topics, lengths, repeats",
         description=(
             "Of an agent checkpoint: size, config, statistics, digest, card. Of shards: a page with a treemap of "
-            "topics, also as a PNG, and a table of the domains."
+            "topics, also as a PNG, and a table of the domains: rows, lengths, repeats, topics, and on request "
+            "quality and sources."
         ),
     )
     parser.add_argument(
@@ -54,6 +58,13 @@ def add_inspect_command(subparsers: argparse._SubParsersAction[argparse.Argument
         help="rows read of each domain (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    parser.add_argument("--quality", metavar="NAME", help="folder or Hub id of NVIDIA's quality classifier")
+    parser.add_argument(
+        "--quality-key", metavar="COLUMN", help="column with the quality, of rows whose columns are kept in the shards"
+    )
+    parser.add_argument(
+        "--source-key", metavar="COLUMN", help="column that says where a document is from, such as origin or url"
+    )
     add_text_key(parser)
     add_classifier_arguments(parser)
     parser.set_defaults(run=inspect)
@@ -67,7 +78,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _is_data(argument: str) -> bool:
-    if "=" in argument or argument.endswith(".json") or os.path.isfile(argument):
+    if "=" in argument or not is_local(argument) or argument.endswith(".json") or os.path.isfile(argument):
         return True
     return os.path.isdir(argument) and not os.path.isfile(os.path.join(argument, CONFIG_FILE))
 
@@ -94,7 +105,7 @@ def _inspect_data(args: argparse.Namespace) -> int:
     """Samples the domains, writes the page and prints the table.
 
     Raises:
-        ConfigurationError: The output cannot be written, or the sample is empty.
+        ConfigurationError: The output cannot be written, the sample is empty, or no row has a column that is named.
         MissingExtraError: matplotlib is not installed.
     """
     output: Path = args.output
@@ -106,11 +117,23 @@ def _inspect_data(args: argparse.Namespace) -> int:
     from dmagent_loader._report.data_page import DomainFacts, write_data_page
 
     labeller = labeller_of(args)
+    quality = load_classifier(args.quality, device=args.device, batch_size=args.batch_size) if args.quality else None
+    checks = None
+    if quality is not None or args.quality_key is not None:
+        checks = DocumentChecks(FilterConfig(dropped_quality=(), quality_key=args.quality_key), quality=quality)
     collection, manifests = open_shards(args)
     summaries = collection.summaries()
     facts: list[DomainFacts] = []
     for name, documents in shard_documents(collection, manifests, args).items():
-        found = survey(name, documents, labeller, most_rows=args.sample, seed=args.seed)
+        found = survey(
+            name,
+            documents,
+            labeller,
+            most_rows=args.sample,
+            seed=args.seed,
+            checks=checks,
+            source_key=args.source_key,
+        )
         shortest, median, longest = (int(length) for length in np.percentile(found.lengths, (10, 50, 90)))
         own = [summary for summary in summaries if summary.domain == name]
         facts.append(
@@ -126,8 +149,19 @@ def _inspect_data(args: argparse.Namespace) -> int:
                 topics=found.topics,
                 unsure=found.unsure,
                 repeated=found.repeated,
+                quality=found.quality,
+                sources=found.sources,
             )
         )
+    for option, column, values in (
+        ("--quality-key", args.quality_key, [domain.quality for domain in facts]),
+        ("--source-key", args.source_key, [domain.sources for domain in facts]),
+    ):
+        if column is not None and not any(values):
+            raise ConfigurationError(
+                f"no row of the samples has the column {column!r} ({option}): correct it, or write the shards with it "
+                "(dmagent shard --keep-columns)"
+            )
     report = write_data_page(facts, title="What is in the data", classifier=labeller.classifier.name)
     print(replace(report.table, columns=[column.replace("\n", " ") for column in report.table.columns]).to_text())
     for path, data in ((output, report.page.encode()), (output.with_suffix(".png"), report.picture)):

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from dmagent_loader._files import write_atomically
 from dmagent_loader.cli.generate import add_sampling_arguments, language_model
 from dmagent_loader.cli.shards import (
     add_gpus_per_worker,
     add_input_arguments,
+    add_max_bad,
+    add_output_arguments,
     add_reading_arguments,
     add_worker_arguments,
     input_domains,
@@ -49,9 +50,12 @@ from dmagent_loader.shards.compositions import (
     load_compositions,
 )
 from dmagent_loader.shards.inputs.kinds import Kind, kind_of_name
-from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest
+from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, beside
 from dmagent_loader.shards.sources.urls import is_local, local_path
+from dmagent_loader.shards.sources.writing import refuse_unwritable, write_url
+from dmagent_loader.shards.writing.output import REJECTS_NAME
 from dmagent_loader.shards.writing.packing import TextTokenizer
+from dmagent_loader.shards.writing.place import place_of
 
 _SHOWN_TOPICS = 5
 
@@ -78,9 +82,10 @@ def _add_label(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_input_arguments(where)
     where.add_argument("--shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the labels")
+    add_output_arguments(parser, "the labels")
     parser.add_argument("--split", action="store_true", help="also write the documents sorted by topic")
     add_reading_arguments(parser)
+    add_max_bad(parser, f"{REJECTS_NAME} beside its labels")
     add_worker_arguments(parser, "processes (default: one)")
     add_gpus_per_worker(parser)
     add_classifier_arguments(parser)
@@ -98,7 +103,7 @@ def _add_compose(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"the file (default: {COMPOSITIONS_NAME} beside the manifest)"
+        "--output", metavar="FILE", help=f"the file or its URL (default: {COMPOSITIONS_NAME} beside the manifest)"
     )
     _add_sample_arguments(parser, "largest sample of a domain (default: no limit)")
     add_text_key(parser)
@@ -121,7 +126,7 @@ def _add_start_state(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     where.add_argument("--shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
     where.add_argument("--model", metavar="NAME", help="folder or Hub id of a causal language model")
     parser.add_argument(
-        "--output", type=Path, default=Path("start_state.json"), metavar="FILE", help="the file (default: %(default)s)"
+        "--output", default="start_state.json", metavar="FILE", help="the file or its URL (default: %(default)s)"
     )
     _add_sample_arguments(
         parser, f"largest sample (default: {MOST_DOCUMENTS:,} documents of files, {MOST_TEXTS:,} texts of a model)"
@@ -200,23 +205,26 @@ def label(args: argparse.Namespace) -> int:
         args.output,
         labeller,
         split=args.split,
+        max_bad=args.max_bad,
+        work_dir=args.work_dir,
         workers=workers_of(args),
         progress=not args.no_progress,
     )
     for name, found in counted.items():
         print(_labels_line(name, found))
-    print(f"wrote {Path(args.output) / LABELS}")
+    place = place_of(args.output, args.work_dir)
+    print(f"wrote {place.url(LABELS)}")
     if args.split:
         for field in dict.fromkeys(name.split("/", 1)[0] for name in counted):
-            folder = Path(args.output) / field
+            folder = place.url(field)
             print(f"wrote {folder}; next: dmagent shard --input {folder} --field {field} --output SHARDS")
         unsure = sum(found.unsure for found in counted.values())
         if unsure:
-            folder = Path(args.output) / UNSURE_FOLDER
+            folder = place.url(UNSURE_FOLDER)
             field = next(name.split("/", 1)[0] for name, found in counted.items() if found.unsure)
             print(
                 f"{unsure:,} documents of unknown topic are in {folder}: shard them as domains of their own "
-                f"(dmagent shard --domain {field}/other={folder / f'{field}.jsonl.gz'} ...), or leave them out"
+                f"(dmagent shard --domain {field}/other={folder}/{field}.jsonl.gz ...), or leave them out"
             )
     return 0
 
@@ -227,16 +235,18 @@ def compose_shards(args: argparse.Namespace) -> int:
     collection, manifests = open_shards(args)
     output = args.output
     if output is None:
-        if len(manifests) != 1 or "://" in manifests[0].url:
+        if len(manifests) != 1:
             raise ConfigurationError(
-                f"compositions go beside one local {MANIFEST_NAME}, but {len(manifests)} were given, or a remote one: "
-                "pass --output FILE"
+                f"compositions go beside one {MANIFEST_NAME}, but {len(manifests)} were given: pass --output FILE"
             )
-        output = Path(manifests[0].url).parent / COMPOSITIONS_NAME
+        output = beside(manifests[0].url, COMPOSITIONS_NAME)
     _check_folder(output)
     digests = {name: manifest.digest(name) for manifest in manifests for name in manifest}
     config = _sample_config(args)
-    found = load_compositions(output) if output.exists() else {}
+    try:
+        found = load_compositions(output)
+    except ShardNotFoundError:
+        found = {}
     status = 0
     for name, documents in shard_documents(collection, manifests, args).items():
         shards, progress = digests.get(name, ""), not args.no_progress
@@ -282,15 +292,17 @@ def start_state(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_folder(output: Path) -> None:
+def _check_folder(output: str) -> None:
     """Checks before a long measurement that its result has a place."""
-    if not output.parent.is_dir():
-        raise ConfigurationError(f"{output} cannot be written: make the folder {str(output.parent)!r} first")
+    refuse_unwritable(output)
+    folder = Path(local_path(output)).parent
+    if is_local(output) and not folder.is_dir():
+        raise ConfigurationError(f"{output} cannot be written: make the folder {str(folder)!r} first")
 
 
-def _write(output: Path, compositions: dict[str, Composition]) -> None:
+def _write(output: str, compositions: dict[str, Composition]) -> None:
     try:
-        write_atomically(output, compositions_text(compositions).encode())
+        write_url(output, compositions_text(compositions).encode())
     except OSError as error:
         raise ConfigurationError(f"{output} cannot be written: {error}; pass another --output") from error
 
@@ -336,6 +348,8 @@ def _check_is_no_raw_data(argument: str) -> None:
     """Refuses files that `dmagent shard` reads, but that are not shards."""
     name, separator, pattern = argument.partition("=")
     path = pattern if separator and "://" not in name else argument
+    if os.path.isfile(os.path.join(path, MANIFEST_NAME)):
+        return
     kind = kind_of_name(path)
     if kind not in (None, Kind.TAR) and not path.endswith(".json"):  # a manifest may have any name
         raise ShardError(
@@ -383,7 +397,9 @@ def _labels_line(name: str, found: LabelledDomain) -> str:
     total = max(1.0, float(found.counts.sum()))
     most = [i for i in np.argsort(-found.counts)[:_SHOWN_TOPICS] if found.counts[i] > 0]
     topics = ", ".join(f"{CANONICAL_TOPICS[i]} {found.counts[i] / total:.0%}" for i in most)
-    return f"{name}: {found.documents:,} documents, {_known(found.documents, found.unsure, found.stated)}: {topics}"
+    bad = f", {found.bad_records:,} bad records left out" if found.bad_records else ""
+    known = _known(found.documents, found.unsure, found.stated)
+    return f"{name}: {found.documents:,} documents{bad}, {known}: {topics}"
 
 
 def _composition_line(name: str, found: Composition) -> str:

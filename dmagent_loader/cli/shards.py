@@ -16,6 +16,8 @@ from dmagent_loader.shards.inputs.finding import domain_name
 from dmagent_loader.shards.inputs.kinds import READ, kind_of_name
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+from dmagent_loader.shards.sources.remote import remote_names
+from dmagent_loader.shards.sources.urls import is_local, local_path
 from dmagent_loader.shards.tar import KeyEnd
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.output import REJECTS_NAME
@@ -43,24 +45,10 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_input_arguments(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder of the shards, or a URL such as s3://bucket/shards"
-    )
-    parser.add_argument(
-        "--work-dir",
-        metavar="DIR",
-        help="local folder for the work in progress of a URL (default: a folder in $DMAGENT_CACHE_DIR)",
-    )
+    add_output_arguments(parser, "the shards")
     parser.add_argument("--append", action="store_true", help="add shards to domains that the folder holds")
     add_reading_arguments(parser)
-    parser.add_argument(
-        "--max-bad",
-        type=int,
-        default=defaults.max_bad,
-        metavar="N",
-        help=f"leave out up to N records of a domain that are no documents, and list them in its {REJECTS_NAME} "
-        "(default: %(default)s)",
-    )
+    add_max_bad(parser, f"its {REJECTS_NAME}")
     parser.add_argument("--keep-columns", nargs="+", default=[], metavar="COLUMN", help="columns kept as a json member")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder written by save_pretrained")
     parser.add_argument("--eos-token", metavar="TOKEN", help="end-of-text token (default: the tokenizer's)")
@@ -215,7 +203,8 @@ def add_input_arguments(where: argparse._MutuallyExclusiveGroup) -> None:
     where.add_argument(
         "--input",
         metavar="DIR",
-        help="every data file in DIR, but not in the folders below it, is a domain named after the file; needs --field",
+        help="every data file in DIR, a folder or the URL of one, but not in the folders below it, is a domain named "
+        "after the file; needs --field",
     )
 
 
@@ -223,6 +212,18 @@ def input_domains(args: argparse.Namespace) -> dict[str, list[str]]:
     """Domain -> inputs, from the arguments ``--domain``, ``--input`` and ``--field``."""
     domains = _domains_of_folder(args.input, args.text_files).items() if args.input else _named_domains(args.domain)
     return _with_fields(domains, args.field)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, content: str) -> None:
+    """Adds the folder or URL that is written to, and where the work for a URL is."""
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help=f"folder of {content}, or a URL such as s3://bucket/folder"
+    )
+    parser.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="local folder for the work in progress of a URL (default: a folder in $DMAGENT_CACHE_DIR)",
+    )
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +247,17 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tar-member", metavar="NAME", help="read tar shards, from this member of their rows, such as txt"
+    )
+
+
+def add_max_bad(parser: argparse.ArgumentParser, place: str) -> None:
+    """Adds the number of records that may be left out."""
+    parser.add_argument(
+        "--max-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"leave out up to N records of a domain that are no documents, and list them in {place} (default: 0)",
     )
 
 
@@ -301,7 +313,7 @@ def listed_shards(arguments: list[str]) -> tuple[dict[str, list[str]], list[Mani
     manifests: list[Manifest] = []
     for argument in arguments:
         name, separator, pattern = argument.partition("=")
-        if argument.endswith(".json") or os.path.isfile(os.path.join(argument, MANIFEST_NAME)):
+        if _is_manifest(argument):
             manifests.append(load_manifest(argument))
             for domain, paths in manifests[-1].items():
                 shards.setdefault(domain, []).extend(paths)
@@ -312,24 +324,32 @@ def listed_shards(arguments: list[str]) -> tuple[dict[str, list[str]], list[Mani
     return shards, manifests
 
 
+def _is_manifest(argument: str) -> bool:
+    """Whether an argument is a manifest or its folder; of a store, what is neither a shard nor a pattern is one."""
+    if argument.endswith(".json"):
+        return True
+    if is_local(argument):
+        return os.path.isfile(os.path.join(local_path(argument), MANIFEST_NAME))
+    return not argument.endswith(".tar") and not any(character in argument for character in "=*?[{")
+
+
 def _domains_of_folder(folder: str, text_files: Sequence[str]) -> dict[str, list[str]]:
-    if not os.path.isdir(folder):
-        raise ConfigurationError(f"--input {folder!r} is not a folder: pass a folder, or use --domain for a file")
     domains: dict[str, list[str]] = {}
     strays = []
-    for path in sorted(path for path in Path(folder).iterdir() if not path.name.startswith(".")):
-        if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
+    names = _names_in(folder)
+    for name, url in names.items():
+        if name.endswith(".idx") and f"{name.removesuffix('.idx')}.bin" in names:
             continue  # the other half of a pair of Megatron
-        if not path.is_file() or kind_of_name(path.name, text_files) is None:
-            strays.append(f"{path.name}/" if path.is_dir() else path.name)
-        else:
-            name = domain_name(path)
-            if name in domains:
-                raise ConfigurationError(
-                    f"--input {folder!r}: {Path(domains[name][0]).name!r} and {path.name!r} would both be domain "
-                    f"{name!r}, the part before the first dot: rename one, or name the domains with --domain"
-                )
-            domains[name] = [str(path)]
+        if name.endswith("/") or kind_of_name(name, text_files) is None:
+            strays.append(name)
+            continue
+        domain = domain_name(name)
+        if domain in domains:
+            raise ConfigurationError(
+                f"--input {folder!r}: {os.path.basename(domains[domain][0])!r} and {name!r} would both be domain "
+                f"{domain!r}, the part before the first dot: rename one, or name the domains with --domain"
+            )
+        domains[domain] = [url]
     if not domains:
         raise ConfigurationError(
             f"--input {folder!r} holds no data files{f', only {strays[:5]}' if strays else ''}: pass a folder with one "
@@ -340,6 +360,20 @@ def _domains_of_folder(folder: str, text_files: Sequence[str]) -> dict[str, list
         if any(name.endswith("/") for name in strays):
             print("--input does not read the folders in it: name them with --domain", file=sys.stderr)
     return domains
+
+
+def _names_in(folder: str) -> dict[str, str]:
+    """The names of the files in a folder, and of the folders with a slash, that are not hidden -> their URLs."""
+    if is_local(folder):
+        path = Path(local_path(folder))
+        if not path.is_dir():
+            raise ConfigurationError(f"--input {folder!r} is not a folder: pass a folder, or use --domain for a file")
+        found = {entry.name if entry.is_file() else f"{entry.name}/": str(entry) for entry in path.iterdir()}
+    else:
+        root = folder.rstrip("/")
+        below = ((url, url.removeprefix(f"{root}/").partition("/")) for url in remote_names(root))
+        found = {name + slash: url for url, (name, slash, _) in below}
+    return {name: url for name, url in sorted(found.items()) if not name.startswith(".")}
 
 
 def _named_domains(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:

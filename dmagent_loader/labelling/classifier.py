@@ -99,7 +99,8 @@ def _download(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
     except Exception as error:  # the Hub's client raises its own, requests' and OS errors
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"there is no folder {name!r}, and it could not be fetched from the Hub ({error}): give the path of a "
+            f"there is no folder {name!r}, and it could not be fetched from the Hub ({reason}): give the path of a "
             f"folder, a Hub id, or {BUNDLED!r}"
         ) from error

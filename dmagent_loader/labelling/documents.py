@@ -16,11 +16,12 @@ from dmagent_loader.errors import ShardError
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.decode import RawSample, decode_npy
 from dmagent_loader.shards.inputs.chat import load_template
-from dmagent_loader.shards.inputs.documents import Document, read_documents
+from dmagent_loader.shards.inputs.documents import Document, read_documents, refuse
 from dmagent_loader.shards.inputs.finding import find_inputs
 from dmagent_loader.shards.inputs.kinds import Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.pieces import PIECE_BYTES, Piece, divide
+from dmagent_loader.shards.inputs.records import Reject
 from dmagent_loader.shards.inputs.tables import version_of
 from dmagent_loader.shards.writing.packing import PACKED_MEMBER, TextTokenizer
 
@@ -32,8 +33,13 @@ PIECE_ROWS = 1 << 16
 class DocumentPiece(Protocol):
     """Successive documents of a domain: the work of one task. It can be pickled."""
 
-    def read(self, advance: Advance) -> Iterator[Document]:
-        """Reads the documents with all their columns; calls `advance` with what was read since the last call."""
+    def read(self, advance: Advance, reject: Reject = refuse) -> Iterator[Document]:
+        """Reads the documents with all their columns.
+
+        Args:
+            advance: Called with what was read since the last call.
+            reject: Called with each record that is not a document.
+        """
         ...
 
 
@@ -70,8 +76,8 @@ class _FilePiece:
     piece: Piece
     options: ReadOptions
 
-    def read(self, advance: Advance) -> Iterator[Document]:
-        return read_documents(self.piece, self.options, advance)
+    def read(self, advance: Advance, reject: Reject = refuse) -> Iterator[Document]:
+        return read_documents(self.piece, self.options, advance, reject)
 
 
 class FileDocuments:
@@ -109,9 +115,9 @@ class FileDocuments:
         """See `DomainDocuments`."""
         return [_FilePiece(piece, self._options) for piece in divide(self._inputs, PIECE_BYTES)]
 
-    def read(self, advance: Advance) -> Iterator[Document]:
-        """Reads the documents with all their columns; calls `advance` with what was read since the last call."""
-        return (document for piece in self.pieces() for document in piece.read(advance))
+    def read(self, advance: Advance, reject: Reject = refuse) -> Iterator[Document]:
+        """Reads the documents of all pieces, see `DocumentPiece`."""
+        return (document for piece in self.pieces() for document in piece.read(advance, reject))
 
 
 @dataclass
@@ -214,7 +220,7 @@ class _RowPiece:
     start: int
     stop: int
 
-    def read(self, advance: Advance) -> Iterator[Document]:
+    def read(self, advance: Advance, reject: Reject = refuse) -> Iterator[Document]:
         for document in self.documents.rows(range(self.start, self.stop)):
             advance(1)
             if document.text.strip():

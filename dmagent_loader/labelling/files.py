@@ -7,28 +7,33 @@ topic (`sorting`), for `dmagent shard --input OUTPUT/<field> --field <field>`.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from dmagent_loader._files import only_writer
+from dmagent_loader._files import only_writer, write_atomically
 from dmagent_loader._tasks import Advance, Workers, check_workers, run_tasks
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.labelling.documents import DomainDocuments
 from dmagent_loader.labelling.labels import STATED, Labeller, Labels
-from dmagent_loader.labelling.parts import LabelPiece, labels_of, write_part
+from dmagent_loader.labelling.parts import LabelPiece, labels_of, part_files, part_names, write_part
 from dmagent_loader.labelling.settings_file import differing_settings
 from dmagent_loader.labelling.sorting import LABELS, check_replaced, sort_documents
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.shards.inputs.documents import Document
-from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
+from dmagent_loader.shards.inputs.records import Rejected
+from dmagent_loader.shards.sources.urls import display_url
+from dmagent_loader.shards.writing.collecting import check_bad, rejects_line
+from dmagent_loader.shards.writing.output import REJECTS_NAME
+from dmagent_loader.shards.writing.place import Place, place_of
 
 PART_DOCUMENTS = 4096
 """Documents of one part: what a killed job may lose, and what is sorted by length."""
@@ -44,12 +49,14 @@ class LabelledDomain:
         documents: Number of documents.
         unsure: Number of these without a topic.
         stated: Number of these whose label came with the data.
+        bad_records: Number of records that are no documents, which were left out.
     """
 
     counts: FloatArray
     documents: int
     unsure: int
     stated: int
+    bad_records: int = 0
 
     def __add__(self, other: LabelledDomain) -> LabelledDomain:
         return LabelledDomain(
@@ -57,6 +64,7 @@ class LabelledDomain:
             documents=self.documents + other.documents,
             unsure=self.unsure + other.unsure,
             stated=self.stated + other.stated,
+            bad_records=self.bad_records + other.bad_records,
         )
 
 
@@ -66,6 +74,8 @@ def label_domains(
     labeller: Labeller,
     *,
     split: bool = False,
+    max_bad: int = 0,
+    work_dir: str | os.PathLike[str] | None = None,
     workers: Workers = 0,
     progress: bool = True,
 ) -> dict[str, LabelledDomain]:
@@ -75,9 +85,13 @@ def label_domains(
 
     Args:
         domains: Domain, such as ``"source/web"`` -> its documents.
-        output: Folder of the labels; created if missing.
+        output: Folder of the labels; created if missing. Or a URL of an object store, such as
+            ``"s3://bucket/labelled"``, which gets the files at the end.
         labeller: Classifier and settings. Workers get a pickled copy.
         split: Whether to write the documents sorted by topic, too.
+        max_bad: Largest number of records of a domain that are no documents and are left out; `REJECTS_NAME` beside its
+            labels lists them.
+        work_dir: See `place_of`.
         workers: Number of processes, 0: this one; or `RayWorkers`.
         progress: Show progress bars.
 
@@ -89,18 +103,20 @@ def label_domains(
         ConfigurationError: The folder holds labels of other documents, of another classifier or with other settings;
             it holds inputs, or files that sorting would replace and an earlier call did not write; another process
             writes to it; or it cannot be written to.
-        ShardError: A document cannot be read, a part is damaged, or a worker died.
+        ShardError: A document cannot be read, more records are bad than allowed, a part is damaged, a worker died,
+            or the store refuses access or cannot be reached.
     """
     check_workers(workers)
-    check_output(output, (url for documents in domains.values() for url in documents.urls))
-    root = Path(output)
-    with only_writer(root, "labels"):
+    place = place_of(output, work_dir)
+    check_output(place, (url for documents in domains.values() for url in documents.urls))
+    with only_writer(place.work, "labels"):
         if split:
-            check_replaced(domains, root)
+            check_replaced(domains, place)
+        place.check_access()
         pieces: list[LabelPiece] = []
         for domain, documents in domains.items():
-            folder = root / LABELS / domain
-            _continue_in(folder, documents, labeller)
+            folder = place.work / LABELS / domain
+            _continue_in(place, domain, documents, labeller)
             pieces += [
                 LabelPiece(domain=domain, number=number, documents=piece, folder=folder, part_documents=PART_DOCUMENTS)
                 for number, piece in enumerate(documents.pieces())
@@ -108,13 +124,24 @@ def label_domains(
         if labeller.config.label_key is not None:
             _check_label_key(pieces, labeller)
         found: dict[int, LabelledDomain] = {}
+        rejects: dict[int, list[str]] = {}
         with _bar("labelling", domains, progress) as advance:
-            job = _Labelling(tuple(pieces), labeller)
-            for number, result in run_tasks(_label, range(len(pieces)), job, workers, advance):
-                found[number] = result
+            job = _Labelling(tuple(pieces), labeller, max_bad)
+            for number, (result, lines) in run_tasks(_label, range(len(pieces)), job, workers, advance):
+                found[number], rejects[number] = result, lines
+                if lines:
+                    domain = pieces[number].domain
+                    bad = sum(len(rejects[n]) for n in rejects if pieces[n].domain == domain)
+                    check_bad(domain, bad, json.loads(lines[-1])["reason"], max_bad)
+        for domain in domains:
+            lines = [line for n, piece in enumerate(pieces) if piece.domain == domain for line in rejects[n]]
+            if lines:
+                write_atomically(place.work / LABELS / domain / REJECTS_NAME, "".join(lines).encode())
         if split:
             with _bar("sorting", domains, progress) as advance:
-                sort_documents(list(domains), pieces, root, workers, advance)
+                sort_documents(list(domains), pieces, place, workers, advance)
+        if place.work_is_apart:
+            _publish(place, domains, progress=progress)
     counted = {
         domain: LabelledDomain(counts=np.zeros(NUM_TOPICS), documents=0, unsure=0, stated=0) for domain in domains
     }
@@ -127,12 +154,19 @@ def label_domains(
 class _Labelling:
     pieces: tuple[LabelPiece, ...]
     labeller: Labeller
+    max_bad: int
 
 
-def _label(number: int, job: _Labelling, advance: Advance) -> LabelledDomain:
-    """Labels a piece."""
+def _label(number: int, job: _Labelling, advance: Advance) -> tuple[LabelledDomain, list[str]]:
+    """Labels a piece; its labels, counted, and the lines of the rejects file."""
     counts, total, unsure, stated = np.zeros(NUM_TOPICS), 0, 0, 0
-    for path, batch in job.pieces[number].parts(advance):
+    piece, rejects = job.pieces[number], list[str]()
+
+    def reject(bad: Rejected) -> None:
+        rejects.append(rejects_line(bad))
+        check_bad(piece.domain, len(rejects), bad.reason, job.max_bad)
+
+    for path, batch in piece.parts(advance, reject):
         if path.exists():
             lines = labels_of(batch, path)
         else:
@@ -144,12 +178,13 @@ def _label(number: int, job: _Labelling, advance: Advance) -> LabelledDomain:
         total += len(lines)
         unsure += sum(line["topic"] is None for line in lines)
         stated += sum(line["by"] == STATED for line in lines)
-    return LabelledDomain(counts=counts, documents=total, unsure=unsure, stated=stated)
+    labelled = LabelledDomain(counts=counts, documents=total, unsure=unsure, stated=stated, bad_records=len(rejects))
+    return labelled, rejects
 
 
 def _check_label_key(pieces: Sequence[LabelPiece], labeller: Labeller) -> None:
     """Checks the column on the first documents, wherever the others are labelled."""
-    documents = (document for piece in pieces for document in piece.documents.read(lambda size: None))
+    documents = (document for piece in pieces for document in piece.documents.read(lambda size: None, lambda bad: None))
     labeller.check_label_key(list(islice(documents, PART_DOCUMENTS)))
 
 
@@ -166,27 +201,33 @@ def _bar(title: str, domains: Mapping[str, DomainDocuments], progress: bool) -> 
         yield bar.update
 
 
-def check_output(output: str | os.PathLike[str], inputs: Iterable[str]) -> None:
-    """Refuses an output that is no local folder, or that holds inputs, which could be replaced.
+def _publish(place: Place, domains: Iterable[str], *, progress: bool) -> None:
+    """Uploads the labels of all domains, and removes the work."""
+    for domain in domains:
+        folder = place.work / LABELS / domain
+        # The settings are the first file, so that another job does not add its labels to these.
+        place.write(f"{LABELS}/{domain}/{SETTINGS_FILE}", (folder / SETTINGS_FILE).read_bytes())
+        files = [*part_files(folder), *folder.glob(REJECTS_NAME)]
+        place.move_in({f"{LABELS}/{domain}/{path.name}": path for path in files}, progress=progress)
+    for domain in domains:
+        shutil.rmtree(place.work / LABELS / domain)
+
+
+def check_output(place: Place, inputs: Iterable[str]) -> None:
+    """Refuses an output that holds inputs, which could be replaced.
 
     Args:
-        output: Folder that is written to.
+        place: What is written to.
         inputs: Paths and URLs.
 
     Raises:
-        ConfigurationError: It is a URL, or a local path lies in the folder.
+        ConfigurationError: An input lies in it.
     """
-    if not is_local(os.fspath(output)):
-        raise ConfigurationError(
-            f"{display_url(os.fspath(output))} is a URL, but documents and labels are written to local folders only: "
-            "pass a local --output, and `dmagent shard --output URL` writes shards of it"
-        )
-    root = os.path.realpath(output)
     for url in inputs:
-        if is_local(url) and os.path.realpath(local_path(url)).startswith(os.path.join(root, "")):
+        if place.holds(url):
             raise ConfigurationError(
-                f"the input {url!r} lies in the output folder {str(output)!r}, where it could be replaced: choose "
-                "another --output"
+                f"the input {display_url(url)!r} lies in the output folder {str(place)!r}, where it could be replaced: "
+                "choose another --output"
             )
 
 
@@ -206,23 +247,31 @@ def _lines(documents: list[Document], labels: Labels, classifier: str) -> list[d
     ]
 
 
-def _continue_in(folder: Path, documents: DomainDocuments, labeller: Labeller) -> None:
+def _continue_in(place: Place, domain: str, documents: DomainDocuments, labeller: Labeller) -> None:
     """Makes the folder of a domain's labels, or checks that its labels are of the same documents and settings.
+
+    Of a store, it fetches the labels that are there.
 
     Raises:
         ConfigurationError: They are not, or the folder cannot be written to.
     """
-    differing = differing_settings(
-        folder / SETTINGS_FILE,
-        {
-            "documents": documents.identity,
-            "classifier": labeller.classifier.name,
-            "part_documents": PART_DOCUMENTS,
-            **asdict(labeller.config),
-        },
-    )
+    name = f"{LABELS}/{domain}"
+    folder = place.work / name
+    settings = {
+        "documents": documents.identity,
+        "classifier": labeller.classifier.name,
+        "part_documents": PART_DOCUMENTS,
+        **asdict(labeller.config),
+    }
+    stored = place.read(f"{name}/{SETTINGS_FILE}") if place.work_is_apart else None
+    differing = differing_settings(folder / SETTINGS_FILE, settings, stored)
+    if stored is not None and not differing:
+        for part in part_names(place.names(name)):
+            data = None if (folder / part).exists() else place.read(f"{name}/{part}")
+            if data is not None:
+                write_atomically(folder / part, data)
     if differing:
         raise ConfigurationError(
-            f"{str(folder)!r} holds labels with other {', '.join(differing)}: choose another --output, or remove the "
-            "folder to label again"
+            f"{display_url(place.url(name))!r} holds labels with other {', '.join(differing)}: choose another "
+            "--output, or remove the folder to label again"
         )

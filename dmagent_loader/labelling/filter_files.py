@@ -26,11 +26,14 @@ from dmagent_loader._tasks import Advance, Workers, check_workers, run_tasks
 from dmagent_loader.errors import ConfigurationError, DMAgentError, ShardError
 from dmagent_loader.labelling.documents import DocumentPiece, FileDocuments
 from dmagent_loader.labelling.files import PART_DOCUMENTS, SETTINGS_FILE, check_output
-from dmagent_loader.labelling.filtering import DocumentChecks, DocumentFilter, Examined
+from dmagent_loader.labelling.filtering import BAD_RECORD, DocumentChecks, DocumentFilter, Examined
 from dmagent_loader.labelling.labels import batches
 from dmagent_loader.labelling.row_files import join_members, row_files
 from dmagent_loader.labelling.settings_file import differing_settings
 from dmagent_loader.shards.inputs.finding import check_names
+from dmagent_loader.shards.inputs.records import Rejected
+from dmagent_loader.shards.writing.collecting import check_bad
+from dmagent_loader.shards.writing.place import Place, place_of
 
 _DROPPED = "dropped"
 _PARTIAL = ".filtering"
@@ -46,17 +49,23 @@ def filter_domains(
     output: str | os.PathLike[str],
     checked: DocumentFilter,
     *,
+    max_bad: int = 0,
+    work_dir: str | os.PathLike[str] | None = None,
     workers: Workers = 0,
     progress: bool = True,
 ) -> dict[str, Counter[str | None]]:
-    """Writes the kept and the dropped documents of all domains, or none. Of repeated ones, the first is kept.
+    """Writes the kept and the dropped documents of all domains, at the end. Of repeated ones, the first is kept.
 
     The files are the same bytes with any number and kind of workers. Run again after a kill, it goes on where it stood.
 
     Args:
         domains: Domain, such as ``"source/web"`` -> its documents, in the order in which repeats are found.
-        output: Folder of the documents; created if missing.
+        output: Folder of the documents; created if missing. Or a URL of an object store, such as
+            ``"s3://bucket/filtered"``.
         checked: The filter. Workers get a pickled copy of its `DocumentChecks`.
+        max_bad: Largest number of records of a domain that are no documents and are left out; they are listed with the
+            dropped documents.
+        work_dir: See `place_of`.
         workers: Number of processes, 0: this one; or `RayWorkers`.
         progress: Show progress bars.
 
@@ -65,58 +74,60 @@ def filter_domains(
 
     Raises:
         DomainError: A name is not ``field/domain``, or cannot be a folder.
-        ConfigurationError: The output is a URL, holds inputs, a domain already or other unfinished work, or cannot be
-            written to; or another process writes to it.
-        ShardError: A document cannot be read, an input changes meanwhile, or a worker died.
+        ConfigurationError: The output holds inputs, a domain already or other unfinished work, or cannot be written
+            to; or another process writes to it.
+        ShardError: A document cannot be read, more records are bad than allowed, an input changes meanwhile, a worker
+            died, or the store refuses access or cannot be reached.
     """
     check_workers(workers)
     check_names(domains)
-    check_output(output, (url for documents in domains.values() for url in documents.urls))
-    root = Path(output)
-    partial = root / _PARTIAL
-    with only_writer(root, "documents"):
+    place = place_of(output, work_dir)
+    check_output(place, (url for documents in domains.values() for url in documents.urls))
+    partial = place.work / _PARTIAL
+    with only_writer(place.work, "documents"):
         try:
-            _continue_in(root, domains, checked.checks)
+            place.check_access()
+            _continue_in(place, domains, checked.checks)
             if checked.checks.config.quality_key is not None:
                 for name, documents in domains.items():
-                    first = islice(documents.read(lambda size: None), PART_DOCUMENTS)
+                    first = islice(documents.read(lambda size: None, lambda bad: None), PART_DOCUMENTS)
                     checked.checks.check_quality_key(name, list(first))
-            counts = _Job(domains, partial, checked, workers, progress).run()
-            for file in (file for name in domains for file in _files(name)):
-                (root / file).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(partial / file, root / file)
+            counts = _Job(domains, partial, checked, max_bad, workers, progress).run()
+            files = [file for name in domains for file in _files(name)]
+            place.move_in({file: partial / file for file in files}, progress=progress)
             shutil.rmtree(partial)
         except DMAgentError:
             raise  # a ShardNotFoundError of an input is an OSError, too
         except OSError as error:
-            raise ConfigurationError(f"{str(root)!r} cannot be written: {error}; pass another --output") from error
+            raise ConfigurationError(f"{str(place)!r} cannot be written: {error}; pass another --output") from error
         finally:
             if not any(partial.glob(f"{_FOUND}/part-*")):
                 shutil.rmtree(partial, ignore_errors=True)
     return counts
 
 
-def _continue_in(root: Path, domains: Mapping[str, FileDocuments], checks: DocumentChecks) -> None:
+def _continue_in(place: Place, domains: Mapping[str, FileDocuments], checks: DocumentChecks) -> None:
     """Begins a job, or checks that the unfinished one in the folder is the same.
 
     Raises:
         ConfigurationError: It is another one; the folder holds a domain already, or cannot be written to.
     """
-    path = root / _PARTIAL / SETTINGS_FILE
+    path = place.work / _PARTIAL / SETTINGS_FILE
     is_begun = path.exists()
-    present = [name for name in domains if (root / f"{name}.jsonl.gz").exists()]
+    stored = {file for field in {name.split("/")[0] for name in domains} for file in place.names(field)}
+    present = [name for name in domains if f"{name}.jsonl.gz" in stored]
     if present and not is_begun:
-        raise ConfigurationError(f"{str(root)!r} holds the domain(s) {present} already: choose another --output")
+        raise ConfigurationError(f"{str(place)!r} holds the domain(s) {present} already: choose another --output")
     inputs = {name: documents.identity for name, documents in domains.items()}
     settings = {"inputs": inputs, "documents of a part": PART_DOCUMENTS, **checks.identity}
     differing = differing_settings(path, settings)
     if differing:
         raise ConfigurationError(
-            f"{str(root)!r} holds unfinished work with other {', '.join(differing)}: run that command again, "
+            f"{str(place)!r} holds unfinished work with other {', '.join(differing)}: run that command again, "
             f"remove {str(path.parent)!r}, or choose another --output"
         )
     if is_begun:
-        logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", root)
+        logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", place)
 
 
 class _Job:
@@ -125,21 +136,29 @@ class _Job:
         domains: Mapping[str, FileDocuments],
         folder: Path,
         checked: DocumentFilter,
+        max_bad: int,
         workers: Workers,
         progress: bool,
     ) -> None:
         self._pieces = [(name, piece) for name, documents in domains.items() for piece in documents.pieces()]
         self._size = sum(documents.size for documents in domains.values())
         self._domains, self._folder, self._checked = list(domains), folder, checked
-        self._workers, self._progress = workers, progress
+        self._max_bad, self._workers, self._progress = max_bad, workers, progress
 
     def run(self) -> dict[str, Counter[str | None]]:
         found = self._folder / _FOUND
         found.mkdir(exist_ok=True)
-        examining = [_Examining(found, n, piece, PART_DOCUMENTS) for n, (_, piece) in enumerate(self._pieces)]
-        checks = self._checked.checks
-        parts = {task.number: count for task, count in self._run("examining", _examine, examining, checks)}
         counts: dict[str, Counter[str | None]] = {name: Counter() for name in self._domains}
+        examining = [
+            _Examining(found, n, name, piece, PART_DOCUMENTS, self._max_bad)
+            for n, (name, piece) in enumerate(self._pieces)
+        ]
+        parts: dict[int, int] = {}
+        for task, (count, bad, reason) in self._run("examining", _examine, examining, self._checked.checks):
+            parts[task.number] = count
+            if bad:
+                counts[task.domain][BAD_RECORD] += bad
+                check_bad(task.domain, counts[task.domain][BAD_RECORD], reason, self._max_bad)
         members = self._folder / uuid.uuid4().hex  # a task of a killed job may still write to its own
         writing = []
         for task, (name, piece) in zip(examining, self._pieces, strict=True):
@@ -169,18 +188,25 @@ def _files(domain: str) -> tuple[str, str]:
 class _Examining:
     folder: Path
     number: int
+    domain: str
     documents: DocumentPiece
     part_documents: int
+    max_bad: int
 
     def part(self, number: int) -> Path:
         return self.folder / f"part-{self.number:06d}-{number:06d}.safetensors"
 
 
-def _examine(task: _Examining, checks: DocumentChecks, advance: Advance) -> int:
-    """Writes what is found of the documents of a piece; the number of parts."""
+def _examine(task: _Examining, checks: DocumentChecks, advance: Advance) -> tuple[int, int, str]:
+    """Writes what is found of the documents of a piece; the number of parts, that of bad records, and why one is."""
     seen: set[bytes] = set()
-    number = 0
-    for number, batch in enumerate(batches(task.documents.read(advance), task.part_documents), start=1):
+    number, reasons = 0, list[str]()
+
+    def reject(bad: Rejected) -> None:
+        reasons.append(bad.reason)
+        check_bad(task.domain, len(reasons), bad.reason, task.max_bad)
+
+    for number, batch in enumerate(batches(task.documents.read(advance, reject), task.part_documents), start=1):
         path = task.part(number - 1)
         if path.exists():
             found = _read(path)
@@ -188,7 +214,7 @@ def _examine(task: _Examining, checks: DocumentChecks, advance: Advance) -> int:
             found = checks.examine(batch, seen)
             write_atomically(path, safetensors.numpy.save(vars(found)))
         seen.update(map(bytes, found.digests))
-    return number
+    return number, len(reasons), reasons[-1] if reasons else ""
 
 
 def _read(path: Path) -> Examined:
@@ -213,8 +239,12 @@ def _write(task: _Writing, context: None, advance: Advance) -> None:
     """Writes the kept and the dropped documents of a piece."""
     kept, dropped = _files(task.domain)
     with row_files(task.folder, task.number) as add:
+
+        def reject(bad: Rejected) -> None:
+            add(dropped, {"origin": bad.origin, "reason": BAD_RECORD, "fault": bad.reason})
+
         number = 0
-        for number, document in enumerate(task.documents.read(advance), start=1):
+        for number, document in enumerate(task.documents.read(advance, reject), start=1):
             if number > len(task.reasons):
                 break
             reason = task.reasons[number - 1]

@@ -32,6 +32,8 @@ from dmagent_loader.shards.inputs.documents import Document
 
 LENGTH, EXACT, NEAR = "length", "exact duplicate", "near duplicate"
 CONTAMINATED, QUALITY = "contaminated", "quality"
+BAD_RECORD = "bad record"
+"""A record that is not a document; it is not examined."""
 REASONS = (LENGTH, EXACT, CONTAMINATED, QUALITY, NEAR)
 
 NGRAM, SHORTEST_QUESTION = 13, 8
@@ -156,14 +158,14 @@ class DocumentChecks:
                 reason = CONTAMINATED
             codes[number] = _code(reason)
         kept = np.flatnonzero(codes == 0).tolist()
-        for number, label in zip(kept, self._qualities([documents[number] for number in kept]), strict=True):
+        for number, label in zip(kept, self.qualities([documents[number] for number in kept]), strict=True):
             if label in self.config.dropped_quality:
                 codes[number] = _code(QUALITY)
         if not self.config.exact_duplicates:
             digests = digests[:0]
         return Examined(codes, digests, self._sketches(documents, codes))
 
-    def _qualities(self, documents: Sequence[Document]) -> list[Any]:
+    def qualities(self, documents: Sequence[Document]) -> list[Any]:
         """The quality of each document; None: it is not known."""
         labels = [self.stated_quality(document) for document in documents]
         unknown = [number for number, label in enumerate(labels) if label is None]
@@ -292,7 +294,7 @@ class _NearDuplicates:
 
 def counts_text(counts: Counter[str | None]) -> str:
     """The counts of reasons, for a line of a summary."""
-    dropped = ", ".join(f"{counts[reason]:,} {reason}" for reason in REASONS if counts[reason])
+    dropped = ", ".join(f"{counts[reason]:,} {reason}" for reason in (*REASONS, BAD_RECORD) if counts[reason])
     return f"{counts[None]:,} of {counts.total():,} kept" + (f"; dropped: {dropped}" if dropped else "")
 
 

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from dmagent_loader._files import only_writer, write_atomically
 from dmagent_loader._validation import read_regular
 from dmagent_loader.errors import ConfigurationError, ShardError
-from dmagent_loader.labelling.files import check_output
 from dmagent_loader.labelling.generation import GenerationConfig, generate_texts
 from dmagent_loader.labelling.settings_file import differing_settings
+from dmagent_loader.shards.sources.urls import display_url, is_local
 
 PART_BATCHES = 16
 """Batches of a part: what a killed job may lose."""
@@ -64,7 +64,11 @@ def generate_documents(
     """
     if documents < 1:
         raise ConfigurationError(f"documents is {documents}; it must be at least 1")
-    check_output(output, ())
+    if not is_local(os.fspath(output)):
+        raise ConfigurationError(
+            f"{display_url(os.fspath(output))} is a URL, but the texts of a model are written to local folders only: "
+            "pass a local --output, and `dmagent filter --output URL` writes them to the store"
+        )
     config = config or GenerationConfig()
     root, size = Path(output), PART_BATCHES * config.batch_size
     with only_writer(root, "texts"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from dmagent_loader.errors import ShardError
 from dmagent_loader.labelling.documents import DocumentPiece
 from dmagent_loader.labelling.labels import batches
 from dmagent_loader.shards.inputs.documents import Document
+from dmagent_loader.shards.inputs.records import Reject
 
 _MAX_PART_BYTES = 1 << 30
 _NAME = re.compile(r"part-(\d+)-(\d+)\.jsonl\.gz")
@@ -44,10 +45,21 @@ class LabelPiece:
     folder: Path
     part_documents: int
 
-    def parts(self, advance: Advance) -> Iterator[tuple[Path, list[Document]]]:
+    def parts(self, advance: Advance, reject: Reject) -> Iterator[tuple[Path, list[Document]]]:
         """Yields the documents of each part, and the path of their labels."""
-        for number, batch in enumerate(batches(self.documents.read(advance), self.part_documents)):
+        for number, batch in enumerate(batches(self.documents.read(advance, reject), self.part_documents)):
             yield self.folder / f"part-{self.number:06d}-{number:06d}.jsonl.gz", batch
+
+
+def part_names(names: Iterable[str]) -> list[str]:
+    """The names of parts among those of files, without their folders."""
+    found = (name.rpartition("/")[2] for name in names)
+    return sorted(name for name in found if _NAME.fullmatch(name))
+
+
+def part_files(folder: Path) -> list[Path]:
+    """The parts in a folder."""
+    return [folder / name for name in part_names(path.name for path in folder.iterdir())]
 
 
 def write_part(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -62,7 +74,8 @@ def read_labels(folder: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ShardError: A part is damaged or missing.
     """
-    numbers = sorted((int(found[1]), int(found[2])) for path in folder.iterdir() if (found := _NAME.match(path.name)))
+    names = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    numbers = sorted((int(name[1]), int(name[2])) for name in names if name is not None)
     for (piece, number), (next_piece, next_number) in pairwise([(-1, 0), *numbers]):
         if (next_piece, next_number) not in {(piece, number + 1), (piece + 1, 0)}:
             raise ShardError(

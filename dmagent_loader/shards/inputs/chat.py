@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmagent_loader._validation import shown
 from dmagent_loader.errors import ConfigurationError, require_extra
 
 _SPECIAL = re.compile(r"\b(?:bos|eos|unk|sep|pad|cls|mask)_token\b")
@@ -98,6 +99,21 @@ def _special_tokens(path: Path) -> dict[str, str]:
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fault_of_text(text: str, messages: list[dict[str, Any]]) -> str:
+    """The fault of a rendered conversation; ``""`` if there is none.
+
+    Content may be a list of parts, which templates without a loop over them write as Python does.
+    """
+    for number, message in enumerate(messages, start=1):
+        content = message.get("content")
+        if content and not isinstance(content, str) and str(content) in text:
+            return (
+                f"has {shown(content)} as 'content' of message {number}, which the chat template writes as Python "
+                "code, because it expects text"
+            )
+    return ""
 
 
 def fault_of_messages(messages: Any) -> str:

@@ -11,11 +11,11 @@ import numpy as np
 from dmagent_loader._tasks import Advance
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ShardError
-from dmagent_loader.shards.inputs.chat import fault_of_messages, load_template
+from dmagent_loader.shards.inputs.chat import fault_of_messages, fault_of_text, load_template
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.pieces import Piece, divide
-from dmagent_loader.shards.inputs.records import Record, Rejected, TokenArray, rejected
+from dmagent_loader.shards.inputs.records import Record, Reject, Rejected, TokenArray, rejected
 from dmagent_loader.shards.inputs.text import missing_column
 
 
@@ -90,7 +90,10 @@ class Documents:
         fault = fault_of_messages(messages)
         if not fault:
             try:
-                return self._render(messages)
+                text = self._render(messages)
+                fault = fault_of_text(text, messages)
+                if not fault:
+                    return text
             except Exception as error:  # a template may raise anything, such as jinja2.TemplateError
                 fault = f"cannot be rendered by the chat template ({error})"
         key = self._options.messages_key
@@ -128,14 +131,19 @@ class DocumentReader:
             yield from read_documents(piece, self.options, self.advance)
 
 
-def read_documents(piece: Piece, options: ReadOptions, advance: Advance) -> Iterator[Document]:
-    """Reads the documents of a piece, as `DocumentReader` does those of a domain."""
+def refuse(found: Rejected) -> None:
+    """Raises ShardError for a record that is not a document."""
+    raise ShardError(found.reason)
+
+
+def read_documents(piece: Piece, options: ReadOptions, advance: Advance, reject: Reject = refuse) -> Iterator[Document]:
+    """Reads the documents of a piece, without those that are empty; passes what is none to `reject`."""
     make = Documents(options).make
     for record in piece.read(options, advance):
         document = make(record)
         if isinstance(document, Rejected):
-            raise ShardError(document.reason)
-        if not document.is_empty:
+            reject(document)
+        elif not document.is_empty:
             yield document
 
 

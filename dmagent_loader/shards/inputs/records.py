@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,10 @@ class Rejected(NamedTuple):
     origin: str
     reason: str
     excerpt: str
+
+
+Reject = Callable[[Rejected], object]
+"""What is done with a record that is not a document."""
 
 
 def rejected(origin: str, fault: str, value: object) -> Rejected:

@@ -29,6 +29,18 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What the error handler surrogateescape makes of bytes that are not UTF-8."""
 
 
+class _Repeating(dict[str, Any]):
+    """A JSON object that names a column more than once; it holds the last value."""
+
+
+def _json_object(columns: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(columns)
+    return found if len(found) == len(columns) else _Repeating(found)
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_json_object)
+
+
 @contextlib.contextmanager
 def stored_file(url: str) -> Iterator[IO[bytes]]:
     """Opens the stored bytes of an input.
@@ -151,7 +163,7 @@ def _json_line(place: str, line: bytes) -> Record | Rejected:
     if isinstance(text, Rejected):
         return text
     try:
-        return _object(place, json.loads(text))
+        return _object(place, _JSON.decode(text))
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, brackets in brackets
         if text.strip() == "{":
             fault = "is not JSON but the beginning of an object of several lines: write each in one line (jq -c . does)"
@@ -165,7 +177,7 @@ def _json_array(name: str, file: IO[bytes]) -> Iterator[Record | Rejected]:
         yield text
         return
     try:
-        rows = json.loads(text)
+        rows = _JSON.decode(text)
     except (ValueError, RecursionError) as error:
         raise ShardError(
             f"{name} begins as a JSON array, but is not one ({error}): repair it, or write an object in each line"
@@ -174,6 +186,8 @@ def _json_array(name: str, file: IO[bytes]) -> Iterator[Record | Rejected]:
 
 
 def _object(place: str, value: Any) -> Record | Rejected:
+    if isinstance(value, _Repeating):
+        return rejected(place, "names a column more than once, so only the last would be read: rename it", value)
     if isinstance(value, dict):
         return Record(place, value)
     fault = (
@@ -225,11 +239,6 @@ def _check_header(name: str, columns: list[str], options: ReadOptions) -> None:
     line = "".join(columns)
     if _NOT_UTF8.search(line) or "\0" in line:
         raise ShardError(f"the header of {name} is not UTF-8: convert the file (iconv does)")
-    repeated = sorted({column for column in columns if columns.count(column) > 1})
-    if repeated:
-        raise ShardError(
-            f"the header of {name} names {repeated} more than once, so only the last would be read: rename"
-        )
     if len(columns) == 1 and options.document_key not in columns:
         for delimiter, meaning in ((";", "write it with commas"), ("\t", "rename it to .tsv")):
             if options.document_key in columns[0].split(delimiter):
@@ -243,9 +252,12 @@ def _whole(name: str, file: IO[bytes]) -> Iterator[Record | Rejected]:
 
 
 def check_columns(name: str, columns: list[str], options: ReadOptions) -> None:
-    """Raises ShardError if a table has no column with the document."""
+    """Raises ShardError if a table has no column with the document, or several columns of one name."""
     if options.document_key not in columns:
         raise ShardError(missing_column(name, sorted(columns), options))
+    repeated = sorted({column for column in columns if columns.count(column) > 1})
+    if repeated:
+        raise ShardError(f"{name} names {repeated} more than once, so only the last would be read: rename")
 
 
 def missing_column(place: str, columns: object, options: ReadOptions) -> str:

@@ -169,26 +169,38 @@ class _Chunk:
     def _reject(self, found: Rejected) -> None:
         self.counts.bad += 1
         self.counts.last_reason = found.reason
-        check_bad(self._task.domain, self.counts, self._task.config.max_bad)
-        self._rejects.append(json.dumps(found._asdict()))  # escapes, because an excerpt may not be text
+        check_bad(self._task.domain, self.counts.bad, found.reason, self._task.config.max_bad)
+        self._rejects.append(rejects_line(found))
 
     def _write(self, *, is_last: bool) -> None:
         keys = keys_of(self._records, self._task.number, self._task.config.shuffle_seed)
-        lines = "".join(f"{line}\n" for line in self._rejects).encode()
+        lines = "".join(self._rejects).encode()
         path = self._task.folder / f"{self._task.number:06d}-{self._number:06d}.safetensors"
         write_chunk(path, keys, self._parts, lines, self.counts, is_last=is_last)
         self._number += 1
         self._start()
 
 
-def check_bad(domain: str, counts: Counts, most: int) -> None:
-    """Raises ShardError if more records of a domain are bad than allowed."""
-    if counts.bad <= most:
+def rejects_line(found: Rejected) -> str:
+    """The line of a record in the rejects file."""
+    return json.dumps(found._asdict()) + "\n"  # escapes, because an excerpt may not be text
+
+
+def check_bad(domain: str, bad: int, last_reason: str, most: int) -> None:
+    """Raises ShardError if more records of a domain are bad than allowed.
+
+    Args:
+        domain: Name of the domain.
+        bad: Number of its records that are no documents.
+        last_reason: Reason of one of them.
+        most: The largest number that is allowed.
+    """
+    if bad <= most:
         return
     if most == 0:
-        raise ShardError(f"{counts.last_reason}; to leave out up to N such records, pass --max-bad N (max_bad=)")
+        raise ShardError(f"{last_reason}; to leave out up to N such records, pass --max-bad N (max_bad=)")
     raise ShardError(
-        f"domain {domain!r} has more than {most} records that are no documents, the last: {counts.last_reason}; "
+        f"domain {domain!r} has more than {most} records that are no documents, the last: {last_reason}; "
         "correct the settings or the data, or allow more (--max-bad, max_bad=)"
     )
 

@@ -1,7 +1,7 @@
-"""Where shards are written: a local folder, or a prefix of an object store.
+"""Where shards, documents and labels are written: a local folder, or a prefix of an object store.
 
 Work goes on in a local folder, where it can be continued after a kill. Files appear in the place one by one, each as a
-whole, and the manifest, which names them, comes last.
+whole; of shards, the manifest, which names them, comes last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.index.cache import default_cache_dir
 from dmagent_loader.shards.manifest import read_stored
 from dmagent_loader.shards.sources.remote import remote_names
-from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
+from dmagent_loader.shards.sources.urls import display_url, is_local, local_path, without_signature
 from dmagent_loader.shards.sources.writing import refuse_unwritable, remove_url, upload_file, write_url
 
 _UPLOADS = 8
@@ -29,13 +29,15 @@ _WRITE_TEST = ".dmagent-write-test"
 
 
 class Place(ABC):
-    """A folder of shards. Names are relative to it, with forward slashes.
+    """A folder that is written to. Names are relative to it, with forward slashes.
 
     Attributes:
         work: Local folder for the work in progress.
+        work_is_apart: Whether `work` is another folder, from which files are uploaded.
     """
 
     work: Path
+    work_is_apart: bool
 
     @abstractmethod
     def __str__(self) -> str:
@@ -65,6 +67,20 @@ class Place(ABC):
     def remove(self, name: str) -> None:
         """Removes a file, if there is one."""
 
+    @abstractmethod
+    def replace_folder(self, name: str, folder: Path, mark: str) -> None:
+        """Replaces a folder by one of the work.
+
+        Args:
+            name: Name of the folder, in which there are no others.
+            folder: The new one; it is gone or useless afterwards.
+            mark: File of the new folder that says who wrote it; where files appear one by one, it is the first.
+        """
+
+    @abstractmethod
+    def holds(self, url: str) -> bool:
+        """Whether a path or URL lies in this folder."""
+
     def read(self, name: str) -> bytes | None:
         """A file; None if there is none."""
         try:
@@ -79,6 +95,8 @@ class Place(ABC):
 
 class LocalPlace(Place):
     """A local folder, which also holds the work in progress."""
+
+    work_is_apart = False
 
     def __init__(self, folder: Path) -> None:
         self.work = folder
@@ -105,6 +123,16 @@ class LocalPlace(Place):
     def remove(self, name: str) -> None:
         (self.work / name).unlink(missing_ok=True)
 
+    def replace_folder(self, name: str, folder: Path, mark: str) -> None:
+        if (self.work / name).exists():
+            os.replace(self.work / name, folder.with_name(f"{folder.name}.replaced"))
+        os.replace(folder, self.work / name)
+
+    def holds(self, url: str) -> bool:
+        return is_local(url) and os.path.realpath(local_path(url)).startswith(
+            os.path.join(os.path.realpath(self.work), "")
+        )
+
 
 class StorePlace(Place):
     """A prefix of an object store.
@@ -113,6 +141,8 @@ class StorePlace(Place):
         url: Its URL.
         work: Local folder for the work in progress.
     """
+
+    work_is_apart = True
 
     def __init__(self, url: str, work: Path) -> None:
         self._url, self.work = url.rstrip("/"), work
@@ -153,6 +183,17 @@ class StorePlace(Place):
 
     def remove(self, name: str) -> None:
         remove_url(self.url(name))
+
+    def replace_folder(self, name: str, folder: Path, mark: str) -> None:
+        files = {f"{name}/{path.name}": path for path in folder.iterdir()}
+        stale = set(self.names(name)) - files.keys()
+        self.move_in({f"{name}/{mark}": files.pop(f"{name}/{mark}")}, progress=False)
+        self.move_in(files, progress=False)
+        for other in sorted(stale):
+            self.remove(other)
+
+    def holds(self, url: str) -> bool:
+        return not is_local(url) and without_signature(url).startswith(f"{without_signature(self._url)}/")
 
 
 def place_of(output: str | os.PathLike[str], work_dir: str | os.PathLike[str] | None = None) -> Place:

@@ -133,7 +133,7 @@ class Run:
         with self._bar(f"reading {len(collections)} domains", size, "B") as advance:
             for task, result in run_tasks(_collect, tasks, self.tokenizer, self.workers, advance):
                 counts[task.domain] += result
-                check_bad(task.domain, counts[task.domain], self.config.max_bad)
+                check_bad(task.domain, counts[task.domain].bad, result.last_reason, self.config.max_bad)
         return counts
 
     def _missing_columns(self, counts: Mapping[str, Counts]) -> str:

@@ -12,7 +12,7 @@ from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.cli.inspect import add_inspect_command
 from dmagent_loader.errors import CheckpointError, ConfigurationError
 from dmagent_loader.mixture.history import FeedbackStatistics
-from dmagent_loader.shards import shard_files
+from dmagent_loader.shards import ShardingConfig, shard_files
 
 __all__ = ["own_cache"]
 
@@ -58,5 +58,27 @@ def test_it_writes_a_page_about_shards(tmp_path: Path, capsys: pytest.CaptureFix
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigurationError, match=r"must be a file that ends in \.html"):
         run(str(tmp_path / "shards"), "--output", str(tmp_path / "page.png"))
+
+
+def test_the_page_shows_quality_and_sources_that_rows_carry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"text": f"document {n}", "quality_pred": "Low" if n < 2 else "High", "meta": {"site": f"site{min(n, 4)}"}}
+        for n in range(10)
+    ]
+    web = write_jsonl(tmp_path / "web.jsonl", rows)
+    config = ShardingConfig(keep_columns=("quality_pred", "meta"))
+    shard_files({"source/web": [web]}, tmp_path / "shards", config, progress=False)
+    command = [str(tmp_path / "shards"), "--output", str(tmp_path / "page.html"), "--no-progress"]
+    assert run(*command, "--quality-key", "quality_pred", "--source-key", "meta.site") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines[0].split()).endswith("main topics quality main sources")
+    assert "High 80%, Low 20%" in lines[2]
+    assert "site4 60%, site0 10%, site1 10%, 2 more" in lines[2]
+    assert "main sources" in (tmp_path / "page.html").read_text()
+    with pytest.raises(ConfigurationError, match=r"no row .* has the column 'site' \(--source-key\): .*--keep-columns"):
+        run(*command, "--source-key", "site")
+    with pytest.raises(ConfigurationError, match=r"has the column 'quality' \(--quality-key\)"):
+        run(*command, "--quality-key", "quality")
     with pytest.raises(ConfigurationError, match="--sample is 0"):
         run(str(tmp_path / "shards"), "--sample", "0")

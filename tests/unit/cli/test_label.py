@@ -285,6 +285,9 @@ def test_inputs_that_cannot_be_used_are_refused(
     for command in (["compose", str(raw)], ["compose", f"source/web={raw}"], ["inspect", str(raw)]):
         assert main([*command, "--no-progress"]) == 2
         assert "raw.jsonl' is not a shard: write shards of it first (dmagent shard" in capsys.readouterr().err
+    shards.rename(tmp_path / "shards.jsonl")  # a folder of shards may be called anything
+    shards = tmp_path / "shards.jsonl"
+    assert main(["compose", str(shards), "--output", str(tmp_path / "c.json"), "--no-progress"]) == 0
     (shards / COMPOSITIONS_NAME).write_text(json.dumps({"schema": 9, "domains": {}}))
     assert main(["compose", str(shards), "--no-progress"]) == 2
     assert "has schema 9, but this version reads schema 1" in capsys.readouterr().err

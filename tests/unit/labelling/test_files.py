@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from shard_fixtures import write_jsonl
 
-from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, DomainError, ShardError
 from dmagent_loader.labelling import files, sorting
 from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, ShardDocuments
-from dmagent_loader.labelling.files import check_output, label_domains
+from dmagent_loader.labelling.files import label_domains
 from dmagent_loader.labelling.labels import Labeller
 from dmagent_loader.labelling.parts import read_labels
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
@@ -71,6 +70,42 @@ def test_labels_are_in_the_order_of_the_documents_and_counted(web: Path, tmp_pat
     counts = dict(zip(CANONICAL_TOPICS, found.counts, strict=True))
     assert (counts["Games"], counts["Science"], counts["News"]) == (4, 4, 1)
     assert (found.documents, found.unsure, found.stated) == (10, 1, 1)
+
+
+def with_bad_lines(web: Path) -> Path:
+    """The documents, with two lines that are none, of which the first is in the middle of a part."""
+    lines = gzip.decompress(web.read_bytes()).splitlines(keepends=True)
+    path = web.with_name("bad.jsonl.gz")
+    path.write_bytes(gzip.compress(b"".join([*lines[:6], b"{\n", *lines[6:], b'{"text": 3}\n'])))
+    return path
+
+
+def test_bad_records_are_left_out_up_to_the_bound_and_listed(web: Path, tmp_path: Path) -> None:
+    bad, output = with_bad_lines(web), tmp_path / "bad"
+    with pytest.raises(ShardError, match=r"line 7 is not JSON .*; to leave out up to N such records, pass --max-bad N"):
+        run(bad, output, ByWord())
+    with pytest.raises(ShardError, match=r"more than 1 records that are no documents, the last: .*line 12 has no text"):
+        run(bad, output, ByWord(), max_bad=1)
+    found = run(bad, output, ByWord(), split=True, max_bad=2)
+    assert (found.documents, found.bad_records) == (10, 2)
+    run(web, tmp_path / "good", ByWord(), split=True)
+    for name in ("source/Science.jsonl.gz", "source/Games.jsonl.gz", "unsure/source.jsonl.gz"):
+        assert read_rows(output / name) == read_rows(tmp_path / "good" / name)
+    rejects = (output / "labels" / "source/web" / "rejects.jsonl").read_text().splitlines()
+    assert [json.loads(line)["origin"].rpartition(", ")[2] for line in rejects] == ["line 7", "line 12"]
+    assert len(list(read_labels(output / "labels" / "source/web"))) == 10
+
+
+def test_the_bound_of_bad_records_is_that_of_a_domain_and_not_of_a_piece(web: Path, tmp_path: Path) -> None:
+    bad = with_bad_lines(web)
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"text": 4}\n')
+    documents = {"source/web": FileDocuments("source/web", [bad, more])}
+    documents["source/web"].pieces = lambda: [  # type: ignore[method-assign]
+        piece for path in (bad, more) for piece in FileDocuments("source/web", [path]).pieces()
+    ]
+    with pytest.raises(ShardError, match="more than 2 records that are no documents"):
+        label_domains(documents, tmp_path / "out", Labeller(ByWord()), max_bad=2, progress=False)
 
 
 def test_a_killed_job_continues_after_its_last_part(web: Path, tmp_path: Path) -> None:
@@ -189,18 +224,6 @@ def test_inputs_in_the_output_folder_are_refused_and_stay(web: Path, tmp_path: P
         assert copy.read_bytes() == web.read_bytes()
 
 
-def test_urls_are_no_folders(web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a local folder named `s3:`."""
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ConfigurationError, match="s3://bucket/out is a URL, but documents and labels"):
-        check_output("s3://bucket/out", [])
-    command = ["--domain", f"source/web={web}", "--output", "s3://bucket/out", "--no-progress"]
-    assert main(["filter", *command]) != 0
-    assert main(["label", *command]) != 0
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_sorting_that_is_killed_while_it_replaces_goes_on(
     web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +248,7 @@ def test_sorting_that_is_killed_while_it_replaces_goes_on(
             replace(source, target)
 
         with monkeypatch.context() as patch:
-            patch.setattr(sorting.os, "replace", killed)
+            patch.setattr(os, "replace", killed)
             try:
                 run(web, tmp_path / "out", ByWord(), split=True)
                 exceeded = True

@@ -168,6 +168,31 @@ def test_the_command_counts_what_it_drops_over_all_domains(tmp_path: Path, capsy
     assert "holds the domain(s) ['source/web', 'target/math'] already" in capsys.readouterr().err
 
 
+def test_bad_records_are_left_out_up_to_the_bound_and_listed_as_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    web, output = tmp_path / "web.jsonl", tmp_path / "out"
+    web.write_text('{"text": "one"}\n{"text": 1}\n{"text": "one"}\n{\n{"text": "two"}\n')
+    command = ["filter", "--domain", f"source/web={web}", "--output", str(output), "--no-progress"]
+    assert main(command) == 2
+    assert "line 2 has no text in column 'text', but 1: " in capsys.readouterr().err
+    assert main([*command, "--max-bad", "1"]) == 2
+    assert "more than 1 records that are no documents, the last: " in capsys.readouterr().err
+    assert main([*command, "--max-bad", "2"]) == 0
+    assert "source/web: 2 of 5 kept; dropped: 1 exact duplicate, 2 bad record" in capsys.readouterr().out
+    kept, dropped = (
+        [json.loads(line) for line in gzip.decompress((output / name).read_bytes()).splitlines()]
+        for name in ("source/web.jsonl.gz", "dropped/source/web.jsonl.gz")
+    )
+    assert [row["text"] for row in kept] == ["one", "two"]
+    assert [(row["origin"].rpartition(", ")[2], row["reason"]) for row in dropped] == [
+        ("line 2", "bad record"),
+        ("line 3", "exact duplicate"),
+        ("line 4", "bad record"),
+    ]
+    assert "line 4 is not JSON" in dropped[2]["fault"]
+
+
 def test_the_command_refuses_an_output_that_holds_its_inputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

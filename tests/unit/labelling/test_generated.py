@@ -117,7 +117,7 @@ def test_folders_with_other_files_are_refused_and_damage_is_named(model: tuple[A
     with pytest.raises(ConfigurationError, match=r"holds other files, \['notes.jsonl'\]"):
         generate(model, tmp_path / "mine", 4)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.jsonl"]
-    with pytest.raises(ConfigurationError, match="is a URL, but documents and labels are written to local folders"):
+    with pytest.raises(ConfigurationError, match="is a URL, but the texts of a model are written to local folders"):
         generate_documents(*model, "s3://bucket/texts", 4, CONFIG, progress=False)
     generate(model, tmp_path / "out", 4)
     (tmp_path / "out" / "part-000000.jsonl.gz").write_bytes(b"no gzip")

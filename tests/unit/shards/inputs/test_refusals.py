@@ -26,7 +26,7 @@ def texts(path: Path | str, options: ReadOptions | None = None) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.csv", b"text,text\na,b\n", r"header of .*a\.csv names \['text'\] more than once"),
+        ("a.csv", b"text,text\na,b\n", r"a\.csv names \['text'\] more than once"),
         ("a.csv", b"id;text\n1;a\n", "separated by ';', not by commas: write it with commas"),
         ("a.csv", b"id\ttext\n1\ta\n", r"separated by '\\t', not by commas: rename it to \.tsv"),
         ("a.csv", "text\nstraße\n".encode("utf-16"), r"header of .*a\.csv is not UTF-8: convert the file \(iconv"),
@@ -35,6 +35,12 @@ def texts(path: Path | str, options: ReadOptions | None = None) -> list[str]:
         ("a.csv", "text,id\nstraße,1\n".encode("latin-1"), r"line 2 is not UTF-8: convert it \(iconv"),
         ("a.jsonl", b'"a string"\n', "line 1 has no text, because it is not an object but a str"),
         ("a.jsonl", b"3\n", "not an object but a int"),
+        (
+            "a.jsonl",
+            b'{"text": "one", "text": "two"}\n',
+            "line 1 names a column more than once, so only the last",
+        ),
+        ("a.json", b'[{"text": "one", "text": "two"}]', "item 1 names a column more than once, so only the last"),
         ("a.json", b'["a string"]', "item 1 has no text, because it is not an object but a str"),
         ("a.json", json.dumps({"text": "one"}, indent=1).encode(), "beginning of an object of several lines"),
         ("a.jsonl", b'{"text": "a\\u0000b"}\n', "line 1 contains a zero byte"),
@@ -58,6 +64,15 @@ def test_a_bad_quote_ends_the_file_whatever_may_be_left_out(tmp_path: Path) -> N
     (tmp_path / "a.csv").write_text('text,id\na,1\n"b" x,2\nc,3\n')
     with pytest.raises(ShardError, match=r"line 3 is not CSV .*not known where the next row begins: repair the file"):
         shard_files({"source/a": [tmp_path / "a.csv"]}, tmp_path / "out", ShardingConfig(max_bad=9), progress=False)
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    """The message of Arrow ('Field "text" exists 2 times in schema') was taken for damage."""
+    pyarrow = pytest.importorskip("pyarrow")
+    columns = pyarrow.table([["one"], ["two"]], names=["text", "text"])
+    pytest.importorskip("pyarrow.parquet").write_table(columns, tmp_path / "a.parquet")
+    with pytest.raises(ShardError, match=r"a\.parquet names \['text'\] more than once, .*: rename"):
+        texts(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.TSV", "a.tsv.gz"])
@@ -149,3 +164,18 @@ def test_special_tokens_of_a_template_come_from_the_tokenizer_beside_it(tmp_path
         load_template(str(path))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
     assert load_template(str(path)).render(messages) == "<s>|hi</s>"
+
+
+def test_content_that_a_template_cannot_write_is_refused(tmp_path: Path) -> None:
+    """Lists of parts became Python code in the text."""
+    pytest.importorskip("transformers")
+    path = tmp_path / "chat.jinja"
+    parts = [{"type": "text", "text": "hi"}]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": parts}]}])
+    options = ReadOptions(chat_template=str(path))
+    path.write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    with pytest.raises(ShardError, match=r"has \[.*as 'content' of message 1, .* because it expects text: repair"):
+        texts(tmp_path / "a.jsonl", options)
+    path.write_text("{% for part in messages[0].content %}{{ part.text }}{% endfor %}")
+    load_template.cache_clear()
+    assert texts(tmp_path / "a.jsonl", options) == ["hi"]
