@@ -44,7 +44,7 @@ def texts(path: Path | str, options: ReadOptions | None = None) -> list[str]:
         ("a.json", b'["a string"]', "item 1 has no text, because it is not an object but a str"),
         ("a.json", json.dumps({"text": "one"}, indent=1).encode(), "beginning of an object of several lines"),
         ("a.jsonl", b'{"text": "a\\u0000b"}\n', "line 1 contains a zero byte"),
-        ("a.jsonl", gzip.compress(LINE), r"a\.jsonl is compressed, but .*rename it to .*a\.jsonl\.gz"),
+        ("a.jsonl", gzip.compress(LINE, mtime=0), r"a\.jsonl is compressed, but .*rename it to .*a\.jsonl\.gz"),
         ("a.jsonl.gz", LINE, r"is not compressed, although its name ends in \.gz: rename it"),
         ("a.jsonl.zst", LINE, r"is not compressed, although its name ends in \.zst: rename it"),
     ],
