@@ -97,6 +97,14 @@ def held(name: str, context: TaskContext) -> FloatArray:
     return np.asarray(mean / mean.sum(), dtype=np.float64)
 
 
+def reordered(name: str, order: str, context: TaskContext) -> FloatArray:
+    """The mixes of a policy on the same stream, ``"reversed"`` or ``"shuffled"`` over the steps."""
+    path = context.recorded(name, context.stream)
+    if order == "reversed":
+        return path[::-1]
+    return np.asarray(np.random.default_rng([context.stream, 78]).permutation(path), dtype=np.float64)
+
+
 def replayed(name: str, context: TaskContext) -> FloatArray:
     """The path of a policy on the other stream of the pair, whatever happens on this one."""
     return context.recorded(name, context.stream ^ 1)
@@ -131,6 +139,10 @@ def with_ablations(name: str, entry: Entry, *, influence: bool = True) -> dict[s
         found[f"{name}, feedback frozen"] = replace(entry, is_frozen=True, turn=entry.turn + 1)
         found[f"{name}, replayed"] = Entry(make=functools.partial(replayed, name), after=name, turn=entry.turn + 1)
         found[f"{name}, mean static"] = Entry(make=functools.partial(held, name), after=name, turn=entry.turn + 1)
+        for order in ("shuffled", "reversed"):
+            found[f"{name}, order {order}"] = Entry(
+                make=functools.partial(reordered, name, order), after=name, turn=entry.turn + 2
+            )
     return found
 
 

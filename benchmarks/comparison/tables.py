@@ -239,6 +239,8 @@ def claims(results: Results, references: Sequence[str], split: str) -> str:
         ("influence shuffled", "adaptive"),
         ("feedback frozen", "reacts to feedback"),
         ("mean static", "worth its path"),
+        ("order shuffled", "the order of its mixes matters"),
+        ("order reversed", "... and is the right way round"),
     ):
         for name in results.policies:
             scores = results.of_split(paired(results.scores(name), results.scores(f"{name}, {ablation}")), split)
