@@ -191,7 +191,7 @@ class Environment(Evaluation):
             ...     def forward(self, input_ids, attention_mask):
             ...         return self.table(input_ids)
             >>> environment = Environment.from_pairs({"sums": [("1+1=", "2")] * 4}, lambda text: list(text.encode()))
-            >>> rows = {"source/talk": [b"hello world", b"good morning"], "target/sums": [b"1+1=2", b"2+2=4"]}
+            >>> rows = {"source/talk": [b"hello world", b"hello there"], "target/sums": [b"1+1=2 2+2=4", b"1+1=2"]}
             >>> influence = environment.influence(Bigrams(), {n: [list(r) for r in rows[n]] for n in rows})
             >>> influence["sums"]["target/sums"].value > influence["sums"]["source/talk"].value
             True
@@ -204,16 +204,15 @@ class Environment(Evaluation):
             if is_active():
                 facts["the environment's questions"] = self.fingerprint
             questions = self._windows_of(model)
-            rows = without_copies(
-                probe_windows(
-                    rows_by_domain,
-                    max_length=min(self._max_length(model), given.max_row_tokens or sys.maxsize),
-                    vocabulary=model_vocabulary(model),
-                )
+            read = probe_windows(
+                rows_by_domain,
+                max_length=min(self._max_length(model), given.max_row_tokens or sys.maxsize),
+                vocabulary=model_vocabulary(model),
             )
+            rows = without_copies(read)
         if given.batch_tokens is None and self.settings.batch_tokens is not None:
             given = dataclasses.replace(given, batch_tokens=self.settings.batch_tokens)
-        return measure(
+        found = measure(
             model,
             questions,
             rows,
@@ -223,6 +222,8 @@ class Environment(Evaluation):
             rank=rank,
             world_size=world_size,
         )
+        copies = {domain: len(read[domain]) - len(kept) for domain, kept in rows.items()}
+        return dataclasses.replace(found, copies={domain: count for domain, count in copies.items() if count})
 
     def _windows_of(self, model: Model) -> dict[str, list[ScoredWindow]]:
         vocabulary = model_vocabulary(model)

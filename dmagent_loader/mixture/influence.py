@@ -43,7 +43,8 @@ class Influence:
         way: Method of measurement: ``"gradient"``, ``"ghost"``, ``"reverse"`` or another name.
         by_questions: Field -> (G, D), the influence on each of G groups of its questions, domains in the order of the
             scores. Empty: unknown; the errors of comparisons are then those of the single scores.
-        rows: Domain -> number of rows read.
+        rows: Domain -> number of different rows read.
+        copies: Domain -> number of further rows read that are copies of those.
         questions: Field -> number of questions read.
         tokens: Tokens processed by the model in one direction; a backward pass counts twice.
         seconds: Duration of the measurement.
@@ -61,6 +62,7 @@ class Influence:
     way: str
     by_questions: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
+    copies: Mapping[str, int] = field(default_factory=dict)
     questions: Mapping[str, int] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
@@ -139,6 +141,11 @@ class Influence:
         over_questions = degrees * variance_over_questions(centred)[:, None]
         return differences, np.sqrt(self._variance_over_rows(errors) + over_questions)
 
+    def originals(self, domain: str) -> float:
+        """Share of the rows read of a domain that are not copies of another one, 1 if it is unknown."""
+        rows, copies = self.rows.get(domain, 0), self.copies.get(domain, 0)
+        return rows / (rows + copies) if rows else 1.0
+
     def averaged(self, others: Sequence[Influence]) -> Influence:
         """The unweighted mean of this and other measurements, which have read different rows.
 
@@ -177,6 +184,7 @@ class Influence:
             way=self.way,
             by_questions={} if by_group is None else grouped(self.fields, by_group),
             rows={name: sum(part.rows.get(name, 0) for part in parts) for name in self.domains},
+            copies={name: sum(part.copies.get(name, 0) for part in parts) for name in self.domains},
             questions=self.questions,
             tokens=sum(part.tokens for part in parts),
             seconds=sum(part.seconds for part in parts),
@@ -199,6 +207,7 @@ class Influence:
             "way": self.way,
             "by_questions": {name: [list(group) for group in groups] for name, groups in self.by_questions.items()},
             "rows": dict(self.rows),
+            "copies": dict(self.copies),
             "questions": dict(self.questions),
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -219,7 +228,8 @@ class Influence:
             if sorted(value["scores"]) != sorted(fields):
                 raise ValueError("scores of other fields than those listed")
             scores = {name: {domain: _score(value["scores"][name][domain]) for domain in domains} for name in fields}
-            counts = [*value["rows"].values(), *value["questions"].values(), value["tokens"]]
+            copies = dict(value.get("copies", {}))
+            counts = [*value["rows"].values(), *copies.values(), *value["questions"].values(), value["tokens"]]
             if not all(map(is_count, counts)) or not is_finite_number(value["seconds"]):
                 raise ValueError("counts or seconds that are not numbers")
             return cls(
@@ -230,6 +240,7 @@ class Influence:
                     for name, groups in value["by_questions"].items()
                 },
                 rows=dict(value["rows"]),
+                copies=copies,
                 questions=dict(value["questions"]),
                 tokens=value["tokens"],
                 seconds=float(value["seconds"]),

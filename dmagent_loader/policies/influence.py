@@ -10,7 +10,8 @@ For the domains d of one field of the data:
 u_k, the standard deviation of value_k over all domains of the run, makes question fields comparable. Means are over the
 domains of the field, and so are errors: those of differences among its domains (`Influence.contrasts`). F is the 99%
 quantile of the variance of pure noise: scores that noise alone could explain leave the base mix unchanged. The base mix
-follows the natural shares, or the topics of the questions if these are combined with influence. No domain gets more
+follows the natural shares, or the topics of the questions if these are combined with influence; in it, a domain counts
+by its rows without copies, because the first step on boilerplate may help, the next ones do not. No domain gets more
 than `most_boost` times its base weight, or more passes over its rows than `most_passes` (`policies.passes`).
 
 Shapes: K question fields, D domains.
@@ -301,8 +302,16 @@ class InfluencePolicy:
         return topics is not None and (self._combine or self._is_unavailable) and bool(topics.topics)
 
     def base(self) -> FloatArray:
-        """Weights that influence starts from, (D,); only their ratios inside a field of the data matter."""
-        return self._topics.within() if self._topics is not None and self.uses_topics else self.natural
+        """Weights that influence starts from, (D,); only their ratios inside a field of the data matter.
+
+        A domain counts by its rows without copies.
+        """
+        weights = self._topics.within() if self._topics is not None and self.uses_topics else self.natural
+        influence = self.influence
+        if influence is None:
+            return weights
+        originals = np.array([influence.originals(name) for name in self.space.names])
+        return np.asarray(weights * originals, dtype=np.float64)
 
     def _weights(self, influence: Influence) -> FloatArray:
         self._check_weights(influence.fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import weakref
@@ -16,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, InfluenceError
-from dmagent_loader.mixture.influence import Influence, variance_over_questions
+from dmagent_loader.mixture.influence import Influence
 
 V = 256
 
@@ -454,8 +455,11 @@ def test_copies_of_a_row_are_no_evidence(way, caplog):
     assert "'source/talk' (2 of 32 differ)" in caplog.text
     boilerplate = {**rows(), "source/talk": rows()["source/talk"][:1] * 32}
     alone = environment().influence(Bigrams(), boilerplate, way=way)
-    over_questions = variance_over_questions(np.array([alone.by_questions[name] for name in alone.fields]))
-    assert (alone.errors()[:, 0] ** 2 > 1.2 * over_questions).all(), "as if there were no variance over rows"
+    assert (alone.rows["source/talk"], alone.copies["source/talk"]) == (1, 31)
+    assert alone.originals("source/talk") == 1 / 32
+    assert alone.originals("target/sums") == 1
+    assert alone.averaged([once]).originals("source/talk") == 3 / 34
+    assert Influence.from_json(json.loads(json.dumps(alone.to_json()))) == alone
     with pytest.raises(InfluenceError, match="copies of one row"):
         environment().influence(Bigrams(), {domain: listed[:1] * 2 for domain, listed in rows().items()}, way=way)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,6 +153,20 @@ def test_domains_without_rows_need_no_measurement_and_get_no_weight():
     values = np.random.default_rng(4).normal(size=(2, 51))
     policy.inform("influence", Influence(scores=scores_from(FIELDS, names, values, np.full((2, 51), 0.1)), way="x"))
     assert policy.propose(history())[10] == 0
+
+
+def test_a_domain_counts_by_its_rows_without_copies():
+    values, errors = np.zeros((2, 52)), np.ones((2, 52))
+    values[:, 3] = 20.0  # much better than all others
+    found = influence(values, errors)
+    policies = [InfluencePolicy(SPACE, NATURAL, most_passes=None) for _ in range(2)]
+    for policy, copies in zip(policies, (0, 24), strict=True):
+        counts = dict.fromkeys(SPACE.names, 32)
+        counts[SPACE.names[3]] -= copies
+        policy.inform("influence", replace(found, rows=counts, copies={SPACE.names[3]: copies}))
+    clean, copied = (policy.propose(history()) for policy in policies)
+    assert clean[3] == pytest.approx(12 * NATURAL[3] / NATURAL[:26].sum() * clean[:26].sum())
+    assert copied[3] == pytest.approx(clean[3] * 0.25 / (1 - 0.75 * NATURAL[3] / NATURAL[:26].sum()))
 
 
 def test_it_asks_once_or_as_often_as_it_was_told_and_averages():
