@@ -121,6 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 writer = TarWriter(home / f"{home.name}-{number // 40:06d}.tar")
             start = rng.integers(first, first + 8)
             row = np.arange(start, start + 24) if first > 1 else rng.integers(100, 256, 24)
+            row = np.append(row, rng.integers(100, 256, 2))  # no row is a copy of another
             data = io.BytesIO()
             np.save(data, row.astype(np.uint16))
             writer.add(f"{number:09d}", {"input_ids.npy": data.getvalue()})

@@ -88,7 +88,7 @@ dmagent_loader._run.state.write_atomically = killable.write_atomically = in_plac
 PREFETCHED = """
 state_dict = Mixing.state_dict
 def prefetched(self):
-    self.sampler._check_handed_out = lambda consumed: None  # it refuses this where a worker is slow
+    type(self.sampler._feed).check_consumed = lambda feed, consumed: None  # it refuses this where a worker is slow
     self.consumed += 4
     try:
         return state_dict(self)
@@ -100,7 +100,7 @@ FORGETFUL = """
 load_state_dict = Mixing.load_state_dict
 def forgetful(self, state):
     load_state_dict(self, state)
-    self.sampler.measurements.pop(0)
+    self.sampler._deciding().decider.measurements.pop(0)
 Mixing.load_state_dict = forgetful
 """
 

@@ -21,7 +21,6 @@ import logging
 import os
 import re
 import threading
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -225,9 +224,13 @@ class IndexCache:
             if link is None:
                 return
             link.parent.mkdir(parents=True, exist_ok=True)
-            temporary = link.with_name(f".{uuid.uuid4().hex}.partial")
-            temporary.symlink_to(Path("..") / "index" / self.entry(url).name)
-            os.replace(temporary, link)
+            entry = Path("..") / "index" / self.entry(url).name
+            try:
+                link.symlink_to(entry)
+            except FileExistsError:
+                if link.readlink() != entry:  # a process that looks between the two calls reads the shard
+                    link.unlink()
+                    link.symlink_to(entry)
 
     def _copies(self, url: str, version: ShardVersion | None, index: ShardIndex) -> list[list[str]]:
         """Tag and change time of other copies of a shard, with the same bytes at the same places."""
@@ -264,7 +267,7 @@ class IndexCache:
 
     def sweep(self) -> None:
         """Removes temporary files of killed processes."""
-        for folder in ("index", "content", "overview"):
+        for folder in ("index", "overview"):
             remove_leftovers(self.folder / folder)
 
     def _overview(self, urls: Iterable[str]) -> Path:

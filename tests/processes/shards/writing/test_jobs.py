@@ -184,7 +184,7 @@ def test_workers_of_a_killed_job_end(folder: Path, tmp_path: Path) -> None:
 
 
 ENDLESS = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from dmagent_loader import _tasks
 
@@ -195,6 +195,7 @@ def work(task, context, advance):
     time.sleep(0 if task == 2 else 1000)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     list(_tasks.run_tasks(work, [1, 2], None, 2, lambda size: None))
 """
 
