@@ -15,6 +15,7 @@ from byte_level_tokenizers import ALPHABET, END, KINDS, definition, tokenizer_of
 from shard_fixtures import files_under, write_jsonl
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards import RawSample, ShardingConfig, shard_files
 from dmagent_loader.shards.packed.encoder import DocumentEncoder
@@ -268,6 +269,20 @@ def test_without_the_package_the_reason_is_said(
         without_tiktoken(monkeypatch)
         TextTokenizer.load(path)
     assert "the package tiktoken, which would be several times faster, is not installed" in caplog.text
+
+
+def test_the_command_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(definition("GPT-2"))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the quick brown fox"}] * 9)
+    command = ["shard", "--domain", f"source/a={path}", "--tokenizer", str(tmp_path / "tokenizer.json")]
+    command += ["--sequence-length", "4", "--no-progress", "--output"]
+    assert main([*command, str(tmp_path / "with")]) == 0
+    assert capsys.readouterr().err == ""
+    without_tiktoken(monkeypatch)
+    assert main([*command, str(tmp_path / "without")]) == 0
+    assert "the package tiktoken is not installed, with which" in capsys.readouterr().err
 
 
 def test_versions_that_are_slow_with_long_words_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
