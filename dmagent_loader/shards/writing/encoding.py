@@ -104,7 +104,7 @@ class TextEncoder:
             self.slow_reason = "the package tiktoken, which would be several times faster, is not installed"
             return
         version = getattr(tiktoken, "__version__", "0.0")
-        if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST:
             self.slow_reason = (
                 f"tiktoken {version} is not used, because it is slow with long words: install a newer one"
             )
