@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -167,6 +168,12 @@ def shard(args: argparse.Namespace) -> int:
             f"{record.documents:,} documents{tokens}{empty}"
         )
     print(f"wrote {place_of(args.output, args.work_dir).url(MANIFEST_NAME)}")
+    if args.tokenizer is not None and importlib.util.find_spec("tiktoken") is None:
+        print(
+            "the package tiktoken is not installed, with which byte-level BPE tokenizers are several times faster (pip "
+            "install tiktoken)",
+            file=sys.stderr,
+        )
     return 0
 
 

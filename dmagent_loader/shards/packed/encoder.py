@@ -11,7 +11,8 @@ import numpy as np
 
 from dmagent_loader.errors import DecodeError, require_extra
 from dmagent_loader.shards.decode import Decoder, RawSample
-from dmagent_loader.shards.writing.packing import TokenArray, encode_texts
+from dmagent_loader.shards.writing.encoding import TextEncoder
+from dmagent_loader.shards.writing.packing import TokenArray
 
 _WITHOUT_EFFECT = ("version", "truncation", "padding", "post_processor", "decoder")
 """Entries of a tokenizer's definition that do not change the tokens of a whole text without added tokens."""
@@ -55,6 +56,7 @@ class DocumentEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = not self._parses
+        self._encoder: Any = TextEncoder(self._tokenizer)
         self._decode = Decoder()
 
     @property
@@ -91,7 +93,7 @@ class DocumentEncoder:
                 texts.append(self.text(row))
             except DecodeError as error:
                 texts.append(error)
-        encoded = iter(encode_texts(self._tokenizer, [text for text in texts if isinstance(text, str)]))
+        encoded = iter(self._encoder.encode([text for text in texts if isinstance(text, str)]))
         return [self._ended(next(encoded)) if isinstance(text, str) else text for text in texts]
 
     def _ended(self, ids: list[int]) -> TokenArray | DecodeError:
@@ -111,7 +113,7 @@ class DocumentEncoder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the tokenizer: a pickled one forgets how to read special tokens."""
-        return {**self.__dict__, "_tokenizer": None, "_decode": None}
+        return {**self.__dict__, "_tokenizer": None, "_encoder": None, "_decode": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from dmagent_loader.errors import ConfigurationError, ShardError, require_extra
 from dmagent_loader.shards.inputs.documents import Document
 from dmagent_loader.shards.inputs.records import Rejected, rejected
+from dmagent_loader.shards.writing.encoding import Spelled, TextEncoder
 
 PACKED_MEMBER = "input_ids.npy"
 """The member that holds the tokens of a packed row."""
@@ -31,8 +31,6 @@ LENGTHS_MEMBER = "document_lengths.npy"
 
 BATCH_CHARACTERS = 1 << 20
 """Length of the texts that are passed to the tokenizer together."""
-_LONG_CHARACTERS = 2000
-"""Mean length of texts from which the tokenizer is faster without offsets (benchmarks/encoding.py, tokenizers 0.23)."""
 COMMON_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 logger = logging.getLogger(__name__)
@@ -62,21 +60,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 def _is_bare(name: str) -> bool:
     return name.endswith(".json")
-
-
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each text, whole and without tokens added to it; texts are tokenised in parallel.
-
-    ``encode_batch_fast``, which makes no offsets, takes less time than ``encode_batch`` with long texts, but more with
-    short ones.
-
-    Args:
-        tokenizer: A ``tokenizers.Tokenizer``.
-        texts: The texts.
-    """
-    are_long = sum(map(len, texts)) > _LONG_CHARACTERS * len(texts)
-    encode = tokenizer.encode_batch_fast if are_long else tokenizer.encode_batch
-    return [encoding.ids for encoding in encode(texts, add_special_tokens=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +134,13 @@ class TextTokenizer:
                         logger.warning("tokenizer %r has %s settings, which packing ignores", name, setting)
             serialised = backend.to_str()
             backend.encode_special_tokens = not parse_special_tokens
+        encoder = TextEncoder(backend) if backend is not None else None
+        if encoder is not None:
+            logger.info("tokenizer %r: %s", name, encoder.slow_reason or "its tokens are made by tiktoken")
 
         def encode(texts: list[str]) -> list[list[int]]:
-            if backend is not None:
-                return encode_texts(backend, texts)
+            if encoder is not None:
+                return encoder.encode(texts)
             ids: list[list[int]] = loaded(
                 texts, add_special_tokens=False, split_special_tokens=not parse_special_tokens, verbose=False
             )["input_ids"]
@@ -185,8 +171,7 @@ class DocumentTokenizer:
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)))
-        self._special_starts = {token[:2] for token in tokenizer.special_tokens}  # far faster to find than the pattern
+        self._special = Spelled(tokenizer.special_tokens)
 
     def tokens(self, documents: Sequence[Document]) -> list[TokenArray | Rejected]:
         """The tokens of each document, or why it has none; tokenised documents keep theirs."""
@@ -199,7 +184,7 @@ class DocumentTokenizer:
 
     def spells_special_token(self, text: str) -> bool:
         """Whether a text spells a special token."""
-        return any(start in text for start in self._special_starts) and self._special.search(text) is not None
+        return self._special.in_text(text)
 
     def _known(self, document: Document) -> list[int]:
         assert document.tokens is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from byte_level_tokenizers import definition, tokenizer_of
 from shard_fixtures import files_under, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -20,6 +21,7 @@ from dmagent_loader.shards import ShardingConfig, shard_files
 from dmagent_loader.shards.inputs.documents import Document, Documents
 from dmagent_loader.shards.manifest import ShardRecord
 from dmagent_loader.shards.writing import collecting, running, writer
+from dmagent_loader.shards.writing.encoding import TextEncoder
 from dmagent_loader.shards.writing.packing import DocumentTokenizer
 from dmagent_loader.shards.writing.tar_writer import TarWriter
 
@@ -57,14 +59,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(folder: Path) -> dict[str, object]:
-    tokenizer = str(folder / "tokenizer.json")
+def settings(folder: Path, tokenizer: str = "tokenizer.json") -> dict[str, object]:
+    tokenizer = str(folder / tokenizer)
     return {"tokenizer": tokenizer, "sequence_length": 64, "rows_per_shard": 100, "max_bad": FILES}
 
 
-def start(folder: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
+def start(folder: Path, output: Path, workers: int, tokenizer: str = "tokenizer.json") -> subprocess.Popen[bytes]:
     inputs = [str(folder / f"{number}.jsonl") for number in range(FILES)]
-    argument = json.dumps([inputs, str(output), settings(folder), workers])
+    argument = json.dumps([inputs, str(output), settings(folder, tokenizer), workers])
     program = folder / "program.py"
     program.write_text(PROGRAM)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +164,29 @@ def test_several_processes_write_the_same_bytes(folder: Path, expected: dict[str
     job = start(folder, tmp_path / "out", workers=3)
     assert job.wait(timeout=200) == 0
     assert contents(tmp_path / "out") == expected
+
+
+def test_a_job_that_is_killed_goes_on_without_tiktoken(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are those of jobs that have it, or do not have it, from the beginning to the end."""
+    pytest.importorskip("tiktoken")
+    (folder / "bytes.json").write_text(definition("GPT-2"))
+    assert TextEncoder(tokenizer_of("GPT-2")).slow_reason is None
+    job = start(folder, tmp_path / "killed/out", 2, "bytes.json")
+    wait_for(tmp_path / "killed/out", "chunks/source/a/*.safetensors", 4, job)
+    job.kill()
+    job.wait()
+    whole = start(folder, tmp_path / "with/out", 2, "bytes.json")
+    assert whole.wait(timeout=200) == 0
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    monkeypatch.setattr(writer, "PIECE_BYTES", 1 << 14)
+    inputs = [str(folder / f"{number}.jsonl") for number in range(FILES)]
+    config = ShardingConfig(**settings(folder, "bytes.json"))  # type: ignore[arg-type]
+    for name in ("killed", "without"):
+        shard_files({"source/a": inputs}, tmp_path / name / "out", config, progress=False)
+    written = [contents(tmp_path / name / "out") for name in ("killed", "with", "without")]
+    assert written[0] == written[1] == written[2]
 
 
 def test_a_worker_that_dies_ends_the_job_with_a_remedy(folder: Path, tmp_path: Path) -> None:
