@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Clients that give up or are killed are part of the tests."""
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler, ABC):
     """Answers the requests of one connection, with byte ranges."""
 
     protocol_version = "HTTP/1.1"
@@ -75,9 +76,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Nothing."""
 
+    @abstractmethod
     def answer(self, *, body: bool) -> None:
         """Answers one request."""
-        raise NotImplementedError
 
     def wanted_range(self, size: int) -> tuple[int, int] | None:
         """First byte of the requested range, and the one after its last; None if the whole file is requested."""

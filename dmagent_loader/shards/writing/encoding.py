@@ -182,7 +182,8 @@ class TextEncoder:
                 raise ConfigurationError(
                     f"the package tiktoken gives other token ids than the tokenizer for the text that begins with "
                     f"{shown(text[:60])}, so earlier texts may have wrong ids, too: uninstall it (pip uninstall "
-                    "tiktoken), remove what this job has written, with its .partial folder, and run it again"
+                    "tiktoken), and begin the job or run again without what it has written (for `dmagent shard` with "
+                    "its .partial folder)"
                 )
 
 
