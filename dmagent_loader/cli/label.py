@@ -50,9 +50,11 @@ from dmagent_loader.shards.compositions import (
     load_compositions,
 )
 from dmagent_loader.shards.inputs.kinds import Kind, kind_of_name
+from dmagent_loader.shards.inputs.records import Rejected
 from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, beside
 from dmagent_loader.shards.sources.urls import is_local, local_path
 from dmagent_loader.shards.sources.writing import refuse_unwritable, write_url
+from dmagent_loader.shards.writing.collecting import check_bad
 from dmagent_loader.shards.writing.output import REJECTS_NAME
 from dmagent_loader.shards.writing.packing import TextTokenizer
 from dmagent_loader.shards.writing.place import place_of
@@ -134,6 +136,13 @@ def _add_start_state(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     add_sampling_arguments(parser)
     parser.add_argument("--keep-texts", type=Path, metavar="FILE.jsonl.gz", help="keep the model's texts")
     add_reading_arguments(parser)
+    parser.add_argument(
+        "--max-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out and count up to N records of --data that are no documents (default: 0)",
+    )
     add_classifier_arguments(parser)
     parser.set_defaults(run=start_state)
 
@@ -215,7 +224,8 @@ def label(args: argparse.Namespace) -> int:
     place = place_of(args.output, args.work_dir)
     print(f"wrote {place.url(LABELS)}")
     if args.split:
-        for field in dict.fromkeys(name.split("/", 1)[0] for name in counted):
+        sorted_fields = (name.split("/", 1)[0] for name, found in counted.items() if found.documents > found.unsure)
+        for field in dict.fromkeys(sorted_fields):
             folder = place.url(field)
             print(f"wrote {folder}; next: dmagent shard --input {folder} --field {field} --output SHARDS")
         unsure = sum(found.unsure for found in counted.values())
@@ -271,6 +281,8 @@ def start_state(args: argparse.Namespace) -> int:
         raise ConfigurationError("--keep-texts keeps the texts of a model, but no --model is given: leave it out")
     if args.model is None and generation != GenerationConfig(seed=args.seed):
         raise ConfigurationError("--temperature and --max-tokens are for the texts of a --model: leave them out")
+    if args.data is None and args.max_bad:
+        raise ConfigurationError("--max-bad is for the documents of --data: leave it out")
     _check_folder(args.output)
     if args.model is not None:
         model, tokenizer = language_model(args.model, args.device)
@@ -281,15 +293,26 @@ def start_state(args: argparse.Namespace) -> int:
         rows = JoinedDocuments(list(shard_documents(*open_shards(args), args).values()))
         found = compose(START_STATE, rows, labeller, config, progress=progress)
     else:
-        documents = FileDocuments(START_STATE, args.data, read_options(args))
-        with tqdm(
-            total=documents.size, unit="B", unit_scale=True, desc="reading documents", disable=not progress
-        ) as bar:
-            found = start_state_of_documents(documents.read(bar.update), labeller, config, progress=progress)
+        found = _start_state_of_files(args, labeller, config)
     print(_composition_line(START_STATE, found))
     _write(args.output, {START_STATE: found})
     print(f"wrote {args.output}")
     return 0
+
+
+def _start_state_of_files(args: argparse.Namespace, labeller: Labeller, config: SampleConfig) -> Composition:
+    documents, bad = FileDocuments(START_STATE, args.data, read_options(args)), list[str]()
+
+    def reject(record: Rejected) -> None:
+        bad.append(record.reason)
+        check_bad(START_STATE, len(bad), record.reason, args.max_bad)
+
+    progress = not args.no_progress
+    with tqdm(total=documents.size, unit="B", unit_scale=True, desc="reading documents", disable=not progress) as bar:
+        found = start_state_of_documents(documents.read(bar.update, reject), labeller, config, progress=progress)
+    if bad:
+        print(f"{len(bad):,} bad records left out, the last: {bad[-1]}")
+    return found
 
 
 def _check_folder(output: str) -> None:

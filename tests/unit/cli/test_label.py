@@ -273,6 +273,41 @@ def compositions_file(shards: Path) -> Path:
     return shards / COMPOSITIONS_NAME
 
 
+def test_bad_records_of_training_data_are_left_out_of_a_start_state_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, file = tmp_path / "data.jsonl", tmp_path / "start.json"
+    write_jsonl(data, [{"text": f"{SPORTS} {n}"} for n in range(20)])
+    data.write_text(data.read_text() + "not json\n" + '{"other": 1}\n')
+    command = ["start-state", "--data", str(data), "--output", str(file), "--no-progress"]
+    assert main(command) == 2
+    assert not file.exists()
+    assert "--max-bad" in capsys.readouterr().err
+    assert main([*command, "--max-bad", "1"]) == 2
+    assert not file.exists()
+    assert "more than 1 records" in capsys.readouterr().err
+    assert main([*command, "--max-bad", "2"]) == 0
+    assert "2 bad records left out, the last: " in capsys.readouterr().out
+    assert load_start_state(file).documents == 20
+
+
+def test_max_bad_is_refused_where_no_documents_are_read(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["start-state", "--shards", str(shards), "--max-bad", "3", "--no-progress"]) == 2
+    assert "--max-bad is for the documents of --data" in capsys.readouterr().err
+
+
+def test_no_next_step_is_printed_for_a_field_without_sorted_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(tmp_path / "none.jsonl", [{"text": NONE}])
+    (tmp_path / "empty.jsonl").touch()
+    inputs = ["--domain", f"source/none={tmp_path}/none.jsonl", "--domain", f"target/empty={tmp_path}/empty.jsonl"]
+    assert main(["label", *inputs, "--output", str(tmp_path / "out"), "--split", "--no-progress"]) == 0
+    printed = capsys.readouterr().out
+    assert "next:" not in printed
+    assert "1 documents of unknown topic" in printed
+
+
 def test_inputs_that_cannot_be_used_are_refused(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
