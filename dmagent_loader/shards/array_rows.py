@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader.errors import DecodeError, ShardError
 from dmagent_loader.shards.decode import decode_npy
+from dmagent_loader.shards.sources.blocks import BLOCK_BITS
 from dmagent_loader.shards.sources.checksum import crc32
-from dmagent_loader.shards.sources.local import LocalSource
+from dmagent_loader.shards.sources.local import ReadInto
 from dmagent_loader.shards.table import RowTable
 
 _NOT_AN_ARRAY = -1
@@ -23,18 +23,25 @@ _NOT_AN_ARRAY = -1
 _NOWHERE = (_NOT_AN_ARRAY,) * 3
 
 
+class Readable(Protocol):
+    """What rows are read from: an open shard, or a block of one."""
+
+    read_into: ReadInto
+
+
 @dataclass(frozen=True)
 class RowSpans:
     """Positions of n rows, in plain integers: single numbers of an array cost more to read.
 
     Attributes:
-        shard: Number of the shard in the catalogue.
+        place: What is to be read: the number of the shard in the catalogue or, if there are remote shards, the key of
+            the block.
         row: Row in the shard.
-        offset, size: Bytes of the member in the file; size -1 if the row has to be read by itself.
+        offset, size: Bytes of the member in that place; size -1 if the row has to be read by itself.
         crc: crc32 of the row.
     """
 
-    shard: list[int]
+    place: list[int]
     row: list[int]
     offset: list[int]
     size: list[int]
@@ -103,7 +110,8 @@ class ArrayRows:
         extension: Extension of the member.
         first_shard: (D,) number in the catalogue of the first shard of each domain.
         table: Function from the number of a shard to its table.
-        source: Function from the number of a shard to the open file.
+        source: Function from the place of rows, see `RowSpans`, to what is read; None: it cannot be had.
+        is_remote: (S,) which shards of the catalogue are read in blocks; None: none.
     """
 
     def __init__(
@@ -111,10 +119,14 @@ class ArrayRows:
         extension: str,
         first_shard: NDArray[np.int64],
         table: Callable[[int], RowTable],
-        source: Callable[[int], LocalSource],
+        source: Callable[[int], Readable | None],
+        is_remote: NDArray[np.bool_] | None = None,
     ) -> None:
         self._extension, self._first_shard, self._table, self._source = extension, first_shard, table, source
         self._first_shards: list[int] = first_shard.tolist()
+        self._is_remote = is_remote
+        self._block_bits = 0 if is_remote is None else BLOCK_BITS
+        """Bits of a place behind the number of the shard."""
         self._formats: dict[int, _Format] = {}
         """By size of the row; as most rows of a size have the same header, only the last one is kept."""
 
@@ -130,6 +142,7 @@ class ArrayRows:
             (5, n), for `RowSpans.of`.
         """
         number = self._first_shard[domain] + shard
+        place = number << self._block_bits
         gathered = np.argsort(number, kind="stable")
         ends = np.flatnonzero(np.diff(number[gathered], append=-1)) + 1
         sorted_row, found = row[gathered], np.empty((3, len(number)), np.int64)
@@ -140,23 +153,31 @@ class ArrayRows:
                 chosen = sorted_row[begin:end]
                 for column, values in zip(table.arrays, found, strict=True):
                     values[begin:end] = column[chosen]
+                if self._is_remote is not None and self._is_remote[one]:
+                    block, start = table.blocks.of_rows(chosen)
+                    found[0, begin:end] -= start
+                    place[gathered[begin:end]] += block
             else:
                 found[:, begin:end] = _NOT_AN_ARRAY
             begin = end
         columns = np.empty((5, len(number)), np.int64)
-        columns[0], columns[1] = number, row
+        columns[0], columns[1] = place, row
         columns[2:, gathered] = found
         return columns
 
     def find_few(self, domain: Sequence[int], shard: Sequence[int], row: Sequence[int]) -> RowSpans:
         """As `find`, for the rows of one batch: they lie in nearly as many shards, so each table is looked up anew."""
-        numbers = [self._first_shards[one] + other for one, other in zip(domain, shard, strict=True)]
-        found = []
-        for number, one in zip(numbers, row, strict=True):
-            table = self._table_with_arrays(number)
-            found.append(_NOWHERE if table is None else (table.offset[one], table.size[one], table.crc[one]))
+        places, found = [], []
+        for of_domain, of_shard, one in zip(domain, shard, row, strict=True):
+            number = self._first_shards[of_domain] + of_shard
+            table, place, start = self._table_with_arrays(number), number << self._block_bits, 0
+            if table is not None and self._is_remote is not None and self._is_remote[number]:
+                block = table.blocks.of_row(one)
+                place, start = place + block, table.blocks.start(block)
+            places.append(place)
+            found.append(_NOWHERE if table is None else (table.offset[one] - start, table.size[one], table.crc[one]))
         offset, size, crc = (list(column) for column in zip(*found, strict=True))
-        return RowSpans(numbers, list(row), offset, size, crc)
+        return RowSpans(places, list(row), offset, size, crc)
 
     def _table_with_arrays(self, number: int) -> RowTable | None:
         """The table of a shard; None if its rows have other members, or it cannot be used."""
@@ -182,15 +203,15 @@ class ArrayRows:
         size, count = spans.size[begin], end - begin
         if size < 0 or spans.size[begin:end].count(size) != count:
             return None
-        numbers, offsets = spans.shard[begin:end], spans.offset[begin:end]
-        source_of, preadv = self._source, os.preadv
+        places, offsets, source_of = spans.place[begin:end], spans.offset[begin:end], self._source
         try:
-            form = self._formats.get(size) or self._format(source_of(numbers[0]), offsets[0], size)
+            form = self._formats.get(size) or self._format(places[0], offsets[0], size)
             if form is None:
                 return None
             buffer = buffers.take(count, form)
-            for number, offset, row in zip(numbers, offsets, buffer.rows, strict=True):
-                if preadv(source_of(number).descriptor, row, offset) != size:
+            for place, offset, row in zip(places, offsets, buffer.rows, strict=True):
+                source = source_of(place)
+                if source is None or source.read_into(row, offset) != size:
                     return None
         except (OSError, ShardError):
             return None
@@ -205,12 +226,15 @@ class ArrayRows:
 
     def keys(self, spans: RowSpans, begin: int, end: int) -> list[str]:
         """Keys of rows `begin` to `end - 1`."""
-        table = self._table
-        return [table(one).key(row) for one, row in zip(spans.shard[begin:end], spans.row[begin:end], strict=True)]
+        table, bits = self._table, self._block_bits
+        places, rows = spans.place[begin:end], spans.row[begin:end]
+        return [table(place >> bits).key(row) for place, row in zip(places, rows, strict=True)]
 
-    def _format(self, source: LocalSource, offset: int, size: int) -> _Format | None:
-        """The format of a row; None: it is not a one-dimensional array."""
-        data = source.read(offset, size)
+    def _format(self, place: int, offset: int, size: int) -> _Format | None:
+        """The format of a row; None: it is not a one-dimensional array, or cannot be read."""
+        source, data = self._source(place), bytearray(size)
+        if source is None or source.read_into((data,), offset) != size:
+            return None
         try:
             array = decode_npy(data)
         except DecodeError:

@@ -22,7 +22,7 @@ from dmagent_loader.errors import (
     ShardLayoutError,
     ShardNotFoundError,
 )
-from dmagent_loader.shards.array_rows import ArrayRows
+from dmagent_loader.shards.array_rows import ArrayRows, Readable
 from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.checks import OnDamage, check_copies, check_damage, check_emptiness
 from dmagent_loader.shards.decode import RawSample
@@ -34,7 +34,7 @@ from dmagent_loader.shards.index.peers import Peers
 from dmagent_loader.shards.index.stored import StoredIndexes
 from dmagent_loader.shards.index.storing import write_indexes
 from dmagent_loader.shards.manifest import Manifest, Manifests
-from dmagent_loader.shards.sources.blocks import Block, IntArray
+from dmagent_loader.shards.sources.blocks import BLOCK_BITS, Block, IntArray
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
 from dmagent_loader.shards.sources.patterns import expand_shards
@@ -46,8 +46,8 @@ from dmagent_loader.shards.tar import KeyEnd, ShardDamage
 ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 _NO_BLOCKS: IntArray = np.empty(0, np.int64)
-_BLOCK_BITS, _ROW_BITS = 24, 40
-"""Bits for the number of a block in its shard, and of a row."""
+_ROW_BITS = 40
+"""Bits for the number of a row in its shard."""
 _MAX_TABLE_BYTES = 512 << 20
 """Memory for row tables in each process, at about 30 bytes per row of the shards read lately."""
 
@@ -263,7 +263,7 @@ class ShardCollection:
             ChangedRow: The row in the shard has another checksum.
             ShardError: The shard cannot be read.
         """
-        key = number << _BLOCK_BITS | table.blocks.of_row(row)
+        key = number << BLOCK_BITS | table.blocks.of_row(row)
         block = fetcher.get(key)
         if block is not None:
             try:
@@ -292,7 +292,7 @@ class ShardCollection:
         shards = np.repeat(np.arange(len(numbers)), counts)
         rows = np.concatenate([_NO_BLOCKS, *begins])
         found = np.searchsorted(shards << _ROW_BITS | rows, of_row << _ROW_BITS | row, side="right") - 1
-        keys = np.where(counts[of_row] > 0, numbers[of_row] << _BLOCK_BITS | (found - offsets[of_row]), -1)
+        keys = np.where(counts[of_row] > 0, numbers[of_row] << BLOCK_BITS | (found - offsets[of_row]), -1)
         return keys, keys
 
     def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]:
@@ -306,12 +306,16 @@ class ShardCollection:
             extension: Extension of the member.
 
         Returns:
-            None if shards are remote, or checksums are not compared.
+            None if checksums are not compared.
         """
-        if not self.is_local or not self._verify:
+        if not self._verify:
             return None
         first = np.array([first for first, _ in self._spans], np.int64)
-        return ArrayRows(extension, first, self._tables.get, self._sources.get)  # type: ignore[arg-type]
+        if self.fetcher is None:
+            return ArrayRows(extension, first, self._tables.get, self._sources.get)  # type: ignore[arg-type]
+        is_remote = self._catalogue.is_remote
+        source = partial(_block_or_shard, self.fetcher, is_remote.tolist(), self._sources.get)
+        return ArrayRows(extension, first, self._tables.get, source, is_remote)
 
     def display(self, domain: int, shard: int) -> str:
         """The URL of a shard, for messages."""
@@ -369,6 +373,14 @@ def _load_table(catalogue: Catalogue, number: int) -> RowTable:
     return RowTable(catalogue.index(number))
 
 
+def _block_or_shard(
+    fetcher: BlockFetcher, is_remote: list[bool], source_of: Callable[[int], Source], key: int
+) -> Readable | None:
+    """The block of a key; of a local shard, which has none, the shard. None: the block cannot be had."""
+    number = key >> BLOCK_BITS
+    return fetcher.get(key) if is_remote[number] else source_of(number)  # type: ignore[return-value]
+
+
 def _block_of(table_of: Callable[[int], RowTable], key: int) -> tuple[int, Block]:
-    number = key >> _BLOCK_BITS
-    return number, table_of(number).blocks[key & (1 << _BLOCK_BITS) - 1]
+    number = key >> BLOCK_BITS
+    return number, table_of(number).blocks[key & (1 << BLOCK_BITS) - 1]

@@ -242,6 +242,20 @@ def test_batches_of_packed_rows_are_those_of_local_shards(tmp_path: Path, worker
                     assert packed_batches(shards, tmp_path, workers, **reading) == expected
 
 
+@pytest.mark.parametrize("reading", [{}, {"block_cache_bytes": 0}], ids=["on disk", "in memory"])
+def test_batches_of_packed_rows_are_read_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading: dict[str, Any]
+) -> None:
+    near = write_toy_shards(tmp_path / "far", {"source/a": 120, "target/b": 90}, tokens=16)
+    alone = []
+    read = ShardCollection.read
+    monkeypatch.setattr(ShardCollection, "read", lambda self, *row: alone.append(row) or read(self, *row))
+    with served(tmp_path / "far") as server:
+        far = {d: [server.url(str(Path(p).relative_to(tmp_path / "far"))) for p in paths] for d, paths in near.items()}
+        packed_batches({**near, "target/b": far["target/b"]}, tmp_path, 0, **reading)
+    assert len(alone) == 1, "that of the earlier iterator"
+
+
 @pytest.mark.slow
 @settings(
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from reading import quiet
 from torch.utils.data import DataLoader, default_collate
 
+from benchmarks.far_server import FarServer
 from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
 from dmagent_loader.errors import DMAgentError
 from dmagent_loader.transforms import ShiftedTokens, collate_packed, packed_tokens
@@ -79,6 +83,18 @@ def write_shards(folder: Path, kinds: dict[str, list[str]]) -> dict[str, list[st
                         members = {"txt": "words"}
                     writer.write({"__key__": f"{domain}-{number}-{row}", **members})
     return shards
+
+
+@contextlib.contextmanager
+def served(folder: str) -> Iterator[FarServer]:
+    server = FarServer(Path(folder), latency=0, rate=1e9)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def damage(path: str) -> None:
@@ -144,18 +160,24 @@ def test_a_batch_is_the_same_whether_its_rows_are_read_together_or_one_by_one(da
         "decode": draw(st.sampled_from(["default", "default", "lazy"])),
         "seed": draw(st.integers(0, 3)),
     }
+    remote = draw(st.sampled_from([(), (), DOMAINS[1:], DOMAINS]))
     reading = ReadingConfig(
-        shuffle_window=draw(st.sampled_from([1, 5, 8192])), max_bad_rows=draw(st.sampled_from([0.5, 1]))
+        shuffle_window=draw(st.sampled_from([1, 5, 8192])),
+        max_bad_rows=draw(st.sampled_from([0.5, 1])),
+        block_cache_bytes=draw(st.sampled_from([None, 0])),
     )
     damaged = draw(st.none() | st.tuples(st.sampled_from(DOMAINS), st.just(0)))
     early = draw(st.booleans())
-    with tempfile.TemporaryDirectory() as folder:
-        shards = write_shards(Path(folder), kinds)
+    with tempfile.TemporaryDirectory() as folder, served(folder) as server:
+        files = write_shards(Path(folder), kinds)
+        shards = {
+            domain: [server.url(Path(path).name) for path in paths] if domain in remote else paths
+            for domain, paths in files.items()
+        }
         runs = []
-        for _ in range(2):
-            sampler = AgentWeightedSampler(
-                shards, reading=quiet(folder, reading), rank=rank, world_size=world_size, **options
-            )
+        for number in range(2):
+            own = replace(quiet(folder, reading), block_cache_dir=Path(folder) / f"blocks-{number}")
+            sampler = AgentWeightedSampler(shards, reading=own, rank=rank, world_size=world_size, **options)
             loader = MixingDataLoader(sampler, batch_size, samples_per_step=samples_per_step, collate_fn=collate)
             if early:  # the tables of the shards are in memory when their files change
                 for domain, rows in enumerate(sampler.collection.num_rows):
@@ -163,7 +185,7 @@ def test_a_batch_is_the_same_whether_its_rows_are_read_together_or_one_by_one(da
                     sampler.collection.missing_members(domain, 0, 0)
             runs.append((sampler, loader))
         if damaged is not None:
-            damage(shards[damaged[0]][damaged[1]])
+            damage(files[damaged[0]][damaged[1]])
         together, one_by_one = (record(*run, changes, single) for run, single in zip(runs, (False, True), strict=True))
     event(f"errors: {any(isinstance(one, tuple) and isinstance(one[0], str) for one in together)}")
     for one, other in zip(together, one_by_one, strict=True):

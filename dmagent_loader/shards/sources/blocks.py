@@ -24,6 +24,10 @@ BLOCK_BYTES = 8 << 20
 trips of 30 ms at 100 MB/s. Larger blocks would add little to the rate, and more bytes that are not used soon."""
 
 
+BLOCK_BITS = 24
+"""The key of a block is the number of its shard, and in this many bits behind it the number of the block there."""
+
+
 @dataclass(frozen=True)
 class Block:
     """One block of a shard.
@@ -73,10 +77,19 @@ class BlockLayout:
         """Number of the block of a row."""
         return bisect_right(self._first_rows, row) - 1
 
+    def start(self, number: int) -> int:
+        """First byte of a block in the shard."""
+        return int(self._starts[self._first_rows[number]])
+
+    def of_rows(self, rows: IntArray) -> tuple[IntArray, IntArray]:
+        """Numbers of the blocks of n rows, (n,), and the first byte of each of these blocks in the shard, (n,)."""
+        number = np.searchsorted(self.first_row, rows, side="right") - 1
+        return number, self._starts[self.first_row[number]]
+
     def __getitem__(self, number: int) -> Block:
         first = self._first_rows[number]
         last = self._first_rows[number + 1] - 1 if number + 1 < len(self) else len(self._starts) - 1
-        start, end = int(self._starts[first]), int(self._ends[last])
+        start, end = self.start(number), int(self._ends[last])
         return Block(f"{self._identity}-{start:x}-{end - start:x}", start, end - start, last + 1 - first)
 
     @cached_property

@@ -14,15 +14,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError
 from dmagent_loader.shards import forks
 from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.sources.blocks import Block
-from dmagent_loader.shards.sources.local import LocalSource, Source
+from dmagent_loader.shards.sources.local import LocalSource, Memory, ReadInto, Source
 from dmagent_loader.shards.sources.node_cache import BlockInUse, Claim, NodeCache, default_block_folder
 from dmagent_loader.shards.sources.remote import SLOWEST_BYTES_PER_SECOND, RemoteSource, SinkError, timeout_seconds
 
@@ -68,11 +70,22 @@ class _Entry:
         """Path of the block, if it is on disk, and its first byte in the shard."""
 
 
+class BlockSource(Source, Protocol):
+    """A block, as a source for its part of the shard.
+
+    Attributes:
+        read_into: Reads from an offset in the block, not in the shard.
+    """
+
+    read_into: ReadInto
+
+
 class _Data:
-    """A block in memory, as a source."""
+    """A block in memory."""
 
     def __init__(self, start: int, data: bytearray) -> None:
         self._start, self._data = start, data
+        self.read_into: ReadInto = partial(_copy_into, memoryview(data))
 
     def read(self, offset: int, length: int) -> bytearray:
         first = offset - self._start
@@ -80,10 +93,11 @@ class _Data:
 
 
 class _File:
-    """A block on disk, as a source."""
+    """A block on disk."""
 
     def __init__(self, start: int, path: str) -> None:
         self._start, self._file = start, LocalSource(path)
+        self.read_into = self._file.read_into
 
     def read(self, offset: int, length: int) -> bytearray:
         return self._file.read(offset - self._start, length)
@@ -194,7 +208,7 @@ class BlockFetcher:
                 self.release(key)
             return waits
 
-    def get(self, key: int) -> Source | None:
+    def get(self, key: int) -> BlockSource | None:
         """The block, as a source for its part of the shard; waits if it is being fetched.
 
         Returns:
@@ -452,6 +466,16 @@ def _warn_once(text: str, reason: str) -> None:
     if text not in _reported:
         _reported.add(text)
         logger.warning("%s (%s)", text, reason)
+
+
+def _copy_into(data: memoryview, parts: Sequence[Memory], offset: int) -> int:
+    """Copies bytes from `offset` on into parts of memory; returns their number."""
+    copied = 0
+    for part in parts:
+        found = data[offset + copied : offset + copied + len(part)]
+        part[: len(found)] = found
+        copied += len(found)
+    return copied
 
 
 def _open_file(place: tuple[str, int]) -> _File:

@@ -13,11 +13,11 @@ NETWORK = {"aiohttp", "asyncio", "fsspec", "http", "requests", "socket", "ssl", 
 
 
 def opened(tree: ast.Module) -> set[str]:
-    """Calls that open files, and imports that reach a network."""
-    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    """Functions that open files, and imports that reach a network."""
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)}
     imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imports |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    return calls & OPENS | {name for name in imports if any(f"{name}.".startswith(f"{used}.") for used in NETWORK)}
+    return names & OPENS | {name for name in imports if any(f"{name}.".startswith(f"{used}.") for used in NETWORK)}
 
 
 def test_only_sources_opens_shards_or_sockets() -> None:
