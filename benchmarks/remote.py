@@ -34,8 +34,10 @@ STORED = {"packed": 5120, "text": 2048}
 TITLES = {
     "limit": "limit: whole shards, 32 connections",
     "dmagent": "dmagent_loader, cold",
+    "dmagent, batches": "dmagent_loader, cold, batches of 32",
     "dmagent, new mix every 500": "dmagent_loader, cold, new mix every 500",
     "dmagent, warm": "dmagent_loader, warm",
+    "dmagent, batches, warm": "dmagent_loader, warm, batches of 32",
     "wds": "webdataset",
     "mds": "mosaicml-streaming",
     "lit": "litdata",
@@ -97,9 +99,8 @@ def measure(args: argparse.Namespace, kind: str, scratch: Path) -> dict[str, Any
     for name, path in peers.items():
         convert(folder, kind, name, path)
     rows = min(args.rows, meta["rows"] * 3 // 4)
-    found: dict[str, list[dict[str, float]]] = {
-        name: [] for name in TITLES if name in peers or name not in ("mds", "lit")
-    }
+    absent = {"mds", "lit"} - set(peers) | ({name for name in TITLES if "batches" in name} if kind == "text" else set())
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in TITLES if name not in absent}
     order = np.random.default_rng(0)
     with far_server.serving(folder) as address:
 
@@ -125,13 +126,14 @@ def measure(args: argparse.Namespace, kind: str, scratch: Path) -> dict[str, Any
             run("dmagent", scratch / "first")  # makes the indexes, and is not counted
             found["dmagent"].clear()
         for turn in range(args.repeats):
-            names = [name for name in found if name != "dmagent, warm"]
+            names = [name for name in found if not name.endswith("warm")]
             order.shuffle(names)
             for name in names:
                 cache = scratch / f"{turn}-{name}"
-                run(name, cache, *(("--change", "500") if "every" in name else ()))
-                if name == "dmagent":
-                    run("dmagent, warm", cache)
+                options = ("--change", "500") if "every" in name else ("--batch", "32") if "batches" in name else ()
+                run(name, cache, *options)
+                if f"{name}, warm" in found:
+                    run(f"{name}, warm", cache, *options)
                 shutil.rmtree(cache, ignore_errors=True)
     return {"rows": rows, "stored": STORED[kind], "readers": {name: runs for name, runs in found.items() if runs}}
 

@@ -1,6 +1,6 @@
 """Readers of remote shards that benchmarks/remote.py compares, each in a process of its own.
 
-    python benchmarks/remote_readers.py READER ADDRESS FOLDER KIND ROWS [--cache DIR] [--change N]
+    python benchmarks/remote_readers.py READER ADDRESS FOLDER KIND ROWS [--cache DIR] [--change N] [--batch N]
 
 Prints one line of JSON: rows, seconds from the first request for a row to the last row, seconds until the first row,
 and seconds of CPU. Opening is not counted. Every reader reads the same domains in equal shares, without a shuffle
@@ -37,10 +37,11 @@ def tars(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def dmagent(args: argparse.Namespace) -> Iterator[Any]:
-    """Ours; with ``--change``, under a new random mix every so many samples."""
+    """Ours; with ``--change``, under a new random mix every so many samples; with ``--batch``, batches of so many."""
     import numpy as np
 
-    from dmagent_loader import AgentWeightedSampler, ReadingConfig
+    from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
+    from dmagent_loader.transforms import collate_packed
 
     shards = {f"source/{name}": urls for name, urls in tars(args).items()}
     sampler = AgentWeightedSampler(
@@ -52,6 +53,10 @@ def dmagent(args: argparse.Namespace) -> Iterator[Any]:
     )
     rng = np.random.default_rng(0)
 
+    def batches() -> Iterator[Any]:
+        for batch in MixingDataLoader(sampler, batch_size=args.batch, collate_fn=collate_packed):
+            yield from range(len(batch["input_ids"]))
+
     def samples() -> Iterator[Any]:
         for number, sample in enumerate(sampler):
             if args.change and number % args.change == 0:
@@ -59,7 +64,7 @@ def dmagent(args: argparse.Namespace) -> Iterator[Any]:
                 sampler.set_mix(dict(zip(shards, weights / weights.sum(), strict=True)))
             yield sample
 
-    return samples()
+    return batches() if args.batch else samples()
 
 
 def wds(args: argparse.Namespace) -> Iterator[Any]:
@@ -180,6 +185,7 @@ def main() -> None:
     parser.add_argument("rows", type=int)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--change", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=0)
     args = parser.parse_args()
     items = READERS[args.reader](args)
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
