@@ -39,7 +39,7 @@ ROUNDS = ((0, 1), (2, 3, 4))
 ROWS = 32
 REPEATS = 1000
 """Distance between the numbers of the streams that repeated measurements read."""
-LARGER = ("0.7M", (("piqa", "gsm8k"), ("mmlu", "math")))
+LARGER = ("1.4M", (("piqa", "gsm8k"), ("mmlu", "math")))
 
 
 class Policies:
