@@ -47,6 +47,11 @@ class Readahead:
             for number, i in enumerate(chosen):
                 self._pending[int(located.domain[i]), int(located.draw[i])] = (future, number)
 
+    def has_any(self, located: Located) -> bool:
+        """Whether any of these rows was requested, and not taken yet."""
+        keys = zip(located.domain.tolist(), located.draw.tolist(), strict=True)
+        return not self._pending.keys().isdisjoint(keys)
+
     def take(self, domain: int, draw: int, shard: int, row: int) -> RawSample:
         """A row: from the background if it was requested, otherwise read here."""
         pending = self._pending.pop((domain, draw), None)

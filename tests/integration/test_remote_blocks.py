@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -254,6 +255,36 @@ def test_batches_of_packed_rows_are_read_together(
         far = {d: [server.url(str(Path(p).relative_to(tmp_path / "far"))) for p in paths] for d, paths in near.items()}
         packed_batches({**near, "target/b": far["target/b"]}, tmp_path, 0, **reading)
     assert len(alone) == 1, "that of the earlier iterator"
+
+
+def test_rows_that_were_read_ahead_are_not_read_again_with_their_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks find room after their rows were requested one by one. What nobody takes would stay in memory."""
+    monkeypatch.setattr(fetching, "_MEMORY_BYTES", 0)
+    monkeypatch.setattr(fetching, "_TRY_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(stream, "_RUN_AHEAD", 60)
+    monkeypatch.setattr(stream, "_FIRST_RUN", 60)
+    near = write_toy_shards(tmp_path / "far", {"source/a": 400, "target/b": 200}, tokens=200)
+    with served(tmp_path / "far") as server:
+        far = {d: [server.url(str(Path(p).relative_to(tmp_path / "far"))) for p in paths] for d, paths in near.items()}
+        sampler = AgentWeightedSampler(
+            far,
+            exhausted="repeat",
+            reading=ReadingConfig(progress=False, cache_dir=tmp_path / "index", block_cache_bytes=0),
+        )
+        batches = iter(MixingDataLoader(sampler, batch_size=6, collate_fn=collate_packed))
+        next(batches)
+        reader = sampler._feed.cursor.stream
+        while reader._readahead is None or not reader._readahead._pending:
+            next(batches)
+        monkeypatch.setattr(fetching, "_MEMORY_BYTES", 1 << 30)
+        while not all(map(sampler.collection.fetcher.comes, reader._blocks._last_use)):
+            time.sleep(0.01)
+        for _ in range(40):
+            next(batches)
+        assert not reader._readahead._pending
+        del batches, reader
 
 
 @pytest.mark.slow
