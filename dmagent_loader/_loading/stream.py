@@ -329,9 +329,9 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         run = self._plan(first)
         if run is None:
             return False
-        self._planned.append(run)
         if self._blocks is not None:
             self._blocks.request(run.located, first)
+        self._planned.append(run)
         return True
 
     def _plan(self, first: int) -> _Run | None:

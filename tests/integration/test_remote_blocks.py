@@ -8,6 +8,7 @@ import hashlib
 import multiprocessing
 import os
 import resource
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -452,6 +453,22 @@ def test_the_error_of_a_row_is_that_of_its_shard(
     server.folder = tmp_path / "nothing"
     with pytest.raises(ShardError, match=r"shard http://127\.0\.0\.1:\d+/\S+\.tar does not exist"):
         next(iter(sampler))
+
+
+def test_samples_whose_blocks_could_not_be_found_are_planned_again(
+    server: FarServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The indexes are gone, and the shards out of reach for a while."""
+    monkeypatch.setattr("dmagent_loader.shards.sources.remote.REMOTE_BACKOFF_SECONDS", 0.01)
+    iterator = iter(build(remote(server), tmp_path))
+    shutil.rmtree(tmp_path / "index")
+    server.folder = tmp_path / "nothing"
+    for _ in range(2):
+        with pytest.raises(ShardError, match="does not exist"):
+            next(iterator)
+    server.folder = folder
+    assert [next(iterator)["__index__"] for _ in range(TOTAL)] == list(range(TOTAL))
+    assert len(iterator._blocks._planned) == len(iterator._planned)
 
 
 def test_a_reader_does_not_wait_for_ever_for_the_block_of_another(
