@@ -41,9 +41,9 @@ class MixingDataLoader(DataLoader[Any]):
     and a new mix can start only at samples that no worker has fetched. This loader describes itself to the sampler, and
     is otherwise a plain torch `DataLoader`.
 
-    Packed rows in local shards are read and converted a batch at a time if the sampler has no `transform`, or
-    `transforms.packed_tokens` or `transforms.ShiftedTokens`; the batches are the same. The fastest are those of
-    `transforms.collate_packed`, and of ``transform=packed_tokens`` without a `collate_fn`.
+    Packed rows are read and converted a batch at a time if the sampler has no `transform`, or
+    `transforms.packed_tokens` or `transforms.ShiftedTokens`, and no `num_threads`; the batches are the same. The
+    fastest are those of `transforms.collate_packed`, and of ``transform=packed_tokens`` without a `collate_fn`.
 
     Args:
         sampler: Sampler to read.

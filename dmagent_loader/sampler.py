@@ -80,9 +80,9 @@ class AgentWeightedSampler(FeedDataset):
         exhausted: Rule for domains whose rows are used up: see `mixture.exhaustion.exhaustion_rules`.
         rank: Data-parallel rank of this process; None: from `torch.distributed`.
         world_size: Number of data-parallel processes; None: from `torch.distributed`.
-        decode: ``"default"`` (allow-listed decoders), ``"lazy"`` (the same, but rows of local shards are read on the
-            first access to a value; `transforms.collate_packed` reads a batch at once), ``None`` (raw bytes),
-            extension -> decoder, or a function of a row.
+        decode: ``"default"`` (allow-listed decoders), ``"lazy"`` (the same, but a row is read on the first
+            access to a value, unless a thread has read it ahead; `transforms.collate_packed` reads a batch at once),
+            ``None`` (raw bytes), extension -> decoder, or a function of a row.
         pack: Packing of text documents into rows of tokens while they are read; `transform` then gets these rows. None:
             rows are read as they are stored.
         transform: Function from sample to sample, for example tokenisation. Dropped tags are restored.

@@ -101,6 +101,8 @@ class BlocksAhead:
 
     def unavailable(self, located: Located) -> np.ndarray:
         """Which samples have to be read row by row, because a block of theirs cannot be had: (n,) bool."""
+        if all(map(self._fetcher.comes, self._last_use)):
+            return np.zeros(len(located.domain), bool)
         first, last = self._rows.blocks_of(located.domain, located.shard, located.row)
         comes = {key: key < 0 or self._fetcher.comes(key) for key in np.unique([first, last]).tolist()}
         if all(comes.values()):

@@ -38,8 +38,8 @@ class ReadingConfig:
             remote, and `shuffle_shards` is 8 or more. The same on all ranks. Use True if several nodes read from a
             store.
         num_threads: Threads of one iterator that read row by row, for files on a slow network mount: use 2 or more
-            there. 0 reads each row when it is needed: handing a cached row from thread to thread costs more than
-            reading it. Remote shards are fetched in blocks, without these threads.
+            there. 0 reads each row when it is needed, and packed rows a batch at a time: handing a cached row from
+            thread to thread costs more than reading it. Remote shards are fetched in blocks, without these threads.
         num_rows: Rows requested from the threads at a time; one such block is read while another is delivered.
         max_bad_rows: Bound of `on_bad_row="skip"`: the largest number of replaced samples of the run, or, as a float
             from 0 to 1, the largest share of the rows of each domain (after its first pass: of its samples). More are

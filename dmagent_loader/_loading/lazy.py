@@ -150,7 +150,7 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> Columns 
 
     Returns:
         None if each row has to be read separately: unless all are lazy rows of one sampler, not read before, with this
-        member alone, in local shards, whole and with the same npy header.
+        member alone, whole, with the same npy header and, in remote shards, with their blocks at hand.
     """
     reader = samples[0]._reader if samples and type(samples[0]) is LazyRow else None
     rows = None if reader is None else reader.array_rows(member)

@@ -24,7 +24,7 @@ class Readahead:
     def __init__(self, collection: RowSource, num_threads: int, num_rows: int) -> None:
         self._collection, self.num_rows = collection, num_rows
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="dmagent-read")
-        self._pending: dict[_Key, tuple[Future[list[RawSample]], int]] = {}
+        self._pending: dict[_Key, tuple[Future[list[RawSample | Exception]], int]] = {}
 
     @classmethod
     def configured(cls, collection: RowSource, config: ReadingConfig) -> Readahead | None:
@@ -47,17 +47,35 @@ class Readahead:
             for number, i in enumerate(chosen):
                 self._pending[int(located.domain[i]), int(located.draw[i])] = (future, number)
 
+    def has_any(self, located: Located) -> bool:
+        """Whether any of these rows was requested, and not taken yet."""
+        keys = zip(located.domain.tolist(), located.draw.tolist(), strict=True)
+        return not self._pending.keys().isdisjoint(keys)
+
     def take(self, domain: int, draw: int, shard: int, row: int) -> RawSample:
         """A row: from the background if it was requested, otherwise read here."""
         pending = self._pending.pop((domain, draw), None)
         if pending is None:
             return self._collection.read(domain, shard, row)
         future, number = pending
-        return future.result()[number]
+        found = future.result()
+        if number >= len(found):
+            return self._collection.read(domain, shard, row)
+        raw = found[number]
+        if isinstance(raw, Exception):
+            raise raw
+        return raw
 
     def close(self) -> None:
         """Stops the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, rows: list[tuple[int, int, int]]) -> list[RawSample]:
-        return [self._collection.read(*row) for row in rows]
+    def _read(self, rows: list[tuple[int, int, int]]) -> list[RawSample | Exception]:
+        """Reads rows up to the first that cannot be read, whose error comes last."""
+        found: list[RawSample | Exception] = []
+        for row in rows:
+            try:
+                found.append(self._collection.read(*row))
+            except Exception as error:
+                return [*found, error]
+        return found

@@ -185,6 +185,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         if end > len(self._run):
             return None
         located = self._run.located
+        if self._readahead is not None and self._readahead.has_any(located.chosen(np.arange(begin, end))):
+            return None  # their blocks could not be had when the run began: nothing is to be read twice
         spans = self._spans
         if spans is None:
             positions = self._run.positions
@@ -327,9 +329,9 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         run = self._plan(first)
         if run is None:
             return False
-        self._planned.append(run)
         if self._blocks is not None:
             self._blocks.request(run.located, first)
+        self._planned.append(run)
         return True
 
     def _plan(self, first: int) -> _Run | None:

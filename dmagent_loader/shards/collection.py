@@ -314,7 +314,11 @@ class ShardCollection:
         if self.fetcher is None:
             return ArrayRows(extension, first, self._tables.get, self._sources.get)  # type: ignore[arg-type]
         is_remote = self._catalogue.is_remote
-        source = partial(_block_or_shard, self.fetcher, is_remote.tolist(), self._sources.get)
+        source = (
+            self.fetcher.get
+            if is_remote.all()
+            else partial(_block_or_shard, self.fetcher, is_remote.tolist(), self._sources.get)
+        )
         return ArrayRows(extension, first, self._tables.get, source, is_remote)
 
     def display(self, domain: int, shard: int) -> str:

@@ -8,7 +8,9 @@ import hashlib
 import multiprocessing
 import os
 import resource
+import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -256,6 +258,36 @@ def test_batches_of_packed_rows_are_read_together(
     assert len(alone) == 1, "that of the earlier iterator"
 
 
+def test_rows_that_were_read_ahead_are_not_read_again_with_their_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks find room after their rows were requested one by one. What nobody takes would stay in memory."""
+    monkeypatch.setattr(fetching, "_MEMORY_BYTES", 0)
+    monkeypatch.setattr(fetching, "_TRY_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(stream, "_RUN_AHEAD", 60)
+    monkeypatch.setattr(stream, "_FIRST_RUN", 60)
+    near = write_toy_shards(tmp_path / "far", {"source/a": 400, "target/b": 200}, tokens=200)
+    with served(tmp_path / "far") as server:
+        far = {d: [server.url(str(Path(p).relative_to(tmp_path / "far"))) for p in paths] for d, paths in near.items()}
+        sampler = AgentWeightedSampler(
+            far,
+            exhausted="repeat",
+            reading=ReadingConfig(progress=False, cache_dir=tmp_path / "index", block_cache_bytes=0),
+        )
+        batches = iter(MixingDataLoader(sampler, batch_size=6, collate_fn=collate_packed))
+        next(batches)
+        reader = sampler._feed.cursor.stream
+        while reader._readahead is None or not reader._readahead._pending:
+            next(batches)
+        monkeypatch.setattr(fetching, "_MEMORY_BYTES", 1 << 30)
+        while not all(map(sampler.collection.fetcher.comes, reader._blocks._last_use)):
+            time.sleep(0.01)
+        for _ in range(40):
+            next(batches)
+        assert not reader._readahead._pending
+        del batches, reader
+
+
 @pytest.mark.slow
 @settings(
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -421,6 +453,22 @@ def test_the_error_of_a_row_is_that_of_its_shard(
     server.folder = tmp_path / "nothing"
     with pytest.raises(ShardError, match=r"shard http://127\.0\.0\.1:\d+/\S+\.tar does not exist"):
         next(iter(sampler))
+
+
+def test_samples_whose_blocks_could_not_be_found_are_planned_again(
+    server: FarServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The indexes are gone, and the shards out of reach for a while."""
+    monkeypatch.setattr("dmagent_loader.shards.sources.remote.REMOTE_BACKOFF_SECONDS", 0.01)
+    iterator = iter(build(remote(server), tmp_path))
+    shutil.rmtree(tmp_path / "index")
+    server.folder = tmp_path / "nothing"
+    for _ in range(2):
+        with pytest.raises(ShardError, match="does not exist"):
+            next(iterator)
+    server.folder = folder
+    assert [next(iterator)["__index__"] for _ in range(TOTAL)] == list(range(TOTAL))
+    assert len(iterator._blocks._planned) == len(iterator._planned)
 
 
 def test_a_reader_does_not_wait_for_ever_for_the_block_of_another(

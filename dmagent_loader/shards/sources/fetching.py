@@ -194,6 +194,8 @@ class BlockFetcher:
                 self._memory_bytes -= entry.block.length
             elif entry.state is _State.ON_DISK:
                 self._leave_disk(entry)
+            else:
+                self._changed.notify_all()  # whoever waits for the block would wait in vain
 
     def comes(self, key: int) -> bool:
         """Whether a block is here or on its way; otherwise its rows have to be read one by one."""
@@ -214,10 +216,7 @@ class BlockFetcher:
         Returns:
             None if the block was not asked for, or cannot be had: the shard is to be read.
         """
-        entry = self._entries.get(key)
-        if entry is None:
-            return None
-        while True:
+        while (entry := self._entries.get(key)) is not None:
             state = entry.state
             if state is _State.IN_MEMORY:
                 return entry.data
@@ -226,13 +225,13 @@ class BlockFetcher:
                     return self._files.get(entry.place)
                 except ShardNotFoundError:  # it was removed: it is fetched again
                     with self._changed:
-                        if entry.state is _State.ON_DISK:
+                        if entry.uses and entry.state is _State.ON_DISK:
                             self._leave_disk(entry)
                             self._enqueue(entry)
                     continue
                 except ShardError as error:  # such as a file of another user, which would be found again without end
                     with self._changed:
-                        if entry.state is _State.ON_DISK:
+                        if entry.uses and entry.state is _State.ON_DISK:
                             self._leave_disk(entry)
                             entry.state = _State.FAILED
                     _warn_once(
@@ -244,6 +243,7 @@ class BlockFetcher:
                     return None
             if state in (_State.NO_ROOM, _State.FAILED) or not self._wait(entry):
                 return None
+        return None
 
     def forget(self, key: int) -> None:
         """Removes a block whose bytes are wrong, and has its rows read from the shard."""
@@ -264,14 +264,16 @@ class BlockFetcher:
         self._cache.release(entry.block.name)
 
     def _wait(self, entry: _Entry) -> bool:
-        """Waits for a block, for as long as one request may take; False: it did not come."""
+        """Waits until a block is here or released, for as long as one request may take; False: it did not come."""
         patience = timeout_seconds() + entry.block.length / SLOWEST_BYTES_PER_SECOND
         with self._changed:
             self.waits += 1
-            if entry.state is _State.QUEUED and entry.urgency > -1:
+            if entry.uses and entry.state is _State.QUEUED and entry.urgency > -1:
                 entry.urgency = -1
                 self._enqueue(entry)
-            if self._changed.wait_for(lambda: entry.state not in (_State.QUEUED, _State.FETCHING), patience):
+            if self._changed.wait_for(
+                lambda: not entry.uses or entry.state not in (_State.QUEUED, _State.FETCHING), patience
+            ):
                 return True
             entry.state = _State.FAILED
             return False

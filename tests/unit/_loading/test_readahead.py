@@ -70,9 +70,12 @@ def test_rows_that_nobody_takes_do_not_pile_up(ahead):
 def test_an_error_in_the_background_comes_where_its_row_is_taken(collection, ahead):
     path = Path(collection.display(0, 1))
     path.write_bytes(path.read_bytes()[:512])
-    ahead.request(located((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 5)))
+    rows = [(0, 0, 0, 0), (0, 1, 1, 5), (1, 0, 0, 0)]
+    ahead.request(located(*rows))
+    assert ahead.take(*rows[0]) == collection.read(0, 0, 0)
     with pytest.raises(DamagedShardError, match=path.name):
-        ahead.take(0, 1, 1, 5)
+        ahead.take(*rows[1])
+    assert ahead.take(*rows[2]) == collection.read(1, 0, 0)
 
 
 @pytest.mark.parametrize(("threads", "is_used"), [(0, False), (3, True)])

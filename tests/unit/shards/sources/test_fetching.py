@@ -52,6 +52,32 @@ def test_a_block_that_cannot_be_opened_is_not_fetched_without_end(
     fetcher.release(0)
 
 
+@pytest.mark.parametrize("is_wanted_again", [False, True])
+def test_a_reader_does_not_wait_for_a_block_that_was_released(fetcher: BlockFetcher, is_wanted_again: bool) -> None:
+    """A thread that reads ahead may be waiting when a new mix drops the plan that needed the block."""
+    may_fetch, source_of = threading.Event(), fetcher._source_of
+
+    def when_allowed(shard: int) -> RemoteSource:
+        may_fetch.wait(30)
+        return source_of(shard)
+
+    fetcher._source_of = when_allowed
+    fetcher.want(0, 0)
+    found: list[Source | None] = []
+    reader = threading.Thread(target=lambda: found.append(fetcher.get(0)), daemon=True)
+    reader.start()
+    while not fetcher.waits:
+        reader.join(0.001)
+    with fetcher._changed:
+        fetcher.release(0)
+        if is_wanted_again:
+            fetcher.want(0, 0)
+            may_fetch.set()
+    reader.join(10)
+    may_fetch.set()
+    assert [block is not None for block in found] == [is_wanted_again]
+
+
 def test_a_block_that_finds_the_disk_full_halfway_stays_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
