@@ -146,7 +146,7 @@ def collection(data: str, shards: int, cache: str) -> dict[str, float]:
     before = resident_mb("VmRSS")
     opened: list[ShardCollection] = []
     open_seconds = seconds(lambda: opened.append(ShardCollection.open(listed, cache_dir=cache, progress=False)))
-    fingerprint = seconds(lambda: opened[0].collection.fingerprint)
+    fingerprint = seconds(lambda: opened[0].fingerprint)
     generator = np.random.default_rng(0)
     for domain in generator.integers(0, domains, READS).tolist():
         shard = int(generator.integers(0, len(listed[names[domain]])))
