@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.inputs.kinds import COMPRESSIONS, kind_of_name
 
+TOOLS_KEY = "tools"
+"""Column with the tools of a conversation, a list or its JSON, by the convention of data sets of the Hub."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
@@ -16,7 +19,7 @@ class ReadOptions:
         text_key: Column of a record that holds the text.
         keep_columns: Columns to keep with the text; None: all.
         chat_template: Folder or Hub name of a tokenizer with a chat template, or a ``.jinja`` file. Documents are then
-            the rendered conversations of the column `messages_key`.
+            the rendered conversations of the column `messages_key`; the template gets the column `TOOLS_KEY`, too.
         messages_key: Column with the messages of a conversation: a list of objects with ``role`` and ``content``.
         text_files: Endings of files that are one document each, such as ``".txt"``. None are read as text by default,
             because a README or a log beside the data would become a document.
@@ -59,4 +62,6 @@ class ReadOptions:
         if self.keep_columns is None:
             return available
         wanted = {self.document_key, *self.keep_columns}
+        if self.chat_template is not None:
+            wanted.add(TOOLS_KEY)
         return [name for name in available if name in wanted]
