@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmagent_loader._tasks import Advance
+from dmagent_loader._validation import shown
 from dmagent_loader.errors import DecodeError, ShardError, require_extra
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.decode import Decoder, RawSample
@@ -43,7 +44,9 @@ def read_tar(
 def _tar_record(name: str, sample: RawSample, member: str, decode: Decoder) -> Record | Rejected:
     place = f"{name}, row {sample.key!r}"
     if member not in sample.members:
-        fault = f"has no member {member!r}, only {sorted(sample.members)}: name another (--tar-member, tar_member=)"
+        fault = (
+            f"has no member {member!r}, only {shown(sorted(sample.members))}: name another (--tar-member, tar_member=)"
+        )
         return rejected(place, fault, None)
     try:
         value = decode(sample._replace(members={member: sample.members[member]}))[member]
