@@ -82,7 +82,13 @@ def _add_label(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     where = parser.add_mutually_exclusive_group(required=True)
     add_input_arguments(where)
-    where.add_argument("--shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
+    where.add_argument(
+        "--shards",
+        nargs="+",
+        action="extend",
+        metavar="SHARDS",
+        help="a manifest.json or its folder, or NAME=PATTERN",
+    )
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
     add_output_arguments(parser, "the labels")
     parser.add_argument("--split", action="store_true", help="also write the documents sorted by topic")
@@ -124,8 +130,16 @@ def _add_start_state(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         ),
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--data", nargs="+", metavar="PATH", help="files, globs or folders of training documents")
-    where.add_argument("--shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
+    where.add_argument(
+        "--data", nargs="+", action="extend", metavar="PATH", help="files, globs or folders of training documents"
+    )
+    where.add_argument(
+        "--shards",
+        nargs="+",
+        action="extend",
+        metavar="SHARDS",
+        help="a manifest.json or its folder, or NAME=PATTERN",
+    )
     where.add_argument("--model", metavar="NAME", help="folder or Hub id of a causal language model")
     parser.add_argument(
         "--output", default="start_state.json", metavar="FILE", help="the file or its URL (default: %(default)s)"

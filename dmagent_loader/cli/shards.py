@@ -50,7 +50,14 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--append", action="store_true", help="add shards to domains that the folder holds")
     add_reading_arguments(parser)
     add_max_bad(parser, f"its {REJECTS_NAME}")
-    parser.add_argument("--keep-columns", nargs="+", default=[], metavar="COLUMN", help="columns kept as a json member")
+    parser.add_argument(
+        "--keep-columns",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="COLUMN",
+        help="columns kept as a json member",
+    )
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder written by save_pretrained")
     parser.add_argument("--eos-token", metavar="TOKEN", help="end-of-text token (default: the tokenizer's)")
     parser.add_argument(
@@ -248,6 +255,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-files",
         nargs="+",
+        action="extend",
         default=[],
         metavar="ENDING",
         help="endings of plain text files, such as .txt .md, each of which is one document (default: none are read)",
