@@ -17,6 +17,7 @@ from dmagent_loader.cli.generate import add_sampling_arguments, language_model
 from dmagent_loader.cli.shards import (
     add_gpus_per_worker,
     add_input_arguments,
+    add_key_ends_at,
     add_max_bad,
     add_output_arguments,
     add_reading_arguments,
@@ -115,6 +116,7 @@ def _add_compose(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     _add_sample_arguments(parser, "largest sample of a domain (default: no limit)")
     add_text_key(parser)
+    add_key_ends_at(parser)
     add_classifier_arguments(parser)
     parser.set_defaults(run=compose_shards)
 
@@ -378,7 +380,10 @@ def open_shards(args: argparse.Namespace) -> tuple[ShardCollection, list[Manifes
                 "NAME=PATTERN"
             )
     shards, manifests = listed_shards(args.shards)
-    return ShardCollection.open(shards, progress=not args.no_progress, manifests=manifests), manifests
+    collection = ShardCollection.open(
+        shards, progress=not args.no_progress, manifests=manifests, key_ends_at=args.key_ends_at
+    )
+    return collection, manifests
 
 
 def _check_is_no_raw_data(argument: str) -> None:

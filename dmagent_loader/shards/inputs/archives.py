@@ -33,7 +33,7 @@ def read_tar(
         ShardError: The shard is damaged.
     """
     name, member = display_url(source.url), options.tar_member or "txt"
-    collection = ShardCollection.open({"source/shard": [source.url]}, progress=False)
+    collection = ShardCollection.open({"source/shard": [source.url]}, progress=False, key_ends_at=options.key_ends_at)
     (rows,) = collection.shard_rows(0)
     decode = Decoder()
     for number in range(rows):

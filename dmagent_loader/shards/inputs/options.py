@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.inputs.kinds import COMPRESSIONS, kind_of_name
+from dmagent_loader.shards.tar import KeyEnd
 
 TOOLS_KEY = "tools"
 """Column with the tools of a conversation, a list or its JSON, by the convention of data sets of the Hub."""
@@ -25,6 +26,7 @@ class ReadOptions:
             because a README or a log beside the data would become a document.
         tar_member: Member of the rows of tar shards that holds the document, such as ``"txt"`` or ``"json"``. None: tar
             shards are refused, because the sampler reads them as they are.
+        key_ends_at: The dot of a file name in tar shards at which the key of its row ends.
     """
 
     text_key: str = "text"
@@ -33,6 +35,7 @@ class ReadOptions:
     messages_key: str = "messages"
     text_files: tuple[str, ...] = ()
     tar_member: str | None = None
+    key_ends_at: KeyEnd = "first-dot"
 
     def __post_init__(self) -> None:
         for ending in self.text_files:
