@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dmagent_loader._loading.lazy import TAGS, Columns, read_together
-from dmagent_loader._validation import added_tokens, whole_number
+from dmagent_loader._validation import added_tokens, shown, whole_number
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DecodeError
 from dmagent_loader.shards.writing.packing import LENGTHS_MEMBER, PACKED_MEMBER
 
@@ -238,8 +238,8 @@ def _packed(sample: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     if PACKED_MEMBER not in sample:
         raise DecodeError(
             f"row {sample.get('__key__')!r} of {sample.get('__domain__')!r} has no member {PACKED_MEMBER!r}, only "
-            f"{[name for name in sample if not name.startswith('__')]}: write the shards with --tokenizer, or use "
-            f"TokenizeText; {HOW_TO_RESUME}"
+            f"{shown([name for name in sample if not name.startswith('__')])}: write the shards with --tokenizer, or "
+            f"use TokenizeText; {HOW_TO_RESUME}"
         )
     return np.asarray(sample[PACKED_MEMBER])
 
@@ -409,7 +409,7 @@ class TokenizeText:
         if self.member not in sample:
             raise DecodeError(
                 f"{row} has no member {self.member!r}, only "
-                f"{[name for name in sample if not name.startswith('__')]}: pass member="
+                f"{shown([name for name in sample if not name.startswith('__')])}: pass member="
             )
         ids = self._encoded(sample[self.member])
         if self.end_token is not None:

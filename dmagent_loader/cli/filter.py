@@ -56,6 +56,7 @@ def add_filter_command(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument(
         "--decontaminate",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help=f"question files (columns question, answer): drop documents with {NGRAM} consecutive words of a question",
@@ -70,9 +71,9 @@ def add_filter_command(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument(
         "--drop-quality",
         nargs="+",
-        default=list(defaults.dropped_quality),
+        action="extend",
         metavar="LABEL",
-        help="labels of quality that are dropped (default: Low)",
+        help=f"labels of quality that are dropped (default: {' '.join(defaults.dropped_quality)})",
     )
     parser.add_argument("--device", help="torch device of the classifier (default: the GPU if there is one)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="texts in a batch (default: 64)")
@@ -88,7 +89,7 @@ def filter_documents(args: argparse.Namespace) -> int:
     Raises:
         ConfigurationError: A setting cannot work or has no effect, or the output cannot be written to or holds inputs.
     """
-    if not (args.quality or args.quality_key) and tuple(args.drop_quality) != FilterConfig().dropped_quality:
+    if args.drop_quality and not (args.quality or args.quality_key):
         raise ConfigurationError(
             "--drop-quality has no effect without --quality or --quality-key: name the classifier of quality, or the "
             "column with the labels"
@@ -98,7 +99,7 @@ def filter_documents(args: argparse.Namespace) -> int:
         max_characters=args.max_characters,
         exact_duplicates=not args.keep_duplicates,
         near_duplicates=args.near_duplicates,
-        dropped_quality=tuple(args.drop_quality),
+        dropped_quality=tuple(args.drop_quality or FilterConfig.dropped_quality),
         quality_key=args.quality_key,
     )
     domains = {name: FileDocuments(name, paths, read_options(args)) for name, paths in input_domains(args).items()}

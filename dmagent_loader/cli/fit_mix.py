@@ -67,6 +67,7 @@ def add_fit_mix_command(subparsers: argparse._SubParsersAction[argparse.Argument
     parser.add_argument(
         "--test",
         nargs="+",
+        action="extend",
         type=Path,
         metavar="TABLE",
         help=f"runs to test the ranking on, as TABLE (default: {FOLDS}-fold cross-validation)",

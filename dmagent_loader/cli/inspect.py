@@ -14,6 +14,7 @@ from dmagent_loader._files import write_atomically
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.agent.checkpoint import CARD_FILE, CONFIG_FILE, list_bundled, read_config, resolve
 from dmagent_loader.cli.label import add_classifier_arguments, add_text_key, labeller_of, open_shards, shard_documents
+from dmagent_loader.cli.shards import add_key_ends_at
 from dmagent_loader.errors import ConfigurationError, require_extra
 from dmagent_loader.labelling.classifier import load_classifier
 from dmagent_loader.labelling.filtering import DocumentChecks, FilterConfig
@@ -66,6 +67,7 @@ def add_inspect_command(subparsers: argparse._SubParsersAction[argparse.Argument
         "--source-key", metavar="COLUMN", help="column that says where a document is from, such as origin or url"
     )
     add_text_key(parser)
+    add_key_ends_at(parser)
     add_classifier_arguments(parser)
     parser.set_defaults(run=inspect)
 

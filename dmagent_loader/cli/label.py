@@ -17,6 +17,7 @@ from dmagent_loader.cli.generate import add_sampling_arguments, language_model
 from dmagent_loader.cli.shards import (
     add_gpus_per_worker,
     add_input_arguments,
+    add_key_ends_at,
     add_max_bad,
     add_output_arguments,
     add_reading_arguments,
@@ -82,7 +83,13 @@ def _add_label(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     where = parser.add_mutually_exclusive_group(required=True)
     add_input_arguments(where)
-    where.add_argument("--shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
+    where.add_argument(
+        "--shards",
+        nargs="+",
+        action="extend",
+        metavar="SHARDS",
+        help="a manifest.json or its folder, or NAME=PATTERN",
+    )
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
     add_output_arguments(parser, "the labels")
     parser.add_argument("--split", action="store_true", help="also write the documents sorted by topic")
@@ -109,6 +116,7 @@ def _add_compose(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     _add_sample_arguments(parser, "largest sample of a domain (default: no limit)")
     add_text_key(parser)
+    add_key_ends_at(parser)
     add_classifier_arguments(parser)
     parser.set_defaults(run=compose_shards)
 
@@ -124,8 +132,16 @@ def _add_start_state(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
         ),
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--data", nargs="+", metavar="PATH", help="files, globs or folders of training documents")
-    where.add_argument("--shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
+    where.add_argument(
+        "--data", nargs="+", action="extend", metavar="PATH", help="files, globs or folders of training documents"
+    )
+    where.add_argument(
+        "--shards",
+        nargs="+",
+        action="extend",
+        metavar="SHARDS",
+        help="a manifest.json or its folder, or NAME=PATTERN",
+    )
     where.add_argument("--model", metavar="NAME", help="folder or Hub id of a causal language model")
     parser.add_argument(
         "--output", default="start_state.json", metavar="FILE", help="the file or its URL (default: %(default)s)"
@@ -364,7 +380,10 @@ def open_shards(args: argparse.Namespace) -> tuple[ShardCollection, list[Manifes
                 "NAME=PATTERN"
             )
     shards, manifests = listed_shards(args.shards)
-    return ShardCollection.open(shards, progress=not args.no_progress, manifests=manifests), manifests
+    collection = ShardCollection.open(
+        shards, progress=not args.no_progress, manifests=manifests, key_ends_at=args.key_ends_at
+    )
+    return collection, manifests
 
 
 def _check_is_no_raw_data(argument: str) -> None:

@@ -50,7 +50,14 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--append", action="store_true", help="add shards to domains that the folder holds")
     add_reading_arguments(parser)
     add_max_bad(parser, f"its {REJECTS_NAME}")
-    parser.add_argument("--keep-columns", nargs="+", default=[], metavar="COLUMN", help="columns kept as a json member")
+    parser.add_argument(
+        "--keep-columns",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="COLUMN",
+        help="columns kept as a json member",
+    )
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder written by save_pretrained")
     parser.add_argument("--eos-token", metavar="TOKEN", help="end-of-text token (default: the tokenizer's)")
     parser.add_argument(
@@ -101,12 +108,7 @@ def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SHARDS",
         help="a manifest.json or its folder, NAME=PATTERN, or a path, brace pattern, glob or URL",
     )
-    parser.add_argument(
-        "--key-ends-at",
-        choices=get_args(KeyEnd),
-        default="first-dot",
-        help="the dot of a file name at which the key of its row ends (default: %(default)s)",
-    )
+    add_key_ends_at(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--beside",
@@ -133,6 +135,7 @@ def shard(args: argparse.Namespace) -> int:
         messages_key=args.messages_key,
         text_files=tuple(args.text_files),
         tar_member=args.tar_member,
+        key_ends_at=args.key_ends_at,
         tokenizer=args.tokenizer,
         eos_token=args.eos_token,
         parse_special_tokens=args.parse_special_tokens,
@@ -248,12 +251,24 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-files",
         nargs="+",
+        action="extend",
         default=[],
         metavar="ENDING",
         help="endings of plain text files, such as .txt .md, each of which is one document (default: none are read)",
     )
     parser.add_argument(
         "--tar-member", metavar="NAME", help="read tar shards, from this member of their rows, such as txt"
+    )
+    add_key_ends_at(parser)
+
+
+def add_key_ends_at(parser: argparse.ArgumentParser) -> None:
+    """Adds which files of a tar shard are one row."""
+    parser.add_argument(
+        "--key-ends-at",
+        choices=get_args(KeyEnd),
+        default="first-dot",
+        help="the dot of a file name in a tar shard at which the key of its row ends (default: %(default)s)",
     )
 
 
@@ -311,6 +326,7 @@ def read_options(args: argparse.Namespace) -> ReadOptions:
         messages_key=args.messages_key,
         text_files=tuple(args.text_files),
         tar_member=args.tar_member,
+        key_ends_at=args.key_ends_at,
     )
 
 

@@ -264,6 +264,8 @@ def _continue_in(place: Place, domain: str, documents: DomainDocuments, labeller
         **asdict(labeller.config),
     }
     stored = place.read(f"{name}/{SETTINGS_FILE}") if place.work_is_apart else None
+    if folder.is_dir() and not part_names(path.name for path in folder.iterdir()):
+        (folder / SETTINGS_FILE).unlink(missing_ok=True)  # of a call that ended at a document that is repaired by now
     differing = differing_settings(folder / SETTINGS_FILE, settings, stored)
     if stored is not None and not differing:
         for part in part_names(place.names(name)):

@@ -54,7 +54,7 @@ class FilterConfig:
         max_characters: Largest number of characters; None: no limit.
         exact_duplicates: Whether to drop exact duplicates.
         near_duplicates: Least Jaccard similarity of near duplicates, estimated by MinHash; None: they are kept.
-        dropped_quality: Labels of quality that are dropped.
+        dropped_quality: Labels of quality that are dropped, in upper or lower case; numbers are compared as text.
         quality_key: Column with the quality of a document, such as ``quality_pred`` of NeMo Curator; dots lead into
             nested columns. Only documents without one are classified.
 
@@ -158,8 +158,9 @@ class DocumentChecks:
                 reason = CONTAMINATED
             codes[number] = _code(reason)
         kept = np.flatnonzero(codes == 0).tolist()
+        dropped = {label.casefold() for label in self.config.dropped_quality}
         for number, label in zip(kept, self.qualities([documents[number] for number in kept]), strict=True):
-            if label in self.config.dropped_quality:
+            if str(label).casefold() in dropped:
                 codes[number] = _code(QUALITY)
         if not self.config.exact_duplicates:
             digests = digests[:0]

@@ -175,7 +175,7 @@ class Labeller:
                     counts.total(),
                     shown([label for label, _ in unknown.most_common(_SHOWN_LABELS)]),
                 )
-            self._warned.add(name)
+                self._warned.add(name)
         return foreign
 
 

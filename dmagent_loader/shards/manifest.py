@@ -14,7 +14,7 @@ import posixpath
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class DomainRecord:
         dropped_tokens: Tokens at the end that did not fill a row and are left out; None for raw text.
         special_token_documents: Documents whose text spells a special token; None for raw text.
         settings: Settings of the writer.
-        jobs: Hex sha256 of the inputs and settings of each call that added shards.
+        inputs: Digest of the place of each input -> digest of its version and the settings with which it was added.
         shards: The files, in order.
     """
 
@@ -76,7 +76,7 @@ class DomainRecord:
     dropped_tokens: int | None
     special_token_documents: int | None
     settings: dict[str, Any]
-    jobs: tuple[str, ...] = ()
+    inputs: dict[str, str] = field(default_factory=dict)
     shards: tuple[ShardRecord, ...]
 
     @property

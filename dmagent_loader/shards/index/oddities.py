@@ -63,7 +63,7 @@ def _odd_rows(domain: str, total: int, found: Sequence[_Rows]) -> Iterator[str]:
             f"domain {domain!r}: {count} of {total} rows {'is' if count == 1 else 'are'} made of a dozen files or more "
             f"of one kind, {', '.join(collapsed[0].kind.extensions)} (first: {collapsed[0].place}), because the key of "
             "a row ends at the first dot of a file name; if each file is a row, and the names have dots in them, pass "
-            "reading=ReadingConfig(key_ends_at='last-dot')"
+            "reading=ReadingConfig(key_ends_at='last-dot') (--key-ends-at last-dot)"
         )
     having: Counter[str] = Counter()
     for rows in found:

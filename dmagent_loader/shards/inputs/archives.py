@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dmagent_loader._tasks import Advance
+from dmagent_loader._validation import shown
 from dmagent_loader.errors import DecodeError, ShardError, require_extra
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.decode import Decoder, RawSample
@@ -32,7 +33,7 @@ def read_tar(
         ShardError: The shard is damaged.
     """
     name, member = display_url(source.url), options.tar_member or "txt"
-    collection = ShardCollection.open({"source/shard": [source.url]}, progress=False)
+    collection = ShardCollection.open({"source/shard": [source.url]}, progress=False, key_ends_at=options.key_ends_at)
     (rows,) = collection.shard_rows(0)
     decode = Decoder()
     for number in range(rows):
@@ -43,7 +44,9 @@ def read_tar(
 def _tar_record(name: str, sample: RawSample, member: str, decode: Decoder) -> Record | Rejected:
     place = f"{name}, row {sample.key!r}"
     if member not in sample.members:
-        fault = f"has no member {member!r}, only {sorted(sample.members)}: name another (--tar-member, tar_member=)"
+        fault = (
+            f"has no member {member!r}, only {shown(sorted(sample.members))}: name another (--tar-member, tar_member=)"
+        )
         return rejected(place, fault, None)
     try:
         value = decode(sample._replace(members={member: sample.members[member]}))[member]

@@ -14,6 +14,7 @@ from typing import Any
 
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ConfigurationError, require_extra
+from dmagent_loader.shards.inputs.options import TOOLS_KEY
 
 _SPECIAL = re.compile(r"\b(?:bos|eos|unk|sep|pad|cls|mask)_token\b")
 _SET = re.compile(r"{%-?\s*set\s+(\w+)")
@@ -25,11 +26,11 @@ class ChatTemplate:
     """A chat template.
 
     Attributes:
-        render: Function from the messages of a conversation to its text.
+        render: Function from the messages of a conversation and its tools, None if it has none, to its text.
         sha256: Hex sha256 of the template and the special tokens that it writes.
     """
 
-    render: Callable[[list[dict[str, Any]]], str]
+    render: Callable[[list[dict[str, Any]], list[Any] | None], str]
     sha256: str
 
 
@@ -59,7 +60,7 @@ def load_template(path: str) -> ChatTemplate:
             f"tokenizer {path!r} has no chat template: name one that has, or a .jinja file (--chat-template)"
         )
     return ChatTemplate(
-        lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False)),
+        lambda messages, tools: str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)),
         _digest(tokenizer.chat_template, tokenizer.special_tokens_map),
     )
 
@@ -79,7 +80,9 @@ def _of_file(path: str) -> ChatTemplate:
     tokens = {name: known[name] for name in named}
     library = require_extra("transformers.utils.chat_template_utils", "hf")
     return ChatTemplate(
-        lambda messages: str(library.render_jinja_template([messages], chat_template=template, **tokens)[0][0]),
+        lambda messages, tools: str(
+            library.render_jinja_template([messages], tools=tools, chat_template=template, **tokens)[0][0]
+        ),
         _digest(template, tokens),
     )
 
@@ -101,10 +104,29 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def tools_of(value: Any) -> list[Any] | None:
+    """The tools of a conversation, from its column `TOOLS_KEY`; None if it has none.
+
+    Columns of tables have nulls for the keys that only other tools have; they are left out.
+
+    Raises:
+        ValueError: The column holds something else.
+    """
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+        tools = json.loads(text or "null", object_hook=lambda found: {k: v for k, v in found.items() if v is not None})
+    except (ValueError, TypeError):
+        tools = value
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"its column {TOOLS_KEY!r} is neither a list of tools nor the JSON of one: {shown(value)}")
+    return tools or None
+
+
 def fault_of_text(text: str, messages: list[dict[str, Any]]) -> str:
     """The fault of a rendered conversation; ``""`` if there is none.
 
-    Content may be a list of parts, which templates without a loop over them write as Python does.
+    Content may be a list of parts, which templates without a loop over them write as Python does. Templates that know
+    no tools leave calls of them out.
     """
     for number, message in enumerate(messages, start=1):
         content = message.get("content")
@@ -113,6 +135,10 @@ def fault_of_text(text: str, messages: list[dict[str, Any]]) -> str:
                 f"has {shown(content)} as 'content' of message {number}, which the chat template writes as Python "
                 "code, because it expects text"
             )
+        for call in message.get("tool_calls") or []:
+            name = (call.get("function") or call).get("name")
+            if isinstance(name, str) and name not in text:
+                return f"has a call of {shown(name)} in message {number}, which the chat template leaves out"
     return ""
 
 

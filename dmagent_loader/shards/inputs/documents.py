@@ -11,9 +11,9 @@ import numpy as np
 from dmagent_loader._tasks import Advance
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ShardError
-from dmagent_loader.shards.inputs.chat import fault_of_messages, fault_of_text, load_template
+from dmagent_loader.shards.inputs.chat import fault_of_messages, fault_of_text, load_template, tools_of
 from dmagent_loader.shards.inputs.kinds import Input
-from dmagent_loader.shards.inputs.options import ReadOptions
+from dmagent_loader.shards.inputs.options import TOOLS_KEY, ReadOptions
 from dmagent_loader.shards.inputs.pieces import Piece, divide
 from dmagent_loader.shards.inputs.records import Record, Reject, Rejected, TokenArray, rejected
 from dmagent_loader.shards.inputs.text import missing_column
@@ -63,7 +63,7 @@ class Documents:
             options = self._options
             text = value.get(options.document_key)
             if self._render is not None and options.messages_key in value:
-                text = self._rendered(place, text)
+                text = self._rendered(place, text, value.get(TOOLS_KEY))
         elif isinstance(value, str):
             text, value = value, {}
         else:
@@ -85,12 +85,12 @@ class Documents:
             return Rejected(place, fault, shown(text))
         return Document(text, self._kept(value), place)
 
-    def _rendered(self, place: str, messages: Any) -> str | Rejected:
+    def _rendered(self, place: str, messages: Any, tools: Any) -> str | Rejected:
         assert self._render is not None
         fault = fault_of_messages(messages)
         if not fault:
             try:
-                text = self._render(messages)
+                text = self._render(messages, tools_of(tools))
                 fault = fault_of_text(text, messages)
                 if not fault:
                     return text

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.inputs.kinds import COMPRESSIONS, kind_of_name
+from dmagent_loader.shards.tar import KeyEnd
+
+TOOLS_KEY = "tools"
+"""Column with the tools of a conversation, a list or its JSON, by the convention of data sets of the Hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +20,13 @@ class ReadOptions:
         text_key: Column of a record that holds the text.
         keep_columns: Columns to keep with the text; None: all.
         chat_template: Folder or Hub name of a tokenizer with a chat template, or a ``.jinja`` file. Documents are then
-            the rendered conversations of the column `messages_key`.
+            the rendered conversations of the column `messages_key`; the template gets the column `TOOLS_KEY`, too.
         messages_key: Column with the messages of a conversation: a list of objects with ``role`` and ``content``.
         text_files: Endings of files that are one document each, such as ``".txt"``. None are read as text by default,
             because a README or a log beside the data would become a document.
         tar_member: Member of the rows of tar shards that holds the document, such as ``"txt"`` or ``"json"``. None: tar
             shards are refused, because the sampler reads them as they are.
+        key_ends_at: The dot of a file name in tar shards at which the key of its row ends.
     """
 
     text_key: str = "text"
@@ -30,6 +35,7 @@ class ReadOptions:
     messages_key: str = "messages"
     text_files: tuple[str, ...] = ()
     tar_member: str | None = None
+    key_ends_at: KeyEnd = "first-dot"
 
     def __post_init__(self) -> None:
         for ending in self.text_files:
@@ -59,4 +65,6 @@ class ReadOptions:
         if self.keep_columns is None:
             return available
         wanted = {self.document_key, *self.keep_columns}
+        if self.chat_template is not None:
+            wanted.add(TOOLS_KEY)
         return [name for name in available if name in wanted]

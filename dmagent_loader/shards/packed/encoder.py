@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dmagent_loader._validation import shown
 from dmagent_loader.errors import DecodeError, require_extra
 from dmagent_loader.shards.decode import Decoder, RawSample
 from dmagent_loader.shards.writing.encoding import TextEncoder
@@ -72,8 +73,8 @@ class DocumentEncoder:
         """
         if self._member not in row.members:
             raise DecodeError(
-                f"the row has no member {self._member!r}, only {sorted(row.members)}: pass PackText(member=...), or "
-                "leave pack= out if the shards hold packed rows"
+                f"the row has no member {self._member!r}, only {shown(sorted(row.members))}: "
+                "pass PackText(member=...), or leave pack= out if the shards hold packed rows"
             )
         value = self._decode(RawSample(row.key, {self._member: row.members[self._member]}))[self._member]
         if isinstance(value, dict):

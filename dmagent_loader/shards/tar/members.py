@@ -94,7 +94,7 @@ class MemberTable:
                     f"shard {self._url}: more than {_MAX_EXTENSIONS} different extensions, the last one "
                     f"{shown(extension)!r} (key {shown(key)!r}, byte {offset - BLOCK}): the key of a sample ends at "
                     "the first dot of its name; for names with dots in them, pass "
-                    "reading=ReadingConfig(key_ends_at='last-dot')"
+                    "reading=ReadingConfig(key_ends_at='last-dot') (--key-ends-at last-dot)"
                 )
             number = self._numbers[extension] = len(self.extensions)
             self.extensions.append(extension)

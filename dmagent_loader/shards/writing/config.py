@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.inputs.options import ReadOptions
+from dmagent_loader.shards.tar import KeyEnd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class ShardingConfig:
         messages_key: Column with the messages of a conversation: a list of objects with ``role`` and ``content``.
         text_files: Endings of files that are one document each, such as ``".txt"``.
         tar_member: Member with the text in tar shards that are to be written again; None: tar shards are refused.
+        key_ends_at: The dot of a file name in these shards at which the key of its row ends.
         tokenizer: A ``tokenizer.json``, a folder or a Hub name, for packed rows; None: raw text.
         eos_token: End-of-text token between packed documents; None: that of the tokenizer.
         parse_special_tokens: Whether text that spells a special token, such as ``<|endoftext|>``, becomes that token,
@@ -39,6 +41,7 @@ class ShardingConfig:
     messages_key: str = "messages"
     text_files: tuple[str, ...] = ()
     tar_member: str | None = None
+    key_ends_at: KeyEnd = "first-dot"
     tokenizer: str | None = None
     eos_token: str | None = None
     parse_special_tokens: bool = False
@@ -100,4 +103,5 @@ class ShardingConfig:
             messages_key=self.messages_key,
             text_files=self.text_files,
             tar_member=self.tar_member,
+            key_ends_at=self.key_ends_at,
         )

@@ -14,6 +14,7 @@ from typing import Any
 from dmagent_loader._files import write_atomically
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.tables import version_of
+from dmagent_loader.shards.sources.urls import display_url
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.place import Place
 
@@ -36,7 +37,7 @@ class Job:
 
     Attributes:
         place: Where the shards are written.
-        digests: Domain -> hex sha256 of its inputs and the settings.
+        digests: Domain -> digest of the place of each of its inputs -> digest of all that decides its documents.
         folder: Folder of the work.
     """
 
@@ -50,16 +51,17 @@ class Job:
         chosen = {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTITY}
         self.place = place
         self.digests = {
-            domain: _digest(
-                {
-                    "inputs": [(item.location, item.kind.value, item.size, version_of(item)) for item in items],
-                    "config": chosen,
-                    "settings": dict(settings),
-                }
-            )
+            domain: {
+                _digest(item.location): _digest(
+                    [item.location, item.kind.value, item.size, version_of(item), chosen, dict(settings)]
+                )
+                for item in items
+            }
             for domain, items in inputs.items()
         }
-        self.folder = place.work / _FOLDER / _digest(self.digests)[:16]
+        self.folder = (
+            place.work / _FOLDER / _digest({domain: list(found.values()) for domain, found in self.digests.items()})
+        )
 
     def announce(self) -> None:
         """Warns of unfinished work."""
@@ -75,9 +77,42 @@ class Job:
         if self.folder.exists():
             logger.warning("%s: an earlier call did not finish this job, which goes on where it stood", self.place)
 
-    def chunks(self, domain: str) -> Path:
-        """The folder of the chunks of a domain, which is made."""
-        return _made(self.folder / "chunks" / domain)
+    def new_inputs(self, domain: str, items: Sequence[Input], earlier: Mapping[str, str]) -> list[Input]:
+        """The inputs of a domain that earlier jobs have not added.
+
+        Args:
+            domain: Name of the domain.
+            items: Its inputs.
+            earlier: Digests of those that were added, as in `digests`.
+        """
+        places = {_digest(item.location): item for item in items}
+        new = {place: item for place, item in places.items() if earlier.get(place) != self.digests[domain][place]}
+        if len(new) < len(places):
+            logger.warning(
+                "%s holds %d of %d input(s) of %s already, with these settings: they are not added again",
+                self.place,
+                len(places) - len(new),
+                len(places),
+                domain,
+            )
+        again = [item.url for place, item in new.items() if place in earlier]
+        if again:
+            logger.warning(
+                "%s holds an earlier version of %d input(s) of %s, or rows of other settings, and all documents are "
+                "added again, such as those of %s: give new documents in files of their own",
+                self.place,
+                len(again),
+                domain,
+                display_url(again[0]),
+            )
+        return list(new.values())
+
+    def chunks(self, domain: str, items: Sequence[Input]) -> Path:
+        """The folder of the chunks of these inputs of a domain, which is made.
+
+        They are fewer if another job has added some since this one was killed.
+        """
+        return _made(self.folder / "chunks" / domain / _digest([item.location for item in items]))
 
     def shards(self, domain: str, first_shard: int, first_row: int) -> Path:
         """The folder of the shards of a domain with these first numbers, which is made.
@@ -109,7 +144,7 @@ class Job:
 
 
 def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _made(folder: Path) -> Path:

@@ -58,7 +58,7 @@ def earlier_entries(place: Place) -> dict[str, Any]:
 def earlier_record(entry: Mapping[str, Any]) -> DomainRecord:
     """The record of a domain that `shard_files` wrote, as it stands in the manifest."""
     shards = tuple(ShardRecord(**shard) for shard in entry["shards"])
-    return DomainRecord(**{**entry, "jobs": tuple(entry["jobs"]), "shards": shards})
+    return DomainRecord(**{**entry, "shards": shards})
 
 
 def next_shard(job: Job, domain: str, entry: Mapping[str, Any]) -> int:
@@ -145,7 +145,7 @@ def joined_record(
         dropped_tokens=counts.elements - rows * length if length else None,
         special_token_documents=counts.special if length else None,
         settings=dict(settings),
-        jobs=(job.digests[domain],),
+        inputs=job.digests[domain],
         shards=tuple(replace(shard, path=f"{domain}/{shard.path}") for shard in part.shards),
     )
     if earlier is None:
@@ -155,4 +155,4 @@ def joined_record(
         for name in _SUMMED
     }
     shards = tuple(ShardRecord(**shard) for shard in earlier["shards"])
-    return replace(record, **sums, jobs=(*earlier.get("jobs", ()), *record.jobs), shards=shards + record.shards)
+    return replace(record, **sums, inputs={**earlier.get("inputs", {}), **record.inputs}, shards=shards + record.shards)

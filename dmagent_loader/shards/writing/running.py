@@ -63,13 +63,14 @@ class Run:
             ShardError: An input cannot be used, or no document has a column to keep.
             EmptyShardError: A domain has no rows, and is not to be left out; or none has.
         """
+        chunks = {domain: job.chunks(domain, items) for domain, items in inputs.items()}
         collections = {
             domain: [
                 Collection(
                     domain=domain,
                     number=number,
                     piece=piece,
-                    folder=job.chunks(domain),
+                    folder=chunks[domain],
                     config=self.config,
                     chunk_bytes=CHUNK_BYTES,
                 )
@@ -85,18 +86,18 @@ class Run:
         assemblies: dict[str, list[Assembly]] = {}
         folders: dict[str, Path] = {}
         for domain, tasks in collections.items():
-            chunks = [chunk for task in tasks for chunk in task.chunks()]
+            written = [chunk for task in tasks for chunk in task.chunks()]
             first_shard, first_row = 0, 0
             if domain in earlier:
                 first_shard = next_shard(job, domain, earlier[domain])
                 first_row = next_row(job.place, earlier[domain])
             folders[domain] = job.shards(domain, first_shard, first_row)
             if counts[domain].documents:
-                self._report_overhead(domain, tar_size(chunks, counts[domain], self.config))
+                self._report_overhead(domain, tar_size(written, counts[domain], self.config))
             assemblies[domain] = plan_shards(
                 folders[domain],
                 domain.rpartition("/")[2],
-                chunks,
+                written,
                 counts[domain],
                 self.config,
                 first_shard=first_shard,

@@ -56,7 +56,8 @@ def shard_files(
         output: Folder of the shards, created if missing, or URL of an object store, such as ``s3://bucket/shards``.
         config: Settings; None: raw text with the defaults.
         append: Add shards to domains that the folder holds; False: such domains are an error. Inputs that were added
-            with the same settings before are left out with a warning, so a call can be repeated.
+            with the same settings before are left out with a warning, so a call can be repeated, also with more inputs;
+            those that have changed since are added whole.
         work_dir: Local folder for the work in progress of a store; None: a folder in that of the caches.
         workers: Number of processes, 0: this one, in which the tokenizer uses all cores; or `RayWorkers`.
         progress: Show progress bars.
@@ -91,17 +92,17 @@ def shard_files(
         kept = earlier_entries(place)
         earlier = {domain: kept[domain] for domain in domains if domain in kept}
         job = Job(place, inputs, config, {**settings, "piece_bytes": PIECE_BYTES})
-        done = {domain: entry for domain, entry in earlier.items() if job.digests[domain] in entry.get("jobs", ())}
+        done = {
+            domain: entry
+            for domain, entry in earlier.items()
+            if job.digests[domain].items() <= entry.get("inputs", {}).items()
+        }
         # A job that was killed after it wrote the manifest holds all its domains, but those that it left out as small.
         was_written = done.keys() == earlier.keys() and job.folder.exists()
         if append or (done and was_written):
-            if done:
-                logger.warning(
-                    "%s holds these inputs of %s already, with these settings: they are not added again",
-                    place,
-                    ", ".join(done),
-                )
-            inputs = {domain: items for domain, items in inputs.items() if domain not in done}
+            for domain, entry in earlier.items():
+                inputs[domain] = job.new_inputs(domain, inputs[domain], entry.get("inputs", {}))
+            inputs = {domain: items for domain, items in inputs.items() if items}
             if not inputs:
                 job.remove()
                 return {domain: earlier_record(entry) for domain, entry in done.items()}

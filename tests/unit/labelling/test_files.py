@@ -176,6 +176,17 @@ def test_labels_of_other_documents_or_settings_are_not_continued(web: Path, tmp_
         run(web, tmp_path / "out", ByWord())
 
 
+def test_a_job_that_ended_at_a_bad_record_runs_once_it_is_repaired(web: Path, tmp_path: Path) -> None:
+    """It was refused, because of labels that there were none of."""
+    write_jsonl(web, [{"text": "Science 1"}, {"text": None}])
+    with pytest.raises(ShardError, match="repair or remove the record"):
+        run(web, tmp_path / "out", ByWord())
+    write_jsonl(web, [{"text": "Science 1"}])
+    run(web, tmp_path / "out", ByWord())
+    with pytest.raises(ConfigurationError, match="holds labels with other documents"):
+        run(write_jsonl(web, [{"text": "Games 12"}]), tmp_path / "out", ByWord())
+
+
 def test_labels_of_another_data_set_or_column_are_not_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

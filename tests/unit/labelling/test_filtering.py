@@ -136,6 +136,14 @@ def test_low_quality_is_dropped_and_only_what_is_left_is_classified() -> None:
         DocumentFilter(FilterConfig(dropped_quality=("Bad",)), quality=quality)
 
 
+@pytest.mark.parametrize(("label", "dropped"), [("LOW", "Low"), ("low", "Low"), (0, "0")])
+def test_a_stated_quality_may_be_in_any_case_or_a_number(label: Any, dropped: str) -> None:
+    """It was kept, without a word."""
+    documents = [Document("one", {"quality": label}, ""), Document("two", {"quality": "High"}, "")]
+    checked = DocumentFilter(FilterConfig(quality_key="quality", dropped_quality=(dropped,)))
+    assert checked.reasons(documents) == [QUALITY, None]
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="no document fits"):
         FilterConfig(min_characters=5, max_characters=4)

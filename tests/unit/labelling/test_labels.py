@@ -81,6 +81,13 @@ def test_a_column_of_another_taxonomy_is_not_half_taken(caplog: pytest.LogCaptur
     assert [labels.topic(n) for n in range(4)] == ["News"] * 4
     assert "the column 'topic' is not read as labels: 3 of 4" in caplog.text
     assert "['Physics', 'Chemistry']" in caplog.text
+    # Another domain had the same column with unknown labels only, and the warning was never given.
+    caplog.clear()
+    labeller = Labeller(ByDigit())
+    labeller.label([document("News 0.9", topic="Physics")] * 2)
+    assert not caplog.text
+    labeller.label(texts)
+    assert "3 of 4" in caplog.text
     few = [document("News 0.9", topic="Science")] * 9 + [document("News 0.9", topic="Physics")]
     assert Labeller(ByDigit()).label(few).stated.sum() == 9
 

@@ -108,6 +108,22 @@ def test_samplers_and_the_command_take_the_end_of_keys(write_tar: WriteTar, caps
         ReadingConfig(key_ends_at="dot")  # type: ignore[arg-type]
 
 
+def test_commands_that_read_text_take_the_end_of_keys(
+    tmp_path: Path, write_tar: WriteTar, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The warning named a remedy that they did not have."""
+    path = write_tar("a.tar", [(f"arxiv.2101.{n:05d}.txt", b"document %d" % n) for n in range(20)])
+    for command in (
+        ["shard", "--domain", f"source/a={path}", "--tar-member", "txt"],
+        ["label", "--shards", f"source/a={path}"],
+        ["inspect", f"source/a={path}"],
+    ):
+        command += ["--no-progress", "--output"]
+        assert main([*command, str(tmp_path / f"{command[0]}-first.html")]) == 2
+        assert main([*command, str(tmp_path / f"{command[0]}-last.html"), "--key-ends-at", "last-dot"]) == 0
+        assert "20" in capsys.readouterr().out
+
+
 def test_members_that_are_packed_stay_together_at_the_last_dot(write_tar: WriteTar) -> None:
     path = write_tar("a.tar", [("v1.0.json.gz", b"x"), ("v1.0.txt", b"y"), ("v1.1.TXT", b"z")])
     collection = ShardCollection.open({"source/a": path}, key_ends_at="last-dot", progress=False)

@@ -104,7 +104,7 @@ def test_a_job_that_is_killed_goes_on_where_it_stood(
 ) -> None:
     """Killed while it reads, and again while it writes shards; the third call is left alone."""
     out = tmp_path / "out"
-    for pattern, count in (("chunks/source/a/*.safetensors", 4), ("shards/source/a/*/*.json", 2)):
+    for pattern, count in (("chunks/source/a/*/*.safetensors", 4), ("shards/source/a/*/*.json", 2)):
         job = start(folder, out, workers)
         wait_for(out, pattern, count, job)
         job.send_signal(signal.SIGKILL)
@@ -174,7 +174,7 @@ def test_a_job_that_is_killed_goes_on_without_tiktoken(
     (folder / "bytes.json").write_text(definition("GPT-2"))
     assert TextEncoder(tokenizer_of("GPT-2")).slow_reason is None
     job = start(folder, tmp_path / "killed/out", 2, "bytes.json")
-    wait_for(tmp_path / "killed/out", "chunks/source/a/*.safetensors", 4, job)
+    wait_for(tmp_path / "killed/out", "chunks/source/a/*/*.safetensors", 4, job)
     job.kill()
     job.wait()
     whole = start(folder, tmp_path / "with/out", 2, "bytes.json")
@@ -191,7 +191,7 @@ def test_a_job_that_is_killed_goes_on_without_tiktoken(
 
 def test_a_worker_that_dies_ends_the_job_with_a_remedy(folder: Path, tmp_path: Path) -> None:
     job = start(folder, tmp_path / "out", workers=2)
-    wait_for(tmp_path / "out", "chunks/source/a/*.safetensors", 2, job)
+    wait_for(tmp_path / "out", "chunks/source/a/*/*.safetensors", 2, job)
     victim = next(child for child in psutil.Process(job.pid).children() if "spawn_main" in " ".join(child.cmdline()))
     victim.kill()
     assert job.wait(timeout=200) != 0
@@ -200,7 +200,7 @@ def test_a_worker_that_dies_ends_the_job_with_a_remedy(folder: Path, tmp_path: P
 
 def test_workers_of_a_killed_job_end(folder: Path, tmp_path: Path) -> None:
     job = start(folder, tmp_path / "out", workers=2)
-    wait_for(tmp_path / "out", "chunks/source/a/*.safetensors", 2, job)
+    wait_for(tmp_path / "out", "chunks/source/a/*/*.safetensors", 2, job)
     workers = psutil.Process(job.pid).children()
     job.kill()
     job.wait()

@@ -163,7 +163,7 @@ def test_special_tokens_of_a_template_come_from_the_tokenizer_beside_it(tmp_path
     with pytest.raises(ConfigurationError, match="writes bos_token, eos_token, which would be empty: name the tokeni"):
         load_template(str(path))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
-    assert load_template(str(path)).render(messages) == "<s>|hi</s>"
+    assert load_template(str(path)).render(messages, None) == "<s>|hi</s>"
 
 
 def test_content_that_a_template_cannot_write_is_refused(tmp_path: Path) -> None:
@@ -179,3 +179,36 @@ def test_content_that_a_template_cannot_write_is_refused(tmp_path: Path) -> None
     path.write_text("{% for part in messages[0].content %}{{ part.text }}{% endfor %}")
     load_template.cache_clear()
     assert texts(tmp_path / "a.jsonl", options) == ["hi"]
+
+
+def test_calls_of_tools_that_a_template_leaves_out_are_refused(tmp_path: Path) -> None:
+    """A template for text wrote "None" in their place."""
+    pytest.importorskip("transformers")
+    path = tmp_path / "chat.jinja"
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
+    options = ReadOptions(chat_template=str(path))
+    path.write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    with pytest.raises(ShardError, match="has a call of 'weather' in message 2, which the chat template leaves out"):
+        texts(tmp_path / "a.jsonl", options)
+    path.write_text("{{ messages[1].tool_calls[0].function.name }}")
+    load_template.cache_clear()
+    assert texts(tmp_path / "a.jsonl", options) == ["weather"]
+
+
+def test_a_template_gets_the_tools_of_a_conversation(tmp_path: Path) -> None:
+    """They were left out, so the text had calls of tools that nobody had described."""
+    pytest.importorskip("transformers")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "chat.jinja").write_text("{{ tools | tojson if tools else 'none' }}")
+    options = ReadOptions(chat_template=str(tmp_path / "chat.jinja"))
+    messages, tools = [{"role": "user", "content": "hi"}], [{"name": "a"}, {"name": "b", "unit": "m"}]
+    rows = [{"messages": messages, "tools": value} for value in (tools, json.dumps(tools), None, "", [])]
+    text = json.dumps(tools)
+    assert texts(write_jsonl(tmp_path / "a.jsonl", rows), options) == [text, text, "none", "none", "none"]
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet", options) == [text]
+    write_jsonl(tmp_path / "b.jsonl", [{"messages": messages, "tools": "a, b"}])
+    with pytest.raises(ShardError, match="its column 'tools' is neither a list of tools nor the JSON of one: 'a, b'"):
+        texts(tmp_path / "b.jsonl", options)

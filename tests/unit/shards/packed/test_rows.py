@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import tarfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,17 @@ def test_the_text_may_be_in_a_json_member(tmp_path):
         open_packed(paths, tmp_path)
     with pytest.raises(DecodeError, match=r"holds no text \(key 'body' of a JSON object\)"):
         open_packed(paths, tmp_path, PackText(byte_tokenizer(), LENGTH, member="json", text_key="body"))
+
+
+def test_a_row_of_many_files_is_named_in_a_short_message(tmp_path):
+    """As names with dots in them make: all files of a shard stood in the message."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(500):
+            archive.addfile(tarfile.TarInfo(f"v1.{number}.txt"))
+    with pytest.raises(DecodeError, match=r"has no member 'txt', only \['0\.txt', .*\.\.\.\]: pass PackText") as caught:
+        open_packed({"source/a": [str(path)]}, tmp_path)
+    assert len(str(caught.value)) < 1000
 
 
 def test_bad_documents_are_named_or_left_out(tmp_path, caplog):

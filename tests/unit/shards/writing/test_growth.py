@@ -157,9 +157,42 @@ def test_an_append_that_is_repeated_adds_nothing(tmp_path: Path, caplog: pytest.
     for path in (second, tmp_path / "link.jsonl"):
         caplog.clear()
         assert shard(path, tmp_path / "out", append=True) == first
-        assert "holds these inputs of source/a already" in caplog.text
+        assert "holds 1 of 1 input(s) of source/a already" in caplog.text
     assert contents(tmp_path / "out")[1] == ["one", "two"]
     assert shard(second, tmp_path / "out", append=True, text_files=(".md",)).rows == 3, "other settings are another job"
+
+
+def test_an_append_adds_the_new_files_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The old ones came in once more, without a word."""
+    (tmp_path / "in").mkdir()
+    lines(tmp_path / "in/1.jsonl", "one")
+    shard(tmp_path / "in", tmp_path / "out")
+    lines(tmp_path / "in/0.jsonl", "zero")
+    assert shard(tmp_path / "in", tmp_path / "out", append=True).documents == 2
+    assert contents(tmp_path / "out")[1] == ["one", "zero"]
+    assert "holds 1 of 2 input(s) of source/a already" in caplog.text
+    assert "earlier version" not in caplog.text
+    lines(tmp_path / "in/1.jsonl", "one", "more")
+    assert shard(tmp_path / "in", tmp_path / "out", append=True).documents == 4
+    assert "holds an earlier version of 1 input(s) of source/a" in caplog.text
+    assert shard(tmp_path / "in", tmp_path / "out", append=True).documents == 4
+
+
+def test_an_append_that_was_killed_reads_no_input_that_another_job_has_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chunks hold the documents of all its inputs."""
+    paths = [lines(tmp_path / f"{name}.jsonl", name) for name in ("one", "two")]
+    config = ShardingConfig(shuffle_seed=None)
+    shard(lines(tmp_path / "zero.jsonl", "zero"), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "plan_shards", None)
+        with pytest.raises(TypeError):
+            shard_files({"source/a": paths}, tmp_path / "out", config, append=True, progress=False)
+    shard(paths[0], tmp_path / "out", append=True)
+    shard_files({"source/a": paths}, tmp_path / "out", config, append=True, progress=False)
+    assert contents(tmp_path / "out")[1] == ["zero", "one", "two"]
+    assert not (tmp_path / "out/.partial").exists()
 
 
 @pytest.mark.parametrize("append", [False, True])
