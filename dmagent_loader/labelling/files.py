@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from dmagent_loader._files import only_writer, write_atomically
 from dmagent_loader._tasks import Advance, Workers, check_workers, run_tasks
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.labelling.documents import DomainDocuments
+from dmagent_loader.labelling.documents import DocumentPiece, DomainDocuments
 from dmagent_loader.labelling.labels import STATED, Labeller, Labels
 from dmagent_loader.labelling.parts import LabelPiece, labels_of, part_files, part_names, write_part
+from dmagent_loader.labelling.row_files import check_columns
 from dmagent_loader.labelling.settings_file import differing_settings
 from dmagent_loader.labelling.sorting import LABELS, check_replaced, sort_documents
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS, NUM_TOPICS
@@ -123,6 +124,9 @@ def label_domains(
             ]
         if labeller.config.label_key is not None:
             _check_label_key(pieces, labeller)
+        if split:
+            for documents in domains.values():
+                check_columns(_first_documents(documents.pieces(), 1))
         found: dict[int, LabelledDomain] = {}
         rejects: dict[int, list[str]] = {}
         with _bar("labelling", domains, progress) as advance:
@@ -184,8 +188,12 @@ def _label(number: int, job: _Labelling, advance: Advance) -> tuple[LabelledDoma
 
 def _check_label_key(pieces: Sequence[LabelPiece], labeller: Labeller) -> None:
     """Checks the column on the first documents, wherever the others are labelled."""
-    documents = (document for piece in pieces for document in piece.documents.read(lambda size: None, lambda bad: None))
-    labeller.check_label_key(list(islice(documents, PART_DOCUMENTS)))
+    labeller.check_label_key(_first_documents([piece.documents for piece in pieces], PART_DOCUMENTS))
+
+
+def _first_documents(pieces: Iterable[DocumentPiece], count: int) -> list[Document]:
+    documents = (document for piece in pieces for document in piece.read(lambda size: None, lambda bad: None))
+    return list(islice(documents, count))
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from dmagent_loader.labelling.documents import DocumentPiece, FileDocuments
 from dmagent_loader.labelling.files import PART_DOCUMENTS, SETTINGS_FILE, check_output
 from dmagent_loader.labelling.filtering import BAD_RECORD, DocumentChecks, DocumentFilter, Examined
 from dmagent_loader.labelling.labels import batches
-from dmagent_loader.labelling.row_files import join_members, row_files
+from dmagent_loader.labelling.row_files import check_columns, join_members, row_files
 from dmagent_loader.labelling.settings_file import differing_settings
 from dmagent_loader.shards.inputs.finding import check_names
 from dmagent_loader.shards.inputs.records import Rejected
@@ -88,10 +88,14 @@ def filter_domains(
         try:
             place.check_access()
             _continue_in(place, domains, checked.checks)
-            if checked.checks.config.quality_key is not None:
-                for name, documents in domains.items():
-                    first = islice(documents.read(lambda size: None, lambda bad: None), PART_DOCUMENTS)
-                    checked.checks.check_quality_key(name, list(first))
+            for name, documents in domains.items():
+                first = documents.read(lambda size: None, lambda bad: None)
+                if checked.checks.config.quality_key is None:
+                    check_columns(islice(first, 1))
+                else:
+                    listed = list(islice(first, PART_DOCUMENTS))
+                    check_columns(listed[:1])
+                    checked.checks.check_quality_key(name, listed)
             counts = _Job(domains, partial, checked, max_bad, workers, progress).run()
             files = [file for name in domains for file in _files(name)]
             place.move_in({file: partial / file for file in files}, progress=progress)

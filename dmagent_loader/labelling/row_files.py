@@ -12,9 +12,13 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from dmagent_loader.errors import ShardError
+from dmagent_loader.shards.inputs.documents import Document
+from dmagent_loader.shards.inputs.records import json_value
 
 Add = Callable[[str, dict[str, Any]], None]
 """Adds a row to the file of a name, such as ``source/web.jsonl.gz``; equal rows give equal bytes."""
@@ -40,11 +44,30 @@ def row_files(folder: Path, number: int) -> Iterator[Add]:
                 temporary[name] = folder / name / f"{number:08d}.{uuid.uuid4().hex}"
                 raw = stack.enter_context(open(temporary[name], "wb"))
                 files[name] = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
-            files[name].write(json.dumps(row, default=str).encode() + b"\n")
+            files[name].write(_line(row, name))
 
         yield add
     for name, path in temporary.items():
         os.replace(path, folder / name / f"{number:08d}")
+
+
+def check_columns(documents: Iterable[Document]) -> None:
+    """Checks before a long job that the columns of documents can be written.
+
+    Raises:
+        ShardError: A column holds a value that JSON has no type for, such as bytes.
+    """
+    for document in documents:
+        _line(document.columns, document.origin)
+
+
+def _line(row: dict[str, Any], place: str) -> bytes:
+    try:
+        return json.dumps(row, default=json_value).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise ShardError(
+            f"a column of {place} cannot be written as JSON ({error}): write the data without this column first"
+        ) from error
 
 
 def join_members(folder: Path, name: str, target: Path) -> None:

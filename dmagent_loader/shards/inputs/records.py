@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date, time
+from decimal import Decimal
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,3 +49,14 @@ Reject = Callable[[Rejected], object]
 def rejected(origin: str, fault: str, value: object) -> Rejected:
     """A rejected record whose reason is ``ORIGIN FAULT``."""
     return Rejected(origin, f"{origin} {fault}", shown(value))
+
+
+def json_value(value: object) -> str:
+    """A value of a table that JSON has no type for, as text: the ``default`` of `json.dumps`.
+
+    Raises:
+        TypeError: It has no text that says all of it, such as bytes.
+    """
+    if isinstance(value, (date, time, Decimal, UUID)):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__}")

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import date, time
-from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +16,7 @@ from dmagent_loader._tasks import Advance
 from dmagent_loader.errors import ShardError
 from dmagent_loader.shards.inputs.documents import Document, Documents
 from dmagent_loader.shards.inputs.pieces import Piece
-from dmagent_loader.shards.inputs.records import Record, Rejected, rejected
+from dmagent_loader.shards.inputs.records import Record, Rejected, json_value, rejected
 from dmagent_loader.shards.writing.chunks import Counts, keys_of, read_counts, write_chunk
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.packing import BATCH_CHARACTERS, DocumentTokenizer, TextTokenizer
@@ -147,7 +144,7 @@ class _Chunk:
             return (text,)
         place = f"a column to keep in {document.origin}"
         try:
-            columns = json.dumps(document.columns, ensure_ascii=False, default=_plain).encode()
+            columns = json.dumps(document.columns, ensure_ascii=False, default=json_value).encode()
         except UnicodeEncodeError as error:
             fault = f"contains half of a surrogate pair ({error}), which is not text: repair or remove the line"
             return Rejected(document.origin, f"{place} {fault}", "")
@@ -203,10 +200,3 @@ def check_bad(domain: str, bad: int, last_reason: str, most: int) -> None:
         f"domain {domain!r} has more than {most} records that are no documents, the last: {last_reason}; "
         "correct the settings or the data, or allow more (--max-bad, max_bad=)"
     )
-
-
-def _plain(value: Any) -> Any:
-    """A value of a table that JSON has no type for."""
-    if isinstance(value, (date, time, Decimal, UUID)):
-        return str(value)
-    raise TypeError(f"a {type(value).__name__}")

@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 from collections.abc import Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from dmagent_loader.errors import ConfigurationError, DomainError, ShardError
 from dmagent_loader.labelling import files, sorting
 from dmagent_loader.labelling.documents import DomainDocuments, FileDocuments, ShardDocuments
 from dmagent_loader.labelling.files import label_domains
+from dmagent_loader.labelling.filter_files import filter_domains
+from dmagent_loader.labelling.filtering import DocumentFilter, FilterConfig
 from dmagent_loader.labelling.labels import Labeller
 from dmagent_loader.labelling.parts import read_labels
 from dmagent_loader.mixture.domains import CANONICAL_TOPICS
@@ -323,3 +327,25 @@ def test_labels_of_other_rows_are_refused(web: Path, tmp_path: Path) -> None:
     (folder / "part-000000-000000.jsonl.gz").write_bytes((folder / "part-000000-000001.jsonl.gz").read_bytes())
     with pytest.raises(ShardError, match="are not those of the 4 documents"):
         run(web, tmp_path / "out", ByWord())
+
+
+def test_columns_that_json_cannot_hold_are_refused_before_the_job(tmp_path: Path) -> None:
+    """Bytes were written as the text that Python shows for them."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"text": "Games 1", "day": date(2026, 1, 2), "price": Decimal("1.50")}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "good.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([row | {"raw": b"\xff"} for row in rows]), tmp_path / "bad.parquet")
+    good = {"source/a": FileDocuments("source/a", [str(tmp_path / "good.parquet")])}
+    bad = {"source/a": FileDocuments("source/a", [str(tmp_path / "bad.parquet")])}
+    checked = DocumentFilter(FilterConfig())
+    fault = r"a column of .*bad\.parquet.* cannot be written as JSON \(a bytes\): write the data without this column"
+    with pytest.raises(ShardError, match=fault):
+        filter_domains(bad, tmp_path / "filtered", checked, progress=False)
+    with pytest.raises(ShardError, match=fault):
+        label_domains(bad, tmp_path / "labelled", Labeller(ByWord()), split=True, progress=False)
+    label_domains(bad, tmp_path / "labels", Labeller(ByWord()), progress=False)
+    filter_domains(good, tmp_path / "filtered", checked, progress=False)
+    label_domains(good, tmp_path / "labelled", Labeller(ByWord()), split=True, progress=False)
+    for path in (tmp_path / "filtered/source/a.jsonl.gz", tmp_path / "labelled/source/Games.jsonl.gz"):
+        written = json.loads(gzip.decompress(path.read_bytes()))
+        assert (written["day"], written["price"]) == ("2026-01-02", "1.50")
