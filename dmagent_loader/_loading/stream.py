@@ -162,7 +162,10 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             if feed.transform is not None:
                 sample = feed.transformed(sample)
         except Exception as error:
-            sample = self._reader.substitute(located, error, self._sample)
+            if feed.is_lazy and feed.transform is None:
+                sample = LazyRow(self._reader, located)  # its error comes on access, whether or not it was read ahead
+            else:
+                sample = self._reader.substitute(located, error, self._sample)
         self._cursor = cursor + 1  # as `advance`, without the cost of a call for each sample
         if self._worker is not None:
             feed.mailbox.advance(self._worker.id, self._run.frontiers[cursor + 1])

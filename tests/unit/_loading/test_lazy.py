@@ -163,6 +163,21 @@ def test_a_shard_that_changes_while_training_is_named(shards, tmp_path, damage):
         collate_packed(rows)
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_the_error_of_a_lazy_row_comes_on_access_whether_or_not_it_was_read_ahead(shards, tmp_path, threads):
+    sampler = build(shards, tmp_path, decode="lazy", reading=ReadingConfig(num_threads=threads))
+    for domain, paths in enumerate(shards.values()):
+        for shard in range(len(paths)):
+            sampler.collection.read(domain, shard, 0)  # so that the index is in memory
+    for path in (path for paths in shards.values() for path in paths):
+        Path(path).write_bytes(Path(path).read_bytes()[:512])
+    rows = take(sampler, 12)
+    for row in rows:
+        with pytest.raises(DamagedShardError, match=r"toy-00000\d\.tar"):
+            dict(row)
+    assert len(rows) == 12
+
+
 def test_a_transform_and_remote_shards_get_their_rows_at_once(shards, tmp_path):
     transformed = take(build(shards, tmp_path, decode="lazy", transform=packed_tokens), 4)
     assert all(type(row) is dict for row in transformed)
