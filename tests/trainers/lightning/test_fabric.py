@@ -32,7 +32,7 @@ def trained(folder: Path, processes: int, *, steps: list[int]) -> list[dict[str,
     return ranks
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, processes: int) -> None:
     whole = trained(tmp_path / "whole", processes, steps=[20])
     assert trained(tmp_path / "resumed", processes, steps=[11, 9]) == whole
