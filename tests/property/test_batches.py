@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import json
 import tempfile
 import threading
@@ -188,8 +187,8 @@ def test_a_batch_is_the_same_whether_its_rows_are_read_together_or_one_by_one(da
         if damaged is not None:
             damage(files[damaged[0]][damaged[1]])
         together, one_by_one = (record(*run, changes, single) for run, single in zip(runs, (False, True), strict=True))
-        del runs, sampler, loader
-        gc.collect()  # their iterators would go on fetching
+        for sampler, _ in runs:
+            sampler._feed.cursor.stream._close()  # it would go on fetching
     event(f"errors: {any(isinstance(one, tuple) and isinstance(one[0], str) for one in together)}")
     for one, other in zip(together, one_by_one, strict=True):
         assert one == other
