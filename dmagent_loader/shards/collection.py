@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +27,7 @@ from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.checks import OnDamage, check_copies, check_damage, check_emptiness
 from dmagent_loader.shards.decode import RawSample
 from dmagent_loader.shards.index.cache import IndexCache, default_cache_dir
-from dmagent_loader.shards.index.catalogue import Catalogue
+from dmagent_loader.shards.index.catalogue import Catalogue, ShardNames
 from dmagent_loader.shards.index.oddities import oddities
 from dmagent_loader.shards.index.opening import open_catalogue
 from dmagent_loader.shards.index.peers import Peers
@@ -38,7 +38,7 @@ from dmagent_loader.shards.sources.blocks import BLOCK_BITS, Block, IntArray
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
 from dmagent_loader.shards.sources.patterns import expand_shards
-from dmagent_loader.shards.sources.urls import base_name, display_url, is_local
+from dmagent_loader.shards.sources.urls import display_url, is_local
 from dmagent_loader.shards.summary import ShardSummary, summaries, table_of_shards
 from dmagent_loader.shards.table import ChangedRow, RowTable
 from dmagent_loader.shards.tar import KeyEnd, ShardDamage
@@ -206,9 +206,9 @@ class ShardCollection:
         """(S,) 64 bits that identify the content of each shard of a domain: keys, extensions, sizes, checksums."""
         return self._catalogue.contents[slice(*self._spans[domain])]
 
-    def shard_names(self, domain: int) -> list[str]:
+    def shard_names(self, domain: int) -> Sequence[str]:
         """File names of the shards of a domain, without folders."""
-        return [base_name(url) for url in self._catalogue.urls(domain)]
+        return ShardNames(self._catalogue, range(*self._spans[domain]))
 
     @property
     def damage(self) -> tuple[ShardDamage, ...]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,33 @@ class Facts:
             sha256=index.sha256,
         )
         return cls(known, index.damage, None if cached else index)
+
+
+class ShardNames(Sequence[str]):
+    """File names of the shards of a domain, without folders; each is made when it is asked for.
+
+    Args:
+        catalogue: The shards.
+        shards: Their numbers.
+    """
+
+    def __init__(self, catalogue: Catalogue, shards: range) -> None:
+        self._catalogue, self._shards = catalogue, shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [base_name(self._catalogue.url(number)) for number in self._shards[place]]
+        return base_name(self._catalogue.url(self._shards[place]))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(base_name, self._catalogue.urls_of(self._shards))
 
 
 class Catalogue:
@@ -111,10 +139,6 @@ class Catalogue:
     def url(self, number: int) -> str:
         """The URL of a shard."""
         return str(self._names[self._name_end[number] : self._name_end[number + 1]], "utf-8", "surrogateescape")
-
-    def urls(self, domain: int) -> Iterator[str]:
-        """The URLs of a domain."""
-        return (self.url(number) for number in range(*self.spans[domain]))
 
     def urls_of(self, shards: range) -> list[str]:
         """The URLs of consecutive shards."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -216,7 +217,7 @@ class PackedRows:
         """(S,) 64 bits that identify the rows of each shard of a domain."""
         return self._contents[domain]
 
-    def shard_names(self, domain: int) -> list[str]:
+    def shard_names(self, domain: int) -> Sequence[str]:
         """File names of the shards of a domain, without folders."""
         return self._collection.shard_names(domain)
 
