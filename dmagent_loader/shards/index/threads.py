@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from typing import TypeVar
 
 # Threads, not processes: reads and checksums of large rows release the interpreter lock, two processes were not faster
 # on two cores, and spawned processes would run a script without a main guard again. Small rows keep one core busy.
 INDEX_THREADS = 8
-_MOST_PENDING = 64
-"""Tasks that are submitted and not yielded yet: each may keep an overview of a thousand shards in memory."""
+_TASKS_AT_A_TIME = 64
+"""Tasks submitted together: a pending task takes a kilobyte and keeps its overview in memory."""
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -25,13 +25,10 @@ def in_threads(
     tasks = iter(tasks)
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="dmagent-index") as pool:
         try:
-            pending: dict[Future[_R], _T] = {}
-            while True:
-                pending.update((pool.submit(work, task), task) for task in islice(tasks, _MOST_PENDING - len(pending)))
-                if not pending:
-                    return
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    yield pending.pop(future), future.result()
+            while batch := list(islice(tasks, _TASKS_AT_A_TIME)):
+                futures = {pool.submit(work, task): task for task in batch}
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # first, so that stopped threads take no more tasks
             stop.set()
