@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from dmagent_loader._version import __version__
+from dmagent_loader.cli.compose import add_compose_commands
 from dmagent_loader.cli.demo import add_demo_command
 from dmagent_loader.cli.filter import add_filter_command
 from dmagent_loader.cli.fit_mix import add_fit_mix_command
 from dmagent_loader.cli.generate import add_generate_command
 from dmagent_loader.cli.inspect import add_inspect_command
-from dmagent_loader.cli.label import add_label_commands
+from dmagent_loader.cli.label import add_label_command
 from dmagent_loader.cli.plan import add_simulate_command
 from dmagent_loader.cli.report import add_report_command
 from dmagent_loader.cli.shards import add_shard_commands
@@ -35,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_shard_commands(commands)
     add_generate_command(commands)
     add_filter_command(commands)
-    add_label_commands(commands)
+    add_label_command(commands)
+    add_compose_commands(commands)
     add_simulate_command(commands)
     add_state_commands(commands)
     add_report_command(commands)

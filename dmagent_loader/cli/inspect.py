@@ -13,7 +13,13 @@ import numpy as np
 from dmagent_loader._files import write_atomically
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.agent.checkpoint import CARD_FILE, CONFIG_FILE, list_bundled, read_config, resolve
-from dmagent_loader.cli.label import add_classifier_arguments, add_text_key, labeller_of, open_shards, shard_documents
+from dmagent_loader.cli.classifying import (
+    add_classifier_arguments,
+    add_text_key,
+    labeller_of,
+    open_shards,
+    shard_documents,
+)
 from dmagent_loader.cli.shards import add_key_ends_at
 from dmagent_loader.errors import ConfigurationError, require_extra
 from dmagent_loader.labelling.classifier import load_classifier
