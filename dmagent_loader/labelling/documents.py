@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -118,6 +119,12 @@ class FileDocuments:
     def read(self, advance: Advance, reject: Reject = refuse) -> Iterator[Document]:
         """Reads the documents of all pieces, see `DocumentPiece`."""
         return (document for piece in self.pieces() for document in piece.read(advance, reject))
+
+
+def first_documents(pieces: Iterable[DocumentPiece], count: int) -> list[Document]:
+    """The first documents of some pieces, up to a number; records that are no documents are passed over."""
+    documents = (document for piece in pieces for document in piece.read(lambda size: None, lambda bad: None))
+    return list(islice(documents, count))
 
 
 @dataclass

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from dmagent_loader._files import only_writer, write_atomically
 from dmagent_loader._tasks import Advance, Workers, check_workers, run_tasks
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.labelling.documents import DocumentPiece, DomainDocuments
+from dmagent_loader.labelling.documents import DomainDocuments, first_documents
 from dmagent_loader.labelling.labels import STATED, Labeller, Labels
 from dmagent_loader.labelling.parts import LabelPiece, labels_of, part_files, part_names, write_part
 from dmagent_loader.labelling.row_files import check_columns
@@ -126,7 +125,7 @@ def label_domains(
             _check_label_key(pieces, labeller)
         if split:
             for documents in domains.values():
-                check_columns(_first_documents(documents.pieces(), 1))
+                check_columns(first_documents(documents.pieces(), 1))
         found: dict[int, LabelledDomain] = {}
         rejects: dict[int, list[str]] = {}
         with _bar("labelling", domains, progress) as advance:
@@ -188,12 +187,7 @@ def _label(number: int, job: _Labelling, advance: Advance) -> tuple[LabelledDoma
 
 def _check_label_key(pieces: Sequence[LabelPiece], labeller: Labeller) -> None:
     """Checks the column on the first documents, wherever the others are labelled."""
-    labeller.check_label_key(_first_documents([piece.documents for piece in pieces], PART_DOCUMENTS))
-
-
-def _first_documents(pieces: Iterable[DocumentPiece], count: int) -> list[Document]:
-    documents = (document for piece in pieces for document in piece.read(lambda size: None, lambda bad: None))
-    return list(islice(documents, count))
+    labeller.check_label_key(first_documents([piece.documents for piece in pieces], PART_DOCUMENTS))
 
 
 @contextlib.contextmanager

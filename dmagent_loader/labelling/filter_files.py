@@ -14,7 +14,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from dmagent_loader._files import only_writer, write_atomically
 from dmagent_loader._tasks import Advance, Workers, check_workers, run_tasks
 from dmagent_loader.errors import ConfigurationError, DMAgentError, ShardError
-from dmagent_loader.labelling.documents import DocumentPiece, FileDocuments
+from dmagent_loader.labelling.documents import DocumentPiece, FileDocuments, first_documents
 from dmagent_loader.labelling.files import PART_DOCUMENTS, SETTINGS_FILE, check_output
 from dmagent_loader.labelling.filtering import BAD_RECORD, DocumentChecks, DocumentFilter, Examined
 from dmagent_loader.labelling.labels import batches
@@ -88,14 +87,12 @@ def filter_domains(
         try:
             place.check_access()
             _continue_in(place, domains, checked.checks)
+            quality_key = checked.checks.config.quality_key
             for name, documents in domains.items():
-                first = documents.read(lambda size: None, lambda bad: None)
-                if checked.checks.config.quality_key is None:
-                    check_columns(islice(first, 1))
-                else:
-                    listed = list(islice(first, PART_DOCUMENTS))
-                    check_columns(listed[:1])
-                    checked.checks.check_quality_key(name, listed)
+                first = first_documents(documents.pieces(), 1 if quality_key is None else PART_DOCUMENTS)
+                check_columns(first[:1])
+                if quality_key is not None:
+                    checked.checks.check_quality_key(name, first)
             counts = _Job(domains, partial, checked, max_bad, workers, progress).run()
             files = [file for name in domains for file in _files(name)]
             place.move_in({file: partial / file for file in files}, progress=progress)
