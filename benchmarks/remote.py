@@ -99,7 +99,9 @@ def measure(args: argparse.Namespace, kind: str, scratch: Path) -> dict[str, Any
     for name, path in peers.items():
         convert(folder, kind, name, path)
     rows = min(args.rows, meta["rows"] * 3 // 4)
-    absent = {"mds", "lit"} - set(peers) | ({name for name in TITLES if "batches" in name} if kind == "text" else set())
+    absent = {"mds", "lit"} - set(peers)
+    if kind == "text":  # batches are of packed rows
+        absent |= {name for name in TITLES if "batches" in name}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in TITLES if name not in absent}
     order = np.random.default_rng(0)
     with far_server.serving(folder) as address:

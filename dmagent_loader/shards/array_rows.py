@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +15,12 @@ from dmagent_loader.errors import DecodeError, ShardError
 from dmagent_loader.shards.decode import decode_npy
 from dmagent_loader.shards.sources.blocks import BLOCK_BITS
 from dmagent_loader.shards.sources.checksum import crc32
-from dmagent_loader.shards.sources.local import ReadInto
+from dmagent_loader.shards.sources.local import Readable
 from dmagent_loader.shards.table import RowTable
 
 _NOT_AN_ARRAY = -1
 """Size of a row that has another member than the one to be read, or several, or whose shard cannot be used."""
 _NOWHERE = (_NOT_AN_ARRAY,) * 3
-
-
-class Readable(Protocol):
-    """What rows are read from: an open shard, or a block of one."""
-
-    read_into: ReadInto
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dmagent_loader.errors import (
     ShardLayoutError,
     ShardNotFoundError,
 )
-from dmagent_loader.shards.array_rows import ArrayRows, Readable
+from dmagent_loader.shards.array_rows import ArrayRows
 from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.checks import OnDamage, check_copies, check_damage, check_emptiness
 from dmagent_loader.shards.decode import RawSample
@@ -36,7 +36,7 @@ from dmagent_loader.shards.index.storing import write_indexes
 from dmagent_loader.shards.manifest import Manifest, Manifests
 from dmagent_loader.shards.sources.blocks import BLOCK_BITS, Block, IntArray
 from dmagent_loader.shards.sources.fetching import BlockFetcher
-from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Source, open_source
+from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Readable, Source, open_source
 from dmagent_loader.shards.sources.patterns import expand_shards
 from dmagent_loader.shards.sources.urls import display_url, is_local
 from dmagent_loader.shards.summary import ShardSummary, summaries, table_of_shards

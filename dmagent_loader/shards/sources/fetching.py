@@ -14,17 +14,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError
 from dmagent_loader.shards import forks
 from dmagent_loader.shards.bounded_cache import BoundedCache
+from dmagent_loader.shards.sources.block_sources import BlockInMemory, BlockSource, open_block
 from dmagent_loader.shards.sources.blocks import Block
-from dmagent_loader.shards.sources.local import LocalSource, Memory, ReadInto, Source
 from dmagent_loader.shards.sources.node_cache import BlockInUse, Claim, NodeCache, default_block_folder
 from dmagent_loader.shards.sources.remote import SLOWEST_BYTES_PER_SECOND, RemoteSource, SinkError, timeout_seconds
 
@@ -64,43 +62,10 @@ class _Entry:
         self.shard, self.block, self.urgency = shard, block, urgency
         self.uses = 1
         self.state = _State.QUEUED
-        self.data: _Data | None = None
+        self.data: BlockInMemory | None = None
         """The block, if it is in memory."""
         self.place = ("", block.start)
         """Path of the block, if it is on disk, and its first byte in the shard."""
-
-
-class BlockSource(Source, Protocol):
-    """A block, as a source for its part of the shard.
-
-    Attributes:
-        read_into: Reads from an offset in the block, not in the shard.
-    """
-
-    read_into: ReadInto
-
-
-class _Data:
-    """A block in memory."""
-
-    def __init__(self, start: int, data: bytearray) -> None:
-        self._start, self._data = start, data
-        self.read_into: ReadInto = partial(_copy_into, memoryview(data))
-
-    def read(self, offset: int, length: int) -> bytearray:
-        first = offset - self._start
-        return self._data[first : first + length]
-
-
-class _File:
-    """A block on disk."""
-
-    def __init__(self, start: int, path: str) -> None:
-        self._start, self._file = start, LocalSource(path)
-        self.read_into = self._file.read_into
-
-    def read(self, offset: int, length: int) -> bytearray:
-        return self._file.read(offset - self._start, length)
 
 
 class BlockFetcher:
@@ -130,7 +95,7 @@ class BlockFetcher:
     ) -> None:
         self._block_of, self._source_of, self._folder, self._limit = block_of, source_of, folder, limit
         self._cache: NodeCache | None = None
-        self._files = BoundedCache(_open_file, max_open_files)
+        self._files = BoundedCache(open_block, max_open_files)
         self._start()
         forks.register(self)
 
@@ -315,7 +280,7 @@ class BlockFetcher:
         is_used = entry.uses > 0 and entry.state is _State.FETCHING
         if data is not None:
             self._memory_bytes -= 0 if is_used else entry.block.length
-            entry.data = _Data(entry.block.start, data)
+            entry.data = BlockInMemory(entry.block.start, data)
         if self._cache is not None:
             entry.place = (self._cache.path(entry.block.name), entry.block.start)
             if not is_used or state is not _State.ON_DISK:
@@ -468,18 +433,3 @@ def _warn_once(text: str, reason: str) -> None:
     if text not in _reported:
         _reported.add(text)
         logger.warning("%s (%s)", text, reason)
-
-
-def _copy_into(data: memoryview, parts: Sequence[Memory], offset: int) -> int:
-    """Copies bytes from `offset` on into parts of memory; returns their number."""
-    copied = 0
-    for part in parts:
-        found = data[offset + copied : offset + copied + len(part)]
-        part[: len(found)] = found
-        copied += len(found)
-    return copied
-
-
-def _open_file(place: tuple[str, int]) -> _File:
-    path, start = place
-    return _File(start, path)

@@ -69,6 +69,16 @@ ReadInto = Callable[[Sequence[Memory], int], int]
 """Reads into parts of memory, one after the other, from an offset on; returns the number of bytes."""
 
 
+class Readable(Protocol):
+    """An open shard, or a block of one.
+
+    Attributes:
+        read_into: Reads from an offset in it, for as long as this object lives.
+    """
+
+    read_into: ReadInto
+
+
 class Source(Protocol):
     """An open shard."""
 
