@@ -421,9 +421,10 @@ def test_blocks_that_vanish_are_fetched_again(server: FarServer, folder: Path, t
 
 
 def test_a_shard_that_is_cut_loses_only_the_rows_behind_the_cut(
-    server: FarServer, folder: Path, tmp_path: Path
+    server: FarServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block that reaches beyond the cut cannot be fetched; its rows before the cut are whole."""
+    monkeypatch.setattr("dmagent_loader.shards.sources.remote.REMOTE_BACKOFF_SECONDS", 0.01)
     whole = (folder / "source/a/s-1.tar").read_bytes()
     collection = ShardCollection.open(
         {"source/a": server.url("source/a/s-1.tar")},
