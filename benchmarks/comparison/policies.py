@@ -111,7 +111,10 @@ def replayed(name: str, context: TaskContext) -> FloatArray:
 
 
 def shuffled(influence: Influence, seed: int) -> Influence:
-    """The same scores with their errors, permuted over the domains of each field of the data."""
+    """The same scores with their errors, permuted over the domains of each field of the data.
+
+    Counts of rows and copies stay: they are of the data, not of the model.
+    """
     domains = list(influence.domains)
     rng = np.random.default_rng([seed, 77])
     places = list(range(len(domains)))
@@ -126,6 +129,8 @@ def shuffled(influence: Influence, seed: int) -> Influence:
         by_questions={
             name: np.array(by_group)[:, places].tolist() for name, by_group in influence.by_questions.items()
         },
+        rows=influence.rows,
+        copies=influence.copies,
         tokens=influence.tokens,
     )
 

@@ -131,8 +131,14 @@ def test_the_work_list_has_the_noise_floor_first_and_then_turns_through_all_task
 
 def test_shuffled_scores_stay_in_their_field_with_their_errors() -> None:
     domains = [f"source/{i}" for i in range(6)] + [f"target/{i}" for i in range(4)]
-    influence = Influence(scores={"k": {d: Score(float(i), i / 10) for i, d in enumerate(domains)}}, way="gradient")
+    influence = Influence(
+        scores={"k": {d: Score(float(i), i / 10) for i, d in enumerate(domains)}},
+        way="gradient",
+        rows={**dict.fromkeys(domains, 8), "source/2": 2},
+        copies={"source/2": 6},
+    )
     found = shuffled(influence, 0)
+    assert found.originals("source/2") == 0.25, "copies are a fact of the data: both policies know them"
     values, errors = found.values()[0], found.errors()[0]
     assert sorted(values[:6]) == list(range(6))
     assert sorted(values[6:]) == list(range(6, 10))
