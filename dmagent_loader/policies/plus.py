@@ -47,6 +47,9 @@ _FLOOR_UNIT = 0.02
 class PlusPolicy:
     """Corrects the influence policy's mix at each decision; the untrained network returns that mix itself.
 
+    If influence cannot be measured, the network decides nothing: the fallback of the influence policy stays, with the
+    target share that the balance asks for.
+
     Args:
         network: The network.
         space: Domains of the run, of any fields; ``target`` is the field to learn from.
@@ -57,7 +60,7 @@ class PlusPolicy:
             decision to decision so that the averaged feedback stays above the floor, and as much is acquired as it
             allows. It is a controller, not a guarantee. Not together with `balance`.
         roles: ``{"keep": ..., "acquire": ...}``, fields of the environment. None: the last field is acquired, all
-            others are kept.
+            others are kept. A single field is both.
         decisions: Number of decisions in the run. None: from the length of the run, if that is known.
         learning_rate: Learning rate as a part of its maximum, as a function of the part of the run that is done; None:
             unknown.
@@ -106,7 +109,7 @@ class PlusPolicy:
         self.prior = InfluencePolicy.configured(space, natural) if prior is None else prior
         self.needs = self.prior.needs | {LENGTH}
         self.space, self.natural = space, self.prior.natural
-        self._network = network
+        self._network, self._untrained = network, PlusNetwork.untrained()
         self._balance, self._floor = balance, floor
         self._roles = None if roles is None else dict(roles)
         self._decisions = None if decisions is None else whole_number("decisions", decisions, least=1)
@@ -159,7 +162,8 @@ class PlusPolicy:
         if len(fields) > 1 and tuple(fields) != self._checked_fields:
             self._checked_fields = tuple(fields)
             keep, acquire = fields[kept[0]], fields[acquired]
-            remedy = f"pass roles={ {'keep': acquire, 'acquire': keep} }" if self._roles is None else None
+            exchanged = {"keep": acquire, "acquire": keep}
+            remedy = f"pass deciding=DecisionConfig(roles={exchanged})" if self._roles is None else None
             report_roles(f"policy {self.name!r}", keep, acquire, self.space, remedy=remedy)
 
     def needed(self, decision: int) -> frozenset[str]:
@@ -196,7 +200,9 @@ class PlusPolicy:
         prior = self.prior.unlimited(history)
         columns = self._columns(history.fields)
         facts = self._facts(prior, history.fields, columns)
-        return self._network.mix(facts, self._moment(prior, history, columns))
+        # No training task lacks a measurement: without one, only the balance moves the influence policy's fallback.
+        network = self._untrained if self.influence is None else self._network
+        return network.mix(facts, self._moment(prior, history, columns))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the influence policy, and the decision before which the influence was measured last."""

@@ -68,13 +68,27 @@ def test_untrained_it_is_the_influence_policy_exactly(steps, seed):
     assert plus.propose(history(steps=steps)).tolist() == influence.propose(history(steps=steps)).tolist()
 
 
-def test_untrained_without_a_measurement_it_is_the_influence_policy_too():
-    pair = PlusPolicy(PlusNetwork.untrained(), SPACE, NATURAL), InfluencePolicy.configured(SPACE, NATURAL)
-    for policy in pair:
-        policy.needed(0)
-        policy.inform("influence", None)
-        informed(policy)
-    assert pair[0].propose(history()).tolist() == pair[1].propose(history()).tolist()
+def unmeasured(policy):
+    policy.needed(0)
+    policy.inform("influence", None)
+    return informed(policy)
+
+
+@pytest.mark.parametrize("network", [PlusNetwork.untrained(), trained()], ids=["untrained", "trained"])
+def test_without_a_measurement_it_is_the_influence_policy_too(network):
+    """A trained network has never seen a run without one, so what it returns there is not to be relied on."""
+    plus = unmeasured(PlusPolicy(network, SPACE, NATURAL)).propose(history())
+    influence = unmeasured(InfluencePolicy.configured(SPACE, NATURAL)).propose(history())
+    assert plus.tolist() == influence.tolist()
+    kept = unmeasured(PlusPolicy(network, SPACE, NATURAL, balance=0.2)).propose(history())
+    assert kept[3:].sum() < influence[3:].sum()
+    assert kept[:3] / kept[:3].sum() == pytest.approx(influence[:3] / influence[:3].sum())
+
+
+def test_exchanged_fields_are_reported_with_a_remedy_that_the_sampler_takes(caplog):
+    space = DomainSpace.from_names(["source/web", "target/math"])
+    PlusPolicy(trained(), space, np.array([0.5, 0.5])).check_fields(("math", "web"))
+    assert "pass deciding=DecisionConfig(roles={'keep': 'web', 'acquire': 'math'})" in caplog.text
 
 
 def test_a_trained_network_moves_the_mix_and_it_stays_a_mix():
