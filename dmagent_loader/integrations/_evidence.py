@@ -109,7 +109,7 @@ def inform(
             if need == INFLUENCE:
                 policy.inform(need, probes.next(decision))
             elif need == LENGTH:
-                policy.inform(need, replace(sampler.run_length, interval=sampler.samples_per_reweight))
+                policy.inform(need, replace(sampler.run_length, interval=_interval(sampler)))
             elif need == LOSSES:
                 losses = losses or loss_probe.measure(evaluate, name_of(policy))
                 policy.inform(need, None if losses is None else losses.by_domain)
@@ -121,6 +121,14 @@ def inform(
                     f"{INFLUENCE!r}, {LENGTH!r}, {LOSSES!r} and {QUESTIONS!r} only"
                 )
     return Evidence(influence=probes.mean(), losses=losses)
+
+
+def _interval(sampler: AgentWeightedSampler) -> int | None:
+    """Samples between two decisions; before the first, the planned number, up to whole steps. None: unknown."""
+    interval, total = sampler.samples_per_reweight, sampler.total_samples
+    if interval is None and total is not None:
+        interval = math.ceil(total / sampler.planned_decisions(total))
+    return interval
 
 
 def texts(environment: Environment) -> dict[str, list[str]]:

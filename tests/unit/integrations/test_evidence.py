@@ -237,6 +237,18 @@ def test_the_length_of_a_run_comes_with_the_interval_between_decisions(tmp_path)
     assert received[0].interval == run.sampler.samples_per_reweight > 0
 
 
+def test_the_first_decision_knows_the_planned_interval(tmp_path):
+    """It is derived after the first decision; without a plan, `PlusPolicy` would take the length for unknown until
+    then, a state that it was hardly trained on."""
+    first = mixing(tmp_path, None, agent="dmagent-plus", samples_per_reweight=None, decisions=8)
+    first.begin(samples=64)
+    assert first.sampler.samples_per_reweight is None
+    first.reweight(lambda environment: environment.evaluate(Model()))
+    assert first.sampler.policy.passes.length.interval == 8
+    first.sampler.begin_decisions()
+    assert first.sampler.samples_per_reweight == 8
+
+
 def test_a_policy_that_never_stops_asking_is_refused(tmp_path):
     class Insatiable(InfluencePolicy):
         def needed(self, decision):
