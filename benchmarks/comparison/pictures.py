@@ -46,8 +46,7 @@ def pareto(path: Path, folder: Path, split: str) -> Path:
 
 
 def _panel(axis: Any, results: Results, split: str, kind: str) -> None:
-    drawn = [name for name in results.policies if ", " not in name]
-    shares = {name: _shares(results, name, split, kind) for name in drawn}
+    shares = {name: _shares(results, name, split, kind) for name in results.whole}
     shares = {name: of_task for name, of_task in shares.items() if of_task}
     common = set.intersection(*(set(of_task) for of_task in shares.values())) if shares else set()
     axis.set_title(f"{len(common)} {kind} {split} tasks")

@@ -31,6 +31,17 @@ RANGE_RUNS = {f"range {share:.0%}" for share in RANGE_SHARES}
 FRESH_TEST, FIRST_FRESH = "fresh test", 24
 HARM = -0.1
 """Difference from the reference below which a policy does harm in a task."""
+AS_GOOD = -0.1
+"""Least lower end of the interval of the mean difference from a policy that another one is as good as."""
+ABLATIONS = {
+    "replayed": "dynamic",
+    "influence shuffled": "adaptive",
+    "feedback frozen": "reacts to feedback",
+    "mean static": "worth its path",
+    "order shuffled": "the order of its mixes matters",
+    "order reversed": "... and is the right way round",
+}
+"""Ending of an ablation's name -> the claim that the policy supports if it is ahead of it."""
 
 
 class Results:
@@ -48,6 +59,9 @@ class Results:
         run = {line["task"] for line in self.runs}
         self.ranges = {task: attainable(gains) for task, gains in natural.items() if task in run}
         self.policies = list(dict.fromkeys(line["policy"] for line in self.runs))
+        endings = tuple(f", {ablation}" for ablation in ABLATIONS)
+        self.whole = [name for name in self.policies if not name.endswith(endings)]
+        """The policies that are no ablation of another one."""
         self.splits = {task: split_of(spec) for task, spec in self.specs.items()}
         self.strata = {
             task: f"{self.splits[task]} {'perturbed' if spec.perturbation.kind != 'none' else 'plain'}"
@@ -224,7 +238,7 @@ def by_task(results: Results, split: str) -> str:
 def claims(results: Results, references: Sequence[str], split: str) -> str:
     """The rules of RULES.md, on the tasks of one split."""
     rows = ["| claim | policy | tasks | figure | passes |", "|---|---|---:|---:|---|"]
-    for name in (name for name in results.policies if ", " not in name and name != REFERENCE):
+    for name in (name for name in results.whole if name != REFERENCE):
         scores = results.of_split(paired(results.scores(name), results.scores(REFERENCE)), split)
         if scores:
             least = min(float(np.mean(list(streams.values()))) for streams in scores.values())
@@ -233,15 +247,8 @@ def claims(results: Results, references: Sequence[str], split: str) -> str:
             for kind in (None, "perturbed"):
                 scores = results.of_split(paired(results.scores(name), results.scores(reference)), split, kind)
                 if scores and name != reference:
-                    rows.append(_ahead(results, name, reference, kind, scores))
-    for ablation, claim in (
-        ("replayed", "dynamic"),
-        ("influence shuffled", "adaptive"),
-        ("feedback frozen", "reacts to feedback"),
-        ("mean static", "worth its path"),
-        ("order shuffled", "the order of its mixes matters"),
-        ("order reversed", "... and is the right way round"),
-    ):
+                    rows += _against(results, name, reference, kind, scores)
+    for ablation, claim in ABLATIONS.items():
         for name in results.policies:
             scores = results.of_split(paired(results.scores(name), results.scores(f"{name}, {ablation}")), split)
             if scores:
@@ -281,12 +288,16 @@ def failures(results: Results) -> str:
     )
 
 
-def _ahead(results: Results, name: str, reference: str, kind: str | None, scores: Scores) -> str:
+def _against(results: Results, name: str, reference: str, kind: str | None, scores: Scores) -> list[str]:
+    """Whether a policy is ahead of another one, and, over all tasks, as good as it."""
     mean = mean_over_tasks(scores, results.strata)
     better = over_runs(scores, results.strata, improvement)
     claim = f"ahead of {reference}" + (" under perturbations" if kind else "")
     figure = f"{_with_error(mean)}, {better.value:.2f} [{better.low:.2f}, {better.high:.2f}]"
-    return _claim(claim, name, figure, mean.value > 2 * mean.error and better.low > 0.5, scores)
+    rows = [_claim(claim, name, figure, mean.value > 2 * mean.error and better.low > 0.5, scores)]
+    if kind is None:
+        rows.append(_claim(f"as good as {reference}", name, _with_interval(mean), mean.low >= AS_GOOD, scores))
+    return rows
 
 
 def _claim(claim: str, policy: str, figure: str, passes: bool, scores: Scores) -> str:

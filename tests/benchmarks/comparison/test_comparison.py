@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from benchmarks.comparison.pictures import pareto
 from benchmarks.comparison.policies import Entry, TaskContext, entries, natural, shuffled, with_ablations
 from benchmarks.comparison.record import paths, record
 from benchmarks.comparison.runs import NOISE_STREAMS, Comparison, tasks, work_list
-from benchmarks.comparison.tables import Results, tables
+from benchmarks.comparison.tables import Results, claims, tables
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence, Score
 from dmagent_loader.training.tasks.simulator import ProxySimulator, Start
@@ -110,6 +111,42 @@ def test_a_failing_policy_is_recorded_and_the_rest_goes_on(
     assert [line["failed"] for line in results.failed] == ["ValueError: no such mix"] * 2
     assert results.policies == ["natural 30%"]
     assert "- broken, 0: sciq + gsm8k, merged-7, 1 steps: ValueError: no such mix" in tables(output, ["natural 30%"])
+
+
+def compared(rewards: Mapping[str, tuple[float, ...]], task: TaskSpec) -> list[dict[str, object]]:
+    """Records of two streams of plain test tasks. Attainable ranges are 1, so the reward is the gain of both fields."""
+    found: list[dict[str, object]] = []
+    for number in range(len(next(iter(rewards.values())))):
+        spec = replace(task, split="test", number=number)
+        whole = {"task": spec.id, "spec": spec.to_json()}
+        found.append({**whole, "policy": "range 100%", "stream": 900, "gains": [1.0, 1.0]})
+        for name, of_task in rewards.items():
+            gains = [of_task[number]] * 2
+            found += [{**whole, "policy": name, "stream": s, "gains": gains, "reward": 0.0} for s in (0, 1)]
+    return found
+
+
+def test_claims_are_made_for_every_policy_that_is_no_ablation(task: TaskSpec) -> None:
+    """Names of baselines have commas, too, such as "Olmix, 64 proxies"."""
+    little_behind, varying = (0.45,) * 12, (0.0, 0.95) * 6
+    results = Results(
+        compared(
+            {
+                "natural 30%": (0.5,) * 12,
+                "Olmix, 64 proxies": little_behind,
+                "influence": varying,
+                "influence, influence shuffled": little_behind,
+            },
+            task,
+        )
+    )
+    assert results.whole == ["natural 30%", "Olmix, 64 proxies", "influence"]
+    shown = claims(results, ["natural 30%"], "test")
+    assert "| as good as natural 30% | Olmix, 64 proxies | 12 | -0.050 [-0.050, -0.050] | yes |" in shown
+    assert "| ahead of natural 30% | Olmix, 64 proxies | 12 | -0.050 ± 0.000, 0.00 [0.00, 0.00] | no |" in shown
+    # Less behind on average, but the interval reaches below -0.1.
+    assert re.search(r"\| as good as natural 30% \| influence \| 12 \| -0\.025 \[-0\.\d+, \+0\.\d+\] \| no \|", shown)
+    assert not re.search(r"as good as .* \| influence, influence shuffled", shown)
 
 
 def test_tables_of_an_empty_output_are_printed(tmp_path: Path) -> None:
