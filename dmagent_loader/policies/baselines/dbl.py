@@ -20,8 +20,9 @@ class DynamicBatchLoading(LossPolicy):
         w_d     <- w_d exp(eta excess_d), normalised
         w       <- (1 - smoothing) w + smoothing / D
 
-    The first two lines are Algorithm 1 of arXiv 2310.06694, with eta = 1. The smoothing is that of DoReMi (arXiv
-    2305.10429), which the authors' code uses as well; it keeps a weight from vanishing for good.
+    The first two lines are Algorithm 1 of arXiv 2310.06694, with eta = 1; the authors' code
+    (github.com/princeton-nlp/LLM-Shearing) lets the excess be negative. The smoothing is that of DoReMi (arXiv
+    2305.10429), which that code uses as well; it keeps a weight from vanishing for good.
 
     For continual pre-training, the Data Mixing Agent paper (arXiv 2507.15640, D.2) takes as reference the loss of the
     base model on source domains and that of a model trained on the target data alone on target domains.

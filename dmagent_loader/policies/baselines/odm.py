@@ -22,11 +22,13 @@ class OnlineDataMixing(LossPolicy):
         w_d    = (1 - D e_t) exp(e_{t-1} R_d) / sum exp(e_{t-1} R) + e_t        e_0 = 1 / D, R = 0
         R_d   <- alpha R_d + (1 - alpha) loss_d / w_d
 
-    Algorithm 1, reconstructed without access to its code. The first mix is thus the uniform one. In the paper, a round
-    is a training step, and only the domains of its batch are rewarded. Here the loss of every domain is measured, and a
-    decision stands for `rounds_per_decision` rounds with these losses. With a single round, the exploration rate would
-    stay at 1 / D, the uniform mix, for D log D decisions (205 with 52 domains). As e_t falls, the exploitation e_{t-1}
-    R does, too: late in a long run, the mix approaches the uniform one again. The value of alpha is ours.
+    Algorithm 1. The first mix is thus the uniform one. In the paper, a round is a training step, and only the domains
+    of its batch are rewarded. Here the loss of every domain is measured, and a decision stands for
+    `rounds_per_decision` rounds with these losses. With a single round, the exploration rate would stay at 1 / D, the
+    uniform mix, for D log D decisions (205 with 52 domains). As e_t falls, the exploitation e_{t-1} R does, too: late
+    in a long run, the mix approaches the uniform one again. Alpha is that of the authors' code
+    (github.com/alon-albalak/online-data-mixing), which departs from Algorithm 1 otherwise: it averages exp(loss), not
+    loss / w.
 
     Args:
         space: Domains of the run.
