@@ -106,7 +106,8 @@ class RegMix:
     """Proposes the mix that a regression on proxy runs predicts to be best, held static.
 
     The mix is the mean of the `best` of `candidates` mixes drawn from a Dirichlet distribution around the natural
-    shares, by the predicted loss. The defaults of these numbers follow the authors' notebook, as far as known.
+    shares, by the predicted loss. The defaults of these numbers are those of the authors' notebook
+    (github.com/sail-sg/regmix).
 
     Args:
         space: Domains of the run, those of the table.

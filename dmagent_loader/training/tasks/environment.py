@@ -1,6 +1,6 @@
 """Tasks as a `gymnasium` environment: one decision a step, the reward at the end of the run.
 
-The surrogate of a task and real proxies are both a `Simulator`, so both can stand behind the environment.
+Real proxies are one `Simulator`; any other one can stand behind the environment, too.
 
 Shapes: K = 2 fields of questions, D domains.
 """
