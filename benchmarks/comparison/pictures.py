@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 
-from benchmarks.comparison.policies import SHARES
+from benchmarks.comparison.policies import REFERENCE, SHARES
 from benchmarks.comparison.tables import Results
 from benchmarks.records import lines
 from dmagent_loader.mixture.simplex import FloatArray
@@ -25,7 +25,9 @@ KINDS = ("plain", "perturbed")
 
 
 def pareto(path: Path, folder: Path, split: str) -> Path:
-    """Draws the mean shares of both fields over the tasks of a split that all drawn policies have finished.
+    """Draws the mean shares of both fields over the tasks of a split, of policies that have finished all of them.
+
+    The tasks are those of the reference, natural 30%; a baseline with its own proxies may have been run on a few alone.
 
     Args:
         path: Output of the comparison.
@@ -47,8 +49,8 @@ def pareto(path: Path, folder: Path, split: str) -> Path:
 
 def _panel(axis: Any, results: Results, split: str, kind: str) -> None:
     shares = {name: _shares(results, name, split, kind) for name in results.whole}
-    shares = {name: of_task for name, of_task in shares.items() if of_task}
-    common = set.intersection(*(set(of_task) for of_task in shares.values())) if shares else set()
+    common = set(shares.get(REFERENCE, ()))
+    shares = {name: of_task for name, of_task in shares.items() if common <= set(of_task)}
     axis.set_title(f"{len(common)} {kind} {split} tasks")
     axis.set_xlabel("acquired field: gain / attainable range")
     axis.grid(alpha=0.3)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 from benchmarks import records
 from benchmarks.comparison import policies
-from benchmarks.comparison.pictures import pareto
+from benchmarks.comparison.pictures import _panel, pareto
 from benchmarks.comparison.policies import Entry, TaskContext, entries, natural, shuffled, with_ablations
 from benchmarks.comparison.record import paths, record
 from benchmarks.comparison.runs import NOISE_STREAMS, Comparison, tasks, work_list
@@ -147,6 +148,17 @@ def test_claims_are_made_for_every_policy_that_is_no_ablation(task: TaskSpec) ->
     # Less behind on average, but the interval reaches below -0.1.
     assert re.search(r"\| as good as natural 30% \| influence \| 12 \| -0\.025 \[-0\.\d+, \+0\.\d+\] \| no \|", shown)
     assert not re.search(r"as good as .* \| influence, influence shuffled", shown)
+
+
+def test_a_policy_on_a_few_tasks_alone_does_not_shrink_the_picture_to_these(task: TaskSpec) -> None:
+    found = compared({"natural 30%": (0.5,) * 4, "Olmix, 64 proxies": (0.6,) * 4, "influence": (0.7,) * 4}, task)
+    last = found[-1]["task"]
+    results = Results([line for line in found if (line["task"], line["policy"]) != (last, "influence")])
+    axis = pyplot.figure().add_subplot()
+    _panel(axis, results, "test", "plain")
+    pyplot.close(axis.figure)
+    assert axis.get_title() == "4 plain test tasks"
+    assert axis.get_legend_handles_labels()[1] == ["natural mix, share of target", "Olmix, 64 proxies"]
 
 
 def test_tables_of_an_empty_output_are_printed(tmp_path: Path) -> None:
