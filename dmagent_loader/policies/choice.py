@@ -14,20 +14,24 @@ from dmagent_loader.agent import MixingAgent
 from dmagent_loader.agent.checkpoint import is_plus
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import DomainSpace
-from dmagent_loader.mixture.history import Standardization
+from dmagent_loader.mixture.history import History, Standardization
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.policies.agent import AgentPolicy
 from dmagent_loader.policies.base import Policy
-from dmagent_loader.policies.baselines import OnlineDataMixing
+from dmagent_loader.policies.baselines import OnlineDataMixing, ReplayPolicy
 from dmagent_loader.policies.combined import CombinedPolicy
 from dmagent_loader.policies.fields import report_unknown_topics
 from dmagent_loader.policies.influence import InfluencePolicy
 from dmagent_loader.policies.plus import PlusPolicy
 from dmagent_loader.policies.question_topics import QuestionTopics
+from dmagent_loader.policies.schedule import LinearSchedule, TwoPhaseSchedule
 from dmagent_loader.policies.static import StaticPolicy
 
 PolicyFactory: TypeAlias = Callable[[DomainSpace, FloatArray], Policy]
 """Function from the domains of a run and their natural shares, (D,), to its policy."""
+
+_WITHOUT_FEEDBACK = (StaticPolicy, LinearSchedule, TwoPhaseSchedule, ReplayPolicy)
+"""Policies that users give mixes by the names of domains, before the domains of the run are known."""
 
 _NAMES = "'influence', 'question-topics', 'natural', 'uniform' or 'odm'"
 
@@ -61,6 +65,7 @@ def make_policy(
 
     Raises:
         ConfigurationError: Both were given, one has the wrong type, or a setting would have no effect.
+        DomainError, MixError: The mix of a static policy, a schedule or a recorded path does not fit the domains.
         CheckpointError: The agent cannot be loaded.
     """
     if agent is not None and policy is not None:
@@ -129,7 +134,9 @@ def named_policy(name: str, space: DomainSpace, natural: FloatArray) -> Policy:
         return StaticPolicy(np.full(len(space), 1 / len(space)), name=name)
     if name == "odm":
         return OnlineDataMixing(space, natural)
-    raise ConfigurationError(f"there is no policy named {shown(name)}: choose {_NAMES}, or pass a policy object")
+    raise ConfigurationError(
+        f"there is no policy named {shown(name)}: choose {_NAMES}, pass a policy object, or pass an agent as agent="
+    )
 
 
 def _policy(argument: str, given: Policy | PolicyFactory | str, space: DomainSpace, natural: FloatArray) -> Policy:
@@ -150,4 +157,8 @@ def _policy(argument: str, given: Policy | PolicyFactory | str, space: DomainSpa
             f"{argument} is {shown(given)}; it must be {_NAMES}, an object with a method propose(history), or a "
             "function that makes one from the domains and their natural shares"
         )
+    if type(made) in _WITHOUT_FEEDBACK:
+        # At the first decision the guard would keep the initial mix, and it would stay for the whole run.
+        start = History(domains=space.names, fields=("none",), mixes=natural[None], feedback=np.zeros((1, 1)))
+        cast(Policy, made).propose(start)
     return cast(Policy, made)

@@ -100,4 +100,6 @@ class TwoPhaseSchedule:
         Raises:
             DomainError, MixError: See `StaticPolicy.propose`.
         """
-        return validate_mix(self._first if len(history) <= self._first_steps else self._second, history.domains)
+        # Both, so that a mistake in the second mix does not wait for the second phase.
+        first, second = validate_mix(self._first, history.domains), validate_mix(self._second, history.domains)
+        return first if len(history) <= self._first_steps else second

@@ -11,7 +11,16 @@ import pytest
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
-from dmagent_loader.policies import InfluencePolicy, OnlineDataMixing, StaticPolicy, make_policy
+from dmagent_loader.policies import (
+    InfluencePolicy,
+    LinearSchedule,
+    OnlineDataMixing,
+    RecordedPath,
+    ReplayPolicy,
+    StaticPolicy,
+    TwoPhaseSchedule,
+    make_policy,
+)
 
 SPACE = DomainSpace.from_names(["source/web", "source/wiki", "target/math", "target/code"])
 NATURAL = np.array([0.1, 0.2, 0.3, 0.4])
@@ -44,6 +53,25 @@ def test_a_function_may_use_the_natural_shares() -> None:
         lambda space, natural: StaticPolicy(space.mix({"source": 0.7, "target": 0.3}, shares=natural), name="30%")
     )
     assert policy.propose(START) == pytest.approx([0.7 / 3, 1.4 / 3, 0.9 / 7, 1.2 / 7])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        StaticPolicy({"source/wbe": 1.0}),
+        StaticPolicy({"source": 0.7, "target": 0.3}),
+        StaticPolicy([0.5, 0.5]),
+        LinearSchedule({"source/web": 1.0}, {"target/maths": 1.0}, steps=4),
+        TwoPhaseSchedule({"source/web": 1.0}, {"target/maths": 1.0}, steps=4),
+        ReplayPolicy(RecordedPath(domains=("source/other",), mixes=np.array([[1.0]]), samples=[8])),
+        lambda space, natural: StaticPolicy({"source/wbe": 1.0}),
+    ],
+    ids=lambda policy: getattr(policy, "name", "made"),
+)
+def test_a_mix_for_other_domains_is_refused_at_once(policy: Any) -> None:
+    """At a decision, the guard would log it and keep the initial mix, at every decision of the run."""
+    with pytest.raises(ConfigurationError, match=r"unknown domains|shape"):
+        chosen(policy)
 
 
 def test_a_policy_that_can_be_called_is_not_called() -> None:
@@ -79,6 +107,7 @@ def test_an_error_inside_the_function_is_not_hidden() -> None:
         (lambda space, natural: OnlineDataMixing, r"propose\(history\)"),
         (5, "policy is 5; it must be 'influence'"),
         ("dbl", "no policy named 'dbl'"),
+        ("dmagent-plus", "or pass an agent as agent="),
     ],
 )
 def test_what_makes_no_policy_is_refused(policy: Any, message: str) -> None:

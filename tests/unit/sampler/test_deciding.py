@@ -211,7 +211,7 @@ def test_bad_feedback_and_consumed_are_refused(build):
 
 @pytest.mark.parametrize("consumed", [-1, 1.5, 2**63, True])
 def test_an_impossible_number_of_consumed_samples_is_refused(build, consumed):
-    sampler = build(policy=StaticPolicy({"source": 0.5, "target": 0.5}))
+    sampler = build(policy=StaticPolicy({"source/web": 0.5, "target/math": 0.5}))
     for call in (
         lambda: sampler.seek(consumed),
         lambda: sampler.reweight_due(consumed),
