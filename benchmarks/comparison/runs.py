@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.comparison.policies import REFERENCE, Entry, TaskContext, shuffled
 from benchmarks.records import add, lines, rounded
+from dmagent_loader.errors import FeedbackError
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.mixture.influence import Influence
 from dmagent_loader.mixture.simplex import FloatArray
@@ -108,7 +109,7 @@ class Comparison:
         for share in RANGE_SHARES:
             name = f"range {share:.0%}"
             if (spec.id, name, RANGE_STREAM) not in self._lines:
-                found = range_gains(self._simulator, spec, share)
+                found = _finite(range_gains(self._simulator, spec, share))
                 self._record(spec, name, RANGE_STREAM, {"gains": rounded(found)})
             gains.append(np.array(self._lines[spec.id, name, RANGE_STREAM]["gains"]))
         return attainable(gains)
@@ -145,15 +146,16 @@ class Comparison:
             feedback_every=every,
             frozen_feedback=entry.is_frozen,
         )
+        gains = _finite(episode.gains)
         if any(other.after == name for other in self._entries.values()):
             self._paths.mkdir(parents=True, exist_ok=True)
             np.save(self._path(spec, name, stream), episode.mixes[1:].astype(np.float32))
         return {
             "balance": spec.balance,
             "ranges": rounded(ranges),
-            "gains": rounded(episode.gains),
-            "shares": rounded(episode.gains / ranges),
-            "reward": round(reward(episode.gains, ranges, spec.balance), 5),
+            "gains": rounded(gains),
+            "shares": rounded(gains / ranges),
+            "reward": round(reward(gains, ranges, spec.balance), 5),
             **summary(episode, kept[0]),
             "wall_seconds": round(time.perf_counter() - started, 2),
         }
@@ -173,9 +175,8 @@ class Comparison:
                 episode = run_episode(
                     self._simulator, spec, stream, functools.partial(_always, mix), feedback_every=spec.steps
                 )
-                self._record(
-                    spec, name, stream, {"gains": rounded(episode.gains), "end": rounded(episode.feedback[-1])}
-                )
+                gains, end = _finite(episode.gains), _finite(episode.feedback[-1])
+                self._record(spec, name, stream, {"gains": rounded(gains), "end": rounded(end)})
             mixes.append(mix)
             feedback.append(self._lines[spec.id, name, stream]["end"])
         return np.array(mixes), np.array(feedback)
@@ -195,6 +196,17 @@ class Comparison:
         self._lines[key(line)] = line
         told = result.get("failed", f"{result.get('reward', '')} {result.get('gains')}")
         print(f"{spec.split} {spec.number} [{spec.perturbation.label}] {name} {stream}: {told}", flush=True)
+
+
+def _finite(scores: FloatArray) -> FloatArray:
+    """The scores of a run, which has failed if one of them is not a number.
+
+    Raises:
+        FeedbackError: The proxy has diverged.
+    """
+    if not np.isfinite(scores).all():
+        raise FeedbackError(f"the scores are {scores.tolist()}: the proxy has diverged")
+    return scores
 
 
 def _always(mix: FloatArray, _: Start) -> FloatArray:

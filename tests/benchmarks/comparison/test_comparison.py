@@ -21,6 +21,7 @@ from benchmarks.comparison.runs import NOISE_STREAMS, Comparison, tasks, work_li
 from benchmarks.comparison.tables import Results, claims, tables
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence, Score
+from dmagent_loader.training.tasks.library import TaskLibrary
 from dmagent_loader.training.tasks.simulator import ProxySimulator, Start
 from dmagent_loader.training.tasks.spec import Perturbation, TaskSpec
 
@@ -112,6 +113,30 @@ def test_a_failing_policy_is_recorded_and_the_rest_goes_on(
     assert [line["failed"] for line in results.failed] == ["ValueError: no such mix"] * 2
     assert results.policies == ["natural 30%"]
     assert "- broken, 0: sciq + gsm8k, merged-7, 1 steps: ValueError: no such mix" in tables(output, ["natural 30%"])
+
+
+def test_a_proxy_that_diverges_is_a_failed_run_and_the_tables_hold(
+    library: TaskLibrary, task: TaskSpec, tmp_path: Path
+) -> None:
+    """A gain that is not a number would be the mean of its policy, or pass as harmless."""
+
+    class Diverging(ProxySimulator):
+        def finish(self) -> np.ndarray:
+            gains = super().finish()
+            return gains * np.nan if self.diverges else gains
+
+        def reset(self, spec: TaskSpec, stream: int) -> Start:
+            self.diverges = stream == 1
+            return super().reset(spec, stream)
+
+    chosen = {"natural 30%": Entry(make=functools.partial(natural, 0.3))}
+    spec = replace(task, split="test", number=1, steps=1)
+    output = run(Diverging(library, probe_rows=4), [spec], tmp_path, chosen)
+    results = Results(records.lines(output))
+    assert [(line["stream"], line["failed"]) for line in results.failed] == [
+        (1, "FeedbackError: the scores are [nan, nan]: the proxy has diverged")
+    ]
+    assert "| natural 30% | 1 |" in tables(output, ["natural 30%"])
 
 
 def compared(rewards: Mapping[str, tuple[float, ...]], task: TaskSpec) -> list[dict[str, object]]:
