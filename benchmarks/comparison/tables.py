@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.comparison.policies import REFERENCE, SHARES
+from benchmarks.comparison.policies import PRIOR, REFERENCE, SHARES
 from benchmarks.comparison.runs import NOISE_STREAMS
 from benchmarks.comparison.statistics import (
     Estimate,
@@ -19,6 +19,7 @@ from benchmarks.comparison.statistics import (
     over_runs,
     paired,
 )
+from benchmarks.comparison.trainings import BUNDLED, BUNDLED_NUMBER, PREFIX
 from benchmarks.records import lines
 from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.training.tasks.episode import RANGE_SHARES, attainable, reward
@@ -126,13 +127,13 @@ def tables(path: Path, references: Sequence[str]) -> str:
         if results.of_split(results.scores(REFERENCE), split):
             parts += [f"## {split} tasks", policies(results, split)]
             parts += [differences(results, split, reference) for reference in references]
-            parts += [groups(results, split, references[0]), by_task(results, split)]
+            parts += [groups(results, split, references[0]), by_task(results, split), trainings(results, split)]
     parts += ["## Claims", claims(results, references, "test")]
     if FRESH_TEST in results.splits.values():
         parts += [f"## Claims, {FRESH_TEST} tasks", claims(results, references, FRESH_TEST)]
     if results.failed:
         parts.append(failures(results))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def noise(results: Results) -> str:
@@ -276,6 +277,35 @@ def groups(results: Results, split: str, reference: str) -> str:
             cells = [f"{_with_error(mean)} ({mean.tasks})" if mean else "" for mean in means]
             rows.append(f"| {policy} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def trainings(results: Results, split: str) -> str:
+    """Trainings of `dmagent-plus` on the runs that all of them have; empty without any."""
+    by_name = {
+        name: results.of_split(results.scores(name), split)
+        for name in results.policies
+        if name == BUNDLED or name.startswith(PREFIX)
+    }
+    runs = [{(task, stream) for task, found in scores.items() for stream in found} for scores in by_name.values()]
+    common = set.intersection(*runs) if len(by_name) > 1 else set()
+    if not common:
+        return ""
+    rows = ["| training | reward | minus natural 30% | minus influence |", "|---|---:|---:|---:|"]
+    means = []
+    for name, scores in by_name.items():
+        own: dict[str, dict[int, float]] = {}
+        for task, stream in sorted(common):
+            own.setdefault(task, {})[stream] = scores[task][stream]
+        compared = [own, *(paired(own, results.scores(reference)) for reference in (REFERENCE, PRIOR))]
+        estimates = [mean_over_tasks(found, results.strata) for found in compared]
+        means.append([estimate.value for estimate in estimates])
+        label = f"{BUNDLED_NUMBER} (chosen, `{BUNDLED}`)" if name == BUNDLED else name.removeprefix(PREFIX)
+        rows.append(f"| {label} | {' | '.join(map(_with_error, estimates))} |")
+    spread, middle = np.std(means, axis=0, ddof=1), np.median(means, axis=0)
+    rows.append(f"| median of {len(means)} | {' | '.join(f'{value:+.3f}' for value in middle)} |")
+    rows.append(f"| standard deviation | {' | '.join(f'{value:.3f}' for value in spread)} |")
+    tasks = len({task for task, _ in common})
+    return "\n".join([f"Trainings, on {len(common)} runs of {tasks} tasks that all of them have:", "", *rows])
 
 
 def failures(results: Results) -> str:

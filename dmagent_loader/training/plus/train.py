@@ -43,6 +43,8 @@ VALIDATION_KEEP = ("commonsenseqa",)
 TEST_KEEP, TEST_ACQUIRE = ("hellaswag", "arc", "boolq"), ("mbpp", "humaneval")
 """Question sets of environments that are left for validation and for tests, as in `training.tasks.axes`."""
 RESULT = "dmagent-plus"
+TRAININGS = "trainings"
+"""Folder of the results: the checkpoint of each training, by its number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +148,9 @@ class PlusTraining:
         result = self.output / RESULT
         text = report(checks, scores, chosen, median)
         write_atomically(self.output / "plus.md", text.encode())
+        for number, network in enumerate(networks):
+            checkpoint.save(network, self.output / TRAININGS / str(number))
         checkpoint.save(networks[chosen], result, card=card(networks[chosen], text, self.notes))
-        checkpoint.save(networks[median], self.output / f"{RESULT}-median")
         return result
 
     def _calibrated(

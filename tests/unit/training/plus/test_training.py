@@ -14,7 +14,7 @@ from dmagent_loader.errors import StateError
 from dmagent_loader.training.plus.calibration import Calibration
 from dmagent_loader.training.plus.evolution import EvolutionConfig, Judged, evolve
 from dmagent_loader.training.plus.offline import acted, actions_of
-from dmagent_loader.training.plus.train import Bucket, PlusConfig, PlusTraining
+from dmagent_loader.training.plus.train import TRAININGS, Bucket, PlusConfig, PlusTraining
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.stages import find_record
 
@@ -63,6 +63,9 @@ def test_the_whole_stage_leaves_a_checkpoint_and_a_report(tmp_path):
     assert "## Notes" in (folder / "README.md").read_text()
     assert "| training 1" in (tmp_path / "plus.md").read_text()
     before = (folder / "model.safetensors").read_bytes()
+    trainings = [(tmp_path / TRAININGS / str(n) / "model.safetensors").read_bytes() for n in range(2)]
+    assert before in trainings
+    assert trainings[0] != trainings[1]
     assert (training.run() / "model.safetensors").read_bytes() == before
     other = replace(record, feedback=record.feedback + 0.01 * np.arange(record.feedback.shape[1])[:, None])
     with pytest.raises(StateError, match="trainings of other record"):
