@@ -8,26 +8,16 @@ python -m benchmarks.comparison pictures --output build/tasks/comparison.jsonl -
 from __future__ import annotations
 
 import argparse
-import importlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from benchmarks.comparison.pictures import pareto
-from benchmarks.comparison.policies import Entry, entries
+from benchmarks.comparison.policies import compared
 from benchmarks.comparison.runs import Comparison, tasks, work_list
 from benchmarks.comparison.tables import tables
 from dmagent_loader.training.tasks.library import TaskLibrary
 from dmagent_loader.training.tasks.simulator import ProxySimulator
-
-
-def compared(modules: list[str], only: list[str] | None) -> Mapping[str, Entry]:
-    """The package's policies, those of further modules (each with a function ``entries()``), or some of them."""
-    found = entries()
-    for name in modules:
-        found |= importlib.import_module(name).entries()
-    return found if only is None else {name: found[name] for name in only}
 
 
 def main() -> None:

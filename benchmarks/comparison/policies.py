@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -177,3 +178,11 @@ def entries() -> dict[str, Entry]:
         ),
         "uniform 30%": Entry(make=uniform, turn=3),
     }
+
+
+def compared(modules: Sequence[str], only: Sequence[str] | None) -> Mapping[str, Entry]:
+    """The package's policies, those of further modules (each with a function ``entries()``), or some of them."""
+    found = entries()
+    for name in modules:
+        found |= importlib.import_module(name).entries()
+    return found if only is None else {name: found[name] for name in only}

@@ -98,7 +98,7 @@ class Comparison:
             if (spec.id, name, stream) in self._lines:
                 continue
             try:
-                line = self._compared(spec, name, stream, self.ranges(spec))
+                line = self._compared(spec, name, stream)
             except Exception as error:  # a policy of any origin; the rest of the comparison must go on
                 line = {"failed": f"{type(error).__name__}: {error}"}
             self._record(spec, name, stream, line)
@@ -114,8 +114,9 @@ class Comparison:
             gains.append(np.array(self._lines[spec.id, name, RANGE_STREAM]["gains"]))
         return attainable(gains)
 
-    def _compared(self, spec: TaskSpec, name: str, stream: int, ranges: FloatArray) -> dict[str, Any]:
-        entry = self._entries[name]
+    def episode(self, spec: TaskSpec, name: str, stream: int) -> tuple[Episode, Start]:
+        """Runs one policy on one task and stream, and records nothing; the simulator then holds the trained model."""
+        entry, ranges = self._entries[name], self.ranges(spec)
         kept: list[Start] = []
         proxies = self._proxies(spec, entry.proxies) if entry.proxies else None
 
@@ -135,17 +136,21 @@ class Comparison:
         def permuted(repeat: int) -> Influence:
             return shuffled(self._simulator.influence(repeat), stream)
 
-        started = time.perf_counter()
-        every = 1 if entry.reads_feedback else max(1, spec.steps // MARKS)
         episode = run_episode(
             self._simulator,
             spec,
             stream,
             choose,
             measure=permuted if entry.is_shuffled else None,
-            feedback_every=every,
+            feedback_every=1 if entry.reads_feedback else max(1, spec.steps // MARKS),
             frozen_feedback=entry.is_frozen,
         )
+        return episode, kept[0]
+
+    def _compared(self, spec: TaskSpec, name: str, stream: int) -> dict[str, Any]:
+        ranges = self.ranges(spec)
+        started = time.perf_counter()
+        episode, start = self.episode(spec, name, stream)
         gains = _finite(episode.gains)
         if any(other.after == name for other in self._entries.values()):
             self._paths.mkdir(parents=True, exist_ok=True)
@@ -156,7 +161,7 @@ class Comparison:
             "gains": rounded(gains),
             "shares": rounded(gains / ranges),
             "reward": round(reward(gains, ranges, spec.balance), 5),
-            **summary(episode, kept[0]),
+            **summary(episode, start),
             "wall_seconds": round(time.perf_counter() - started, 2),
         }
 

@@ -166,6 +166,10 @@ class ProxySimulator:
         """See `Simulator`."""
         return np.asarray(self._scored.feedback(self._trainer.averaged)[0] - self._before, dtype=np.float64)
 
+    def model(self) -> ProxyModel:
+        """The present model, with the weights that feedback and `finish` score."""
+        return ProxyModel(self._trainer.config, self._trainer.averaged.state_dict())
+
     @torch.no_grad()
     def losses(self) -> Mapping[str, float]:
         """See `Simulator`."""
