@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dmagent_loader.environment import Environment, Question
-from dmagent_loader.environment.encoding import request
+from dmagent_loader.environment.encoding import PairEncoder, request
 from dmagent_loader.training.data.corpus import END_OF_TEXT
 from dmagent_loader.training.data.spaces import ROW_TOKENS
 from dmagent_loader.training.proxies.language_model import ProxyModel
@@ -58,11 +58,12 @@ def harness_tasks(library: TaskLibrary, spec: TaskSpec) -> list[HarnessTask]:
     def unread(name: str, side: str) -> list[Question]:
         return library.questions(spec.target, name, side).scored
 
+    tokenizer = library.corpus(spec.target).tokenizer()
     found = [
         HarnessTask(
             name=name,
             output_type="multiple_choice",
-            rows=choice_rows(unread(name, "keep"), candidates(library.data, name)),
+            rows=choice_rows(unread(name, "keep"), candidates(library.data, name), tokenizer),
         )
         for name in SETS
     ]
@@ -90,13 +91,16 @@ def candidates(data: Path, name: str) -> dict[tuple[str, str], list[str]]:
 
 
 def choice_rows(
-    questions: Sequence[Question], choices: Mapping[tuple[str, str], Sequence[str]]
+    questions: Sequence[Question], choices: Mapping[tuple[str, str], Sequence[str]], tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """Questions as rows of a multiple choice task."""
+    """Questions as rows of a multiple choice task; one with a candidate answer that does not fit is left out."""
+    encoder = PairEncoder(tokenizer)
     rows = []
     for question in questions:
         listed = list(choices[question.question, question.answer])
-        rows.append({"text": question.question, "choices": listed, "target": listed.index(question.answer)})
+        pairs = [encoder.encode(*request(replace(question, answer=answer), " "), question.origin) for answer in listed]
+        if all(len(pair.tokens) <= ROW_TOKENS + 1 for pair in pairs):
+            rows.append({"text": question.question, "choices": listed, "target": listed.index(question.answer)})
     return rows
 
 
