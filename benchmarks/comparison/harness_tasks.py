@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dmagent_loader.environment import Environment, Question
 from dmagent_loader.environment.encoding import PairEncoder, request
+from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.training.data.corpus import END_OF_TEXT
 from dmagent_loader.training.data.spaces import ROW_TOKENS
 from dmagent_loader.training.proxies.language_model import ProxyModel
@@ -45,11 +46,21 @@ class HarnessTask:
         output_type: Its kind.
         rows: Columns ``text`` and ``target``; for multiple choice, ``choices`` and the position of the right one as
             ``target``.
+
+    Raises:
+        ConfigurationError: There are no rows.
     """
 
     name: str
     output_type: Literal["multiple_choice", "loglikelihood", "loglikelihood_rolling"]
     rows: Sequence[Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ConfigurationError(
+                f"the task {self.name!r} has nothing to score: none of its questions, or of the held-out text of its "
+                "field, fits into a row; give more of them in the data folder"
+            )
 
 
 def harness_tasks(library: TaskLibrary, spec: TaskSpec) -> list[HarnessTask]:

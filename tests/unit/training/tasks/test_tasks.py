@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from dmagent_loader.environment import Environment, EnvironmentSettings
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.history import History
 from dmagent_loader.policies import INFLUENCE, LENGTH, QUESTIONS
@@ -42,6 +43,21 @@ def test_feedback_is_read_only_where_it_is_asked_for(simulator: ProxySimulator, 
     assert np.isfinite(every.feedback).all()
     assert np.isnan(last.feedback[1:-1]).all()
     np.testing.assert_array_equal(every.gains, last.gains)
+
+
+def test_the_model_is_the_one_that_is_scored(library: TaskLibrary, simulator: ProxySimulator, task: TaskSpec) -> None:
+    """Catches: the weights of the last update instead of their average."""
+    keep, acquire = library.of_task(task)
+    asked = Environment(
+        dict(zip(task.fields, (keep.scored, acquire.scored), strict=True)),
+        library.corpus(task.target).tokenizer(),
+        EnvironmentSettings(score="pair", progress=False),
+    )
+    simulator.reset(task, 0)
+    before = asked.evaluate(simulator.model())
+    gains = run_episode(simulator, task, 0, lambda start: start.at(0.3)).gains
+    after = asked.evaluate(simulator.model())
+    np.testing.assert_allclose([after[name] - before[name] for name in task.fields], gains, atol=1e-5)
 
 
 class Curious:
