@@ -49,8 +49,8 @@ KEPT_GAIN, ACQUIRED_GAIN = "keep, gain by the package", "acquire, gain by the pa
 APART = "lm-eval against the package"
 """Largest difference between two log-likelihoods of a request, in nats per token."""
 TOLERANCE = 1e-4
-OWN, ALL = "questions of the task", f"{len(SETS)} sets"
-"""Rows of the table: the set that the task keeps, if it is one of `SETS`; the mean over all sets."""
+OWN, OTHERS = "set of the task", "other sets"
+"""Rows of the table: the set that the task keeps, if it is one of `SETS`; the mean over the other ones."""
 DIGITS = 6
 
 
@@ -119,24 +119,26 @@ Values = dict[str, dict[str, dict[str, dict[int, float]]]]
 
 
 def by_metric(found: Iterable[Mapping[str, Any]]) -> Values:
-    """Scores of a record, with the rows `OWN` and `ALL` of the table."""
+    """Scores of a record, with the rows `OWN` and `OTHERS` of the table."""
     values: Values = {}
-    sets: dict[tuple[str, str, str, int], dict[str, float]] = {}
-    keeps = {}
+    others: dict[tuple[str, str, str, int], dict[str, float]] = {}
+    wanted = {}
+
+    def put(metric: str, policy: str, task: str, stream: int, value: float) -> None:
+        values.setdefault(metric, {}).setdefault(policy, {}).setdefault(task, {})[stream] = value
+
     for line in found:
         task, policy, stream = key(line)
-        keeps[task] = line["keep"]
-        values.setdefault(line["metric"], {}).setdefault(policy, {}).setdefault(task, {})[stream] = line["value"]
+        wanted[task] = set(SETS) - {line["keep"]}
+        put(line["metric"], policy, task, stream, line["value"])
         name, _, score = line["metric"].partition(", ")
-        if name in SETS:
-            sets.setdefault((score, policy, task, stream), {})[name] = line["value"]
-    for (score, policy, task, stream), of_sets in sets.items():
-        if len(of_sets) == len(SETS):
-            mean = float(np.mean(list(of_sets.values())))
-            values.setdefault(f"{ALL}, {score}", {}).setdefault(policy, {}).setdefault(task, {})[stream] = mean
-        if keeps[task] in of_sets:
-            own = of_sets[keeps[task]]
-            values.setdefault(f"{OWN}, {score}", {}).setdefault(policy, {}).setdefault(task, {})[stream] = own
+        if name in wanted[task]:
+            others.setdefault((score, policy, task, stream), {})[name] = line["value"]
+        elif name in SETS:
+            put(f"{OWN}, {score}", policy, task, stream, line["value"])
+    for (score, policy, task, stream), of_sets in others.items():
+        if set(of_sets) == wanted[task]:  # a run that was killed may have left some of them
+            put(f"{OTHERS}, {score}", policy, task, stream, float(np.mean(list(of_sets.values()))))
     return values
 
 
@@ -148,7 +150,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     pairs = [(one, other) for place, other in enumerate(ours) for one in ours[place + 1 :]]
     names = ["score", "tasks", *policies, *(f"{one} minus {other}" for one, other in pairs)]
     rows = [f"| {' | '.join(names)} |", "|---|" + "---:|" * (len(names) - 1)]
-    for metric, scores in sorted(values.items(), key=lambda item: item[0].partition(", ")[0] not in (OWN, ALL)):
+    for metric, scores in sorted(values.items(), key=lambda item: item[0].partition(", ")[0] not in (OWN, OTHERS)):
         shown = [name for name in policies if name in scores]
         tasks = set.intersection(*(set(scores[name]) for name in shown))
         cells = [f"{_mean(scores[name], tasks):.4g}" if name in scores else "" for name in policies]

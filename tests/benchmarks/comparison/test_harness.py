@@ -96,14 +96,16 @@ def test_differences_are_paired_by_task() -> None:
     header, _, own, arc = table(found).splitlines()
     assert header == "| score | tasks | a | b | b minus a |"
     assert arc == "| arc, log-likelihood | 2 | -15 | -13 | +2.0000 ± 1.0000 |"
-    assert own == arc.replace("arc", "questions of the task")
+    assert own == arc.replace("arc", "set of the task")
 
 
-def test_all_sets_count_alike_and_only_together() -> None:
-    spec = sample_tasks("test", 1)[0]
+def test_other_sets_count_alike_and_only_together() -> None:
+    """The set of the task, at place 1 of 0 to 4, counts on its own."""
+    spec = replace(sample_tasks("test", 1)[0], keep=SETS[1])
     found = [line for place, name in enumerate(SETS) for line in lines_of(spec, {"a": place}, [f"{name}, accuracy"])]
-    assert by_metric(found)["5 sets, accuracy"] == {"a": {spec.id: {0: 2.0}}}
-    assert "5 sets, accuracy" not in by_metric(found[1:])
+    assert by_metric(found)["other sets, accuracy"] == {"a": {spec.id: {0: (0 + 2 + 3 + 4) / 4}}}
+    assert by_metric(found)["set of the task, accuracy"] == {"a": {spec.id: {0: 1}}}
+    assert "other sets, accuracy" not in by_metric(found[1:])
 
 
 def test_questions_have_all_candidates_or_are_left_out(with_choices: TaskLibrary) -> None:
