@@ -115,7 +115,7 @@ class Comparison:
         return attainable(gains)
 
     def episode(self, spec: TaskSpec, name: str, stream: int) -> tuple[Episode, Start]:
-        """Runs one policy on one task and stream, and records nothing; the simulator then holds the trained model."""
+        """One policy on one task and stream; the simulator then holds the trained model. No line is recorded for it."""
         entry, ranges = self._entries[name], self.ranges(spec)
         kept: list[Start] = []
         proxies = self._proxies(spec, entry.proxies) if entry.proxies else None
