@@ -6,8 +6,7 @@ The lazy rows of one batch can be read together into one array: see `dmagent_loa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -124,8 +123,7 @@ class LazyRow(Mapping[str, Any]):
         return dict, (self.read(),)
 
 
-@dataclass(frozen=True)
-class Columns:
+class Columns(NamedTuple):
     """A batch of rows with one array of the same shape each, read together.
 
     Attributes:
@@ -162,9 +160,9 @@ def read_together(samples: Sequence[Mapping[str, Any]], member: str) -> Columns 
             return None
         addresses.append(sample._address)
     index, domain, _, shard, row = zip(*addresses, strict=True)
-    spans, count = rows.find_few(domain, shard, row), len(samples)
-    values = rows.read(spans, 0, count, reader.buffers)
+    spans = rows.find_few(domain, shard, row)
+    values = rows.read(spans, reader.buffers)
     if values is None:
         return None
     names = [reader.names[number] for number in domain]
-    return Columns(np.array(index, np.int64), names, values, lambda: rows.keys(spans, 0, count))
+    return Columns(np.array(index, np.int64), names, values, lambda: rows.keys(spans))

@@ -39,7 +39,7 @@ class RowsAhead:
         """(D,) draw after the last known one."""
         self._begin: IntArray = np.zeros_like(self._first)
         """(D,) column of the first known draw."""
-        self._columns: IntArray = np.empty((2 if arrays is None else 7, 0), dtype=np.int64)
+        self._columns: IntArray = np.empty((2 if arrays is None else 8, 0), dtype=np.int64)
         """Shard and row of each known draw, domain by domain; and its position, as `ArrayRows.find` returns it."""
         self._ahead = 0
 

@@ -120,8 +120,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._arrays = self._array_rows()
         self._rows_ahead: RowsAhead | None = None
         self._reads_columns = False
-        self._spans: RowSpans | None = None
-        """Positions of the rows of the present run; None: not looked up yet."""
+        self._positions: IntArray | None = None
+        """Positions of the rows of the present run, as `ArrayRows.find` returns them; None: not looked up yet."""
         self._buffers = Buffers()
         self._batch_size = 1
         """Samples that are taken together: runs consist of whole batches."""
@@ -190,17 +190,18 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         located = self._run.located
         if self._readahead is not None and self._readahead.has_any(located.chosen(np.arange(begin, end))):
             return None  # their blocks could not be had when the run began: nothing is to be read twice
-        spans = self._spans
-        if spans is None:
+        positions = self._positions
+        if positions is None:
             positions = self._run.positions
             if positions is None:
                 positions = arrays.find(located.domain, located.shard, located.row)
-            spans = self._spans = RowSpans.of(positions)
-        values = arrays.read(spans, begin, end, self._buffers)
+            self._positions = positions
+        spans = RowSpans.of(positions[:, begin:end])
+        values = arrays.read(spans, self._buffers)
         if values is None:
             return None
         names = [self._reader.names[domain] for domain in located.domain[begin:end].tolist()]
-        return Columns(self._run.indices[begin:end], names, values, lambda: arrays.keys(spans, begin, end))
+        return Columns(self._run.indices[begin:end], names, values, lambda: arrays.keys(spans))
 
     def advance(self, count: int) -> None:
         """Marks samples of the present run as delivered."""
@@ -271,7 +272,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         """Drops the positions planned under an older ledger."""
         self._version = self._feed.version
         self._run = replace(_NOTHING_PLANNED, first=self.taken)
-        self._cursor, self._spans = 0, None
+        self._cursor, self._positions = 0, None
         self._planned.clear()
         self._run_length = _FIRST_RUN
         if self._blocks is not None:
@@ -286,7 +287,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         """
         if not self._planned and not self._plan_next(self.taken):
             return False
-        self._run, self._cursor, self._spans = self._planned.popleft(), 0, None
+        self._run, self._cursor, self._positions = self._planned.popleft(), 0, None
         if self._blocks is not None:
             self._run_length = _RUN_AHEAD
             if self._blocks.has_waited():

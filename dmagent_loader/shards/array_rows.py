@@ -6,7 +6,9 @@ import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,30 +22,30 @@ from dmagent_loader.shards.table import RowTable
 
 _NOT_AN_ARRAY = -1
 """Size of a row that has another member than the one to be read, or several, or whose shard cannot be used."""
-_NOWHERE = (_NOT_AN_ARRAY,) * 3
+_NOWHERE = (_NOT_AN_ARRAY,) * 5
 
 
-@dataclass(frozen=True)
-class RowSpans:
-    """Positions of n rows, in plain integers: single numbers of an array cost more to read.
+class RowSpans(NamedTuple):
+    """Positions of the n rows of a batch, in plain integers: single numbers of an array cost more to read.
 
     Attributes:
         place: What is to be read: the number of the shard in the catalogue or, if there are remote shards, the key of
             the block.
-        row: Row in the shard.
         offset, size: Bytes of the member in that place; size -1 if the row has to be read by itself.
         crc: crc32 of the row.
+        key_begin, key_end: The row's key in the keys of its shard.
     """
 
     place: list[int]
-    row: list[int]
     offset: list[int]
     size: list[int]
     crc: list[int]
+    key_begin: list[int]
+    key_end: list[int]
 
     @classmethod
     def of(cls, positions: NDArray[np.int64]) -> RowSpans:
-        """From columns, (5, n), as `ArrayRows.find` returns them."""
+        """From columns, (6, n), as `ArrayRows.find` returns them."""
         return cls(*positions.tolist())
 
 
@@ -54,6 +56,11 @@ class _Format:
     header: bytes
     dtype: np.dtype[Any]
     length: int
+
+    @cached_property
+    def checksum(self) -> int:
+        """crc32 of the header, with which that of a row begins."""
+        return crc32(self.header)
 
 
 class Buffers:
@@ -89,10 +96,12 @@ class _Buffer:
     def __init__(self, count: int, form: _Format) -> None:
         self.count, self.form = count, form
         header, size = len(form.header), form.length * form.dtype.itemsize
-        self.headers, self.memory = memoryview(bytearray(count * header)), memoryview(bytearray(count * size))
+        self.headers, self.memory = bytearray(count * header), memoryview(bytearray(count * size))
+        self.expected_headers = count * form.header
         self.arrays = [self.memory[begin : begin + size] for begin in range(0, count * size, size)]
         """Bytes of each array."""
-        headers = [self.headers[begin : begin + header] for begin in range(0, count * header, header)]
+        of_headers = memoryview(self.headers)
+        headers = [of_headers[begin : begin + header] for begin in range(0, count * header, header)]
         self.rows = list(zip(headers, self.arrays, strict=True))
         self.lent: weakref.ref[Any] | None = None
 
@@ -133,13 +142,13 @@ class ArrayRows:
             row: (n,) rows within the shard.
 
         Returns:
-            (5, n), for `RowSpans.of`.
+            (6, n), for `RowSpans.of`.
         """
         number = self._first_shard[domain] + shard
         place = number << self._block_bits
         gathered = np.argsort(number, kind="stable")
         ends = np.flatnonzero(np.diff(number[gathered], append=-1)) + 1
-        sorted_row, found = row[gathered], np.empty((3, len(number)), np.int64)
+        sorted_row, found = row[gathered], np.empty((5, len(number)), np.int64)
         begin = 0
         for one, end in zip(number[gathered[ends - 1]].tolist(), ends.tolist(), strict=True):
             table = self._table_with_arrays(one)
@@ -154,9 +163,8 @@ class ArrayRows:
             else:
                 found[:, begin:end] = _NOT_AN_ARRAY
             begin = end
-        columns = np.empty((5, len(number)), np.int64)
-        columns[0], columns[1] = place, row
-        columns[2:, gathered] = found
+        columns = np.empty((6, len(number)), np.int64)
+        columns[0], columns[1:, gathered] = place, found
         return columns
 
     def find_few(self, domain: Sequence[int], shard: Sequence[int], row: Sequence[int]) -> RowSpans:
@@ -169,9 +177,11 @@ class ArrayRows:
                 block = table.blocks.of_row(one)
                 place, start = place + block, table.blocks.start(block)
             places.append(place)
-            found.append(_NOWHERE if table is None else (table.offset[one] - start, table.size[one], table.crc[one]))
-        offset, size, crc = (list(column) for column in zip(*found, strict=True))
-        return RowSpans(places, list(row), offset, size, crc)
+            if table is None:
+                found.append(_NOWHERE)
+            else:
+                found.append((table.offset[one] - start, table.size[one], table.crc[one], *table.key_span(one)))
+        return RowSpans(places, *(list(column) for column in zip(*found, strict=True)))
 
     def _table_with_arrays(self, number: int) -> RowTable | None:
         """The table of a shard; None if its rows have other members, or it cannot be used."""
@@ -181,48 +191,46 @@ class ArrayRows:
             return None  # an error only for those who read its rows, which may come much later
         return table if table.only == self._extension else None
 
-    def read(self, spans: RowSpans, begin: int, end: int, buffers: Buffers) -> np.ndarray[Any, Any] | None:
-        """The arrays of rows `begin` to `end - 1`, each compared with its checksum.
+    def read(self, spans: RowSpans, buffers: Buffers) -> np.ndarray[Any, Any] | None:
+        """The arrays of rows, each compared with its checksum.
 
         Args:
-            spans: Positions of the rows.
-            begin: Number of the first row in `spans`.
-            end: Number after the last one.
+            spans: Positions of n rows.
             buffers: Memory for the rows.
 
         Returns:
-            (end - begin, T), in the memory of `buffers`. None if a row has another size, header or member than the
-            first one, is damaged or cannot be read: the rows have to be read one by one, which names the fault.
+            (n, T), in the memory of `buffers`. None if a row has another size, header or member than the first one, is
+            damaged or cannot be read: the rows have to be read one by one, which names the fault.
         """
-        size, count = spans.size[begin], end - begin
-        if size < 0 or spans.size[begin:end].count(size) != count:
+        size, count = spans.size[0], len(spans.size)
+        if size < 0 or spans.size.count(size) != count:
             return None
-        places, offsets, source_of = spans.place[begin:end], spans.offset[begin:end], self._source
+        source_of = self._source
         try:
-            form = self._formats.get(size) or self._format(places[0], offsets[0], size)
+            form = self._formats.get(size) or self._format(spans.place[0], spans.offset[0], size)
             if form is None:
                 return None
             buffer = buffers.take(count, form)
-            for place, offset, row in zip(places, offsets, buffer.rows, strict=True):
+            for place, offset, row in zip(spans.place, spans.offset, buffer.rows, strict=True):
                 source = source_of(place)
                 if source is None or source.read_into(row, offset) != size:
                     return None
         except (OSError, ShardError):
             return None
-        if buffer.headers != count * form.header:
+        if buffer.headers != buffer.expected_headers:
             self._formats.pop(size, None)
             return None
-        checksum = crc32(form.header)
-        for crc, array in zip(spans.crc[begin:end], buffer.arrays, strict=True):
-            if crc32(array, checksum) != crc:
-                return None
+        if list(map(crc32, buffer.arrays, repeat(form.checksum))) != spans.crc:
+            return None
         return buffers.lend(buffer)
 
-    def keys(self, spans: RowSpans, begin: int, end: int) -> list[str]:
-        """Keys of rows `begin` to `end - 1`."""
+    def keys(self, spans: RowSpans) -> list[str]:
+        """Keys of rows."""
         table, bits = self._table, self._block_bits
-        places, rows = spans.place[begin:end], spans.row[begin:end]
-        return [table(place >> bits).key(row) for place, row in zip(places, rows, strict=True)]
+        return [
+            table(place >> bits).key_at(begin, end)
+            for place, begin, end in zip(spans.place, spans.key_begin, spans.key_end, strict=True)
+        ]
 
     def _format(self, place: int, offset: int, size: int) -> _Format | None:
         """The format of a row; None: it is not a one-dimensional array, or cannot be read."""

@@ -39,7 +39,7 @@ class RowTable:
         only: Extension of the only member of every row; None if rows have other members.
         offset, size: (M,) span of each payload in bytes; one per row if `only` is set.
         crc: (R,) crc32 of each row.
-        arrays: The same three columns as arrays, to look up many rows at once.
+        arrays: The same three columns, and the two of `key_span`, as arrays, to look up many rows at once.
     """
 
     __slots__ = (
@@ -72,8 +72,11 @@ class RowTable:
         columns = [column for group in groups for column in _side_by_side(group)]
         self.num_bytes = sum(column.nbytes for column in columns) + index.keys.nbytes + _FIXED_BYTES
         self.offset, self.size, self._extension, self.crc, self._key_end, self._first = columns
-        self.arrays = (np.asarray(self.offset), np.asarray(self.size), np.asarray(self.crc))
-        self._keys = index.keys.tobytes()
+        key_end = np.asarray(self._key_end)
+        self.arrays = (*map(np.asarray, (self.offset, self.size, self.crc)), key_end[:-1], key_end[1:])
+        keys = index.keys.tobytes()
+        self._keys = keys.decode() if keys.isascii() else keys
+        """Decoded already if that leaves one byte a character, so that `key_end` counts characters."""
         self._checksum = index.checksum
         self._blocks: BlockLayout | None = None
         self._common: tuple[int, ...] | None = None
@@ -92,8 +95,16 @@ class RowTable:
 
     def key(self, row: int) -> str:
         """The key of a row."""
-        key_end = self._key_end
-        return self._keys[key_end[row] : key_end[row + 1]].decode("utf-8", "surrogateescape")
+        return self.key_at(*self.key_span(row))
+
+    def key_span(self, row: int) -> tuple[int, int]:
+        """Where the key of a row lies, for `key_at`."""
+        return self._key_end[row], self._key_end[row + 1]
+
+    def key_at(self, begin: int, end: int) -> str:
+        """The key between two places in the keys of all rows."""
+        key = self._keys[begin:end]
+        return key if type(key) is str else key.decode("utf-8", "surrogateescape")
 
     def missing_members(self, row: int) -> tuple[str, ...]:
         """Extensions that more than half of the rows have, and this one does not."""

@@ -135,7 +135,7 @@ def test_no_memory_is_taken_for_a_batch_whose_rows_differ(tmp_path):
     tracemalloc.start()
     arrays = collection.array_rows(PACKED_MEMBER)
     spans = RowSpans.of(arrays.find(np.zeros(32, np.int64), np.zeros(32, np.int64), np.arange(32)))
-    assert arrays.read(spans, 0, 32, Buffers()) is None
+    assert arrays.read(spans, Buffers()) is None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < large
