@@ -53,7 +53,9 @@ class Slots:
 
     def __init__(self, num_workers: int, per_worker: int) -> None:
         self._number = next(_numbers)
-        self._taken = torch.zeros((num_workers, per_worker), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        self._shared = torch.zeros((num_workers, per_worker), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        self._taken = self._shared.numpy()
+        """Whether a slot of a worker is taken; single numbers of a tensor take ten times as long to read."""
         self._process = os.getpid()
         self._blocks: dict[tuple[int, int], torch.Tensor] = {}
         self._lent: dict[tuple[int, int], weakref.ref[Any]] = {}
@@ -62,7 +64,11 @@ class Slots:
 
     def __getstate__(self) -> dict[str, Any]:
         """For a spawned worker."""
-        return {**self.__dict__, "_blocks": {}, "_lent": {}}
+        return {**self.__dict__, "_taken": None, "_blocks": {}, "_lent": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._taken = self._shared.numpy()
 
     # In a worker
 
@@ -84,20 +90,20 @@ class Slots:
         if slot is None:
             return batch
         address = (worker, slot)
-        block, new = self._blocks.get(address), None
+        block, new, is_shared = self._blocks.get(address), None, True
         if block is None or len(block) < size:
             block = new = torch.empty(size, dtype=torch.uint8)
-            self._share(new)
+            is_shared = self._share(new)
         for (_, begin, dtype, shape), tensor in zip(layout, tensors.values(), strict=True):
             _view(block, begin, dtype, shape).copy_(tensor)
         rest = {name: None if name in tensors else value for name, value in batch.items()}
-        if not block.is_shared():  # type: ignore[no-untyped-call]
+        if not is_shared:
             return _Sent(_batch, block.numpy(), tuple(layout), rest)
         self._blocks[address], self._taken[address] = block, 1
         return _Sent(_from_slot, self._number, address, new, tuple(layout), rest)
 
-    def _share(self, block: torch.Tensor) -> None:
-        """Moves a block to shared memory, if there is space for it."""
+    def _share(self, block: torch.Tensor) -> bool:
+        """Moves a block to shared memory; False: there is no space for it."""
         try:
             block.share_memory_()  # type: ignore[no-untyped-call]
         except (RuntimeError, OSError) as error:
@@ -110,10 +116,12 @@ class Slots:
                     len(block),
                     error,
                 )
+            return False
+        return True
 
     def _free(self, worker: int) -> int | None:
-        free = torch.nonzero(self._taken[worker] == 0)
-        return int(free[0]) if len(free) else None
+        slot = self._taken[worker].tobytes().find(0)
+        return None if slot < 0 else slot
 
     # In the main process
 
