@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 from dmagent_loader._loading.batches import Batches, Conversion
 from dmagent_loader._loading.config import DEFAULT_PREFETCH_FACTOR, LoaderSettings
 from dmagent_loader._loading.lazy import TAGS, Columns
-from dmagent_loader._loading.slots import Slots
+from dmagent_loader._loading.slots import Empty, Slots
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.sampler import AgentWeightedSampler
@@ -184,7 +184,7 @@ class _Samples:
 
     of_rows: OfRows | None
 
-    def __call__(self, columns: Columns) -> list[dict[str, Any]]:
+    def __call__(self, columns: Columns, _: Empty) -> list[dict[str, Any]]:
         if self.of_rows is None:
             values: list[Any] = [list(columns.values)]
             names: tuple[str, ...] = (PACKED_MEMBER,)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dmagent_loader._loading.lazy import TAGS, Columns, read_together
+from dmagent_loader._loading.slots import Empty
 from dmagent_loader._validation import added_tokens, shown, whole_number
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DecodeError
 from dmagent_loader.shards.writing.packing import LENGTHS_MEMBER, PACKED_MEMBER
@@ -120,16 +121,25 @@ class PackedBatch:
                 "the type of the tokens; leave out narrow, or end_token"
             )
 
-    def of_columns(self, columns: Columns) -> dict[str, Any]:
-        """The batch of rows that were read together."""
+    def of_columns(self, columns: Columns, empty: Empty = torch.empty) -> dict[str, Any]:
+        """The batch of rows that were read together.
+
+        Args:
+            columns: The rows.
+            empty: `torch.empty`, or a function like it, for the tensors of tokens.
+        """
         tags = {"__index__": columns.index, "__domain__": columns.domain}
         if self.keys:
             tags["__key__"] = columns.keys()
         # Rows that were read together have no other member; to ask a lazy one would read it once more.
-        return self.of(tags, columns.values, ())
+        return self.of(tags, columns.values, (), empty)
 
     def of(
-        self, tags: Mapping[str, Any], rows: np.ndarray[Any, Any], samples: Sequence[Mapping[str, Any]]
+        self,
+        tags: Mapping[str, Any],
+        rows: np.ndarray[Any, Any],
+        samples: Sequence[Mapping[str, Any]],
+        empty: Empty = torch.empty,
     ) -> dict[str, Any]:
         """The batch of rows.
 
@@ -137,6 +147,7 @@ class PackedBatch:
             tags: The tags of the rows, as columns.
             rows: Their tokens, (B, T).
             samples: The rows, which may say themselves where documents end; empty: none of them does.
+            empty: As for `of_columns`.
         """
         batch: dict[str, Any] = {"__index__": torch.from_numpy(np.array(tags["__index__"], np.int64))}
         if self.keys:
@@ -146,7 +157,7 @@ class PackedBatch:
             return {**batch, "input_ids": _as_tensor(rows)}
         # One block of memory for all: half the cost of allocating it, and of passing it from a worker to the trainer.
         names = ["input_ids", *["labels"] * self.labels, *["position_ids"] * (self.end_token is not None)]
-        wide = torch.empty((len(names), *rows.shape), dtype=torch.int64)
+        wide = empty((len(names), *rows.shape), dtype=torch.int64)
         wide[: 1 + self.labels] = _as_tensor(rows)
         if self.end_token is not None:
             starts = _document_starts(samples, rows, self.end_token)

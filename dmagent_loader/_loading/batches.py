@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dmagent_loader._loading.lazy import Columns
-from dmagent_loader._loading.slots import Slots
+from dmagent_loader._loading.slots import Empty, Slots
 from dmagent_loader._loading.stream import SampleStream
 from dmagent_loader.errors import DecodeError
 
@@ -26,13 +28,14 @@ class Conversion:
 
     Attributes:
         collate: Function from samples to a batch.
-        of_columns: Function from rows that were read together to their batch, or, with `to_samples`, to samples. A
-            `DecodeError` means that they have to be read one by one. None: all are read one by one.
+        of_columns: Function from rows that were read together, and `torch.empty` or a function like it for the tensors
+            of the batch, to their batch, or, with `to_samples`, to samples. A `DecodeError` means that they have to be
+            read one by one. None: all are read one by one.
         to_samples: Whether `of_columns` returns samples, to be collated.
     """
 
     collate: Callable[[list[Any]], Any]
-    of_columns: Callable[[Columns], Any] | None = None
+    of_columns: Callable[[Columns, Empty], Any] | None = None
     to_samples: bool = False
 
 
@@ -63,6 +66,9 @@ class _BatchStream(Iterator[Any]):
         self._samples, self._batch_size, self._conversion = samples, batch_size, conversion
         self._stream = samples if isinstance(samples, SampleStream) else None
         self._slots, self._worker = slots, get_worker_info()
+        self._empty: Empty = torch.empty
+        if slots is not None and self._worker is not None:
+            self._empty = partial(slots.empty, self._worker.id)
 
     def __next__(self) -> Any:
         batch = self._batch()
@@ -75,7 +81,7 @@ class _BatchStream(Iterator[Any]):
         of_columns = conversion.of_columns
         if stream is not None and of_columns is not None and (columns := stream.columns(self._batch_size)) is not None:
             try:
-                converted = of_columns(columns)
+                converted = of_columns(columns, self._empty)
             except DecodeError:
                 pass  # reading the rows one by one gives an error that names the row
             else:

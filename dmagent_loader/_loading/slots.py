@@ -37,6 +37,9 @@ _ALIGNMENT = 64
 _Layout = tuple[tuple[str, int, torch.dtype, tuple[int, ...]], ...]
 """Name, first byte, type and shape of each tensor in a slot."""
 
+Empty = Callable[..., torch.Tensor]
+"""`torch.empty` of a shape and a `dtype`, or a function like it."""
+
 _numbers = itertools.count()
 _in_use: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
 """The slots of this main process, by number."""
@@ -57,6 +60,8 @@ class Slots:
         self._taken = self._shared.numpy()
         """Whether a slot of a worker is taken; single numbers of a tensor take ten times as long to read."""
         self._process = os.getpid()
+        self._begun: tuple[int, int] | None = None
+        """The slot of the last tensor that `empty` made, and its first byte behind that tensor."""
         self._blocks: dict[tuple[int, int], torch.Tensor] = {}
         self._lent: dict[tuple[int, int], weakref.ref[Any]] = {}
         self._is_full_reported = False
@@ -72,6 +77,21 @@ class Slots:
 
     # In a worker
 
+    def empty(self, worker: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As `torch.empty`, for a tensor of the next batch: in a slot, so that `filled` need not copy it.
+
+        Args:
+            worker: Number of this worker.
+            shape: Shape of the tensor.
+            dtype: Its type.
+        """
+        slot, size = self._free(worker), math.prod(shape) * dtype.itemsize
+        block = None if slot is None else self._blocks.get((worker, slot))
+        if slot is None or block is None or len(block) < size:
+            return torch.empty(shape, dtype=dtype)
+        self._begun = slot, size
+        return _view(block, 0, dtype, shape)
+
     def filled(self, worker: int, batch: Any) -> Any:
         """A batch in a slot, to be put into a queue; the batch itself if that is not possible.
 
@@ -82,25 +102,27 @@ class Slots:
         if type(batch) is not dict:
             return batch
         tensors = {name: value for name, value in batch.items() if _can_be_copied(value)}
-        layout, size = [], 0
-        for name, tensor in tensors.items():
-            layout.append((name, size, tensor.dtype, tuple(tensor.shape)))
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        slot = self._free(worker) if size else None
+        if not any(tensor.nbytes for tensor in tensors.values()):
+            return batch
+        slot, end = self._begun or (self._free(worker), 0)
+        self._begun = None
         if slot is None:
             return batch
         address = (worker, slot)
         block, new, is_shared = self._blocks.get(address), None, True
+        layout, size = _arranged(tensors, block, end)
         if block is None or len(block) < size:
+            layout, size = _arranged(tensors, None, 0)
             block = new = torch.empty(size, dtype=torch.uint8)
             is_shared = self._share(new)
         for (_, begin, dtype, shape), tensor in zip(layout, tensors.values(), strict=True):
-            _view(block, begin, dtype, shape).copy_(tensor)
+            if block.data_ptr() + begin != tensor.data_ptr():
+                _view(block, begin, dtype, shape).copy_(tensor)
         rest = {name: None if name in tensors else value for name, value in batch.items()}
         if not is_shared:
-            return _Sent(_batch, block.numpy(), tuple(layout), rest)
+            return _Sent(_batch, block.numpy(), layout, rest)
         self._blocks[address], self._taken[address] = block, 1
-        return _Sent(_from_slot, self._number, address, new, tuple(layout), rest)
+        return _Sent(_from_slot, self._number, address, new, layout, rest)
 
     def _share(self, block: torch.Tensor) -> bool:
         """Moves a block to shared memory; False: there is no space for it."""
@@ -166,6 +188,27 @@ def _can_be_copied(value: Any) -> bool:
     if type(value) is not torch.Tensor or value.requires_grad:
         return False
     return value.device.type == "cpu" and value.layout == torch.strided
+
+
+def _arranged(tensors: dict[str, torch.Tensor], block: torch.Tensor | None, end: int) -> tuple[_Layout, int]:
+    """Places for tensors in a block, and the bytes that they take.
+
+    Args:
+        tensors: The tensors.
+        block: The block; None: a new one.
+        end: Bytes from its beginning that may hold some of the tensors already, which stay there.
+    """
+    first = 0 if block is None else block.data_ptr()
+    stays = [first <= tensor.data_ptr() < first + end and tensor.is_contiguous() for tensor in tensors.values()]
+    layout, size = [], _aligned(end) if any(stays) else 0
+    for (name, tensor), is_there in zip(tensors.items(), stays, strict=True):
+        layout.append((name, tensor.data_ptr() - first if is_there else size, tensor.dtype, tuple(tensor.shape)))
+        size += 0 if is_there else _aligned(tensor.nbytes)
+    return tuple(layout), size
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _view(block: torch.Tensor, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -81,6 +81,47 @@ def test_a_larger_batch_gets_a_larger_slot():
     assert in_slot(slots, 4)
 
 
+def test_tensors_that_were_made_in_a_slot_stay_there():
+    slots = Slots(1, 1)
+    keys = torch.arange(3)
+
+    def sent(change) -> tuple[dict, bool]:
+        """A batch of two halves of one tensor, and whether it was made in the slot."""
+        wide = slots.empty(0, (2, 3, 5), dtype=torch.int64)
+        is_in_slot = wide.is_shared()
+        wide[0], wide[1] = 7, 8
+        return through(slots, {"keys": keys, **change(wide)}), is_in_slot
+
+    def halves(wide):
+        return {"a": wide[0], "b": wide[1]}
+
+    def is_whole(batch) -> bool:
+        return [batch[name].tolist() for name in batch] == [keys.tolist(), [[7] * 5] * 3, [[8] * 5] * 3]
+
+    first, was_in_slot = sent(halves)
+    assert is_whole(first)
+    assert not was_in_slot, "there is no slot yet"
+    second, was_in_slot = sent(halves)
+    assert is_whole(second)
+    assert not was_in_slot, "the slot is taken"
+    del first, second
+    for _ in range(2):
+        batch, was_in_slot = sent(halves)
+        assert is_whole(batch)
+        assert was_in_slot
+        del batch
+    slots.empty(0, (2, 3, 5), dtype=torch.int64).fill_(1)  # of a batch that failed
+    assert through(slots, {"keys": keys})["keys"].tolist() == keys.tolist()
+    batch, was_in_slot = sent(lambda wide: {"a": wide[0].clone(), "b": wide.transpose(1, 2)[1].T})
+    assert is_whole(batch), "copies, and views in another order, are copied"
+    assert was_in_slot
+    del batch
+    batch, was_in_slot = sent(lambda wide: {**halves(wide), "more": torch.ones(1000)})
+    assert was_in_slot
+    assert batch.pop("more").sum() == 1000, "a larger slot"
+    assert is_whole(batch)
+
+
 def test_without_space_for_shared_memory_the_bytes_are_sent(caplog):
     """torch would lose the batch, because it makes its shared memory in a thread whose errors nobody sees."""
     slots, limit = Slots(1, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
