@@ -6,7 +6,8 @@ The lazy rows of one batch can be read together into one array: see `dmagent_loa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -123,7 +124,8 @@ class LazyRow(Mapping[str, Any]):
         return dict, (self.read(),)
 
 
-class Columns(NamedTuple):
+@dataclass(frozen=True)
+class Columns:
     """A batch of rows with one array of the same shape each, read together.
 
     Attributes:

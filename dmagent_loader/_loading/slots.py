@@ -101,7 +101,9 @@ class Slots:
         """
         if type(batch) is not dict:
             return batch
-        tensors = {name: value for name, value in batch.items() if _can_be_copied(value)}
+        found = [(name, value) for name, value in batch.items() if _can_be_copied(value)]
+        # The largest first, which `empty` puts at the beginning, too: all batches of one form are arranged alike.
+        tensors = dict(sorted(found, key=lambda item: item[1].nbytes, reverse=True))
         if not any(tensor.nbytes for tensor in tensors.values()):
             return batch
         slot, end = self._begun or (self._free(worker), 0)
@@ -112,8 +114,8 @@ class Slots:
         block, new, is_shared = self._blocks.get(address), None, True
         layout, size = _arranged(tensors, block, end)
         if block is None or len(block) < size:
-            layout, size = _arranged(tensors, None, 0)
-            block = new = torch.empty(size, dtype=torch.uint8)
+            layout, least = _arranged(tensors, None, 0)
+            block = new = torch.empty(max(size, least), dtype=torch.uint8)
             is_shared = self._share(new)
         for (_, begin, dtype, shape), tensor in zip(layout, tensors.values(), strict=True):
             if block.data_ptr() + begin != tensor.data_ptr():
@@ -198,12 +200,12 @@ def _arranged(tensors: dict[str, torch.Tensor], block: torch.Tensor | None, end:
         block: The block; None: a new one.
         end: Bytes from its beginning that may hold some of the tensors already, which stay there.
     """
-    first = 0 if block is None else block.data_ptr()
-    stays = [first <= tensor.data_ptr() < first + end and tensor.is_contiguous() for tensor in tensors.values()]
-    layout, size = [], _aligned(end) if any(stays) else 0
-    for (name, tensor), is_there in zip(tensors.items(), stays, strict=True):
-        layout.append((name, tensor.data_ptr() - first if is_there else size, tensor.dtype, tuple(tensor.shape)))
-        size += 0 if is_there else _aligned(tensor.nbytes)
+    first, size, layout = 0 if block is None else block.data_ptr(), _aligned(end), []
+    for name, tensor in tensors.items():
+        begin = tensor.data_ptr() - first
+        if not (0 <= begin < end and tensor.is_contiguous()):
+            begin, size = size, size + _aligned(tensor.nbytes)
+        layout.append((name, begin, tensor.dtype, tuple(tensor.shape)))
     return tuple(layout), size
 
 

@@ -104,7 +104,7 @@ class RowTable:
     def key_at(self, begin: int, end: int) -> str:
         """The key between two places in the keys of all rows."""
         key = self._keys[begin:end]
-        return key if type(key) is str else key.decode("utf-8", "surrogateescape")
+        return key if isinstance(key, str) else key.decode("utf-8", "surrogateescape")
 
     def missing_members(self, row: int) -> tuple[str, ...]:
         """Extensions that more than half of the rows have, and this one does not."""
