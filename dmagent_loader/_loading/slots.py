@@ -6,7 +6,7 @@ each worker keeps a few blocks, its *slots*, and writes its batches into them in
 
 | step | by | |
 |---|---|---|
-| a free slot is marked as taken, the tensors are copied into it | worker | no slot is free: torch's own way |
+| tensors are made in a free slot, or copied into it; it is marked as taken | worker | none is free: torch's own way |
 | the memory of a new slot, later only its number and the layout | through torch's queue | |
 | the tensors of the batch are views of the slot | main process | |
 | the slot is marked as free | main process | when the last of these tensors is gone |

@@ -13,7 +13,7 @@ import webdataset
 from samplers import assert_lazy_rows_make_the_batches_of_eager_ones, builder
 from torch.utils.data import default_collate
 
-from dmagent_loader import AgentWeightedSampler, ReadingConfig
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
 from dmagent_loader._loading.lazy import LazyRow, read_together
 from dmagent_loader.errors import DamagedShardError, DecodeError
 from dmagent_loader.shards.array_rows import Buffers, RowSpans
@@ -99,6 +99,17 @@ def test_rows_that_cannot_be_read_together_are_read_one_by_one(tmp_path, rows):
     batch = collate_packed(take(sampler, 4))
     for key, tokens in zip(batch["__key__"], batch["input_ids"], strict=True):
         assert tokens.tolist() == rows[int(key[1:])]["input_ids.npy"].tolist()
+
+
+@pytest.mark.parametrize("letter", ["e", "é", "文"])
+def test_keys_of_any_letters_are_those_of_the_rows(tmp_path, letter):
+    keys = [letter * number for number in range(1, 9)]
+    shards = write_rows(tmp_path, [{"__key__": key, "input_ids.npy": np.arange(8, dtype=np.uint16)} for key in keys])
+    batches = iter(MixingDataLoader(build(shards, tmp_path), batch_size=8, collate_fn=collate_packed))
+    assert sorted(next(batches)["__key__"]) == keys
+    rows = take(build(shards, tmp_path, decode="lazy"), 8)
+    assert sorted(collate_packed(rows)["__key__"]) == keys
+    assert sorted(row["__key__"] for row in rows) == keys
 
 
 def test_rows_of_different_lengths_and_of_other_members_are_refused_by_name(tmp_path):
