@@ -20,6 +20,7 @@ Integer arithmetic makes every choice: weights are multiples of 2**-30.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from itertools import pairwise
 
 import numpy as np
@@ -34,6 +35,10 @@ _UNUSED_BITS = np.array(64 - 30, dtype=np.uint64)
 _ZERO = np.array(0)
 _DIRECT_LIMIT = 1 << 32
 _ROOT = 0
+_FEW_NODES = 512
+"""Nodes up to which plain numbers are faster than numpy, because most levels have few of them."""
+_MORE = 8
+"""More samples than a node passes to its lighter child beyond its share, but for large debts."""
 _DENSE, _MOST_IN_RANGE = 4, 1 << 16
 """Samples of a range for each one of them that is looked up, and in all, up to which all of the range are."""
 
@@ -68,7 +73,8 @@ class DomainOrder:
         self._total, self._minor, self._lowest, self._width = tree.total, tree.minor, tree.lowest, tree.width
         self._key: UIntArray = random_bits(key, np.arange(len(tree.total), dtype=np.int64))
         # The debt to the lighter child beyond its share of the node's debt, in the units of m p: the carry of L(m).
-        owed = np.append(0, np.cumsum(self._carry[self._leaves]))
+        owed = np.zeros(len(self._leaves) + 1, dtype=np.int64)
+        self._carry[self._leaves].cumsum(out=owed[1:])
         low, split, high = owed[tree.bounds]
         of_minor = np.where(tree.is_left, split - low, high - split)
         shift = of_minor / RESOLUTION * self._total - self._minor * ((high - low) / RESOLUTION)
@@ -121,25 +127,18 @@ class DomainOrder:
         tree, num_nodes = self._tree, len(self._total)
         reached = self._reached
         before = self._received(first) if reached is None or reached[0] != first else reached[1]
-        after = self._received(end)
+        after, node, k, received = self._passed(before, end)
         number = after - before
-        begin = np.cumsum(number) - number
-        to_lighter = number[tree.lighter]
-        node = np.repeat(np.arange(num_nodes), to_lighter)
-        within = _counting(to_lighter)
-        # The lighter child gets its sample k once the node has received m of them, with m p + carry >= k q + T_k. The
-        # bound holds for a large carry, as in `_to_minor`.
-        k = before[tree.lighter][node] + within
-        due = k * self._total[node] + self._threshold(node, k) - self._shift[node]
-        received = np.maximum(-(-due // self._minor[node]), k + 1)
-        lighter = (begin - before)[node] + received - 1
-        is_lighter = np.zeros(int(begin[num_nodes]), dtype=bool)
-        is_lighter[lighter] = True
-        to_heavier = number[:num_nodes] - to_lighter
+        begin = number.cumsum() - number
+        shift = begin - before
+        lighter = shift[node] + received - 1
+        is_heavier = np.ones(int(begin[num_nodes]), dtype=bool)
+        is_heavier[lighter] = False
+        to_heavier = number[tree.heavier]
         parent = np.arange(int(begin[-1] + number[-1]))
-        parent[begin[tree.lighter][node] + within] = lighter
-        parent[np.repeat(begin[tree.heavier], to_heavier) + _counting(to_heavier)] = np.flatnonzero(~is_lighter)
-        sample = parent[len(is_lighter) :]
+        parent[shift[tree.lighter][node] + k] = lighter
+        parent[np.repeat(begin[tree.heavier], to_heavier) + _counting(to_heavier)] = is_heavier.nonzero()[0]
+        sample = parent[len(is_heavier) :]
         for _ in tree.levels[2:]:
             sample = parent[sample]
         of_leaves = number[num_nodes:]
@@ -148,6 +147,56 @@ class DomainOrder:
         rank[sample] = np.repeat(before[num_nodes:], of_leaves) + _counting(of_leaves)
         self._reached, self._range = (end, after), (first, self._of_domains(before), domain)
         return domain, rank
+
+    def _passed(self, before: IntArray, end: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+        """The samples of a range that nodes pass to their lighter children.
+
+        Args:
+            before: (N + L,) `_received` at the first sample of the range.
+            end: Sample after the last one.
+
+        Returns:
+            `_received` at the end of the range, (N + L,); and for each sample passed, node by node, the node, the
+            number of the sample in the child, and the samples that the node has received with it, (n,) each.
+        """
+        if len(self._total) <= _FEW_NODES:
+            # The least number of samples of a node with which its child gets each of the next ones tells how many it
+            # gets in the range. The other way is to find that number first, level by level.
+            likely = ((end - int(before[_ROOT])) * self._minor >> _HASH_BITS) + _MORE
+            node, k, received = self._next_passed(before, likely)
+            after = self._received_after(before, end, likely, received)
+            if after is not None:
+                chosen = (received <= after[node]).nonzero()[0]
+                return after, node[chosen], k[chosen], received[chosen]
+        after = self._received(end)
+        return after, *self._next_passed(before, (after - before)[self._tree.lighter])
+
+    def _next_passed(self, before: IntArray, number: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """The next samples, (N,) of each node, that go to its lighter child; the result is described in `_passed`."""
+        node = np.arange(len(number)).repeat(number)
+        k = before[self._tree.lighter][node] + _counting(number)
+        # The lighter child gets its sample k once the node has received m of them, with m p + carry >= k q + T_k. The
+        # bound holds for a large carry, as in `_to_minor`.
+        due = k * self._total[node] + self._threshold(node, k) - self._shift[node]
+        return node, k, np.maximum(-(-due // self._minor[node]), k + 1)
+
+    def _received_after(self, before: IntArray, end: int, number: IntArray, received: IntArray) -> IntArray | None:
+        """`_received` at the end of a range, by the samples that nodes pass next (`_next_passed`).
+
+        Returns:
+            (N + L,). None: a node may pass more samples than these.
+        """
+        tree, in_plain_numbers = self._tree, received.tolist()
+        after = [end] * len(before)
+        columns = (tree.lighter, tree.heavier, before[tree.lighter], number)
+        first = 0
+        for node, (lighter, heavier, k, count) in enumerate(zip(*(its.tolist() for its in columns), strict=True)):
+            found = bisect_right(in_plain_numbers, after[node], first, first + count) - first
+            if found == count:
+                return None
+            after[lighter], after[heavier] = k + found, after[node] - k - found
+            first += count
+        return np.array(after)
 
     def counts(self, num_samples: int) -> IntArray:
         """Number of samples of each domain among the first `num_samples`: (D,) int64, sums to `num_samples`."""
@@ -195,11 +244,8 @@ class DomainOrder:
         The debt is exact: share times samples, minus samples drawn, plus the debt carried in.
         """
         counts = self.counts(num_samples)
-        # num_samples * quanta / RESOLUTION, in two parts: the whole product could overflow int64.
-        whole, part = divmod(num_samples, RESOLUTION)
-        extra, rest = np.divmod(part * self.quanta, RESOLUTION)
-        owed = (whole * self.quanta + extra - counts) * RESOLUTION + rest + self._carry
-        return counts, np.asarray(owed, dtype=np.int64)
+        # The two products may be too large for int64 and wrap around, but their difference is not.
+        return counts, np.asarray(num_samples * self.quanta - counts * RESOLUTION + self._carry)
 
     def _divide(
         self, node: IntArray | slice, received: IntArray, shift: IntArray, is_long: bool

@@ -88,21 +88,23 @@ def grow(mixes: Sequence[IntArray]) -> list[MixTree]:
     """
     leaves = [_leaves(quanta) for quanta in mixes]
     numbers = np.array([len(its) for its in leaves])
-    ends = np.cumsum(numbers + 1)
-    first = ends - numbers - 1
+    first = np.cumsum(numbers + 1) - (numbers + 1)
     # The first mix takes the weights 0 to RESOLUTION, the next one those after them.
-    before = np.concatenate([np.append(0, np.cumsum(q[its])) for q, its in zip(mixes, leaves, strict=True)])
-    before += np.repeat(np.arange(len(mixes)) * (RESOLUTION + 1), numbers + 1)
+    before = np.ones(int(first[-1] + numbers[-1]) + 1, dtype=np.int64)
+    before[0] = 0
+    for begin, quanta, its in zip(first.tolist(), mixes, leaves, strict=True):
+        before[begin + 1 : begin + 1 + len(its)] = quanta[its]
+    before = before.cumsum()
     if len(mixes) == 1 and len(before) <= _FEW_LEAVES:
         splits = _split_in_plain_numbers(before.tolist())
     else:
         splits = _split_together(before, first, first + numbers)
-    low, split, high = splits.bounds
-    total, left = before[high] - before[low], before[split] - before[low]
-    is_left = 2 * left <= total
-    minor = np.where(is_left, left, total - left)
-    slack = total - minor
-    width = np.floor(slack * np.minimum(np.maximum(splits.freedom, 0.0), 1.0)).astype(np.int64)
+    low, split, high = before[splits.bounds]
+    total, left = high - low, split - low
+    right = total - left
+    is_left = left <= right
+    minor, slack = np.minimum(left, right), np.maximum(left, right)
+    width = (slack * np.minimum(np.maximum(splits.freedom, 0.0), 1.0)).astype(np.int64)
     lowest = (minor + 1) // 2 + (slack - width) // 2
     lighter, heavier = np.where(is_left, splits.children, splits.children[::-1])
     trees, begin = [], 0
@@ -129,7 +131,7 @@ def grow(mixes: Sequence[IntArray]) -> list[MixTree]:
 
 def _leaves(quanta: IntArray) -> IntArray:
     """The domains with weight, heaviest first; of equal ones, the first first."""
-    active = np.flatnonzero(quanta > 0)
+    active = quanta.nonzero()[0]
     # Numbers that hold weight and domain: they are sorted several times as fast as their order is found.
     both = ((RESOLUTION - quanta[active]) << _DOMAIN_BITS) | active
     both.sort()
@@ -142,44 +144,39 @@ def _split_in_plain_numbers(before: list[int]) -> _Splits:
     Args:
         before: (L + 1,) weight before each leaf, and of all.
     """
-    bounds: list[tuple[int, int, int]] = []
+    bounds: list[int] = []
     children: list[int] = []
     freedom = [1.0] * len(before)
     # Each interval comes with two bounds on its error in samples: the error of rounding to the nearest sample, and the
     # error that thresholds drawn from their full range would add.
-    level = [(0, len(before) - 1, 0.0, 0.0)] if len(before) > 2 else []
+    nodes = [(0, len(before) - 1, 0.0, 0.0)] if len(before) > 2 else []
     levels = [0]
-    while level:
-        below: list[tuple[int, int, float, float]] = []
-        end = levels[-1] + len(level)
-        for low, high, rounding, irregular in level:
-            start, stop = before[low], before[high]
-            middle = (start + stop) / 2
-            split = bisect_left(before, middle, low, high)
-            if middle - before[split - 1] <= before[split] - middle:
-                split -= 1
-            if split in (low, high):  # both sides get at least one leaf
-                split += 1 if split == low else -1
-            whole, left = stop - start, before[split] - start
-            added = (1 - (left if 2 * left <= whole else whole - left) / whole) / 2
-            share = left / whole
-            for first, last, part in ((low, split, share), (split, high, 1 - share)):
-                # A child inherits its share of the parent's error. Its own split adds up to half a sample by rounding,
-                # and up to half of the threshold range.
-                child_rounding, child_irregular = 0.5 + part * rounding, added + part * irregular
-                if last - first == 1:
-                    freedom[first] = (DISCREPANCY - child_rounding) / child_irregular
-                    children.append(~first)
-                else:
-                    children.append(end + len(below))
-                    below.append((first, last, child_rounding, child_irregular))
-            bounds.append((low, split, high))
-        levels.append(end)
-        level = below
+    for node, (low, high, rounding, irregular) in enumerate(nodes):  # which grows while it is read
+        if node == levels[-1]:
+            levels.append(len(nodes))
+        start, stop = before[low], before[high]
+        split = bisect_left(before, (start + stop + 1) // 2, low, high)  # the first whose weight is not below the middle
+        if before[split - 1] + before[split] >= start + stop and split - 1 > low:
+            split -= 1
+        bounds += (low, split, high)
+        whole, left = stop - start, before[split] - start
+        added = (1 - min(left, whole - left) / whole) / 2
+        share = left / whole
+        for first, last, part in ((low, split, share), (split, high, 1 - share)):
+            # A child inherits its share of the parent's error. Its own split adds up to half a sample by rounding, and
+            # up to half of the threshold range.
+            child_rounding, child_irregular = 0.5 + part * rounding, added + part * irregular
+            if last - first == 1:
+                freedom[first] = (DISCREPANCY - child_rounding) / child_irregular
+                children.append(~first)
+            else:
+                children.append(len(nodes))
+                nodes.append((first, last, child_rounding, child_irregular))
+    table = np.array(bounds, dtype=np.int64).reshape(-1, 3)
     return _Splits(
-        np.array(bounds, dtype=np.int64).reshape(-1, 3).T,
+        table.T,
         np.array(children, dtype=np.int64).reshape(-1, 2).T,
-        np.minimum.reduceat(freedom, np.array(bounds)[:, ::2].ravel())[::2] if bounds else np.empty(0),
+        np.minimum.reduceat(freedom, table[:, ::2].ravel())[::2] if bounds else np.empty(0),
         [levels],
     )
 
