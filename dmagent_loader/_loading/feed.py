@@ -192,9 +192,8 @@ class Feed:
 
     def finished(self, consumed: int) -> bool:
         """Whether the data are used up after `consumed` samples."""
-        layout = self.layout(base=self.cursor.position)
-        end = self.plan.ends_by(consumed + layout.samples_per_step_all_ranks)
-        return end is not None and consumed >= layout.delivered_end(end)
+        end = self.plan.ends_by(consumed + self._step)
+        return end is not None and consumed >= self.layout(base=self.cursor.position).delivered_end(end)
 
     @property
     def total_samples(self) -> int | None:
@@ -231,9 +230,15 @@ class Feed:
 
     def _before_end(self, index: int) -> int:
         """A position of the cursor, which counts a last global batch that is smaller than the others as a whole one."""
-        layout = self.layout(base=self.cursor.position)
-        end = self.plan.ends_by(index + layout.samples_per_step_all_ranks)
-        return index if end is None else min(index, max(layout.delivered_end(end), self.cursor.consumed))
+        end = self.plan.ends_by(index + self._step)
+        if end is None:
+            return index
+        return min(index, max(self.layout(base=self.cursor.position).delivered_end(end), self.cursor.consumed))
+
+    @property
+    def _step(self) -> int:
+        """Samples of all ranks in one step, to which the run is cut."""
+        return self.world_size * self.loader.samples_per_step
 
     @property
     def mix(self) -> FloatArray:

@@ -93,7 +93,7 @@ class Mailbox:
         number = self.published
         slot = number % CAPACITY
         self._indices[slot] = (entry.start, entry.decided_at)
-        self._mixes[slot] = entry.mix
+        self._mixes[slot] = entry.weights()
         self._header[_PUBLISHED] = number + 1
 
     def read(self, number: int) -> PublishedMix:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -60,8 +60,6 @@ class _Run:
     indices: IntArray
     """Global index of each position."""
     located: Located
-    all_frontiers: IntArray
-    """First global index that cannot have been delivered, before each position and after the last."""
     positions: IntArray | None = None
     """Positions of the rows, as `ArrayRows.find` returns them; None: not looked up yet."""
 
@@ -74,15 +72,9 @@ class _Run:
         columns = (self.indices, self.located.domain, self.located.draw, self.located.shard, self.located.row)
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
-    @cached_property
-    def frontiers(self) -> list[int]:
-        """First global index that cannot have been delivered, before each position and after the last."""
-        frontiers: list[int] = self.all_frontiers.tolist()
-        return frontiers
-
 
 _NOTHING = np.empty(0, dtype=np.int64)
-_NOTHING_PLANNED = _Run(0, _NOTHING, Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING), _NOTHING)
+_NOWHERE = Located(_NOTHING, _NOTHING, _NOTHING, _NOTHING)
 
 
 class SampleStream(Iterator[Mapping[str, Any]]):
@@ -120,15 +112,12 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._arrays = self._array_rows()
         self._rows_ahead: RowsAhead | None = None
         self._reads_columns = False
-        self._positions: IntArray | None = None
-        """Positions of the rows of the present run, as `ArrayRows.find` returns them; None: not looked up yet."""
         self._buffers = Buffers()
         self._batch_size = 1
         """Samples that are taken together: runs consist of whole batches."""
         self._version = -1
         self._done = False
-        self._run = _NOTHING_PLANNED
-        self._cursor = 0
+        self._enter(_Run(0, _NOTHING, _NOWHERE))
         self._planned: deque[_Run] = deque()
         """Runs after the present one."""
         self._run_length, self._num_ahead = _FIRST_RUN, _LEAST_AHEAD
@@ -141,8 +130,6 @@ class SampleStream(Iterator[Mapping[str, Any]]):
     @property
     def frontier(self) -> int:
         """The first global index that neither this iterator nor those in step with it can have delivered."""
-        if len(self._run):
-            return self._run.frontiers[self._cursor]
         return self._base if self._layout is None else self._layout.frontier(self.taken)
 
     def __next__(self) -> Mapping[str, Any]:
@@ -168,7 +155,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 sample = self._reader.substitute(located, error, self._sample)
         self._cursor = cursor + 1  # as `advance`, without the cost of a call for each sample
         if self._worker is not None:
-            feed.mailbox.advance(self._worker.id, self._run.frontiers[cursor + 1])
+            self._report(self._worker.id)
         return sample
 
     def columns(self, count: int) -> Columns | None:
@@ -190,13 +177,9 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         located = self._run.located
         if self._readahead is not None and self._readahead.has_any(located.chosen(np.arange(begin, end))):
             return None  # their blocks could not be had when the run began: nothing is to be read twice
-        positions = self._positions
-        if positions is None:
-            positions = self._run.positions
-            if positions is None:
-                positions = arrays.find(located.domain, located.shard, located.row)
-            self._positions = positions
-        spans = RowSpans.of(positions[:, begin:end])
+        if self._positions is None:
+            self._positions = arrays.find(located.domain, located.shard, located.row)
+        spans = RowSpans.of(self._positions[:, begin:end])
         values = arrays.read(spans, self._buffers)
         if values is None:
             return None
@@ -207,7 +190,23 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         """Marks samples of the present run as delivered."""
         self._cursor += count
         if self._worker is not None:
-            self._feed.mailbox.advance(self._worker.id, self._run.frontiers[self._cursor])
+            self._report(self._worker.id)
+
+    def _report(self, worker: int) -> None:
+        """Tells the main process how far this worker is."""
+        if self._frontiers is None:
+            assert self._layout is not None
+            taken = np.arange(self._run.first, self._run.first + len(self._run) + 1)
+            self._frontiers = self._layout.frontiers(taken).tolist()
+        self._feed.mailbox.advance(worker, self._frontiers[self._cursor])
+
+    def _enter(self, run: _Run) -> None:
+        """Makes a run the present one."""
+        self._run, self._cursor = run, 0
+        self._positions = run.positions
+        """Positions of its rows, as `ArrayRows.find` returns them; None: not looked up yet."""
+        self._frontiers: list[int] | None = None
+        """`frontier` before each of its positions and after the last; None: not computed yet."""
 
     def _is_ready(self) -> bool:
         """Plans the next sample, if it is not planned yet under the present ledger.
@@ -271,8 +270,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
     def _replan(self) -> None:
         """Drops the positions planned under an older ledger."""
         self._version = self._feed.version
-        self._run = replace(_NOTHING_PLANNED, first=self.taken)
-        self._cursor, self._positions = 0, None
+        self._enter(_Run(self.taken, _NOTHING, _NOWHERE))
         self._planned.clear()
         self._run_length = _FIRST_RUN
         if self._blocks is not None:
@@ -287,7 +285,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         """
         if not self._planned and not self._plan_next(self.taken):
             return False
-        self._run, self._cursor, self._positions = self._planned.popleft(), 0, None
+        self._enter(self._planned.popleft())
         if self._blocks is not None:
             self._run_length = _RUN_AHEAD
             if self._blocks.has_waited():
@@ -365,8 +363,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             except ExhaustedError:
                 indices = self._layout.indices(first, 1, end)
             located, positions = self._located(indices)
-        frontiers = self._layout.frontiers(np.arange(first, first + len(indices) + 1))
-        return _Run(first, indices, located, frontiers, positions)
+        return _Run(first, indices, located, positions)
 
     def _located(self, indices: IntArray) -> tuple[Located, IntArray | None]:
         """Addresses of samples, and the positions of their rows if these are known at once."""

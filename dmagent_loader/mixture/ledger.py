@@ -92,7 +92,7 @@ class Ledger:
             self._digests.pop()
         before = self._digests[-1] if self._digests else b""
         origin = repr((entry.start, entry.decided_by, entry.decided_at)).encode()
-        self._digests.append(hashlib.blake2b(before + entry.weights().tobytes() + origin, digest_size=8).digest())
+        self._digests.append(hashlib.blake2b(before + entry._weights.tobytes() + origin, digest_size=8).digest())
         self._entries.append(entry)
 
     def in_force(self, index: int) -> LedgerEntry:

@@ -149,15 +149,15 @@ class Segment:
         while self._stretches and self._stretches[-1].start >= entry.start:
             self._stretches.pop()
             self._orders.pop(self._starts.pop(), None)
-        base = np.zeros(len(self.space), dtype=np.int64)
-        owed = self._owed
         if self._stretches:
             last = self._stretches[-1]
             if last.quanta is None:
                 return
-            base, owed = self._order(last).counts_and_owed(entry.start - last.start)
-            base += last.base
+            counts, owed = self._order(last).counts_and_owed(entry.start - last.start)
+            base = last.base + counts
             self._stretches[-1] = replace(last, stop=entry.start, settled=True)
+        else:
+            base, owed = np.zeros(len(self.space), dtype=np.int64), self._owed
         stretch = self._stretch(entry.start, base, owed, tree=tree)
         self._stretches.append(stretch)
         self._starts.append(entry.start)
@@ -196,7 +196,7 @@ class Segment:
         mix = self.ledger.last.weights()
         used_up = self._limited & (base >= self.first_pass)
         weights = self._effective(mix, used_up)
-        members = tuple(int(i) for i in np.flatnonzero(used_up))
+        members = tuple(used_up.nonzero()[0].tolist())
         drawn = mix > 0 if drawn is None else drawn
         # A used-up domain that the mix does not draw from is not a failure.
         failed = tuple(i for i in members if self.rules[i] == "error" and drawn[i])
@@ -344,16 +344,22 @@ class Segment:
         domain, draw = np.empty_like(indices), np.empty_like(indices)
         if not len(indices):
             return domain, draw
-        self._extend(int(indices.max()))
-        first, last = (bisect_right(self._starts, int(end)) - 1 for end in (indices.min(), indices.max()))
+        low, high = int(indices.min()), int(indices.max())
+        self._extend(high)
+        first, last = bisect_right(self._starts, low) - 1, bisect_right(self._starts, high) - 1
+        if first == last:
+            return self._draws_in(self._stretches[first], indices)
         stretch_of = first + np.searchsorted(self._starts[first + 1 : last + 1], indices, side="right")
-        for number in [first] if first == last else np.unique(stretch_of).tolist():
-            stretch = self._stretches[number]
-            self._refuse(stretch)
-            chosen = slice(None) if first == last else stretch_of == number
-            domain[chosen], draw[chosen] = self._order(stretch).locate(indices[chosen] - stretch.start)
-            draw[chosen] += stretch.base[domain[chosen]]
+        for number in np.unique(stretch_of).tolist():
+            chosen = stretch_of == number
+            domain[chosen], draw[chosen] = self._draws_in(self._stretches[number], indices[chosen])
         return domain, draw
+
+    def _draws_in(self, stretch: _Stretch, indices: IntArray) -> tuple[IntArray, IntArray]:
+        """`draws` of samples of one stretch."""
+        self._refuse(stretch)
+        domain, rank = self._order(stretch).locate(indices - stretch.start)
+        return domain, stretch.base[domain] + rank
 
     def left(self, index: int) -> dict[str, ShardsLeft]:
         """Domain -> what its present pass has left of the shards from which it has drawn, before a global index."""

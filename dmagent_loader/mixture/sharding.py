@@ -26,7 +26,7 @@ torch deals whole batches to its workers in turn: worker w of n delivers the bat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from dmagent_loader.mixture.hashing import random_bits, stream_key
 from dmagent_loader.mixture.simplex import IntArray
 
 StreamKind = Literal["sharded", "whole"]
+_Number = TypeVar("_Number", int, IntArray)
 
 
 class Laned(Protocol):
@@ -96,19 +97,20 @@ class StreamLayout:
         """
         if end is not None:
             count = min(count, max(0, self.num_samples(end) - first))
-        batch, slot = np.divmod(self._positions(np.arange(first, first + count, dtype=np.int64)), self.own_batch)
+        positions = self._positions(np.arange(first, first + count, dtype=np.int64))
+        if self.world_size == 1:
+            return self.base + positions
+        batch, slot = np.divmod(positions, self.own_batch)
         start = self.base + batch * self.global_batch
         size = np.full(len(start), self.global_batch)
         if end is not None:  # the last global batch may be smaller
             size = np.minimum(size, self.delivered_end(end) - start)
         if self.kind == "sharded":
             slot += self.rank * (size // self.world_size)
-        if self.world_size > 1 and laned is not None:
+        if laned is not None:
             return self._by_lane(start, size, slot, laned)
-        if self.world_size > 1:
-            shift = random_bits(self.key, start) % size.view(np.uint64)
-            slot = (slot + shift.view(np.int64)) % size
-        return np.asarray(start + slot, dtype=np.int64)
+        shift = random_bits(self.key, start) % size.view(np.uint64)
+        return np.asarray(start + (slot + shift.view(np.int64)) % size, dtype=np.int64)
 
     def _by_lane(self, start: IntArray, size: IntArray, slot: IntArray, laned: Laned) -> IntArray:
         """Global indices in places of global batches: (n,).
@@ -169,20 +171,24 @@ class StreamLayout:
         Args:
             taken: Samples that this iterator has delivered.
         """
-        return int(self.frontiers(np.array([taken]))[0])
+        return self.base + (self._reached(taken) if taken else 0)
 
     def frontiers(self, taken: IntArray) -> IntArray:
         """`frontier` after each number of delivered samples: (n,) int64."""
-        reached = self._positions(np.maximum(taken - 1, 0)) + 1
+        return np.asarray(self.base + np.where(taken == 0, 0, self._reached(taken)), dtype=np.int64)
+
+    def _reached(self, taken: _Number) -> _Number:
+        """Samples of the run, from `base` on, that may have been delivered once this iterator has delivered some."""
+        reached = self._positions(taken - 1) + 1
         if self.world_size > 1:
             # The other ranks may have delivered as many samples as this one. Inside a global batch the indices are not
             # in order, so all of it counts as delivered.
             reached = -(-reached // self.own_batch) * self.global_batch
-        return np.asarray(self.base + np.where(taken == 0, 0, reached), dtype=np.int64)
+        return reached
 
-    def _positions(self, samples: IntArray) -> IntArray:
+    def _positions(self, samples: _Number) -> _Number:
         """Stream positions of the samples of this iterator, which gets every `num_workers`-th block of the stream."""
         if self.num_workers == 1:
             return samples
-        block, offset = np.divmod(samples, self.samples_per_fetch)
+        block, offset = divmod(samples, self.samples_per_fetch)
         return (block * self.num_workers + self.worker) * self.samples_per_fetch + offset

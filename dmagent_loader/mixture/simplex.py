@@ -56,11 +56,12 @@ def validate_mix(
             raise MixError(
                 f"the mix has shape {mix.shape}, but there are {len(names)} domains: give one weight for each"
             )
-    bad = ~np.isfinite(mix)
+    bad = ~((mix >= 0) & (mix < np.inf))
     if bad.any():
-        raise MixError(f"the mix is not finite on {_named(names, mix, bad)}: every weight must be a finite number")
-    bad = mix < 0
-    if bad.any():
+        if (infinite := ~np.isfinite(mix)).any():
+            raise MixError(
+                f"the mix is not finite on {_named(names, mix, infinite)}: every weight must be a finite number"
+            )
         raise MixError(f"the mix is negative on {_named(names, mix, bad)}: weights must be 0 or more")
     with np.errstate(over="ignore"):
         total = float(mix.sum())
@@ -109,18 +110,17 @@ def largest_remainder(mix: FloatArray, total: int) -> IntArray:
         (D,) int64, sums to `total`.
     """
     exact = mix * total
-    counts = np.floor(exact).astype(np.int64)
-    missing = int(total - counts.sum())
-    positive = mix > 0
-    order = np.argsort(np.where(positive, -(exact - counts), np.inf), kind="stable")
+    counts = exact.astype(np.int64)
+    missing = total - int(counts.sum())
     if missing > 0:
+        order = np.where(mix > 0, counts - exact, np.inf).argsort(kind="stable")
         counts[order[:missing]] += 1
     elif missing < 0:
-        counts[np.argsort(-counts, kind="stable")[:-missing]] -= 1
-    starved = np.flatnonzero(positive & (counts == 0))
-    for index in starved:
-        counts[int(np.argmax(counts))] -= 1
-        counts[index] = 1
+        counts[(-counts).argsort(kind="stable")[:-missing]] -= 1
+    if not counts.all():
+        for index in ((counts == 0) & (mix > 0)).nonzero()[0]:
+            counts[counts.argmax()] -= 1
+            counts[index] = 1
     return counts
 
 
