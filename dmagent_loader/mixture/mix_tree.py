@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -87,18 +88,18 @@ def grow(mixes: Sequence[IntArray]) -> list[MixTree]:
         mixes: M mixes in units of 1 / RESOLUTION, (D,) int64.
     """
     leaves = [_leaves(quanta) for quanta in mixes]
-    numbers = np.array([len(its) for its in leaves])
-    first = np.cumsum(numbers + 1) - (numbers + 1)
+    ends = list(accumulate(len(its) + 1 for its in leaves))
+    first = [end - len(its) - 1 for end, its in zip(ends, leaves, strict=True)]
     # The first mix takes the weights 0 to RESOLUTION, the next one those after them.
-    before = np.ones(int(first[-1] + numbers[-1]) + 1, dtype=np.int64)
+    before = np.ones(ends[-1], dtype=np.int64)
     before[0] = 0
-    for begin, quanta, its in zip(first.tolist(), mixes, leaves, strict=True):
-        before[begin + 1 : begin + 1 + len(its)] = quanta[its]
+    for begin, end, quanta, its in zip(first, ends, mixes, leaves, strict=True):
+        before[begin + 1 : end] = quanta[its]
     before = before.cumsum()
     if len(mixes) == 1 and len(before) <= _FEW_LEAVES:
         splits = _split_in_plain_numbers(before.tolist())
     else:
-        splits = _split_together(before, first, first + numbers)
+        splits = _split_together(before, np.array(first), np.array(ends) - 1)
     low, split, high = before[splits.bounds]
     total, left = high - low, split - low
     right = total - left
@@ -108,7 +109,7 @@ def grow(mixes: Sequence[IntArray]) -> list[MixTree]:
     lowest = (minor + 1) // 2 + (slack - width) // 2
     lighter, heavier = np.where(is_left, splits.children, splits.children[::-1])
     trees, begin = [], 0
-    for quanta, its, start, levels in zip(mixes, leaves, first.tolist(), splits.levels, strict=True):
+    for quanta, its, start, levels in zip(mixes, leaves, first, splits.levels, strict=True):
         own = slice(begin, begin + levels[-1])
         trees.append(
             MixTree(
