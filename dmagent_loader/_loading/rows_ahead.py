@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dmagent_loader.mixture.domain_order import ranges
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.segment import Located
 from dmagent_loader.mixture.simplex import IntArray
@@ -38,8 +39,8 @@ class RowsAhead:
         self._end: IntArray = np.zeros_like(self._first)
         """(D,) draw after the last known one."""
         self._begin: IntArray = np.zeros_like(self._first)
-        """(D,) column of the first known draw."""
-        self._columns: IntArray = np.empty((2 if arrays is None else 8, 0), dtype=np.int64)
+        """(D,) place of the first known draw in the table."""
+        self._table: IntArray = np.empty((0, 2 if arrays is None else 8), dtype=np.int64)
         """Shard and row of each known draw, domain by domain; and its position, as `ArrayRows.find` returns it."""
         self._ahead = 0
 
@@ -53,10 +54,10 @@ class RowsAhead:
         Returns:
             Their addresses, and their positions as `ArrayRows.find` returns them; None: these were not looked up.
         """
-        known = (draw >= self._first[domain]) & (draw < self._end[domain])
-        if not known.all() and not self._look_up(domain, draw):
+        is_known = (draw < self._end[domain]).all() and (draw >= self._first[domain]).all()
+        if not is_known and not self._look_up(domain, draw):
             return Located(domain, draw, *self._plan.rows(domain, draw)), None
-        columns = self._columns.take(self._begin[domain] + draw - self._first[domain], axis=1)
+        columns = self._table[(self._begin - self._first)[domain] + draw].T
         return Located(domain, draw, columns[0], columns[1]), None if self._arrays is None else columns[2:]
 
     def _look_up(self, domain: IntArray, draw: IntArray) -> bool:
@@ -82,15 +83,13 @@ class RowsAhead:
         self._ahead = min(max(2 * self._ahead, len(draw)), _MOST_AHEAD)
         length = end - first
         begin = np.cumsum(length) - length
-        domains = np.repeat(np.arange(len(length)), length)
-        draws = np.arange(len(domains)) + np.repeat(first - begin, length)
-        columns = np.empty((len(self._columns), len(domains)), dtype=np.int64)
-        is_known = (draws >= self._first[domains]) & (draws < self._end[domains])
-        known, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
-        columns[:, known] = self._columns[:, (self._begin - self._first)[domains[known]] + draws[known]]
-        shard, row = self._plan.rows(domains[new], draws[new])
-        columns[0, new], columns[1, new] = shard, row
-        if self._arrays is not None:
-            columns[2:, new] = self._arrays.find(domains[new], shard, row)
-        self._first, self._end, self._begin, self._columns = first, end, begin, columns
+        num_known = np.where(first < self._first, 0, np.maximum(self._end - first, 0))
+        num_new = length - num_known
+        table = np.empty((int(length.sum()), self._table.shape[1]), dtype=np.int64)
+        table[ranges(begin, num_known)] = self._table[ranges(self._begin + first - self._first, num_known)]
+        domains, new = np.arange(len(length)).repeat(num_new), ranges(begin + num_known, num_new)
+        shard, row = self._plan.rows(domains, ranges(first + num_known, num_new))
+        found = (shard, row) if self._arrays is None else (shard, row, *self._arrays.find(domains, shard, row))
+        table[new] = np.stack(found, axis=1)
+        self._first, self._end, self._begin, self._table = first, end, begin, table
         return True

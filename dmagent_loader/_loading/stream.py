@@ -117,7 +117,11 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         """Samples that are taken together: runs consist of whole batches."""
         self._version = -1
         self._done = False
-        self._enter(_Run(0, _NOTHING, _NOWHERE))
+        self._run, self._cursor = _Run(0, _NOTHING, _NOWHERE), 0
+        self._positions: IntArray | None = None
+        """Positions of the rows of the present run, as `ArrayRows.find` returns them; None: not looked up yet."""
+        self._frontiers: list[int] | None = None
+        """`frontier` before each position of the present run and after the last; None: not computed yet."""
         self._planned: deque[_Run] = deque()
         """Runs after the present one."""
         self._run_length, self._num_ahead = _FIRST_RUN, _LEAST_AHEAD
@@ -202,11 +206,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
 
     def _enter(self, run: _Run) -> None:
         """Makes a run the present one."""
-        self._run, self._cursor = run, 0
-        self._positions = run.positions
-        """Positions of its rows, as `ArrayRows.find` returns them; None: not looked up yet."""
-        self._frontiers: list[int] | None = None
-        """`frontier` before each of its positions and after the last; None: not computed yet."""
+        self._run, self._cursor, self._positions, self._frontiers = run, 0, run.positions, None
 
     def _is_ready(self) -> bool:
         """Plans the next sample, if it is not planned yet under the present ledger.

@@ -137,14 +137,14 @@ class DomainOrder:
         to_heavier = number[tree.heavier]
         parent = np.arange(int(begin[-1] + number[-1]))
         parent[shift[tree.lighter][node] + k] = lighter
-        parent[_ranges(begin[tree.heavier], to_heavier)] = is_heavier.nonzero()[0]
+        parent[ranges(begin[tree.heavier], to_heavier)] = is_heavier.nonzero()[0]
         sample = parent[len(is_heavier) :]
         for _ in tree.levels[2:]:
             sample = parent[sample]
         of_leaves = number[num_nodes:]
         domain, rank = np.empty_like(sample), np.empty_like(sample)
         domain[sample] = self._leaves[::-1].repeat(of_leaves)
-        rank[sample] = _ranges(before[num_nodes:], of_leaves)
+        rank[sample] = ranges(before[num_nodes:], of_leaves)
         self._reached, self._range = (end, after), (first, self._of_domains(before), domain)
         return domain, rank
 
@@ -174,7 +174,7 @@ class DomainOrder:
     def _next_passed(self, before: IntArray, number: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """The next samples, (N,) of each node, that go to its lighter child; the result is described in `_passed`."""
         node = np.arange(len(number)).repeat(number)
-        k = _ranges(before[self._tree.lighter], number)
+        k = ranges(before[self._tree.lighter], number)
         # The lighter child gets its sample k once the node has received m of them, with m p + carry >= k q + T_k. The
         # bound holds for a large carry, as in `_to_minor`.
         due = k * self._total[node] + self._threshold(node, k) - self._shift[node]
@@ -300,7 +300,7 @@ class DomainOrder:
         return self._lowest[node] + drawn
 
 
-def _ranges(first: IntArray, lengths: IntArray) -> IntArray:
+def ranges(first: IntArray, lengths: IntArray) -> IntArray:
     """Ranges of numbers, one after the other, by the first number and the length of each."""
     ends = lengths.cumsum()
-    return np.arange(int(ends[-1])) + (first - ends + lengths).repeat(lengths)
+    return np.asarray(np.arange(int(ends[-1])) + (first - ends + lengths).repeat(lengths))

@@ -156,8 +156,9 @@ def _split_in_plain_numbers(before: list[int]) -> _Splits:
         if node == levels[-1]:
             levels.append(len(nodes))
         start, stop = before[low], before[high]
-        split = bisect_left(before, (start + stop + 1) // 2, low, high)  # the first whose weight is not below the middle
-        if before[split - 1] + before[split] >= start + stop and split - 1 > low:
+        # The first boundary that is not below half of the weight, or the one before it if that is not farther from it.
+        split = bisect_left(before, (start + stop + 1) // 2, low, high)
+        if split - 1 > low and before[split - 1] + before[split] >= start + stop:
             split -= 1
         bounds += (low, split, high)
         whole, left = stop - start, before[split] - start

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -64,7 +64,7 @@ class Located:
         return Located(self.domain[which], self.draw[which], self.shard[which], self.row[which])
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Stretch:
     """A stretch with one effective mix.
 
@@ -155,7 +155,7 @@ class Segment:
                 return
             counts, owed = self._order(last).counts_and_owed(entry.start - last.start)
             base = last.base + counts
-            self._stretches[-1] = replace(last, stop=entry.start, settled=True)
+            last.stop, last.settled = entry.start, True
         else:
             base, owed = np.zeros(len(self.space), dtype=np.int64), self._owed
         stretch = self._stretch(entry.start, base, owed, tree=tree)
@@ -197,9 +197,8 @@ class Segment:
         used_up = self._limited & (base >= self.first_pass)
         weights = self._effective(mix, used_up)
         members = tuple(used_up.nonzero()[0].tolist())
-        drawn = mix > 0 if drawn is None else drawn
         # A used-up domain that the mix does not draw from is not a failure.
-        failed = tuple(i for i in members if self.rules[i] == "error" and drawn[i])
+        failed = tuple(i for i in members if self.rules[i] == "error" and (mix > 0 if drawn is None else drawn)[i])
         if weights is None or failed:
             return _Stretch(start, None, base, safe=start, used_up=members, failed=failed)
         quanta = in_quanta(weights) if tree is None or members else tree.quanta
@@ -225,8 +224,7 @@ class Segment:
                 if index is not None and index < last.safe:
                     return
                 length = self._until_used_up(self._order(last), last.base)
-                last = replace(last, stop=None if length is None else last.start + length, settled=True)
-                self._stretches[-1] = last
+                last.stop, last.settled = None if length is None else last.start + length, True
             if last.stop is None or (index is not None and index < last.stop):
                 return
             assert last.quanta is not None

@@ -56,13 +56,10 @@ def validate_mix(
             raise MixError(
                 f"the mix has shape {mix.shape}, but there are {len(names)} domains: give one weight for each"
             )
-    bad = ~((mix >= 0) & (mix < np.inf))
-    if bad.any():
-        if (infinite := ~np.isfinite(mix)).any():
-            raise MixError(
-                f"the mix is not finite on {_named(names, mix, infinite)}: every weight must be a finite number"
-            )
-        raise MixError(f"the mix is negative on {_named(names, mix, bad)}: weights must be 0 or more")
+    if not ((mix >= 0) & (mix < np.inf)).all():
+        if (bad := ~np.isfinite(mix)).any():
+            raise MixError(f"the mix is not finite on {_named(names, mix, bad)}: every weight must be a finite number")
+        raise MixError(f"the mix is negative on {_named(names, mix, mix < 0)}: weights must be 0 or more")
     with np.errstate(over="ignore"):
         total = float(mix.sum())
     if renormalize and not np.isfinite(total):

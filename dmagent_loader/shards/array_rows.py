@@ -146,7 +146,10 @@ class ArrayRows:
         """
         number = self._first_shard[domain] + shard
         place = number << self._block_bits
-        gathered = np.argsort(number, kind="stable")
+        # Numbers that hold shard and row: they are sorted several times as fast as their order is found.
+        both = number << 32 | np.arange(len(number))
+        both.sort()
+        gathered = both & 0xFFFFFFFF
         ends = np.flatnonzero(np.diff(number[gathered], append=-1)) + 1
         sorted_row, found = row[gathered], np.empty((5, len(number)), np.int64)
         begin = 0
