@@ -93,6 +93,7 @@ def measure(kind: str, workers: int, folder: Path, seconds: float, lazy: bool, e
     torch.set_num_threads(1)
     source = loader(kind, workers, folder, lazy)
     batches: Any = iter(source)
+    generator = np.random.default_rng(0)
     taken = 0
 
     def take(count: int) -> None:
@@ -104,7 +105,7 @@ def measure(kind: str, workers: int, folder: Path, seconds: float, lazy: bool, e
                 source.dataset.reweight_due(taken * BATCH_SIZE)
             if every and taken % (every // BATCH_SIZE) == 0:
                 names = source.dataset.space.names
-                mix = np.random.default_rng(taken).dirichlet(np.ones(len(names)))
+                mix = generator.dirichlet(np.ones(len(names)))
                 source.dataset.set_mix(dict(zip(names, mix.tolist(), strict=True)))
 
     take(64 if workers else 512)  # without workers, all shards are open from here on

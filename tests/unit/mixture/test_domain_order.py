@@ -45,6 +45,20 @@ def test_samples_are_found_far_out_and_in_any_order():
         assert order.counts(sample + 1)[domain] == rank + 1
 
 
+@pytest.mark.parametrize(("domains", "debt"), [(40, 1), (40, 300), (700, 1)])
+def test_a_range_has_the_samples_that_are_found_one_by_one(domains, debt):
+    """With large debts, a domain gets many more samples in a range than its share."""
+    generator = np.random.default_rng(0)
+    owed = generator.integers(-debt * RESOLUTION, debt * RESOLUTION, domains)
+    quanta = in_quanta(generator.dirichlet(np.ones(domains)))
+    order = DomainOrder(quanta, key=1, carry=owed - int(owed.mean()))
+    for first in (0, 400, 10**6):
+        samples = np.arange(first, first + 400)
+        far_apart = DomainOrder(quanta, key=1, carry=owed - int(owed.mean())).locate(np.append(samples, 10**12))
+        for found, expected in zip(order.locate(samples), far_apart, strict=True):
+            assert found.tolist() == expected[:-1].tolist()
+
+
 def test_counts_are_the_callers_to_change():
     order = DomainOrder(in_quanta(MIX), key=1)
     order.counts(100)[:] = 0
