@@ -19,6 +19,9 @@ IntArray = npt.NDArray[np.int64]
 SUM_TOLERANCE = 1e-6
 """Largest accepted difference between the sum of a mix and 1; an accepted mix is divided by its sum."""
 
+_LARGEST_SUMMED = 1e290
+"""Largest weight up to which weights are summed as they are: the sum of larger ones may be no finite number."""
+
 
 def validate_mix(
     weights: Mapping[str, float] | Sequence[float] | FloatArray,
@@ -56,15 +59,15 @@ def validate_mix(
             raise MixError(
                 f"the mix has shape {mix.shape}, but there are {len(names)} domains: give one weight for each"
             )
-    if not ((mix >= 0) & (mix < np.inf)).all():
+    least, most = float(mix.min(initial=0.0)), float(mix.max(initial=0.0))
+    if not (least >= 0 and most < np.inf):
         if (bad := ~np.isfinite(mix)).any():
             raise MixError(f"the mix is not finite on {_named(names, mix, bad)}: every weight must be a finite number")
         raise MixError(f"the mix is negative on {_named(names, mix, mix < 0)}: weights must be 0 or more")
-    with np.errstate(over="ignore"):
-        total = float(mix.sum())
-    if renormalize and not np.isfinite(total):
-        mix = mix / mix.max()
-        total = float(mix.sum())
+    if renormalize and most > _LARGEST_SUMMED:
+        mix = mix / most
+        most = 1.0
+    total = float(mix.sum()) if most <= _LARGEST_SUMMED else most
     if total <= 0:
         raise MixError(f"all {len(names)} weights are 0: at least one domain needs a positive weight")
     if not renormalize and abs(total - 1.0) > SUM_TOLERANCE:
