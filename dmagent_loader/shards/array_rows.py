@@ -146,7 +146,7 @@ class ArrayRows:
         """
         number = self._first_shard[domain] + shard
         place = number << self._block_bits
-        # Numbers that hold shard and row: they are sorted several times as fast as their order is found.
+        # Sorting numbers of shard and place is several times as fast as argsort.
         both = number << 32 | np.arange(len(number))
         both.sort()
         gathered = both & 0xFFFFFFFF
