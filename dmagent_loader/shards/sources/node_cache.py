@@ -1,6 +1,7 @@
 """A folder with blocks of remote shards, which all processes of a node share.
 
-    NAME.block      a block; it gets this name when it is complete, and is never written again
+    NAME.block      a block; it gets this name when it is complete, and is never written again. The name ends with the
+                    number of its bytes
     NAME.partial    a block that is being fetched by the process that holds the lock of this file; nobody reads it
     ID.needs        the blocks that one process needs, as lines "+NAME" and "-NAME", and the bytes that it may add
                     before it looks at the limit again, as "=BYTES"; the process holds its lock
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import shutil
@@ -22,7 +24,6 @@ import time
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,8 @@ MOST_BYTES = 64 << 30
 """Default limit on all blocks of a folder, unless half of the free space is less."""
 
 _BLOCK, _PARTIAL, _NEEDS = ".block", ".partial", ".needs"
-_OURS = re.compile(r"[0-9a-f]{32}(-[0-9a-f]+-[0-9a-f]+\.(block|partial)|\.needs)")
+_OURS = re.compile(r"([0-9a-f]{32}(?:-[0-9a-f]+-([0-9a-f]+))?)(\.block|\.partial|\.needs)")
+_ALLOWANCE_LINE = re.compile(rb"\n=(\d+)(?=\n)")
 _ALLOWANCE = 1024
 """A process adds this part of the limit between two looks through the folder, which take time."""
 _EVICTED_SHARE = 0.05
@@ -61,10 +63,8 @@ class BlockInUse(Exception):
 class _Survey:
     """The content of the folder."""
 
-    sizes: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
     """Name -> bytes of every block, complete or not."""
-    last_use: dict[str, float] = field(default_factory=dict)
-    """Name -> time of the last use of every complete block."""
     needed: set[str] = field(default_factory=set)
     """Names of the blocks that a process needs."""
     allowance: int = 0
@@ -73,7 +73,7 @@ class _Survey:
     @property
     def total(self) -> int:
         """Bytes of all blocks, and those that other processes may add."""
-        return sum(self.sizes.values()) + self.allowance
+        return sum(self.lengths.values()) + self.allowance
 
 
 class Claim:
@@ -135,6 +135,7 @@ class NodeCache:
 
     def __init__(self, folder: Path, limit: int | None) -> None:
         self.folder = folder
+        self._prefix = os.path.join(folder, "")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._began = time.time()
         self._lock = threading.Lock()
@@ -143,6 +144,7 @@ class NodeCache:
         self._needed: Counter[str] = Counter()
         self._lines = 0
         self._needs = self._open_needs()
+        self._own_needs = os.path.basename(self._needs[1])
         weakref.finalize(self, _unlink_by, os.getpid(), self._needs[1])
         self._closer = weakref.finalize(self, os.close, self._needs[0])
         self._closer.atexit = False  # threads may still write to it, and its number might be another file's by then
@@ -155,7 +157,7 @@ class NodeCache:
 
     def path(self, name: str, suffix: str = _BLOCK) -> str:
         """Path of the file of a block."""
-        return os.path.join(self.folder, name + suffix)
+        return f"{self._prefix}{name}{suffix}"
 
     def holds(self, name: str, length: int) -> bool:
         """Whether a block is complete and on disk."""
@@ -191,7 +193,6 @@ class NodeCache:
         try:
             if self.holds(name, length):
                 raise BlockInUse
-            # The size of the partial file reserves room before anyone counts what is left.
             os.ftruncate(descriptor, 0)
             os.ftruncate(descriptor, length)
             if self._make_room(length):
@@ -260,13 +261,16 @@ class NodeCache:
                 return True
             # Said before the others are counted: of two processes that look at the same time, one sees the other.
             self._allow(self._limit // _ALLOWANCE if self._limit // _ALLOWANCE > length else 0)
-            survey = self._survey()
-            if survey.total + self._allowance > self._limit:
-                self._evict(survey)
-            if survey.total + self._allowance > self._limit:
-                self._allow(0)
+            total = self._listed_bytes()
+            if total + self._allowance > self._limit:
+                survey = self._survey()
+                if survey.total + self._allowance > self._limit:
+                    self._evict(survey)
+                total = survey.total
+                if total + self._allowance > self._limit:
+                    self._allow(0)
             self._room = self._allowance
-            return survey.total <= self._limit
+            return total <= self._limit
 
     def _allow(self, count: int) -> None:
         """Tells the other processes what this one may add."""
@@ -281,48 +285,62 @@ class NodeCache:
         since, the one that was used last comes last in the next pass.
         """
         excess = survey.total - int(self._limit * (1 - _EVICTED_SHARE))
-        unneeded = [(time, name) for name, time in survey.last_use.items() if name not in survey.needed]
+        unneeded = []
+        for name in survey.lengths.keys() - survey.needed:
+            with contextlib.suppress(OSError):  # not complete, or removed since
+                unneeded.append((os.stat(self.path(name)).st_mtime, name))
         unneeded.sort(key=lambda block: (block[0] >= self._began, block[0] if block[0] < self._began else -block[0]))
         for _, name in unneeded:
             if excess <= 0:
                 return
             self.remove(name)
-            excess -= survey.sizes.pop(name)
+            excess -= survey.lengths.pop(name)
+
+    def _listed_bytes(self) -> int:
+        """Bytes of all blocks, and those that other processes may add, by the names of the files: leftovers count.
+
+        No block is looked at: a full folder has thousands, and is listed for every few that are added.
+        """
+        lengths, allowance = {}, 0
+        for file in self._files():
+            name, suffix, length = _parts(file)
+            if suffix != _NEEDS:
+                lengths[name] = length  # once, if it is completed during the look
+            elif file != self._own_needs:
+                with contextlib.suppress(OSError):  # removed since
+                    allowance += _allowance_of(Path(self._prefix + file).read_bytes())
+        return sum(lengths.values()) + allowance
 
     def _survey(self) -> _Survey:
         """Looks through the folder, and removes what killed processes have left behind."""
         survey = _Survey(needed=set(self._needed))
-        for entry in self._entries():
-            name, suffix = os.path.splitext(entry.name)
+        for file in self._files():
+            name, suffix, length = _parts(file)
+            path = self._prefix + file
             try:
-                if suffix == _NEEDS:
-                    if entry.path != self._needs[1] and not _is_abandoned(entry.path):
-                        needed, allowance = _needs_of(Path(entry.path).read_bytes())
-                        survey.needed |= needed
-                        survey.allowance += allowance
-                elif suffix == _BLOCK or not self._count_partial(survey, name):
-                    status = os.stat(self.path(name))
-                    survey.sizes[name], survey.last_use[name] = status.st_size, status.st_mtime
+                if suffix == _BLOCK or (suffix == _PARTIAL and not _is_abandoned(path)):
+                    survey.lengths[name] = length
+                elif suffix == _NEEDS and file != self._own_needs and not _is_abandoned(path):
+                    content = Path(path).read_bytes()
+                    survey.needed |= _needs_of(content)
+                    survey.allowance += _allowance_of(content)
             except OSError:
-                continue  # removed since
+                if suffix == _PARTIAL:  # completed since, and its new name may not be in the list
+                    survey.lengths[name] = length
         return survey
 
-    def _count_partial(self, survey: _Survey, name: str) -> bool:
-        """Counts a block that is being fetched; False if it is complete by now, and has to be counted as such.
+    def _files(self) -> list[str]:
+        """Names of our files in the folder."""
+        return [file for file in os.listdir(self.folder) if _parts(file)[1]]
 
-        A block that is completed during a look must not be missed: its new name may not be in the list of files.
-        """
-        path = self.path(name, _PARTIAL)
-        try:
-            if not _is_abandoned(path):
-                survey.sizes[name] = os.stat(path).st_size
-        except FileNotFoundError:
-            return False
-        return True
 
-    def _entries(self) -> Iterator[os.DirEntry[str]]:
-        with os.scandir(self.folder) as entries:
-            yield from (entry for entry in entries if _OURS.fullmatch(entry.name))
+@functools.lru_cache(maxsize=1 << 16)
+def _parts(file: str) -> tuple[str, str, int]:
+    """Name, suffix and number of bytes of a block, from the name of its file; the suffix of other files is ``""``."""
+    found = _OURS.fullmatch(file)
+    if found is None or (found[2] is None) != (found[3] == _NEEDS):
+        return file, "", 0
+    return found[1], found[3], int(found[2] or "0", 16)
 
 
 def _unlink_by(process: int, path: str) -> None:
@@ -354,18 +372,21 @@ def _is_abandoned(path: str) -> bool:
     return True
 
 
-def _needs_of(content: bytes) -> tuple[set[str], int]:
-    """The names in a file of needs, and the allowance.
+def _needs_of(content: bytes) -> set[str]:
+    """The names in a file of needs.
 
     The last line may not be complete yet. One that a full disk has cut is joined with the next, and says nothing.
     """
     needed: set[str] = set()
-    allowance = 0
     for line in content.decode("ascii", "replace").split("\n")[:-1]:
         if line.startswith("+"):
             needed.add(line[1:])
         elif line.startswith("-"):
             needed.discard(line[1:])
-        elif line[1:].isdecimal():
-            allowance = int(line[1:])
-    return needed, allowance
+    return needed
+
+
+def _allowance_of(content: bytes) -> int:
+    """The allowance in a file of needs."""
+    found = _ALLOWANCE_LINE.findall(b"\n" + content)
+    return int(found[-1]) if found else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +89,12 @@ def test_a_block_that_is_completed_during_a_look_counts(tmp_path: Path) -> None:
     class Listed(NodeCache):
         """Completes a block between the list of the files and the look at each."""
 
-        def _entries(self) -> Iterator[os.DirEntry[str]]:
-            entries = list(super()._entries())
-            if claim is not None:
+        def _files(self) -> list[str]:
+            files = super()._files()
+            if claim is not None and f"{name(1)}.partial" in files:
                 claim.write(0, b"x" * SIZE)
                 claim.complete()
-            yield from entries
+            return files
 
     claim = None
     cache = Listed(tmp_path, SIZE)
@@ -103,6 +102,7 @@ def test_a_block_that_is_completed_during_a_look_counts(tmp_path: Path) -> None:
     other.need(name(1))
     claim = other.claim(name(1), SIZE)
     assert cache.claim(name(2), SIZE) is None
+    assert cache.holds(name(1), SIZE)
 
 
 def test_needs_that_a_full_disk_has_cut_keep_nobody_from_fetching(tmp_path: Path) -> None:
