@@ -175,6 +175,18 @@ def test_leftovers_are_removed_at_the_start_and_nothing_else(tmp_path: Path) -> 
     assert first.holds(name(1), SIZE)
 
 
+def test_leftovers_take_no_room_and_no_part_in_their_block(tmp_path: Path) -> None:
+    """Those of processes that are killed later than this one starts."""
+    cache = NodeCache(tmp_path, 3 * SIZE)
+    for number, length in ((1, SIZE // 2), (2, SIZE), (3, SIZE)):
+        (tmp_path / f"{name(number)}.partial").write_bytes(b"?" * length)
+    for number in (1, 4, 5):
+        cache.need(name(number))
+        assert fetch(cache, number)
+        assert Path(cache.path(name(number))).read_bytes() == bytes([number]) * SIZE
+    assert not fetch(cache, 6)
+
+
 def test_a_block_that_was_cut_is_fetched_again(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 10 * SIZE)
     assert fetch(cache, 1)
