@@ -261,8 +261,9 @@ How to read this table:
 - This package reads packed rows a batch at a time (`decode="lazy"` with `collate_packed`, see
   [A loop of your own](trainers/plain-loop.md#faster-batches-of-packed-rows)); *rows/s* is without that. Texts are read
   row by row.
-- With workers, the time that torch takes to pass a batch from process to process bounds every loader: the limit *by
-  torch* passes the same ready batch again and again.
+- With workers, the time that torch takes to pass a batch from process to process bounds the others: the limit *by
+  torch* passes the same ready batch again and again. This package passes batches of packed rows through shared memory
+  that it uses again; texts take torch's way.
 - This package adds keys, domains and indices to each batch; Megatron-core adds labels, a loss mask and positions, which
   it does not collate in one step; the others deliver only tokens. Megatron-core and the Arrow copies compute the order
   of the whole run first.
