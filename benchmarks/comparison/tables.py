@@ -239,7 +239,7 @@ def by_task(results: Results, split: str) -> str:
 def claims(results: Results, references: Sequence[str], split: str) -> str:
     """The rules of RULES.md, on the tasks of one split."""
     rows = ["| claim | policy | tasks | figure | passes |", "|---|---|---:|---:|---|"]
-    for name in (name for name in results.whole if name != REFERENCE):
+    for name in (name for name in results.whole if name != REFERENCE and not name.startswith(PREFIX)):
         scores = results.of_split(paired(results.scores(name), results.scores(REFERENCE)), split)
         if scores:
             least = min(float(np.mean(list(streams.values()))) for streams in scores.values())
