@@ -166,6 +166,7 @@ def test_runs_of_a_seed_are_paired(
     assert np.allclose(record.unseen[number, 1, 10], unseen.feedback(trainer.averaged)[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_policies_leave_the_finished_runs_alone(
     trial: tuple[TrialRecord, Path],
     policies: dict[str, Policy],

@@ -311,7 +311,11 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(integration, setting, 
     assert resumed.results[0]["weights"] == whole.results[0]["weights"]
 
 
-@every_integration
+@pytest.mark.parametrize(
+    "integration",
+    [pytest.param(i, marks=pytest.mark.slow) if i.name == "Lightning" else i for i in INTEGRATIONS],
+    ids=lambda integration: integration.name,
+)
 def test_a_run_continues_with_changed_data(integration, start):
     """Catches a trainer that begins such a run anew, repeats rows of the present pass, or keeps the old domains."""
     common = ["--workers", "0", "--steps", "12", "--save-every", "5"]

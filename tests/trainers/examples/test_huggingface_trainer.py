@@ -13,7 +13,14 @@ def decisions(out: Path) -> list[dict[str, float]]:
     return [entry for entry in history if "env/math" in entry]
 
 
-@pytest.mark.parametrize("deciding", [(), ("--agent", "dmagent-plus"), ("--agent", "dmagent-rl")])
+@pytest.mark.parametrize(
+    "deciding",
+    [
+        (),
+        pytest.param(("--agent", "dmagent-plus"), marks=pytest.mark.slow),
+        pytest.param(("--agent", "dmagent-rl"), marks=pytest.mark.slow),
+    ],
+)
 def test_the_script_runs_and_goes_on(train, deciding):
     first = decisions(train("huggingface_trainer.py", "--max-steps", "8", *deciding))
     assert [entry["step"] for entry in first] == [0, 4, 8]
