@@ -286,7 +286,7 @@ def seeing(tmp_path):
     return train
 
 
-@pytest.mark.parametrize("trainer_class", [Trainer, TrainerWithOwnLoader])
+@pytest.mark.parametrize("trainer_class", [Trainer, pytest.param(TrainerWithOwnLoader, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_batch_shrinks_until_it_fits_the_memory(seeing, trainer_class, accumulation):
     """Catches a loader that keeps the batch size of the arguments: the Trainer would try in vain until it reaches 0."""
