@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.comparison.pictures import pareto
-from benchmarks.comparison.policies import compared
+from benchmarks.comparison.policies import add_policies, compared
 from benchmarks.comparison.runs import Comparison, tasks, work_list
 from benchmarks.comparison.tables import tables
 from dmagent_loader.training.tasks.library import TaskLibrary
@@ -28,8 +28,7 @@ def main() -> None:
     run.add_argument("--work", type=Path, default=Path("build/tasks"), help="for corpora, base models, probes, paths")
     run.add_argument("--streams", type=int, default=2, help="streams of each task, an even number")
     run.add_argument("--splits", nargs="*", default=["test", "validation", "train"], help="tasks of these splits alone")
-    run.add_argument("--policies", nargs="*", help="these policies alone")
-    run.add_argument("--also", nargs="*", default=[], metavar="MODULE", help="modules with further policies")
+    add_policies(run, None, [])
     show = commands.add_parser("tables", help="print the tables of what is there")
     show.add_argument("--reference", nargs="*", default=["natural 30%", "influence"], help="policies to compare with")
     draw = commands.add_parser("pictures", help="draw what policies keep against what they acquire")

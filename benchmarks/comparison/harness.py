@@ -32,7 +32,7 @@ from benchmarks.comparison.harness_tasks import (
     harness_scores,
     harness_tasks,
 )
-from benchmarks.comparison.policies import compared
+from benchmarks.comparison.policies import add_policies, compared
 from benchmarks.comparison.runs import Comparison, key
 from benchmarks.comparison.statistics import mean_over_tasks, paired
 from benchmarks.records import add, lines
@@ -180,8 +180,7 @@ def main() -> None:
     run.add_argument("--first", type=int, default=24, help="number of the first task; the fresh test tasks begin at 24")
     run.add_argument("--tasks", type=int, default=12, help="number of tasks")
     run.add_argument("--streams", type=int, default=1, help="streams of each task")
-    run.add_argument("--policies", nargs="*", default=list(POLICIES), help="policies to score")
-    run.add_argument("--also", nargs="*", default=list(MODULES), metavar="MODULE", help="modules with further policies")
+    add_policies(run, list(POLICIES), list(MODULES))
     show = commands.add_parser("table", help="print the table of what is there")
     for command in (run, show):
         command.add_argument("--output", type=Path, default=Path("build/tasks/harness.jsonl"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -178,6 +179,12 @@ def entries() -> dict[str, Entry]:
         ),
         "uniform 30%": Entry(make=uniform, turn=3),
     }
+
+
+def add_policies(parser: argparse.ArgumentParser, only: Sequence[str] | None, modules: Sequence[str]) -> None:
+    """Adds the arguments that `compared` reads, with their defaults."""
+    parser.add_argument("--policies", nargs="*", default=only, help="these policies alone")
+    parser.add_argument("--also", nargs="*", default=modules, metavar="MODULE", help="modules with further policies")
 
 
 def compared(modules: Sequence[str], only: Sequence[str] | None) -> Mapping[str, Entry]:

@@ -7,9 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmagent_loader.cli.shards import (
-    listed_shards,
-)
+from dmagent_loader.cli.shards import listed_shards
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
 from dmagent_loader.labelling.classifier import BUNDLED, load_classifier
 from dmagent_loader.labelling.documents import ShardDocuments

@@ -20,11 +20,7 @@ from dmagent_loader.cli.classifying import (
     shard_documents,
 )
 from dmagent_loader.cli.generate import add_sampling_arguments, language_model
-from dmagent_loader.cli.shards import (
-    add_key_ends_at,
-    add_reading_arguments,
-    read_options,
-)
+from dmagent_loader.cli.shards import add_key_ends_at, add_reading_arguments, read_options
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
 from dmagent_loader.labelling.compose import MAX_ERROR, SampleConfig, compose
 from dmagent_loader.labelling.documents import FileDocuments, JoinedDocuments
