@@ -1,4 +1,4 @@
-"""Seconds to the first sample of shards in a store that is far away: ``python benchmarks/first_sample.py --data DIR``.
+"""Seconds to the first sample of shards in a store that is far away: ``python benchmarks/first_sample.py``.
 
 The store answers on loopback after 30 ms and sends 100 MB/s on each connection. A start on a new machine is measured
 with indexes in the store and without, beside one shard that is read whole. The store takes processor time on the same
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from far_server import counts, serving
+from far_server import serving
 from measuring import interleaved, median
 
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
@@ -71,36 +71,44 @@ def one_shard(url: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="folder for shards that are made once (default: a temporary one)")
     parser.add_argument("--shards", type=int, default=100)
     parser.add_argument("--shard-bytes", type=int, default=10_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    folder = args.data / f"far-{args.shards}-{args.shard_bytes}"
-    write_shards(folder, args.shards, args.shard_bytes)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.data or Path(temporary)) / f"far-{args.shards}-{args.shard_bytes}"
+        write_shards(folder, args.shards, args.shard_bytes)
+        print(measure(folder, args.shards, args.repeats))
+
+
+def measure(folder: Path, shards: int, repeats: int) -> str:
+    """The table of all kinds of starts, which are interleaved."""
     cpu: dict[str, list[float]] = {"indexes in the store": [], "no indexes": [], "cached": []}
     with serving(folder) as url, tempfile.TemporaryDirectory() as known:
-        start(url, args.shards, known, indexes=True, cpu=[])
+        start(url, shards, known, indexes=True, cpu=[])
 
         def fresh(name: str, **settings: Any) -> float:
             with tempfile.TemporaryDirectory() as cache:
-                return start(url, args.shards, cache, cpu=cpu[name], **settings)
+                return start(url, shards, cache, cpu=cpu[name], **settings)
 
         times = interleaved(
             {
                 "one shard": lambda: one_shard(url),
                 "indexes in the store": lambda: fresh("indexes in the store", indexes=True),
                 "no indexes": lambda: fresh("no indexes", indexes=False),
-                "cached": lambda: start(url, args.shards, known, indexes=True, cpu=cpu["cached"]),
+                "cached": lambda: start(url, shards, known, indexes=True, cpu=cpu["cached"]),
             },
-            args.repeats,
+            repeats,
         )
-        print(counts(url))
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print("| start | seconds to the first sample | times one shard | CPU seconds |\n|---|---:|---:|---:|")
+    lines = [
+        f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n",
+        "| start | seconds to the first sample | times one shard | CPU seconds |\n|---|---:|---:|---:|",
+    ]
     for name, found in times.items():
         used = f"{median(cpu[name]):.2f}" if name in cpu else ""
-        print(f"| {name} | {median(found):.2f} | {median(found) / median(times['one shard']):.1f} | {used} |")
+        lines.append(f"| {name} | {median(found):.2f} | {median(found) / median(times['one shard']):.1f} | {used} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ class BoundedCache(Generic[K, V]):
         entry.used = True
         return entry.value
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._entries
+
     def drop(self, key: K) -> None:
         """Drops the resource of a key, if there is one."""
         with self._lock:

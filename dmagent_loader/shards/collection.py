@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,9 +34,11 @@ from dmagent_loader.shards.index.opening import open_catalogue
 from dmagent_loader.shards.index.peers import Peers
 from dmagent_loader.shards.index.stored import StoredIndexes
 from dmagent_loader.shards.index.storing import write_indexes
+from dmagent_loader.shards.index.threads import in_threads
 from dmagent_loader.shards.manifest import Manifest, Manifests
 from dmagent_loader.shards.sources.blocks import BLOCK_BITS, Block, IntArray
 from dmagent_loader.shards.sources.fetching import BlockFetcher
+from dmagent_loader.shards.sources.listing import REQUESTS_IN_FLIGHT
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Readable, Source, open_source
 from dmagent_loader.shards.sources.patterns import expand_shards
 from dmagent_loader.shards.sources.urls import display_url, is_local
@@ -282,11 +285,9 @@ class ShardCollection:
         """
         first = np.array([span[0] for span in self._spans], np.int64)
         numbers, of_row = np.unique(first[domain] + shard, return_inverse=True)
+        tables = self._remote_tables(numbers)
         # One search in the first rows of the blocks of all these shards, one shard after the other.
-        begins = [
-            self._tables.get(number).blocks.first_row if is_remote else _NO_BLOCKS
-            for number, is_remote in zip(numbers.tolist(), self._catalogue.is_remote[numbers].tolist(), strict=True)
-        ]
+        begins = [tables[number].blocks.first_row if number in tables else _NO_BLOCKS for number in numbers.tolist()]
         counts = np.array([len(of_shard) for of_shard in begins], np.int64)
         offsets = np.cumsum(counts) - counts
         shards = np.repeat(np.arange(len(numbers)), counts)
@@ -294,6 +295,16 @@ class ShardCollection:
         found = np.searchsorted(shards << _ROW_BITS | rows, of_row << _ROW_BITS | row, side="right") - 1
         keys = np.where(counts[of_row] > 0, numbers[of_row] << BLOCK_BITS | (found - offsets[of_row]), -1)
         return keys, keys
+
+    def _remote_tables(self, numbers: IntArray) -> dict[int, RowTable]:
+        """The tables of those shards that are remote, by number. Each may take a request: many are made at a time."""
+        remote = numbers[self._catalogue.is_remote[numbers]].tolist()
+        missing = [number for number in remote if number not in self._tables]
+        if len(missing) < 2:
+            return {number: self._tables.get(number) for number in remote}
+        # The cache may be too small for all of them.
+        found = dict(in_threads(self._tables.get, missing, threading.Event(), REQUESTS_IN_FLIGHT))
+        return found | {number: self._tables.get(number) for number in remote if number not in found}
 
     def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]:
         """Extensions that most rows of a shard have, and this row does not."""

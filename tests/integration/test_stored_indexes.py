@@ -9,7 +9,9 @@ import logging
 import os
 import shutil
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +24,7 @@ from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.cli import main
 from dmagent_loader.errors import ConfigurationError, DamagedShardError
 from dmagent_loader.shards import ShardCollection, ShardingConfig, load_manifest, shard_files
+from dmagent_loader.shards.index.stored import StoredIndexes
 
 pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
 
@@ -124,6 +127,25 @@ def test_a_sampler_starts_from_indexes_in_the_store_and_resumes_without(store: s
     samplers[1].load_state_dict(samplers[0].state_dict(consumed=8))
     iterator = iter(samplers[1])
     assert [next(iterator)["__key__"] for _ in range(12)] == keys[8:]
+
+
+def test_a_start_fetches_the_indexes_of_its_shards_at_the_same_time(
+    store: str, tmp_path: Path, fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, a start whose first samples lie in many shards would wait for one request per shard."""
+    shards = 8
+    indexed(write_shards(tmp_path / "store", shards, rows=4), fresh())
+    met, load = threading.Barrier(shards, timeout=60), StoredIndexes.load
+
+    def load_together(self: StoredIndexes, *shard: Any) -> Any:
+        met.wait()
+        return load(self, *shard)
+
+    monkeypatch.setattr(StoredIndexes, "load", load_together)
+    reading = ReadingConfig(cache_dir=fresh(), progress=False)
+    urls = {"source/a": f"{store}/s-{{000..{shards - 1:03d}}}.tar"}
+    first_pass = islice(AgentWeightedSampler(urls, samples_per_reweight=1000, reading=reading), 4 * shards)
+    assert {sample["txt"] for sample in first_pass} == {text(shard, row) for shard in range(shards) for row in range(4)}
 
 
 def test_the_command_writes_them_for_foreign_shards_and_a_run_finds_them(
