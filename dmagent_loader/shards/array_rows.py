@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
@@ -113,7 +113,7 @@ class ArrayRows:
         extension: Extension of the member.
         first_shard: (D,) number in the catalogue of the first shard of each domain.
         table: Function from the number of a shard to its table.
-        source: Function from the place of rows, see `RowSpans`, to what is read; None: it cannot be had.
+        sources: Function from the places of rows, see `RowSpans`, to what is read; None: it cannot be had.
         is_remote: (S,) which shards of the catalogue are read in blocks; None: none.
     """
 
@@ -122,10 +122,10 @@ class ArrayRows:
         extension: str,
         first_shard: NDArray[np.int64],
         table: Callable[[int], RowTable],
-        source: Callable[[int], Readable | None],
+        sources: Callable[[list[int]], Iterable[Readable | None]],
         is_remote: NDArray[np.bool_] | None = None,
     ) -> None:
-        self._extension, self._first_shard, self._table, self._source = extension, first_shard, table, source
+        self._extension, self._first_shard, self._table, self._sources = extension, first_shard, table, sources
         self._first_shards: list[int] = first_shard.tolist()
         self._is_remote = is_remote
         self._block_bits = 0 if is_remote is None else BLOCK_BITS
@@ -208,14 +208,12 @@ class ArrayRows:
         size, count = spans.size[0], len(spans.size)
         if size < 0 or spans.size.count(size) != count:
             return None
-        source_of = self._source
         try:
             form = self._formats.get(size) or self._format(spans.place[0], spans.offset[0], size)
             if form is None:
                 return None
             buffer = buffers.take(count, form)
-            for place, offset, row in zip(spans.place, spans.offset, buffer.rows, strict=True):
-                source = source_of(place)
+            for source, offset, row in zip(self._sources(spans.place), spans.offset, buffer.rows, strict=True):
                 if source is None or source.read_into(row, offset) != size:
                     return None
         except (OSError, ShardError):
@@ -237,7 +235,7 @@ class ArrayRows:
 
     def _format(self, place: int, offset: int, size: int) -> _Format | None:
         """The format of a row; None: it is not a one-dimensional array, or cannot be read."""
-        source, data = self._source(place), bytearray(size)
+        (source,), data = self._sources([place]), bytearray(size)
         if source is None or source.read_into((data,), offset) != size:
             return None
         try:

@@ -323,14 +323,14 @@ class ShardCollection:
             return None
         first = np.array([first for first, _ in self._spans], np.int64)
         if self.fetcher is None:
-            return ArrayRows(extension, first, self._tables.get, self._sources.get)  # type: ignore[arg-type]
+            return ArrayRows(extension, first, self._tables.get, self._sources.get_all)  # type: ignore[arg-type]
         is_remote = self._catalogue.is_remote
         source = (
             self.fetcher.get
             if is_remote.all()
             else partial(_block_or_shard, self.fetcher, is_remote.tolist(), self._sources.get)
         )
-        return ArrayRows(extension, first, self._tables.get, source, is_remote)
+        return ArrayRows(extension, first, self._tables.get, partial(map, source), is_remote)
 
     def display(self, domain: int, shard: int) -> str:
         """The URL of a shard, for messages."""

@@ -60,8 +60,9 @@ SIZES = {
     "0.24M": ProxyConfig(width=80, heads=4, feed_forward=214),
     "0.7M": ProxyConfig(width=128, layers=3, feed_forward=340),
     "1.4M": ProxyConfig(width=160, layers=4, heads=5, feed_forward=426),
-    "2.7M": ProxyConfig(width=224, layers=5, heads=7, feed_forward=596),
+    "3.2M": ProxyConfig(width=224, layers=5, heads=7, feed_forward=596),
     "5M": ProxyConfig(width=288, layers=5, heads=9, feed_forward=768),
+    "15M": ProxyConfig(width=448, layers=6, heads=14, feed_forward=1196),
 }
 ROWS_PER_UPDATE = 4
 
