@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import time
 
 import pytest
@@ -41,12 +42,17 @@ def test_a_look_with_workers_stops_the_main_process(build):
 
 
 class LateWorkers(AgentWeightedSampler):
-    """Those of the first loaders begin when later loaders have long read."""
+    """Those of the first loaders begin when the last one has long read."""
 
     loader_number = 0
 
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.last_has_read = multiprocessing.get_context("fork").Event()
+
     def __iter__(self):
-        time.sleep(max(0.0, 0.4 * (2 - self.loader_number)) if get_worker_info() is not None else 0.0)
+        if get_worker_info() is not None and self.loader_number < 2:
+            assert self.last_has_read.wait(60)
         return super().__iter__()
 
 
@@ -59,6 +65,8 @@ def test_late_workers_of_a_loader_that_was_replaced_do_not_stop_the_new_ones(bui
     seen = []
     while len(seen) < 80:
         seen += next(replaced[-1])
+        if len(seen) == 24:
+            sampler.last_has_read.set()
         time.sleep(0.05)
         sampler.reweight_due(len(seen))
         assert sampler._feed.mailbox.frontier() >= len(seen)

@@ -286,7 +286,7 @@ def seeing(tmp_path):
     return train
 
 
-@pytest.mark.parametrize("trainer_class", [Trainer, pytest.param(TrainerWithOwnLoader, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainer_class", [Trainer, TrainerWithOwnLoader])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_batch_shrinks_until_it_fits_the_memory(seeing, trainer_class, accumulation):
     """Catches a loader that keeps the batch size of the arguments: the Trainer would try in vain until it reaches 0."""
@@ -301,7 +301,7 @@ def test_the_batch_shrinks_until_it_fits_the_memory(seeing, trainer_class, accum
     assert [entry["dmagent/consumed_samples"] for entry in decisions] == [5.0 * accumulation * n for n in range(7)]
 
 
-@pytest.mark.parametrize("trainer_class", [Trainer, pytest.param(TrainerWithOwnLoader, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainer_class", [Trainer, TrainerWithOwnLoader])
 def test_an_attempt_with_a_smaller_batch_goes_on_with_the_next_samples(seeing, trainer_class):
     """Memory that runs out in the third step: what the two before it were trained on is not read again."""
     model = OutOfMemory(first=20)
@@ -314,7 +314,7 @@ def test_an_attempt_with_a_smaller_batch_goes_on_with_the_next_samples(seeing, t
     assert decisions == [0, 8, 16, 26, 36]
 
 
-@pytest.mark.parametrize("trainer_class", [Trainer, pytest.param(TrainerWithOwnLoader, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainer_class", [Trainer, TrainerWithOwnLoader])
 def test_epochs_after_the_batch_has_shrunk_count_the_batches_that_were_trained_on(seeing, trainer_class):
     """The length of an epoch was cut to whole steps of the first batch size, so a stock Trainer ends it within a step:
     a count of whole steps would pass over samples that nobody trained on."""
