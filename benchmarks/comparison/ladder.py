@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,19 +94,7 @@ def run(simulator: ProxySimulator, output: Path, chosen: Sequence[Rung]) -> None
         for name, make in MIXES.items():
             if (label(rung), name) in done:
                 continue
-
-            def choose(start: Start, make: Callable[[TaskContext], FloatArray | Policy] = make) -> FloatArray | Policy:
-                return make(
-                    TaskContext(
-                        spec=spec,  # noqa: B023 - used within this turn
-                        start=start,
-                        stream=stream,  # noqa: B023
-                        recorded=_nothing,
-                        proxies=None,
-                        ranges=np.ones(2),
-                    )
-                )
-
+            choose = functools.partial(_made, make, spec, stream)
             episode = run_episode(simulator, spec, stream, choose, feedback_every=spec.steps)
             domains = simulator.library.space(spec.target, spec.space, spec.number).names
             is_target = np.array([domain.startswith(f"{TARGET}/") for domain in domains])
@@ -121,6 +109,11 @@ def run(simulator: ProxySimulator, output: Path, chosen: Sequence[Rung]) -> None
             }
             add(output, line)
             print(line, flush=True)
+
+
+def _made(make: Factory, spec: TaskSpec, stream: int, start: Start) -> FloatArray | Policy:
+    """A mix or a policy at the start of a run."""
+    return make(TaskContext(spec=spec, start=start, stream=stream, recorded=_nothing, proxies=None, ranges=np.ones(2)))
 
 
 def _nothing(name: str, stream: int) -> FloatArray:

@@ -46,7 +46,7 @@ class BoundedCache(Generic[K, V]):
         return entry.value
 
     def get_all(self, keys: Iterable[K]) -> list[V]:
-        """As `get`, for many keys in a third of the time."""
+        """As `get`, for many keys; faster than a call for each."""
         entries, found = self._entries, []
         for key in keys:
             entry = entries.get(key)

@@ -13,7 +13,7 @@ import pytest
 from matplotlib import pyplot
 
 from benchmarks import records
-from benchmarks.comparison import policies
+from benchmarks.comparison import cautious, policies
 from benchmarks.comparison.pictures import _panel, pareto
 from benchmarks.comparison.policies import Entry, TaskContext, entries, natural, shuffled, with_ablations
 from benchmarks.comparison.record import paths, record
@@ -99,6 +99,18 @@ def test_a_comparison_that_was_stopped_goes_on(simulator: ProxySimulator, task: 
     assert "| ahead of natural 30% | influence | 2 |" in shown
     assert "| minus natural 30% | 2 steps | merged-7 |" in shown
     assert pareto(whole, tmp_path, "test").stat().st_size > 10_000
+
+
+def test_half_way_to_the_natural_mix_is_the_mean_of_both(
+    simulator: ProxySimulator, task: TaskSpec, tmp_path: Path
+) -> None:
+    chosen = {name: entry for name, entry in small_entries().items() if name in ("natural 30%", "influence")}
+    chosen[cautious.HALF] = cautious.entries()[cautious.HALF]
+    output = run(simulator, [replace(task, split="test", steps=1)], tmp_path, chosen)
+    mixes = {line["policy"]: np.array(line["mean_mix"]) for line in records.lines(output) if "mean_mix" in line}
+    natural_mix, influence, half = mixes.values()
+    assert half == pytest.approx((natural_mix + influence) / 2, abs=2e-5)
+    assert np.abs(influence - natural_mix).max() > 0.01
 
 
 def test_a_failing_policy_is_recorded_and_the_rest_goes_on(
