@@ -101,16 +101,25 @@ def test_a_comparison_that_was_stopped_goes_on(simulator: ProxySimulator, task: 
     assert pareto(whole, tmp_path, "test").stat().st_size > 10_000
 
 
-def test_half_way_to_the_natural_mix_is_the_mean_of_both(
-    simulator: ProxySimulator, task: TaskSpec, tmp_path: Path
-) -> None:
-    chosen = {name: entry for name, entry in small_entries().items() if name in ("natural 30%", "influence")}
-    chosen[cautious.HALF] = cautious.entries()[cautious.HALF]
-    output = run(simulator, [replace(task, split="test", steps=1)], tmp_path, chosen)
-    mixes = {line["policy"]: np.array(line["mean_mix"]) for line in records.lines(output) if "mean_mix" in line}
-    natural_mix, influence, half = mixes.values()
-    assert half == pytest.approx((natural_mix + influence) / 2, abs=2e-5)
-    assert np.abs(influence - natural_mix).max() > 0.01
+def test_half_way_to_the_natural_mix_is_the_mean_of_both(simulator: ProxySimulator, task: TaskSpec) -> None:
+    start = simulator.reset(task, 0)
+    context = TaskContext(
+        spec=task, start=start, stream=0, recorded=lambda *_: np.empty(0), proxies=None, ranges=np.ones(2)
+    )
+    domains = start.space.names
+    scores = {field: {d: Score(float(i % 3), 1e-3) for i, d in enumerate(domains)} for field in start.fields}
+    influence = Influence(scores=scores, way="gradient", rows=dict.fromkeys(domains, 32))
+    history = History(
+        domains=domains, fields=start.fields, mixes=start.mix[None], feedback=np.array(start.feedback)[None]
+    )
+    mixes = []
+    for policy in (policies.named("influence", context), cautious.half_way(context)):
+        policy.inform("influence", influence)  # type: ignore[attr-defined]
+        policy.inform("length", start.length)  # type: ignore[attr-defined]
+        mixes.append(policy.propose(history))
+    natural_mix = start.at(0.3)
+    assert mixes[1] == pytest.approx((mixes[0] + natural_mix) / 2)
+    assert np.abs(mixes[0] - natural_mix).max() > 0.01
 
 
 def test_a_failing_policy_is_recorded_and_the_rest_goes_on(
