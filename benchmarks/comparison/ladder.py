@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.agent.fidelity import agreement
 from benchmarks.comparison.plus import plus
-from benchmarks.comparison.policies import Factory, TaskContext, named, natural
+from benchmarks.comparison.policies import Factory, TaskContext, named, natural, random_mix
 from benchmarks.records import add, lines, rounded
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.mixture.simplex import FloatArray
@@ -52,17 +52,14 @@ RANDOM_MIXES = 5
 SCORES = ("keep", "acquire", "mean")
 
 
-def random_mix(number: int, context: TaskContext) -> FloatArray:
-    """A constant mix: a target share from 5% to 95%, and random weights around the natural ones."""
-    rng = np.random.default_rng([number, 17])
-    around = context.start.at(float(rng.uniform(0.05, 0.95)))
-    mix = np.where(context.start.natural > 0, rng.dirichlet(len(around) ** 0.5 * around + 1e-3), 0.0)
-    return np.asarray(mix / mix.sum(), dtype=np.float64)
+def drawn(number: int, context: TaskContext) -> FloatArray:
+    """A random constant mix, the same for every size."""
+    return random_mix(np.random.default_rng([number, 17]), context.start, 0.05, 0.95)
 
 
 MIXES: dict[str, Factory] = {
     **{f"natural {share:.0%}": functools.partial(natural, share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)},
-    **{f"random {number}": functools.partial(random_mix, number) for number in range(RANDOM_MIXES)},
+    **{f"random {number}": functools.partial(drawn, number) for number in range(RANDOM_MIXES)},
     "influence": functools.partial(named, "influence"),
     "dmagent-plus": functools.partial(plus, "dmagent-plus"),
 }

@@ -79,6 +79,13 @@ def uniform(context: TaskContext) -> FloatArray:
     return replace(context.start, natural=(context.start.natural > 0).astype(np.float64)).at(0.3)
 
 
+def random_mix(rng: np.random.Generator, start: Start, least: float, most: float) -> FloatArray:
+    """A constant mix: a target share between two bounds, and random weights around the natural ones."""
+    around = start.at(float(rng.uniform(least, most)))
+    mix = np.where(start.natural > 0, rng.dirichlet(len(around) ** 0.5 * around + 1e-3), 0.0)
+    return np.asarray(mix / mix.sum(), dtype=np.float64)
+
+
 def named(name: str, context: TaskContext) -> Policy:
     """A policy as `AgentWeightedSampler(policy=name)` makes it."""
     policy = make_policy(None, name, context.start.space, context.start.natural)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.comparison.policies import REFERENCE, Entry, TaskContext, shuffled
+from benchmarks.comparison.policies import REFERENCE, Entry, TaskContext, random_mix, shuffled
 from benchmarks.records import add, lines, rounded
 from dmagent_loader.errors import FeedbackError
 from dmagent_loader.mixture.domains import TARGET
@@ -171,10 +171,7 @@ class Comparison:
         start = self._simulator.reset(spec, PROXY_STREAM)
         for number in range(count):
             rng = np.random.default_rng([spec.number, number, 13])
-            natural = start.at(float(rng.uniform(0.02, 0.98)))
-            mix = rng.dirichlet(len(natural) ** 0.5 * natural + 1e-3)
-            mix = np.where(start.natural > 0, mix, 0.0)
-            mix /= mix.sum()
+            mix = random_mix(rng, start, 0.02, 0.98)
             name, stream = f"proxy {number}", PROXY_STREAM + number
             if (spec.id, name, stream) not in self._lines:
                 episode = run_episode(

@@ -23,7 +23,7 @@ def test_a_ladder_that_was_stopped_goes_on(
     simulator: ProxySimulator, task: TaskSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ladder, "TASK", replace(task, steps=1))
-    mixes = {"natural 30%": functools.partial(natural, 0.3), "random 0": functools.partial(ladder.random_mix, 0)}
+    mixes = {"natural 30%": functools.partial(natural, 0.3), "random 0": functools.partial(ladder.drawn, 0)}
     monkeypatch.setattr(ladder, "MIXES", mixes)
     monkeypatch.setattr(ladder, "LEARNING_RATES", {"0.16M": 1e-3, "0.24M": 1e-3})
     output, rungs = tmp_path / "ladder.jsonl", ladder.rungs(["0.24M", "0.16M"], [1.0])
