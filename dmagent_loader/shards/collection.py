@@ -285,9 +285,9 @@ class ShardCollection:
         """
         first = np.array([span[0] for span in self._spans], np.int64)
         numbers, of_row = np.unique(first[domain] + shard, return_inverse=True)
-        tables = self._remote_tables(numbers)
+        first_rows = self._first_rows(numbers)
         # One search in the first rows of the blocks of all these shards, one shard after the other.
-        begins = [tables[number].blocks.first_row if number in tables else _NO_BLOCKS for number in numbers.tolist()]
+        begins = [first_rows.get(number, _NO_BLOCKS) for number in numbers.tolist()]
         counts = np.array([len(of_shard) for of_shard in begins], np.int64)
         offsets = np.cumsum(counts) - counts
         shards = np.repeat(np.arange(len(numbers)), counts)
@@ -296,15 +296,21 @@ class ShardCollection:
         keys = np.where(counts[of_row] > 0, numbers[of_row] << BLOCK_BITS | (found - offsets[of_row]), -1)
         return keys, keys
 
-    def _remote_tables(self, numbers: IntArray) -> dict[int, RowTable]:
-        """The tables of those shards that are remote, by number. Each may take a request: many are made at a time."""
+    def _first_rows(self, numbers: IntArray) -> dict[int, IntArray]:
+        """The first rows of the blocks of those shards that are remote, by number.
+
+        The table of a shard may take a request, so many are fetched at a time. They are not kept beyond the cache.
+        """
+
+        def first_rows(number: int) -> IntArray:
+            return self._tables.get(number).blocks.first_row
+
         remote = numbers[self._catalogue.is_remote[numbers]].tolist()
         missing = [number for number in remote if number not in self._tables]
-        if len(missing) < 2:
-            return {number: self._tables.get(number) for number in remote}
-        # The cache may be too small for all of them.
-        found = dict(in_threads(self._tables.get, missing, threading.Event(), REQUESTS_IN_FLIGHT))
-        return found | {number: self._tables.get(number) for number in remote if number not in found}
+        found = {}
+        if len(missing) > 1:
+            found = dict(in_threads(first_rows, missing, threading.Event(), REQUESTS_IN_FLIGHT))
+        return found | {number: first_rows(number) for number in remote if number not in found}
 
     def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]:
         """Extensions that most rows of a shard have, and this row does not."""
