@@ -1,6 +1,7 @@
 """Remote shards: cold and warm rows per second, requests and bytes, against the limit of the network and peers.
 
     python benchmarks/remote.py [--streaming-path DIR] [--lit-path DIR]
+    python benchmarks/remote.py --kinds packed --readers limit "dmagent, batches" --connections 2
 
 A server in a process of its own answers after 30 ms and sends 100 MB/s on each connection (benchmarks/far_server.py).
 Readers run one after the other, in rounds of random order, each in a process of its own and with an empty cache (warm:
@@ -32,7 +33,7 @@ SHARD_BYTES = 16 << 20
 STORED = {"packed": 5120, "text": 2048}
 """Bytes of a row in a tar: rows of 4 KB (2,048 tokens of uint16), and texts of 1.5 KB."""
 TITLES = {
-    "limit": "limit: whole shards, 32 connections",
+    "limit": "limit: whole shards in sequence",
     "dmagent": "dmagent_loader, cold",
     "dmagent, batches": "dmagent_loader, cold, batches of 32",
     "dmagent, new mix every 500": "dmagent_loader, cold, new mix every 500",
@@ -99,42 +100,45 @@ def measure(args: argparse.Namespace, kind: str, scratch: Path) -> dict[str, Any
     for name, path in peers.items():
         convert(folder, kind, name, path)
     rows = min(args.rows, meta["rows"] * 3 // 4)
-    absent = {"mds", "lit"} - set(peers)
+    absent = ({"mds", "lit"} - set(peers)) | (set(TITLES) - set(args.readers))
     if kind == "text":  # batches are of packed rows
         absent |= {name for name in TITLES if "batches" in name}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in TITLES if name not in absent}
     order = np.random.default_rng(0)
     with far_server.serving(folder) as address:
 
-        def run(name: str, cache: Path, *options: str) -> None:
+        def run(name: str, rows: int, cache: Path, *options: str) -> dict[str, float] | None:
             far_server.counts(address, reset=True)
             reader = name.partition(",")[0]
             command = [sys.executable, str(Path(__file__).with_name("remote_readers.py")), reader, address]
-            command += [str(folder), kind, str(rows), "--cache", str(cache), *options]
+            command += [str(folder), kind, str(rows), "--cache", str(cache), "--connections", str(args.connections)]
+            command += options
             done = subprocess.run(
                 command, env=environment(peers.get(reader)), stdout=subprocess.PIPE, text=True, check=False, timeout=900
             )
             lines = done.stdout.strip().splitlines()
             if done.returncode or not lines:
                 measuring.say(f"{kind} {name}: failed, so it is left out")
-                return
+                return None
             counts = far_server.counts(address)
             requests = sum(count for kind, count in counts["requests"].items() if kind.startswith("GET "))
-            sent = sum(counts["bytes"].values())
-            found[name].append({**json.loads(lines[-1]), "requests": requests, "bytes": sent})
-            measuring.say(f"{kind} {name}: {found[name][-1]['rows'] / found[name][-1]['seconds']:,.0f} rows/s")
+            return {**json.loads(lines[-1]), "requests": requests, "bytes": sum(counts["bytes"].values())}
 
-        run("dmagent", scratch / "first")  # indexes the shards under their new address, and is not counted
-        found["dmagent"].clear()
+        def add(name: str, cache: Path, *options: str) -> None:
+            if one := run(name, rows, cache, *options):
+                found[name].append(one)
+                measuring.say(f"{kind} {name}: {one['rows'] / one['seconds']:,.0f} rows/s")
+
+        run("dmagent", 1, scratch / "first")  # indexes the shards under their new address
         for turn in range(args.repeats):
             names = [name for name in found if not name.endswith("warm")]
             order.shuffle(names)
             for name in names:
                 cache = scratch / f"{turn}-{name}"
                 options = ("--change", "500") if "every" in name else ("--batch", "32") if "batches" in name else ()
-                run(name, cache, *options)
+                add(name, cache, *options)
                 if f"{name}, warm" in found:
-                    run(f"{name}, warm", cache, *options)
+                    add(f"{name}, warm", cache, *options)
                 shutil.rmtree(cache, ignore_errors=True)
     return {
         "rows": rows,
@@ -186,12 +190,14 @@ def aims(results: dict[str, Any]) -> list[Aim]:
     for kind, of_kind in results.items():
         ours = rates(of_kind, "dmagent")
         for name, bound in (("limit", 0.8), ("wds", 2.0), ("mds", 1.0), ("lit", 1.0)):
-            if theirs := rates(of_kind, name):
+            if ours and (theirs := rates(of_kind, name)):
                 ratio = median_ratio(ours, theirs)
                 found.append(Aim(f"{kind}, cold: >= {bound:g} x {TITLES[name]}", f"{ratio:.2f}", ratio >= bound))
     packed = results.get("packed")
     for name in ("dmagent", "dmagent, new mix every 500") if packed else ():
-        runs = packed["readers"][name]
+        runs = packed["readers"].get(name)
+        if not runs:
+            continue
         requests = median(1000 * run["requests"] / run["rows"] for run in runs)
         share = median(run["bytes"] / (run["rows"] * packed["stored"]) for run in runs)
         found.append(Aim(f"{TITLES[name]}: requests per 1,000 rows of 4 KB <= 1", f"{requests:.2f}", requests <= 1))
@@ -205,6 +211,10 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=2048, help="of shards of each kind (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=300_000, help="that each reader reads (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=STORED, default=list(STORED))
+    parser.add_argument("--readers", nargs="+", choices=TITLES, default=list(TITLES))
+    parser.add_argument(
+        "--connections", type=int, default=32, help="of the limit, and most of this package (default: %(default)s)"
+    )
     parser.add_argument("--streaming-path", type=Path, help="folder of packages with mosaicml-streaming")
     parser.add_argument("--lit-path", type=Path, help="folder of packages with litdata")
     args = parser.parse_args()

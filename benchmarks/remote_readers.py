@@ -1,6 +1,7 @@
 """Readers of remote shards that benchmarks/remote.py compares, each in a process of its own.
 
     python benchmarks/remote_readers.py READER ADDRESS FOLDER KIND ROWS [--cache DIR] [--change N] [--batch N]
+        [--connections N]
 
 Prints one line of JSON: rows, seconds from the first request for a row to the last row, seconds until the first row,
 and seconds of CPU. Opening is not counted. Every reader reads the same domains in equal shares, without a shuffle
@@ -22,8 +23,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-CONNECTIONS = 32
-"""Connections of the limit: as many as ours keeps busy."""
 MEMBER = {"packed": "input_ids.npy", "text": "txt"}
 
 
@@ -41,8 +40,10 @@ def dmagent(args: argparse.Namespace) -> Iterator[Any]:
     import numpy as np
 
     from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
+    from dmagent_loader.shards.sources import fetching
     from dmagent_loader.transforms import collate_packed
 
+    fetching.FETCHES = args.connections
     shards = {f"source/{name}": urls for name, urls in tars(args).items()}
     sampler = AgentWeightedSampler(
         shards,
@@ -131,7 +132,7 @@ def lit(args: argparse.Namespace) -> Iterator[Any]:
 
 
 def limit(args: argparse.Namespace) -> Iterator[Any]:
-    """The same shards whole, in sequence, on as many connections; an item is a row, by their number."""
+    """The same shards whole, in sequence, on as many connections as ours; an item is a row, by their number."""
     urls = [url for group in zip(*tars(args).values(), strict=True) for url in group]
     rows = json.loads((args.folder / args.kind / "meta.json").read_text())["rows_per_shard"]
 
@@ -146,8 +147,8 @@ def limit(args: argparse.Namespace) -> Iterator[Any]:
 
     def items() -> Iterator[Any]:
         wanted = urls[: -(-args.rows // rows)]
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            list(pool.map(get, [wanted[n::CONNECTIONS] for n in range(CONNECTIONS)]))
+        with ThreadPoolExecutor(args.connections) as pool:
+            list(pool.map(get, [wanted[n :: args.connections] for n in range(args.connections)]))
         yield from range(args.rows)
 
     return items()
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--change", type=int, default=0)
     parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--connections", type=int, default=32, help="of the limit, and most of ours")
     args = parser.parse_args()
     items = READERS[args.reader](args)
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
