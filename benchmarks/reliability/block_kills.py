@@ -91,7 +91,7 @@ def read(collection: ShardCollection, results: Any) -> None:
         for shard, row in rows[run].tolist():
             digest.update(collection.read(0, shard, row).members["txt"])
     ahead.close()
-    results.put(digest.hexdigest())
+    results.put((digest.hexdigest(), collection.fetcher._can_store))
     results.close()
     results.join_thread()
     os._exit(0)
@@ -139,7 +139,9 @@ def play(url: str, shards: Path, expected: str, rng: random.Random, limit: int |
         if number == victim:
             continue
         try:
-            counts["wrong rows"] += rows.get(timeout=LONGEST_SECONDS) != expected
+            found, has_folder = rows.get(timeout=LONGEST_SECONDS)
+            counts["wrong rows"] += found != expected
+            counts["without the folder"] += limit != 0 and not has_folder
         except queue.Empty:
             counts["did not finish"] += 1
     for reader in readers:
@@ -183,7 +185,7 @@ def campaign(kills: int, seed: int = 0) -> Counter[str]:
     return totals
 
 
-FAULTS = ("wrong rows", "did not finish", "wrong blocks", "left behind", "beyond the limit")
+FAULTS = ("wrong rows", "did not finish", "wrong blocks", "left behind", "beyond the limit", "without the folder")
 
 
 def main() -> int:

@@ -40,6 +40,8 @@ _ALLOWANCE = 1024
 _EVICTED_SHARE = 0.05
 """Share of the limit that is evicted beyond the need of the moment, for the same reason."""
 _REWRITTEN_LINES = 10_000
+_ATTEMPTS = 20
+"""To make and lock a file, before the file system is said to have no locks."""
 
 
 def default_block_folder() -> Path:
@@ -237,12 +239,16 @@ class NodeCache:
         os.close(descriptor)
 
     def _open_needs(self) -> tuple[int, str]:
-        path = self.folder / f"{uuid.uuid4().hex}{_NEEDS}"
-        descriptor = open_exclusively(path)
-        if descriptor is None:
-            raise OSError("its file system has no locks")
-        self._descriptors.add(descriptor)
-        return descriptor, str(path)
+        for _ in range(_ATTEMPTS):
+            path = self.folder / f"{uuid.uuid4().hex}{_NEEDS}"
+            descriptor = open_exclusively(path)
+            if descriptor is not None:
+                self._descriptors.add(descriptor)
+                return descriptor, str(path)
+            # Between its creation and its lock, another process has taken it for a leftover.
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise OSError("its file system has no locks")
 
     def _note(self, line: str) -> None:
         self._lines += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -173,6 +174,36 @@ def test_leftovers_are_removed_at_the_start_and_nothing_else(tmp_path: Path) -> 
     claim.write(0, b"x" * SIZE)
     claim.complete()
     assert first.holds(name(1), SIZE)
+
+
+def test_a_file_that_another_process_takes_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks start together, and each looks for leftovers. A file can be seen before its owner has locked it."""
+    other, looks, flock = NodeCache(tmp_path, 10 * SIZE), [1, 2], fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        if looks:
+            looks.pop()
+            other._survey()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    cache = NodeCache(tmp_path, 10 * SIZE)
+    assert not looks, "nobody looked for leftovers"
+    cache.need(name(1))
+    assert name(1) in other._survey().needed
+    assert fetch(cache, 1)
+
+
+def test_a_folder_without_locks_is_refused_and_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with pytest.raises(OSError, match="no locks"):
+        NodeCache(tmp_path, 10 * SIZE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_leftovers_take_no_room_and_no_part_in_their_block(tmp_path: Path) -> None:
