@@ -93,13 +93,14 @@ def measure(kind: str, workers: int, folder: Path, seconds: float, lazy: bool, e
     torch.set_num_threads(1)
     source = loader(kind, workers, folder, lazy)
     batches: Any = iter(source)
+    held: Any = None
     generator = np.random.default_rng(0)
     taken = 0
 
     def take(count: int) -> None:
-        nonlocal taken
+        nonlocal taken, held
         for _ in range(count):
-            next(batches)
+            held = next(batches)  # as a trainer does, which has the last batch until the next one is there
             taken += 1
             if every:
                 source.dataset.reweight_due(taken * BATCH_SIZE)
@@ -114,7 +115,7 @@ def measure(kind: str, workers: int, folder: Path, seconds: float, lazy: bool, e
         take(16)
     rows = (taken - before) * BATCH_SIZE
     took, trainer = time.perf_counter() - began, time.process_time() - trainer
-    batches = None  # ends the workers
+    batches = held = None  # ends the workers
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     per_row = 1e6 / rows
     of_workers = (children.ru_utime + children.ru_stime) * per_row if workers else 0.0
@@ -139,7 +140,7 @@ def compare(args: argparse.Namespace) -> None:
     """Prints a table of medians, and of the median ratios to the other version and to torch."""
     here = Path(__file__).parents[1]
     configurations = [(kind, workers) for workers in args.workers if workers for kind in READY]
-    configurations += [(kind, workers) for workers in args.workers for kind in KINDS]
+    configurations += [(kind, workers) for workers in args.workers for kind in args.kinds]
     found: dict[tuple[str, str, int], list[dict[str, float]]] = {}
     for number in range(args.repeats):
         for kind, workers in random.Random(number).sample(configurations, len(configurations)):
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="checkout of another version")
     parser.add_argument("--data", type=Path, help="folder for shards that are made once (default: a temporary one)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement (default: %(default)s)")
     parser.add_argument("--every", type=int, default=0, help="samples between two changes of the mix (0: none)")

@@ -23,6 +23,8 @@ from dmagent_loader.shards.table import RowTable
 _NOT_AN_ARRAY = -1
 """Size of a row that has another member than the one to be read, or several, or whose shard cannot be used."""
 _NOWHERE = (_NOT_AN_ARRAY,) * 5
+_MOST_FREE = 4
+"""Free buffers that are kept: whoever holds many batches at a time gives the others back to the system."""
 
 
 class RowSpans(NamedTuple):
@@ -81,8 +83,13 @@ class Buffers:
         """The rows of a buffer, (n, T). The buffer is free when the last array or tensor over this memory is gone."""
         # Arrays made of this one refer to it, and not to the buffer, because its own memory is no array.
         lent = np.frombuffer(buffer.memory, buffer.form.dtype)
-        buffer.lent = weakref.ref(lent, lambda _, free=self._free: free.append(buffer))  # type: ignore[misc]
+        buffer.lent = weakref.ref(lent, lambda _, free=self._free: _give_back(free, buffer))  # type: ignore[misc]
         return lent.reshape(buffer.count, -1)
+
+
+def _give_back(free: list[_Buffer], buffer: _Buffer) -> None:
+    if len(free) < _MOST_FREE:
+        free.append(buffer)
 
 
 class _Buffer:

@@ -138,6 +138,22 @@ def test_the_batches_of_a_loader_share_memory_and_the_format_of_rows(shards, tmp
     assert first.tolist() == expected
 
 
+def test_whoever_held_many_batches_gives_most_of_their_memory_back(tmp_path):
+    rows = write_rows(tmp_path, [{"input_ids.npy": np.zeros(8192, np.uint16)} for _ in range(4)])
+    collection = build(rows, tmp_path).collection
+    arrays = collection.array_rows(PACKED_MEMBER)
+    spans = RowSpans.of(arrays.find(np.zeros(4, np.int64), np.zeros(4, np.int64), np.arange(4)))
+    size = arrays.read(spans, Buffers()).nbytes
+    buffers = Buffers()
+    tracemalloc.start()
+    held = [arrays.read(spans, buffers) for _ in range(64)]
+    assert tracemalloc.get_traced_memory()[0] >= 64 * size
+    held.clear()
+    left, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert left < 16 * size
+
+
 def test_no_memory_is_taken_for_a_batch_whose_rows_differ(tmp_path):
     large = 4 << 20
     rows = write_rows(tmp_path, [{"input_ids.npy": bytes(large)}, *({"input_ids.npy": b"small"} for _ in range(31))])
