@@ -24,7 +24,6 @@ from dmagent_loader.training.tasks.episode import (
     Episode,
     attainable,
     range_gains,
-    reward,
     run_episode,
 )
 from dmagent_loader.training.tasks.simulator import Simulator, Start
@@ -148,7 +147,7 @@ class Comparison:
         return episode, kept[0]
 
     def _compared(self, spec: TaskSpec, name: str, stream: int) -> dict[str, Any]:
-        ranges = self.ranges(spec)
+        self.ranges(spec)  # the tables need them
         started = time.perf_counter()
         episode, start = self.episode(spec, name, stream)
         gains = _finite(episode.gains)
@@ -156,11 +155,7 @@ class Comparison:
             self._paths.mkdir(parents=True, exist_ok=True)
             np.save(self._path(spec, name, stream), episode.mixes[1:].astype(np.float32))
         return {
-            "balance": spec.balance,
-            "ranges": rounded(ranges),
             "gains": rounded(gains),
-            "shares": rounded(gains / ranges),
-            "reward": round(reward(gains, ranges, spec.balance), 5),
             **summary(episode, start),
             "wall_seconds": round(time.perf_counter() - started, 2),
         }
@@ -196,7 +191,7 @@ class Comparison:
         line = {"task": spec.id, "policy": name, "stream": stream, "spec": spec.to_json(), **result}
         add(self._output, line)
         self._lines[key(line)] = line
-        told = result.get("failed", f"{result.get('reward', '')} {result.get('gains')}")
+        told = result.get("failed", result.get("gains"))
         print(f"{spec.split} {spec.number} [{spec.perturbation.label}] {name} {stream}: {told}", flush=True)
 
 

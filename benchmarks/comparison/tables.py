@@ -22,7 +22,7 @@ from benchmarks.comparison.statistics import (
 from benchmarks.comparison.trainings import BUNDLED, BUNDLED_NUMBER, PREFIX
 from benchmarks.records import lines
 from dmagent_loader.mixture.simplex import FloatArray
-from dmagent_loader.training.tasks.episode import RANGE_SHARES, attainable, reward
+from dmagent_loader.training.tasks.episode import RANGE_SHARES, RANGE_STREAM, attainable, reward
 from dmagent_loader.training.tasks.spec import TaskSpec
 
 BEST_SHARE = "best of five natural shares"
@@ -51,7 +51,8 @@ class Results:
     def __init__(self, found: Iterable[Mapping[str, Any]]) -> None:
         listed = list(found)
         self.specs = {line["task"]: TaskSpec.from_json(line["spec"]) for line in listed}
-        self.runs = [line for line in listed if "reward" in line]
+        # Runs for the ranges, and those of a policy's own proxies, have streams of their own behind.
+        self.runs = [line for line in listed if "gains" in line and line["stream"] < RANGE_STREAM]
         self.failed = [line for line in listed if "failed" in line]
         natural: dict[str, list[FloatArray]] = {}
         for line in listed:

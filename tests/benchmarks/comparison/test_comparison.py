@@ -169,7 +169,7 @@ def compared(rewards: Mapping[str, tuple[float, ...]], task: TaskSpec) -> list[d
         found.append({**whole, "policy": "range 100%", "stream": 900, "gains": [1.0, 1.0]})
         for name, of_task in rewards.items():
             gains = [of_task[number]] * 2
-            found += [{**whole, "policy": name, "stream": s, "gains": gains, "reward": 0.0} for s in (0, 1)]
+            found += [{**whole, "policy": name, "stream": s, "gains": gains} for s in (0, 1)]
     return found
 
 
