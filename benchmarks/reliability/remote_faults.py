@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.far_server import Handler, Server
 from dmagent_loader.errors import ShardError
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.sources import remote
+from dmagent_loader.shards.sources import calls, remote
 
 TEXTS = [f"row {number} " * 40 for number in range(30)]
 STALL_SECONDS = 30.0
@@ -225,7 +225,7 @@ def run_fault(fault: str, stage: str, times: int, cache: Path) -> Outcome:
 
         collection = opened() if stage == "read" else None
         if "stall" not in fault:
-            os.environ[remote.TIMEOUT_VARIABLE] = str(STALL_SECONDS)
+            os.environ[calls.TIMEOUT_VARIABLE] = str(STALL_SECONDS)
         server.begin(fault, times if times >= 0 else 1 << 30)
         begin = time.perf_counter()
         try:
@@ -235,7 +235,7 @@ def run_fault(fault: str, stage: str, times: int, cache: Path) -> Outcome:
         seconds, requests = time.perf_counter() - begin, server.requests
     logger.removeHandler(counter)
     logger.propagate = True
-    os.environ[remote.TIMEOUT_VARIABLE] = str(TIMEOUT_SECONDS)
+    os.environ[calls.TIMEOUT_VARIABLE] = str(TIMEOUT_SECONDS)
     return Outcome(
         fault=fault,
         stage=stage,
@@ -259,17 +259,17 @@ class _Counter(logging.Handler):
 @contextlib.contextmanager
 def impatient() -> Iterator[None]:
     """Short limits and pauses, so that a campaign takes seconds."""
-    before = remote.REMOTE_BACKOFF_SECONDS, os.environ.get(remote.TIMEOUT_VARIABLE)
+    before = remote.REMOTE_BACKOFF_SECONDS, os.environ.get(calls.TIMEOUT_VARIABLE)
     remote.REMOTE_BACKOFF_SECONDS = 0.01
-    os.environ[remote.TIMEOUT_VARIABLE] = str(TIMEOUT_SECONDS)
+    os.environ[calls.TIMEOUT_VARIABLE] = str(TIMEOUT_SECONDS)
     try:
         yield
     finally:
         remote.REMOTE_BACKOFF_SECONDS = before[0]
         if before[1] is None:
-            del os.environ[remote.TIMEOUT_VARIABLE]
+            del os.environ[calls.TIMEOUT_VARIABLE]
         else:
-            os.environ[remote.TIMEOUT_VARIABLE] = before[1]
+            os.environ[calls.TIMEOUT_VARIABLE] = before[1]
 
 
 def table(outcomes: list[Outcome]) -> str:

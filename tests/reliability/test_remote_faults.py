@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.sources import remote
+from dmagent_loader.shards.sources import calls, remote
 
 pytest.importorskip("aiohttp", reason="fsspec needs aiohttp for http")
 
@@ -130,7 +130,7 @@ def test_a_filesystem_that_blocks_is_left_after_the_limit_too(tmp_path: Path) ->
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "inf", "nan"])
 def test_a_limit_that_is_none_is_refused(value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(remote.TIMEOUT_VARIABLE, value)
+    monkeypatch.setenv(calls.TIMEOUT_VARIABLE, value)
     with pytest.raises(ConfigurationError, match="positive number of seconds"):
         ShardCollection.open({"source/a": "memory://a.tar"}, progress=False, cache_dir=tmp_path)
 

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from typing import TypeVar
 
+from dmagent_loader.shards.sources.calls import ended_by
+
 # Threads, not processes: reads and checksums of large rows release the interpreter lock, two processes were not faster
 # on two cores, and spawned processes would run a script without a main guard again. Small rows keep one core busy.
 INDEX_THREADS = 8
@@ -22,11 +24,16 @@ def in_threads(
     work: Callable[[_T], _R], tasks: Iterable[_T], stop: threading.Event, threads: int = INDEX_THREADS
 ) -> Iterator[tuple[_T, _R]]:
     """Yields every task with its result. An error or Ctrl-C stops running tasks and drops pending ones."""
+
+    def until_stopped(task: _T) -> _R:
+        with ended_by(stop):
+            return work(task)
+
     tasks = iter(tasks)
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="dmagent-index") as pool:
         try:
             while batch := list(islice(tasks, _TASKS_AT_A_TIME)):
-                futures = {pool.submit(work, task): task for task in batch}
+                futures = {pool.submit(until_stopped, task): task for task in batch}
                 for future in as_completed(futures):
                     yield futures[future], future.result()
         except BaseException:

@@ -19,7 +19,8 @@ from dmagent_loader.errors import ShardError, require_extra
 from dmagent_loader.shards.inputs.kinds import Input, Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.records import Record, Rejected, rejected
-from dmagent_loader.shards.sources.remote import filesystem_of, timeout_seconds, with_retries
+from dmagent_loader.shards.sources.calls import timeout_seconds
+from dmagent_loader.shards.sources.remote import filesystem_of, with_retries
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 _MAX_FIELD = (1 << 31) - 1

@@ -23,8 +23,9 @@ from dmagent_loader.shards import forks
 from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.sources.block_sources import BlockInMemory, BlockSource, open_block
 from dmagent_loader.shards.sources.blocks import Block
+from dmagent_loader.shards.sources.calls import SLOWEST_BYTES_PER_SECOND, timeout_seconds
 from dmagent_loader.shards.sources.node_cache import BlockInUse, Claim, NodeCache, default_block_folder
-from dmagent_loader.shards.sources.remote import SLOWEST_BYTES_PER_SECOND, RemoteSource, SinkError, timeout_seconds
+from dmagent_loader.shards.sources.remote import RemoteSource, SinkError
 
 FETCHES = 32
 """Requests in flight, in each process."""

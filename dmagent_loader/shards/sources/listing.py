@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any, TypeVar
 
 from dmagent_loader.errors import ShardError
+from dmagent_loader.shards.sources.calls import call, ended_by, timeout_seconds
 from dmagent_loader.shards.sources.local import ShardVersion, shard_version, version_of
-from dmagent_loader.shards.sources.remote import call, filesystem_of, timeout_seconds, with_retries
+from dmagent_loader.shards.sources.remote import filesystem_of, with_retries
 from dmagent_loader.shards.sources.urls import display_url
 
 REQUESTS_IN_FLIGHT = 32
@@ -20,6 +21,7 @@ _KEYS_PER_REQUEST = 1000
 """Keys in one answer of an object store."""
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def remote_versions(urls: Sequence[str], stop: threading.Event) -> list[ShardVersion]:
@@ -30,7 +32,7 @@ def remote_versions(urls: Sequence[str], stop: threading.Event) -> list[ShardVer
 
     Args:
         urls: URLs of the shards.
-        stop: Drops the remaining requests when set.
+        stop: Ends all requests when set.
 
     Raises:
         ShardNotFoundError: There is no such shard.
@@ -42,17 +44,34 @@ def remote_versions(urls: Sequence[str], stop: threading.Event) -> list[ShardVer
         if not url.lower().startswith("http") and "?" not in url and "::" not in url:
             by_folder.setdefault(url.rpartition("/")[0], []).append(url)
     folders = [(folder, listed) for folder, listed in by_folder.items() if len(listed) >= _LISTED_FROM]
+
+    def listed(folder: str, of_folder: Sequence[str]) -> dict[str, ShardVersion]:
+        with ended_by(stop):
+            return _listed(folder, of_folder)
+
+    def asked(url: str) -> ShardVersion:
+        with ended_by(stop):
+            return shard_version(url)
+
     with ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="dmagent-list") as pool:
         try:
-            for found in pool.map(lambda item: _listed(*item), folders):
+            for found in _first_error_first([pool.submit(listed, *folder) for folder in folders]):
                 versions.update(found)
             missing = [url for url in urls if url not in versions]
-            versions.update(zip(missing, pool.map(shard_version, missing), strict=True))
+            answers = _first_error_first([pool.submit(asked, url) for url in missing])
+            versions.update(zip(missing, answers, strict=True))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             stop.set()
             raise
     return [versions[url] for url in urls]
+
+
+def _first_error_first(futures: Sequence[Future[_T]]) -> list[_T]:
+    """Results in order. An error is raised as soon as it occurs, whatever is still running before it."""
+    for future in as_completed(futures):
+        future.result()
+    return [future.result() for future in futures]
 
 
 def _listed(folder: str, urls: Sequence[str]) -> dict[str, ShardVersion]:

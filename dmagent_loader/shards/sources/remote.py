@@ -13,7 +13,6 @@ import os
 import random
 import re
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,6 +20,17 @@ import fsspec
 
 from dmagent_loader._validation import read_regular
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError
+from dmagent_loader.shards.sources.calls import (
+    SLOWEST_BYTES_PER_SECOND,
+    TIMEOUT_VARIABLE,
+    Stopped,
+    call,
+    go_on,
+    on_loop,
+    pause,
+    timeout_seconds,
+    type_has,
+)
 from dmagent_loader.shards.sources.faults import (
     Kind,
     fault_text,
@@ -37,11 +47,6 @@ REMOTE_ATTEMPTS = 6
 REMOTE_BACKOFF_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 30.0
 """Longest pause before another attempt, whatever ``Retry-After`` says."""
-
-TIMEOUT_VARIABLE = "DMAGENT_REMOTE_TIMEOUT"
-REMOTE_TIMEOUT_SECONDS = 60.0
-SLOWEST_BYTES_PER_SECOND = 1 << 18
-"""A request may take ``$DMAGENT_REMOTE_TIMEOUT`` seconds (default 60), plus the time for its bytes at this rate."""
 
 SIGNED_URLS_VARIABLE = "DMAGENT_SIGNED_URLS"
 """Names a file with URLs of shards, one a line. They replace those whose signatures have expired, in a running job."""
@@ -279,57 +284,6 @@ def _settings(url: str) -> dict[str, Any]:
     return {name: settings} if split_chain(url)[0] else settings
 
 
-def timeout_seconds() -> float:
-    """Seconds that one request may take, besides the time for its bytes.
-
-    Raises:
-        ConfigurationError: ``$DMAGENT_REMOTE_TIMEOUT`` is not a positive number.
-    """
-    given = os.environ.get(TIMEOUT_VARIABLE)
-    if not given:
-        return REMOTE_TIMEOUT_SECONDS
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ConfigurationError(f"{TIMEOUT_VARIABLE}={given!r}: it must be a positive number of seconds")
-    return seconds
-
-
-def call(filesystem: Any, name: str, *arguments: Any, limit: float, **settings: Any) -> Any:
-    """Calls a method of a filesystem, with a time limit in seconds.
-
-    Raises:
-        TimeoutError: The call took longer.
-    """
-    if _type_has(filesystem, "async_impl"):
-        method = getattr(filesystem, f"_{name}")
-        return fsspec.asyn.sync(filesystem.loop, method, *arguments, timeout=limit, **settings)
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def work() -> None:
-        try:
-            outcome.append((getattr(filesystem, name)(*arguments, **settings), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=work, name="dmagent-remote", daemon=True)
-    thread.start()
-    thread.join(limit)
-    if not outcome:
-        raise TimeoutError
-    result, fault = outcome[0]
-    if fault is not None:
-        raise fault
-    return result
-
-
-def _type_has(filesystem: Any, name: str) -> bool:
-    """Whether a filesystem has an attribute of its own: one that caches passes on those of the store behind it."""
-    return bool(getattr(type(filesystem), name, False))
-
-
 def with_retries(url: str, limit: float, action: Callable[[], _T], doing: str = "read") -> _T:
     """Repeats an action after faults that may pass, up to `REMOTE_ATTEMPTS` times.
 
@@ -343,12 +297,14 @@ def with_retries(url: str, limit: float, action: Callable[[], _T], doing: str = 
         ShardNotFoundError: There is no such file.
         DamagedShardError: The shard ends before the requested bytes.
         ShardError: Access is refused, the request cannot succeed, or all attempts failed.
+        Stopped: See `dmagent_loader.shards.sources.calls.ended_by`.
     """
     shard = display_url(url)
     for attempt in range(1, REMOTE_ATTEMPTS + 1):
         try:
+            go_on()
             return action()
-        except (ShardError, ConfigurationError, SinkError):
+        except (ShardError, ConfigurationError, SinkError, Stopped):
             raise
         except Exception as error:  # each protocol has its own exceptions, few of them OSErrors
             kind = kind_of_fault(error)
@@ -378,16 +334,16 @@ def with_retries(url: str, limit: float, action: Callable[[], _T], doing: str = 
                     f"shard {shard} could not be {doing} in {REMOTE_ATTEMPTS} attempts; the last one failed with "
                     f"{_describe(error, limit)}"
                 ) from error
-            pause = _pause(error, attempt)
+            seconds = _pause_seconds(error, attempt)
             logger.warning(
                 "shard %s: attempt %d of %d failed with %s; again in %.1f s",
                 shard,
                 attempt,
                 REMOTE_ATTEMPTS,
                 _describe(error, limit),
-                pause,
+                seconds,
             )
-            time.sleep(pause)
+            pause(seconds)
     raise AssertionError("unreachable")
 
 
@@ -455,8 +411,8 @@ def _fetch(filesystem: Any, path: str, *, offset: int, length: int, limit: float
 
 
 def _pour(filesystem: Any, path: str, offset: int, length: int, limit: float, sink: _Sink) -> None:
-    if _type_has(filesystem, "encode_url") and _type_has(filesystem, "set_session"):
-        fsspec.asyn.sync(filesystem.loop, _http_range, filesystem, path, offset, length, sink, timeout=limit)
+    if type_has(filesystem, "encode_url") and type_has(filesystem, "set_session"):
+        on_loop(filesystem, lambda: _http_range(filesystem, path, offset, length, sink), limit=limit)
     else:
         sink.take(call(filesystem, "cat_file", path, start=offset, end=offset + length, limit=limit))
 
@@ -482,10 +438,10 @@ async def _http_range(filesystem: Any, url: str, offset: int, length: int, sink:
             sink.take(part)
 
 
-def _pause(error: BaseException, attempt: int) -> float:
+def _pause_seconds(error: BaseException, attempt: int) -> float:
     """Seconds until the next attempt: growing, different on each rank, and at least ``Retry-After``."""
-    pause: float = REMOTE_BACKOFF_SECONDS * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.5)
-    return min(max(pause, retry_after(error)), LONGEST_PAUSE_SECONDS)
+    growing: float = REMOTE_BACKOFF_SECONDS * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.5)
+    return min(max(growing, retry_after(error)), LONGEST_PAUSE_SECONDS)
 
 
 def _describe(error: BaseException, limit: float) -> str:

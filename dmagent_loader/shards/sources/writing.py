@@ -15,13 +15,8 @@ from typing import Any
 
 from dmagent_loader._files import write_atomically
 from dmagent_loader.errors import ShardError, ShardNotFoundError
-from dmagent_loader.shards.sources.remote import (
-    SLOWEST_BYTES_PER_SECOND,
-    call,
-    filesystem_of,
-    timeout_seconds,
-    with_retries,
-)
+from dmagent_loader.shards.sources.calls import SLOWEST_BYTES_PER_SECOND, call, timeout_seconds
+from dmagent_loader.shards.sources.remote import filesystem_of, with_retries
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path, protocol, split_chain
 
 _STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "memory")
