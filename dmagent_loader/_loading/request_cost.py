@@ -73,6 +73,7 @@ def reading_cost(
             row by a request of its own.
         in_flight: Largest number of requests of one reading process at a time.
     """
+    row_bytes = np.maximum(row_bytes, 1.0)  # a row without a byte of data is read all the same
     request_bytes = np.maximum(row_bytes, bytes_per_request)
     requests = np.ceil(np.round(rows * row_bytes / request_bytes, 6))
     seconds = (requests * (conditions.latency_seconds + request_bytes / conditions.bytes_per_second)).sum()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from itertools import groupby
 
 from dmagent_loader.shards.index.catalogue import Catalogue
+from dmagent_loader.shards.index.threads import INDEX_THREADS, in_threads
+from dmagent_loader.shards.sources.listing import REQUESTS_IN_FLIGHT
 from dmagent_loader.shards.sources.urls import base_name
 from dmagent_loader.shards.tar import ShardDamage
 
@@ -34,24 +37,27 @@ class ShardSummary:
 
 
 def summaries(catalogue: Catalogue) -> tuple[ShardSummary, ...]:
-    """Facts about every shard, in the order of domains and shards."""
-    found = []
-    for domain, span in zip(catalogue.domains, catalogue.spans, strict=True):
-        for number in range(*span):
-            index = catalogue.index(number)
-            found.append(
-                ShardSummary(
-                    domain=domain,
-                    shard=catalogue.url(number),
-                    rows=index.num_rows,
-                    members=index.num_members,
-                    payload_bytes=index.payload_bytes,
-                    file_bytes=index.file_size,
-                    extensions=index.extensions,
-                    damage=catalogue.damage.get(number, ()),
-                )
-            )
-    return tuple(found)
+    """Facts about every shard, in the order of domains and shards. An index may take a request, so many are read at a
+    time."""
+
+    domains = [name for name, span in zip(catalogue.domains, catalogue.spans, strict=True) for _ in range(*span)]
+
+    def summary(number: int) -> ShardSummary:
+        index = catalogue.index(number)
+        return ShardSummary(
+            domain=domains[number],
+            shard=catalogue.url(number),
+            rows=index.num_rows,
+            members=index.num_members,
+            payload_bytes=index.payload_bytes,
+            file_bytes=index.file_size,
+            extensions=index.extensions,
+            damage=catalogue.damage.get(number, ()),
+        )
+
+    threads = REQUESTS_IN_FLIGHT if catalogue.remote else INDEX_THREADS
+    found = dict(in_threads(summary, range(len(catalogue)), threading.Event(), threads))
+    return tuple(found[number] for number in range(len(catalogue)))
 
 
 def table_of_shards(found: tuple[ShardSummary, ...]) -> str:

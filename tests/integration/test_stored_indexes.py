@@ -129,23 +129,41 @@ def test_a_sampler_starts_from_indexes_in_the_store_and_resumes_without(store: s
     assert [next(iterator)["__key__"] for _ in range(12)] == keys[8:]
 
 
-def test_a_start_fetches_the_indexes_of_its_shards_at_the_same_time(
-    store: str, tmp_path: Path, fresh: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One after the other, a start whose first samples lie in many shards would wait for one request per shard."""
-    shards = 8
-    indexed(write_shards(tmp_path / "store", shards, rows=4), fresh())
-    met, load = threading.Barrier(shards, timeout=60), StoredIndexes.load
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Number of indexes, none of which is loaded from the store before that of all of them has begun."""
+    count = 8
+    met, load = threading.Barrier(count, timeout=60), StoredIndexes.load
 
     def load_together(self: StoredIndexes, *shard: Any) -> Any:
         met.wait()
         return load(self, *shard)
 
     monkeypatch.setattr(StoredIndexes, "load", load_together)
+    return count
+
+
+def test_a_start_fetches_the_indexes_of_its_shards_at_the_same_time(
+    store: str, tmp_path: Path, fresh: Any, together: int
+) -> None:
+    """One after the other, a start whose first samples lie in many shards would wait for one request per shard."""
+    indexed(write_shards(tmp_path / "store", together, rows=4), fresh())
     reading = ReadingConfig(cache_dir=fresh(), progress=False)
-    urls = {"source/a": f"{store}/s-{{000..{shards - 1:03d}}}.tar"}
-    first_pass = islice(AgentWeightedSampler(urls, samples_per_reweight=1000, reading=reading), 4 * shards)
-    assert {sample["txt"] for sample in first_pass} == {text(shard, row) for shard in range(shards) for row in range(4)}
+    urls = {"source/a": f"{store}/s-{{000..{together - 1:03d}}}.tar"}
+    first_pass = islice(AgentWeightedSampler(urls, samples_per_reweight=1000, reading=reading), 4 * together)
+    assert {sample["txt"] for sample in first_pass} == {
+        text(shard, row) for shard in range(together) for row in range(4)
+    }
+
+
+def test_facts_about_all_shards_are_fetched_at_the_same_time(
+    store: str, tmp_path: Path, fresh: Any, together: int
+) -> None:
+    """As `dmagent index` and `dmagent simulate --storage` need them."""
+    indexed(write_shards(tmp_path / "store", together, rows=4), fresh())
+    found = opened(f"{store}/s-{{000..{together - 1:03d}}}.tar", fresh()).summaries()
+    assert [(shard.domain, shard.rows) for shard in found] == [("source/a", 4)] * together
+    assert [shard.shard[-5:] for shard in found] == [f"{number}.tar" for number in range(together)]
 
 
 def test_the_command_writes_them_for_foreign_shards_and_a_run_finds_them(

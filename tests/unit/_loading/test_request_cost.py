@@ -33,6 +33,14 @@ def test_domains_with_other_rows_and_bytes_that_leave_the_region() -> None:
     assert cost.dollars == pytest.approx(20 / 1000 * 0.0004 + 0.021 * 0.09)
 
 
+def test_rows_without_data_are_read_all_the_same() -> None:
+    for bytes_per_request in (0, 8 << 20):
+        cost = reading_cost(
+            np.array([40.0]), np.array([0.0]), StoreConditions(), bytes_per_request=bytes_per_request, in_flight=1
+        )
+        assert (cost.requests, cost.bytes) == (40 if not bytes_per_request else 1, 40)
+
+
 @pytest.mark.parametrize(
     "setting", [{"latency_seconds": -1}, {"bytes_per_second": 0}, {"dollars_per_gb": float("nan")}]
 )
