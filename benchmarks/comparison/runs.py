@@ -37,7 +37,7 @@ TOLD = (
     ("test", 6, 15),
     ("validation", 0, 3),
     ("test", 3, 6),
-    ("validation", 3, 9),
+    ("validation", 3, 8),  # 8 is the same draw as 3
     ("test", 15, 24),
     ("train", 0, 9),
     ("test", 24, 36),
