@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import http.server
 import io
 import json
@@ -156,6 +157,20 @@ def test_a_remote_shard_with_another_etag_is_indexed_again(server: Server) -> No
     assert texts_of(ShardCollection.open(shards, progress=False)) == ["old1", "old2"]
     server.files["a.tar"], server.etags["a.tar"] = tar_bytes(["new1", "new2"]), '"2"'
     assert texts_of(ShardCollection.open(shards, progress=False)) == ["new1", "new2"]
+
+
+def test_shards_whose_server_makes_one_etag_of_their_equal_sizes_and_times_are_not_taken_for_each_other(
+    server: Server,
+) -> None:
+    """Starlette's etag is the md5 of time and size: it looks like a checksum, and shards unpacked together share it."""
+    for number in range(2):
+        server.files[f"s-{number}.tar"] = tar_bytes([f"{number} {text}" for text in TEXTS])
+    (size,) = {len(data) for data in server.files.values()}
+    etag = hashlib.md5(f"1700000000.0-{size}".encode()).hexdigest()
+    server.etags = dict.fromkeys(server.files, f'"{etag}"')
+    for number in range(2):
+        collection = ShardCollection.open({"source/a": server.url(f"s-{number}.tar")}, progress=False)
+        assert texts_of(collection) == [f"{number} {text}" for text in TEXTS]
 
 
 @pytest.mark.parametrize("sends_times", [True, False])

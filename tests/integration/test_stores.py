@@ -104,6 +104,14 @@ def test_chained_urls_are_read_through_the_cache_and_known_without_it(
         open_shards([url, f"simplecache::{url}"])
 
 
+def test_a_copy_in_s3_is_not_indexed_again(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its etag is the md5 of its bytes."""
+    first = open_shards(put("a.tar", tar_bytes(TEXTS)))
+    copy = put("moved/a.tar", tar_bytes(TEXTS))
+    monkeypatch.setattr("dmagent_loader.shards.index.cache.build_index", lambda *_, **__: pytest.fail("indexed again"))
+    assert open_shards(copy).fingerprint == first.fingerprint
+
+
 def test_inputs_are_found_by_globs(s3: S3Server, tmp_path: Path) -> None:
     put("raw/b.jsonl", b'{"text": "b"}\n')
     put("raw/a.jsonl", b'{"text": "a"}\n')

@@ -7,9 +7,9 @@ the earlier one, unless both have the same modification time: then the shard was
 way is built again. Overviews of many shards lie beside the indexes (`dmagent_loader.shards.index.overview`).
 
 Shards that were touched or moved are not read through again. Links in ``content``, named by the size and a sample of
-the bytes of a local shard, or by the digest in the etag of a remote one, lead to the index of the same content. A local
-shard of another path or time is taken for it if some of its rows are those that were indexed; every row is compared
-with its checksum when it is read.
+the bytes of a local shard, or by the checksum that the store has of a remote one, lead to the index of the same
+content. A local shard of another path or time is taken for it if some of its rows are those that were indexed; every
+row is compared with its checksum when it is read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dmagent_loader.shards.index.verify import verified, with_content, without_n
 from dmagent_loader.shards.manifest import ShardRecord
 from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import ShardVersion, open_source, shard_version
-from dmagent_loader.shards.sources.urls import display_url, is_local, local_path, without_signature
+from dmagent_loader.shards.sources.urls import display_url, is_local, local_path, protocol, without_signature
 from dmagent_loader.shards.tar import KeyEnd, ShardDamage, padded
 
 CACHE_VARIABLE = "DMAGENT_CACHE_DIR"
@@ -51,8 +51,10 @@ _SAMPLED_ROWS, _LARGEST_SAMPLED_BYTES = 8, 1 << 20
 """Rows that are compared where a file may have been replaced by one of the same size."""
 _SAMPLED_PLACES, _BYTES_OF_A_PLACE = 16, 4096
 """Places of a file whose bytes stand for its content where its index is looked for."""
-_CONTENT_TAG = re.compile(r"(?:md5Hash|Content-MD5)=.+|(?:ETag|etag)=\"?[0-9a-f]{32}(?:-\d+)?\"?")
-"""Tags of remote shards that are made of their bytes; other etags are equal only for the same file."""
+_CHECKSUM_TAG = re.compile(r"(?:md5Hash|Content-MD5)=.+")
+_ETAG_OF_MD5 = re.compile(r"ETag=\"?[0-9a-f]{32}(?:-\d+)?\"?")
+_STORES_WITH_ETAGS_OF_MD5 = ("s3", "s3a")
+"""Elsewhere, an etag of this form may be a hash of time and size, as Starlette makes it: the same for many files."""
 _MAX_PADDING_BYTES = 1 << 20
 """Padding of a tar with the largest blocking factor in use."""
 
@@ -151,7 +153,7 @@ class IndexCache:
         """The link to the index of a shard's content; None if nothing cheap identifies the content."""
         digest = hashlib.sha256(str(version.size).encode() + self._suffix)
         if not is_local(url):
-            if not _CONTENT_TAG.fullmatch(version.tag):
+            if not _is_of_content(url, version.tag):
                 return None
             digest.update(version.tag.encode())
         else:
@@ -429,6 +431,13 @@ def looks_as_indexed(url: str, index: ShardIndex) -> bool:
         if crc != index.row_crc.item(row):
             return False
     return True
+
+
+def _is_of_content(url: str, tag: str) -> bool:
+    """Whether the tag of a remote shard is made of its bytes; others tell apart the versions of one file only."""
+    if _CHECKSUM_TAG.fullmatch(tag):
+        return True
+    return protocol(url) in _STORES_WITH_ETAGS_OF_MD5 and _ETAG_OF_MD5.fullmatch(tag) is not None
 
 
 def _are_equal(a: ShardIndex, b: ShardIndex) -> bool:
