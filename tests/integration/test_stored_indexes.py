@@ -462,6 +462,41 @@ def test_a_shard_that_is_replaced_after_the_first_start_is_read_through(tmp_path
     assert all_texts(second)[ROWS + 7] == "1 8 " * 50
 
 
+def with_rows_at_other_places(data: bytes) -> bytes:
+    """The same tar with a folder in front of its rows, and less padding: the size stays."""
+    folder = tarfile.TarInfo("folder")
+    folder.type = tarfile.DIRTYPE
+    return folder.tobuf(tarfile.USTAR_FORMAT) + data[:-512]
+
+
+@pytest.mark.parametrize("first_indexes", [True, False], ids=["from the store", "built"])
+def test_a_shard_whose_rows_have_moved_is_read_with_its_new_index(
+    tmp_path: Path, store: str, fresh: Any, first_indexes: bool
+) -> None:
+    """The checksum of the rows is the same, so the index in the cache looked right, at every start."""
+    path, url = write_shards(tmp_path / "store", 1)[0], f"{store}/s-000.tar"
+    indexes, cache = str(tmp_path / "indexes"), fresh()
+    opened(url, fresh()).write_indexes(indexes)
+    expected = all_texts(opened(url, cache, indexes=indexes if first_indexes else False))
+    path.write_bytes(with_rows_at_other_places(path.read_bytes()))
+    opened(url, fresh()).write_indexes(indexes)
+    assert all_texts(opened(url, cache, indexes=indexes)) == expected
+    assert all_texts(opened({"source/b": url}, cache, indexes=indexes)) == expected
+
+
+def test_without_etags_the_index_from_the_store_is_fetched_once(tmp_path: Path, fresh: Any) -> None:
+    indexed(write_shards(tmp_path / "local"), fresh())
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "local"), "/once-of-test", recursive=True)
+    shards, cache = "memory://once-of-test/s-{000..002}.tar", fresh()
+    expected = all_texts(opened(shards, cache))
+    memory.rm("/once-of-test/s-001.tar.index")
+    assert all_texts(opened(shards, cache)) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoredIndexes, "load", lambda *_: pytest.fail("fetched again"))
+        assert all_texts(opened(shards, cache)) == expected
+
+
 def test_another_value_for_the_indexes_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="indexes is 3; it must be a path, a URL, True or False"):
         ReadingConfig(indexes=3)  # type: ignore[arg-type]

@@ -169,6 +169,11 @@ class IndexCache:
             if link is not None:
                 link.unlink()
 
+    def forget(self, url: str) -> None:
+        """Removes the index of a shard, which is of another version."""
+        with contextlib.suppress(OSError):
+            self.entry(url).unlink()
+
     def find(self, url: str, version: ShardVersion | None, checksum: str) -> ShardIndex | None:
         """The cached index of the content with this checksum; None if there is none.
 

@@ -224,6 +224,7 @@ class _Opening:
                     and is_verified(known, self._catalogue.manifests.record(url))
                     and (is_named or not pending.knew_another(number, version))
                 ):
+                    pending.forget_others(number, version)
                     pending.add(number, Facts(replace(known, version=version)))
                 else:
                     others.append(number)
@@ -333,6 +334,17 @@ class _Pending:
         if not self._left[group]:
             self._catalogue.save_overview(group, self._overview(group))
             del self._overviews[group]
+
+    def forget_others(self, number: int, version: ShardVersion) -> None:
+        """Removes the cached index of a remote shard if it is not known to be of this version.
+
+        The same rows may lie at other places in another version, and their checksum is the same.
+        """
+        url = self._catalogue.url(number)
+        if self.saves and not is_local(url):
+            overview = self._overview(self._catalogue.group_of(number))
+            if not overview.knows(self._catalogue.place(number), version):
+                self._catalogue.cache.forget(url)
 
     def knew_another(self, number: int, version: ShardVersion) -> bool:
         """Whether another version of a shard was known to this rank."""

@@ -134,10 +134,14 @@ class Overview:
             has_sha256=self._has_sha256[start:end],
         )
 
+    def knows(self, position: int, version: ShardVersion) -> bool:
+        """Whether the shard at a position of the list had this size and tag."""
+        now = self._size.item(position), self._tags[position]
+        return self._rows.item(position) != _UNKNOWN and now == (version.size, version.tag)
+
     def knows_another(self, position: int, version: ShardVersion) -> bool:
         """Whether the shard at a position of the list had another size or tag."""
-        now = self._size.item(position), self._tags[position]
-        return self._rows.item(position) != _UNKNOWN and now != (version.size, version.tag)
+        return self._rows.item(position) != _UNKNOWN and not self.knows(position, version)
 
     def add(self, position: int, shard: KnownShard) -> None:
         """Sets the shard at a position of the list."""
