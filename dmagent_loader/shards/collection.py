@@ -391,7 +391,7 @@ def _open_one(catalogue: Catalogue, number: int) -> Source:
 
 
 def _load_table(catalogue: Catalogue, number: int) -> RowTable:
-    return RowTable(catalogue.index(number))
+    return RowTable(catalogue.index(number), catalogue.tag(number))
 
 
 def _block_or_shard(

@@ -32,6 +32,7 @@ class RowTable:
 
     Args:
         index: Index of the shard.
+        tag: A number for its version, which blocks of another version do not share (`Catalogue.tag`).
 
     Attributes:
         num_rows: R, the number of rows.
@@ -44,8 +45,8 @@ class RowTable:
 
     __slots__ = (
         "_blocks",
-        "_checksum",
         "_common",
+        "_content",
         "_extension",
         "_extensions",
         "_first",
@@ -61,7 +62,7 @@ class RowTable:
         "size",
     )
 
-    def __init__(self, index: ShardIndex) -> None:
+    def __init__(self, index: ShardIndex, tag: int = 0) -> None:
         self.num_rows = index.num_rows
         self._extensions = index.extensions
         self._one_member = index.num_members == index.num_rows
@@ -77,7 +78,7 @@ class RowTable:
         keys = index.keys.tobytes()
         self._keys = keys.decode() if keys.isascii() else keys
         """Decoded already if that leaves one byte a character, so that `key_end` counts characters."""
-        self._checksum = index.checksum
+        self._content = f"{index.checksum} {tag:x}"
         self._blocks: BlockLayout | None = None
         self._common: tuple[int, ...] | None = None
         """Extensions of more than half of the rows; None: not counted yet."""
@@ -89,7 +90,7 @@ class RowTable:
             first, offset = np.asarray(self._first), np.asarray(self.offset)
             last = first[1:].astype(np.int64) - 1
             self._blocks = BlockLayout(
-                self._checksum, offset[first[:-1]], offset[last] + np.asarray(self.size)[last].astype(np.int64)
+                self._content, offset[first[:-1]], offset[last] + np.asarray(self.size)[last].astype(np.int64)
             )
         return self._blocks
 

@@ -484,6 +484,28 @@ def test_a_shard_whose_rows_have_moved_is_read_with_its_new_index(
     assert all_texts(opened({"source/b": url}, cache, indexes=indexes)) == expected
 
 
+def test_rows_of_a_replaced_shard_are_not_delivered_from_blocks_of_the_old_one(
+    tmp_path: Path, store: str, fresh: Any
+) -> None:
+    """The table names no etag, the size is the same, and the old blocks hold what the table says."""
+    paths = write_shards(tmp_path / "store", 1)
+    indexed(paths, fresh())
+
+    def texts(cache: Path) -> set[str]:
+        reading = ReadingConfig(cache_dir=cache, block_cache_dir=tmp_path / "blocks", progress=False)
+        sampler = AgentWeightedSampler({"source/a": f"{store}/s-000.tar"}, samples_per_reweight=100, reading=reading)
+        return {sample["txt"] for sample in islice(sampler, ROWS)}
+
+    assert texts(fresh()) == {text(0, row) for row in range(ROWS)}
+    assert texts(fresh()) == {text(0, row) for row in range(ROWS)}
+    assert len(list((tmp_path / "blocks").glob("*.block"))) == 1, "the block was not found again"
+    paths[0].write_bytes(paths[0].read_bytes().replace(b"0 7 ", b"0 8 "))
+    cache = fresh()
+    for _ in range(2):
+        with pytest.raises(DamagedShardError, match="changed since it was indexed"):
+            texts(cache)
+
+
 def test_without_etags_the_index_from_the_store_is_fetched_once(tmp_path: Path, fresh: Any) -> None:
     indexed(write_shards(tmp_path / "local"), fresh())
     memory = fsspec.filesystem("memory")

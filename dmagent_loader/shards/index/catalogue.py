@@ -30,6 +30,7 @@ from dmagent_loader.shards.index.shard_index import ShardIndex
 from dmagent_loader.shards.index.stored import StoredIndexes, table_entry
 from dmagent_loader.shards.index.verify import with_content
 from dmagent_loader.shards.manifest import Manifests
+from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import ShardVersion, shard_version
 from dmagent_loader.shards.sources.urls import absolute, base_name, display_url, is_local
 from dmagent_loader.shards.tar import ShardDamage
@@ -129,6 +130,7 @@ class Catalogue:
         self.rows: NDArray[np.int64] = np.zeros(len(self), np.int64)
         self.inventories: dict[str, int] = {}
         self.inventory: NDArray[np.int32] = np.zeros(len(self), np.int32)
+        self._tags: NDArray[np.uint32] = np.zeros(len(self), np.uint32)
         self._checksums = bytearray(len(self) * hashlib.sha256().digest_size)
         self.damage: dict[int, tuple[ShardDamage, ...]] = {}
         self._uncached: dict[int, ShardIndex] = {}
@@ -271,6 +273,10 @@ class Catalogue:
         """The file for the index of a shard."""
         return self.cache.entry(self.url(number))
 
+    def tag(self, number: int) -> int:
+        """A number for the tag that the version of a remote shard had at the start; 0 for a local shard."""
+        return self._tags.item(number)
+
     def _checksum(self, number: int) -> bytes:
         size = hashlib.sha256().digest_size
         return bytes(self._checksums[number * size : (number + 1) * size])
@@ -299,6 +305,8 @@ class Catalogue:
         self.inventory[number] = self._number_of(known.inventory)
         size = len(known.checksum)
         self._checksums[number * size : (number + 1) * size] = known.checksum
+        if self.is_remote[number]:
+            self._tags[number] = crc32(known.version.tag.encode())
         if facts.damage:
             self.damage[number] = facts.damage
         if facts.index is not None:
@@ -311,6 +319,9 @@ class Catalogue:
         self.inventory[chosen] = list(map(self._number_of, known.inventories))
         checksums = np.frombuffer(self._checksums, np.uint8).reshape(-1, hashlib.sha256().digest_size)
         checksums[chosen] = known.checksums
+        if self.is_remote[chosen].any():
+            tags = np.array([crc32(tag.encode()) for tag in known.tags], np.uint32)
+            self._tags[chosen] = np.where(self.is_remote[chosen], tags, 0)
 
     def _number_of(self, inventory: str) -> int:
         return self.inventories.setdefault(inventory, len(self.inventories))

@@ -59,6 +59,7 @@ class KnownShards:
     Attributes:
         rows: (S,) number of rows of each.
         inventories: S inventories as text.
+        tags: S tags of their versions.
         checksums: (S, 32) checksum of the content of each, as bytes.
         sizes: (S,) bytes of each.
         sha256: (S, 32) sha256 of each file, as bytes.
@@ -67,6 +68,7 @@ class KnownShards:
 
     rows: NDArray[np.int64]
     inventories: list[str]
+    tags: list[str]
     checksums: NDArray[np.uint8]
     sizes: NDArray[np.int64]
     sha256: NDArray[np.uint8]
@@ -128,6 +130,7 @@ class Overview:
         return KnownShards(
             rows=self._rows[start:end],
             inventories=self._inventories[start:end],
+            tags=tags,
             checksums=self._checksum[start:end],
             sizes=self._size[start:end],
             sha256=self._sha256[start:end],

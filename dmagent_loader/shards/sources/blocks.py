@@ -1,8 +1,9 @@
 """Blocks: the pieces in which remote shards are fetched.
 
 A block is a run of neighbouring rows. Its bounds follow from the index of the shard alone, so that all processes fetch
-the same blocks, and no row lies in two of them. Its name holds the content of the shard, not its URL: a new signature
-or another copy of the shard does not fetch it again.
+the same blocks, and no row lies in two of them. Its name holds the content of the shard and its etag, not its URL: a
+new signature does not fetch it again, nor does a copy of the shard with the same etag. The content alone would not do:
+where an index from the store is that of an earlier version, blocks of that would still be right by all checksums.
 
 Shapes: R rows, K blocks of a shard.
 """
@@ -52,7 +53,7 @@ class BlockLayout:
     is a block of its own.
 
     Args:
-        content: Checksum of the content of the shard.
+        content: Text that stands for the content and the version of the shard.
         starts, ends: (R,) span of each row in bytes, rising.
 
     Attributes:
