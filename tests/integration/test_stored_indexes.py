@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -482,6 +483,45 @@ def test_a_shard_whose_rows_have_moved_is_read_with_its_new_index(
     opened(url, fresh()).write_indexes(indexes)
     assert all_texts(opened(url, cache, indexes=indexes)) == expected
     assert all_texts(opened({"source/b": url}, cache, indexes=indexes)) == expected
+
+
+class Rank:
+    """One of two ranks, each in a thread."""
+
+    size = 2
+
+    def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.stop, self._values, self._barrier = rank, threading.Event(), values, barrier
+
+    def gather(self, value: Any) -> list[Any]:
+        self._values[self.rank] = value
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
+
+
+@pytest.mark.parametrize("knows_the_new_one", [True, False])
+@pytest.mark.parametrize("knowing", [0, 1])
+def test_a_rank_that_knew_another_version_keeps_all_from_a_table_without_etags(
+    tmp_path: Path, fresh: Any, knowing: int, knows_the_new_one: bool
+) -> None:
+    """A rank with an empty cache took the old entry and handed it to the others, which knew better."""
+    indexed(write_shards(tmp_path / "local"), fresh())
+    memory, folder = fsspec.filesystem("memory"), f"ranks-{knowing}-{knows_the_new_one}"
+    memory.put(str(tmp_path / "local"), f"/{folder}", recursive=True)
+    shards, caches = f"memory://{folder}/s-{{000..002}}.tar", [fresh(), fresh()]
+    opened(shards, caches[knowing])
+    data = (tmp_path / "local" / "s-001.tar").read_bytes()
+    memory.pipe(f"/{folder}/s-001.tar", data.replace(b"1 7 ", b"1 8 "))
+    if knows_the_new_one:
+        opened(shards, caches[knowing])
+    values, barrier = [None, None], threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as threads:
+        ranks = [Rank(rank, values, barrier) for rank in range(2)]
+        collections = list(threads.map(lambda rank: opened(shards, caches[rank.rank], peers=rank), ranks))
+    for collection in collections:
+        assert all_texts(collection)[ROWS + 7] == "1 8 " * 50
 
 
 def test_rows_of_a_replaced_shard_are_not_delivered_from_blocks_of_the_old_one(

@@ -269,6 +269,10 @@ class Catalogue:
         """Whether the index of a shard is in the cache, and not in memory."""
         return number not in self._uncached
 
+    def has_content(self, number: int, checksum: bytes) -> bool:
+        """Whether the content of a shard has this checksum, as bytes."""
+        return self._checksum(number) == checksum
+
     def cached_index(self, number: int) -> Path:
         """The file for the index of a shard."""
         return self.cache.entry(self.url(number))

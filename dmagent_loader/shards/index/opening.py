@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dmagent_loader.shards.index.cache import IndexCache, build_and_cache, looks_as_indexed
 from dmagent_loader.shards.index.catalogue import Catalogue, Facts
-from dmagent_loader.shards.index.overview import KnownShards, Overview
+from dmagent_loader.shards.index.overview import KnownShard, KnownShards, Overview
 from dmagent_loader.shards.index.peers import Alone, Peers
 from dmagent_loader.shards.index.sharing import cache_groups, digest_of, lacking_on_ranks, owners, slices
 from dmagent_loader.shards.index.stored import StoredIndexes
@@ -212,18 +212,14 @@ class _Opening:
         tables = self._peers.gather(tables or None)[0] or {}
         for folder, data in tables.items():
             table, others = stored.parse_table(folder, data), []
+            disputed = self._disputed(table, folders[folder], pending)
             for number in pending.numbers.intersection(folders[folder]):
                 url, version = self._catalogue.url(number), self._version(number)
                 known = table.get(base_name(url))
                 if known is None:
                     continue
-                is_named = known.version.tag != ""
-                is_same = known.version.size == version.size and (not is_named or known.version.tag == version.tag)
-                if (
-                    is_same
-                    and is_verified(known, self._catalogue.manifests.record(url))
-                    and (is_named or not pending.knew_another(number, version))
-                ):
+                is_same = known.version.size == version.size and known.version.tag in ("", version.tag)
+                if is_same and number not in disputed and is_verified(known, self._catalogue.manifests.record(url)):
                     pending.forget_others(number, version)
                     pending.add(number, Facts(replace(known, version=version)))
                 else:
@@ -236,6 +232,30 @@ class _Opening:
                     len(others),
                     display_url(self._catalogue.url(min(others))),
                 )
+
+    def _disputed(self, table: Mapping[str, KnownShard], numbers: Sequence[int], pending: _Pending) -> set[int]:
+        """Shards whose entry names no version, and of which any rank knows another version or other content.
+
+        Args:
+            table: Table of a folder.
+            numbers: Shards of that folder that any rank lacks.
+            pending: Shards that this rank lacks.
+        """
+        if all(known.version.tag for known in table.values()):
+            return set()
+        found = []
+        for number in numbers:
+            known = table.get(base_name(self._catalogue.url(number)))
+            if known is None or known.version.tag:
+                continue
+            if number not in pending.numbers:
+                is_other = not self._catalogue.has_content(number, known.checksum)
+            else:
+                version = self._version(number)
+                is_other = known.version.size == version.size and pending.knew_another(number, version)
+            if is_other:
+                found.append(number)
+        return set().union(*self._peers.gather(found))
 
     def _build(self, numbers: Sequence[int], pending: _Pending) -> None:
         """Indexes shards, roughly in their order, so that few overviews are in memory at a time."""
