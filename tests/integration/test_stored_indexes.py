@@ -401,6 +401,26 @@ def test_a_damaged_index_costs_time_and_no_row(
     assert ("s-001.tar.index" in caplog.text) == (how != "gone")
 
 
+@pytest.mark.parametrize("rows", [ROWS - 10, ROWS + 10])
+def test_another_number_of_rows_in_the_table_is_damage_and_the_remedy_works(
+    tmp_path: Path, store: str, fresh: Any, rows: int
+) -> None:
+    """Fewer rows would be left out in silence, and more would end in an IndexError."""
+    paths = write_shards(tmp_path / "store")
+    indexed(paths, fresh())
+    shards, cache = f"{store}/s-{{000..002}}.tar", fresh()
+    path = tmp_path / "store" / "shards.index"
+    content = json.loads(path.read_text())
+    content["shards"]["s-001.tar"]["rows"] = rows
+    path.write_text(json.dumps(content))
+    with pytest.raises(DamagedShardError, match=rf"has {ROWS} rows.*{rows} by the table.*`dmagent index`"):
+        all_texts(opened(shards, cache))
+    assert len(all_texts(opened(shards, cache, indexes=False))) == 3 * ROWS
+    indexed(paths, fresh())
+    assert len(all_texts(opened(shards, cache))) == 3 * ROWS
+    assert len(all_texts(opened(shards, fresh()))) == 3 * ROWS
+
+
 TABLES = {
     "no JSON": b"shards",
     "a list": b"[]",

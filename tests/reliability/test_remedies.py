@@ -40,6 +40,7 @@ from dmagent_loader.errors import (
     ShardNotFoundError,
 )
 from dmagent_loader.integrations._evidence import LossProbe, _scorable
+from dmagent_loader.shards import ShardCollection
 from dmagent_loader.testing import sample_ids, write_toy_shards
 from dmagent_loader.transforms import collate_packed, packed_tokens
 
@@ -124,6 +125,24 @@ def test_a_shard_that_was_replaced_while_it_was_open_is_opened_again(run: Run) -
     os.utime(shard, (2e9, 2e9))
     assert "open the shards again" in refused(DamagedShardError, lambda: sample_ids(sampler, 200))
     run.resumes()
+
+
+def test_a_table_of_indexes_with_another_number_of_rows_is_written_anew(run: Run) -> None:
+    indexes = run.folder / "indexes"
+    collection = ShardCollection.open(run.shards, cache_dir=run.folder / "cache", progress=False)
+    collection.write_indexes(indexes)
+    shutil.rmtree(run.folder / "cache")
+    shard = Path(run.shards["source/web"][0])
+    (table,) = indexes.rglob(f"{shard.parent.name}/shards.index")
+    content = json.loads(table.read_text())
+    content["shards"][shard.name]["rows"] -= 2
+    table.write_text(json.dumps(content))
+    sampler = run.sampler(reading={"indexes": indexes})
+    message = refused(DamagedShardError, lambda: sample_ids(sampler, 200))
+    assert "write the table anew" in message
+    collection.write_indexes(indexes)
+    shutil.rmtree(run.folder / "cache")
+    run.resumes(reading={"indexes": indexes})
 
 
 def test_a_shard_that_became_shorter_is_opened_again(run: Run) -> None:
@@ -387,7 +406,7 @@ USES = {
     "mixture/segment.py": 2,
     "shards/checks.py": 1,
     "shards/collection.py": 2,
-    "shards/index/catalogue.py": 1,
+    "shards/index/catalogue.py": 2,
     "shards/packed/rows.py": 2,
     "shards/sources/remote.py": 1,
     "transforms.py": 2,

@@ -203,7 +203,8 @@ class Catalogue:
         """The index of a shard, from the cache, or built again if the cache has lost it.
 
         Raises:
-            DamagedShardError: The shard was replaced since the catalogue was made.
+            DamagedShardError: The shard was replaced since the catalogue was made, or a table in the store had another
+                number of its rows.
         """
         uncached = self._uncached.get(number)
         if uncached is not None:
@@ -226,6 +227,14 @@ class Catalogue:
             raise DamagedShardError(
                 f"shard {display_url(url)} was replaced since it was opened: its rows are others; restore it, or open "
                 f"the shards again to index the new version; {HOW_TO_RESUME}"
+            )
+        rows = int(self.rows[number])
+        if index.num_rows != rows:
+            self.forget(number)
+            raise DamagedShardError(
+                f"shard {display_url(url)} has {index.num_rows} rows, but {rows} by the table of indexes in its store: "
+                "that entry is damaged, and rows would be left out or be none; write the table anew (`dmagent index` "
+                f"with --beside or --to), or pass indexes=False, and open the shards again; {HOW_TO_RESUME}"
             )
         return index
 
