@@ -579,6 +579,47 @@ def test_without_etags_the_index_from_the_store_is_fetched_once(tmp_path: Path, 
         assert all_texts(opened(shards, cache)) == expected
 
 
+def test_the_table_keeps_the_shards_that_another_call_adds_at_the_same_time(
+    tmp_path: Path, fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both read the table before they wrote their indexes, and the second one overwrote the entries of the first."""
+    paths, root = [str(path) for path in write_shards(tmp_path / "local", 4)], tmp_path / "indexes"
+    ours, theirs = opened(paths[:2], fresh()), iter([opened(paths[2:], fresh())])
+    save, lock = StoredIndexes.save, threading.Lock()
+
+    def save_after_another(self: StoredIndexes, *content: Any) -> None:
+        with lock:
+            other = next(theirs, None)
+        if other is not None:
+            other.write_indexes(root)
+        save(self, *content)
+
+    monkeypatch.setattr(StoredIndexes, "save", save_after_another)
+    ours.write_indexes(root)
+    (table,) = root.rglob("shards.index")
+    assert set(json.loads(table.read_text())["shards"]) == {Path(path).name for path in paths}
+
+
+def test_entries_that_another_call_has_overwritten_are_written_again(
+    tmp_path: Path, fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had read the table before they were there."""
+    paths, root = [str(path) for path in write_shards(tmp_path / "local", 2)], tmp_path / "indexes"
+    opened(paths[:1], fresh()).write_indexes(root)
+    (table,) = root.rglob("shards.index")
+    overwriting = iter([table.read_bytes()])
+    save_table = StoredIndexes.save_table
+
+    def save_before_another(self: StoredIndexes, *content: Any) -> None:
+        save_table(self, *content)
+        for data in overwriting:
+            table.write_bytes(data)
+
+    monkeypatch.setattr(StoredIndexes, "save_table", save_before_another)
+    opened(paths[1:], fresh()).write_indexes(root)
+    assert set(json.loads(table.read_text())["shards"]) == {"s-000.tar", "s-001.tar"}
+
+
 def test_another_value_for_the_indexes_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="indexes is 3; it must be a path, a URL, True or False"):
         ReadingConfig(indexes=3)  # type: ignore[arg-type]

@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
 
 from dmagent_loader.shards.index.catalogue import Catalogue
+from dmagent_loader.shards.index.overview import KnownShard
 from dmagent_loader.shards.index.stored import StoredIndexes, can_be_stored
 from dmagent_loader.shards.index.threads import in_threads
 from dmagent_loader.shards.sources.listing import REQUESTS_IN_FLIGHT
 from dmagent_loader.shards.sources.urls import base_name, display_url
+
+_ATTEMPTS = 4
+"""To change a table that other processes change, too."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +51,45 @@ def write_indexes(catalogue: Catalogue, stored: StoredIndexes) -> int:
         )
     written = 0
     for folder, numbers in folders.items():
-        table = stored.table(folder)
+        entries: dict[str, KnownShard | None] = {}
         store = in_threads(lambda n: catalogue.store_index(n, stored), numbers, threading.Event(), REQUESTS_IN_FLIGHT)
         for number, known in store:
-            name = base_name(catalogue.url(number))
+            entries[base_name(catalogue.url(number))] = known
             if known is None:
-                table.pop(name, None)
                 logger.warning(
                     "shard %s has changed while its index was written: it is left out; index it again when nobody "
                     "writes it any more",
                     display_url(catalogue.url(number)),
                 )
             else:
-                table[name] = known
                 written += 1
-        stored.save_table(folder, table)
+        _update_table(stored, folder, entries)
     return written
+
+
+def _update_table(stored: StoredIndexes, folder: str, entries: Mapping[str, KnownShard | None]) -> None:
+    """Changes entries of a table, and does so again if another process has overwritten them meanwhile.
+
+    Stores have no locks: a process that reads the table before these entries are there, and writes it after the last
+    look here, still removes them.
+
+    Args:
+        stored: Where the table is.
+        folder: Folder of the table.
+        entries: New entries; None removes one.
+
+    Raises:
+        ConfigurationError: The table cannot be read or written.
+    """
+    for _ in range(_ATTEMPTS):
+        table = stored.table(folder)
+        changed = {name: known for name, known in {**table, **entries}.items() if known is not None}
+        if changed == table:
+            return
+        stored.save_table(folder, changed)
+    if any(stored.table(folder).get(name) != known for name, known in entries.items()):
+        logger.warning(
+            "the table of indexes of %s does not keep its new entries, as where other processes write it all the time: "
+            "a start reads the shards of missing entries through; write the indexes again when nobody else does",
+            display_url(folder),
+        )
