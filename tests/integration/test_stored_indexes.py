@@ -620,6 +620,24 @@ def test_entries_that_another_call_has_overwritten_are_written_again(
     assert set(json.loads(table.read_text())["shards"]) == {"s-000.tar", "s-001.tar"}
 
 
+def test_a_place_without_indexes_is_named(
+    tmp_path: Path, store: str, fresh: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mistyped place cost hours of reading at each start on a new machine, without a word."""
+    write_shards(tmp_path / "store")
+    shards, cache = f"{store}/s-{{000..002}}.tar", fresh()
+    with caplog.at_level(logging.WARNING):
+        opened(shards, cache, indexes=tmp_path / "typo")
+    (record,) = caplog.records
+    assert "there is no table of indexes" in record.getMessage()
+    assert str(tmp_path / "typo") in record.getMessage()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        opened(shards, cache, indexes=tmp_path / "typo")  # all are cached
+        opened(shards, fresh())  # nobody has said that there are any
+    assert not caplog.records
+
+
 def test_another_value_for_the_indexes_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="indexes is 3; it must be a path, a URL, True or False"):
         ReadingConfig(indexes=3)  # type: ignore[arg-type]

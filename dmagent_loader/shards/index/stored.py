@@ -84,9 +84,12 @@ class StoredIndexes:
         return f"{self._root}/{path.strip('/')}"
 
     def read_table(self, folder: str) -> bytes | None:
-        """The file of the table of a folder; None if there is none or, with a warning, it cannot be read."""
+        """The file of the table of a folder; None if there is none or it cannot be read.
+
+        The latter is a warning, and so is the former where a root was named.
+        """
         try:
-            return self._read_table(folder)
+            data = self._read_table(folder)
         except (ShardError, OSError) as error:
             logger.warning(
                 "the table of indexes %s cannot be read: its shards are read through to index them (%s)",
@@ -94,6 +97,13 @@ class StoredIndexes:
                 error,
             )
             return None
+        if data is None and self._root is not None:
+            logger.warning(
+                "there is no table of indexes %s that may be read: its shards are read through to index them; correct "
+                "`indexes`, or write them there (`dmagent index --to`)",
+                display_url(self._in(folder, _TABLE)),
+            )
+        return data
 
     def _read_table(self, folder: str) -> bytes | None:
         """The file of the table of a folder; None if there is none.
