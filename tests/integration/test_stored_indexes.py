@@ -638,6 +638,29 @@ def test_a_place_without_indexes_is_named(
     assert not caplog.records
 
 
+def test_indexes_that_were_made_without_the_manifest_are_named_with_the_remedy(
+    tmp_path: Path, store: str, fresh: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They lack the sha256 that the manifest has, whichever shards they are of."""
+    monkeypatch.setenv("DMAGENT_CACHE_DIR", str(fresh()))
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "alpha {n}"}}\n' for n in range(30)))
+    shard_files({"source/a": [tmp_path / "a.jsonl"]}, tmp_path / "store", progress=False)
+    indexes, manifest = tmp_path / "indexes", f"{store}/manifest.json"
+    assert main(["index", f"{store}/source/a/a-000000.tar", "--to", str(indexes), "--no-progress"]) == 0
+    with caplog.at_level(logging.WARNING):
+        opened(load_manifest(manifest), fresh(), indexes=indexes)
+    (record,) = caplog.records
+    assert "`dmagent index MANIFEST`" in record.getMessage()
+    assert "a-000000.tar" in record.getMessage()
+    caplog.clear()
+    assert main(["index", manifest, "--to", str(indexes), "--no-progress"]) == 0
+    before = sent(store)
+    with caplog.at_level(logging.WARNING):
+        opened(load_manifest(manifest), fresh(), indexes=indexes)
+    assert not caplog.records
+    assert sent(store) == before
+
+
 def test_another_value_for_the_indexes_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="indexes is 3; it must be a path, a URL, True or False"):
         ReadingConfig(indexes=3)  # type: ignore[arg-type]

@@ -211,7 +211,9 @@ class _Opening:
             tables = {folder: data for folder, data in found if data is not None}
         tables = self._peers.gather(tables or None)[0] or {}
         for folder, data in tables.items():
-            table, others = stored.parse_table(folder, data), []
+            table = stored.parse_table(folder, data)
+            others: list[int] = []
+            uncompared: list[int] = []
             disputed = self._disputed(table, folders[folder], pending)
             for number in pending.numbers.intersection(folders[folder]):
                 url, version = self._catalogue.url(number), self._version(number)
@@ -219,11 +221,13 @@ class _Opening:
                 if known is None:
                     continue
                 is_same = known.version.size == version.size and known.version.tag in ("", version.tag)
-                if is_same and number not in disputed and is_verified(known, self._catalogue.manifests.record(url)):
+                if not is_same or number in disputed:
+                    others.append(number)
+                elif is_verified(known, self._catalogue.manifests.record(url)):
                     pending.forget_others(number, version)
                     pending.add(number, Facts(replace(known, version=version)))
                 else:
-                    others.append(number)
+                    (others if known.sha256 is not None else uncompared).append(number)
             if others:
                 logger.warning(
                     "%s: %d shard(s) are not those of the table of indexes there, by size, etag or manifest (first: "
@@ -231,6 +235,15 @@ class _Opening:
                     display_url(folder),
                     len(others),
                     display_url(self._catalogue.url(min(others))),
+                )
+            if uncompared:
+                logger.warning(
+                    "%s: the table of indexes there was written without the manifest of %d shard(s), so it lacks their "
+                    "sha256 (first: %s): they are read through to compare them; `dmagent index MANIFEST` writes the "
+                    "table anew (--beside, --to)",
+                    display_url(folder),
+                    len(uncompared),
+                    display_url(self._catalogue.url(min(uncompared))),
                 )
 
     def _disputed(self, table: Mapping[str, KnownShard], numbers: Sequence[int], pending: _Pending) -> set[int]:
