@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import platform
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from filelock import FileLock
 from dmagent_loader.errors import ConfigurationError
 
 _SUFFIX = ".partial"
+_LEFTOVER = re.compile(rf"\..*{re.escape(_SUFFIX)}", re.DOTALL)
 _ABANDONED_AFTER_SECONDS = 3600.0
 
 
@@ -52,12 +54,15 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, durable: bool
             os.close(directory)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of `write_atomically` that are an hour old and not in use."""
+def remove_leftovers(folder: Path, names: re.Pattern[str] = _LEFTOVER) -> None:
+    """Removes temporary files that are an hour old and not in use.
+
+    Args:
+        folder: Their folder.
+        names: Their names; by default those of all files of `write_atomically`.
+    """
     try:
-        leftovers = [
-            entry for entry in os.scandir(folder) if entry.name.startswith(".") and entry.name.endswith(_SUFFIX)
-        ]
+        leftovers = [entry for entry in os.scandir(folder) if names.fullmatch(entry.name)]
     except OSError:
         return
     for entry in leftovers:

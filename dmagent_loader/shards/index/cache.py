@@ -33,6 +33,7 @@ from dmagent_loader.shards.index.columns_file import read_columns, read_metadata
 from dmagent_loader.shards.index.lock import exclusive
 from dmagent_loader.shards.index.overview import MOST_COPIES, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex, build_index
+from dmagent_loader.shards.index.sharing import GROUP_FILES
 from dmagent_loader.shards.index.verify import verified, with_content, without_new_rows
 from dmagent_loader.shards.manifest import ShardRecord
 from dmagent_loader.shards.sources.checksum import crc32
@@ -273,7 +274,8 @@ class IndexCache:
             self._overview(urls).unlink()
 
     def sweep(self) -> None:
-        """Removes temporary files of killed processes."""
+        """Removes temporary files of killed processes; in the folder itself, which may hold others, only its own."""
+        remove_leftovers(self.folder, GROUP_FILES)
         for folder in ("index", "overview"):
             remove_leftovers(self.folder / folder)
 

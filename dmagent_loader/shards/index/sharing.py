@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmagent_loader.shards.index.peers import Peers
+
+GROUP_FILES = re.compile(r"\.[0-9a-f]{32}(?:\.\d+)?\.partial")
+"""Names of the files of `cache_groups`, which stay there if a rank is killed."""
 
 
 def lacking_on_ranks(peers: Peers, lacking: NDArray[np.bool_]) -> NDArray[np.bool_]:

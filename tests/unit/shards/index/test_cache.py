@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.index import cache, catalogue
 from dmagent_loader.shards.index.cache import IndexCache
 from dmagent_loader.shards.index.shard_index import build_index
+from dmagent_loader.shards.index.sharing import cache_groups
 from dmagent_loader.shards.sources.local import ShardVersion, open_source, shard_version
 
 
@@ -123,6 +125,34 @@ def test_a_cache_that_cannot_be_written_only_warns(
 def test_nothing_half_written_and_no_lock_is_left(twenty: Path, tmp_path: Path) -> None:
     open_one(twenty)
     assert [path.suffix for path in entries(tmp_path)] == [".safetensors"]
+
+
+def test_files_of_killed_ranks_are_removed_from_the_folder_and_no_others(twenty: Path, tmp_path: Path) -> None:
+    """By them ranks find out that they share the folder, which may hold other things: it is the user's choice."""
+
+    class KilledAtTheSecond:
+        rank, size, stop = 1, 2, threading.Event()
+        meetings = 0
+
+        def gather(self, value: object) -> list[object]:
+            self.meetings += 1
+            if self.meetings == 2:
+                kept.update((path.name, path.read_bytes()) for path in folder.iterdir())
+                raise KeyboardInterrupt
+            return ["0123456789abcdef" * 2, None]
+
+    folder, kept = tmp_path / "cache", {}
+    with pytest.raises(KeyboardInterrupt):
+        cache_groups(KilledAtTheSecond(), folder)
+    assert len(kept) == 2
+    others = [".download.partial", ".0123.partial", "a.partial"]
+    for name, data in {**kept, **dict.fromkeys(others, b"other")}.items():
+        (folder / name).write_bytes(data)
+        os.utime(folder / name, (0, 0))
+    recent = "." + "f" * 32 + ".0.partial"
+    (folder / recent).write_text("0")
+    open_one(twenty)
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == sorted([*others, recent])
 
 
 def test_an_entry_of_another_version_is_not_used(twenty: Path, tmp_path: Path) -> None:
