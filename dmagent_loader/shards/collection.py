@@ -40,13 +40,11 @@ from dmagent_loader.shards.sources.blocks import BLOCK_BITS, Block, IntArray
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.sources.listing import REQUESTS_IN_FLIGHT
 from dmagent_loader.shards.sources.local import MAX_OPEN_FILES, Readable, Source, open_source
-from dmagent_loader.shards.sources.patterns import expand_shards
+from dmagent_loader.shards.sources.patterns import ShardPatterns, expand_domains
 from dmagent_loader.shards.sources.urls import display_url, is_local
 from dmagent_loader.shards.summary import ShardSummary, summaries, table_of_shards
 from dmagent_loader.shards.table import ChangedRow, RowTable
 from dmagent_loader.shards.tar import KeyEnd, ShardDamage
-
-ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 _NO_BLOCKS: IntArray = np.empty(0, np.int64)
 _ROW_BITS = 40
@@ -146,8 +144,8 @@ class ShardCollection:
             EmptyShardError: A domain has no rows.
             DamagedShardError: A shard is damaged, and `on_damage` is ``"raise"``.
             ShardLayoutError: The samples of a shard cannot be read by position.
-            ConfigurationError: There are no domains, a domain lists a shard twice or a shell pipe, or `on_damage` or
-                `key_ends_at` has another value.
+            ConfigurationError: There are no domains, a domain lists a shard twice or a shell pipe, shards differ
+                only in a part of their URLs that does not name them, or `on_damage` or `key_ends_at` has another value.
         """
         if on_damage not in ("raise", "skip"):
             raise ConfigurationError(f"on_damage={on_damage!r}: it is 'raise' or 'skip'")
@@ -155,7 +153,7 @@ class ShardCollection:
             raise ConfigurationError(f"key_ends_at={key_ends_at!r}: it is 'first-dot' or 'last-dot'")
         if not shards:
             raise ConfigurationError("no domains: pass a mapping from domain name to shards")
-        urls = ((domain, expand_shards(domain, patterns)) for domain, patterns in shards.items())
+        urls = expand_domains(shards)
         cache = IndexCache(Path(cache_dir) if cache_dir is not None else default_cache_dir(), key_ends_at)
         given = (*manifests, shards) if isinstance(shards, Manifest) else tuple(manifests)
         try:

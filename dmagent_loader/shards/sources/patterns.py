@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 import braceexpand
@@ -13,7 +13,14 @@ import braceexpand
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
 from dmagent_loader.shards.sources.remote import remote_names
-from dmagent_loader.shards.sources.urls import display_url, is_local, local_path, protocol, without_signature
+from dmagent_loader.shards.sources.urls import (
+    display_url,
+    is_local,
+    local_path,
+    protocol,
+    query_parameters,
+    without_signature,
+)
 
 _GLOB = re.compile(r"[*?\[]")
 _REMOTE_GLOB = re.compile(r"[*\[]")
@@ -25,8 +32,31 @@ _LISTED_FROM = 64
 MAX_SHARDS = 10_000_000
 """Limit for one pattern: ten times the number of shards that the loader was measured with."""
 
+ShardPatterns = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
-def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
+
+def expand_domains(shards: Mapping[str, ShardPatterns]) -> Iterator[tuple[str, list[str]]]:
+    """Each domain with its shards (`expand_shards`). Only one list is in memory at a time.
+
+    Args:
+        shards: Domain name -> path, URL or pattern, or several of them.
+
+    Raises:
+        ConfigurationError: Shards of two domains differ only in a part of their URLs that does not name a shard.
+    """
+    first_use: dict[str, tuple[str, list[str]]] = {}
+    for domain, patterns in shards.items():
+        urls = expand_shards(domain, patterns)
+        for url in urls:
+            if "?" in url and not is_local(url) and (parameters := query_parameters(url)):
+                identity = without_signature(url)
+                other, others = first_use.setdefault(identity, (domain, parameters))
+                if parameters != others:
+                    raise _differing_queries(f"domains {other!r} and {domain!r} list shards", url, parameters, others)
+        yield domain, urls
+
+
+def expand_shards(domain: str, shards: ShardPatterns) -> list[str]:
     """Lists the shards of one domain, in order.
 
     Brace notation is expanded as webdataset does (``a-{000..015}.tar``, ``{a,b}.tar``, several patterns joined by
@@ -68,6 +98,9 @@ def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | o
         else:
             identity = real_path(local_path(url)) if is_local(url) else without_signature(url)
         if identity in first_use:
+            parameters, others = query_parameters(url), query_parameters(first_use[identity])
+            if parameters != others and not is_local(url):
+                raise _differing_queries(f"domain {domain!r} lists shards", url, parameters, others)
             raise ConfigurationError(
                 f"domain {domain!r} lists shard {display_url(url)} twice (also as "
                 f"{display_url(first_use[identity])}), so its rows would be trained on twice per epoch: list every "
@@ -75,6 +108,21 @@ def expand_shards(domain: str, shards: str | os.PathLike[str] | Iterable[str | o
             )
         first_use[identity] = url
     return urls
+
+
+def _differing_queries(
+    lists_shards: str, url: str, parameters: Sequence[str], others: Sequence[str]
+) -> ConfigurationError:
+    """Makes the error for two shards that would be taken for one."""
+    # What has no name may be a token.
+    names = sorted({parameter.split("=")[0] for parameter in {*parameters} ^ {*others} if "=" in parameter})
+    shown_names = f" ({', '.join(names)})" if names else ""
+    return ConfigurationError(
+        f"{lists_shards} whose URLs differ only in the query of {display_url(url)}{shown_names}: where the "
+        "path ends in .tar it names the shard, so the rows of one would be read in place of the other's; use URLs "
+        "with a path of its own for each shard (https://host/1.tar), or one that does not end in .tar "
+        "(https://host/get?file=1.tar)"
+    )
 
 
 class _RealPaths:

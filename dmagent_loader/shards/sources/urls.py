@@ -71,12 +71,22 @@ def without_signature(url: str) -> str:
     if not mark:
         return url
     names_shard = address.endswith(".tar")
-    kept = [
-        part
-        for part in query.split("&")
-        if (_VERSION if names_shard else _NOT_OF_SIGNATURE).fullmatch(part.partition("=")[0])
-    ]
+    kept = _parameters(query, _VERSION if names_shard else _NOT_OF_SIGNATURE)
     return f"{address}?{'&'.join(kept)}" if kept else address
+
+
+def query_parameters(url: str) -> list[str]:
+    """The parameters in the query of a URL, sorted, except those of signatures.
+
+    Example:
+        >>> query_parameters("https://host/get.tar?part=1&X-Amz-Signature=f00")
+        ['part=1']
+    """
+    return sorted(_parameters(url.partition("?")[2], _NOT_OF_SIGNATURE))
+
+
+def _parameters(query: str, names: re.Pattern[str]) -> list[str]:
+    return [part for part in query.split("&") if names.fullmatch(part.partition("=")[0])]
 
 
 def base_name(url: str) -> str:

@@ -8,7 +8,8 @@ import pytest
 import webdataset
 
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
-from dmagent_loader.shards.sources.patterns import expand_shards
+from dmagent_loader.shards import ShardCollection
+from dmagent_loader.shards.sources.patterns import expand_domains, expand_shards
 from dmagent_loader.shards.sources.urls import base_name, display_url, local_path, without_signature
 
 
@@ -102,6 +103,27 @@ def test_a_shard_listed_twice_is_refused_even_under_two_names(folder: Path) -> N
     for second in ("b.tar", "link.tar", "./b.tar"):
         with pytest.raises(ConfigurationError, match=r"\.tar twice"):
             expand_shards("d", [f"{folder}/b.tar", f"{folder}/{second}"])
+
+
+PARTS = [f"https://host/get.tar?part={part}&X-Amz-Signature=f" for part in (1, 2)]
+
+
+def test_shards_that_differ_only_in_the_query_of_a_tar_are_refused_in_one_domain_and_in_two() -> None:
+    """Both have one identity: catches a check of each domain alone, after which both deliver the rows of one part."""
+    reason = r"differ only in the query of https://host/get\.tar\?\.\.\. \(part\): .*get\?file=1\.tar"
+    with pytest.raises(ConfigurationError, match=f"^domain 'source/a' lists shards whose URLs {reason}"):
+        expand_shards("source/a", PARTS)
+    with pytest.raises(ConfigurationError, match=f"^domains 'source/a' and 'target/b' list shards whose URLs {reason}"):
+        ShardCollection.open({"source/a": PARTS[0], "target/b": PARTS[1]}, progress=False)
+
+
+def test_a_shard_in_two_domains_is_the_same_whatever_its_signature() -> None:
+    """That is a matter for a warning: catches a refusal of all URLs with a common path."""
+    shards = {
+        "source/a": ["https://host/a.tar?x-id=get&sig=f", "https://host/b.tar?versionId=1", "https://host/get?file=1"],
+        "target/b": ["https://host/a.tar?sig=e&x-id=get", "https://host/b.tar?versionId=2", "https://host/get?file=2"],
+    }
+    assert dict(expand_domains(shards)) == shards
 
 
 def test_unbalanced_braces_are_a_configuration_error() -> None:
