@@ -22,7 +22,7 @@ from dmagent_loader._validation import read_regular, without_repeats
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
 from dmagent_loader.shards import forks
 from dmagent_loader.shards.sources.local import open_source, shard_version
-from dmagent_loader.shards.sources.urls import display_url, is_local, local_path, without_signature
+from dmagent_loader.shards.sources.urls import HTTP, display_url, is_local, local_path, protocol, without_signature
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
@@ -106,10 +106,13 @@ class Manifest(dict[str, list[str]]):
         self.url, self.version, self.settings = url, version, settings or {}
         self._entries: dict[str, dict[str, Any]] = {}
         self._is_warned = False
-        self._paths = {domain: [str(shard["path"]) for shard in shards] for domain, shards in entries.items()}
+        self._paths = {
+            domain: [_in_url(url, str(shard["path"])) for shard in shards] for domain, shards in entries.items()
+        }
         for domain, shards in entries.items():
-            self[domain] = [beside(url, path) for path in self._paths[domain]]
-            self._entries.update((posixpath.normpath(str(shard["path"])), shard) for shard in shards)
+            paths = self._paths[domain]
+            self[domain] = [beside(url, path) for path in paths]
+            self._entries.update((posixpath.normpath(path), shard) for path, shard in zip(paths, shards, strict=True))
 
     def digest(self, domain: str) -> str:
         """Hex sha256 over the records of a domain's shards, which changes with their contents.
@@ -124,7 +127,7 @@ class Manifest(dict[str, list[str]]):
         """The record of a shard; None if the manifest has none, or only part of one.
 
         Args:
-            path: Path of the shard, relative to the manifest.
+            path: Path of the shard, relative to the manifest, as it stands in the shard's URL.
         """
         entry = self._entries.get(path)  # most paths are in their normal form
         if entry is None:
@@ -349,6 +352,11 @@ def beside(manifest: str, name: str) -> str:
     if is_local(manifest):
         return str(Path(manifest).parent / name)
     return f"{manifest.rsplit('/', 1)[0]}/{name}"
+
+
+def _in_url(manifest: str, path: str) -> str:
+    """A path of a manifest, as it stands in a URL beside it; no web server receives what follows a ``#``."""
+    return path.replace("#", "%23") if protocol(manifest) in HTTP else path
 
 
 def _absolute(path: str) -> str:

@@ -14,6 +14,7 @@ from dmagent_loader._validation import shown
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
 from dmagent_loader.shards.sources.remote import remote_names
 from dmagent_loader.shards.sources.urls import (
+    HTTP,
     display_url,
     is_local,
     local_path,
@@ -226,11 +227,17 @@ def _remote_matches(domain: str, url: str) -> list[str]:
         urlsplit(url).geturl().encode()
     except ValueError as error:
         raise ConfigurationError(f"domain {domain!r} lists {display_url(url)!r}, which is no URL: {error}") from error
+    is_http = protocol(url) in HTTP
+    if is_http and "#" in url:
+        raise ConfigurationError(
+            f"domain {domain!r} lists {display_url(url)!r} with a '#' behind it, and no server receives what follows a "
+            "'#' in a URL: write %23 where the name of the file has one, or leave it out"
+        )
     address, mark, _ = url.partition("?")
     is_pattern = _REMOTE_GLOB.search(address) is not None
     if not is_pattern and not address.endswith("/"):
         return [url]
-    if mark or protocol(url) in ("http", "https"):
+    if mark or is_http:
         raise ConfigurationError(
             f"domain {domain!r}: {display_url(url)!r} has a wildcard or is a folder, which only local paths and object "
             "stores may have: use brace notation, for example shard-{000..015}.tar, or a list"

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
 _CHAIN = re.compile(r"^((?:[a-z][a-z0-9_+-]*::)+)(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 """The filesystems of fsspec that a URL is read through, such as ``simplecache::``."""
+HTTP = ("http", "https")
 _VERSION = re.compile(r"(?i)versionid|version|generation|snapshot")
 _NOT_OF_SIGNATURE = re.compile(
     r"(?i)(?!x-(?:amz|goog|oss|cos)-|q-|(?:signature|expires|policy|awsaccesskeyid|googleaccessid|ossaccesskeyid"
@@ -43,7 +44,7 @@ def protocol(url: str) -> str:
 
 def local_path(url: str) -> str:
     """The path of a local shard."""
-    return unquote(urlsplit(url).path) if "://" in url and _SCHEME.match(url) else url
+    return unquote(urlsplit(url, allow_fragments=False).path) if "://" in url and _SCHEME.match(url) else url
 
 
 def absolute(url: str) -> str:
@@ -90,8 +91,20 @@ def _parameters(query: str, names: re.Pattern[str]) -> list[str]:
 
 
 def base_name(url: str) -> str:
-    """The file name of a shard, without folders and query string."""
-    return os.path.basename(local_path(url) if is_local(url) else urlsplit(url).path)
+    """The file name of a shard, without folders and query string.
+
+    Example:
+        >>> base_name("s3://bucket/web/a#1.tar")
+        'a#1.tar'
+    """
+    if is_local(url):
+        return os.path.basename(local_path(url))
+    return _as_sent(url).partition("?")[0].rpartition("/")[2]
+
+
+def _as_sent(url: str) -> str:
+    """A remote URL without what no server receives: in keys of object stores, ``#`` is a character like any other."""
+    return url.partition("#")[0] if "#" in url and protocol(url) in HTTP else url
 
 
 def display_url(text: str) -> str:
@@ -99,7 +112,7 @@ def display_url(text: str) -> str:
 
     def clean(match: re.Match[str]) -> str:
         try:
-            parts = urlsplit(match[0])
+            parts = urlsplit(_as_sent(match[0]), allow_fragments=False)
         except ValueError:  # a URL that cannot be parsed may hold a password anywhere
             return f"{match[0].split('://')[0]}://..."
         host = parts.netloc.rsplit("@", 1)[-1]

@@ -122,6 +122,25 @@ def test_remote_shards_of_several_manifests_are_compared_with_all_of_them(tmp_pa
         ShardCollection.open(shards, manifests=manifests, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("folder", "path"),
+    [
+        ("https://host", "source/c%23/a%231.tar"),
+        ("s3://bucket", "source/c#/a#1.tar"),
+        ("/data", "source/c#/a#1.tar"),
+    ],
+)
+def test_a_number_sign_in_the_path_of_a_shard_reaches_the_server(folder: str, path: str) -> None:
+    entry = {"path": "source/c#/a#1.tar", "rows": 5, "bytes": 9, "sha256": "0"}
+    text = json.dumps({"schema": 1, "domains": {"source/c#": {"shards": [entry]}}})
+    manifest = parse_manifest(f"{folder}/manifest.json", text.encode())
+    assert manifest == {"source/c#": [f"{folder}/{path}"]}
+    assert manifest.record(path).rows == 5
+    if folder != "/data":
+        assert rows_of(f"{folder}/{path}", Manifests([manifest])) == 5
+    assert len(manifest.digest("source/c#")) == 64
+
+
 def test_a_name_that_comes_twice_is_refused() -> None:
     """What stands under the first would be lost in silence."""
     text = b'{"schema": 1, "domains": {"source/a": {"shards": []}, "source/a": {"shards": []}}}'

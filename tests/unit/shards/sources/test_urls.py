@@ -10,7 +10,7 @@ import webdataset
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.sources.patterns import expand_domains, expand_shards
-from dmagent_loader.shards.sources.urls import base_name, display_url, local_path, without_signature
+from dmagent_loader.shards.sources.urls import base_name, display_url, is_local, local_path, without_signature
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,37 @@ def test_a_shard_in_two_domains_is_the_same_whatever_its_signature() -> None:
         "target/b": ["https://host/a.tar?sig=e&x-id=get", "https://host/b.tar?versionId=2", "https://host/get?file=2"],
     }
     assert dict(expand_domains(shards)) == shards
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("s3://b/source/c#/a#1.tar", "a#1.tar"),
+        ("s3://b/c#/000.tar", "000.tar"),
+        ("simplecache::gs://b/a#1.tar?versionId=4", "a#1.tar"),
+        ("file:///data/c#/a#1%23.tar", "a#1#.tar"),
+        ("https://host/c%23/a%231.tar?sig=c/d#e", "a%231.tar"),
+        ("https://host/a.tar#1.tar", "a.tar"),
+    ],
+)
+def test_a_number_sign_is_a_part_of_a_name_except_in_what_a_web_server_receives(url: str, name: str) -> None:
+    """Catches one name, and one index, for all keys that begin alike."""
+    assert base_name(url) == name
+    assert display_url(url).partition("?")[0].endswith(name) or is_local(url)
+
+
+def test_a_local_file_with_a_number_sign_is_found_by_its_url(tmp_path: Path) -> None:
+    (tmp_path / "a#1.tar").write_bytes(b"")
+    url = f"file://{tmp_path}/a#1.tar"
+    assert expand_shards("d", url) == [url]
+
+
+def test_a_number_sign_in_the_url_of_a_web_server_is_refused() -> None:
+    """The server would be asked for `a` three times."""
+    with pytest.raises(ConfigurationError, match=r"'http://host/a' with a '#' .*: write %23"):
+        expand_shards("d", "http://host/a#{0..2}.tar")
+    assert expand_shards("d", "http://host/a%23{0..1}.tar") == ["http://host/a%230.tar", "http://host/a%231.tar"]
+    assert expand_shards("d", "s3://b/a#{0..1}.tar") == ["s3://b/a#0.tar", "s3://b/a#1.tar"]
 
 
 def test_unbalanced_braces_are_a_configuration_error() -> None:
