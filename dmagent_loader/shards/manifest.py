@@ -169,7 +169,7 @@ class Manifests:
             if is_local(manifest.url):
                 self._above[_absolute(manifest.url)] = manifest
             else:
-                self._remote[beside(manifest.url, "")] = manifest
+                self._remote[without_signature(beside(manifest.url, ""))] = manifest
         self._lock = threading.Lock()
         forks.register(self)
 

@@ -141,6 +141,14 @@ def test_a_number_sign_in_the_path_of_a_shard_reaches_the_server(folder: str, pa
     assert len(manifest.digest("source/c#")) == 64
 
 
+def test_shards_are_compared_with_a_manifest_that_was_read_through_a_cache() -> None:
+    """A shard is known by its URL without the chain: catches a manifest that is known by its own."""
+    entry = {"path": "source/a/s.tar", "rows": 5, "bytes": 9, "sha256": "0"}
+    text = json.dumps({"schema": 1, "domains": {"source/a": {"shards": [entry]}}})
+    manifest = parse_manifest("simplecache::memory://corpus/manifest.json", text.encode())
+    assert rows_of(manifest["source/a"][0], Manifests([manifest])) == 5
+
+
 def test_a_name_that_comes_twice_is_refused() -> None:
     """What stands under the first would be lost in silence."""
     text = b'{"schema": 1, "domains": {"source/a": {"shards": []}, "source/a": {"shards": []}}}'
