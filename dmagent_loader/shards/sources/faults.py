@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dmagent_loader.shards.sources.urls import display_url, protocol
+from dmagent_loader.shards.sources.urls import display_text, protocol
 
 _NOT_FOUND = (404, 410)
 _REFUSED = (400, 401, 403, 407)
@@ -126,7 +126,7 @@ def retry_after(error: BaseException) -> float:
 
 def fault_text(error: BaseException) -> str:
     """A fault for a message, with the server's name for it."""
-    text, code = " ".join(display_url(str(error)).split()) or type(error).__name__, reason_code(error)
+    text, code = " ".join(display_text(str(error)).split()) or type(error).__name__, reason_code(error)
     return text if not code or code in text else f"{code}: {text}"
 
 

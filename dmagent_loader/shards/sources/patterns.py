@@ -160,8 +160,8 @@ def _links(folder: str) -> set[str] | None:
 def _expand_one(domain: str, pattern: str) -> list[str]:
     if re.match(r"^\s*(pipe:|\|)", pattern):
         raise ConfigurationError(
-            f"domain {domain!r}: {pattern!r} would run a shell command; commands are never run from a shard list: "
-            "use a local path or an fsspec URL (s3://, gs://, https://, ...)"
+            f"domain {domain!r}: {display_url(pattern)!r} would run a shell command; commands are never run from a "
+            "shard list: use a local path or an fsspec URL (s3://, gs://, https://, ...)"
         )
     if is_local(pattern) and os.path.isfile(local_path(pattern)):
         return [pattern]
@@ -170,8 +170,10 @@ def _expand_one(domain: str, pattern: str) -> list[str]:
     for part in _joined_patterns(pattern):
         try:
             expanded = list(braceexpand.braceexpand(part))
-        except ValueError as error:
-            raise ConfigurationError(f"domain {domain!r}: the braces in {part!r} do not match ({error})") from error
+        except ValueError:  # its text has the pattern as it is, with any signature
+            raise ConfigurationError(
+                f"domain {domain!r}: the braces in {display_url(part)!r} do not match: open and close each"
+            ) from None
         for url in expanded:
             urls.extend(_local_matches(domain, pattern, url) if is_local(url) else _remote_matches(domain, url))
     return urls
@@ -196,7 +198,8 @@ def _refuse_too_many(domain: str, pattern: str) -> None:
         count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
         if count > MAX_SHARDS:
             raise ConfigurationError(
-                f"domain {domain!r}: the ranges in {pattern!r} name more than {MAX_SHARDS:,} shards: check their ends"
+                f"domain {domain!r}: the ranges in {display_url(pattern)!r} name more than {MAX_SHARDS:,} shards: "
+                "check their ends"
             )
 
 
@@ -209,12 +212,12 @@ def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
         matches = [folder + name for name in sorted(os.listdir(path)) if name.endswith(".tar")]
         if not matches:
             raise ShardNotFoundError(
-                f"domain {domain!r}: the folder {path!r} holds no *.tar file (pattern {pattern!r})"
+                f"domain {domain!r}: the folder {path!r} holds no *.tar file (pattern {display_url(pattern)!r})"
             )
         return matches
     matches = sorted(glob.glob(path, recursive=True)) if _GLOB.search(path) else []
     if not matches:
-        detail = "" if url == pattern else f" (from the pattern {pattern!r})"
+        detail = "" if url == pattern else f" (from the pattern {display_url(pattern)!r})"
         raise ShardNotFoundError(
             f"domain {domain!r}: no shard matches {path!r}{detail}, seen from {os.getcwd()!r}; check the path, or "
             "leave it out"
@@ -225,8 +228,10 @@ def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
 def _remote_matches(domain: str, url: str) -> list[str]:
     try:
         urlsplit(url).geturl().encode()
-    except ValueError as error:
-        raise ConfigurationError(f"domain {domain!r} lists {display_url(url)!r}, which is no URL: {error}") from error
+    except ValueError:  # its text may show a password
+        raise ConfigurationError(
+            f"domain {domain!r} lists {display_url(url)!r}, which is no URL: its host or a character in it is not valid"
+        ) from None
     is_http = protocol(url) in HTTP
     if is_http and "#" in url:
         raise ConfigurationError(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import pytest
 import webdataset
 
-from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
+from dmagent_loader.errors import ConfigurationError, DMAgentError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.sources.patterns import expand_domains, expand_shards
-from dmagent_loader.shards.sources.urls import base_name, display_url, is_local, local_path, without_signature
+from dmagent_loader.shards.sources.urls import (
+    base_name,
+    display_text,
+    display_url,
+    is_local,
+    local_path,
+    without_signature,
+)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +174,57 @@ def test_messages_do_not_show_secrets() -> None:
     shown = display_url("could not read https://user:pass@host/a.tar?X-Amz-Signature=abc sorry")
     assert shown == "could not read https://host/a.tar?... sorry"
     assert "pass" not in shown
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://host/a b.tar?X-Amz-Signature=SECRET", "https://host/a b.tar?..."),
+        ("https://host/it's.tar?sig=SECRET", "https://host/it's.tar?..."),
+        ("https://host/a.tar?rscd=attachment; filename=x&sig=SECRET", "https://host/a.tar?..."),
+        ('https://host/a.tar?rscd="x y"&sig=SE CRET#f', "https://host/a.tar?..."),
+        ("simplecache::https://u:SECRET@host/a\u00a0b.tar?SECRET", "simplecache::https://host/a\u00a0b.tar?..."),
+        ("https://u:SE CR@ET@host:80/a@b.tar", "https://host:80/a@b.tar"),
+        ("https://u:SEC/RET@host/a.tar", "https://host/a.tar"),
+        ("s3://b/a.tar::https://u:SECRET@host/b.tar", "s3://b/a.tar::https://host/b.tar"),
+        ("http://[u:SEC/RET@host/a.tar", "http://host/a.tar"),
+        ("http://[::1]:80/a@b.tar", "http://[::1]:80/a@b.tar"),
+        ("s3://arn:aws:s3:eu-west-1:1:accesspoint/n/a.tar", "s3://arn:aws:s3:eu-west-1:1:accesspoint/n/a.tar"),
+        ("/data/what? a=b.tar", "/data/what? a=b.tar"),
+    ],
+)
+def test_a_url_is_shown_whole_but_for_its_secrets(url: str, shown: str) -> None:
+    """Blanks and quotes may be in names: catches a search for the end of a URL that is known."""
+    assert display_url(url) == shown
+    assert display_url(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("404, message='x', url='https://u:SECRET@h/a.tar?sig=SECRET'", "404, message='x', url='https://h/a.tar?...'"),
+        ("no https://h/it's a.tar?sig=SECRET, sorry", "no https://h/it's a.tar?..., sorry"),
+        ("https://h/a.tar?rscd=attachment; filename=x&sig=SECRET sorry", "https://h/a.tar?... sorry"),
+        ("(https://h/a?s=SECRET)\nand https://u:SECRET@h/b?s=SECRET", "(https://h/a?..."),
+        ("of https://u:SE CRET@h/a.tar: no", "of https://h/a.tar: no"),
+        ("of https://u:SEC/RET@h/a.tar#SECRET: no", "of https://h/a.tar no"),
+        ("is this https://h/a b.tar, or not", "is this https://h/a b.tar, or not"),
+    ],
+)
+def test_no_secret_stays_in_a_text(text: str, shown: str) -> None:
+    assert display_text(text) == shown
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["https://h/{a.tar?sig=SECRET", "https://h/{0..99999999}.tar?sig=SECRET", "pipe:curl https://h/a.tar?s=SECRET",
+     "https://u:SECRET@h\u2100/a.tar", "/nowhere::https://h/a.tar?sig=SECRET", "https://h/*.tar?sig=SECRET"],
+)  # fmt: skip
+def test_a_pattern_that_is_refused_is_shown_without_secrets(pattern: str) -> None:
+    with pytest.raises(DMAgentError) as error:
+        expand_shards("d", pattern)
+    messages = [line for line in traceback.format_exception(error.value) if "SECRET" in line]
+    assert messages == []
 
 
 @pytest.mark.parametrize(
