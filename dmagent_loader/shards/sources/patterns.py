@@ -12,6 +12,7 @@ import braceexpand
 
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
+from dmagent_loader.shards.index.stored import INDEX_SUFFIX
 from dmagent_loader.shards.sources.remote import remote_names
 from dmagent_loader.shards.sources.urls import (
     HTTP,
@@ -62,8 +63,9 @@ def expand_shards(domain: str, shards: ShardPatterns) -> list[str]:
 
     Brace notation is expanded as webdataset does (``a-{000..015}.tar``, ``{a,b}.tar``, several patterns joined by
     ``::``). Paths and URLs may also be globs (without ``?`` in URLs), or folders, which stand for their ``*.tar``; the
-    URL of a folder ends with a slash. Both are sorted. A pattern that is the exact name of a local file stands for this
-    file. In front of a URL, ``::`` chains filesystems of fsspec, as in ``simplecache::https://host/a.tar``.
+    URL of a folder ends with a slash. Both are sorted, and globs leave out the indexes beside shards. A pattern that is
+    the exact name of a local file stands for this file. In front of a URL, ``::`` chains filesystems of fsspec, as in
+    ``simplecache::https://host/a.tar``.
 
     Args:
         domain: Name of the domain, for messages.
@@ -215,7 +217,7 @@ def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
                 f"domain {domain!r}: the folder {path!r} holds no *.tar file (pattern {display_url(pattern)!r})"
             )
         return matches
-    matches = sorted(glob.glob(path, recursive=True)) if _GLOB.search(path) else []
+    matches = _without_indexes(sorted(glob.glob(path, recursive=True))) if _GLOB.search(path) else []
     if not matches:
         detail = "" if url == pattern else f" (from the pattern {display_url(pattern)!r})"
         raise ShardNotFoundError(
@@ -223,6 +225,11 @@ def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
             "leave it out"
         )
     return matches
+
+
+def _without_indexes(matches: list[str]) -> list[str]:
+    """The matches of a pattern that are no indexes, which may lie beside shards."""
+    return [match for match in matches if not match.endswith(INDEX_SUFFIX)]
 
 
 def _remote_matches(domain: str, url: str) -> list[str]:
@@ -247,7 +254,7 @@ def _remote_matches(domain: str, url: str) -> list[str]:
             f"domain {domain!r}: {display_url(url)!r} has a wildcard or is a folder, which only local paths and object "
             "stores may have: use brace notation, for example shard-{000..015}.tar, or a list"
         )
-    matches = remote_names(url if is_pattern else f"{url}*.tar")
+    matches = _without_indexes(remote_names(url if is_pattern else f"{url}*.tar"))
     if not matches:
         raise ShardNotFoundError(f"domain {domain!r}: no shard matches {display_url(url)!r}: check it, or leave it out")
     return matches

@@ -5,8 +5,10 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
+import fsspec
 import pytest
 import webdataset
+from shard_fixtures import WriteTar
 
 from dmagent_loader.errors import ConfigurationError, DMAgentError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
@@ -98,6 +100,26 @@ def test_no_shards_at_all(tmp_path: Path) -> None:
         expand_shards("d", [])
     with pytest.raises(ShardNotFoundError, match=r"holds no \*\.tar"):
         expand_shards("d", tmp_path)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_glob_matches_the_same_shards_after_their_indexes_were_written_beside_them(
+    remote: bool, tmp_path: Path, write_tar: WriteTar
+) -> None:
+    folder = str(tmp_path / "globbed")
+    for name in ("a", "b"):
+        write_tar(f"globbed/{name}.tar", [("1.txt", name.encode())])
+    if remote:
+        fsspec.filesystem("memory").put(folder, "/globbed-shards", recursive=True)
+        folder = "memory://globbed-shards"
+    shards = [f"{folder}/a.tar", f"{folder}/b.tar"]
+    for pattern in ("*", "[ab]*"):
+        for key_ends_at in ("first-dot", "last-dot"):
+            assert expand_shards("d", f"{folder}/{pattern}") == shards
+            collection = ShardCollection.open({"d": f"{folder}/{pattern}"}, key_ends_at=key_ends_at, progress=False)
+            collection.write_indexes()
+    with pytest.raises(ShardNotFoundError, match="no shard matches"):
+        expand_shards("d", f"{folder}/shards*")
 
 
 @pytest.mark.parametrize("pattern", ["pipe:cat a.tar", " pipe:curl -s http://x | tar x", "|cat a.tar"])
