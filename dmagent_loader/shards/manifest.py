@@ -250,7 +250,7 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Loads the shards of each domain, in the form that a sampler or `ShardCollection.open` takes.
 
     Args:
-        path: Path or fsspec URL of a manifest or of its folder.
+        path: Path or fsspec URL of a manifest or of its folder. The URLs of the shards do not get its query.
 
     Raises:
         ConfigurationError: The path is that of a shard.
@@ -258,7 +258,8 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         ShardError: The file is not a manifest, or has another schema.
     """
     url = os.fspath(path)
-    if url.endswith(".tar"):
+    address, mark, query = (url, "", "") if is_local(url) else url.partition("?")
+    if url.endswith(".tar") or address.endswith(".tar"):
         raise ConfigurationError(
             f"{display_url(url)} is a shard or a pattern of shards, not a manifest: give the manifest.json that "
             "`dmagent shard` wrote, or, in Python, map its domain to it, {'source/name': path}"
@@ -267,8 +268,8 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         url = local_path(url)
         if os.path.isdir(url):
             url = os.path.join(url, MANIFEST_NAME)
-    elif not url.endswith(".json"):
-        url = f"{url.rstrip('/')}/{MANIFEST_NAME}"
+    elif not url.endswith(".json") and not address.endswith(".json"):
+        url = f"{address.rstrip('/')}/{MANIFEST_NAME}{mark}{query}"
     try:
         # The version first: a change while the file is read then makes the result out of date.
         version = _version_of(url) if is_local(url) else None
@@ -348,10 +349,11 @@ def _is_inside(name: str) -> bool:
 
 
 def beside(manifest: str, name: str) -> str:
-    """The URL of a path that is relative to a manifest."""
+    """The URL of a path that is relative to a manifest, without the query of the manifest unless that names it."""
     if is_local(manifest):
         return str(Path(manifest).parent / name)
-    return f"{manifest.rsplit('/', 1)[0]}/{name}"
+    address = manifest.partition("?")[0]
+    return f"{(address if address.endswith('.json') else manifest).rpartition('/')[0]}/{name}"
 
 
 def _in_url(manifest: str, path: str) -> str:

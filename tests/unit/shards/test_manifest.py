@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from shard_fixtures import rows_of, write_manifest
 
-from dmagent_loader.errors import DamagedShardError, ShardError
+from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError
 from dmagent_loader.shards import Manifest, ShardCollection, load_manifest, shard_files
 from dmagent_loader.shards.manifest import Manifests, parse_manifest
 
@@ -147,6 +147,31 @@ def test_shards_are_compared_with_a_manifest_that_was_read_through_a_cache() -> 
     text = json.dumps({"schema": 1, "domains": {"source/a": {"shards": [entry]}}})
     manifest = parse_manifest("simplecache::memory://corpus/manifest.json", text.encode())
     assert rows_of(manifest["source/a"][0], Manifests([manifest])) == 5
+
+
+@pytest.mark.parametrize(
+    ("url", "file", "folder"),
+    [
+        ("h/manifest.json", "h/manifest.json", "h"),
+        ("h/manifest.json?X-Amz-Signature=ab/cd", "h/manifest.json?X-Amz-Signature=ab/cd", "h"),
+        ("h/corpus.json?sig=a.json", "h/corpus.json?sig=a.json", "h"),
+        ("h/c/?sig=ab/cd", "h/c/manifest.json?sig=ab/cd", "h/c"),
+        ("h/get?file=c/manifest.json", "h/get?file=c/manifest.json", "h/get?file=c"),
+    ],
+)
+def test_a_manifest_and_its_shards_are_found_behind_a_signature(url: str, file: str, folder: str) -> None:
+    """Signatures have slashes and dots in them: catches a search for name and folder behind the question mark."""
+    entry = {"path": "source/a/s.tar", "rows": 5, "bytes": 9, "sha256": "0"}
+    text = json.dumps({"schema": 1, "domains": {"source/a": {"shards": [entry]}}})
+    fsspec.filesystem("memory").pipe(f"/signed-manifests/{file}", text.encode())
+    manifest = load_manifest(f"memory://signed-manifests/{url}")
+    assert manifest == {"source/a": [f"memory://signed-manifests/{folder}/source/a/s.tar"]}
+    assert rows_of(manifest["source/a"][0], Manifests([manifest])) == 5
+
+
+def test_a_signed_shard_is_no_manifest() -> None:
+    with pytest.raises(ConfigurationError, match=r"^https://h/a\.tar\?\.\.\. is a shard"):
+        load_manifest("https://h/a.tar?X-Amz-Signature=ab/cd")
 
 
 def test_a_name_that_comes_twice_is_refused() -> None:
