@@ -13,7 +13,7 @@ import braceexpand
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
 from dmagent_loader.shards.index.stored import INDEX_SUFFIX
-from dmagent_loader.shards.sources.remote import remote_names
+from dmagent_loader.shards.sources.remote import remote_info, remote_names
 from dmagent_loader.shards.sources.urls import (
     HTTP,
     display_url,
@@ -21,6 +21,7 @@ from dmagent_loader.shards.sources.urls import (
     local_path,
     protocol,
     query_parameters,
+    split_chain,
     without_signature,
 )
 
@@ -64,8 +65,8 @@ def expand_shards(domain: str, shards: ShardPatterns) -> list[str]:
     Brace notation is expanded as webdataset does (``a-{000..015}.tar``, ``{a,b}.tar``, several patterns joined by
     ``::``). Paths and URLs may also be globs (without ``?`` in URLs), or folders, which stand for their ``*.tar``; the
     URL of a folder ends with a slash. Both are sorted, and globs leave out the indexes beside shards. A pattern that is
-    the exact name of a local file stands for this file. In front of a URL, ``::`` chains filesystems of fsspec, as in
-    ``simplecache::https://host/a.tar``.
+    the exact name of a local file, or with ``[`` of one in an object store, stands for this file. In front of a URL,
+    ``::`` chains filesystems of fsspec, as in ``simplecache::https://host/a.tar``.
 
     Args:
         domain: Name of the domain, for messages.
@@ -227,6 +228,18 @@ def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
     return matches
 
 
+def _is_file(url: str) -> bool:
+    """Whether a store has a file with exactly this name, although it could be a pattern.
+
+    Raises:
+        ShardError: The store cannot be reached.
+    """
+    try:
+        return bool(remote_info(split_chain(url)[1]).get("type") == "file")
+    except ShardNotFoundError:
+        return False
+
+
 def _without_indexes(matches: list[str]) -> list[str]:
     """The matches of a pattern that are no indexes, which may lie beside shards."""
     return [match for match in matches if not match.endswith(INDEX_SUFFIX)]
@@ -254,6 +267,8 @@ def _remote_matches(domain: str, url: str) -> list[str]:
             f"domain {domain!r}: {display_url(url)!r} has a wildcard or is a folder, which only local paths and object "
             "stores may have: use brace notation, for example shard-{000..015}.tar, or a list"
         )
+    if "[" in address and _is_file(url):
+        return [url]
     matches = _without_indexes(remote_names(url if is_pattern else f"{url}*.tar"))
     if not matches:
         raise ShardNotFoundError(f"domain {domain!r}: no shard matches {display_url(url)!r}: check it, or leave it out")

@@ -122,6 +122,17 @@ def test_a_glob_matches_the_same_shards_after_their_indexes_were_written_beside_
         expand_shards("d", f"{folder}/shards*")
 
 
+@pytest.mark.parametrize("chain", ["", "simplecache::"])
+def test_the_exact_name_of_a_file_in_a_store_wins_over_its_meaning_as_a_pattern(chain: str) -> None:
+    """As with local files: catches the rows of part1 in place of those of part[1]."""
+    memory, folder = fsspec.filesystem("memory"), f"{chain}memory://bracketed"
+    memory.pipe({f"/bracketed/{name}": b"" for name in ("part[1].tar", "part1.tar", "part2.tar", "c[1]/a.tar")})
+    assert expand_shards("d", f"{folder}/part[1].tar") == [f"{folder}/part[1].tar"]
+    assert expand_shards("d", f"{folder}/part[2].tar") == [f"{folder}/part2.tar"]
+    assert expand_shards("d", f"{folder}/part[12].tar") == [f"{folder}/part1.tar", f"{folder}/part2.tar"]
+    assert expand_shards("d", f"{folder}/{{part2,part[1]}}.tar") == [f"{folder}/part2.tar", f"{folder}/part[1].tar"]
+
+
 @pytest.mark.parametrize("pattern", ["pipe:cat a.tar", " pipe:curl -s http://x | tar x", "|cat a.tar"])
 def test_shell_commands_are_refused(pattern: str) -> None:
     with pytest.raises(ConfigurationError, match="shell command"):
