@@ -22,7 +22,15 @@ from dmagent_loader._validation import read_regular, without_repeats
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
 from dmagent_loader.shards import forks
 from dmagent_loader.shards.sources.local import open_source, shard_version
-from dmagent_loader.shards.sources.urls import HTTP, display_url, is_local, local_path, protocol, without_signature
+from dmagent_loader.shards.sources.urls import (
+    HTTP,
+    display_url,
+    is_local,
+    local_path,
+    protocol,
+    with_long_host,
+    without_signature,
+)
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
@@ -257,7 +265,7 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         ShardNotFoundError: There is no manifest.
         ShardError: The file is not a manifest, or has another schema.
     """
-    url = os.fspath(path)
+    url = with_long_host(os.fspath(path))
     address, mark, query = (url, "", "") if is_local(url) else url.partition("?")
     if url.endswith(".tar") or address.endswith(".tar"):
         raise ConfigurationError(

@@ -16,12 +16,14 @@ from dmagent_loader.shards.index.stored import INDEX_SUFFIX
 from dmagent_loader.shards.sources.remote import remote_info, remote_names
 from dmagent_loader.shards.sources.urls import (
     HTTP,
+    IPV6_HOST,
     display_url,
     is_local,
     local_path,
     protocol,
     query_parameters,
     split_chain,
+    with_long_host,
     without_signature,
 )
 
@@ -30,6 +32,8 @@ _REMOTE_GLOB = re.compile(r"[*\[]")
 """Without ``?``, which begins the query of a URL."""
 _RANGE = re.compile(r"\{([+-]?\d{1,18})\.\.([+-]?\d{1,18})(?:\.\.([+-]?\d{1,18}))?\}")
 _PROTOCOL = re.compile(r"[a-z][a-z0-9_+-]*")
+_JOINT = re.compile(r"::(?![0-9A-Fa-f:.]*\])")
+"""Between joined patterns, and not in the IPv6 address of a host."""
 _LISTED_FROM = 64
 """Files of a domain from which on their folders are listed."""
 MAX_SHARDS = 10_000_000
@@ -185,7 +189,7 @@ def _expand_one(domain: str, pattern: str) -> list[str]:
 def _joined_patterns(pattern: str) -> Iterator[str]:
     """The patterns that ``::`` joins; it also stands behind each filesystem that a URL is read through."""
     chain = ""
-    for part in pattern.split("::"):
+    for part in _JOINT.split(pattern):
         if _PROTOCOL.fullmatch(part) and not os.path.exists(part):
             chain += f"{part}::"
         else:
@@ -252,6 +256,7 @@ def _remote_matches(domain: str, url: str) -> list[str]:
         raise ConfigurationError(
             f"domain {domain!r} lists {display_url(url)!r}, which is no URL: its host or a character in it is not valid"
         ) from None
+    url = with_long_host(url)
     is_http = protocol(url) in HTTP
     if is_http and "#" in url:
         raise ConfigurationError(
@@ -259,7 +264,7 @@ def _remote_matches(domain: str, url: str) -> list[str]:
             "'#' in a URL: write %23 where the name of the file has one, or leave it out"
         )
     address, mark, _ = url.partition("?")
-    is_pattern = _REMOTE_GLOB.search(address) is not None
+    is_pattern = _REMOTE_GLOB.search(IPV6_HOST.sub("", address)) is not None
     if not is_pattern and not address.endswith("/"):
         return [url]
     if mark or is_http:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from ipaddress import IPv6Address
 from urllib.parse import unquote, urlsplit
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
 _CHAIN = re.compile(r"^((?:[a-z][a-z0-9_+-]*::)+)(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 """The filesystems of fsspec that a URL is read through, such as ``simplecache::``."""
 HTTP = ("http", "https")
+IPV6_HOST = re.compile(r"(?<=://)[^/?#\[]*\[([0-9A-Fa-f:.]+)\]")
 _VERSION = re.compile(r"(?i)versionid|version|generation|snapshot")
 _NOT_OF_SIGNATURE = re.compile(
     r"(?i)(?!x-(?:amz|goog|oss|cos)-|q-|(?:signature|expires|policy|awsaccesskeyid|googleaccessid|ossaccesskeyid"
@@ -49,6 +52,20 @@ def split_chain(url: str) -> tuple[str, str]:
 def protocol(url: str) -> str:
     """The protocol of the store that holds the file of a URL, in lower case."""
     return split_chain(url)[1].split("://", 1)[0].lower()
+
+
+def with_long_host(url: str) -> str:
+    """The URL with an IPv6 address as its host written out, because fsspec takes ``::`` for a chain.
+
+    Example:
+        >>> with_long_host("http://[::1]:8000/a.tar")
+        'http://[0000:0000:0000:0000:0000:0000:0000:0001]:8000/a.tar'
+    """
+    host = IPV6_HOST.search(url)
+    if host is not None and "::" in host[1]:
+        with contextlib.suppress(ValueError):  # it is no address, which is said where it is opened
+            return f"{url[: host.start(1)]}{IPv6Address(host[1]).exploded}{url[host.end(1) :]}"
+    return url
 
 
 def local_path(url: str) -> str:

@@ -169,6 +169,12 @@ def test_a_manifest_and_its_shards_are_found_behind_a_signature(url: str, file: 
     assert rows_of(manifest["source/a"][0], Manifests([manifest])) == 5
 
 
+def test_a_manifest_may_lie_on_a_host_with_an_ipv6_address() -> None:
+    host = "[0000:0000:0000:0000:0000:0000:0000:0001]:80"
+    fsspec.filesystem("memory").pipe(f"/{host}/manifest.json", b'{"schema": 1, "domains": {}}')
+    assert load_manifest("memory://[::1]:80").url == f"memory://{host}/manifest.json"
+
+
 def test_a_signed_shard_is_no_manifest() -> None:
     with pytest.raises(ConfigurationError, match=r"^https://h/a\.tar\?\.\.\. is a shard"):
         load_manifest("https://h/a.tar?X-Amz-Signature=ab/cd")

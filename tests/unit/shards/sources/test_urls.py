@@ -13,6 +13,7 @@ from shard_fixtures import WriteTar
 from dmagent_loader.errors import ConfigurationError, DMAgentError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.sources.patterns import expand_domains, expand_shards
+from dmagent_loader.shards.sources.remote import filesystem_of
 from dmagent_loader.shards.sources.urls import (
     base_name,
     display_text,
@@ -196,6 +197,21 @@ def test_a_number_sign_in_the_url_of_a_web_server_is_refused() -> None:
         expand_shards("d", "http://host/a#{0..2}.tar")
     assert expand_shards("d", "http://host/a%23{0..1}.tar") == ["http://host/a%230.tar", "http://host/a%231.tar"]
     assert expand_shards("d", "s3://b/a#{0..1}.tar") == ["s3://b/a#0.tar", "s3://b/a#1.tar"]
+
+
+def test_the_host_of_a_url_may_be_an_ipv6_address() -> None:
+    """Its colons join no patterns, its brackets are no wildcard, and fsspec, which would split it, gets it whole."""
+    one, two = "[0000:0000:0000:0000:0000:0000:0000:0001]", "[2001:0db8:0000:0000:0000:0000:0000:0002]"
+    pattern = "http://[::1]:8000/a-{0..1}.tar::https://u:p@[2001:db8::2]/b.tar::http://[1:2:3:4:5:6:7:8]/c.tar"
+    urls = [f"http://{one}:8000/a-0.tar", f"http://{one}:8000/a-1.tar", f"https://u:p@{two}/b.tar"]
+    assert expand_shards("d", pattern) == [*urls, "http://[1:2:3:4:5:6:7:8]/c.tar"]
+    assert filesystem_of(urls[0])[1] == urls[0]
+    assert expand_shards("d", "simplecache::http://[::1]/a.tar") == [f"simplecache::http://{one}/a.tar"]
+    for pattern in ("http://[::1]/*.tar", "http://[::1]/[ab].tar"):
+        with pytest.raises(ConfigurationError, match="has a wildcard"):
+            expand_shards("d", pattern)
+    with pytest.raises(ConfigurationError, match="is no URL"):
+        expand_shards("d", "http://[1::2::3]/a.tar")
 
 
 def test_unbalanced_braces_are_a_configuration_error() -> None:
