@@ -178,8 +178,12 @@ def version_of(url: str, info: Mapping[str, Any]) -> ShardVersion:
     """Size and version of a remote shard, from the information of its filesystem.
 
     Raises:
-        ShardError: The server does not report its size.
+        ShardError: It is a folder, or the server does not report its size.
     """
+    if info.get("type") == "directory":
+        raise ShardError(
+            f"{display_url(url)} is a folder, not a shard: end it with '/' to read its *.tar files, or name the shards"
+        )
     if info.get("size") is None:
         raise ShardError(
             f"the server does not say how large {display_url(url)} is, so it cannot be read by position: "

@@ -9,6 +9,7 @@ import fsspec
 import pytest
 
 from dmagent_loader.errors import ShardError
+from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.sources.patterns import expand_shards
 from dmagent_loader.shards.sources.remote import filesystem_of
 from dmagent_loader.shards.sources.urls import base_name, display_url, is_local, protocol, without_signature
@@ -50,3 +51,9 @@ def test_files_are_written_whole_to_paths_and_stores(tmp_path) -> None:
             write_url(url, data)
             with fsspec.open(url, "rb") as file:
                 assert file.read() == data
+
+
+def test_a_folder_in_a_store_without_its_slash_is_no_damaged_shard() -> None:
+    fsspec.filesystem("memory").pipe("/of-test-stores/web/a.tar", b"")
+    with pytest.raises(ShardError, match=r"^memory://of-test-stores/web is a folder, not a shard: end it with '/'"):
+        ShardCollection.open({"source/a": "memory://of-test-stores/web"}, progress=False)
