@@ -27,11 +27,18 @@ from dmagent_loader.shards.index.shard_index import ShardIndex, with_checksum
 from dmagent_loader.shards.manifest import read_stored
 from dmagent_loader.shards.sources.faults import Kind, kind_of_fault
 from dmagent_loader.shards.sources.local import ShardVersion
-from dmagent_loader.shards.sources.urls import absolute, base_name, display_url, is_local, local_path, without_signature
+from dmagent_loader.shards.sources.urls import (
+    INDEX_SUFFIX,
+    absolute,
+    base_name,
+    display_url,
+    is_local,
+    local_path,
+    without_signature,
+)
 from dmagent_loader.shards.sources.writing import write_url
 from dmagent_loader.shards.tar import KeyEnd
 
-INDEX_SUFFIX = ".index"
 _TABLE = "shards"
 TABLE_NAME = f"{_TABLE}{INDEX_SUFFIX}"
 

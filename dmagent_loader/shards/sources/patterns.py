@@ -12,10 +12,10 @@ import braceexpand
 
 from dmagent_loader._validation import shown
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
-from dmagent_loader.shards.index.stored import INDEX_SUFFIX
 from dmagent_loader.shards.sources.remote import remote_info, remote_names
 from dmagent_loader.shards.sources.urls import (
     HTTP,
+    INDEX_SUFFIX,
     IPV6_HOST,
     display_url,
     is_local,

@@ -12,6 +12,8 @@ _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//)")
 _CHAIN = re.compile(r"^((?:[a-z][a-z0-9_+-]*::)+)(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 """The filesystems of fsspec that a URL is read through, such as ``simplecache::``."""
 HTTP = ("http", "https")
+INDEX_SUFFIX = ".index"
+"""Ending of the file of an index beside its shard; no pattern of shards matches it."""
 IPV6_HOST = re.compile(r"(?<=://)[^/?#\[]*\[([0-9A-Fa-f:.]+)\]")
 _VERSION = re.compile(r"(?i)versionid|version|generation|snapshot")
 _NOT_OF_SIGNATURE = re.compile(

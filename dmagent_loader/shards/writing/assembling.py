@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from dmagent_loader._files import write_atomically
 from dmagent_loader.shards.index.shard_index import build_index
-from dmagent_loader.shards.index.stored import INDEX_SUFFIX, StoredIndexes
+from dmagent_loader.shards.index.stored import StoredIndexes
 from dmagent_loader.shards.manifest import ShardRecord
 from dmagent_loader.shards.sources.local import open_source
+from dmagent_loader.shards.sources.urls import INDEX_SUFFIX
 from dmagent_loader.shards.writing.chunks import Counts, read_tensor
 from dmagent_loader.shards.writing.config import ShardingConfig
 from dmagent_loader.shards.writing.packing import LENGTHS_MEMBER, PACKED_MEMBER, encode_npy

@@ -12,9 +12,10 @@ from typing import Any
 
 from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
 from dmagent_loader.shards.collection import ShardCollection
-from dmagent_loader.shards.index.stored import INDEX_SUFFIX, TABLE_NAME, StoredIndexes, table_entry
+from dmagent_loader.shards.index.stored import TABLE_NAME, StoredIndexes, table_entry
 from dmagent_loader.shards.manifest import MANIFEST_NAME, DomainRecord, ShardRecord, parse_manifest
 from dmagent_loader.shards.sources.local import ShardVersion
+from dmagent_loader.shards.sources.urls import INDEX_SUFFIX
 from dmagent_loader.shards.writing.chunks import Counts
 from dmagent_loader.shards.writing.job import Job
 from dmagent_loader.shards.writing.place import Place
