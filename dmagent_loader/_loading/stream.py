@@ -376,12 +376,15 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         return self._rows_ahead.find(*plan.draws(indices))
 
     def _close(self) -> None:
+        if self._readahead is not None:
+            self._readahead.close()
+        if self._blocks is not None:
+            self._blocks.close()
+
+    def __del__(self) -> None:
         readahead = getattr(self, "_readahead", None)
         if readahead is not None:
             readahead.close()
         blocks = getattr(self, "_blocks", None)
         if blocks is not None:
-            blocks.close()
-
-    def __del__(self) -> None:
-        self._close()
+            blocks.drop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import weakref
 from typing import Protocol
@@ -24,8 +25,14 @@ def register(instance: ResetAfterFork) -> None:
 
 
 def _reset_all() -> None:
-    for instance in list(_registered):
-        instance.reset_after_fork()
+    collects = gc.isenabled()
+    gc.disable()  # a finalizer in between would find one part of the parent's state without the other
+    try:
+        for instance in list(_registered):
+            instance.reset_after_fork()
+    finally:
+        if collects:
+            gc.enable()
 
 
 os.register_at_fork(after_in_child=_reset_all)

@@ -492,3 +492,26 @@ def test_a_reader_does_not_wait_for_ever_for_the_block_of_another(
     finally:
         for descriptor in held:
             os.close(descriptor)
+
+
+def test_a_dropped_iterator_waits_for_no_lock(
+    server: FarServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector frees it at any allocation, also of a thread that holds one of these locks."""
+    monkeypatch.setattr(fetching, "_IDLE_SECONDS", 0.01)
+    sampler = build(remote(server), tmp_path)
+    iterators = [iter(sampler)]
+    next(iterators[0])
+    fetcher = sampler.collection.fetcher
+    sampler.seek(0)
+    collector = threading.Thread(target=iterators.clear, daemon=True)
+    with fetcher._changed, fetcher._files._lock, fetcher._cache._lock:
+        collector.start()
+        collector.join(10)
+        assert not iterators
+        assert not collector.is_alive(), "it waits for a lock"
+    deadline = time.monotonic() + 10
+    while fetcher._cache._needed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not fetcher._cache._needed
+    assert not fetcher._entries

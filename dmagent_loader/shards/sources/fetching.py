@@ -14,7 +14,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 
@@ -110,6 +111,8 @@ class BlockFetcher:
         self._queue: list[tuple[int, int, _Entry]] = []
         self._later: list[tuple[float, int, _Entry]] = []
         self._number = itertools.count()
+        self._dropped: deque[int] = deque()
+        """Keys that finalizers have released, once for each use."""
         self._threads = self._idle = 0
         self._fetched_bytes = self._memory_bytes = 0
         self._full_until = self._disk_full_until = 0.0
@@ -134,6 +137,7 @@ class BlockFetcher:
             urgency: The lower, the sooner it is fetched.
         """
         with self._changed:
+            self._release_dropped()
             entry = self._entries.get(key)
             if entry is not None:
                 entry.uses += 1
@@ -151,17 +155,34 @@ class BlockFetcher:
     def release(self, key: int) -> None:
         """Ends one use of a block."""
         with self._changed:
-            entry = self._entries[key]
-            entry.uses -= 1
-            if entry.uses:
-                return
-            del self._entries[key]
-            if entry.state is _State.IN_MEMORY:
-                self._memory_bytes -= entry.block.length
-            elif entry.state is _State.ON_DISK:
-                self._leave_disk(entry)
-            else:
-                self._changed.notify_all()  # whoever waits for the block would wait in vain
+            self._release_dropped()
+            self._release(key)
+
+    def release_later(self, keys: Iterable[int]) -> None:
+        """Ends one use of each block soon: `release` for a finalizer, which takes no lock.
+
+        The garbage collector calls finalizers at any allocation, in any thread, and this thread may hold a lock of the
+        fetcher or of its folder.
+        """
+        self._dropped.extend(keys)
+
+    def _release_dropped(self) -> None:
+        """Ends the uses that finalizers have left; the caller holds the lock."""
+        while self._dropped:
+            self._release(self._dropped.popleft())
+
+    def _release(self, key: int) -> None:
+        entry = self._entries[key]
+        entry.uses -= 1
+        if entry.uses:
+            return
+        del self._entries[key]
+        if entry.state is _State.IN_MEMORY:
+            self._memory_bytes -= entry.block.length
+        elif entry.state is _State.ON_DISK:
+            self._leave_disk(entry)
+        else:
+            self._changed.notify_all()  # whoever waits for the block would wait in vain
 
     def comes(self, key: int) -> bool:
         """Whether a block is here or on its way; otherwise its rows have to be read one by one."""
@@ -278,6 +299,7 @@ class BlockFetcher:
 
     def _settle(self, entry: _Entry, state: _State, data: bytearray | None, after: float) -> None:
         """Records what came of a block."""
+        self._release_dropped()
         is_used = entry.uses > 0 and entry.state is _State.FETCHING
         if data is not None:
             self._memory_bytes -= 0 if is_used else entry.block.length
@@ -292,10 +314,14 @@ class BlockFetcher:
                 self._enqueue(entry, after)
 
     def _next(self, tasks: threading.Condition) -> _Entry | None:
-        """The next block to fetch; None: there has been none for a while."""
+        """The next block to fetch; None: there has been none for a while.
+
+        One thread stays as long as blocks are in use: nobody else might release those of a dropped iterator.
+        """
         with tasks:
             until = time.monotonic() + _IDLE_SECONDS
             while True:
+                self._release_dropped()
                 now = time.monotonic()
                 while self._later and self._later[0][0] <= now:
                     _, number, entry = heapq.heappop(self._later)
@@ -305,7 +331,8 @@ class BlockFetcher:
                     if self._queue or self._later:
                         tasks.notify()
                     return first
-                if now >= until and not self._queue and not self._later:
+                is_needed = self._queue or self._later or (self._threads == 1 and self._entries)
+                if now >= until and not is_needed:
                     self._threads -= 1
                     return None
                 self._idle += 1
