@@ -2,7 +2,8 @@
 
 A block is asked for when a planned sample needs it, and kept until its domain has advanced beyond the last planned draw
 from it. Draws, not positions in the run, decide: the rows of a domain have the same order under any mix, so a new mix
-only changes how soon a block is used up, and what was fetched under the old one stays useful.
+only changes how soon a block is used up, and what was fetched under the old one stays useful. Only blocks of domains
+without weight are released early: nobody knows whether they will be used.
 
 Shapes: D domains, n samples.
 """
@@ -14,7 +15,7 @@ from collections import deque
 import numpy as np
 
 from dmagent_loader.mixture.segment import Located
-from dmagent_loader.mixture.simplex import IntArray
+from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.shards import RowSource, forks
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 
@@ -44,6 +45,8 @@ class BlocksAhead:
         """The same of the run before: its samples may be lazy, and not read yet."""
         self._passed = nothing[1]
         """(D,) first draw after all that were delivered before it."""
+        self._has_weight = np.ones(len(rows.domains), bool)
+        """(D,) whether the newest mix has samples of a domain."""
         forks.register(self)
 
     @property
@@ -85,15 +88,23 @@ class BlocksAhead:
     def advance(self) -> None:
         """Releases the blocks that are used up, as far as samples are planned."""
         lowest = np.min([self._left[0], *(run[0] for run in self._planned)], axis=0)
-        reached = np.where(lowest == _NEVER, self._passed, lowest).tolist()
+        reached = np.where(lowest == _NEVER, np.where(self._has_weight, self._passed, _NEVER), lowest).tolist()
         for key in [key for key, (domain, use) in self._last_use.items() if use < reached[domain]]:
             del self._last_use[key]
             self._fetcher.release(key)
         self._passed = np.maximum(self._passed, self._left[1])
         self._left = self._planned.popleft()
 
-    def replan(self) -> None:
-        """Forgets the samples that lie ahead, and the blocks for them that are not being fetched yet."""
+    def replan(self, mix: FloatArray) -> None:
+        """Forgets the samples that lie ahead, and the blocks for them that are not being fetched yet.
+
+        Args:
+            mix: (D,) newest mix.
+        """
+        self._has_weight = mix > 0
+        lowest, beyond = self._left
+        # The run in use ends here, but not at a known sample: its rest will be drawn later.
+        self._left = (lowest, np.where(lowest == _NEVER, beyond, lowest))
         self._planned.clear()
         for key in list(self._last_use):
             if self._fetcher.cancel(key):

@@ -275,7 +275,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._run_length = _FIRST_RUN
         if self._blocks is not None:
             self._num_ahead = min(self._num_ahead, _MOST_AHEAD_OF_A_NEW_MIX)
-            self._blocks.replan()
+            self._blocks.replan(self._feed.plan.ledger.last.weights())
 
     def _begin_run(self) -> bool:
         """Moves to the next run of positions, and starts reading the rows after it in the background.

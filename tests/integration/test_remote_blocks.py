@@ -167,6 +167,37 @@ def test_what_is_fetched_is_what_lies_ahead(server: FarServer, tmp_path: Path) -
     assert names <= known, "blocks of a domain without weight"
 
 
+@pytest.mark.parametrize("weight", [0.0, 1e-9])
+def test_blocks_of_domains_without_weight_are_released_and_others_kept(
+    server: FarServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float
+) -> None:
+    """Otherwise those that no sample needs any more take the room of those that are needed."""
+    for name in ("_RUN_AHEAD", "_FIRST_RUN", "_LEAST_AHEAD"):
+        monkeypatch.setattr(stream, name, 60)
+    sampler, expected = build(remote(server), tmp_path), build(local(folder), tmp_path)
+    iterator, local_iterator, fetcher = iter(sampler), iter(expected), sampler.collection.fetcher
+
+    def compare(count: int, mix: Mapping[str, float]) -> dict[int, int]:
+        """Reads samples, then changes the mix; returns the domain of each block in use."""
+        for _ in range(count):
+            assert next(iterator)["txt"] == next(local_iterator)["txt"]
+        while any(entry.state is not fetching._State.ON_DISK for entry in list(fetcher._entries.values())):
+            time.sleep(0.01)  # what is not being fetched yet is planned anew
+        sampler.set_mix(mix)
+        expected.set_mix(mix)
+        return {key: domain for key, (domain, _) in iterator._blocks._last_use.items()}
+
+    before = compare(10, {"source/a": 1 - 2 * weight, "source/b": weight, "target/c": weight})
+    after = compare(300, EQUAL)
+    assert {0, 1, 2} == set(before.values())
+    if weight:
+        assert {key for key in before if before[key]} <= after.keys()
+    else:
+        assert set(after.values()) == {0}
+    assert fetcher._entries.keys() == after.keys()
+    assert set(compare(TOTAL, EQUAL).values()) == {0, 1, 2}
+
+
 def read_all(shards: dict[str, str], tmp_path: Path, results: multiprocessing.Queue[Any]) -> None:
     results.put(digests(build(shards, tmp_path), TOTAL))
 
