@@ -389,8 +389,9 @@ class BlockFetcher:
         source = self._source_of(entry.shard)
         if claim is not None:
             assert cache is not None
-            if self._store(claim, source, block, cache.folder):
-                return _State.ON_DISK, None, 0.0
+            stored = self._store(claim, source, block, cache.folder)
+            if stored is not None:
+                return stored, None, 0.0 if stored is _State.ON_DISK else _LOOK_AGAIN_SECONDS
         if not self._reserve_memory(block):
             self._full_until = time.monotonic() + _TRY_AGAIN_SECONDS
             return _State.NO_ROOM, None, _TRY_AGAIN_SECONDS
@@ -400,23 +401,25 @@ class BlockFetcher:
             self._free_memory(block)
             raise
 
-    def _store(self, claim: Claim, source: RemoteSource, block: Block, folder: Path) -> bool:
-        """Fetches a block into the folder; False if the folder cannot take it."""
+    def _store(self, claim: Claim, source: RemoteSource, block: Block, folder: Path) -> _State | None:
+        """Fetches a block into the folder; None if the folder cannot take it."""
         try:
             source.copy(block.start, block.length, claim.write)
         except SinkError as error:
             claim.give_back()
             self._store_no_more(folder, error.reason)
-            return False
+            return None
         except BaseException:
             claim.give_back()
             raise
         try:
             claim.complete()
+        except FileNotFoundError:  # someone has emptied the folder: it is fetched again
+            return _State.QUEUED
         except OSError as error:
             self._store_no_more(folder, error)
-            return False
-        return True
+            return None
+        return _State.ON_DISK
 
     def _reserve_memory(self, block: Block) -> bool:
         with self._changed:

@@ -13,6 +13,7 @@ lock is held while another process might wait for it, except that of the fetch i
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -105,9 +106,12 @@ class Claim:
         """Makes the block visible to all.
 
         Raises:
+            FileNotFoundError: Someone has removed its file.
             OSError: The folder cannot be written to. The claim is given back.
         """
         try:
+            if not self._has_file():  # the name may be that of another's file, which is not complete
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._cache.path(self._name, _PARTIAL))
             os.rename(self._cache.path(self._name, _PARTIAL), self._cache.path(self._name))
         except OSError:
             self.give_back()
@@ -117,8 +121,16 @@ class Claim:
     def give_back(self) -> None:
         """Leaves the block to others."""
         with contextlib.suppress(OSError):
-            os.unlink(self._cache.path(self._name, _PARTIAL))  # before the lock goes: the file may be another's then
+            if self._has_file():
+                os.unlink(self._cache.path(self._name, _PARTIAL))  # before the lock goes: it may be another's then
         self._close()
+
+    def _has_file(self) -> bool:
+        """Whether the partial file is still that of this claim."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._cache.path(self._name, _PARTIAL)))
+        except OSError:
+            return False
 
     def _close(self) -> None:
         self._cache.close_descriptor(self._descriptor)
@@ -138,18 +150,13 @@ class NodeCache:
     def __init__(self, folder: Path, limit: int | None) -> None:
         self.folder = folder
         self._prefix = os.path.join(folder, "")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._began = time.time()
         self._lock = threading.Lock()
         self._descriptors: set[int] = set()
         """Locked files; a forked child closes its copies, which would keep the locks of a dead parent."""
         self._needed: Counter[str] = Counter()
         self._lines = 0
-        self._needs = self._open_needs()
-        self._own_needs = os.path.basename(self._needs[1])
-        weakref.finalize(self, _unlink_by, os.getpid(), self._needs[1])
-        self._closer = weakref.finalize(self, os.close, self._needs[0])
-        self._closer.atexit = False  # threads may still write to it, and its number might be another file's by then
+        self._begin_needs()
         found = self._survey()  # which also removes leftovers
         if limit is None:
             limit = min(MOST_BYTES, (shutil.disk_usage(folder).free + found.total) // 2)
@@ -187,6 +194,9 @@ class NodeCache:
             BlockInUse: Someone else is fetching it, or has just done so.
             OSError: The folder cannot be written to.
         """
+        with self._lock:
+            if not self._has_needs():
+                self._rewrite_needs()
         descriptor = open_exclusively(Path(self.path(name, _PARTIAL)))
         if descriptor is None:
             raise BlockInUse
@@ -238,6 +248,23 @@ class NodeCache:
         self._descriptors.discard(descriptor)
         os.close(descriptor)
 
+    def _begin_needs(self) -> None:
+        """Makes the file of needs, and the folder if necessary."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._needs = self._open_needs()
+        self._own_needs = os.path.basename(self._needs[1])
+        self._unlinker = weakref.finalize(self, _unlink_by, os.getpid(), self._needs[1])
+        self._closer = weakref.finalize(self, os.close, self._needs[0])
+        self._closer.atexit = False  # threads may still write to it, and its number might be another file's by then
+
+    def _replace_needs(self) -> None:
+        """Makes another file of needs, after someone has removed the first."""
+        removed, closer, unlinker = self._needs[0], self._closer, self._unlinker
+        self._begin_needs()
+        closer.detach()
+        unlinker.detach()
+        self.close_descriptor(removed)
+
     def _open_needs(self) -> tuple[int, str]:
         for _ in range(_ATTEMPTS):
             path = self.folder / f"{uuid.uuid4().hex}{_NEEDS}"
@@ -253,13 +280,25 @@ class NodeCache:
     def _note(self, line: str) -> None:
         self._lines += 1
         with contextlib.suppress(OSError):  # on a full disk others may evict the block: it is then fetched again
-            if self._lines > _REWRITTEN_LINES + 2 * len(self._needed):
-                self._lines = len(self._needed)
-                line = "".join((f"={self._allowance}\n", *(f"+{name}\n" for name in self._needed)))
-                # A reader in between sees too few needs, and a block that it evicts is fetched again.
-                os.ftruncate(self._needs[0], 0)
-                os.lseek(self._needs[0], 0, os.SEEK_SET)
-            os.write(self._needs[0], line.encode())
+            if self._lines > _REWRITTEN_LINES + 2 * len(self._needed) or not self._has_needs():
+                self._rewrite_needs()
+            else:
+                os.write(self._needs[0], line.encode())
+
+    def _has_needs(self) -> bool:
+        """Whether the file of needs is still in the folder."""
+        return os.fstat(self._needs[0]).st_nlink > 0
+
+    def _rewrite_needs(self) -> None:
+        self._lines = len(self._needed)
+        if self._has_needs():
+            # A reader in between sees too few needs, and a block that it evicts is fetched again.
+            os.ftruncate(self._needs[0], 0)
+            os.lseek(self._needs[0], 0, os.SEEK_SET)
+        else:
+            self._replace_needs()
+        lines = (f"={self._allowance}\n", *(f"+{name}\n" for name in self._needed))
+        os.write(self._needs[0], "".join(lines).encode())
 
     def _make_room(self, length: int) -> bool:
         """Whether the limit holds with `length` more bytes, which the folder counts already."""

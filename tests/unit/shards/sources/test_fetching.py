@@ -78,6 +78,28 @@ def test_a_reader_does_not_wait_for_a_block_that_was_released(fetcher: BlockFetc
     assert [block is not None for block in found] == [is_wanted_again]
 
 
+@pytest.mark.parametrize("is_folder_removed", [False, True])
+def test_a_block_whose_file_is_removed_halfway_is_fetched_again(
+    fetcher: BlockFetcher, tmp_path: Path, is_folder_removed: bool
+) -> None:
+    """The documentation says how to free the space: by deleting the folder."""
+    source_of = fetcher._source_of
+
+    def once(shard: int) -> RemoteSource:
+        fetcher._source_of = source_of
+        for path in (tmp_path / "blocks").iterdir():
+            path.unlink()
+        if is_folder_removed:
+            (tmp_path / "blocks").rmdir()
+        return source_of(shard)
+
+    fetcher._source_of = once
+    fetcher.want(0, 0)
+    assert fetcher.get(0) is not None
+    assert fetcher._entries[0].state is fetching._State.ON_DISK
+    fetcher.release(0)
+
+
 def test_a_block_that_finds_the_disk_full_halfway_stays_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

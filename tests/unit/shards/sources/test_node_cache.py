@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,46 @@ def test_a_block_that_cannot_be_written_is_given_back(tmp_path: Path) -> None:
         claim.complete()
     assert error.value.errno == errno.ENOENT
     assert fetch(cache, 1)
+
+
+def test_a_claim_whose_file_was_removed_touches_no_file_of_another(tmp_path: Path) -> None:
+    """Someone may empty the folder. The file of the other has its full length before the first byte has arrived."""
+    caches = [NodeCache(tmp_path, 10 * SIZE) for _ in range(3)]
+    claims = []
+    for cache in caches:
+        claims.append(cache.claim(name(1), SIZE))
+        if cache is not caches[2]:
+            os.unlink(tmp_path / f"{name(1)}.partial")
+    first, second, last = claims
+    assert first is not None
+    assert second is not None
+    assert last is not None
+    first.write(0, b"x" * SIZE)
+    with pytest.raises(FileNotFoundError):
+        first.complete()
+    second.give_back()
+    assert not caches[0].holds(name(1), SIZE), "an unfinished block became visible"
+    last.write(0, b"y" * SIZE)
+    last.complete()
+    assert Path(caches[0].path(name(1))).read_bytes() == b"y" * SIZE
+
+
+def test_needs_are_written_again_when_their_file_or_the_folder_was_removed(tmp_path: Path) -> None:
+    folder, before = tmp_path / "blocks", set(os.listdir("/proc/self/fd"))
+    first = NodeCache(folder, 2 * SIZE)
+    first.need(name(1))
+    shutil.rmtree(folder)
+    first.need(name(2))
+    assert fetch(first, 1)
+    assert fetch(first, 2)
+    second = NodeCache(folder, 2 * SIZE)
+    assert not fetch(second, 3), "blocks that another process needs were evicted"
+    first.release(name(1))
+    assert fetch(second, 3)
+    assert held(second) == {2, 3}
+    del first, second
+    assert set(os.listdir("/proc/self/fd")) <= before
+    assert not list(folder.glob("*.needs"))
 
 
 def test_a_folder_that_is_not_used_any_more_is_left(tmp_path: Path) -> None:
