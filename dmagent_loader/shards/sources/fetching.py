@@ -258,6 +258,10 @@ class BlockFetcher:
             if entry.uses and entry.state is _State.QUEUED and entry.urgency > -1:
                 entry.urgency = -1
                 self._enqueue(entry)
+            if not self._threads:
+                self._start_thread()
+                if not self._threads:
+                    return False
             if self._changed.wait_for(
                 lambda: not entry.uses or entry.state not in (_State.QUEUED, _State.FETCHING), patience
             ):
@@ -276,9 +280,17 @@ class BlockFetcher:
             entry.state = _State.QUEUED
             heapq.heappush(self._queue, (entry.urgency, number, entry))
         if self._idle < len(self._queue) and self._threads < FETCHES:
-            self._threads += 1
-            threading.Thread(target=self._work, args=(self._tasks,), name="dmagent-fetch", daemon=True).start()
+            self._start_thread()
         self._tasks.notify()
+
+    def _start_thread(self) -> None:
+        """Starts a thread if the system allows another one; the caller holds the lock."""
+        try:
+            threading.Thread(target=self._work, args=(self._tasks,), name="dmagent-fetch", daemon=True).start()
+        except RuntimeError as error:
+            logger.debug("%d threads fetch blocks, and another one could not be started: %s", self._threads, error)
+        else:
+            self._threads += 1
 
     def _work(self, tasks: threading.Condition) -> None:
         """Fetches blocks until there are none. `tasks` stays that of this process in a forked child."""

@@ -78,6 +78,41 @@ def test_a_reader_does_not_wait_for_a_block_that_was_released(fetcher: BlockFetc
     assert [block is not None for block in found] == [is_wanted_again]
 
 
+@pytest.mark.parametrize("num_threads", [0, 1])
+def test_blocks_are_fetched_by_the_threads_that_can_be_started(
+    fetcher: BlockFetcher, monkeypatch: pytest.MonkeyPatch, num_threads: int
+) -> None:
+    """Containers limit the number of threads. A thread that could not be started must not count as one."""
+    start, may_fetch, source_of = threading.Thread.start, threading.Event(), fetcher._source_of
+    started: list[threading.Thread] = []
+
+    def start_if_allowed(thread: threading.Thread) -> None:
+        if thread.name == "dmagent-fetch":
+            if len(started) == num_threads:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    def when_allowed(shard: int) -> RemoteSource:
+        may_fetch.wait(30)
+        return source_of(shard)
+
+    fetcher._source_of = when_allowed
+    fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
+    monkeypatch.setattr(threading.Thread, "start", start_if_allowed)
+    for key in range(2 * fetching.FETCHES):
+        fetcher.want(key, key)
+    if not num_threads:
+        assert fetcher.get(1) is None, "a reader waited for a block that nobody fetches"
+        num_threads = 1
+    monkeypatch.setattr(fetching, "SLOWEST_BYTES_PER_SECOND", SIZE / 10)
+    monkeypatch.setenv("DMAGENT_REMOTE_TIMEOUT", "0.1")
+    may_fetch.set()
+    for key in range(2 * fetching.FETCHES):
+        assert fetcher.get(key) is not None
+    assert len(started) == 1
+
+
 @pytest.mark.parametrize("is_folder_removed", [False, True])
 def test_a_block_whose_file_is_removed_halfway_is_fetched_again(
     fetcher: BlockFetcher, tmp_path: Path, is_folder_removed: bool
