@@ -8,6 +8,7 @@ by one, and fail one by one.
 
 from __future__ import annotations
 
+import errno
 import heapq
 import itertools
 import logging
@@ -42,6 +43,8 @@ _TRY_AGAIN_SECONDS = 0.5
 """Until a block that found no room is tried again."""
 
 logger = logging.getLogger(__name__)
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOENT}
+"""Errors of the folder that may be over soon; ``ENOENT``: someone has removed it."""
 _reported: set[str] = set()
 """Warnings of folders that this process has given."""
 
@@ -58,7 +61,7 @@ class _State(Enum):
 class _Entry:
     """A block that was asked for."""
 
-    __slots__ = ("block", "data", "place", "shard", "state", "urgency", "uses")
+    __slots__ = ("block", "data", "is_needed", "place", "shard", "state", "urgency", "uses")
 
     def __init__(self, shard: int, block: Block, urgency: int) -> None:
         self.shard, self.block, self.urgency = shard, block, urgency
@@ -68,6 +71,8 @@ class _Entry:
         """The block, if it is in memory."""
         self.place = ("", block.start)
         """Path of the block, if it is on disk, and its first byte in the shard."""
+        self.is_needed = False
+        """Whether the folder has noted the need for it. The thread that fetches the block says so."""
 
 
 class BlockFetcher:
@@ -118,7 +123,8 @@ class BlockFetcher:
         self._full_until = self._disk_full_until = 0.0
         """Until then no other block looks for room: in either place, and on disk."""
         self._wanted_bytes = self._wanted_rows = self.waits = 0
-        self._cache_is_open = self._can_store = False
+        self._can_store: bool | None = None
+        """Whether blocks go to the folder; None: it is not open yet."""
 
     def reset_after_fork(self) -> None:
         """Forgets the blocks of the parent in a forked child."""
@@ -246,9 +252,12 @@ class BlockFetcher:
             entry.state, entry.data = _State.FAILED, None
 
     def _leave_disk(self, entry: _Entry) -> None:
-        assert self._cache is not None
-        self._files.drop(entry.place)
-        self._cache.release(entry.block.name)
+        """Ends the need for a block in the folder, if there is one."""
+        if entry.is_needed:
+            assert self._cache is not None
+            entry.is_needed = False
+            self._files.drop(entry.place)
+            self._cache.release(entry.block.name)
 
     def _wait(self, entry: _Entry) -> bool:
         """Waits until a block is here or released, for as long as one request may take; False: it did not come."""
@@ -316,10 +325,8 @@ class BlockFetcher:
         if data is not None:
             self._memory_bytes -= 0 if is_used else entry.block.length
             entry.data = BlockInMemory(entry.block.start, data)
-        if self._cache is not None:
-            entry.place = (self._cache.path(entry.block.name), entry.block.start)
-            if not is_used or state is not _State.ON_DISK:
-                self._cache.release(entry.block.name)
+        if not is_used or state is not _State.ON_DISK:
+            self._leave_disk(entry)
         if is_used:
             entry.state = state
             if after:
@@ -386,6 +393,7 @@ class BlockFetcher:
         block, cache, claim = entry.block, self._opened_cache(), None
         if cache is not None:
             cache.need(block.name)
+            entry.place, entry.is_needed = (cache.path(block.name), block.start), True
             if cache.holds(block.name, block.length):
                 return _State.ON_DISK, None, 0.0
             if self._can_store and time.monotonic() >= self._disk_full_until:
@@ -394,7 +402,7 @@ class BlockFetcher:
                 except BlockInUse:
                     return _State.QUEUED, None, _LOOK_AGAIN_SECONDS
                 except OSError as error:
-                    self._store_no_more(cache.folder, error)
+                    self._cannot_store(cache.folder, error)
                 else:
                     if claim is None:
                         self._disk_full_until = time.monotonic() + _TRY_AGAIN_SECONDS
@@ -419,7 +427,7 @@ class BlockFetcher:
             source.copy(block.start, block.length, claim.write)
         except SinkError as error:
             claim.give_back()
-            self._store_no_more(folder, error.reason)
+            self._cannot_store(folder, error.reason)
             return None
         except BaseException:
             claim.give_back()
@@ -429,7 +437,7 @@ class BlockFetcher:
         except FileNotFoundError:  # someone has emptied the folder: it is fetched again
             return _State.QUEUED
         except OSError as error:
-            self._store_no_more(folder, error)
+            self._cannot_store(folder, error)
             return None
         return _State.ON_DISK
 
@@ -449,21 +457,28 @@ class BlockFetcher:
     def _opened_cache(self) -> NodeCache | None:
         """The folder of the node; None if it cannot be used."""
         with self._changed:
-            if not self._cache_is_open and self._limit != 0:
-                self._cache_is_open = True
+            if self._can_store is None and self._limit != 0 and time.monotonic() >= self._disk_full_until:
                 folder = self._folder
                 try:
                     folder = default_block_folder() if folder is None else folder
                     self._cache = NodeCache(folder, self._limit)
                     self._can_store = True
                 except OSError as error:
-                    self._store_no_more(folder, error)
+                    self._cannot_store(folder, error)
             return self._cache
 
-    def _store_no_more(self, folder: Path | None, error: OSError) -> None:
-        """Keeps further blocks in memory, and says so once."""
-        self._can_store = False
+    def _cannot_store(self, folder: Path | None, error: OSError) -> None:
+        """Keeps further blocks in memory, for a while or for good, and says so once."""
         name = "for temporary files" if folder is None else str(folder)
+        if error.errno in _PASSING:
+            self._disk_full_until = time.monotonic() + _TRY_AGAIN_SECONDS
+            _warn_once(
+                f"blocks of remote shards cannot be stored in the folder {name} for the moment: each process keeps its "
+                "own in memory until they can; leave some file descriptors and memory free, and the folder in place",
+                error.strerror or str(error),
+            )
+            return
+        self._can_store = False
         _warn_once(
             f"blocks of remote shards cannot be stored in the folder {name}: each process keeps its own in memory; set "
             "block_cache_dir of ReadingConfig to a folder with free space on a local disk",

@@ -72,6 +72,8 @@ class _Survey:
     """Names of the blocks that a process needs."""
     allowance: int = 0
     """Bytes that other processes may add."""
+    is_whole: bool = True
+    """False: a process may need blocks that are not in `needed`."""
 
     @property
     def total(self) -> int:
@@ -311,7 +313,7 @@ class NodeCache:
             total = self._listed_bytes()
             if total + self._allowance > self._limit:
                 survey = self._survey()
-                if survey.total + self._allowance > self._limit:
+                if survey.total + self._allowance > self._limit and survey.is_whole:
                     self._evict(survey)
                 total = survey.total
                 if total + self._allowance > self._limit:
@@ -371,9 +373,11 @@ class NodeCache:
                     content = Path(path).read_bytes()
                     survey.needed |= _needs_of(content)
                     survey.allowance += _allowance_of(content)
-            except OSError:
+            except OSError as error:
                 if suffix == _PARTIAL:  # completed since, and its new name may not be in the list
                     survey.lengths[name] = length
+                elif not isinstance(error, (FileNotFoundError, PermissionError)):  # such as no free descriptors
+                    survey.is_whole = False
         return survey
 
     def _files(self) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from node_blocks import SIZE, name
@@ -76,6 +79,38 @@ def test_a_reader_does_not_wait_for_a_block_that_was_released(fetcher: BlockFetc
     reader.join(10)
     may_fetch.set()
     assert [block is not None for block in found] == [is_wanted_again]
+
+
+@pytest.mark.parametrize("is_open", [False, True], ids=["at the start", "later"])
+def test_a_moment_without_descriptors_does_not_cost_the_folder(
+    fetcher: BlockFetcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_open: bool
+) -> None:
+    monkeypatch.setattr(fetching, "_TRY_AGAIN_SECONDS", 0.05)
+    fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
+    if is_open:
+        fetcher.want(0, 0)
+        assert fetcher.get(0) is not None
+    opened, is_refused = os.open, True
+
+    def refused(path: Any, *arguments: Any) -> int:
+        if is_refused and str(path).endswith((".needs", ".partial")):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refused)
+    fetcher.want(1, 0)
+    assert fetcher.get(1) is not None
+    assert fetcher._entries[1].state is fetching._State.IN_MEMORY
+    assert "for the moment" in caplog.text
+    is_refused = False
+    fetcher._disk_full_until = 0.0
+    fetcher.want(2, 0)
+    assert fetcher.get(2) is not None
+    assert fetcher._entries[2].state is fetching._State.ON_DISK
+    for key in (1, 2):
+        fetcher.release(key)
+    assert fetcher._cache is not None
+    assert fetcher._cache._needed.keys() == ({name(0)} if is_open else set())
 
 
 @pytest.mark.parametrize("num_threads", [0, 1])

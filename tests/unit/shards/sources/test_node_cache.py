@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,29 @@ def test_needs_that_a_full_disk_has_cut_keep_nobody_from_fetching(tmp_path: Path
     for number in (1, 2, 3):
         assert fetch(first, number)
     assert 1 in held(first)
+
+
+def test_nothing_is_evicted_where_the_needs_of_others_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a moment the process has no free descriptors."""
+    first, second, opened = NodeCache(tmp_path, 3 * SIZE), NodeCache(tmp_path, 3 * SIZE), os.open
+
+    def refused(path: Any, *arguments: Any) -> int:
+        if str(path).endswith(".needs"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(path, *arguments)
+
+    for number in (1, 2):
+        second.need(name(number))
+        assert fetch(second, number)
+    assert fetch(first, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        assert not fetch(first, 4)
+        assert held(first) == {1, 2, 3}
+    assert fetch(first, 4)
+    assert held(first) == {1, 2, 4}
 
 
 @pytest.mark.parametrize("seed", range(5))
