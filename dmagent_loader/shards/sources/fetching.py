@@ -250,6 +250,7 @@ class BlockFetcher:
                 self._cache.remove(entry.block.name)
                 self._leave_disk(entry)
             entry.state, entry.data = _State.FAILED, None
+            self._changed.notify_all()
 
     def _leave_disk(self, entry: _Entry) -> None:
         """Ends the need for a block in the folder, if there is one."""

@@ -170,6 +170,33 @@ def test_a_block_whose_file_is_removed_halfway_is_fetched_again(
     fetcher.release(0)
 
 
+def test_a_reader_does_not_wait_for_a_block_whose_bytes_were_wrong(
+    fetcher: BlockFetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One reader finds its file gone and waits for the next one; another one has read wrong bytes from the first."""
+    fetcher.want(0, 0)
+    assert fetcher.get(0) is not None
+    assert fetcher._cache is not None
+    may_fetch, obtain, waits = threading.Event(), fetcher._obtain, fetcher.waits
+
+    def when_allowed(entry: Any) -> Any:
+        may_fetch.wait(60)
+        return obtain(entry)
+
+    monkeypatch.setattr(fetcher, "_obtain", when_allowed)
+    fetcher._cache.remove(name(1))
+    fetcher._files.clear()
+    found: list[Source | None] = []
+    reader = threading.Thread(target=lambda: found.append(fetcher.get(0)), daemon=True)
+    reader.start()
+    while fetcher.waits == waits:
+        reader.join(0.001)
+    fetcher.forget(0)
+    reader.join(10)
+    may_fetch.set()
+    assert found == [None]
+
+
 def test_a_block_that_finds_the_disk_full_halfway_stays_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
