@@ -304,6 +304,8 @@ class NodeCache:
 
     def _make_room(self, length: int) -> bool:
         """Whether the limit holds with `length` more bytes, which the folder counts already."""
+        if length > self._limit:
+            return False
         with self._lock:
             if length <= self._room:
                 self._room -= length
@@ -338,6 +340,8 @@ class NodeCache:
         for name in survey.lengths.keys() - survey.needed:
             with contextlib.suppress(OSError):  # not complete, or removed since
                 unneeded.append((os.stat(self.path(name)).st_mtime, name))
+        if survey.total - sum(survey.lengths[name] for _, name in unneeded) > self._limit:
+            return  # what is needed leaves no room
         unneeded.sort(key=lambda block: (block[0] >= self._began, block[0] if block[0] < self._began else -block[0]))
         for _, name in unneeded:
             if excess <= 0:

@@ -74,6 +74,17 @@ def test_blocks_from_before_go_first_then_those_used_last(tmp_path: Path, monkey
     assert order == [1, 0, 3, 4, 2]
 
 
+@pytest.mark.parametrize(("length", "num_needed"), [(11 * SIZE, 0), (8 * SIZE, 3)])
+def test_nothing_is_evicted_for_a_block_that_finds_no_room_anyway(tmp_path: Path, length: int, num_needed: int) -> None:
+    cache = NodeCache(tmp_path, 10 * SIZE)
+    for number in range(9):
+        assert fetch(cache, number)
+        if number < num_needed:
+            cache.need(name(number))
+    assert cache.claim(f"{99:032x}-0-{length:x}", length) is None
+    assert held(cache) == set(range(9))
+
+
 def test_what_another_process_needs_is_not_evicted(tmp_path: Path) -> None:
     first, second = NodeCache(tmp_path, 3 * SIZE), NodeCache(tmp_path, 3 * SIZE)
     for number in (1, 2, 3):
