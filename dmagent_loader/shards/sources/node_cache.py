@@ -157,7 +157,8 @@ class NodeCache:
         self._descriptors: set[int] = set()
         """Locked files; a forked child closes its copies, which would keep the locks of a dead parent."""
         self._needed: Counter[str] = Counter()
-        self._lines = 0
+        self._lines, self._is_cut = 0, False
+        """Lines in the file of needs, and whether one is missing that a full disk did not take."""
         self._begin_needs()
         found = self._survey()  # which also removes leftovers
         if limit is None:
@@ -281,11 +282,11 @@ class NodeCache:
 
     def _note(self, line: str) -> None:
         self._lines += 1
-        with contextlib.suppress(OSError):  # on a full disk others may evict the block: it is then fetched again
-            if self._lines > _REWRITTEN_LINES + 2 * len(self._needed) or not self._has_needs():
+        with contextlib.suppress(OSError):  # on a full disk others may evict the block, or keep it, until the next line
+            if self._is_cut or self._lines > _REWRITTEN_LINES + 2 * len(self._needed) or not self._has_needs():
                 self._rewrite_needs()
             else:
-                os.write(self._needs[0], line.encode())
+                self._write_needs(line)
 
     def _has_needs(self) -> bool:
         """Whether the file of needs is still in the folder."""
@@ -299,8 +300,11 @@ class NodeCache:
             os.lseek(self._needs[0], 0, os.SEEK_SET)
         else:
             self._replace_needs()
-        lines = (f"={self._allowance}\n", *(f"+{name}\n" for name in self._needed))
-        os.write(self._needs[0], "".join(lines).encode())
+        self._write_needs("".join((f"={self._allowance}\n", *(f"+{name}\n" for name in self._needed))))
+
+    def _write_needs(self, lines: str) -> None:
+        content, self._is_cut = lines.encode(), True
+        self._is_cut = os.write(self._needs[0], content) < len(content)
 
     def _make_room(self, length: int) -> bool:
         """Whether the limit holds with `length` more bytes, which the folder counts already."""

@@ -171,6 +171,30 @@ def test_the_limit_holds_for_all_processes_together(tmp_path: Path, monkeypatch:
     assert len(list(tmp_path.glob("*.block"))) > 20
 
 
+@pytest.mark.parametrize("num_written", [0, 7])
+def test_a_release_that_a_full_disk_loses_is_noted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_written: int
+) -> None:
+    first, second = NodeCache(tmp_path, 3 * SIZE), NodeCache(tmp_path, 3 * SIZE)
+    for number in (1, 2, 3):
+        second.need(name(number))
+        assert fetch(second, number)
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if num_written:
+            return write(descriptor, data[:num_written])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        second.release(name(1))
+        second.release(name(2))
+    second.need(name(4))
+    assert first._survey().needed == {name(3), name(4)}
+    assert fetch(first, 5)
+
+
 def test_a_block_that_is_needed_twice_is_released_twice(tmp_path: Path) -> None:
     first, second = NodeCache(tmp_path, SIZE), NodeCache(tmp_path, SIZE)
     second.need(name(1))
