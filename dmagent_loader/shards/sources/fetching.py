@@ -38,7 +38,9 @@ _MEMORY_BYTES = 512 << 20
 _IDLE_SECONDS = 5.0
 """Time after which a thread without work ends."""
 _LOOK_AGAIN_SECONDS = 0.02
-"""Between two looks at a block that another process is fetching."""
+"""Between two looks at a block that another process is fetching: at first, or if a reader waits for it."""
+_MOST_RARELY_SECONDS = 0.5
+"""The same after many looks: each takes 0.3 ms of CPU time, and there may be hundreds of blocks."""
 _TRY_AGAIN_SECONDS = 0.5
 """Until a block that found no room is tried again."""
 
@@ -61,7 +63,7 @@ class _State(Enum):
 class _Entry:
     """A block that was asked for."""
 
-    __slots__ = ("block", "data", "is_needed", "place", "shard", "state", "urgency", "uses")
+    __slots__ = ("block", "data", "is_needed", "pause", "place", "shard", "state", "urgency", "uses")
 
     def __init__(self, shard: int, block: Block, urgency: int) -> None:
         self.shard, self.block, self.urgency = shard, block, urgency
@@ -71,6 +73,8 @@ class _Entry:
         """The block, if it is in memory."""
         self.place = ("", block.start)
         """Path of the block, if it is on disk, and its first byte in the shard."""
+        self.pause = 0.0
+        """Seconds between the last two looks at the block, if another process is fetching it."""
         self.is_needed = False
         """Whether the folder has noted the need for it. The thread that fetches the block says so."""
 
@@ -188,7 +192,7 @@ class BlockFetcher:
         elif entry.state is _State.ON_DISK:
             self._leave_disk(entry)
         else:
-            self._changed.notify_all()  # whoever waits for the block would wait in vain
+            self._fail(entry)  # whoever waits for the block would wait in vain
 
     def comes(self, key: int) -> bool:
         """Whether a block is here or on its way; otherwise its rows have to be read one by one."""
@@ -225,8 +229,7 @@ class BlockFetcher:
                 except ShardError as error:  # such as a file of another user, which would be found again without end
                     with self._changed:
                         if entry.uses and entry.state is _State.ON_DISK:
-                            self._leave_disk(entry)
-                            entry.state = _State.FAILED
+                            self._fail(entry)
                     _warn_once(
                         f"blocks of remote shards cannot be read from the folder {os.path.dirname(entry.place[0])}: "
                         "their rows are read one by one from the shards; set block_cache_dir of ReadingConfig to a "
@@ -248,9 +251,14 @@ class BlockFetcher:
                 self._memory_bytes -= entry.block.length
             elif entry.state is _State.ON_DISK and self._cache is not None:
                 self._cache.remove(entry.block.name)
-                self._leave_disk(entry)
-            entry.state, entry.data = _State.FAILED, None
-            self._changed.notify_all()
+            self._fail(entry)
+
+    def _fail(self, entry: _Entry) -> None:
+        """Has the rows of a block read from the shard; the caller holds the lock."""
+        if entry.state is not _State.FETCHING:  # otherwise the thread that fetches it ends the need
+            self._leave_disk(entry)
+        entry.state, entry.data = _State.FAILED, None
+        self._changed.notify_all()
 
     def _leave_disk(self, entry: _Entry) -> None:
         """Ends the need for a block in the folder, if there is one."""
@@ -265,9 +273,10 @@ class BlockFetcher:
         patience = timeout_seconds() + entry.block.length / SLOWEST_BYTES_PER_SECOND
         with self._changed:
             self.waits += 1
-            if entry.uses and entry.state is _State.QUEUED and entry.urgency > -1:
+            if entry.uses and entry.state in (_State.QUEUED, _State.FETCHING) and entry.urgency > -1:
                 entry.urgency = -1
-                self._enqueue(entry)
+                if entry.state is _State.QUEUED:
+                    self._enqueue(entry)
             if not self._threads:
                 self._start_thread()
                 if not self._threads:
@@ -276,7 +285,7 @@ class BlockFetcher:
                 lambda: not entry.uses or entry.state not in (_State.QUEUED, _State.FETCHING), patience
             ):
                 return True
-            entry.state = _State.FAILED
+            self._fail(entry)
             return False
 
     # Fetching
@@ -326,12 +335,13 @@ class BlockFetcher:
         if data is not None:
             self._memory_bytes -= 0 if is_used else entry.block.length
             entry.data = BlockInMemory(entry.block.start, data)
-        if not is_used or state is not _State.ON_DISK:
+        if not is_used or state not in (_State.ON_DISK, _State.QUEUED):
             self._leave_disk(entry)
         if is_used:
             entry.state = state
+            entry.pause = min(max(after, 2 * entry.pause), _MOST_RARELY_SECONDS) if state is _State.QUEUED else 0.0
             if after:
-                self._enqueue(entry, after)
+                self._enqueue(entry, entry.pause if state is _State.QUEUED and entry.urgency > -1 else after)
 
     def _next(self, tasks: threading.Condition) -> _Entry | None:
         """The next block to fetch; None: there has been none for a while.
@@ -393,14 +403,17 @@ class BlockFetcher:
         """
         block, cache, claim = entry.block, self._opened_cache(), None
         if cache is not None:
-            cache.need(block.name)
-            entry.place, entry.is_needed = (cache.path(block.name), block.start), True
+            if not entry.is_needed:
+                cache.need(block.name)
+                entry.place, entry.is_needed = (cache.path(block.name), block.start), True
             if cache.holds(block.name, block.length):
                 return _State.ON_DISK, None, 0.0
             if self._can_store and time.monotonic() >= self._disk_full_until:
                 try:
                     claim = cache.claim(block.name, block.length)
                 except BlockInUse:
+                    if cache.holds(block.name, block.length):
+                        return _State.ON_DISK, None, 0.0
                     return _State.QUEUED, None, _LOOK_AGAIN_SECONDS
                 except OSError as error:
                     self._cannot_store(cache.folder, error)

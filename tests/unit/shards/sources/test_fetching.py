@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dmagent_loader.shards.sources import fetching
 from dmagent_loader.shards.sources.blocks import Block
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.sources.local import Source
+from dmagent_loader.shards.sources.node_cache import NodeCache
 from dmagent_loader.shards.sources.remote import RemoteSource
 
 
@@ -195,6 +197,57 @@ def test_a_reader_does_not_wait_for_a_block_whose_bytes_were_wrong(
     reader.join(10)
     may_fetch.set()
     assert found == [None]
+
+
+@pytest.mark.parametrize("end", ["completed", "released", "waited for"])
+def test_looks_at_a_block_that_another_process_fetches_become_rare(
+    fetcher: BlockFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """They take CPU time from the reader, who may need thousands of blocks of a slow process."""
+    monkeypatch.setattr(fetching, "_LOOK_AGAIN_SECONDS", 0.001)
+    monkeypatch.setattr(fetching, "_MOST_RARELY_SECONDS", 0.008)
+    pauses, has_looked, enqueue = [], threading.Event(), fetcher._enqueue
+
+    def recorded(entry: Any, after: float = 0.0) -> None:
+        if after:
+            pauses.append(after)
+            if len(pauses) % 6 == 0:
+                has_looked.set()
+        enqueue(entry, after)
+
+    monkeypatch.setattr(fetcher, "_enqueue", recorded)
+    other = NodeCache(tmp_path / "blocks", 10 * SIZE)
+    claim = other.claim(name(1), SIZE)
+    assert claim is not None
+    fetcher.want(0, 0)
+    assert has_looked.wait(10)
+    cache = fetcher._cache
+    assert cache is not None
+    assert pauses[:6] == [0.001, 0.002, 0.004, 0.008, 0.008, 0.008]
+    assert cache._lines == 1, "each look wrote to the needs"
+    assert other._survey().needed == {name(1)}
+    if end == "released":
+        with fetcher._changed:
+            fetcher.release(0)
+    elif end == "waited for":
+        reader = threading.Thread(target=lambda: fetcher.get(0), daemon=True)
+        reader.start()
+        while not fetcher.waits:
+            reader.join(0.001)
+        begin = len(pauses)
+        while len(pauses) < begin + 2:
+            reader.join(0.001)
+        assert pauses[-1] == 0.001, "the reader waits for the next look"
+    claim.write(0, b"x" * SIZE)
+    claim.complete()
+    if end != "released":
+        assert fetcher.get(0) is not None
+        assert fetcher._entries[0].pause == 0
+        fetcher.release(0)
+    deadline = time.monotonic() + 10
+    while cache._needed and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not cache._needed
 
 
 def test_a_block_that_finds_the_disk_full_halfway_stays_in_memory(
