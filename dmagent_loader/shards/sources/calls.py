@@ -87,11 +87,19 @@ def on_loop(filesystem: Any, begin: Callable[[], Coroutine[Any, Any, _T]], *, li
         TimeoutError: It took longer than `limit` seconds.
         Stopped: See `ended_by`.
     """
-    outcome = asyncio.run_coroutine_threadsafe(begin(), filesystem.loop)
+    outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+    async def work() -> None:
+        try:
+            outcome.set_result(await begin())
+        except BaseException as error:  # asyncio's own future of it makes a TimeoutError anew, without its cause
+            outcome.set_exception(error)
+
+    task = asyncio.run_coroutine_threadsafe(work(), filesystem.loop)
     try:
         return _result(outcome, limit)
     finally:
-        outcome.cancel()
+        task.cancel()
 
 
 def _result(outcome: concurrent.futures.Future[_T], limit: float) -> _T:
