@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.far_server import Handler, Server
+from benchmarks.far_server import FarServer, Handler, Server, _FileHandler
+from dmagent_loader.cli import main
 from dmagent_loader.errors import ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.index.threads import in_threads
 from dmagent_loader.shards.sources import calls
 from dmagent_loader.shards.sources.remote import RemoteSource
+from dmagent_loader.shards.writing.tar_writer import TarWriter
 
 PATIENCE_SECONDS = 60.0
 """Time limit of a request, which is repeated five times."""
@@ -113,3 +117,56 @@ def test_a_method_that_blocks_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     with at_once(), pytest.raises(TimeoutError):
         calls.call(Blocking(), "info", "a", limit=0.05)
     blocked.set()
+
+
+LEAVES_EARLY = """
+import sys
+import threading
+from dmagent_loader import AgentWeightedSampler, ReadingConfig
+
+reading = ReadingConfig(progress=False, cache_dir=sys.argv[2], block_cache_dir=sys.argv[3])
+sampler = AgentWeightedSampler({"source/a": sys.argv[1]}, samples_per_reweight=100, reading=reading)
+threading.Thread(target=next, args=(iter(sampler),), daemon=True).start()
+sys.stdin.readline()
+"""
+
+
+class StallingForBytes(_FileHandler):
+    """Answers what a start needs where indexes lie in the store, and no more."""
+
+    def answer(self, *, body: bool) -> None:
+        if body and self.path.endswith(".tar"):
+            self.server.count("stalled", requests=1)
+            time.sleep(PATIENCE_SECONDS)
+            self.close_connection = True
+        else:
+            super().answer(body=body)
+
+
+def test_a_process_that_ends_while_blocks_are_fetched_says_nothing(tmp_path: Path) -> None:
+    """fsspec closes its sessions under the requests, whose repeats would be warned of."""
+    writer = TarWriter(tmp_path / "a.tar")
+    for row in range(4):
+        writer.add(f"{row}", {"txt": b"text"})
+    writer.close()
+    assert main(["index", str(tmp_path / "a.tar"), "--beside", "--no-progress"]) == 0
+    server = FarServer(tmp_path, latency=0.0)
+    server.RequestHandlerClass = StallingForBytes
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    command = [
+        sys.executable,
+        "-c",
+        LEAVES_EARLY,
+        server.url("a.tar"),
+        str(tmp_path / "cache"),
+        str(tmp_path / "blocks"),
+    ]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while "stalled" not in server.counts()["requests"]:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        with at_once():
+            _, errors = process.communicate("\n", timeout=PATIENCE_SECONDS)
+    server.shutdown()
+    server.server_close()
+    assert (process.returncode, errors) == (0, "")

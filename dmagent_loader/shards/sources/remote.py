@@ -7,6 +7,7 @@ ranges or still refuses access is an error at once. All errors name the shard.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
@@ -51,6 +52,10 @@ LONGEST_PAUSE_SECONDS = 30.0
 SIGNED_URLS_VARIABLE = "DMAGENT_SIGNED_URLS"
 """Names a file with URLs of shards, one a line. They replace those whose signatures have expired, in a running job."""
 _MAX_SIGNED_URLS_BYTES = 1 << 30
+_exit = threading.Event()
+"""Set when the process ends: fsspec closes its sessions then, while threads may still fetch blocks."""
+atexit.register(_exit.set)
+
 logger = logging.getLogger(__name__)
 _jitter = random.SystemRandom()
 _T = TypeVar("_T")
@@ -307,6 +312,8 @@ def with_retries(url: str, limit: float, action: Callable[[], _T], doing: str = 
         except (ShardError, ConfigurationError, SinkError, Stopped):
             raise
         except Exception as error:  # each protocol has its own exceptions, few of them OSErrors
+            if _exit.is_set():
+                raise
             kind = kind_of_fault(error)
             if isinstance(error, _IgnoresRanges):
                 raise ShardError(
