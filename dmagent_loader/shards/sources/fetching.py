@@ -132,8 +132,6 @@ class BlockFetcher:
 
     def reset_after_fork(self) -> None:
         """Forgets the blocks of the parent in a forked child."""
-        if self._cache is not None:
-            self._cache.close_after_fork()
         self._cache = None
         self._start()
 

@@ -27,8 +27,10 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dmagent_loader._files import open_exclusively
+from dmagent_loader.shards import forks
 
 MOST_BYTES = 64 << 30
 """Default limit on all blocks of a folder, unless half of the free space is less."""
@@ -156,6 +158,8 @@ class NodeCache:
         self._lock = threading.Lock()
         self._descriptors: set[int] = set()
         """Locked files; a forked child closes its copies, which would keep the locks of a dead parent."""
+        self._closer: weakref.finalize[..., Any] | None = None
+        forks.register(self)  # another thread may fork before the rest is done
         self._needed: Counter[str] = Counter()
         self._lines, self._is_cut = 0, False
         """Lines in the file of needs, and whether one is missing that a full disk did not take."""
@@ -238,9 +242,10 @@ class NodeCache:
                 os.utime(self.path(name))
             self._note(f"-{name}\n")
 
-    def close_after_fork(self) -> None:
+    def reset_after_fork(self) -> None:
         """Closes what a forked child has taken over."""
-        self._closer.detach()
+        if self._closer is not None:
+            self._closer.detach()
         for descriptor in self._descriptors:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
@@ -264,6 +269,7 @@ class NodeCache:
         """Makes another file of needs, after someone has removed the first."""
         removed, closer, unlinker = self._needs[0], self._closer, self._unlinker
         self._begin_needs()
+        assert closer is not None
         closer.detach()
         unlinker.detach()
         self.close_descriptor(removed)

@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path
 
+import pytest
 from node_blocks import SIZE, fetch, name
 
 from dmagent_loader.shards.sources.node_cache import NodeCache
@@ -36,13 +37,38 @@ def test_a_forked_child_does_not_keep_the_locks_of_its_parent(tmp_path: Path) ->
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        cache.close_after_fork()
         os.write(writer, b"x")
         threading.Event().wait()
     os.read(reader, 1)
-    cache.close_after_fork()  # as the system does when the parent is killed
+    cache.reset_after_fork()  # as the system does when the parent is killed
     try:
         assert fetch(NodeCache(tmp_path, 10 * SIZE), 1)
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+
+
+def test_a_child_forked_while_the_folder_is_opened_keeps_no_lock_of_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when data workers start while a thread opens the folder. The needs of a dead parent would stay for ever."""
+    survey, held_by_child = NodeCache._survey, []
+
+    def survey_and_fork(self: NodeCache) -> object:
+        if not held_by_child:
+            reading, writing = os.pipe()
+            child = os.fork()
+            if child == 0:
+                links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+                held = [link for link in links if os.path.islink(link) and os.readlink(link).endswith(".needs")]
+                os.write(writing, str(len(held)).encode())
+                os._exit(0)
+            os.waitpid(child, 0)
+            held_by_child.append(os.read(reading, 10).decode())
+            os.close(reading)
+            os.close(writing)
+        return survey(self)
+
+    monkeypatch.setattr(NodeCache, "_survey", survey_and_fork)
+    NodeCache(tmp_path, 10 * SIZE)
+    assert held_by_child == ["0"]
