@@ -20,8 +20,9 @@ from fuzz.inputs import Choices, edit_seeds, edited, expect, folder, json_seeds
 from dmagent_loader.errors import DamagedShardError, DecodeError, ShardError, ShardLayoutError
 from dmagent_loader.shards import Decoder, RawSample, decode, load_manifest
 from dmagent_loader.shards.decode import decode_npy
-from dmagent_loader.shards.index.cache import IndexCache, parse_entry
+from dmagent_loader.shards.index.cache import IndexCache
 from dmagent_loader.shards.index.columns_file import checksum_of
+from dmagent_loader.shards.index.entry_file import parse_entry
 from dmagent_loader.shards.index.inventory import parse_inventory
 from dmagent_loader.shards.index.overview import KnownShard, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex, build_index

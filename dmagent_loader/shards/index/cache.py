@@ -1,6 +1,6 @@
 """Indexes on disk, so that every shard is read through only once.
 
-There is one file per shard (`dmagent_loader.shards.index.columns_file`), named by the hash of its path, or of its URL
+There is one file per shard (`dmagent_loader.shards.index.entry_file`), named by the hash of its path, or of its URL
 without signature. It is valid for one content: one size, and the modification times or etags of the copies that were
 read through, of which nodes with disks of their own may have several. The index of a replaced shard overwrites that of
 the earlier one, unless both have the same modification time: then the shard was damaged. A file that is damaged in any
@@ -22,42 +22,35 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from dmagent_loader._files import remove_leftovers, write_atomically
 from dmagent_loader.errors import DamagedShardError, ShardError
-from dmagent_loader.shards.index.columns_file import read_columns, read_metadata, write_columns
+from dmagent_loader.shards.index.columns_file import read_metadata
+from dmagent_loader.shards.index.entry_file import FORMAT, are_equal, entry_bytes, looks_as_indexed, parse_entry
 from dmagent_loader.shards.index.lock import exclusive
 from dmagent_loader.shards.index.overview import MOST_COPIES, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex, build_index
 from dmagent_loader.shards.index.sharing import GROUP_FILES
 from dmagent_loader.shards.index.verify import verified, with_content, without_new_rows
 from dmagent_loader.shards.manifest import ShardRecord
-from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import ShardVersion, open_source, shard_version
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path, protocol, without_signature
-from dmagent_loader.shards.tar import KeyEnd, ShardDamage, padded
+from dmagent_loader.shards.tar import KeyEnd
 
 CACHE_VARIABLE = "DMAGENT_CACHE_DIR"
-FORMAT = "5"
-"""Raised whenever the same shard would get another index."""
-_COLUMNS = ("offset", "size", "extension", "row_first", "row_crc", "keys", "key_end")
 _PATIENCE_SECONDS = 60.0
 _SLOWEST_BYTES_PER_SECOND = 10 << 20
 """Rate at which another process is expected to index a shard."""
-_SAMPLED_ROWS, _LARGEST_SAMPLED_BYTES = 8, 1 << 20
-"""Rows that are compared where a file may have been replaced by one of the same size."""
 _SAMPLED_PLACES, _BYTES_OF_A_PLACE = 16, 4096
 """Places of a file whose bytes stand for its content where its index is looked for."""
 _CHECKSUM_TAG = re.compile(r"(?:md5Hash|Content-MD5)=.+")
 _ETAG_OF_MD5 = re.compile(r"ETag=\"?[0-9a-f]{32}(?:-\d+)?\"?")
 _STORES_WITH_ETAGS_OF_MD5 = ("s3", "s3a")
 """Elsewhere, an etag of this form may be a hash of time and size, as Starlette makes it: the same for many files."""
-_MAX_PADDING_BYTES = 1 << 20
-"""Padding of a tar with the largest blocking factor in use."""
 
 logger = logging.getLogger(__name__)
 _NOWHERE = Path(os.devnull) / "dmagent_loader"
@@ -248,7 +241,7 @@ class IndexCache:
             copies = json.loads(read_metadata(data)["copies"])
         except Exception:  # of any kind: there are none
             return []
-        if before is None or not _are_equal(before, index):
+        if before is None or not are_equal(before, index):
             return []
         now = None if version is None else [version.tag, version.changed]
         return [copy for copy in copies if copy != now][:MOST_COPIES]
@@ -361,95 +354,8 @@ def build_and_cache(
         return verified(url, index, record), saved
 
 
-def entry_bytes(name: str, index: ShardIndex, copies: list[list[str]]) -> bytes:
-    """The file of an index; `parse_entry` reads it.
-
-    Args:
-        name: Name of the shard, for people who look into the file.
-        index: The index.
-        copies: Tag and change time of each copy of the shard that it is valid for.
-    """
-    metadata = {
-        "format": FORMAT,
-        "shard": ascii(name),
-        "size": str(index.file_size),
-        "copies": json.dumps(copies),
-        "extensions": json.dumps(index.extensions),
-        "hidden": str(index.hidden),
-        "checksum": index.checksum,
-        "sha256": index.sha256 or "",
-        "damage": json.dumps([asdict(damage) for damage in index.damage]),
-    }
-    return write_columns({name: getattr(index, name) for name in _COLUMNS}, metadata)
-
-
-def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardIndex | None:
-    """The index in a cache file; None if the file is for another version of the shard or has another format.
-
-    Args:
-        url: URL of the shard.
-        data: The whole file.
-        version: Version of the shard; None accepts any.
-
-    Raises:
-        Exception: Of any kind, if the file is damaged.
-    """
-    metadata = read_metadata(data)
-    if metadata["format"] != FORMAT:
-        return None
-    size, copies = int(metadata["size"]), json.loads(metadata["copies"])
-    if version is not None and (size != version.size or version.tag not in [tag for tag, _ in copies]):
-        return None
-    columns = read_columns(data, metadata)
-    index = ShardIndex(
-        file_size=size,
-        extensions=tuple(json.loads(metadata["extensions"])),
-        checksum=metadata["checksum"],
-        sha256=metadata["sha256"] or None,
-        hidden=int(metadata["hidden"]),
-        damage=tuple(ShardDamage(**{**damage, "shard": url}) for damage in json.loads(metadata["damage"])),
-        **{name: columns[name] for name in _COLUMNS},
-    )
-    index.check()
-    return index
-
-
-def looks_as_indexed(url: str, index: ShardIndex) -> bool:
-    """Whether only zeros follow the last row, and some rows of a local shard are those that were indexed.
-
-    Rows written over the padding change neither size nor checksums.
-    """
-    end = padded(index.end_of_members)
-    length = index.file_size - end
-    if length > _MAX_PADDING_BYTES:
-        return False
-    source = open_source(url)
-    if length > 0 and any(source.read(end, length)):
-        return False
-    if not is_local(url) or not index.num_rows:
-        return True
-    for row in np.unique(np.linspace(0, index.num_rows - 1, _SAMPLED_ROWS, dtype=np.int64)).tolist():
-        members = range(index.row_first.item(row), index.row_first.item(row + 1))
-        if sum(index.size.item(member) for member in members) > _LARGEST_SAMPLED_BYTES:
-            continue
-        crc = 0
-        for member in members:
-            crc = crc32(source.read(index.offset.item(member), index.size.item(member)), crc)
-        if crc != index.row_crc.item(row):
-            return False
-    return True
-
-
 def _is_of_content(url: str, tag: str) -> bool:
     """Whether the tag of a remote shard is made of its bytes; others tell apart the versions of one file only."""
     if _CHECKSUM_TAG.fullmatch(tag):
         return True
     return protocol(url) in _STORES_WITH_ETAGS_OF_MD5 and _ETAG_OF_MD5.fullmatch(tag) is not None
-
-
-def _are_equal(a: ShardIndex, b: ShardIndex) -> bool:
-    """Whether two indexes are of files with the same rows at the same places."""
-    facts = ("file_size", "extensions", "checksum", "sha256", "damage", "hidden")
-    return all(getattr(a, name) == getattr(b, name) for name in facts) and all(
-        np.array_equal(getattr(a, name), getattr(b, name)) for name in _COLUMNS
-    )

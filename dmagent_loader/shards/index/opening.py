@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from dmagent_loader.shards.index.cache import IndexCache, build_and_cache, looks_as_indexed
+from dmagent_loader.shards.index.cache import IndexCache, build_and_cache
 from dmagent_loader.shards.index.catalogue import Catalogue, Facts
+from dmagent_loader.shards.index.entry_file import looks_as_indexed
 from dmagent_loader.shards.index.overview import KnownShard, KnownShards, Overview
 from dmagent_loader.shards.index.peers import Alone, Peers
 from dmagent_loader.shards.index.sharing import cache_groups, digest_of, lacking_on_ranks, owners, slices

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
-from dmagent_loader.shards.index.cache import FORMAT, entry_bytes, parse_entry
+from dmagent_loader.shards.index.entry_file import FORMAT, entry_bytes, parse_entry
 from dmagent_loader.shards.index.inventory import inventory_text, parse_inventory
 from dmagent_loader.shards.index.overview import KnownShard
 from dmagent_loader.shards.index.shard_index import ShardIndex, with_checksum

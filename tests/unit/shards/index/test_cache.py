@@ -17,7 +17,7 @@ import pytest
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardNotFoundError
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.index import cache, catalogue
+from dmagent_loader.shards.index import cache, catalogue, entry_file
 from dmagent_loader.shards.index.cache import IndexCache
 from dmagent_loader.shards.index.shard_index import build_index
 from dmagent_loader.shards.index.sharing import cache_groups
@@ -448,7 +448,7 @@ def test_the_format_is_raised_when_shards_are_indexed_otherwise(write_tar: Calla
             index = build_index("shard.tar", open_source(str(path)), len(content), with_sha256=True)
             facts = (index.checksum, index.offset.tolist(), index.damage, index.hidden, index.sha256)
             digest.update(repr(facts).encode())
-    assert (cache.FORMAT, digest.hexdigest()) == PINNED
+    assert (entry_file.FORMAT, digest.hexdigest()) == PINNED
 
 
 def test_links_to_one_file_are_noticed_wherever_the_link_is(many: list[Path], tmp_path: Path) -> None:
