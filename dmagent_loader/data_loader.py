@@ -17,14 +17,8 @@ from dmagent_loader._loading.slots import Empty, Slots
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.sampler import AgentWeightedSampler
-from dmagent_loader.transforms import (
-    PACKED_MEMBER,
-    OfRows,
-    PackedBatch,
-    of_packed_rows,
-    packed_batch,
-    packed_tokens,
-)
+from dmagent_loader.transforms import PACKED_MEMBER, packed_tokens
+from dmagent_loader.transforms.packed import OfRows, PackedBatch, of_packed_rows, packed_batch
 
 __all__ = ["MixingDataLoader"]
 

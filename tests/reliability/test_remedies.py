@@ -409,7 +409,7 @@ USES = {
     "shards/index/catalogue.py": 2,
     "shards/packed/rows.py": 2,
     "shards/sources/remote.py": 1,
-    "transforms.py": 2,
+    "transforms/packed.py": 2,
 }
 """Messages that end in `HOW_TO_RESUME`, by file. Each has its case above."""
 
