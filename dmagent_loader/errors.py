@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-HOW_TO_RESUME = "after a change of its data, a run resumes with load_state_dict(state, data='changed')"
+HOW_TO_RESUME = "a run whose data have changed resumes with load_state_dict(state, data='changed')"
 """End of messages whose remedy changes shards, domains or their settings: an exact resumption would refuse them."""
 
 

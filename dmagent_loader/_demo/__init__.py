@@ -1,1 +1,1 @@
-"""The demo: real text that is on every machine, one small model, and three ways to continue its training."""
+"""The demo: real text that is on every machine, one small model, and four ways to continue its training."""

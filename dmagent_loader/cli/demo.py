@@ -15,11 +15,11 @@ def add_demo_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     """Adds ``demo``."""
     parser = subparsers.add_parser(
         "demo",
-        help="watch the agent re-weight domains while a small model trains: a few minutes on two CPU cores",
+        help="compare four mixes on real text while a small model trains: a few minutes on two CPU cores",
         description=(
             "Trains a small language model on the documentation of this Python installation, then continues in four "
-            "ways with the same token budget: on source code only, half and half, and in the mix that the agent "
-            "chooses. Writes a table, a chart and an HTML page. Downloads nothing."
+            "ways with the same token budget: on source code only, half and half, and with mixes chosen by the agent "
+            "and by the policy 'influence'. Writes a table, a chart and an HTML page. Downloads nothing."
         ),
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results (%(default)s)")

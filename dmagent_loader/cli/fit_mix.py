@@ -45,7 +45,7 @@ def add_fit_mix_command(subparsers: argparse._SubParsersAction[argparse.Argument
     parser.add_argument(
         "table", nargs="+", type=Path, metavar="TABLE", help=f"{files}column 'index'. Lower losses are better"
     )
-    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="(default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="method to fit (default: %(default)s)")
     parser.add_argument(
         "--regressor", choices=REGRESSORS, help=f"with regmix (default: {REGRESSORS[0]}, which needs 50 runs)"
     )
@@ -74,7 +74,7 @@ def add_fit_mix_command(subparsers: argparse._SubParsersAction[argparse.Argument
     )
     parser.add_argument("--run-tokens", type=int, metavar="N", help="tokens that a proxy was trained on, for its cost")
     parser.add_argument("--parameters", type=int, metavar="N", help="parameters of a proxy, for its cost")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the fit (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="file for the mix")
     parser.set_defaults(run=fit_mix)
 

@@ -45,10 +45,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds how a model's texts are sampled."""
     defaults = GenerationConfig()
     parser.add_argument(
-        "--temperature", type=float, default=defaults.temperature, help="of the model's texts (default: %(default)s)"
+        "--temperature", type=float, default=defaults.temperature, help="sampling temperature (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=defaults.max_tokens, metavar="N", help="per text (default: %(default)s)"
+        "--max-tokens",
+        type=int,
+        default=defaults.max_tokens,
+        metavar="N",
+        help="largest number of tokens of a text (default: %(default)s)",
     )
 
 

@@ -38,7 +38,7 @@ def add_inspect_command(subparsers: argparse._SubParsersAction[argparse.Argument
         "inspect",
         help="show an agent checkpoint, or what is in shards: topics, lengths, repeats",
         description=(
-            "Of an agent checkpoint: size, config, statistics, digest, card. Of shards: a page with a treemap of "
+            "Prints size, config, statistics, digest and card of an agent. Writes a page about shards: a treemap of "
             "topics, also as a PNG, and a table of the domains: rows, lengths, repeats, topics, and on request "
             "quality and sources."
         ),

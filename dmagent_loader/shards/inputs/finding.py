@@ -67,8 +67,14 @@ def find_inputs(
             continue
         is_named, names = _remote_names(path, options) if not is_local(path) else _local_names(local_path(path))
         if not names:
+            is_folder = is_local(path) and os.path.isdir(local_path(path))
             raise ShardNotFoundError(
-                f"domain {domain!r}: no file at {display_url(path)!r}, seen from {os.getcwd()!r}; check the path"
+                f"domain {domain!r}: "
+                + (
+                    f"the folder {display_url(path)!r} holds no files: check the path; what is read: {READ}"
+                    if is_folder
+                    else f"no file at {display_url(path)!r}, seen from {os.getcwd()!r}; check the path"
+                )
             )
         found.extend(_chosen(domain, path, names, is_named, options))
     return _without_partners(domain, found)

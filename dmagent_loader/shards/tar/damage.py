@@ -54,7 +54,11 @@ class ShardDamage:
             lost = f"{self.rows_lost} rows lost, by the manifest above it"
         if self.at_least and not self.rows_lost:
             lost = "an unknown number of rows lost"
-        is_other = "; is it a tar at all?" if self.offset == 0 and not self.rows_kept else ""
+        is_other = (
+            "; is it a tar at all? `dmagent shard` writes tar shards from other files"
+            if self.offset == 0 and not self.rows_kept
+            else ""
+        )
         return (
             f"shard {display_url(self.shard)} is damaged at byte {self.offset}: {self.kind} ({self.bytes_lost} bytes "
             f"unusable, {lost}; {self.rows_before} rows readable before it, {self.rows_kept} in all){is_other}"

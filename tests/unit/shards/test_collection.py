@@ -224,3 +224,10 @@ def test_copies_of_a_shard_are_named_under_whatever_name_and_domain(
     (said,) = [record.getMessage() for record in caplog.records if "the same rows" in record.getMessage()]
     assert said.startswith("1 shard(s)")
     assert f"{copy} of 'target/math' and {first} of 'source/web'" in said
+
+
+def test_json_lines_given_as_a_shard_are_sent_to_the_command_that_writes_shards(tmp_path: Path) -> None:
+    path = tmp_path / "web.jsonl"
+    path.write_text('{"text": "a"}\n' * 100)
+    with pytest.raises(DamagedShardError, match=r"web\.jsonl is damaged at byte 0.*`dmagent shard` writes tar shards"):
+        ShardCollection.open({"source/web": [str(path)]}, progress=False)

@@ -106,10 +106,15 @@ def test_an_input_that_is_listed_twice_is_read_once(tmp_path: Path) -> None:
 
 
 def test_paths_without_files_are_named(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for path in ("nothing.jsonl", "*.jsonl", "empty"):
+    for path in ("nothing.jsonl", "*.jsonl"):
         with pytest.raises(ShardNotFoundError, match="no file at"):
             find_inputs("source/a", [tmp_path / path])
+
+
+def test_an_empty_folder_is_not_called_missing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ShardNotFoundError, match=r"the folder '.*empty' holds no files: .*what is read: JSON lines"):
+        find_inputs("source/a", [tmp_path / "empty"])
 
 
 def test_the_ending_decides_whatever_the_case_and_the_compression() -> None:
