@@ -1,4 +1,4 @@
-"""Collects the calibration record of `dmagent-plus` from the table of docs/influence.md and its probes.
+"""Collects the calibration record of `dmagent-plus` from the table of docs/influence-results.md and its probes.
 
     python -m benchmarks.influence.calibration --work build/influence --output training_record/plus
 

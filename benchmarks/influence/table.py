@@ -1,4 +1,4 @@
-"""Policies on many question sets: the table of docs/influence.md. It can be stopped and called again.
+"""Policies on many question sets: the table of docs/influence-results.md. It can be stopped and called again.
 
     python -m benchmarks.influence.table --data DATA --work build/influence --output benchmarks/results/influence.jsonl
 

@@ -75,7 +75,7 @@ topic. On all {held_out:,} held-out documents, without "unsure".
 
 - Accuracy was measured on English forum posts, news and articles like those in the training data. Other kinds of text
   were not measured, except mathematics and source code above. Question sets have no topic labels, so its predictions on
-  them were only judged by their effect on training (docs/influence.md).
+  them were only judged by their effect on training (docs/influence-results.md).
 - Of the mathematics and source code that it is sure of, most becomes `Science`, `Internet_and_Telecom` or
   `Computers_and_Electronics`; word problems for schools become what they are about, such as `Shopping`.
 

@@ -27,7 +27,7 @@ ROWS = 32
 """Rows of each domain in a measurement of influence, at least."""
 ALL_ROWS = 52 * ROWS
 """Rows of all domains, at least: few domains share them, because the scores of large, mixed domains differ little from
-each other, and noise must be smaller to tell them apart (docs/influence.md)."""
+each other, and noise must be smaller to tell them apart (docs/influence-results.md)."""
 PROBES_PER_DECISION = 64
 """Numbers of probes that are reserved for the repeated measurements of a decision."""
 MOST_COST = 0.01

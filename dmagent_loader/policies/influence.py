@@ -127,8 +127,8 @@ class InfluencePolicy:
         """The policy of the name ``"influence"``.
 
         It starts from the topics of the questions if the topics of all domains are known, which was better in every
-        environment measured (docs/influence.md). Otherwise it starts from the natural shares. If the fields of the
-        domains are source and target, topics are also the fallback when influence cannot be measured.
+        environment measured (docs/influence-results.md). Otherwise it starts from the natural shares. If the fields of
+        the domains are source and target, topics are also the fallback when influence cannot be measured.
 
         Args:
             space: Domains of the run.
