@@ -94,7 +94,7 @@ class Domain:
                 raise DomainError(
                     f"the composition of domain {self.name!r} names unknown topics {unknown}"
                     + (f" (is {meant} meant?)" if meant else "")
-                    + "; topics are listed in dmagent_loader.mixture.domains.CANONICAL_TOPICS"
+                    + "; topics are listed in dmagent_loader.mixture.CANONICAL_TOPICS"
                 )
             try:
                 values = numbers(list(self.composition.values()))
@@ -199,8 +199,10 @@ class DomainSpace:
             prefix = name.split("/", 1)[0]
             domain_field = fields.get(name, prefix if prefix in FIELDS else None)
             if domain_field is None:
+                similar = get_close_matches(prefix, FIELDS, n=1)
+                meant = f" (is '{similar[0]}{name[len(prefix) :]}' meant?)" if "/" in name and similar else ""
                 raise DomainError(
-                    f"domain {name!r} belongs to no field, so it could be source or target data: name it "
+                    f"domain {name!r} belongs to no field, so it could be source or target data{meant}: name it "
                     f"'source/{name}' or 'target/{name}', or pass fields={{{name!r}: 'source'}}"
                 )
             domains.append(Domain(name=name, field=domain_field, composition=compositions.get(name)))

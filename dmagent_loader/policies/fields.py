@@ -15,7 +15,7 @@ from dmagent_loader.mixture.simplex import FloatArray
 
 logger = logging.getLogger(__name__)
 
-_TOPICS = "dmagent_loader.mixture.domains.CANONICAL_TOPICS"
+_TOPICS = "dmagent_loader.mixture.CANONICAL_TOPICS"
 _SHOWN_TOPICS = 4
 _STARVED, _NOTICED = 20.0, 0.02
 """A domain with this part of its field's rows is starved if its weight is so many times smaller."""

@@ -42,7 +42,7 @@ def test_a_given_field_wins_over_the_name() -> None:
     ("names", "settings", "message"),
     [
         (["web"], {}, r"'web' belongs to no field.*'source/web' or 'target/web'"),
-        (["sources/web"], {}, "belongs to no field"),
+        (["sources/web"], {}, r"belongs to no field.*is 'source/web' meant\?"),
         (["source/a", "source/a"], {}, "listed twice"),
         ([], {}, "at least one domain"),
         (["source/a"], {"fields": {"b": "target"}}, r"fields names \['b'\]"),
