@@ -28,7 +28,9 @@ __all__ = ["build_parser", "main"]
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="dmagent", description="Data mixing for continual pre-training: shards, plans, agents."
+        prog="dmagent",
+        description="Data mixing for continual pre-training: shards, plans, agents.",
+        epilog="`dmagent COMMAND --help` describes a command. `dmagent demo` shows a whole run in a few minutes.",
     )
     parser.add_argument("--version", action="version", version=f"dmagent-loader {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
