@@ -91,7 +91,7 @@ def read(collection: ShardCollection, results: Any) -> None:
         for shard, row in rows[run].tolist():
             digest.update(collection.read(0, shard, row).members["txt"])
     ahead.close()
-    results.put((digest.hexdigest(), collection.fetcher._can_store))
+    results.put((digest.hexdigest(), collection.fetcher.can_store))
     results.close()
     results.join_thread()
     os._exit(0)

@@ -28,7 +28,7 @@ from dmagent_loader import AgentWeightedSampler, MixingDataLoader, PackText, Rea
 from dmagent_loader._loading import stream
 from dmagent_loader.errors import DamagedShardError, ShardError
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.sources import blocks, fetching
+from dmagent_loader.shards.sources import block_store, blocks, fetching
 from dmagent_loader.shards.writing.tar_writer import TarWriter
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import collate_packed
@@ -83,7 +83,7 @@ def server(folder: Path) -> Iterator[FarServer]:
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
-    fetching._reported.clear()
+    block_store._reported.clear()
 
 
 def remote(server: FarServer) -> dict[str, str]:
@@ -181,7 +181,9 @@ def test_blocks_of_domains_without_weight_are_released_and_others_kept(
         """Reads samples, then changes the mix; returns the domain of each block in use."""
         for _ in range(count):
             assert next(iterator)["txt"] == next(local_iterator)["txt"]
-        while any(entry.state is not fetching._State.ON_DISK for entry in list(fetcher._entries.values())):
+        while not all(
+            entry.stored.is_needed and entry.state is fetching._State.HERE for entry in [*fetcher._entries.values()]
+        ):
             time.sleep(0.01)  # what is not being fetched yet is planned anew
         sampler.set_mix(mix)
         expected.set_mix(mix)
@@ -293,8 +295,8 @@ def test_rows_that_were_read_ahead_are_not_read_again_with_their_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks find room after their rows were requested one by one. What nobody takes would stay in memory."""
-    monkeypatch.setattr(fetching, "_MEMORY_BYTES", 0)
-    monkeypatch.setattr(fetching, "_TRY_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(block_store, "_MEMORY_BYTES", 0)
+    monkeypatch.setattr(block_store, "_TRY_AGAIN_SECONDS", 0.01)
     monkeypatch.setattr(stream, "_RUN_AHEAD", 60)
     monkeypatch.setattr(stream, "_FIRST_RUN", 60)
     near = write_toy_shards(tmp_path / "far", {"source/a": 400, "target/b": 200}, tokens=200)
@@ -310,7 +312,7 @@ def test_rows_that_were_read_ahead_are_not_read_again_with_their_batch(
         reader = sampler._feed.cursor.stream
         while reader._readahead is None or not reader._readahead._pending:
             next(batches)
-        monkeypatch.setattr(fetching, "_MEMORY_BYTES", 1 << 30)
+        monkeypatch.setattr(block_store, "_MEMORY_BYTES", 1 << 30)
         while not all(map(sampler.collection.fetcher.comes, reader._blocks._last_use)):
             time.sleep(0.01)
         for _ in range(40):
@@ -340,8 +342,8 @@ def test_rows_are_the_same_under_any_limits_and_mixes(
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("limits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fetching, "_MEMORY_BYTES", memory)
-        patch.setattr(fetching, "_TRY_AGAIN_SECONDS", 0.05)
+        patch.setattr(block_store, "_MEMORY_BYTES", memory)
+        patch.setattr(block_store, "_TRY_AGAIN_SECONDS", 0.05)
         patch.setattr(stream, "_RUN_AHEAD", 64)
         patch.setattr(stream, "_FIRST_RUN", 64)
         patch.setattr(stream, "_LEAST_AHEAD", 128)
@@ -415,7 +417,7 @@ def test_blocks_stay_in_memory_where_there_is_no_folder(
 def read_on_a_full_disk(shards: dict[str, str], tmp_path: Path, results: multiprocessing.Queue[Any]) -> None:
     sampler = build(shards, tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK_BYTES // 2, BLOCK_BYTES // 2))
-    results.put((digests(sampler, TOTAL), sorted(fetching._reported)))
+    results.put((digests(sampler, TOTAL), sorted(block_store._reported)))
 
 
 def test_a_full_disk_costs_no_row(server: FarServer, folder: Path, tmp_path: Path) -> None:
@@ -447,7 +449,7 @@ def test_blocks_that_vanish_are_fetched_again(server: FarServer, folder: Path, t
     found = digests(sampler, 50)
     for path in (tmp_path / "blocks").glob("*.block"):
         path.unlink()
-    sampler.collection.fetcher._files.clear()
+    sampler.collection.fetcher._store._files.clear()
     assert found + digests(sampler, TOTAL - 50) == expected
 
 
@@ -536,13 +538,13 @@ def test_a_dropped_iterator_waits_for_no_lock(
     fetcher = sampler.collection.fetcher
     sampler.seek(0)
     collector = threading.Thread(target=iterators.clear, daemon=True)
-    with fetcher._changed, fetcher._files._lock, fetcher._cache._lock:
+    with fetcher._changed, fetcher._store._files._lock, fetcher._store._cache._lock:
         collector.start()
         collector.join(10)
         assert not iterators
         assert not collector.is_alive(), "it waits for a lock"
     deadline = time.monotonic() + 10
-    while fetcher._cache._needed and time.monotonic() < deadline:
+    while fetcher._store._cache._needed and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not fetcher._cache._needed
+    assert not fetcher._store._cache._needed
     assert not fetcher._entries

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from node_blocks import SIZE, name
 
-from dmagent_loader.shards.sources import fetching
+from dmagent_loader.shards.sources import block_store, fetching
 from dmagent_loader.shards.sources.blocks import Block
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.sources.local import Source
@@ -24,7 +24,7 @@ from dmagent_loader.shards.sources.remote import RemoteSource
 @pytest.fixture
 def fetcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlockFetcher:
     """Fetches the only block of a shard, which is a local file."""
-    monkeypatch.setattr(fetching, "_reported", set())
+    monkeypatch.setattr(block_store, "_reported", set())
     (tmp_path / "shard").write_bytes(b"x" * SIZE)
     block = Block(name(1), 0, SIZE, 1)
     return BlockFetcher(
@@ -36,13 +36,21 @@ def fetcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlockFetcher:
     )
 
 
+def is_on_disk(fetcher: BlockFetcher, key: int) -> bool:
+    """Whether a block that is here is in the folder; otherwise it is in memory."""
+    entry = fetcher._entries[key]
+    assert entry.state is fetching._State.HERE
+    assert entry.stored.is_needed == (entry.stored.data is None)
+    return entry.stored.data is None
+
+
 def test_a_block_that_cannot_be_opened_is_not_fetched_without_end(
     fetcher: BlockFetcher, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its rows come from the shard. The limit on open files stands in for another user's file."""
     fetcher.want(0, 0)
     assert fetcher.get(0) is not None
-    fetcher._files.clear()
+    fetcher._store._files.clear()
     found: list[Source | None] = []
     reader = threading.Thread(target=lambda: found.append(fetcher.get(0)), daemon=True)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -87,7 +95,7 @@ def test_a_reader_does_not_wait_for_a_block_that_was_released(fetcher: BlockFetc
 def test_a_moment_without_descriptors_does_not_cost_the_folder(
     fetcher: BlockFetcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_open: bool
 ) -> None:
-    monkeypatch.setattr(fetching, "_TRY_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(block_store, "_TRY_AGAIN_SECONDS", 0.05)
     fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
     if is_open:
         fetcher.want(0, 0)
@@ -102,17 +110,17 @@ def test_a_moment_without_descriptors_does_not_cost_the_folder(
     monkeypatch.setattr(os, "open", refused)
     fetcher.want(1, 0)
     assert fetcher.get(1) is not None
-    assert fetcher._entries[1].state is fetching._State.IN_MEMORY
+    assert not is_on_disk(fetcher, 1)
     assert "for the moment" in caplog.text
     is_refused = False
-    fetcher._disk_full_until = 0.0
+    fetcher._store._disk_full_until = 0.0
     fetcher.want(2, 0)
     assert fetcher.get(2) is not None
-    assert fetcher._entries[2].state is fetching._State.ON_DISK
+    assert is_on_disk(fetcher, 2)
     for key in (1, 2):
         fetcher.release(key)
-    assert fetcher._cache is not None
-    assert fetcher._cache._needed.keys() == ({name(0)} if is_open else set())
+    assert fetcher._store._cache is not None
+    assert fetcher._store._cache._needed.keys() == ({name(0)} if is_open else set())
 
 
 @pytest.mark.parametrize("num_threads", [0, 1])
@@ -168,7 +176,7 @@ def test_a_block_whose_file_is_removed_halfway_is_fetched_again(
     fetcher._source_of = once
     fetcher.want(0, 0)
     assert fetcher.get(0) is not None
-    assert fetcher._entries[0].state is fetching._State.ON_DISK
+    assert is_on_disk(fetcher, 0)
     fetcher.release(0)
 
 
@@ -178,16 +186,16 @@ def test_a_reader_does_not_wait_for_a_block_whose_bytes_were_wrong(
     """One reader finds its file gone and waits for the next one; another one has read wrong bytes from the first."""
     fetcher.want(0, 0)
     assert fetcher.get(0) is not None
-    assert fetcher._cache is not None
-    may_fetch, obtain, waits = threading.Event(), fetcher._obtain, fetcher.waits
+    assert fetcher._store._cache is not None
+    may_fetch, obtain, waits = threading.Event(), fetcher._store.obtain, fetcher.waits
 
-    def when_allowed(entry: Any) -> Any:
+    def when_allowed(*arguments: Any) -> Any:
         may_fetch.wait(60)
-        return obtain(entry)
+        return obtain(*arguments)
 
-    monkeypatch.setattr(fetcher, "_obtain", when_allowed)
-    fetcher._cache.remove(name(1))
-    fetcher._files.clear()
+    monkeypatch.setattr(fetcher._store, "obtain", when_allowed)
+    fetcher._store._cache.remove(name(1))
+    fetcher._store._files.clear()
     found: list[Source | None] = []
     reader = threading.Thread(target=lambda: found.append(fetcher.get(0)), daemon=True)
     reader.start()
@@ -204,7 +212,7 @@ def test_looks_at_a_block_that_another_process_fetches_become_rare(
     fetcher: BlockFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """They take CPU time from the reader, who may need thousands of blocks of a slow process."""
-    monkeypatch.setattr(fetching, "_LOOK_AGAIN_SECONDS", 0.001)
+    monkeypatch.setattr(block_store, "_LOOK_AGAIN_SECONDS", 0.001)
     monkeypatch.setattr(fetching, "_MOST_RARELY_SECONDS", 0.008)
     pauses, has_looked, enqueue = [], threading.Event(), fetcher._enqueue
 
@@ -221,7 +229,7 @@ def test_looks_at_a_block_that_another_process_fetches_become_rare(
     assert claim is not None
     fetcher.want(0, 0)
     assert has_looked.wait(10)
-    cache = fetcher._cache
+    cache = fetcher._store._cache
     assert cache is not None
     assert pauses[:6] == [0.001, 0.002, 0.004, 0.008, 0.008, 0.008]
     assert cache._lines == 1, "each look wrote to the needs"
@@ -254,7 +262,7 @@ def test_a_block_that_finds_the_disk_full_halfway_stays_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The limit on the size of files stands in for the end of the disk: it is set after room was reserved."""
-    monkeypatch.setattr(fetching, "_reported", set())
+    monkeypatch.setattr(block_store, "_reported", set())
     content = bytes(range(256)) * (SIZE // 256)
     (tmp_path / "shard").write_bytes(content)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,0 +1,260 @@
+"""The place of blocks of remote shards: the folder of the node, or the memory of the process.
+
+A block goes to the folder (`node_cache`) if that can be used and has room, and otherwise to memory, up to a limit.
+`fetching` decides which block is obtained when, and what its rows do without it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+from dmagent_loader.errors import ShardError, ShardNotFoundError
+from dmagent_loader.shards.bounded_cache import BoundedCache
+from dmagent_loader.shards.sources.block_sources import BlockInMemory, BlockSource, open_block
+from dmagent_loader.shards.sources.blocks import Block
+from dmagent_loader.shards.sources.node_cache import BlockInUse, Claim, NodeCache, default_block_folder
+from dmagent_loader.shards.sources.remote import RemoteSource, SinkError
+
+_MEMORY_BYTES = 512 << 20
+"""Memory for blocks that have no room on disk."""
+_LOOK_AGAIN_SECONDS = 0.02
+"""Between two looks at a block that another process is fetching."""
+_TRY_AGAIN_SECONDS = 0.5
+"""Until a block that found no room is tried again."""
+
+logger = logging.getLogger(__name__)
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOENT}
+"""Errors of the folder that may be over soon; ``ENOENT``: someone has removed it."""
+_reported: set[str] = set()
+"""Warnings of folders that this process has given."""
+
+
+class Outcome(Enum):
+    """Outcome of an attempt to obtain a block."""
+
+    ON_DISK = "on disk"
+    IN_MEMORY = "in memory"
+    NOT_YET = "being fetched by another process, or removed by someone before it was complete"
+    NO_ROOM = "no room in either place"
+
+
+class StoredBlock:
+    """A block, and its place in this process.
+
+    Attributes:
+        block: The block.
+        data: The block, if it is in memory.
+        is_needed: Whether the folder has noted the need for it.
+        place: Path of the block, once the folder has noted the need for it, and its first byte in the shard.
+    """
+
+    __slots__ = ("block", "data", "is_needed", "place")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.data: BlockInMemory | None = None
+        self.is_needed = False
+        self.place = ("", block.start)
+
+
+class BlockStore:
+    """The blocks that one process keeps.
+
+    `obtain` is called without the lock, as it fetches; for each block, by one thread at a time. This thread alone sets
+    the place of a block. Only holders of the lock end it, so that no memory and no need is given back twice. Apart from
+    that, the lock guards the number of bytes in memory, and the opening of the folder. Whether the folder can be used,
+    and until when it is full, are hints: they are read and written without the lock.
+
+    Inside the lock, those of the folder and of the open blocks are taken; never the other way round.
+
+    Args:
+        folder: Folder of the node; None: `default_block_folder`.
+        limit: Largest number of bytes in the folder; None: see `NodeCache`; 0: blocks stay in memory.
+        max_open_files: Largest number of open blocks.
+        lock: The lock of the fetcher, whose callers hold it where a method says so.
+    """
+
+    def __init__(self, folder: Path | None, limit: int | None, *, max_open_files: int, lock: threading.RLock) -> None:
+        self._folder, self._limit, self._lock = folder, limit, lock
+        self._cache: NodeCache | None = None
+        self._files = BoundedCache(open_block, max_open_files)
+        self._memory_bytes = 0
+        self._disk_full_until = 0.0
+        """Until then no block looks for room on disk."""
+        self._can_store: bool | None = None
+
+    @property
+    def can_store(self) -> bool | None:
+        """Whether blocks go to the folder; None: it is not open yet."""
+        return self._can_store
+
+    def obtain(self, stored: StoredBlock, source_of: Callable[[], RemoteSource]) -> tuple[Outcome, float]:
+        """Finds a block in the folder, or fetches it.
+
+        Args:
+            stored: The block. Where this raises, or the outcome is `NO_ROOM`, the caller releases it.
+            source_of: Function that opens its shard.
+
+        Returns:
+            The outcome; seconds until another attempt, if there is to be one.
+
+        Raises:
+            ShardError: The block cannot be fetched.
+        """
+        block, cache, claim = stored.block, self._opened_cache(), None
+        if cache is not None:
+            if not stored.is_needed:
+                cache.need(block.name)
+                stored.place, stored.is_needed = (cache.path(block.name), block.start), True
+            if cache.holds(block.name, block.length):
+                return Outcome.ON_DISK, 0.0
+            if self._can_store and time.monotonic() >= self._disk_full_until:
+                try:
+                    claim = cache.claim(block.name, block.length)
+                except BlockInUse:
+                    if cache.holds(block.name, block.length):
+                        return Outcome.ON_DISK, 0.0
+                    return Outcome.NOT_YET, _LOOK_AGAIN_SECONDS
+                except OSError as error:
+                    self._cannot_store(cache.folder, error)
+                else:
+                    if claim is None:
+                        self._disk_full_until = time.monotonic() + _TRY_AGAIN_SECONDS
+        source = source_of()
+        if claim is not None:
+            assert cache is not None
+            outcome = self._write(claim, source, block, cache.folder)
+            if outcome is not None:
+                return outcome, 0.0 if outcome is Outcome.ON_DISK else _LOOK_AGAIN_SECONDS
+        if not self._reserve_memory(block):
+            return Outcome.NO_ROOM, _TRY_AGAIN_SECONDS
+        try:
+            data = source.read(block.start, block.length)
+        except BaseException:
+            self._free_memory(block)
+            raise
+        with self._lock:
+            self._leave_disk(stored)
+            stored.data = BlockInMemory(block.start, data)
+        return Outcome.IN_MEMORY, 0.0
+
+    def open(self, stored: StoredBlock) -> BlockSource | None:
+        """A block that is here, as a source for its part of the shard.
+
+        Returns:
+            None if the folder cannot be read, which is a warning.
+
+        Raises:
+            ShardNotFoundError: Someone has removed it, or it was released.
+        """
+        data = stored.data  # once: another thread may release the block
+        if data is not None:
+            return data
+        try:
+            return self._files.get(stored.place)
+        except ShardNotFoundError:
+            raise
+        except ShardError as error:  # such as a file of another user, which would be found again without end
+            _warn_once(
+                f"blocks of remote shards cannot be read from the folder {os.path.dirname(stored.place[0])}: their "
+                "rows are read one by one from the shards; set block_cache_dir of ReadingConfig to a folder to which "
+                "no other user writes, and keep some file descriptors free",
+                str(error),
+            )
+            return None
+
+    def release(self, stored: StoredBlock) -> None:
+        """Ends the need for a block, in either place; the caller holds the lock."""
+        self._leave_disk(stored)
+        if stored.data is not None:
+            stored.data = None
+            self._memory_bytes -= stored.block.length
+
+    def remove(self, stored: StoredBlock) -> None:
+        """Removes a block whose bytes are wrong from the folder, for all processes; it is still to be released."""
+        if stored.data is None and self._cache is not None:
+            self._cache.remove(stored.block.name)
+
+    def _leave_disk(self, stored: StoredBlock) -> None:
+        """Ends the need for a block in the folder, if there is one; the caller holds the lock."""
+        if stored.is_needed:
+            assert self._cache is not None
+            stored.is_needed = False
+            self._files.drop(stored.place)
+            self._cache.release(stored.block.name)
+
+    def _write(self, claim: Claim, source: RemoteSource, block: Block, folder: Path) -> Outcome | None:
+        """Fetches a block into the folder; None if the folder cannot take it."""
+        try:
+            source.copy(block.start, block.length, claim.write)
+        except SinkError as error:
+            claim.give_back()
+            self._cannot_store(folder, error.reason)
+            return None
+        except BaseException:
+            claim.give_back()
+            raise
+        try:
+            claim.complete()
+        except FileNotFoundError:  # someone has emptied the folder: it is fetched again
+            return Outcome.NOT_YET
+        except OSError as error:
+            self._cannot_store(folder, error)
+            return None
+        return Outcome.ON_DISK
+
+    def _reserve_memory(self, block: Block) -> bool:
+        with self._lock:
+            if self._memory_bytes and self._memory_bytes + block.length > _MEMORY_BYTES:
+                return False
+            self._memory_bytes += block.length
+            return True
+
+    def _free_memory(self, block: Block) -> None:
+        with self._lock:
+            self._memory_bytes -= block.length
+
+    def _opened_cache(self) -> NodeCache | None:
+        """The folder of the node; None if it cannot be used."""
+        with self._lock:
+            if self._can_store is None and self._limit != 0 and time.monotonic() >= self._disk_full_until:
+                folder = self._folder
+                try:
+                    folder = default_block_folder() if folder is None else folder
+                    self._cache = NodeCache(folder, self._limit)
+                    self._can_store = True
+                except OSError as error:
+                    self._cannot_store(folder, error)
+            return self._cache
+
+    def _cannot_store(self, folder: Path | None, error: OSError) -> None:
+        """Keeps further blocks in memory, for a while or for good, and says so once."""
+        name = "for temporary files" if folder is None else str(folder)
+        if error.errno in _PASSING:
+            self._disk_full_until = time.monotonic() + _TRY_AGAIN_SECONDS
+            _warn_once(
+                f"blocks of remote shards cannot be stored in the folder {name} for the moment: each process keeps its "
+                "own in memory until they can; leave some file descriptors and memory free, and the folder in place",
+                error.strerror or str(error),
+            )
+            return
+        self._can_store = False
+        _warn_once(
+            f"blocks of remote shards cannot be stored in the folder {name}: each process keeps its own in memory; set "
+            "block_cache_dir of ReadingConfig to a folder with free space on a local disk",
+            error.strerror or str(error),
+        )
+
+
+def _warn_once(text: str, reason: str) -> None:
+    """Warns of a folder, for the first of all reasons."""
+    if text not in _reported:
+        _reported.add(text)
+        logger.warning("%s (%s)", text, reason)
