@@ -16,7 +16,7 @@ from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.inputs.finding import domain_name
 from dmagent_loader.shards.inputs.kinds import READ, kind_of_name
 from dmagent_loader.shards.inputs.options import ReadOptions
-from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+from dmagent_loader.shards.manifest import MANIFEST_NAME, Manifest, load_manifest, names_manifest
 from dmagent_loader.shards.sources.remote import remote_names
 from dmagent_loader.shards.sources.urls import is_local, local_path
 from dmagent_loader.shards.tar import KeyEnd
@@ -336,7 +336,7 @@ def listed_shards(arguments: list[str]) -> tuple[dict[str, list[str]], list[Mani
     manifests: list[Manifest] = []
     for argument in arguments:
         name, separator, pattern = argument.partition("=")
-        if _is_manifest(argument):
+        if names_manifest(argument):
             manifests.append(load_manifest(argument))
             for domain, paths in manifests[-1].items():
                 shards.setdefault(domain, []).extend(paths)
@@ -345,15 +345,6 @@ def listed_shards(arguments: list[str]) -> tuple[dict[str, list[str]], list[Mani
         else:
             shards.setdefault("(shards)", []).append(argument)
     return shards, manifests
-
-
-def _is_manifest(argument: str) -> bool:
-    """Whether an argument is a manifest or its folder; of a store, what is neither a shard nor a pattern is one."""
-    if argument.endswith(".json"):
-        return True
-    if is_local(argument):
-        return os.path.isfile(os.path.join(local_path(argument), MANIFEST_NAME))
-    return not argument.endswith(".tar") and not any(character in argument for character in "=*?[{")
 
 
 def _domains_of_folder(folder: str, text_files: Sequence[str]) -> dict[str, list[str]]:

@@ -24,6 +24,7 @@ from dmagent_loader.shards import forks
 from dmagent_loader.shards.sources.local import open_source, shard_version
 from dmagent_loader.shards.sources.urls import (
     HTTP,
+    IPV6_HOST,
     display_url,
     is_local,
     local_path,
@@ -37,6 +38,8 @@ SCHEMA = 1
 MAX_MANIFEST_BYTES = 1 << 30
 
 _FOLDERS_ABOVE_SHARDS = 2
+_MAY_NAME_SHARDS = re.compile(r"[=*?\[{]")
+"""In the URL of a folder: the wildcards of patterns, and queries."""
 _PATTERN = re.compile(r"[{}*?\[\]\\\0]|::|^\s*(pipe:|\|)")
 
 logger = logging.getLogger(__name__)
@@ -254,6 +257,24 @@ def manifest_text(domains: Mapping[str, DomainRecord], kept: Mapping[str, Any]) 
     return json.dumps({"schema": SCHEMA, "domains": entries}, indent=1, ensure_ascii=False) + "\n"
 
 
+def names_manifest(path: str) -> bool | None:
+    """Whether a path or URL names a manifest or its folder, rather than a shard.
+
+    The query of a signed URL says nothing about that.
+
+    Returns:
+        None if nothing shows it: a local path that is neither, a wildcard, or a query that may name the file.
+    """
+    if is_local(path):
+        if path.endswith(".json") or os.path.isfile(os.path.join(local_path(path), MANIFEST_NAME)):
+            return True
+        return False if path.endswith(".tar") else None
+    for name in (path.partition("?")[0], path):
+        if name.endswith((".json", ".tar")):
+            return name.endswith(".json")
+    return None if _MAY_NAME_SHARDS.search(IPV6_HOST.sub("", without_signature(with_long_host(path)))) else True
+
+
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Loads the shards of each domain, in the form that a sampler or `ShardCollection.open` takes.
 
@@ -267,7 +288,7 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     """
     url = with_long_host(os.fspath(path))
     address, mark, query = (url, "", "") if is_local(url) else url.partition("?")
-    if url.endswith(".tar") or address.endswith(".tar"):
+    if names_manifest(url) is False:
         raise ConfigurationError(
             f"{display_url(url)} is a shard or a pattern of shards, not a manifest: give the manifest.json that "
             "`dmagent shard` wrote, or, in Python, map its domain to it, {'source/name': path}"

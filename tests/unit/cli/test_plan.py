@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -191,6 +192,19 @@ def test_a_manifest_may_lie_behind_a_url(manifest, tmp_path):
         reading=ReadingConfig(progress=False, cache_dir=cache),
     )
     assert sample_ids(remote, 12) == sample_ids(local, 12)
+
+
+@pytest.mark.parametrize("url", ["manifest.json?X-Amz-Signature=ab/cd%3D", "?sig=ab/cd"])
+def test_a_manifest_may_lie_behind_a_signature(manifest, tmp_path, capsys, url):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "shards"), "/signed-plan-test", recursive=True)
+    signed = f"memory://signed-plan-test/{url}"
+    memory.pipe(f"/signed-plan-test/manifest.json?{url.partition('?')[2]}", Path(manifest).read_bytes())
+    assert main(["index", signed, "--no-progress", "--cache-dir", str(tmp_path / "cache")]) == 0
+    listed = capsys.readouterr().out
+    assert "source" in listed
+    assert "(shards)" not in listed, "the manifest was taken for a shard"
+    assert main(["simulate", "--shards", signed, "--mix", "source=0.5,target=0.5"]) == 0
 
 
 @pytest.mark.parametrize(

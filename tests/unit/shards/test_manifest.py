@@ -13,7 +13,7 @@ from shard_fixtures import rows_of, write_manifest
 
 from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError
 from dmagent_loader.shards import Manifest, ShardCollection, load_manifest, shard_files
-from dmagent_loader.shards.manifest import Manifests, parse_manifest
+from dmagent_loader.shards.manifest import Manifests, names_manifest, parse_manifest
 
 
 def test_what_is_above_two_dots_depends_on_links(tmp_path: Path) -> None:
@@ -173,6 +173,26 @@ def test_a_manifest_may_lie_on_a_host_with_an_ipv6_address() -> None:
     host = "[0000:0000:0000:0000:0000:0000:0000:0001]:80"
     fsspec.filesystem("memory").pipe(f"/{host}/manifest.json", b'{"schema": 1, "domains": {}}')
     assert load_manifest("memory://[::1]:80").url == f"memory://{host}/manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://host/manifest.json?X-Amz-Signature=ab/cd", True),
+        ("simplecache::https://host/corpus.json?sig=a.tar", True),
+        ("https://host/corpus?X-Amz-Signature=ab", True),
+        ("http://[::1]:9000/corpus", True),
+        ("https://host/get?file=manifest.json", True),
+        ("https://host/a.tar?X-Amz-Signature=ab.json", False),
+        ("https://host/get?file=a.tar", False),
+        ("s3://bucket/a-{0..9}.tar", False),
+        ("https://host/get?shard=1", None),
+        ("s3://bucket/corpus/*", None),
+        ("source/a=https://host/a", None),
+    ],
+)
+def test_manifests_are_told_from_shards_by_their_urls(url: str, expected: bool | None) -> None:
+    assert names_manifest(url) is expected
 
 
 def test_a_signed_shard_is_no_manifest() -> None:
