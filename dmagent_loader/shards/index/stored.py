@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from dmagent_loader.errors import ConfigurationError, ShardError, ShardNotFoundError
 from dmagent_loader.shards.index.entry_file import FORMAT, entry_bytes, parse_entry
@@ -34,6 +33,7 @@ from dmagent_loader.shards.sources.urls import (
     display_url,
     is_local,
     local_path,
+    protocol,
     without_signature,
 )
 from dmagent_loader.shards.sources.writing import write_url
@@ -41,6 +41,8 @@ from dmagent_loader.shards.tar import KeyEnd
 
 _TABLE = "shards"
 TABLE_NAME = f"{_TABLE}{INDEX_SUFFIX}"
+_AZURE = ("az", "abfs", "abfss", "adl")
+"""Stores in whose URLs a container stands before the host, in place of a user and a password."""
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +88,11 @@ class StoredIndexes:
         folder = (absolute(url) if is_local(url) else without_signature(url)).rpartition("/")[0]
         if self._root is None:
             return folder
-        parts = urlsplit(folder)
-        path = local_path(folder) if is_local(folder) else f"{parts.netloc.rpartition('@')[2]}{parts.path}"
+        if is_local(folder):
+            path = local_path(folder)
+        else:  # not by urlsplit: keys of object stores may have any characters
+            host, slash, key = folder.partition("://")[2].partition("/")
+            path = f"{host if protocol(folder) in _AZURE else host.rpartition('@')[2]}{slash}{key}"
         return f"{self._root}/{path.strip('/')}"
 
     def read_table(self, folder: str) -> bytes | None:

@@ -42,7 +42,7 @@ from dmagent_loader.shards.sources.faults import (
     root_cause,
     status_of,
 )
-from dmagent_loader.shards.sources.urls import display_url, protocol, split_chain, without_signature
+from dmagent_loader.shards.sources.urls import display_url, protocol, split_chain, with_long_host, without_signature
 
 REMOTE_ATTEMPTS = 6
 REMOTE_BACKOFF_SECONDS = 0.25
@@ -201,7 +201,8 @@ def _newest_url(url: str) -> str | None:
 def _signed_urls(path: str, time_ns: int) -> dict[str, str]:
     """The URLs in a file that was written at some time, by their identities."""
     lines = read_regular(path, _MAX_SIGNED_URLS_BYTES).decode("utf-8").splitlines()
-    return {without_signature(line.strip()): line.strip() for line in lines}
+    urls = [with_long_host(line.strip()) for line in lines]  # as those of the shards are
+    return {without_signature(url): url for url in urls}
 
 
 def remote_info(url: str) -> dict[str, Any]:
@@ -256,7 +257,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         ShardError: The package for the protocol is not installed, or its settings cannot be used.
     """
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, **_settings(url))
+        filesystem, path = fsspec.core.url_to_fs(with_long_host(url), **_settings(url))
     except (ImportError, ValueError, TypeError) as error:
         name = protocol(url)
         if isinstance(error, ImportError) or "not known" in str(error):

@@ -1,12 +1,14 @@
-"""The bytes of one attempt to read a range."""
+"""The bytes of one attempt to read a range, and the URL that it goes to."""
 
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
-from dmagent_loader.shards.sources.remote import SinkError, _IgnoresRanges, _Sink
+from dmagent_loader.shards.sources.remote import SinkError, _IgnoresRanges, _newest_url, _Sink
+from dmagent_loader.shards.sources.urls import with_long_host
 
 
 def test_a_late_part_is_not_written() -> None:
@@ -40,3 +42,11 @@ def test_an_error_of_the_disk_is_none_of_the_network() -> None:
     with pytest.raises(SinkError) as error:
         _Sink(write, 5).take(b"abc")
     assert error.value.reason.errno == errno.ENOSPC
+
+
+def test_a_newer_url_may_have_an_ipv6_address_as_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """URLs of shards have it written out."""
+    (tmp_path / "urls").write_text("http://[::1]:9000/a.tar?X-Amz-Signature=new\n")
+    monkeypatch.setenv("DMAGENT_SIGNED_URLS", str(tmp_path / "urls"))
+    old, new = (with_long_host(f"http://[::1]:9000/a.tar?X-Amz-Signature={name}") for name in ("old", "new"))
+    assert _newest_url(old) == new

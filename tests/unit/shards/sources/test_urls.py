@@ -205,7 +205,7 @@ def test_the_host_of_a_url_may_be_an_ipv6_address() -> None:
     pattern = "http://[::1]:8000/a-{0..1}.tar::https://u:p@[2001:db8::2]/b.tar::http://[1:2:3:4:5:6:7:8]/c.tar"
     urls = [f"http://{one}:8000/a-0.tar", f"http://{one}:8000/a-1.tar", f"https://u:p@{two}/b.tar"]
     assert expand_shards("d", pattern) == [*urls, "http://[1:2:3:4:5:6:7:8]/c.tar"]
-    assert filesystem_of(urls[0])[1] == urls[0]
+    assert filesystem_of(urls[0])[1] == filesystem_of("http://[::1]:8000/a-0.tar")[1] == urls[0]
     assert expand_shards("d", "simplecache::http://[::1]/a.tar") == [f"simplecache::http://{one}/a.tar"]
     for pattern in ("http://[::1]/*.tar", "http://[::1]/[ab].tar"):
         with pytest.raises(ConfigurationError, match="has a wildcard"):
