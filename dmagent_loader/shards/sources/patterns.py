@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import braceexpand
@@ -51,16 +53,29 @@ def expand_domains(shards: Mapping[str, ShardPatterns]) -> Iterator[tuple[str, l
     Raises:
         ConfigurationError: Shards of two domains differ only in a part of their URLs that does not name a shard.
     """
+    listed = {domain: _patterns(patterns) for domain, patterns in shards.items()}
+    # A million shards are not remembered where no query could name one.
+    names_by_query = any(map(_has_parameters, itertools.chain.from_iterable(listed.values())))
     first_use: dict[str, tuple[str, list[str]]] = {}
-    for domain, patterns in shards.items():
+    for domain, patterns in listed.items():
         urls = expand_shards(domain, patterns)
-        for url in urls:
-            if "?" in url and not is_local(url) and (parameters := query_parameters(url)):
-                identity = without_signature(url)
-                other, others = first_use.setdefault(identity, (domain, parameters))
+        for url in urls if names_by_query else ():
+            if not is_local(url):
+                parameters = query_parameters(url)
+                other, others = first_use.setdefault(without_signature(url), (domain, parameters))
                 if parameters != others:
                     raise _differing_queries(f"domains {other!r} and {domain!r} list shards", url, parameters, others)
         yield domain, urls
+
+
+def _patterns(shards: ShardPatterns) -> list[Any]:
+    """The entries of a domain, of any type."""
+    return [shards] if isinstance(shards, (str, os.PathLike)) or not isinstance(shards, Iterable) else list(shards)
+
+
+def _has_parameters(pattern: object) -> bool:
+    """Whether the query of a pattern has parameters, other than those of signatures, that may name a shard."""
+    return isinstance(pattern, str) and "?" in pattern and any(map(query_parameters, _JOINT.split(pattern)))
 
 
 def expand_shards(domain: str, shards: ShardPatterns) -> list[str]:
@@ -86,9 +101,8 @@ def expand_shards(domain: str, shards: ShardPatterns) -> list[str]:
         >>> expand_shards("source/web", "s3://corpus/web-{00..02}.tar")
         ['s3://corpus/web-00.tar', 's3://corpus/web-01.tar', 's3://corpus/web-02.tar']
     """
-    patterns = [shards] if isinstance(shards, (str, os.PathLike)) or not isinstance(shards, Iterable) else list(shards)
     urls: list[str] = []
-    for pattern in patterns:
+    for pattern in _patterns(shards):
         path = os.fspath(pattern) if isinstance(pattern, os.PathLike) else pattern
         if not isinstance(path, str):
             raise ConfigurationError(

@@ -159,6 +159,18 @@ def test_shards_that_differ_only_in_the_query_of_a_tar_are_refused_in_one_domain
         ShardCollection.open({"source/a": PARTS[0], "target/b": PARTS[1]}, progress=False)
 
 
+@pytest.mark.parametrize("pattern", ["https://host/get.tar", "https://host/get.tar?X-Amz-Signature=f"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_shard_without_a_query_is_not_taken_for_one_with_a_query_in_another_domain(
+    pattern: str, is_first: bool
+) -> None:
+    """They would share indexes and blocks: catches a check of those with a query among themselves."""
+    domains = {"source/a": ["https://host/1.tar", pattern], "target/b": "https://host/{get,set}.tar?part=2"}
+    items = list(domains.items())
+    with pytest.raises(ConfigurationError, match=r"list shards whose URLs differ only in the query of .* \(part\)"):
+        list(expand_domains(dict(items if is_first else items[::-1])))
+
+
 def test_a_shard_in_two_domains_is_the_same_whatever_its_signature() -> None:
     """That is a matter for a warning: catches a refusal of all URLs with a common path."""
     shards = {
