@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import multiprocessing
+import pickle
 import re
 import tarfile
 import threading
@@ -16,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from thread_peers import ThreadPeers
 
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.cli import main
@@ -218,6 +221,51 @@ def test_a_remote_shard_that_changes_while_it_is_used_is_found(server: Server) -
     server.files["a.tar"] = tar_bytes(["new1", "new2"])
     with pytest.raises(DamagedShardError, match="changed since it was indexed"):
         collection.read(0, 0, 0)
+
+
+def test_blocks_of_an_earlier_content_are_not_taken_where_the_store_names_no_version(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The index of it is still in the cache, so by all checksums its blocks would be right."""
+    shards = {"source/a": server.url("a.tar")}
+    reading = ReadingConfig(progress=False, block_cache_dir=tmp_path / "blocks")
+
+    def texts() -> list[str]:
+        return sorted(sample["txt"] for sample in islice(AgentWeightedSampler(shards, reading=reading), 9))
+
+    server.etags["a.tar"], server.sends_times = "", False
+    old, new = ([f"{version} {row}" for row in range(9)] for version in ("old", "new"))
+    server.files["a.tar"] = tar_bytes(old)
+    assert texts() == old
+    server.files["a.tar"] = tar_bytes(new)
+    with pytest.raises(DamagedShardError, match="changed since it was indexed"):
+        texts()
+    warnings = [record.getMessage() for record in caplog.records if "neither an etag" in record.getMessage()]
+    assert len(warnings) == 2, "one at each start"
+    assert f"1 remote shard(s), of which the first is {shards['source/a']}" in warnings[0]
+
+
+def test_the_processes_of_a_run_share_blocks_where_the_store_names_no_version(server: Server) -> None:
+    server.etags["a.tar"], server.sends_times = "", False
+    server.files["a.tar"] = tar_bytes(TEXTS)
+    shards = {"source/a": server.url("a.tar")}
+
+    def run() -> set[str]:
+        """The names of the first block in two ranks, and in a data worker of one."""
+        values: list[Any] = [None] * 2
+        barrier = threading.Barrier(2)
+
+        def opened(rank: int) -> ShardCollection:
+            return ShardCollection.open(shards, progress=False, peers=ThreadPeers(rank, 2, values, barrier))
+
+        with ThreadPoolExecutor(2) as ranks:
+            collections = list(ranks.map(opened, range(2)))
+        collections.append(pickle.loads(pickle.dumps(collections[0])))
+        return {collection._tables.get(0).blocks[0].name for collection in collections}
+
+    one, other = run(), run()
+    assert len(one) == len(other) == 1
+    assert one != other
 
 
 def signed(server: Server, name: str, signature: str) -> str:

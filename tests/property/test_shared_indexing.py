@@ -16,27 +16,13 @@ from unittest import mock
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_peers import ThreadPeers
 
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.index import cache
 from dmagent_loader.shards.index.sharing import owners, slices
 
 SHARDS = 7
-
-
-class ThreadPeers:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, rank: int, size: int, values: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self.stop = rank, size, threading.Event()
-        self._values, self._barrier = values, barrier
-
-    def gather(self, value: Any) -> list[Any]:
-        self._values[self.rank] = value
-        self._barrier.wait(timeout=60)
-        found = list(self._values)
-        self._barrier.wait(timeout=60)
-        return found
 
 
 def write(folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import threading
 from array import array
 from bisect import bisect_right
@@ -103,6 +104,8 @@ class Catalogue:
         inventory: (S,) number of the inventory of each shard.
         remote: Numbers of the remote shards, in order.
         damage: Damage of each damaged shard, by its number.
+        tag_of_run: Number in place of a tag for remote shards whose versions are not known. All ranks of a run have the
+            same, and no two runs.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class Catalogue:
         self.inventories: dict[str, int] = {}
         self.inventory: NDArray[np.int32] = np.zeros(len(self), np.int32)
         self._tags: NDArray[np.uint32] = np.zeros(len(self), np.uint32)
+        self.tag_of_run = int.from_bytes(os.urandom(4), "big")
         self._checksums = bytearray(len(self) * hashlib.sha256().digest_size)
         self.damage: dict[int, tuple[ShardDamage, ...]] = {}
         self._uncached: dict[int, ShardIndex] = {}
@@ -319,7 +323,7 @@ class Catalogue:
         size = len(known.checksum)
         self._checksums[number * size : (number + 1) * size] = known.checksum
         if self.is_remote[number]:
-            self._tags[number] = crc32(known.version.tag.encode())
+            self._tags[number] = self._tag_number(known.version.tag)
         if facts.damage:
             self.damage[number] = facts.damage
         if facts.index is not None:
@@ -333,8 +337,11 @@ class Catalogue:
         checksums = np.frombuffer(self._checksums, np.uint8).reshape(-1, hashlib.sha256().digest_size)
         checksums[chosen] = known.checksums
         if self.is_remote[chosen].any():
-            tags = np.array([crc32(tag.encode()) for tag in known.tags], np.uint32)
+            tags = np.array([self._tag_number(tag) for tag in known.tags], np.uint32)
             self._tags[chosen] = np.where(self.is_remote[chosen], tags, 0)
+
+    def _tag_number(self, tag: str) -> int:
+        return crc32(tag.encode()) if tag else self.tag_of_run
 
     def _number_of(self, inventory: str) -> int:
         return self.inventories.setdefault(inventory, len(self.inventories))

@@ -119,12 +119,16 @@ class _Opening:
         self._share(lacking)
 
     def _remote_versions(self) -> dict[int, ShardVersion]:
-        """Versions of the remote shards, for which rank 0 asks."""
+        """Versions of the remote shards, for which rank 0 asks; also agrees on `Catalogue.tag_of_run`."""
         if not self._catalogue.remote:
             return {}
         urls = list(map(self._catalogue.url, self._catalogue.remote))
-        found = remote_versions(urls, self._peers.stop) if self._peers.rank == 0 else None
-        return dict(zip(self._catalogue.remote, self._peers.gather(found)[0], strict=True))
+        mine = None
+        if self._peers.rank == 0:
+            mine = remote_versions(urls, self._peers.stop), self._catalogue.tag_of_run
+            _warn_of_unknown_versions(urls, mine[0])
+        found, self._catalogue.tag_of_run = self._peers.gather(mine)[0]
+        return dict(zip(self._catalogue.remote, found, strict=True))
 
     def _version(self, number: int) -> ShardVersion:
         known = self._versions.get(number)
@@ -391,3 +395,15 @@ class _Pending:
         if group not in self._overviews:
             self._overviews[group] = self._catalogue.load_overview(group)
         return self._overviews[group]
+
+
+def _warn_of_unknown_versions(urls: Sequence[str], versions: Sequence[ShardVersion]) -> None:
+    unknown = [url for url, version in zip(urls, versions, strict=True) if not version.tag]
+    if unknown:
+        logger.warning(
+            "%d remote shard(s), of which the first is %s, have neither an etag nor a modification time, so other "
+            "content of the same size would pass for that of an earlier run: each run fetches their blocks anew; serve "
+            "them with one of the two",
+            len(unknown),
+            display_url(unknown[0]),
+        )

@@ -3,7 +3,8 @@
 A block is a run of neighbouring rows. Its bounds follow from the index of the shard alone, so that all processes fetch
 the same blocks, and no row lies in two of them. Its name holds the content of the shard and its etag, not its URL: a
 new signature does not fetch it again, nor does a copy of the shard with the same etag. The content alone would not do:
-where an index from the store is that of an earlier version, blocks of that would still be right by all checksums.
+where an index from the store is that of an earlier version, blocks of that would still be right by all checksums. Where
+a store names no version, a number of the run takes the place of the etag.
 
 Shapes: R rows, K blocks of a shard.
 """
