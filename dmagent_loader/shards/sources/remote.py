@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
-import os
 import random
 import re
 import threading
@@ -19,7 +18,6 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from dmagent_loader._validation import read_regular
 from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError
 from dmagent_loader.shards.sources.calls import (
     SLOWEST_BYTES_PER_SECOND,
@@ -42,16 +40,14 @@ from dmagent_loader.shards.sources.faults import (
     root_cause,
     status_of,
 )
-from dmagent_loader.shards.sources.urls import display_url, protocol, split_chain, with_long_host, without_signature
+from dmagent_loader.shards.sources.signed_urls import SIGNED_URLS_VARIABLE, newest_url
+from dmagent_loader.shards.sources.urls import display_url, protocol, split_chain, with_long_host
 
 REMOTE_ATTEMPTS = 6
 REMOTE_BACKOFF_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 30.0
 """Longest pause before another attempt, whatever ``Retry-After`` says."""
 
-SIGNED_URLS_VARIABLE = "DMAGENT_SIGNED_URLS"
-"""Names a file with URLs of shards, one a line. They replace those whose signatures have expired, in a running job."""
-_MAX_SIGNED_URLS_BYTES = 1 << 30
 _exit = threading.Event()
 """Set when the process ends: fsspec closes its sessions then, while threads may still fetch blocks."""
 atexit.register(_exit.set)
@@ -168,41 +164,13 @@ class _Access:
     def _renew(self, refused: str) -> bool:
         """Whether there is another URL than the refused one; another thread may have found it."""
         if self._target[0] == refused:
-            url = _newest_url(refused)
+            url = newest_url(refused)
             chain, _ = split_chain(refused)
             url = url if url is None else chain + url
             if url is None or url == refused:
                 return False
             self._target = (url, *filesystem_of(url))
         return True
-
-
-def _newest_url(url: str) -> str | None:
-    """The URL of a shard in the file of signed URLs; None if there is none, or the file is not written yet.
-
-    Raises:
-        ConfigurationError: The file cannot be read.
-    """
-    path = os.environ.get(SIGNED_URLS_VARIABLE)
-    if not path:
-        return None
-    try:
-        return _signed_urls(path, os.stat(path).st_mtime_ns).get(without_signature(url))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{SIGNED_URLS_VARIABLE} names {path}, which cannot be read ({error}): write the URLs of the shards there, "
-            "one a line"
-        ) from error
-
-
-@functools.lru_cache(maxsize=1)
-def _signed_urls(path: str, time_ns: int) -> dict[str, str]:
-    """The URLs in a file that was written at some time, by their identities."""
-    lines = read_regular(path, _MAX_SIGNED_URLS_BYTES).decode("utf-8").splitlines()
-    urls = [with_long_host(line.strip()) for line in lines]  # as those of the shards are
-    return {without_signature(url): url for url in urls}
 
 
 def remote_info(url: str) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dmagent_loader.shards.sources.remote import SinkError, _IgnoresRanges, _newest_url, _Sink
+from dmagent_loader.shards.sources.remote import SinkError, _IgnoresRanges, _Sink
+from dmagent_loader.shards.sources.signed_urls import newest_url
 from dmagent_loader.shards.sources.urls import with_long_host
 
 
@@ -49,4 +50,4 @@ def test_a_newer_url_may_have_an_ipv6_address_as_its_host(tmp_path: Path, monkey
     (tmp_path / "urls").write_text("http://[::1]:9000/a.tar?X-Amz-Signature=new\n")
     monkeypatch.setenv("DMAGENT_SIGNED_URLS", str(tmp_path / "urls"))
     old, new = (with_long_host(f"http://[::1]:9000/a.tar?X-Amz-Signature={name}") for name in ("old", "new"))
-    assert _newest_url(old) == new
+    assert newest_url(old) == new
