@@ -26,7 +26,16 @@ _NO_TIME_NS = 86_400 * 10**9
 """A modification time on the first day of 1970 means that the file has none, as in read-only images, content-addressed
 stores and some network mounts."""
 _CONTENT_KEYS = ("md5Hash", "Content-MD5", "ETag", "etag", "blob_id", "version_id", "generation")
-_TIME_KEYS = ("Last-Modified", "LastModified", "last_modified", "mtime", "modified", "created")
+_TIME_KEYS = (
+    "Last-Modified",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "modified",
+    "modificationTime",  # WebHDFS
+    "modify",  # FTP
+    "created",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

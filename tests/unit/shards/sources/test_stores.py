@@ -10,6 +10,7 @@ import pytest
 
 from dmagent_loader.errors import ShardError
 from dmagent_loader.shards import ShardCollection
+from dmagent_loader.shards.sources.local import version_of
 from dmagent_loader.shards.sources.patterns import expand_shards
 from dmagent_loader.shards.sources.remote import filesystem_of
 from dmagent_loader.shards.sources.urls import base_name, display_url, is_local, protocol, without_signature
@@ -57,3 +58,18 @@ def test_a_folder_in_a_store_without_its_slash_is_no_damaged_shard() -> None:
     fsspec.filesystem("memory").pipe("/of-test-stores/web/a.tar", b"")
     with pytest.raises(ShardError, match=r"^memory://of-test-stores/web is a folder, not a shard: end it with '/'"):
         ShardCollection.open({"source/a": "memory://of-test-stores/web"}, progress=False)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"ETag": '"1"', "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"},
+        {"modificationTime": 1704067200000},  # WebHDFS
+        {"modify": "20240101000000"},  # FTP
+    ],
+)
+def test_what_a_store_says_of_its_files_tells_versions_apart(changed: dict[str, object]) -> None:
+    """What has neither an etag nor a time is fetched anew by each run, and checked only by its rows."""
+    before, after = (version_of("x://host/a.tar", {"size": 9, **info}) for info in ({**changed, "time": 1}, changed))
+    assert before.tag == after.tag != "", "the time of the last access is none of the content"
+    assert before.is_sure == ("ETag" in changed)
