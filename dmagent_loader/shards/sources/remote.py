@@ -41,7 +41,7 @@ from dmagent_loader.shards.sources.faults import (
     status_of,
 )
 from dmagent_loader.shards.sources.signed_urls import SIGNED_URLS_VARIABLE, newest_url
-from dmagent_loader.shards.sources.urls import display_url, protocol, split_chain, with_long_host
+from dmagent_loader.shards.sources.urls import display_url, for_fsspec, protocol, split_chain
 
 REMOTE_ATTEMPTS = 6
 REMOTE_BACKOFF_SECONDS = 0.25
@@ -225,7 +225,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         ShardError: The package for the protocol is not installed, or its settings cannot be used.
     """
     try:
-        filesystem, path = fsspec.core.url_to_fs(with_long_host(url), **_settings(url))
+        filesystem, path = fsspec.core.url_to_fs(for_fsspec(url), **_settings(url))
     except (ImportError, ValueError, TypeError) as error:
         name = protocol(url)
         if isinstance(error, ImportError) or "not known" in str(error):

@@ -70,6 +70,18 @@ def with_long_host(url: str) -> str:
     return url
 
 
+def for_fsspec(url: str) -> str:
+    """The URL in the form that fsspec takes: with a long host (`with_long_host`), and its protocol in lower case.
+
+    Example:
+        >>> for_fsspec("simplecache::HTTPS://host/a.tar")
+        'simplecache::https://host/a.tar'
+    """
+    chain, address = split_chain(with_long_host(url))
+    scheme, mark, rest = address.partition("://")
+    return f"{chain}{scheme.lower()}{mark}{rest}" if mark else url
+
+
 def local_path(url: str) -> str:
     """The path of a local shard."""
     return unquote(urlsplit(url, allow_fragments=False).path) if "://" in url and _SCHEME.match(url) else url

@@ -46,6 +46,12 @@ def test_a_missing_package_is_named_by_its_extra(url: str, package: str, monkeyp
         filesystem_of(url)
 
 
+def test_the_protocol_of_a_url_may_be_in_upper_case() -> None:
+    """fsspec does not know ``HTTPS``, and the remedy was to install what is there."""
+    assert filesystem_of("MEMORY://bucket/A.tar") == filesystem_of("memory://bucket/A.tar")
+    assert filesystem_of("HTTPS://Host/A.tar")[1] == "https://Host/A.tar"
+
+
 def test_files_are_written_whole_to_paths_and_stores(tmp_path) -> None:
     for url in (str(tmp_path / "folder" / "a.txt"), "memory://of-test-stores/a.txt"):
         for data in (b"one", b"two"):
