@@ -23,10 +23,12 @@ _NOT_OF_SIGNATURE = re.compile(
 """Parameters of a query other than those of signatures of S3, CloudFront, GCS, Azure and their kin."""
 _URL = re.compile(r"(?:[a-z][a-z0-9_+-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
 _USER = re.compile(
-    r"(?<=://)(?!\[[0-9A-Fa-f:.%]+\](?:[:/]|$))(?:[^/?#\n]{0,4096}|[^/?#\s:]{0,4096}:(?!\d+(?:[/?#]|$))\S{0,4096})@"
+    r"(?<=://)(?!(?:(?<=abfs://)|(?<=abfss://)|(?<=az://)|(?<=adl://))[a-z0-9$-]{3,63}@[\w.-]{1,255}(?:[/?]|:?(?:\s|$)))"
+    r"(?!\[[0-9A-Fa-f:.%]+\](?:[:/]|$))(?:[^/?#\n]{0,4096}|[^/?#\s:]{0,4096}:(?!\d+(?:[/?#]|$))\S{0,4096})@"
 )
 """User and password in front of a host; what looks like a port, but is no number, is the beginning of a password.
-Limits here and below keep the time down for a text of any length."""
+In URLs of Azure, the name of a container stands there, which is shown. Limits here and below keep the time down for a
+text of any length."""
 _QUERY = re.compile(r"(://[^?:]*(?::(?!//)[^?:]*)*)\?(?:.{0,16384}[=&])?\S*?(?=['\"\])>.,:;]*(?:\s|$))", re.DOTALL)
 """The query of a URL in a text, up to the last word that may be a parameter."""
 _FRAGMENT = re.compile(r"(\bhttps?://[^\s#]*)#[^\s'\"]*")

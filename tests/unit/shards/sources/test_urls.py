@@ -252,6 +252,9 @@ def test_messages_do_not_show_secrets() -> None:
         ("http://[::1]:80/a@b.tar", "http://[::1]:80/a@b.tar"),
         ("s3://arn:aws:s3:eu-west-1:1:accesspoint/n/a.tar", "s3://arn:aws:s3:eu-west-1:1:accesspoint/n/a.tar"),
         ("/data/what? a=b.tar", "/data/what? a=b.tar"),
+        ("abfs://web-1@account.dfs.core.windows.net/a.tar", "abfs://web-1@account.dfs.core.windows.net/a.tar"),
+        ("az://u:SECRET@account.blob.core.windows.net/a.tar", "az://account.blob.core.windows.net/a.tar"),
+        ("abfs://web@u:SECRET@account.dfs.core.windows.net/a.tar", "abfs://account.dfs.core.windows.net/a.tar"),
     ],
 )
 def test_a_url_is_shown_whole_but_for_its_secrets(url: str, shown: str) -> None:
@@ -270,6 +273,10 @@ def test_a_url_is_shown_whole_but_for_its_secrets(url: str, shown: str) -> None:
         ("of https://u:SE CRET@h/a.tar: no", "of https://h/a.tar: no"),
         ("of https://u:SEC/RET@h/a.tar#SECRET: no", "of https://h/a.tar no"),
         ("is this https://h/a b.tar, or not", "is this https://h/a b.tar, or not"),
+        (
+            "of abfs://web@account.dfs.core.windows.net/a.tar: no",
+            "of abfs://web@account.dfs.core.windows.net/a.tar: no",
+        ),
     ],
 )
 def test_no_secret_stays_in_a_text(text: str, shown: str) -> None:
