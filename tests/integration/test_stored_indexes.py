@@ -186,6 +186,21 @@ def test_the_command_writes_them_for_foreign_shards_and_a_run_finds_them(
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_indexes_are_written_where_only_their_table_has_been_read(
+    tmp_path: Path, store: str, fresh: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The shards were said to have changed, and their entries were removed from a table that had them."""
+    indexed(write_shards(tmp_path / "store"), fresh())
+    shards, indexes = f"{store}/s-{{000..002}}.tar", tmp_path / "indexes"
+    assert opened(shards, fresh(), indexes=False).write_indexes(indexes) == 3
+    cache = fresh()
+    opened(shards, cache)
+    assert opened(shards, cache, indexes=False).write_indexes(indexes) == 3
+    [table] = indexes.rglob("shards.index")
+    assert len(json.loads(table.read_bytes())["shards"]) == 3
+    assert "has changed" not in caplog.text
+
+
 def test_indexes_are_written_to_other_stores_and_beside_local_shards(
     tmp_path: Path, fresh: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from dmagent_loader.errors import HOW_TO_RESUME, DamagedShardError, ShardError
+from dmagent_loader.errors import HOW_TO_RESUME, DamagedShardError, ShardError, ShardLayoutError
 from dmagent_loader.shards.index.cache import IndexCache, build_and_cache
 from dmagent_loader.shards.index.inventory import inventory_text
 from dmagent_loader.shards.index.overview import SHARDS_OF_OVERVIEW, KnownShard, KnownShards, Overview
@@ -260,13 +260,25 @@ class Catalogue:
         if index is not None:
             version = replace(version, is_sure=False)  # only the cache knows which version was indexed
         else:
-            index = self.cache.load(url, version, self.manifests.record(url))
+            index = self._cached_or_built(url, version)
         if is_local(url):
             version = replace(version, is_sure=False)  # its time says nothing of a copy
         if index is None or index.damage or index.checksum != self._checksum(number).hex():
             return None
         stored.save(url, index)
         return table_entry(version, index)
+
+    def _cached_or_built(self, url: str, version: ShardVersion) -> ShardIndex | None:
+        """The index of the present version of a shard, which is read through if the cache lacks it.
+
+        The facts about a shard may come from a table in a store, without its index. None if it changes meanwhile.
+        """
+        record, stop = self.manifests.record(url), threading.Event()
+        index = self.cache.load(url, version, record)
+        if index is None:
+            with contextlib.suppress(DamagedShardError, ShardLayoutError):
+                index, _ = build_and_cache(url, version, self.cache, record, advance=lambda _: None, stop=stop)
+        return index
 
     def forget(self, number: int) -> None:
         """Has the next start look at the index of a shard that was replaced."""
