@@ -7,11 +7,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
 from dmagent_loader._tasks import RayWorkers, Workers
 from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.mixture.domains import FIELDS
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.inputs.finding import domain_name
 from dmagent_loader.shards.inputs.kinds import READ, kind_of_name
@@ -422,6 +424,14 @@ def _with_fields(domains: Iterable[tuple[str, list[str]]], field: str | None) ->
 
 def _with_field(name: str, field: str | None) -> str:
     if "/" in name:
+        prefix, _, rest = name.partition("/")
+        if prefix not in FIELDS:
+            similar = get_close_matches(prefix, FIELDS, n=1)
+            meant = f" (is '{similar[0]}/{rest}' meant?)" if similar else ""
+            print(
+                f"domain {name!r} is neither source/{rest} nor target/{rest}{meant}: samplers will ask for its field",
+                file=sys.stderr,
+            )
         return name
     if field is None:
         raise ConfigurationError(f"domain {name!r} has no field: write source/{name} or target/{name}, or pass --field")

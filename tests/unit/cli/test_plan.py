@@ -102,6 +102,15 @@ def test_the_home_folder_is_found_although_the_shell_does_not_name_it(tmp_path, 
     assert main(["index", "source/a=~/out/source/a/*.tar", "--no-progress"]) == 0
 
 
+def test_a_misspelt_field_is_named_before_the_work_begins(tmp_path, capsys):
+    """The sampler would refuse the domain, after hours of packing."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    named = ["--domain", f"sourc/web={tmp_path}/a.jsonl", "--domain", f"target/math={tmp_path}/a.jsonl"]
+    assert main(["shard", *named, "--output", str(tmp_path / "out"), "--no-progress"]) == 0
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if "neither source/" in line]
+    assert message.startswith("domain 'sourc/web' is neither source/web nor target/web (is 'source/web' meant?)")
+
+
 def test_two_files_that_would_be_one_domain_are_refused(tmp_path, capsys):
     for name in ("c4.en.jsonl", "c4.de.jsonl"):
         (tmp_path / "in").mkdir(exist_ok=True)
