@@ -17,7 +17,7 @@ INDEX_SUFFIX = ".index"
 IPV6_HOST = re.compile(r"(?<=://)[^/?#\[]*\[([0-9A-Fa-f:.]+)\]")
 _VERSION = re.compile(r"(?i)versionid|version|generation|snapshot")
 _NOT_OF_SIGNATURE = re.compile(
-    r"(?i)(?!x-(?:amz|goog|oss|cos)-|q-|(?:signature|expires|policy|awsaccesskeyid|googleaccessid|ossaccesskeyid"
+    r"(?i)(?!x-(?:amz|goog|oss|cos)-|q-|(?:x-id|signature|expires|policy|awsaccesskeyid|googleaccessid|ossaccesskeyid"
     r"|key-pair-id|sig|se|sp|sv|sr|st|spr|sip|ske|skoid|sks|skt|sktid|skv|token|security-token)$).+"
 )
 """Parameters of a query other than those of signatures of S3, CloudFront, GCS, Azure and their kin."""

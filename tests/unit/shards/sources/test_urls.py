@@ -174,8 +174,10 @@ def test_a_shard_without_a_query_is_not_taken_for_one_with_a_query_in_another_do
 def test_a_shard_in_two_domains_is_the_same_whatever_its_signature() -> None:
     """That is a matter for a warning: catches a refusal of all URLs with a common path."""
     shards = {
-        "source/a": ["https://host/a.tar?x-id=get&sig=f", "https://host/b.tar?versionId=1", "https://host/get?file=1"],
-        "target/b": ["https://host/a.tar?sig=e&x-id=get", "https://host/b.tar?versionId=2", "https://host/get?file=2"],
+        "source/a": ["https://host/a.tar?get&sig=f", "https://host/b.tar?versionId=1", "https://host/get?file=1"],
+        "target/b": ["https://host/a.tar?sig=e&get", "https://host/b.tar?versionId=2", "https://host/get?file=2"],
+        "target/c": ["https://host/c.tar"],
+        "target/d": ["https://host/c.tar?x-id=GetObject&X-Amz-Signature=f"],  # as SDKs for JavaScript sign
     }
     assert dict(expand_domains(shards)) == shards
 
