@@ -27,8 +27,9 @@ from dmagent_loader import AgentWeightedSampler, ReadingConfig
 from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError, StateError
 from dmagent_loader.shards import ShardCollection, ShardingConfig, load_manifest, shard_files
 from dmagent_loader.shards.index.cache import IndexCache
+from dmagent_loader.shards.sources.block_store import default_block_folder
 from dmagent_loader.shards.sources.local import shard_version
-from dmagent_loader.shards.sources.node_cache import NodeCache, default_block_folder
+from dmagent_loader.shards.sources.node_cache import NodeCache
 
 NOBODY = 65534
 

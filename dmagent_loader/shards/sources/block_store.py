@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from dmagent_loader.errors import ShardError, ShardNotFoundError
 from dmagent_loader.shards.bounded_cache import BoundedCache
 from dmagent_loader.shards.sources.block_sources import BlockInMemory, BlockSource, open_block
 from dmagent_loader.shards.sources.blocks import Block
-from dmagent_loader.shards.sources.node_cache import BlockInUse, Claim, NodeCache, default_block_folder
+from dmagent_loader.shards.sources.node_cache import BlockInUse, Claim, NodeCache
 from dmagent_loader.shards.sources.remote import RemoteSource, SinkError
 
 _MEMORY_BYTES = 512 << 20
@@ -62,6 +63,19 @@ class StoredBlock:
         self.data: BlockInMemory | None = None
         self.is_needed = False
         self.place = ("", block.start)
+
+
+def default_block_folder() -> Path:
+    """The folder of this user on the disk for temporary files.
+
+    Raises:
+        PermissionError: Another user has made it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"dmagent_loader-{os.getuid()}" / "blocks"
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    if os.lstat(folder.parent).st_uid != os.getuid():
+        raise PermissionError(f"{folder.parent} belongs to another user")
+    return folder
 
 
 class BlockStore:

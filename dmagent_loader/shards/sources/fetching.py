@@ -78,7 +78,7 @@ class BlockFetcher:
     Args:
         block_of: Function from the key of a block to the number of its shard and the block.
         source_of: Function from the number of a shard to the remote shard.
-        folder: Folder of the node; None: `default_block_folder`.
+        folder: Folder of the node; None: `block_store.default_block_folder`.
         limit: Largest number of bytes in the folder; None: see `NodeCache`; 0: blocks stay in memory.
         max_open_files: Largest number of open blocks.
 

@@ -19,7 +19,6 @@ import functools
 import os
 import re
 import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -45,19 +44,6 @@ _EVICTED_SHARE = 0.05
 _REWRITTEN_LINES = 10_000
 _ATTEMPTS = 20
 """To make and lock a file, before the file system is said to have no locks."""
-
-
-def default_block_folder() -> Path:
-    """The folder of this user on the disk for temporary files.
-
-    Raises:
-        PermissionError: Another user has made it.
-    """
-    folder = Path(tempfile.gettempdir()) / f"dmagent_loader-{os.getuid()}" / "blocks"
-    folder.parent.mkdir(mode=0o700, exist_ok=True)
-    if os.lstat(folder.parent).st_uid != os.getuid():
-        raise PermissionError(f"{folder.parent} belongs to another user")
-    return folder
 
 
 class BlockInUse(Exception):
