@@ -29,9 +29,10 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 class ModelCaller:
     """Calls one model in the way that its signature asks for.
 
-    Token ids are the first positional argument, unless ``input_ids`` stands elsewhere. Of ``attention_mask``,
-    ``logits_to_keep`` and ``targets``, the model gets those that it takes. Many models with ``targets`` return the
-    logits of the last position only if they get none; those that return only a loss for them are called without.
+    Token ids are the first positional argument, unless ``input_ids`` stands elsewhere. A model that takes keywords only
+    gets them by name: ``input_ids``, for ``forward(**batch)``. Of ``attention_mask``, ``logits_to_keep`` and
+    ``targets``, the model gets those that it takes. Many models with ``targets`` return the logits of the last position
+    only if they get none; those that return only a loss for them are called without.
 
     Args:
         model: Unwrapped model.
@@ -49,7 +50,7 @@ class ModelCaller:
         self._takes_mask = takes_any or "attention_mask" in names
         self._keeps_logits = "logits_to_keep" in names
         self._takes_targets = "targets" in names
-        self._ids_by_name = "input_ids" in names[1:]
+        self._ids_name = _name_of_ids(parameters or {})
         if parameters is not None and logits_of is None:
             self._check(parameters)
 
@@ -70,8 +71,8 @@ class ModelCaller:
             given["logits_to_keep"] = num_kept
         if self._takes_targets:
             given["targets"] = targets
-        if self._ids_by_name:
-            return self._model(input_ids=input_ids, **given)
+        if self._ids_name is not None:
+            return self._model(**{self._ids_name: input_ids}, **given)
         return self._model(input_ids, **given)
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, *, num_kept: int) -> Tensor:
@@ -96,7 +97,7 @@ class ModelCaller:
 
     def _check(self, parameters: Mapping[str, inspect.Parameter]) -> None:
         values = list(parameters.values())
-        ids = "input_ids" if self._ids_by_name else values[0].name if values else None
+        ids = self._ids_name or (values[0].name if values else None)
         given = {ids, "attention_mask", "logits_to_keep", "targets"}
         missing = [p.name for p in values if p.kind not in _VARIABLE and p.default is p.empty and p.name not in given]
         if missing or ids is None:
@@ -119,6 +120,16 @@ def _parameters(model: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | 
         if not isinstance(inner, nn.Module) or any(p.kind not in _VARIABLE for p in parameters.values()):
             return parameters
         model = inner
+
+
+def _name_of_ids(parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """Name of the parameter that takes the token ids; None: they are the first positional argument."""
+    if "input_ids" in list(parameters)[1:]:
+        return "input_ids"
+    first = next(iter(parameters.values()), None)
+    if first is None or first.kind not in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+        return None
+    return first.name if first.kind is inspect.Parameter.KEYWORD_ONLY else "input_ids"
 
 
 def _logits_in(output: Any, size: int, num_kept: int) -> list[Tensor]:

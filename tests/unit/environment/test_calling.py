@@ -79,6 +79,18 @@ class MaskFirst(Bigrams):
         return self.table(input_ids)
 
 
+class WholeBatch(Bigrams):
+    """As wrappers for the Hugging Face Trainer are written, whose batches are passed by keyword."""
+
+    def forward(self, **batch):
+        return self.table(batch["input_ids"])
+
+
+class KeywordsOnly(Bigrams):
+    def forward(self, *, tokens, attention_mask=None):
+        return self.table(tokens)
+
+
 class Wrapper(nn.Module):
     """Passes everything on, as FSDP and DeepSpeed do."""
 
@@ -91,7 +103,8 @@ class Wrapper(nn.Module):
 
 
 SHAPES = [
-    TokensOnly, LastWithoutTargets, LossForTargets, InDataclass, InMapping, InTuple, MaskFirst, Wrapper
+    TokensOnly, LastWithoutTargets, LossForTargets, InDataclass, InMapping, InTuple, MaskFirst, WholeBatch, KeywordsOnly,
+    Wrapper,
 ]  # fmt: skip
 
 
