@@ -27,10 +27,17 @@ from torch.utils.data import DataLoader
 
 from dmagent_loader.data_loader import MixingDataLoader
 from dmagent_loader.environment import Environment
-from dmagent_loader.errors import ConfigurationError, StateError, require_extra
+from dmagent_loader.errors import HOW_TO_RESUME, ConfigurationError, StateError, require_extra
 from dmagent_loader.integrations._calling_trainer import trainer_calling
 from dmagent_loader.integrations._passes import ENDS_EARLY
-from dmagent_loader.integrations._trainer_checks import follow_log_level, refuse_as_evaluation_data, warn_about_order
+from dmagent_loader.integrations._trainer_checks import (
+    follow_log_level,
+    refuse_as_evaluation_data,
+    refuse_order_of_workers,
+    refuse_rows_without_columns,
+    refuse_second,
+    warn_about_order,
+)
 from dmagent_loader.integrations.mixing import Mixing
 from dmagent_loader.sampler import AgentWeightedSampler, LoaderSettings
 
@@ -40,7 +47,7 @@ require_extra("accelerate", "hf")
 from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard  # noqa: E402
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback  # noqa: E402
 from transformers.trainer_callback import ExportableState  # noqa: E402
-from transformers.trainer_utils import RemoveColumnsCollator, SaveStrategy  # noqa: E402
+from transformers.trainer_utils import SaveStrategy  # noqa: E402
 
 __all__ = ["DataMixingCallback", "DataMixingTrainerMixin", "last_whole_checkpoint"]
 
@@ -67,8 +74,9 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         self._mixing = Mixing(sampler, environment)
         self._samples_per_batch, self._samples_per_step, self._batches = 1, 1, 0
         self._attempt: list[dict[str, Any]] | None = None
-        """Metrics logged since training began; None: it is over."""
-        self._reporters: list[TrainerCallback] | None = None
+        """Metrics logged since training began; None: it is over, or no attempt with a smaller batch can follow."""
+        self._reporters: list[TrainerCallback] = []
+        self._are_reporters_given = False
         self._random_state: torch.Tensor | None = None
         self._resuming = False
 
@@ -82,6 +90,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         follow_log_level(args)
         refuse_as_evaluation_data(getattr(trainer_calling(self), "eval_dataset", None))
         args.ignore_data_skip = True
+        self._mixing.follow_sampler()
         batch_size = args.train_batch_size
         if args.world_size > 1:
             batch_size, _ = _batch_sizes(args, batch_size)
@@ -103,32 +112,37 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 "continue the mixes and the data of the one before: build sampler, callback and Trainer anew for each "
                 "trial"
             )
+        self._look_at_trainer()
         loader = kwargs["train_dataloader"]
         self._recognise(args, loader)
-        self._refuse_rows_without_columns(loader)
+        refuse_rows_without_columns(self.sampler, loader.collate_fn)
+        refuse_order_of_workers(args)
         warn_about_order(args)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if isinstance(saved, list):
             saved = saved[-1] if saved else None
         if state.global_step > 0:
             self._restore(args, state, saved)
-            self._resuming = True
+            self._resuming, self._attempt = True, None
+        else:
+            self._mixing.follow_sampler()
+            if self._attempt is None:
+                self._mixing.warn_if_used()
+        self._refuse_without_samples(loader)
         # A checkpoint made without this callback has no entry for it, and the Trainer needs one when it saves.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._batches = 0
-        self._look_at_trainer()
         # After an out-of-memory error, the Trainer begins again with a smaller batch and an empty log.
-        missing = [entry for entry in self._attempt or () if entry not in state.log_history]
-        state.log_history[:0] = missing
-        self._attempt = missing
+        state.log_history[:0] = self._attempt or []
+        self._attempt = list(self._attempt or ()) if args.auto_find_batch_size else None
         self._mixing.begin(samples=self.consumed + (state.max_steps - state.global_step) * self._samples_per_step)
         self._maybe_reweight(args, state, control, kwargs["model"], kwargs.get("optimizer"))
         self._mixing.announce()
         self._warn_about_epochs(args, state)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begins a new pass after the consumed samples: those prefetched by the last pass were not trained on."""
-        self.sampler.seek(self.consumed)
+        """Begins a new pass after the last sample trained on: those prefetched by the last pass were not."""
+        self._seek()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a resumption, restores the random state from before the loader's iterator was made."""
@@ -151,7 +165,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops training if the samples left make no whole step: a further pass would have none."""
         if not control.should_training_stop:
-            self.sampler.seek(self.consumed)
+            self._seek()
             self._stop_at_the_end(args, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -175,7 +189,8 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
 
         Without a call they are found at the start of training.
         """
-        self._reporters = [callback for callback in callbacks if callback is not self]
+        self._are_reporters_given = True
+        self._set_reporters(callbacks)
 
     @property
     def sampler(self) -> AgentWeightedSampler:
@@ -196,6 +211,10 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """Samples that training has consumed over all ranks since the run began."""
         return self._mixing.consumed
 
+    def _seek(self) -> None:
+        """Sets the sampler after the last batch, also if the epoch was stopped within a step: its gradients stay."""
+        self.sampler.seek(self.consumed + self._batches * self._samples_per_batch)
+
     def _stop_at_the_end(self, args: Any, control: Any) -> bool:
         if not self._mixing.finished():
             return False
@@ -208,17 +227,20 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         """Finds the reporters, and checks a Trainer that was built before the callback was added."""
         trainer = trainer_calling(self)
         refuse_as_evaluation_data(getattr(trainer, "eval_dataset", None))
-        if self._reporters is not None:
+        callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+        refuse_second(type(self).__name__, [entry for entry in callbacks if isinstance(entry, DataMixingCallback)])
+        if self._are_reporters_given:
             return
+        self._set_reporters(callbacks)  # a callback may be used by several Trainers, one after another
         if trainer is None:
             logger.warning(
                 "the Trainer that calls DataMixingCallback was not found, so metrics of the mix are only in its "
                 "log_history: call callback.report_to(trainer.callback_handler.callbacks) before trainer.train(), or "
                 "use DataMixingTrainerMixin, which does so"
             )
-            self.report_to([])
-        else:
-            self.report_to(trainer.callback_handler.callbacks)
+
+    def _set_reporters(self, callbacks: Sequence[TrainerCallback]) -> None:
+        self._reporters = [callback for callback in callbacks if callback is not self]
 
     def _maybe_reweight(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any) -> None:
         if not self._mixing.due():
@@ -233,7 +255,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         state.log_history.append(entry)
         if self._attempt is not None:
             self._attempt.append(entry)
-        for reporter in self._reporters or ():
+        for reporter in self._reporters:
             console = isinstance(reporter, (ProgressCallback, PrinterCallback))
             logs = {name: f"{value:.4g}" for name, value in report.short.items()} if console else dict(report.full)
             reporter.on_log(args, state, control, logs=logs)
@@ -284,17 +306,13 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
             before_iteration=self._keep_random_state,
         )
 
-    def _refuse_rows_without_columns(self, loader: Any) -> None:
-        """Refuses rows as stored if the Trainer would remove all their columns: its own error would be obscure."""
-        collate = loader.collate_fn
-        if self.sampler.transform is not None or not isinstance(collate, RemoveColumnsCollator):
-            return
-        columns = sorted(name for name in self.sampler.peek() if not name.startswith("__"))
-        if set(columns).isdisjoint(collate.signature_columns):
-            raise ConfigurationError(
-                f"the rows have {columns}, but the model takes none of these, and the Trainer would remove them all: "
-                "pass transform= to the sampler (transforms.packed_tokens for packed rows, transforms.TokenizeText for "
-                "text), or set remove_unused_columns=False and a data_collator of your own"
+    def _refuse_without_samples(self, loader: Any) -> None:
+        """Refuses a run that has ended. Other loaders end a pass without a batch; this one fails obscurely."""
+        if isinstance(loader, DataLoaderDispatcher) and self._mixing.finished():
+            raise StateError(
+                f"the run has ended: its data were used up after {self.consumed} samples, and none are left to train "
+                "on. Load its last checkpoint as a model; start a new run with a new sampler and output_dir; or "
+                f"continue this one with more data or exhausted='repeat': {HOW_TO_RESUME}"
             )
 
     def _keep_random_state(self) -> None:

@@ -79,6 +79,8 @@ class DataMixingCallback(Callback):  # type: ignore[misc]
             self.sampler.bind(rank=ranks["rank"], world_size=ranks["num_replicas"])
         self._loaded_step, self._restored, self._used_up = None, False, False
         self._mixing.consumed = self.sampler.consumed
+        if not trainer.ckpt_path:
+            self._mixing.warn_if_used()
         self.sampler.seek(self.consumed)
         described = replace(self.sampler.loader, by_trainer=True)  # by its loader, if at all
         self.sampler.bind(described, counts_every_batch=True, keep_length=True)

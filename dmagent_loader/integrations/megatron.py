@@ -288,6 +288,8 @@ class MegatronMixing:
             The metrics, if a decision was due.
         """
         self._mixing.begin(samples=None if self.train_iters is None else self.train_iters * self.global_batch_size)
+        if not self.data_iterator.given:
+            self.data_iterator.begin = self._mixing.consumed
         known = model is not None or base_feedback is not None
         report = self._maybe_reweight(model, iteration, base_feedback) if known else None
         self._mixing.announce()

@@ -76,6 +76,7 @@ class Mixing:
         self._limit: int | None = None
         self._announced = self._ended = False
         self._started, self._evaluating_seconds, self._measuring_seconds = 0.0, 0.0, 0.0
+        self.follow_sampler()
 
     def begin(self, *, samples: int | None = None) -> None:
         """Begins or resumes training: starts the clock, and warns of a policy or environment that has no effect.
@@ -87,6 +88,7 @@ class Mixing:
         Raises:
             ConfigurationError: The policy cannot decide on the fields of the environment.
         """
+        self.follow_sampler()
         self._started, self._evaluating_seconds, self._measuring_seconds = time.perf_counter(), 0.0, 0.0
         self._announced = self._ended = False
         self._passes.begin(self.consumed)
@@ -107,6 +109,26 @@ class Mixing:
             logger.warning(
                 "there is an environment, but the sampler has neither agent nor policy, so the mix never changes: pass "
                 "agent= or policy= to the sampler"
+            )
+
+    def follow_sampler(self) -> None:
+        """Continues after the samples that the sampler was trained on before, if they are more than `consumed`.
+
+        The same sampler has then been used in this process, or has loaded the state of a run.
+        """
+        if self.sampler.consumed > self.consumed:
+            end = self.sampler.end
+            self.consumed = max(
+                self.consumed, min(self.sampler.consumed, self.sampler.consumed if end is None else end)
+            )
+
+    def warn_if_used(self) -> None:
+        """Warns that training which begins now, without a checkpoint, continues an earlier one."""
+        if self.consumed:
+            logger.warning(
+                "the sampler was trained on for %d samples before, and training continues after them, with their mixes "
+                "and their feedback: for a new run or another model, build sampler and callback anew",
+                self.consumed,
             )
 
     def stop_at(self, samples: int | None) -> None:

@@ -200,6 +200,15 @@ def test_a_second_fit_goes_on_where_the_first_ended(build, trainer, loader):
     assert module.indices == list(range(9 * 4))
 
 
+def test_a_used_sampler_under_a_new_module_is_warned_of(build, trainer, caplog):
+    """A new run would continue the mixes, the feedback and the data of the one before."""
+    sampler = build()
+    trainer(DataMixingCallback(sampler, environment()), max_steps=3).fit(Module(), MixingDataLoader(sampler, 4))
+    assert "was trained on for" not in caplog.text
+    trainer(DataMixingCallback(sampler, environment()), max_steps=3).fit(Module(), MixingDataLoader(sampler, 4))
+    assert "was trained on for 12 samples before" in caplog.text
+
+
 def test_an_epoch_cut_short_by_the_module_loses_nothing(build, trainer):
     class Stops(Module):
         def on_train_batch_start(self, batch, batch_idx):

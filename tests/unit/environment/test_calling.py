@@ -103,8 +103,8 @@ class Wrapper(nn.Module):
 
 
 SHAPES = [
-    TokensOnly, LastWithoutTargets, LossForTargets, InDataclass, InMapping, InTuple, MaskFirst, WholeBatch, KeywordsOnly,
-    Wrapper,
+    TokensOnly, LastWithoutTargets, LossForTargets, InDataclass, InMapping, InTuple, MaskFirst, WholeBatch,
+    KeywordsOnly, Wrapper,
 ]  # fmt: skip
 
 
