@@ -136,6 +136,17 @@ WITHOUT_LOSSES = (
     print(ready.ledger.last.mix, ready.policy.base_losses)
 """
 )
+MOVED = """
+    from dmagent_loader.transforms import ShiftedTokens
+    rows = {"transform": ShiftedTokens(length=8), **data_parallel_ranks()}
+    moved = build(**rows)
+    moved.load_state_dict(build(**rows).state_dict(consumed=8))
+    run = mixing(moved, micro_batch_size=4, global_batch_size=4)
+    run.begin(None)
+    print(next(run.data_iterator)["__index__"].tolist())
+    run.step_end(None, iteration=1)
+    print(run.consumed)
+"""
 
 
 def run(actions: str) -> subprocess.CompletedProcess[str]:
@@ -153,6 +164,12 @@ def test_a_base_model_that_an_earlier_process_evaluated_has_no_losses():
     done = run(WITHOUT_LOSSES)
     assert done.stdout.splitlines()[-2:] == ["8 40", "(0.5, 0.5) None"], done.stderr[-3000:]
     assert "decides without the domains' losses: the base model was evaluated in an earlier process" in done.stderr
+
+
+def test_a_run_of_another_trainer_goes_on_after_its_samples():
+    """Its state is loaded into the sampler. Catches a count from 0, which the next checkpoint would save."""
+    done = run(MOVED)
+    assert done.stdout.splitlines()[-2:] == ["[8, 9, 10, 11]", "12"], done.stderr[-3000:]
 
 
 def test_what_cannot_work_is_refused_with_the_remedy():
