@@ -77,13 +77,37 @@ def find_saved_state(path: Path) -> SavedState:
         found = _states_of(path)
         if not found:
             raise StateError(f"{path} does not contain the state of a sampler: {_EXPECTED}")
-    if any(saved.state.get(key) != found[0].state.get(key) for saved in found for key in _SAME_RUN):
-        holders = list(dict.fromkeys(str(saved.path) for saved in found))
+    newest = max(found, key=_progress)
+    if not all(_is_earlier(saved.state, newest.state) for saved in found):
+        shown_ones = [saved for saved in found if saved is newest or not _is_earlier(saved.state, newest.state)]
+        holders = list(dict.fromkeys(str(saved.path) for saved in shown_ones))
         raise StateError(
             f"{path} contains the states of several runs, in {shown(holders)}, and a report is about one: pass the "
             "checkpoint or the state of one of them"
         )
-    return max(found, key=_progress)
+    return newest
+
+
+def _is_earlier(state: Mapping[str, Any], newest: Mapping[str, Any]) -> bool:
+    """Whether a state is one of the run whose newest state is given, or that state itself.
+
+    Runs with the same seed and shards are told apart by their past, to which a run only adds. The newest mix does not
+    count: another that holds from the same sample takes its place.
+    """
+    if any(state.get(key) != newest.get(key) for key in _SAME_RUN):
+        return False
+    has_same_data = state.get("begin") == newest.get("begin")
+    return _begins(newest.get("measurements"), state.get("measurements"), 0) and (
+        not has_same_data or _begins(newest.get("ledger"), state.get("ledger"), 1)
+    )
+
+
+def _begins(newest: Any, earlier: Any, left_out: int) -> bool:
+    """Whether a list begins with the entries of an earlier one, without the last ones of that."""
+    if not isinstance(newest, list) or not isinstance(earlier, list):
+        return True  # damaged, which is reported when the state is read
+    count = max(0, len(earlier) - left_out)
+    return newest[:count] == earlier[:count]
 
 
 def _progress(saved: SavedState) -> int:

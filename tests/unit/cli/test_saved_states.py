@@ -120,6 +120,40 @@ def test_states_of_several_runs_are_refused_by_name(states, tmp_path):
         find_saved_state(tmp_path)
 
 
+def decided(folder: Path, last: float) -> list[State]:
+    """States of a run with the default seed after each of three decisions, on feedback that ends at `last`."""
+    shards = write_toy_shards(folder / "shards", {"source/web": 60, "target/math": 40})
+    reading = ReadingConfig(cache_dir=folder / "cache", progress=False)
+    sampler = AgentWeightedSampler(shards, policy="uniform", samples_per_reweight=10, reading=reading)
+    states, stream = [], iter(sampler)
+    for step, feedback in enumerate((-4.0, -3.5, last)):
+        sampler.reweight({"general": feedback}, consumed=10 * step)
+        states.append(sampler.state_dict(consumed=10 * step))
+        for _ in range(10):
+            next(stream)
+    return states
+
+
+def test_runs_with_the_same_seed_and_shards_are_told_apart(tmp_path):
+    """A folder of runs that compare policies or learning rates: the page was about the longest of them, silently."""
+    run, other = decided(tmp_path, -3.0), decided(tmp_path, -2.9)
+    for number, state in enumerate(run):
+        put(tmp_path / "runs" / "first" / f"{number}.json", state)
+    assert find_saved_state(tmp_path / "runs").state == run[-1]
+    put(tmp_path / "runs" / "second" / "2.json", {**other[-1], "consumed": 19})
+    with pytest.raises(StateError, match=r"several runs, in \[.*first.2\.json.*second.2\.json'\]"):
+        find_saved_state(tmp_path / "runs")
+
+
+def test_a_mix_that_another_replaced_before_a_sample_was_drawn_belongs_to_the_run(tmp_path):
+    shards = write_toy_shards(tmp_path / "shards", {"source/web": 60, "target/math": 40})
+    sampler = AgentWeightedSampler(shards, reading=ReadingConfig(cache_dir=tmp_path / "cache", progress=False))
+    for name, share in (("a", 0.2), ("b", 0.3)):
+        sampler.set_mix({"source/web": share, "target/math": 1 - share})
+        put(tmp_path / "run" / f"{name}.json", sampler.state_dict())
+    assert find_saved_state(tmp_path / "run").path.name in ("a.json", "b.json")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
