@@ -269,8 +269,7 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
                 f"the Trainer's train_dataset is a {type(dataset).__name__}, not the sampler of this "
                 "DataMixingCallback: pass the same sampler to both"
             )
-        world, workers = args.world_size, loader.num_workers
-        loaded = loader.batch_size or 1
+        world, workers, loaded = args.world_size, loader.num_workers, loader.batch_size or 1
         dispatched = isinstance(loader, DataLoaderDispatcher)
         is_split = world > 1 and (dispatched or sliced_by_rank)
         block, batch_size = loaded, loaded
@@ -403,6 +402,7 @@ class DataMixingTrainerMixin:
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
             generator=torch.Generator().manual_seed(args.seed),
             by_trainer=True,
         )

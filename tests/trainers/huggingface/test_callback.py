@@ -342,6 +342,19 @@ def test_arguments_that_change_before_training_hold(seeing, trainer_class):
     assert callback.sampler.samples_per_reweight == 8
 
 
+def test_the_loader_of_the_mixin_starts_its_workers_as_the_arguments_say(seeing):
+    """Catches a fork in a process that asked for none, for example because of threads of a CUDA library."""
+    loaders = []
+    arguments = {"max_steps": 2, "dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
+
+    def between(trainer):
+        loaders.append(trainer.get_train_dataloader())
+        trainer.args.dataloader_num_workers, trainer.args.dataloader_multiprocessing_context = 0, None
+
+    seeing(Seen(), TrainerWithOwnLoader, arguments, between)
+    assert loaders[0].multiprocessing_context.get_start_method() == "spawn"
+
+
 def test_a_search_over_hyperparameters_is_refused(parts):
     """Each trial trains a new model, and would go on with the mixes and the data of the one before."""
     trainer, _, _ = parts({"max_steps": 3})
