@@ -12,7 +12,8 @@ import numpy as np
 
 from dmagent_loader._files import write_atomically
 from dmagent_loader.agent import MixingAgent
-from dmagent_loader.agent.checkpoint import CARD_FILE, CONFIG_FILE, list_bundled, read_config, resolve
+from dmagent_loader.agent.checkpoint import CARD_FILE, CONFIG_FILE, is_plus, list_bundled, read_config, resolve
+from dmagent_loader.agent.plus import checkpoint
 from dmagent_loader.cli.classifying import (
     add_classifier_arguments,
     add_text_key,
@@ -93,13 +94,16 @@ def _is_data(argument: str) -> bool:
 
 def _inspect_agent(name: str) -> int:
     """Verifies the checkpoint by loading it, and prints it."""
-    agent = MixingAgent.from_pretrained(name)
     directory = resolve(name)
     values = read_config(directory)
-    domains = values.pop("domains")
-    print(
-        f"{agent.name}: {agent.num_parameters():,} parameters, {len(domains)} domains ({domains[0]} ... {domains[-1]})"
-    )
+    if is_plus(name):
+        network, label = checkpoint.load(name)
+        print(f"{label}: {network.num_parameters():,} parameters, any domains")
+    else:
+        agent = MixingAgent.from_pretrained(name)
+        domains = values.pop("domains")
+        extent = f"{len(domains)} domains ({domains[0]} ... {domains[-1]})"
+        print(f"{agent.name}: {agent.num_parameters():,} parameters, {extent}")
     for key, value in values.items():
         print(f"  {key}: {json.dumps(value)}")
     card = directory / CARD_FILE

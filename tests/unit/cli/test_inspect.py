@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import pytest
 from shard_fixtures import own_cache, write_jsonl
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
+from dmagent_loader.agent.checkpoint import resolve
 from dmagent_loader.cli.inspect import add_inspect_command
 from dmagent_loader.errors import CheckpointError, ConfigurationError
 from dmagent_loader.mixture.history import FeedbackStatistics
@@ -43,6 +45,21 @@ def test_a_damaged_checkpoint_is_not_described(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     with pytest.raises(CheckpointError):
         run(str(saved))
+
+
+def test_every_bundled_agent_is_described_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`dmagent-plus` is no `MixingAgent`, but the command's help lists it."""
+    assert run("dmagent-plus") == 0
+    printed = capsys.readouterr().out
+    for part in ("dmagent-plus: 1,383 parameters", "weights_sha256", "# dmagent-plus"):
+        assert part in printed
+    copy = tmp_path / "copy"
+    shutil.copytree(resolve("dmagent-plus"), copy)
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match="sha256"):
+        run(str(copy))
 
 
 def test_it_writes_a_page_about_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
