@@ -178,7 +178,8 @@ class _Probes:
 
     def _may_repeat(self) -> bool:
         """Whether there are more rows to read, and the run is long enough for the cost of another measurement."""
-        has_more_rows = any(rows >= self._count for rows in self._measured[-1].rows.values())
+        # Not the rows that were measured: copies and rows without a token to predict are not among them.
+        has_more_rows = bool((self._sampler.run_length.rows > self._count).any())
         samples = self._sampler.total_samples
         if samples is None or not has_more_rows:
             return has_more_rows

@@ -278,6 +278,28 @@ def test_a_measurement_is_repeated_only_in_a_run_that_is_long_enough_for_its_cos
     assert report.full["dmagent/influence_tokens"] > 0
 
 
+@pytest.mark.parametrize("kept", [0, 5], ids=["empty", "copies"])
+def test_a_measurement_is_repeated_although_some_rows_do_not_count(tmp_path, kept):
+    """Nearly any text has a few copies and empty documents, and a domain with some of them has more rows to read."""
+    domains = dict.fromkeys(("source/a", "source/b"), 2000)
+    space = mixing(tmp_path / "space", None, domains=domains).sampler.space
+    policy = InfluencePolicy(space, np.full(2, 0.5), reliability=0.999999, max_measurements=3)
+    run, model, asked = mixing(tmp_path, policy, domains=domains, exhausted="repeat"), Model(), []
+
+    def transform(sample):
+        is_tenth = sample["__key__"].endswith("0")
+        return {"input_ids": np.arange(kept) if is_tenth else sample["input_ids.npy"]}
+
+    def measure(environment, rows, settings):
+        asked.append(len(rows))
+        return environment.influence(model, rows, **settings)
+
+    run.sampler.bind(transform=transform)
+    run.begin(samples=10_000_000)
+    run.reweight(lambda environment: environment.evaluate(model), measure=measure)
+    assert len(asked) == 3
+
+
 def test_a_repetition_that_fails_is_not_called_a_decision_without_influence(tmp_path, caplog):
     space = mixing(tmp_path / "space", None, domains=dict.fromkeys(("source/a", "source/b"), 2000)).sampler.space
     policy, model, asked = InfluencePolicy(space, np.full(2, 0.5), reliability=0.999999), Model(), []
