@@ -84,6 +84,11 @@ class Differences:
     domains: list[DomainDifference]
     settings: list[str]
 
+    @property
+    def replaced(self) -> list[str]:
+        """Domains of both, none of whose rows was kept: another domain under the old name."""
+        return [domain.name for domain in self.domains if domain.kind == "kept" and not domain.unchanged.num_rows]
+
     def lines(self) -> list[str]:
         """One line for each difference."""
         lines = [str(domain) for domain in self.domains if not domain.is_same]

@@ -168,16 +168,19 @@ def read_state(
             shown(state[name]),
             saved_settings[name],
         )
+    replaced: list[str] = []
     if refused:
         restored = _with_changed_data(restored, present)
-        summary = differences(segments[-1], present).summary()
+        found = differences(segments[-1], present)
+        summary, replaced = found.summary(), found.replaced
         if "packing" in refused:
             packings = (str(packing) for packing in (state["packing"], saved_settings["packing"]))
             summary = f"the packing was {' and is '.join(packings)}, so all documents are packed anew; {summary}"
         logger.warning("the run continues with changed data from sample %d on: %s", restored.consumed, summary)
     elif not np.allclose(restored.start_state, decider.start_state, rtol=0, atol=1e-9):
         logger.warning("the state was saved with another start_state than that of this run: the saved one is used")
-    return replace(restored, policy_state=_policy_state(state, decider, are_data_changed=bool(refused)))
+    policy_state = _policy_state(state, decider, are_data_changed=bool(refused), replaced=replaced)
+    return replace(restored, policy_state=policy_state)
 
 
 def rebuild_state(state: Any) -> RestoredState:
@@ -325,8 +328,16 @@ def _start_state(state: Mapping[str, Any], plan: Plan) -> FloatArray:
         raise StateError(f"the state's start_state is not a mix: {error}") from error
 
 
-def _policy_state(state: Mapping[str, Any], decider: Decider, *, are_data_changed: bool) -> Mapping[str, Any] | None:
+def _policy_state(
+    state: Mapping[str, Any], decider: Decider, *, are_data_changed: bool, replaced: list[str]
+) -> Mapping[str, Any] | None:
     """The saved state of the policy, checked on a copy of it; None: it is another policy, or has no state.
+
+    Args:
+        state: The saved state.
+        decider: Decider of this run.
+        are_data_changed: Whether the run continues with other data.
+        replaced: Domains that have kept their names, but no row.
 
     Raises:
         StateError: The policy cannot load it.
@@ -334,19 +345,22 @@ def _policy_state(state: Mapping[str, Any], decider: Decider, *, are_data_change
     saved, policy = state.get(_POLICY_STATE), decider.policy
     if saved is None or state["policy"] != decider.policy_name or not isinstance(policy, InformedPolicy):
         return None
+    reason = f"no row is left of {shown(replaced)}" if replaced else None
     try:
         copy.deepcopy(policy).load_state_dict(saved)
     except DomainError as error:
         if not are_data_changed:
             raise
-        logger.warning(
-            "the evidence of policy %r is not about all domains of this run (%s): it is collected again before the "
-            "next decision",
-            decider.policy_name,
-            error,
-        )
-        return None
-    return saved  # type: ignore[no-any-return]
+        reason = str(error)
+    if reason is None:
+        return saved  # type: ignore[no-any-return]
+    logger.warning(
+        "the evidence of policy %r is not about all domains of this run (%s): it is collected again before the "
+        "next decision",
+        decider.policy_name,
+        reason,
+    )
+    return None
 
 
 def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:

@@ -358,3 +358,29 @@ def test_influence_stays_for_domains_that_were_measured_and_is_measured_again_fo
     assert again.policy.influence is None
     assert "influence" in again.policy.needed(1)
     assert logged(caplog, "it is collected again before the next decision")
+
+
+def test_influence_is_measured_again_for_a_domain_whose_rows_were_all_replaced(
+    build, shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cleaned domain under its old name would otherwise be judged by the rows that were withdrawn."""
+    sampler = build(shards, agent="dmagent-plus")
+    scores = {field: {name: Score(0.1 * n, 0.05) for n, name in enumerate(shards)} for field in ("general", "math")}
+    sampler.policy.needed(0)
+    sampler.policy.inform("influence", Influence(scores=scores, way="gradient"))
+    sampler.reweight({"general": -2.0, "math": -3.0}, consumed=0)
+    sample_ids(sampler, 16)
+    state = state_of(sampler)
+    another(shards["target/math"][0])
+    repaired = build(shards, agent="dmagent-plus")
+    repaired.load_state_dict(state, data="changed")
+    assert repaired.policy.influence is not None
+    cleaned = {**shards, **write_toy_shards(tmp_path / "cleaned", {"target/math": 50}, tokens=8)}
+    resumed = build(cleaned, agent="dmagent-plus")
+    resumed.load_state_dict(state, data="changed")
+    assert logged(caplog, r"no row is left of ['target/math']")
+    assert resumed.policy.influence is None
+    assert "influence" in resumed.policy.needed(1)
+    later = build(cleaned, agent="dmagent-plus")
+    later.load_state_dict(state_of(resumed))
+    assert "influence" in later.policy.needed(1)
