@@ -163,7 +163,7 @@ class InfluencePolicy:
         """
         wanted = self.passes.needed(decision)
         self._slot = 0 if self._every is None else decision // self._every
-        if not self._is_unavailable and self._slot >= self._slots_done:
+        if self._slot >= self._slots_done:
             wanted |= {INFLUENCE}
         if self._topics is not None and (self._combine or self._is_unavailable):
             wanted |= self._topics.needed(decision) - {LENGTH}

@@ -278,8 +278,7 @@ def test_a_measurement_is_repeated_only_in_a_run_that_is_long_enough_for_its_cos
     assert report.full["dmagent/influence_tokens"] > 0
 
 
-@pytest.mark.parametrize("kept", [0, 5], ids=["empty", "copies"])
-def test_a_measurement_is_repeated_although_some_rows_do_not_count(tmp_path, kept):
+def test_a_measurement_is_repeated_although_some_rows_do_not_count(tmp_path):
     """Nearly any text has a few copies and empty documents, and a domain with some of them has more rows to read."""
     domains = dict.fromkeys(("source/a", "source/b"), 2000)
     space = mixing(tmp_path / "space", None, domains=domains).sampler.space
@@ -287,8 +286,9 @@ def test_a_measurement_is_repeated_although_some_rows_do_not_count(tmp_path, kep
     run, model, asked = mixing(tmp_path, policy, domains=domains, exhausted="repeat"), Model(), []
 
     def transform(sample):
-        is_tenth = sample["__key__"].endswith("0")
-        return {"input_ids": np.arange(kept) if is_tenth else sample["input_ids.npy"]}
+        if not sample["__key__"].endswith("0"):
+            return {"input_ids": sample["input_ids.npy"]}
+        return {"input_ids": np.arange(5 if sample["__domain__"] == "source/a" else 0)}
 
     def measure(environment, rows, settings):
         asked.append(len(rows))

@@ -185,6 +185,23 @@ def test_it_asks_once_or_as_often_as_it_was_told_and_averages():
     np.testing.assert_allclose(often.influence.errors(), errors / np.sqrt(2))
 
 
+def test_a_failed_first_measurement_is_tried_again_when_the_next_is_due():
+    """Memory may be short once; without `every` there is no other attempt."""
+    often, once = (InfluencePolicy(SPACE, NATURAL, every=3, most_passes=None), InfluencePolicy(SPACE, NATURAL))
+    for policy in (often, once):
+        policy.needed(0)
+        policy.inform("influence", None)
+    restored = InfluencePolicy(SPACE, NATURAL, every=3, most_passes=None)
+    restored.load_state_dict(json.loads(json.dumps(often.state_dict())))
+    for policy in (often, restored):
+        assert [policy.needed(decision) for decision in (0, 1, 2)] == [frozenset()] * 3
+        assert policy.needed(3) == {"influence"}
+        values, before = np.random.default_rng(5).normal(size=(2, 52)), policy.propose(history())
+        policy.inform("influence", influence(values, np.full((2, 52), 0.1)))
+        assert np.abs(policy.propose(history()) - before).max() > 0.01
+    assert once.needed(80) == {"length"}
+
+
 def test_a_noisy_measurement_is_repeated_until_it_is_reliable():
     rng = np.random.default_rng(9)
     signal = rng.normal(size=(2, 52))
