@@ -18,12 +18,15 @@ from dmagent_loader.environment import Environment
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.integrations._evidence import Evaluate, Evidence, LossProbe, Measure, inform, texts
 from dmagent_loader.integrations._passes import Passes
-from dmagent_loader.policies import AgentPolicy, FieldPolicy, InformedPolicy
+from dmagent_loader.policies import INFLUENCE, QUESTIONS, AgentPolicy, FieldPolicy, InformedPolicy, name_of
 from dmagent_loader.sampler import AgentWeightedSampler, Decision
 
 __all__ = ["Mixing", "Report"]
 
 logger = logging.getLogger(__name__)
+
+_POLICY_STATE = "policy_state"
+"""Key of the policy's state in the state of a sampler."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,10 +263,29 @@ class Mixing:
                     f"the saved state of the mixing cannot be read ({error!r}): pass the return value of state_dict() "
                     "of Mixing or DataMixingCallback, not that of the sampler alone"
                 ) from error
-        self.sampler.load_state_dict(restored)
+        self.sampler.load_state_dict(self._without_former_questions(restored, questions))
         self.consumed = consumed
         self._passes.begin(consumed)
         self.compare_environment(questions)
+
+    def _without_former_questions(self, restored: Any, saved: str | None) -> Any:
+        """The sampler's state, without evidence about other questions than those of the environment.
+
+        Args:
+            restored: The saved state of the sampler.
+            saved: Fingerprint of the environment in the checkpoint.
+        """
+        policy = self.sampler.policy
+        if self.environment is None or saved in (None, self.environment.fingerprint) or _POLICY_STATE not in restored:
+            return restored
+        if not isinstance(policy, InformedPolicy) or not policy.needs & {INFLUENCE, QUESTIONS}:
+            return restored
+        logger.warning(
+            "the evidence of policy %r is about the questions before the checkpoint: it is collected again before the "
+            "next decision",
+            name_of(policy),
+        )
+        return {name: value for name, value in restored.items() if name != _POLICY_STATE}
 
     def compare_environment(self, saved: str | None) -> None:
         """Warns if feedback before and after a checkpoint cannot be compared.

@@ -131,6 +131,25 @@ def test_a_policy_that_asks_for_what_nobody_has_is_refused(tmp_path):
         run.reweight(lambda environment: environment.evaluate(Model()))
 
 
+@pytest.mark.parametrize("policy", ["question-topics", "odm"])
+def test_evidence_about_former_questions_is_collected_again_after_a_resume(tmp_path, policy, caplog):
+    """A corrected question set would otherwise have no effect. Losses on the domains do not depend on it."""
+    first = mixing(tmp_path, policy)
+    first.begin()
+    first.reweight(lambda environment: environment.evaluate(Model()))
+    state = first.state_dict()
+    assert "policy_state" in state["sampler"]
+    same, other = mixing(tmp_path, policy), mixing(tmp_path, policy, questions={**QUESTIONS, "keep": [("a", "b")] * 3})
+    same.load_state_dict(state)
+    assert same.sampler.policy.state_dict() == first.sampler.policy.state_dict()
+    assert "cannot be compared" not in caplog.text
+    other.load_state_dict(state)
+    assert "cannot be compared" in caplog.text
+    is_fresh = other.sampler.policy.state_dict() == mixing(tmp_path, policy).sampler.policy.state_dict()
+    assert is_fresh == (policy == "question-topics")
+    assert ("is about the questions before the checkpoint" in caplog.text) == is_fresh
+
+
 def test_an_unknown_name_of_a_policy_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ConfigurationError, match="'influence', 'question-topics', 'natural', 'uniform' or 'odm'"):
         mixing(tmp_path, "influenze")
