@@ -42,6 +42,12 @@ _FLOOR_UP, _FLOOR_DOWN = 0.1, 0.5
 surrogate tasks of the validation environments, these end below the floor least often."""
 _FLOOR_UNIT = 0.02
 """Least unit of slack, in nats."""
+_SCHEDULE_POINTS = 101
+"""Evenly spaced points of the run at which a schedule of the learning rate is checked."""
+_ROUNDING = 1e-6
+"""Distance from 0 and 1 at which a rate still lies between them."""
+_LEAST_PEAK = 0.5
+"""Maximum over these points below which a schedule cannot be in parts of its own maximum, however short the peak."""
 
 
 class PlusPolicy:
@@ -62,8 +68,8 @@ class PlusPolicy:
         roles: ``{"keep": ..., "acquire": ...}``, fields of the environment. None: the last field is acquired, all
             others are kept. A single field is both.
         decisions: Number of decisions in the run. None: from the length of the run, if that is known.
-        learning_rate: Learning rate as a part of its maximum, as a function of the part of the run that is done; None:
-            unknown.
+        learning_rate: Learning rate as a part of its maximum, from 0 to 1, as a function of the part of the run that is
+            done; None: unknown.
         prior: The policy whose mix is corrected; None: `InfluencePolicy.configured`.
         name: See `policies.base.Policy`.
 
@@ -113,7 +119,7 @@ class PlusPolicy:
         self._balance, self._floor = balance, floor
         self._roles = None if roles is None else dict(roles)
         self._decisions = None if decisions is None else whole_number("decisions", decisions, least=1)
-        self._learning_rate = learning_rate
+        self._learning_rate = _checked_schedule(learning_rate)
         self._members = np.array([[d.field == name for d in space.domains] for name in space.fields], dtype=np.float64)
         self._acquires = np.array([float(name == TARGET) for name in space.fields])
         self._decision = 0
@@ -328,6 +334,40 @@ class PlusPolicy:
         passes = memory.steps * length.interval * memory.exposure / rows
         left = np.where(length.repeats, 1.0, np.clip(1.0 - passes, 0.0, 1.0))
         return passes, final, left
+
+
+def _checked_schedule(schedule: Callable[[float], float] | None) -> Callable[[float], float] | None:
+    """A schedule of the learning rate, as passed by a user.
+
+    At a decision it would be too late: a failing policy keeps the mix, and a rate in other units moves it unnoticed.
+
+    Raises:
+        ConfigurationError: It is no function, or its values are not parts of its maximum.
+    """
+    if schedule is None:
+        return None
+    remedy = "pass a function of the part of the run that is done, for example lambda progress: 1 - progress"
+    if not callable(schedule):
+        raise ConfigurationError(f"learning_rate is {shown(schedule)}; {remedy}")
+    highest = 0.0
+    for progress in np.linspace(0.0, 1.0, _SCHEDULE_POINTS).tolist():
+        value = schedule(progress)
+        try:
+            rate = float(value)
+        except (TypeError, ValueError):
+            rate = float("nan")
+        if not -_ROUNDING <= rate <= 1 + _ROUNDING:
+            raise ConfigurationError(
+                f"learning_rate returned {shown(value)} at {progress:g} of the run, but a part of the maximum lies "
+                f"between 0 and 1: {remedy}"
+            )
+        highest = max(highest, rate)
+    if highest < _LEAST_PEAK:
+        raise ConfigurationError(
+            f"learning_rate returns {highest:g} at most, but it is the part of the maximum, which is 1 at the peak: "
+            "divide it by the peak learning rate"
+        )
+    return schedule
 
 
 def influence_facts(

@@ -185,6 +185,31 @@ def test_invalid_settings_are_refused(settings):
         PlusPolicy(trained(), SPACE, NATURAL, **settings)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (3e-4, "learning_rate is 0.0003; pass a function"),
+        (lambda progress: None, "learning_rate returned None at 0 of the run"),
+        (lambda progress: float("nan"), "learning_rate returned nan"),
+        (lambda progress: 100 * (1 - progress), "between 0 and 1"),
+        (lambda progress: 0.5 - progress, r"returned -0.01\d* at 0.51 of the run"),
+        (lambda progress: 3e-4 * (1 - progress), "divide it by the peak learning rate"),
+    ],
+)
+def test_a_schedule_that_is_no_part_of_the_maximum_is_refused(schedule, message):
+    """It would fail at every decision, or silently count as a learning rate near 0."""
+    with pytest.raises(ConfigurationError, match=message):
+        PlusPolicy(trained(), SPACE, NATURAL, learning_rate=schedule)
+
+
+def test_the_learning_rate_reaches_the_mix():
+    def cosine(progress):
+        return np.float32(0.5 + 0.5 * np.cos(np.pi * progress))
+
+    unknown, late = (informed(PlusPolicy(trained(), SPACE, NATURAL, learning_rate=rate)) for rate in (None, cosine))
+    assert np.abs(unknown.unlimited(history()) - late.unlimited(history())).max() > 1e-4
+
+
 def test_a_decision_does_not_depend_on_later_ones():
     """Compressed history, step by step, equals the closed form on every prefix."""
     whole = history(steps=30)
