@@ -73,13 +73,13 @@ def make_policy(
     if agent is None and (roles is not None or standardization is not None):
         raise ConfigurationError(
             "roles and standardization are for an agent, but none was given, so they would have no effect: pass agent= "
-            "or leave them out"
+            "or leave them out; a PlusPolicy as policy= takes roles= itself"
         )
     plus = agent if isinstance(agent, (str, os.PathLike)) and is_plus(agent) else None
     if plus is None and (balance is not None or floor is not None):
         raise ConfigurationError(
             "balance and floor are for agent='dmagent-plus', so they would have no effect: pass this agent, or leave "
-            "them out and set the target share of a policy"
+            "them out and set the target share of a policy; a PlusPolicy as policy= takes balance= and floor= itself"
         )
     if agent is None and topics is not None:
         raise ConfigurationError(

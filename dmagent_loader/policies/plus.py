@@ -169,7 +169,9 @@ class PlusPolicy:
             self._checked_fields = tuple(fields)
             keep, acquire = fields[kept[0]], fields[acquired]
             exchanged = {"keep": acquire, "acquire": keep}
-            remedy = f"pass deciding=DecisionConfig(roles={exchanged})" if self._roles is None else None
+            remedy = None
+            if self._roles is None:
+                remedy = f"pass deciding=DecisionConfig(roles={exchanged}), or roles= to a PlusPolicy of your own"
             report_roles(f"policy {self.name!r}", keep, acquire, self.space, remedy=remedy)
 
     def needed(self, decision: int) -> frozenset[str]:

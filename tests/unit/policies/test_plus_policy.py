@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -89,6 +90,19 @@ def test_exchanged_fields_are_reported_with_a_remedy_that_the_sampler_takes(capl
     space = DomainSpace.from_names(["source/web", "target/math"])
     PlusPolicy(trained(), space, np.array([0.5, 0.5])).check_fields(("math", "web"))
     assert "pass deciding=DecisionConfig(roles={'keep': 'web', 'acquire': 'math'})" in caplog.text
+
+
+def test_settings_beside_a_plus_policy_are_refused_with_a_way_that_works(caplog):
+    """The form with a schedule is policy=, which does not take the settings of an agent."""
+    space, natural = DomainSpace.from_names(["source/web", "target/math"]), np.array([0.5, 0.5])
+    linear = partial(PlusPolicy.from_pretrained, "dmagent-plus", learning_rate=lambda progress: 1 - progress)
+    exchanged = {"keep": "web", "acquire": "math"}
+    make_policy(None, linear, space, natural).check_fields(("math", "web"))
+    assert "or roles= to a PlusPolicy of your own" in caplog.text
+    for settings in ({"roles": exchanged}, {"balance": 0.4}, {"floor": 0.02}):
+        with pytest.raises(ConfigurationError, match=f"PlusPolicy as policy= takes .*{next(iter(settings))}="):
+            make_policy(None, linear, space, natural, **settings)
+        assert isinstance(make_policy(None, partial(linear, **settings), space, natural), PlusPolicy)
 
 
 def test_a_trained_network_moves_the_mix_and_it_stays_a_mix():
