@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dmagent_loader._validation import is_count, is_finite_number, shown
-from dmagent_loader.errors import ConfigurationError, DomainError, StateError
+from dmagent_loader.errors import ConfigurationError, DomainError, InfluenceError, StateError
 from dmagent_loader.mixture.simplex import FloatArray
 
 
@@ -49,6 +49,10 @@ class Influence:
         tokens: Tokens processed by the model in one direction; a backward pass counts twice.
         seconds: Duration of the measurement.
         notes: Deviations from the requested measurement, for example after a lack of memory.
+
+    Raises:
+        ConfigurationError: A field or group of questions has scores for other domains.
+        InfluenceError: A score is not finite, or an error is negative.
 
     Example:
         >>> influence = Influence(
@@ -85,6 +89,7 @@ class Influence:
                     f"by_questions has the shapes {shapes}: pass (groups, {len(domains)} domains) for every "
                     "field, or leave it out"
                 )
+        self._refuse_no_numbers()
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -250,6 +255,21 @@ class Influence:
             raise StateError(
                 f"the saved influence cannot be read ({error!r}): the state is damaged or was edited; load an older one"
             ) from error
+
+    def _refuse_no_numbers(self) -> None:
+        """A policy would take scores that are not finite for noise, and no state could be saved with them."""
+        values, errors = self.values(), self.errors()
+        bad = ~np.isfinite(values) | ~np.isfinite(errors) | (errors < 0)
+        by_group = self._by_group()
+        if by_group is not None:
+            bad |= ~np.isfinite(by_group).all(axis=1)
+        if bad.any():
+            first_field, first_domain = np.argwhere(bad)[0]
+            raise InfluenceError(
+                f"{int(bad.sum())} of {bad.size} scores are not finite or have a negative error (first: that of "
+                f"{self.domains[first_domain]!r} on {self.fields[first_field]!r}): the model has probably diverged; "
+                "check its loss"
+            )
 
     def _by_group(self, fields: Sequence[str] | None = None, domains: Sequence[str] | None = None) -> FloatArray | None:
         """Influence on each group of questions, (K, G, D); None: unknown."""

@@ -20,7 +20,7 @@ from dmagent_loader._validation import is_count, is_finite_number, shown, whole_
 from dmagent_loader.agent.plus import checkpoint
 from dmagent_loader.agent.plus.network import PlusNetwork
 from dmagent_loader.agent.plus.observation import AGE_UNIT, Facts, Memory, Moment, horizon_of
-from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.errors import ConfigurationError, PolicyError, StateError
 from dmagent_loader.mixture.domains import TARGET, DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence
@@ -387,12 +387,20 @@ def influence_facts(
         natural: (D,), natural shares; a domain without rows was not measured.
         fields: The K question fields.
         columns: Columns of the question fields that are kept, and of the one that is acquired.
+
+    Raises:
+        PolicyError: A question field was not measured.
     """
     signal, error = np.zeros((2, len(space))), np.zeros((2, len(space)))
     across, reliability = np.zeros((2, len(space.fields))), np.zeros((2, len(space.fields)))
     result = {"influence": signal, "error": error, "across": across, "reliability": np.zeros(2)}
     if influence is None:
         return result
+    if missing := [name for name in fields if name not in influence.fields]:
+        raise PolicyError(
+            f"the influence on {missing} was not measured, only that on {list(influence.fields)}: measure it with the "
+            "environment that gives the feedback"
+        )
     roles = [[fields[k] for k in columns[0]], [fields[columns[1]]]]
     rows = [[influence.fields.index(name) for name in names] for names in roles]
     ones = np.ones(len(influence.fields))

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from dmagent_loader.errors import ConfigurationError, StateError
+from dmagent_loader.errors import ConfigurationError, InfluenceError, StateError
 from dmagent_loader.mixture.influence import Influence, estimate, grouped, scores_from
 
 FIELDS = ("general", "math")
@@ -103,3 +103,20 @@ def test_damaged_groups_are_refused(entry):
     value["by_questions"] = entry
     with pytest.raises(StateError):
         Influence.from_json(value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_refused(bad):
+    """A measurement of one's own may return them: a policy would take them for noise, and no state could be saved."""
+    values, errors = np.zeros((2, 3)), np.ones((2, 3))
+    groups = {name: np.zeros((4, 3)).tolist() for name in ("a", "b")}
+    groups["b"][1][2] = bad
+    worse = values.copy()
+    worse[1, 2] = bad
+    for scores, by_questions in (
+        (scores_from(("a", "b"), "xyz", worse, errors), {}),
+        (scores_from(("a", "b"), "xyz", values, np.abs(worse) - 1), {}),
+        (scores_from(("a", "b"), "xyz", values, errors), groups),
+    ):
+        with pytest.raises(InfluenceError, match="scores are not finite or have a negative error"):
+            Influence(scores=scores, way="mine", by_questions=by_questions)

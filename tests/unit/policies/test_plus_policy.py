@@ -13,7 +13,7 @@ from dmagent_loader.agent import MixingAgent
 from dmagent_loader.agent.plus import checkpoint
 from dmagent_loader.agent.plus.network import PlusNetwork
 from dmagent_loader.agent.plus.observation import Memory
-from dmagent_loader.errors import CheckpointError, ConfigurationError, StateError
+from dmagent_loader.errors import CheckpointError, ConfigurationError, PolicyError, StateError
 from dmagent_loader.mixture.domains import DomainSpace
 from dmagent_loader.mixture.history import History
 from dmagent_loader.mixture.influence import Influence, scores_from
@@ -103,6 +103,13 @@ def test_settings_beside_a_plus_policy_are_refused_with_a_way_that_works(caplog)
         with pytest.raises(ConfigurationError, match=f"PlusPolicy as policy= takes .*{next(iter(settings))}="):
             make_policy(None, linear, space, natural, **settings)
         assert isinstance(make_policy(None, partial(linear, **settings), space, natural), PlusPolicy)
+
+
+def test_a_measurement_with_other_questions_is_refused_by_name():
+    plus = informed(PlusPolicy(trained(), SPACE, NATURAL))
+    other = History(domains=SPACE.names, fields=("general", "code"), mixes=NATURAL[None], feedback=np.zeros((1, 2)))
+    with pytest.raises(PolicyError, match=r"influence on \['code'\] was not measured, only that on"):
+        plus.propose(other)
 
 
 def test_a_trained_network_moves_the_mix_and_it_stays_a_mix():
