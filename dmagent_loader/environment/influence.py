@@ -52,8 +52,9 @@ class InfluenceSettings:
     Args:
         way: Method, ``"gradient"``, ``"ghost"`` or ``"reverse"``, see `influence_ways`.
         max_questions: Maximum number of questions per field, evenly spaced. None: all.
-        question_groups: G, number of groups that the questions of a field are split into for the standard error. The
-            gradient and ghost methods store one gradient of the model per group and field.
+        question_groups: G, number of groups that the different questions of a field are split into for the standard
+            error; fewer if a field has fewer. The gradient and ghost methods store one gradient of the model per group
+            and field.
         row_groups: Maximum number of groups that a domain's rows are split into for the standard error of the gradient
             method, each at the cost of at least one backward pass. The other methods score each row separately.
         max_row_tokens: Maximum number of tokens read per row. None: the model's maximum length.
@@ -138,11 +139,20 @@ def measure(
     with together(STEP, shared=SHARED) as facts:
         parameters = Parameters(model)
         asked = [spread(listed, settings.max_questions) for listed in questions.values()]
-        count = min(settings.question_groups, *map(len, asked))
-        groups = [[listed[number::count] for number in range(count)] for listed in asked]
+        numbers = [_distinct(listed) for listed in asked]
+        count = min(settings.question_groups, *(max(numbered) + 1 for numbered in numbers))
+        groups = [_dealt(listed, numbered, count) for listed, numbered in zip(asked, numbers, strict=True)]
         if is_active():
             facts["the rows of the domains"] = [(name, len(r), _digest(r)) for name, r in rows.items()]
             facts["the settings of the influence"] = settings
+    if count == 1 < settings.question_groups and get_rank() == 0:
+        single = [name for name, numbered in zip(questions, numbers, strict=True) if max(numbered) == 0]
+        logger.info(
+            "%s has a single question, so the errors of the influence on all fields leave out the choice of questions, "
+            "and chance may pass for a difference between domains: ask at least %d different questions of each field",
+            " and ".join(map(repr, single)),
+            settings.question_groups,
+        )
     scorer = Scorer(model, logits_of)
     batch_tokens = settings.batch_tokens or BATCH_TOKENS.get(scorer.device.type, DEFAULT_BATCH_TOKENS)
     longest = max(entry.num_inputs for listed in (*asked, *rows.values()) for entry in listed)
@@ -251,6 +261,26 @@ def spread(windows: Sequence[ScoredWindow], most: int | None) -> list[ScoredWind
     if most is None or most >= len(windows):
         return list(windows)
     return [windows[number * len(windows) // most] for number in range(most)]
+
+
+def _distinct(windows: Sequence[ScoredWindow]) -> list[int]:
+    """The number of each window among the different ones; copies have the same."""
+    numbers: dict[tuple[int, bytes], int] = {}
+    return [numbers.setdefault((entry.num_scored, entry.tokens.tobytes()), len(numbers)) for entry in windows]
+
+
+def _dealt(windows: Sequence[ScoredWindow], numbers: Sequence[int], count: int) -> list[list[ScoredWindow]]:
+    """Windows in groups; all copies of one are in the same, because groups that share a question agree for no reason.
+
+    Args:
+        windows: Windows of one field.
+        numbers: `_distinct` of them.
+        count: Number of groups, at most that of the different windows.
+    """
+    groups: list[list[ScoredWindow]] = [[] for _ in range(count)]
+    for entry, number in zip(windows, numbers, strict=True):
+        groups[number % count].append(entry)
+    return groups
 
 
 def _tokens(

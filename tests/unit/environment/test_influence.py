@@ -566,3 +566,27 @@ def test_cached_casts_of_autocast_do_not_hide_the_steps_of_the_reverse_method():
         mixed = environment().influence(model, rows(), way="reverse", step=3e-3).values()
         assert torch.is_autocast_cache_enabled()
     np.testing.assert_allclose(mixed, plain, rtol=0, atol=0.1 * np.abs(plain).max())
+
+
+def test_copies_of_a_question_do_not_make_the_errors_smaller():
+    """Groups that share a question agree for no reason; each copy still counts in the feedback."""
+    rows = {name: [tokens(row) for row in listed] for name, listed in ROWS.items()}
+    copied = {name: [pair for pair in listed for _ in range(4)] for name, listed in QUESTIONS.items()}
+    once, often = (
+        Environment.from_pairs(pairs, tokens, progress=False).influence(Bigrams(), rows, question_groups=2)
+        for pairs in (QUESTIONS, copied)
+    )
+    np.testing.assert_allclose(often.values(), once.values(), rtol=1e-5)
+    np.testing.assert_allclose(often.errors(), once.errors(), rtol=1e-5)
+    np.testing.assert_allclose(often.contrasts()[1], once.contrasts()[1], rtol=1e-5)
+
+
+def test_a_single_question_is_told_because_errors_then_leave_out_the_choice_of_questions(caplog):
+    caplog.set_level("INFO")
+    rows = {name: [tokens(row) for row in listed] for name, listed in ROWS.items()}
+    for copies in (1, 5):
+        caplog.clear()
+        pairs = {**QUESTIONS, "sums": QUESTIONS["sums"][:1] * copies}
+        found = Environment.from_pairs(pairs, tokens, progress=False).influence(Bigrams(), rows)
+        assert not found.by_questions
+        assert "'sums' has a single question" in caplog.text
