@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dmagent_loader._files import write_atomically
-from dmagent_loader._validation import read_regular, without_repeats
+from dmagent_loader._validation import read_regular, shown, without_repeats
 from dmagent_loader.agent.config import AgentConfig
 from dmagent_loader.errors import CheckpointError, ConfigurationError, require_extra
 
@@ -121,6 +121,11 @@ def read_agent_config(directory: Path) -> tuple[AgentConfig, str]:
         raise CheckpointError(
             f"{directory} holds an agent of the kind {PLUS!r}, which is not a MixingAgent: pass it as agent= to "
             "AgentWeightedSampler, or load it with policies.PlusPolicy.from_pretrained"
+        )
+    if "kind" in values:
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE} has the kind {shown(values['kind'])}, which this version of dmagent_loader "
+            "does not know: install a newer one"
         )
     sha256 = values.pop("weights_sha256", None)
     if not isinstance(sha256, str):

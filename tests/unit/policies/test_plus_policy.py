@@ -278,6 +278,14 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change):
         checkpoint.load(tmp_path)
 
 
+def test_a_checkpoint_of_a_later_kind_is_refused_with_its_kind(tmp_path):
+    checkpoint.save(trained(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "kind": "dmagent-plus-2"}))
+    with pytest.raises(CheckpointError, match=r"has the kind 'dmagent-plus-2', .*install a newer one"):
+        make_policy(tmp_path, None, SPACE, NATURAL)
+
+
 def test_fields_of_other_names_are_decided_too():
     space = DomainSpace.from_names(["a", "b", "c"], fields={"a": "web", "b": "web", "c": "books"})
     natural = np.array([0.5, 0.2, 0.3])
