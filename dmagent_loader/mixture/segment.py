@@ -29,7 +29,7 @@ from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
 _OFF_BY = 4
-"""More samples than a domain can be off its share, including the debt of the last mix."""
+"""More samples than a domain can be off its share, besides its debt."""
 
 _WINDOW = 1 << 14
 """Samples examined one by one to find where a domain runs out; a wider range is bisected instead."""
@@ -202,7 +202,7 @@ class Segment:
         if weights is None or failed:
             return _Stretch(start, None, base, safe=start, used_up=members, failed=failed)
         quanta = in_quanta(weights) if tree is None or members else tree.quanta
-        safe = start + self._safe_length(quanta, base)
+        safe = start + self._safe_length(quanta, base, owed)
         return _Stretch(start, quanta.astype(np.int32), base, owed, safe, members)
 
     def _order(self, stretch: _Stretch, tree: MixTree | None = None) -> DomainOrder:
@@ -223,7 +223,8 @@ class Segment:
                 # Finding the exact stop is costly, so it waits until `index` comes near it.
                 if index is not None and index < last.safe:
                     return
-                length = self._until_used_up(self._order(last), last.base)
+                assert last.carry is not None
+                length = self._until_used_up(self._order(last), last.base, last.carry)
                 last.stop, last.settled = None if length is None else last.start + length, True
             if last.stop is None or (index is not None and index < last.stop):
                 return
@@ -252,16 +253,20 @@ class Segment:
         total = float(weights.sum())
         return None if total <= 0 else weights / total
 
-    def _safe_length(self, quanta: IntArray, base: IntArray) -> int:
+    def _safe_length(self, quanta: IntArray, base: IntArray, owed: IntArray) -> int:
         """Lower bound on `_until_used_up`: cheap, and a few samples below it."""
         waiting = self._limited & (quanta > 0)
         if not waiting.any():
             return int(_NEVER)
         share = quanta[waiting] / RESOLUTION
-        soonest = float((((self.first_pass - base)[waiting] - _OFF_BY) / share).min())
+        # A debt is paid at once, as far as it is larger than the share of the debts to all domains with weight. Those
+        # of a ledger with very different mixes can be larger than `_OFF_BY`.
+        claim = owed[waiting] / RESOLUTION - share * (float(owed[quanta > 0].sum()) / RESOLUTION)
+        left = (self.first_pass - base)[waiting] - np.maximum(claim, 0)
+        soonest = float(((left - _OFF_BY) / share).min())
         return max(0, int(min(soonest, _NEVER)))
 
-    def _until_used_up(self, order: DomainOrder, base: IntArray) -> int | None:
+    def _until_used_up(self, order: DomainOrder, base: IntArray, owed: IntArray) -> int | None:
         """Samples until the first limited domain with weight is used up; None: never."""
         waiting = self._limited & (order.quanta > 0)
         if not waiting.any():
@@ -271,7 +276,7 @@ class Segment:
         latest = float(((left + _OFF_BY) / share).min())
         if latest > _NEVER:
             return None
-        low, high = self._safe_length(order.quanta, base), int(np.ceil(latest))
+        low, high = self._safe_length(order.quanta, base, owed), int(np.ceil(latest))
 
         def reached(length: int) -> bool:
             return bool((order.counts(length)[waiting] >= left).any())
