@@ -179,8 +179,11 @@ def _packed_tokens_of_rows(rows: np.ndarray[Any, Any]) -> dict[str, torch.Tensor
 def _as_tensor(rows: np.ndarray[Any, Any]) -> torch.Tensor:
     """An array as a tensor, without a copy if torch has its type: torch widens four times as fast as numpy.
 
-    Arrays that cannot be written to are copied, because torch has no such tensors.
+    Arrays that cannot be written to are copied, and so are numbers in the byte order of another machine, because torch
+    has no such tensors.
     """
+    if not rows.dtype.isnative:
+        rows = rows.astype(rows.dtype.newbyteorder("="))
     try:
         return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
     except TypeError:

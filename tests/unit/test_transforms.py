@@ -182,6 +182,17 @@ def test_a_batch_collated_at_once_is_that_of_the_transform(tmp_path):
     assert (other["input_ids"] >= 0).all(), "labels that are masked in place must leave the tokens alone"
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_tokens_in_the_byte_order_of_another_machine_are_read(narrow):
+    """numpy reads them, and so does a loader that converts row by row; torch has no such tensors."""
+    tokens = np.array([7, 65_535], ">u2")
+    rows = [{"__key__": "a", "__domain__": "source/a", "__index__": 0, PACKED_MEMBER: tokens}]
+    batch = collate_packed(rows, narrow=narrow)
+    assert batch["input_ids"].tolist() == [[7, 65_535]]
+    assert batch["input_ids"].dtype == (torch.uint16 if narrow else torch.int64)
+    assert ShiftedTokens(length=2)(rows[0])["tokens"].tolist() == [7, 65_535]
+
+
 def test_labels_can_be_left_out():
     rows = [{"__key__": str(n), "__domain__": "source/a", "__index__": n, PACKED_MEMBER: np.arange(3)} for n in (3, 4)]
     whole, tokens = collate_packed(rows), collate_packed(rows, labels=False)
