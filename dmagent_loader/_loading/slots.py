@@ -6,24 +6,28 @@ each worker keeps a few blocks, its *slots*, and writes its batches into them in
 
 | step | by | |
 |---|---|---|
-| tensors are made in a free slot, or copied into it; it is marked as taken | worker | none is free: torch's own way |
+| tensors are made in a free slot, or copied into it; it is marked as taken | worker | none is free: new memory |
 | the memory of a new slot, later only its number and the layout | through torch's queue | |
 | the tensors of the batch are views of the slot | main process | |
 | the slot is marked as free | main process | when the last of these tensors is gone |
 
 Nothing waits for a slot, so the order of batches, the prefetch of the loader and the work of the queue stay torch's.
-Without space for a new slot, the bytes themselves go through the queue. torch has no space either then, and would lose
-the batch, for which the trainer would wait for ever.
+Without a free slot, and for tensors that are not directly in a dict, new shared memory is taken, as torch does.
+
+Without space for a new slot or for new memory, the bytes themselves go through the queue. torch would lose the batch,
+for which the trainer would wait for ever, because it takes the memory in a thread that only prints its errors.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import math
 import os
+import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,23 +97,23 @@ class Slots:
         return _view(block, 0, dtype, shape)
 
     def filled(self, worker: int, batch: Any) -> Any:
-        """A batch in a slot, to be put into a queue; the batch itself if that is not possible.
+        """A batch in a slot or, if that is not possible, in new shared memory, to be put into a queue.
 
         Args:
             worker: Number of this worker.
             batch: Batch; the tensors in a dict are copied, whatever else is in it goes through the queue.
         """
         if type(batch) is not dict:
-            return batch
+            return self._in_new_memory(batch)
         found = [(name, value) for name, value in batch.items() if _can_be_copied(value)]
         # The largest first, which `empty` puts at the beginning, too: all batches of one form are arranged alike.
         tensors = dict(sorted(found, key=lambda item: item[1].nbytes, reverse=True))
         if not any(tensor.nbytes for tensor in tensors.values()):
-            return batch
+            return self._in_new_memory(batch)
         slot, end = self._begun or (self._free(worker), 0)
         self._begun = None
         if slot is None:
-            return batch
+            return self._in_new_memory(batch)
         address = (worker, slot)
         block, new, is_shared = self._blocks.get(address), None, True
         layout, size = _arranged(tensors, block, end)
@@ -120,16 +124,24 @@ class Slots:
         for (_, begin, dtype, shape), tensor in zip(layout, tensors.values(), strict=True):
             if block.data_ptr() + begin != tensor.data_ptr():
                 _view(block, begin, dtype, shape).copy_(tensor)
-        rest = {name: None if name in tensors else value for name, value in batch.items()}
+        rest = self._in_new_memory({name: None if name in tensors else value for name, value in batch.items()})
         if not is_shared:
             return _Sent(_batch, block.numpy(), layout, rest)
         self._blocks[address], self._taken[address] = block, 1
         return _Sent(_from_slot, self._number, address, new, layout, rest)
 
-    def _share(self, block: torch.Tensor) -> bool:
-        """Moves a block to shared memory; False: there is no space for it."""
+    def _in_new_memory(self, batch: Any) -> Any:
+        """A batch whose tensors are in shared memory, to be put into a queue; without space, as its bytes."""
+        if all(map(self._share, _tensors_to_share(batch))):
+            return batch
+        data = io.BytesIO()
+        _BytesPickler(data, pickle.HIGHEST_PROTOCOL).dump(batch)
+        return _Sent(pickle.loads, data.getvalue())
+
+    def _share(self, tensor: torch.Tensor) -> bool:
+        """Moves the memory of a tensor to shared memory; False: there is no space for it."""
         try:
-            block.share_memory_()  # type: ignore[no-untyped-call]
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
         except (RuntimeError, OSError) as error:
             if not self._is_full_reported:
                 self._is_full_reported = True
@@ -137,7 +149,7 @@ class Slots:
                     "no space for a batch of %d bytes in shared memory (%s), so batches of data workers take longer: "
                     "give /dev/shm more space (docker run --shm-size), or use fewer workers or a smaller "
                     "prefetch_factor",
-                    len(block),
+                    tensor.nbytes,
                     error,
                 )
             return False
@@ -177,6 +189,21 @@ class _Sent:
         return self._call
 
 
+class _BytesPickler(pickle.Pickler):
+    """Writes the bytes of tensors, also of the types that torch's own way to pickle by value does not know."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """How a value is made again; NotImplemented: as usual."""
+        if not isinstance(value, torch.Tensor) or not _can_be_copied(value):
+            return NotImplemented
+        data = value.contiguous().view(-1).view(torch.uint8).numpy()
+        return _from_bytes, (data, value.dtype, tuple(value.shape))
+
+
+def _from_bytes(data: np.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(data).view(dtype).view(shape)
+
+
 def _from_slot(number: int, *arguments: Any) -> Any:
     return _in_use[number].opened(*arguments)
 
@@ -190,6 +217,19 @@ def _can_be_copied(value: Any) -> bool:
     if type(value) is not torch.Tensor or value.requires_grad:
         return False
     return value.device.type == "cpu" and value.layout == torch.strided
+
+
+def _tensors_to_share(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in mappings, lists and tuples that torch would move to shared memory."""
+    if isinstance(value, torch.Tensor):
+        if _can_be_copied(value):
+            yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _tensors_to_share(one)
+    elif isinstance(value, (list, tuple)) and not (value and isinstance(value[0], str)):
+        for one in value:
+            yield from _tensors_to_share(one)
 
 
 def _arranged(tensors: dict[str, torch.Tensor], block: torch.Tensor | None, end: int) -> tuple[_Layout, int]:

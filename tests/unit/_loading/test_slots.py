@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import resource
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_a_slot_is_used_again_once_nothing_refers_to_its_batch():
     assert through(slots, {"a": torch.zeros(4)})["a"].data_ptr() == place
 
 
-def test_without_a_free_slot_a_batch_goes_the_way_of_torch():
+def test_without_a_free_slot_a_batch_gets_new_memory():
     slots = Slots(2, 2)
     kept = [through(slots, {"a": torch.full((4,), number)}) for number in range(5)]
     assert [batch["a"].tolist() for batch in kept] == [[number] * 4 for number in range(5)]
@@ -141,6 +142,29 @@ def test_without_space_for_shared_memory_the_bytes_are_sent(caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert len(logged(caplog, "docker run --shm-size")) == 1
     assert in_slot(slots, 5000)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda batch: batch, lambda batch: [batch, "text"], lambda batch: {"rows": [batch], "index": torch.ones(2)}],
+    ids=["no free slot", "list", "in a list in a dict"],
+)
+def test_without_space_a_batch_that_is_in_no_slot_is_sent_as_bytes(wrap):
+    slots, limit = Slots(1, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = through(slots, {"a": torch.ones(3)})
+    tensors = {
+        "half": torch.ones(2, 4, dtype=torch.bfloat16)[:, ::2],
+        "none": torch.empty(0, 3),
+        "one": torch.tensor(5),
+    }
+    batch = wrap({"a": torch.arange(5000), **tensors, "narrow": torch.tensor([[65_535], [1]], dtype=torch.uint16)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        found = pickle.loads(ForkingPickler.dumps(slots.filled(0, batch)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert str(found) == str(batch)
+    assert kept["a"].sum() == 3
 
 
 @pytest.mark.parametrize(
