@@ -8,13 +8,14 @@ another length or a second member. So the errors and the replacements of bad row
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
+from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
 
 from dmagent_loader._loading.lazy import Columns
 from dmagent_loader._loading.slots import Empty, Slots
@@ -69,6 +70,8 @@ class _BatchStream(Iterator[Any]):
         self._empty: Empty = torch.empty
         if slots is not None and self._worker is not None:
             self._empty = partial(slots.empty, self._worker.id)
+            if conversion.collate is default_collate:
+                self._conversion = replace(conversion, collate=_default_collate)
 
     def __next__(self) -> Any:
         batch = self._batch()
@@ -91,3 +94,15 @@ class _BatchStream(Iterator[Any]):
         if not samples:
             raise StopIteration
         return conversion.collate(samples)
+
+
+def _default_collate(samples: list[Any]) -> Any:
+    """As torch's function, but in memory of this worker: the tensors go through a slot, and torch would end the run if
+    there is no space in shared memory."""
+    return collate(samples, collate_fn_map={**default_collate_fn_map, torch.Tensor: _stacked})
+
+
+def _stacked(tensors: Any, *, collate_fn_map: Any = None) -> torch.Tensor:
+    if tensors[0].is_nested or tensors[0].layout != torch.strided:
+        collate_tensor_fn(tensors, collate_fn_map=collate_fn_map)  # refuses them
+    return torch.stack(tensors)

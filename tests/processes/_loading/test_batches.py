@@ -87,8 +87,13 @@ def without_space(_: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def test_batches_do_not_depend_on_space_for_shared_memory(build):
-    loader = LOADERS["collate_packed"]
+def one_by_one(sample: Any) -> Any:
+    """A transform of the user, with which rows are read one by one and collated by torch's function."""
+    return packed_tokens(sample)
+
+
+@pytest.mark.parametrize("loader", [LOADERS["collate_packed"], {"transform": one_by_one}], ids=["packed", "one by one"])
+def test_batches_do_not_depend_on_space_for_shared_memory(build, loader):
     assert_same(batches(build, 0, loader), batches(build, 2, loader, worker_init_fn=without_space, timeout=60))
 
 
