@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from dmagent_loader._tasks import Advance
-from dmagent_loader.errors import ShardError, require_extra
+from dmagent_loader.errors import ShardError
+from dmagent_loader.shards.inputs.compression import UNPACKING_ERRORS, damage_of, unpacked
 from dmagent_loader.shards.inputs.kinds import Input, Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.records import Record, Rejected, rejected
@@ -25,7 +22,6 @@ from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
 
 _MAX_FIELD = (1 << 31) - 1
 """Longest field of a CSV file, in characters; the default of the library is 131,072."""
-_MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What the error handler surrogateescape makes of bytes that are not UTF-8."""
 
@@ -94,7 +90,7 @@ def _positioned(
     """Records, each with the number of stored bytes up to its end."""
     name = display_url(source.url)
     try:
-        with stored_file(source.url) as stored, _unpacked(name, stored, source.compression, start) as file:
+        with stored_file(source.url) as stored, unpacked(name, stored, source.compression, start) as file:
             if source.kind is Kind.TEXT:
                 records = _whole(name, file)
             elif source.kind is Kind.CSV:
@@ -106,41 +102,8 @@ def _positioned(
                 records = _json_lines(name, file, start, stop)
             for record in records:
                 yield record, stored.tell()
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, OSError) as error:
-        raise ShardError(
-            f"{name} is damaged or cannot be read to its end ({error}): what follows would be lost; fetch it again"
-        ) from error
-
-
-def _unpacked(
-    name: str, stored: IO[bytes], compression: str, start: int
-) -> contextlib.AbstractContextManager[IO[bytes]]:
-    if start:
-        stored.seek(start)
-    buffered: Any = stored if hasattr(stored, "peek") else io.BufferedReader(cast("Any", stored), 1 << 20)
-    if not start:
-        _check_compression(name, buffered.peek(16)[:16], compression)
-    if compression == ".gz":
-        return cast("IO[bytes]", gzip.GzipFile(fileobj=buffered))
-    if compression == ".bz2":
-        return cast("IO[bytes]", bz2.BZ2File(buffered))
-    if compression == ".xz":
-        return cast("IO[bytes]", lzma.LZMAFile(buffered))
-    if compression == ".zst":
-        pyarrow = require_extra("pyarrow", "data")  # unlike the package zstandard, it refuses a file that was cut
-        return io.BufferedReader(pyarrow.CompressedInputStream(buffered, "zstd"), 1 << 20)
-    return contextlib.nullcontext(buffered)
-
-
-def _check_compression(name: str, head: bytes, compression: str) -> None:
-    """Raises ShardError for a compressed file whose name does not say so, and for a plain one whose name does."""
-    if compression:
-        if head and head.isascii() and not head.startswith(_MAGIC[compression]) and b"\0" not in head:
-            raise ShardError(f"{name} is not compressed, although its name ends in {compression}: rename it")
-        return
-    for ending, magic in _MAGIC.items():
-        if ending != ".bz2" and head.startswith(magic):  # a text may begin as .bz2 does
-            raise ShardError(f"{name} is compressed, but its name does not say so: rename it to {name}{ending}")
+    except UNPACKING_ERRORS as error:
+        raise ShardError(damage_of(name, error)) from error
 
 
 def begins_array(head: bytes) -> bool:
