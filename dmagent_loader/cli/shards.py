@@ -384,7 +384,11 @@ def _names_in(folder: str) -> dict[str, str]:
         path = Path(local_path(folder))
         if not path.is_dir():
             raise ConfigurationError(f"--input {folder!r} is not a folder: pass a folder, or use --domain for a file")
-        found = {entry.name if entry.is_file() else f"{entry.name}/": str(entry) for entry in path.iterdir()}
+        try:
+            entries = list(path.iterdir())
+        except OSError as error:
+            raise ConfigurationError(f"--input {folder!r} cannot be listed ({error}): make it readable") from error
+        found = {entry.name if entry.is_file() else f"{entry.name}/": str(entry) for entry in entries}
     else:
         root = folder.rstrip("/")
         below = ((url, url.removeprefix(f"{root}/").partition("/")) for url in remote_names(root))

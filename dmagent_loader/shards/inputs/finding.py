@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def find_inputs(
 
     Raises:
         ShardNotFoundError: A path matches no file.
-        ShardError: A file that was named cannot be read as data, or none in a folder can.
+        ShardError: A file that was named cannot be read as data, or none in a folder can; or a folder cannot be listed.
     """
     options = options or ReadOptions()
     found: list[Input] = []
@@ -129,7 +130,19 @@ def _local_names(path: str) -> tuple[bool, list[str]]:
     if os.path.isfile(path):
         return True, [path]
     matches = sorted(glob.glob(path, recursive=True))
+    _check_listed(os.path.dirname(path))
     return False, [name for match in matches for name in (_walk(match) if os.path.isdir(match) else [match])]
+
+
+def _check_listed(folders: str) -> None:
+    """Raises ShardError if a folder of a glob cannot be listed, which the module glob takes for an empty one."""
+    while glob.has_magic(folders):
+        for folder in glob.iglob(folders, recursive=True):
+            if os.path.isdir(folder):
+                _check_listable(folder)
+        folders = os.path.dirname(folders)
+    if os.path.isdir(folders):
+        _check_listable(folders)
 
 
 def _walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
@@ -145,18 +158,30 @@ def _walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
     if _kind_of_folder(Path(folder)) is not None:
         yield folder
         return
+    _check_listable(folder)
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        # The method of an entry raises an error for a link to itself.
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             yield from _walk(entry.path, above | {real})
-        elif entry.is_file() or entry.is_symlink():
+        elif entry.is_symlink() or entry.is_file():
             yield entry.path
+
+
+def _check_listable(folder: str) -> None:
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise ShardError(
+            f"the folder {folder} cannot be listed ({error}), so its files would be left out: make it readable, or "
+            "name the others without it"
+        ) from error
 
 
 def _kind_of_folder(folder: Path) -> Kind | None:
     """The kind of a folder that is read as one; None: it holds files."""
-    if any(all((folder / name).is_file() for name in marks) for marks in _DATASET_MARKS):
+    if any(all(os.path.isfile(folder / name) for name in marks) for marks in _DATASET_MARKS):
         return Kind.SAVED_DATASET
     try:
         index = json.loads(read_regular(folder / "index.json", _MAX_INDEX_BYTES))
@@ -184,6 +209,8 @@ def _described(name: str, kind: Kind) -> Input:
     """An input with its size and version."""
     if is_local(name):
         if not os.path.exists(name):
+            if not os.path.islink(name):
+                raise ShardError(f"{name} cannot be reached: make its folder readable, or restore the file")
             raise ShardError(
                 f"{name} is a link to {os.path.realpath(name)!r}, which does not exist: restore or remove it"
             )
@@ -197,6 +224,15 @@ def _described(name: str, kind: Kind) -> Input:
         return Input(url=name, kind=kind, size=sum(status.st_size for status in found), version=version)
     info = remote_info(name)
     return Input(url=name, kind=kind, size=int(info.get("size") or 0), version=version_tag(info))
+
+
+def _identity(found: Input) -> str:
+    """The location of an input; of a file with hard links, its number on its disk."""
+    if found.kind is not Kind.DATASET and is_local(found.url):
+        status = os.stat(local_path(found.url))
+        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and status.st_ino:
+            return f"{status.st_dev}:{status.st_ino}"
+    return found.location
 
 
 def _without_partners(domain: str, inputs: Iterable[Input]) -> list[Input]:
@@ -219,7 +255,7 @@ def _without_partners(domain: str, inputs: Iterable[Input]) -> list[Input]:
                 )
             name = f"{prefix}.bin"
         unique = Input(url=name, kind=found.kind, size=found.size, version=found.version)
-        kept.setdefault(unique.location, unique)
+        kept.setdefault(_identity(unique), unique)
     urls = {found.url for found in kept.values()}
     for found in kept.values():
         plain = found.url[: -len(found.compression)] if found.compression else ""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shard_fixtures import WriteTar, write_jsonl
@@ -106,6 +108,35 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "data/gone.jsonl").symlink_to(tmp_path / "missing.jsonl")
     with pytest.raises(ShardError, match=r"gone\.jsonl is a link to .*missing\.jsonl', which does not exist"):
         texts(tmp_path / "data")
+    (tmp_path / "data/gone.jsonl").unlink()
+    (tmp_path / "data/itself").symlink_to("itself")  # its size, or whether it is a folder, cannot be asked for
+    assert texts(tmp_path / "data") == ["a", "b"]
+    (tmp_path / "data/itself.jsonl").symlink_to("itself.jsonl")
+    with pytest.raises(ShardError, match=r"itself\.jsonl is a link to .* restore or remove it"):
+        texts(tmp_path / "data")
+
+
+@pytest.mark.parametrize("path", ["data", "data/*", "data/*/*.jsonl", "data/**/*.jsonl", "data/closed/*.jsonl"])
+def test_a_folder_that_cannot_be_listed_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """The module glob took it for an empty one, so its documents were left out in silence."""
+    for name in ("open", "closed"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        write_jsonl(tmp_path / f"data/{name}/a.jsonl", [{"text": name}])
+    scandir = os.scandir
+
+    def closed(folder: Any) -> Any:
+        if os.path.basename(os.fspath(folder)) in ("closed", b"closed"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)  # tests may run as root, who may list all folders
+    with pytest.raises(
+        ShardError, match=r"folder .*data/closed cannot be listed .* would be left out: make it readable"
+    ):
+        texts(tmp_path / path)
+    assert texts(tmp_path / "data/open/*.jsonl") == ["open"]
 
 
 def test_a_file_under_two_names_is_read_once(
@@ -114,7 +145,9 @@ def test_a_file_under_two_names_is_read_once(
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     (tmp_path / "link.jsonl").symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    assert len(find_inputs("source/a", [path, "a.jsonl", "./a.jsonl", f"file://{path}", "link.jsonl"])) == 1
+    (tmp_path / "hard.jsonl").hardlink_to(path)
+    names = [path, "a.jsonl", "./a.jsonl", f"file://{path}", "link.jsonl", "hard.jsonl"]
+    assert [found.url for found in find_inputs("source/a", names)] == [str(path)]
     assert caplog.text == ""
     write_jsonl(tmp_path / "a.jsonl.gz", [{"text": "a"}])
     assert len(find_inputs("source/a", [tmp_path])) == 2
