@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.errors import ConfigurationError, DMAgentError
 
 _SUFFIX = ".partial"
 _LEFTOVER = re.compile(rf"\..*{re.escape(_SUFFIX)}", re.DOTALL)
 _ABANDONED_AFTER_SECONDS = 3600.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes, *, durable: bool = True) -> None:
@@ -114,7 +116,7 @@ def only_writer(folder: Path, content: str) -> Iterator[None]:
         content: Plural of what is written, for messages, such as ``"shards"``.
 
     Raises:
-        ConfigurationError: Another process writes to the folder, or it cannot be written to.
+        ConfigurationError: Another process writes to the folder, it cannot be written to, or its disk gets full.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -127,7 +129,22 @@ def only_writer(folder: Path, content: str) -> Iterator[None]:
                 f"{content} cannot be written to {str(folder)!r}: {error}; choose a folder that can be written to, on "
                 "a file system with locks"
             ) from error
-        yield
+        try:
+            yield
+        except DMAgentError:
+            raise  # a ShardNotFoundError is an OSError, too
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise ConfigurationError(
+                f"there is no room for the {content} in {str(folder)!r}, or for temporary files ({error}): free some, "
+                "and run the same command again, which goes on where it stood"
+            ) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, a quota or the largest size of a file is exhausted."""
+    return error.errno in _FULL
 
 
 @contextlib.contextmanager

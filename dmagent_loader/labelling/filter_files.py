@@ -20,7 +20,7 @@ from typing import Any
 import safetensors.numpy
 from tqdm.auto import tqdm
 
-from dmagent_loader._files import only_writer, write_atomically
+from dmagent_loader._files import is_full, only_writer, write_atomically
 from dmagent_loader._tasks import Advance, Workers, check_workers, run_tasks
 from dmagent_loader.errors import ConfigurationError, DMAgentError, ShardError
 from dmagent_loader.labelling.documents import DocumentPiece, FileDocuments, first_documents
@@ -100,6 +100,8 @@ def filter_domains(
         except DMAgentError:
             raise  # a ShardNotFoundError of an input is an OSError, too
         except OSError as error:
+            if is_full(error):
+                raise
             raise ConfigurationError(f"{str(place)!r} cannot be written: {error}; pass another --output") from error
         finally:
             if not any(partial.glob(f"{_FOUND}/part-*")):

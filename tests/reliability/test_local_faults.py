@@ -24,7 +24,7 @@ from shard_fixtures import published
 
 from benchmarks.reliability.remote_faults import TEXTS, tar_bytes
 from dmagent_loader import AgentWeightedSampler, ReadingConfig
-from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError, StateError
+from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError, StateError
 from dmagent_loader.shards import ShardCollection, ShardingConfig, load_manifest, shard_files
 from dmagent_loader.shards.index.cache import IndexCache
 from dmagent_loader.shards.sources.block_store import default_block_folder
@@ -245,10 +245,14 @@ def test_a_full_disk_while_shards_are_written_adds_nothing(small_disk: Path, tmp
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "beta " * words}))
     shard_files({"source/a": [tmp_path / "a.jsonl"]}, out, progress=False)
     before = {name: (out / name).read_bytes() for name in published(out)}
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        ConfigurationError, match=r"no room for the shards in .*No space left.* run the same command again"
+    ):
         shard_files({"source/b": [tmp_path / "b.jsonl"]}, out, progress=False)
     assert {name: (out / name).read_bytes() for name in published(out)} == before
     assert (out / ".partial").exists() == (words < 12_000), "what is done is kept for the next call"
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    assert shard_files({"source/b": [tmp_path / "b.jsonl"]}, out, progress=False)["source/b"].documents == 1
 
 
 def _domains(folder: Path, texts: list[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dmagent_loader._files import locked, remove_leftovers, write_atomically
+from dmagent_loader._files import locked, only_writer, remove_leftovers, write_atomically
+from dmagent_loader.errors import ConfigurationError, ShardNotFoundError
 
 
 def test_a_reader_sees_one_whole_file_whoever_writes_it(tmp_path: Path) -> None:
@@ -109,3 +111,19 @@ def test_a_lock_is_refused_where_there_are_none(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(OSError, match="not implemented"), locked(tmp_path / ".lock"):
         pytest.fail("held without a lock")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_named_with_its_remedy(tmp_path: Path, number: int) -> None:
+    """It was a traceback without the folder."""
+    with (
+        pytest.raises(
+            ConfigurationError, match=r"no room for the labels in .*out.*free some, and run the same command"
+        ),
+        only_writer(tmp_path / "out", "labels"),
+    ):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(ShardNotFoundError), only_writer(tmp_path / "out", "labels"):
+        raise ShardNotFoundError("no file")
+    with pytest.raises(IsADirectoryError), only_writer(tmp_path / "out", "labels"):
+        raise IsADirectoryError(errno.EISDIR, "a folder")

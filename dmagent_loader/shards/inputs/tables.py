@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import IO, Any
 
+from dmagent_loader._files import is_full
 from dmagent_loader._tasks import Advance
 from dmagent_loader.errors import ShardError, require_extra
 from dmagent_loader.shards.inputs.kinds import DATASET_PREFIX, Input, Kind
@@ -228,7 +228,7 @@ def _named_damage(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and is_full(error):
             raise  # the disk with a library's cache is full; the input is whole
         raise ShardError(
             f"{name} cannot be read ({type(error).__name__}: {error}): check its name, or fetch or write it again"
