@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -158,6 +158,9 @@ class Labeller:
         labels: dict[str, Counter[str]] = {}
         for document in documents:
             for name, value in label_columns(document.columns, self.config.label_key):
+                # Only in the column that was named: others may hold numbers of topics by the same name.
+                if name == self.config.label_key and value is not None and not isinstance(value, (str, Mapping)):
+                    value = shown(value)
                 if isinstance(value, str) and value.strip():
                     labels.setdefault(name, Counter())[value] += 1
         foreign = set()

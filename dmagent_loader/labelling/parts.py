@@ -107,9 +107,10 @@ def labels_of(batch: list[Document], path: Path) -> list[dict[str, Any]]:
         ShardError: The part is damaged, or holds the labels of other documents.
     """
     lines = read_part(path)
-    # Only the file names: the same folder may be named in another way.
+    # Only the file names: the same folder may be named in another way. As in a part, those that are not UTF-8 have
+    # question marks.
     files = [
-        [str(origin).rpartition("/")[2] for origin in origins]
+        [str(origin).rpartition("/")[2].encode("utf-8", "replace") for origin in origins]
         for origins in (
             (line.get("origin") for line in lines),
             (document.origin for document in batch),

@@ -149,6 +149,17 @@ def test_documents_are_sorted_by_topic_with_their_columns(web: Path, tmp_path: P
     assert unsure["text"] == "Games ? 8"
 
 
+def test_documents_of_files_whose_names_are_not_utf8_are_sorted(tmp_path: Path) -> None:
+    """Their origins were compared with those of the labels, which have question marks, and called others."""
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jsonl"))
+    path.write_text("".join(json.dumps({"text": f"Science {number}"}) + "\n" for number in range(3)))
+    domains = {"source/a": FileDocuments("source/a", [path])}
+    for _ in range(2):
+        found = label_domains(domains, tmp_path / "out", Labeller(ByWord()), split=True, progress=False)
+    assert found["source/a"].documents == 3
+    assert len(list((tmp_path / "out/source").glob("*.jsonl.gz"))) == 1
+
+
 def test_sorting_leaves_the_labels_and_the_unfinished_work_of_shard(web: Path, tmp_path: Path) -> None:
     """Sorting removed `.partial`, and a field called "labels" was sorted into the folder of the labels."""
     unfinished = tmp_path / "out" / ".partial" / "job" / "chunk.safetensors"

@@ -92,6 +92,18 @@ def test_a_column_of_another_taxonomy_is_not_half_taken(caplog: pytest.LogCaptur
     assert Labeller(ByDigit()).label(few).stated.sum() == 9
 
 
+def test_a_label_key_whose_values_are_no_labels_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Numbers of clusters were left aside without a word, and all documents classified."""
+    documents = [document("Science 0.9", cluster=number % 3, topic=5) for number in range(9)]
+    labels = Labeller(ByDigit(), LabelConfig(label_key="cluster")).label(documents)
+    assert not labels.stated.any()
+    assert "column 'cluster' is not read as labels: 9 of 9 are not topics" in caplog.text
+    assert "'0'" in caplog.text
+    caplog.clear()
+    assert not Labeller(ByDigit()).label(documents).stated.any()
+    assert caplog.text == ""  # nobody named the column "topic"
+
+
 def test_a_label_key_that_no_document_has_is_refused() -> None:
     labeller = Labeller(ByDigit(), LabelConfig(label_key="topc"))
     with pytest.raises(ConfigurationError, match=r"has a label in the column 'topc' .* \['topic', 'url'\]"):
