@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,7 +13,15 @@ import numpy as np
 
 from dmagent_loader._tasks import Advance
 from dmagent_loader._validation import shown
-from dmagent_loader.errors import DecodeError, ShardError, require_extra
+from dmagent_loader.errors import (
+    HOW_TO_RESUME,
+    DamagedShardError,
+    DecodeError,
+    EmptyShardError,
+    ShardError,
+    ShardLayoutError,
+    require_extra,
+)
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.decode import Decoder, RawSample
 from dmagent_loader.shards.inputs.kinds import Input
@@ -20,6 +29,8 @@ from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.records import Record, Rejected, rejected
 from dmagent_loader.shards.inputs.text import missing_column, stored_file
 from dmagent_loader.shards.sources.urls import display_url, local_path
+
+logger = logging.getLogger(__name__)
 
 _SAFE_MDS = frozenset(("str", "json", "int", "bytes", "str_int", "str_float", "str_decimal"))
 
@@ -33,12 +44,32 @@ def read_tar(
         ShardError: The shard is damaged.
     """
     name, member = display_url(source.url), options.tar_member or "txt"
-    collection = ShardCollection.open({"source/shard": [source.url]}, progress=False, key_ends_at=options.key_ends_at)
+    collection = _opened(source, name, options)
+    if collection is None:
+        return
     (rows,) = collection.shard_rows(0)
     decode = Decoder()
     for number in range(rows):
         yield _tar_record(name, collection.read(0, 0, number), member, decode)
         advance(source.size // rows)
+
+
+def _opened(source: Input, name: str, options: ReadOptions) -> ShardCollection | None:
+    """The rows of a tar shard; None if it has none, as the last of many that several processes wrote may have.
+
+    The messages of a collection are for those who train on it.
+    """
+    try:
+        return ShardCollection.open({name: [source.url]}, progress=False, key_ends_at=options.key_ends_at)
+    except EmptyShardError:
+        logger.warning("%s holds no sample, which is a file with an extension, such as 0001.txt", name)
+        return None
+    except DamagedShardError as error:
+        raise ShardError(
+            f"{name} is damaged, so rows may be missing (`dmagent index {name}` lists where): fetch or write it again"
+        ) from error
+    except ShardLayoutError as error:
+        raise ShardLayoutError(str(error).removesuffix(f"; {HOW_TO_RESUME}")) from error
 
 
 def _tar_record(name: str, sample: RawSample, member: str, decode: Decoder) -> Record | Rejected:
@@ -47,6 +78,8 @@ def _tar_record(name: str, sample: RawSample, member: str, decode: Decoder) -> R
         fault = (
             f"has no member {member!r}, only {shown(sorted(sample.members))}: name another (--tar-member, tar_member=)"
         )
+        if any(found.endswith(f".{member}") for found in sample.members):
+            fault += ", or, if the names of files have dots before it, pass --key-ends-at last-dot (key_ends_at=)"
         return rejected(place, fault, None)
     try:
         value = decode(sample._replace(members={member: sample.members[member]}))[member]

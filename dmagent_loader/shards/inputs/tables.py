@@ -47,12 +47,38 @@ def read_table(source: Input, start: int, stop: int | None, options: ReadOptions
     name = display_url(source.url)
     reported = 0
     for first, bytes_done, batch in readers[source.kind](source, start, stop, options):
-        with _named_damage(name):
-            columns = {column: batch.column(column).to_pylist() for column in batch.schema.names}
+        columns = {column: _values(name, column, batch) for column in batch.schema.names}
         for number, values in enumerate(zip(*columns.values(), strict=True), start=first + 1):
             yield Record(f"{name}, row {number}", dict(zip(columns, values, strict=True)))
         advance(bytes_done - reported)
         reported = bytes_done
+
+
+def _values(name: str, column: str, batch: Any) -> list[Any]:
+    """The values of a column, in the types of Python, which know less than those of Arrow."""
+    stored = batch.column(column)
+    try:
+        try:
+            values: list[Any] = stored.to_pylist()
+        except UnicodeDecodeError:
+            values = [_value(scalar) for scalar in stored]
+    except (ValueError, OverflowError, NotImplementedError) as error:
+        raise ShardError(
+            f"{name}: column {column!r} has a value that cannot be read ({type(error).__name__}: {error}): repair the "
+            "column, or write the file without it"
+        ) from error
+    return values
+
+
+def _value(scalar: Any) -> Any:
+    """A value of a table; bytes if it is marked as text, but is not UTF-8."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        text = getattr(scalar, "value", scalar)  # of a dictionary
+        if not hasattr(text, "as_buffer"):
+            raise  # inside another column
+        return text.as_buffer().to_pybytes()
 
 
 _Batches = Iterator[tuple[int, int, Any]]
@@ -227,7 +253,7 @@ def _named_damage(name: str) -> Iterator[None]:
     """Errors of the libraries as ShardError; those of Arrow are subclasses of ValueError, OSError and the like."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, NotImplementedError) as error:
         if isinstance(error, OSError) and is_full(error):
             raise  # the disk with a library's cache is full; the input is whole
         raise ShardError(

@@ -19,10 +19,11 @@ import fsspec
 import pytest
 
 from dmagent_loader.errors import MissingExtraError, ShardError
-from dmagent_loader.shards.inputs.documents import Document, DocumentReader
+from dmagent_loader.shards.inputs.documents import Document, DocumentReader, read_documents
 from dmagent_loader.shards.inputs.finding import find_inputs
 from dmagent_loader.shards.inputs.options import ReadOptions
 from dmagent_loader.shards.inputs.pieces import divide
+from dmagent_loader.shards.inputs.records import Rejected
 
 pyarrow = pytest.importorskip("pyarrow")
 datasets = pytest.importorskip("datasets")
@@ -153,6 +154,31 @@ def test_tar_shards_give_the_member_that_is_named(tmp_path: Path, member: str) -
         documents(tmp_path / "a.tar", ReadOptions(tar_member=other))
 
 
+def test_a_tar_shard_that_cannot_be_read_is_named_with_a_remedy_for_its_reader(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The messages were for those who train on it, named a domain that nobody has, and one tar of many was the end."""
+    options, whole = ReadOptions(tar_member="txt"), TARS["txt"]()
+    (tmp_path / "a.tar").write_bytes(whole)
+    (tmp_path / "b.tar").write_bytes(bytes(10240))
+    assert [document.text for document in documents(tmp_path, options)] == TEXTS
+    assert "b.tar holds no sample" in caplog.text
+    (tmp_path / "b.tar").write_bytes(whole[:-10240])
+    with pytest.raises(
+        ShardError, match=r"b\.tar is damaged, .* \(`dmagent index .*b\.tar` lists where\): fetch"
+    ) as error:
+        documents(tmp_path, options)
+    assert "source/shard" not in str(error.value)
+    (tmp_path / "b.tar").write_bytes(gzip.compress(whole))
+    with pytest.raises(ShardError, match=r"b\.tar is compressed \(gzip\)") as error:
+        documents(tmp_path, options)
+    assert "load_state_dict" not in str(error.value)
+    with tarfile.open(tmp_path / "b.tar", "w") as file:
+        file.addfile(tarfile.TarInfo("arxiv.2101.txt"))
+    with pytest.raises(ShardError, match=r"row 'arxiv' has no member 'txt', only .*--key-ends-at last-dot"):
+        documents(tmp_path, options)
+
+
 def test_saved_data_sets_give_their_rows(tmp_path: Path) -> None:
     whole = datasets.Dataset.from_list(ROWS)
     whole.save_to_disk(tmp_path / "saved", num_shards=2)
@@ -161,6 +187,9 @@ def test_saved_data_sets_give_their_rows(tmp_path: Path) -> None:
     assert [document.text for document in documents(tmp_path / "one")] == TEXTS
     whole.select([4, 0]).save_to_disk(tmp_path / "chosen")
     assert [document.text for document in documents(tmp_path / "chosen")] == ["last", "plain"]
+    whole.select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(ShardError, match="none cannot be read"):  # an IndexError of the library
+        documents(tmp_path / "none")
     datasets.DatasetDict(train=whole, test=whole).save_to_disk(tmp_path / "two")
     with pytest.raises(ShardError, match=r"has the splits \['test', 'train'\]: give the folder of one"):
         documents(tmp_path / "two")
@@ -235,6 +264,40 @@ def test_values_of_a_table_that_are_no_text_are_refused_by_row(tmp_path: Path) -
         )
         with pytest.raises(ShardError, match=rf"a\.parquet, row 2.*{message}"):
             documents(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.feather"])
+def test_a_column_of_text_that_is_not_utf8_is_refused_by_row(tmp_path: Path, name: str) -> None:
+    """Spark and others write any bytes. Such a row was the end of the file, whatever may be left out."""
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    text = pyarrow.array([b"one", b"caf\xe9", b"three", None], pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"text": text if name == "a.parquet" else text.dictionary_encode(), "id": range(4)})
+    write = pyarrow.parquet.write_table if name == "a.parquet" else pyarrow.feather.write_feather
+    write(table, tmp_path / name)
+    options, rejects = ReadOptions(), list[Rejected]()
+    (piece,) = divide(find_inputs("source/a", [tmp_path / name]))
+    found = [document.text for document in read_documents(piece, options, lambda size: None, rejects.append)]
+    assert found == ["one", "three"]
+    assert [reject.origin.rpartition(", ")[2] for reject in rejects] == ["row 2", "row 4"]
+    assert "row 2 column 'text' is not UTF-8: convert it" in rejects[0].reason
+
+
+def test_a_value_that_python_cannot_hold_is_refused_with_its_column(tmp_path: Path) -> None:
+    """Microseconds in a column of seconds were a traceback of Arrow, or called for another download."""
+    import pyarrow
+    import pyarrow.feather
+
+    for time in (10**17, 10**12):
+        when = pyarrow.array([time], pyarrow.timestamp("s"))
+        pyarrow.feather.write_feather(pyarrow.table({"text": ["a"], "when": when}), tmp_path / "a.feather")
+        assert [document.text for document in documents(tmp_path / "a.feather")] == ["a"]
+        with pytest.raises(
+            ShardError, match=r"a\.feather: column 'when' has a value that cannot be read .*repair the col"
+        ):
+            documents(tmp_path / "a.feather", ReadOptions(keep_columns=("when",)))
 
 
 def test_rows_of_csv_that_do_not_fit_are_refused_by_line(tmp_path: Path) -> None:
