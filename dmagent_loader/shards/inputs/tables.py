@@ -18,7 +18,7 @@ from dmagent_loader.shards.inputs.text import check_columns, stored_file
 from dmagent_loader.shards.sources.urls import display_url, local_path
 
 _BATCH_ROWS = 1024
-_ARROW_FILE = b"ARROW1"
+_ARROW_FILE, _FEATHER_1 = b"ARROW1", b"FEA1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _DEFAULT_SPLIT = "train"
 _BUILDERS = ("json", "csv", "parquet", "arrow")
@@ -122,7 +122,12 @@ def _arrow_batches(source: Input, start: int, stop: int | None, options: ReadOpt
     name = display_url(source.url)
     with stored_file(source.url) as stored:
         with _named_damage(name):
-            is_file = stored.read(len(_ARROW_FILE)) == _ARROW_FILE
+            head = stored.read(len(_ARROW_FILE))
+        if head.startswith(_FEATHER_1):
+            raise ShardError(
+                f"{name} is of version 1 of Feather: write it again with version 2 (write_feather(version=2))"
+            )
+        is_file = head == _ARROW_FILE
         if not is_file:
             _check_end_of_stream(name, stored)
         with _named_damage(name):

@@ -72,10 +72,24 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     Args:
         tokenizer: A ``tokenizers.Tokenizer``.
         texts: The texts.
+
+    Raises:
+        ConfigurationError: The tokenizer has no tokens for a text.
     """
     are_long = sum(map(len, texts)) > _LONG_CHARACTERS * len(texts)
     encode = tokenizer.encode_batch_fast if are_long else tokenizer.encode_batch
-    return [encoding.ids for encoding in encode(texts, add_special_tokens=False)]
+    try:
+        return [encoding.ids for encoding in encode(texts, add_special_tokens=False)]
+    except Exception as error:
+        if type(error) is not Exception:  # of the package
+            raise
+        if len(texts) > 1:
+            for text in texts:
+                encode_texts(tokenizer, [text])  # names the text
+        raise ConfigurationError(
+            f"the tokenizer has no tokens for the text that begins with {shown(texts[0][:60])} ({error}): give it a "
+            "token for what it does not know (unk_token), or take another one"
+        ) from error
 
 
 class TextEncoder:

@@ -47,6 +47,7 @@ def texts(path: Path | str, options: ReadOptions | None = None) -> list[str]:
         ("a.json", json.dumps({"text": "one"}, indent=1).encode(), "beginning of an object of several lines"),
         ("a.jsonl", b'{"text": "a\\u0000b"}\n', "line 1 contains a zero byte"),
         ("a.jsonl", gzip.compress(LINE, mtime=0), r"a\.jsonl is compressed, but .*rename it to .*a\.jsonl\.gz"),
+        ("a.feather", b"FEA1" + bytes(64) + b"FEA1", "is of version 1 of Feather: write it again with version 2"),
         ("a.jsonl.gz", LINE, r"is not compressed, although its name ends in \.gz: rename it"),
         ("a.jsonl.zst", LINE, r"is not compressed, although its name ends in \.zst: rename it"),
     ],

@@ -135,6 +135,19 @@ def test_an_end_token_that_cannot_be_read_as_text_is_refused_by_line(tmp_path: P
     assert files_under(tmp_path / "out") == []
 
 
+def test_a_tokenizer_without_tokens_for_a_text_is_refused_with_the_text(tmp_path: Path) -> None:
+    """It was a traceback of the package tokenizers, without the text."""
+    tokenizer = Tokenizer(models.WordLevel({"known": 0, END: 1}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "known known"}, {"text": "known stranger"}])
+    config = ShardingConfig(tokenizer=str(tmp_path / "tokenizer.json"), sequence_length=2)
+    with pytest.raises(
+        ConfigurationError, match=r"no tokens for the text .*'known stranger' .*unk_token\), or take another"
+    ):
+        shard_files({"source/a": [path]}, tmp_path / "out", config, progress=False)
+
+
 @pytest.mark.parametrize("tokenizer", [False, True])
 def test_half_of_a_surrogate_pair_is_refused_by_line(tmp_path: Path, tokenizer: bool) -> None:
     """As raw text it became a row that nobody can decode; packing failed without file and line."""
