@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,7 +49,12 @@ class Collection:
 
     def chunks(self) -> list[Path]:
         """Chunks of the piece that are written, in order."""
-        return sorted(self.folder.glob(f"{self.number:06d}-*.safetensors"))
+        # One by one: to list the folder for each of its pieces takes hours with 100,000 of them.
+        return list(itertools.takewhile(Path.exists, map(self.chunk_path, itertools.count())))
+
+    def chunk_path(self, number: int) -> Path:
+        """Path of a chunk of the piece."""
+        return self.folder / f"{self.number:06d}-{number:06d}.safetensors"
 
     def run(self, tokenizer: TextTokenizer | None, advance: Advance) -> Counts:
         """Reads the piece, from where an earlier call was killed.
@@ -172,8 +178,7 @@ class _Chunk:
     def _write(self, *, is_last: bool) -> None:
         keys = keys_of(self._records, self._task.number, self._task.config.shuffle_seed)
         lines = "".join(self._rejects).encode()
-        path = self._task.folder / f"{self._task.number:06d}-{self._number:06d}.safetensors"
-        write_chunk(path, keys, self._parts, lines, self.counts, is_last=is_last)
+        write_chunk(self._task.chunk_path(self._number), keys, self._parts, lines, self.counts, is_last=is_last)
         self._number += 1
         self._start()
 
