@@ -17,7 +17,8 @@ from dmagent_loader.shards.inputs.records import Record
 from dmagent_loader.shards.inputs.text import check_columns, stored_file
 from dmagent_loader.shards.sources.urls import display_url, local_path
 
-_BATCH_ROWS = 1024
+_BATCH_ROWS, _BATCH_BYTES = 1024, 16 << 20
+"""Most rows that are converted at once, and their bytes where these are known: a book can have megabytes."""
 _ARROW_FILE, _FEATHER_1 = b"ARROW1", b"FEA1"
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _DEFAULT_SPLIT = "train"
@@ -97,8 +98,10 @@ def _parquet_batches(source: Input, start: int, stop: int | None, options: ReadO
         chosen = range(start, len(groups) if stop is None else stop)
         first, done = sum(group.num_rows for group in groups[:start]), 0.0
         for number in chosen:
-            per_row = _stored_bytes(groups[number]) / max(groups[number].num_rows, 1)
-            read = partial(file.iter_batches, _BATCH_ROWS, row_groups=[number], columns=columns)
+            rows = max(groups[number].num_rows, 1)
+            per_row = _stored_bytes(groups[number]) / rows
+            batch_rows = _batch_rows(rows, groups[number].total_byte_size)
+            read = partial(file.iter_batches, batch_rows, row_groups=[number], columns=columns)
             for batch in _each(name, read):
                 done += per_row * batch.num_rows
                 yield first, int(done), batch
@@ -111,6 +114,11 @@ def parquet_row_groups(source: Input) -> list[int]:
     with stored_file(source.url) as stored, _named_damage(display_url(source.url)):
         metadata = parquet.ParquetFile(stored).metadata
         return [_stored_bytes(metadata.row_group(number)) for number in range(metadata.num_row_groups)]
+
+
+def _batch_rows(rows: int, size: int) -> int:
+    """Rows that are converted at once, of a table with so many rows and bytes."""
+    return min(_BATCH_ROWS, max(1, _BATCH_BYTES * rows // max(size, 1)))
 
 
 def _stored_bytes(group: Any) -> int:
@@ -163,10 +171,10 @@ def _saved_batches(source: Input, start: int, stop: int | None, options: ReadOpt
     table = _saved(source)
     columns = _columns(source, table.column_names, options)
     chosen = range(start, len(table) if stop is None else stop)
-    first = start
+    first, batch_rows = start, _batch_rows(len(table), source.size)
     for batch in _each(
         display_url(source.url),
-        lambda: table.select_columns(columns).select(chosen).with_format("arrow").iter(_BATCH_ROWS),
+        lambda: table.select_columns(columns).select(chosen).with_format("arrow").iter(batch_rows),
     ):
         done = first + batch.num_rows
         yield first, source.size * (done - start) // len(table), batch

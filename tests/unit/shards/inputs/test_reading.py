@@ -19,6 +19,7 @@ import fsspec
 import pytest
 
 from dmagent_loader.errors import MissingExtraError, ShardError
+from dmagent_loader.shards.inputs import tables
 from dmagent_loader.shards.inputs.documents import Document, DocumentReader, read_documents
 from dmagent_loader.shards.inputs.finding import find_inputs
 from dmagent_loader.shards.inputs.options import ReadOptions
@@ -356,6 +357,33 @@ def test_pieces_of_a_saved_data_set_give_its_rows_once(tmp_path: Path) -> None:
     assert len(pieces) > 1
     reader = [record for piece in pieces for record in piece.read(ReadOptions(), lambda done: None)]
     assert [record.origin.rpartition(" ")[2] for record in reader] == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_long_documents_of_tables_are_converted_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """1,024 books of 1 MB took gigabytes in each process."""
+    texts = [f"{number} " + "x" * 1000 for number in range(100)]
+    whole = datasets.Dataset.from_dict({"text": texts})
+    path = tmp_path / kind if kind == "saved" else tmp_path / "a.parquet"
+    if kind == "saved":
+        whole.save_to_disk(path)
+    else:
+        whole.to_parquet(path)
+    sizes: list[int] = []
+    read = tables._values
+
+    def values(name: str, column: str, batch: Any) -> list[Any]:
+        sizes.append(batch.num_rows)
+        return read(name, column, batch)
+
+    monkeypatch.setattr(tables, "_values", values)
+    monkeypatch.setattr(tables, "_BATCH_BYTES", 10_000)
+    assert [document.text for document in documents(path)] == texts
+    assert max(sizes) <= 10
+    monkeypatch.setattr(tables, "_BATCH_BYTES", 10)
+    assert [document.text for document in documents(path)] == texts
 
 
 def test_small_files_share_a_piece(tmp_path: Path) -> None:
