@@ -132,6 +132,12 @@ def _json_line(place: str, line: bytes) -> Record | Rejected:
         if text.strip() == "{":
             fault = "is not JSON but the beginning of an object of several lines: write each in one line (jq -c . does)"
             return rejected(place, fault, text)
+        if "\0" in text:
+            fault = (
+                "contains zero bytes, as UTF-16 does (iconv converts it), or a file that was cut by a crash (fetch or "
+                "write it again)"
+            )
+            return rejected(place, fault, text)
         return rejected(place, f"is not JSON ({error}): repair or remove the line; each line has to be an object", text)
 
 

@@ -46,6 +46,8 @@ def texts(path: Path | str, options: ReadOptions | None = None) -> list[str]:
         ("a.json", b'["a string"]', "item 1 has no text, because it is not an object but a str"),
         ("a.json", json.dumps({"text": "one"}, indent=1).encode(), "beginning of an object of several lines"),
         ("a.jsonl", b'{"text": "a\\u0000b"}\n', "line 1 contains a zero byte"),
+        ("a.jsonl", LINE.decode().encode("utf-16-le"), r"line 1 contains zero bytes, as UTF-16 does \(iconv converts"),
+        ("a.jsonl", LINE + bytes(512), "line 2 contains zero bytes, .* or a file that was cut by a crash"),
         ("a.jsonl", gzip.compress(LINE, mtime=0), r"a\.jsonl is compressed, but .*rename it to .*a\.jsonl\.gz"),
         ("a.feather", b"FEA1" + bytes(64) + b"FEA1", "is of version 1 of Feather: write it again with version 2"),
         ("a.jsonl.gz", LINE, r"is not compressed, although its name ends in \.gz: rename it"),
