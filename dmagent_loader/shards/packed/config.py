@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.shards.packed.encoder import DocumentEncoder
+from dmagent_loader.shards.writing.encoding import LOSES_CHARACTERS, loses_characters
 from dmagent_loader.shards.writing.packing import COMMON_END_TOKENS
 
 _DESCRIPTION = re.compile(
@@ -17,6 +19,8 @@ _DESCRIPTION = re.compile(
     r"(?:, key (?P<key>'.*?'|\".*?\"))?(?P<parsed>, special tokens parsed)?"
 )
 """`PackText.description`, from which all but the tokenizer can be read again."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class PackText:
             text_key=self.text_key,
             parse_special_tokens=bool(self.parse_special_tokens),
         )
+        if loses_characters(backend):
+            logger.warning(LOSES_CHARACTERS, type(self.tokenizer).__name__)
         object.__setattr__(self, "encoder", encoder)
 
     def _end_token(self, backend: Any) -> int:

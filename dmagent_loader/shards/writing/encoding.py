@@ -29,6 +29,12 @@ _OLDEST = (0, 13)
 """First version of tiktoken whose time does not grow with the square of the length of a word."""
 _FIRST_COMPARED, _COMPARED_ONE_IN = 8, 1000
 """Texts that both packages encode: the first ones, and then one in so many."""
+_RARE_LETTERS = "\ua66e\u16a0\U00010380"
+"""Letters of Old Cyrillic, of runes, and of Ugaritic."""
+LOSES_CHARACTERS = (
+    "tokenizer %r has no token for characters that it does not know, so these are left out of documents: give it an "
+    "unk_token or byte_fallback, or take another one"
+)
 _PARALLELISM_OFF = {"", "0", "f", "false", "n", "no", "off"}
 
 _HARD_TEXTS = (
@@ -90,6 +96,17 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
             f"the tokenizer has no tokens for the text that begins with {shown(texts[0][:60])} ({error}): give it a "
             "token for what it does not know (unk_token), or take another one"
         ) from error
+
+
+def loses_characters(tokenizer: Any) -> bool:
+    """Whether characters that a ``tokenizers.Tokenizer`` does not know have no token at all.
+
+    A BPE model without ``unk_token``, whose tokens are not bytes, leaves them out.
+    """
+    try:  # not as a batch: threads before a fork make the package warn, and do without them afterwards
+        return not any(tokenizer.encode(letter, add_special_tokens=False).ids for letter in _RARE_LETTERS)
+    except Exception:  # such a text is an error
+        return False
 
 
 class TextEncoder:

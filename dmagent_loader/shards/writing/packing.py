@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dmagent_loader.errors import ConfigurationError, ShardError, require_extra
 from dmagent_loader.shards.inputs.documents import Document
 from dmagent_loader.shards.inputs.records import Rejected, rejected
-from dmagent_loader.shards.writing.encoding import Spelled, TextEncoder
+from dmagent_loader.shards.writing.encoding import LOSES_CHARACTERS, Spelled, TextEncoder, loses_characters
 
 PACKED_MEMBER = "input_ids.npy"
 """The member that holds the tokens of a packed row."""
@@ -134,6 +134,8 @@ class TextTokenizer:
                         logger.warning("tokenizer %r has %s settings, which packing ignores", name, setting)
             serialised = backend.to_str()
             backend.encode_special_tokens = not parse_special_tokens
+            if loses_characters(backend):
+                logger.warning(LOSES_CHARACTERS, name)
         encoder = TextEncoder(backend) if backend is not None else None
         if encoder is not None:
             logger.info("tokenizer %r: %s", name, encoder.slow_reason or "its tokens are made by tiktoken")

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from dmagent_loader.errors import ConfigurationError, ShardError
 from dmagent_loader.shards import ShardingConfig, shard_files
 from dmagent_loader.shards.manifest import DomainRecord
-from dmagent_loader.shards.writing.packing import PACKED_MEMBER
+from dmagent_loader.shards.packed.config import PackText
+from dmagent_loader.shards.writing.packing import PACKED_MEMBER, TextTokenizer
 
 END, PAD = "<|endoftext|>", "<pad>"
 ROW = 16
@@ -133,6 +134,23 @@ def test_an_end_token_that_cannot_be_read_as_text_is_refused_by_line(tmp_path: P
     with pytest.raises(ShardError, match=r"documents\.jsonl, line 2 spells the end-of-text token \(id 1\)"):
         packed(["w w", "w </s> w", "w"], file, tmp_path)
     assert files_under(tmp_path / "out") == []
+
+
+def test_a_tokenizer_that_leaves_characters_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whole documents in another script became an end-of-text token without a word."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.train_from_iterator(["known"], trainers.BpeTrainer(special_tokens=[END], show_progress=False))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    TextTokenizer.load(tmp_path / "tokenizer.json")
+    assert "tokenizer.json' has no token for characters that it does not know" in caplog.text
+    caplog.clear()
+    PackText(tokenizer, 8)
+    assert "'Tokenizer' has no token for characters that it does not know" in caplog.text
+    caplog.clear()
+    known = Tokenizer(models.WordLevel({"[UNK]": 0, END: 1}, unk_token="[UNK]"))
+    for other in (bytes_bpe(), known, Tokenizer(models.WordLevel({"known": 0, END: 1}))):
+        PackText(other, 8)
+    assert caplog.text == ""
 
 
 def test_a_tokenizer_without_tokens_for_a_text_is_refused_with_the_text(tmp_path: Path) -> None:
