@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
 """Bytes to which each tensor of a slot is aligned."""
+_PLAIN = frozenset((type(None), bool, int, float, str, bytes))
+"""Types without tensors: a list of these alone is not searched, because a batch may hold 100,000 of them."""
 
 _Layout = tuple[tuple[str, int, torch.dtype, tuple[int, ...]], ...]
 """Name, first byte, type and shape of each tensor in a slot."""
@@ -227,7 +229,7 @@ def _tensors_to_share(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, Mapping):
         for one in value.values():
             yield from _tensors_to_share(one)
-    elif isinstance(value, (list, tuple)) and not (value and isinstance(value[0], str)):
+    elif isinstance(value, (list, tuple)) and not _PLAIN.issuperset(map(type, value)):
         for one in value:
             yield from _tensors_to_share(one)
 
