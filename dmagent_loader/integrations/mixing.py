@@ -119,11 +119,10 @@ class Mixing:
 
         The same sampler has then been used in this process, or has loaded the state of a run.
         """
-        if self.sampler.consumed > self.consumed:
+        consumed = self.sampler.consumed
+        if consumed > self.consumed:
             end = self.sampler.end
-            self.consumed = max(
-                self.consumed, min(self.sampler.consumed, self.sampler.consumed if end is None else end)
-            )
+            self.consumed = max(self.consumed, consumed if end is None else min(consumed, end))
 
     def warn_if_used(self) -> None:
         """Warns that training which begins now, without a checkpoint, continues an earlier one."""

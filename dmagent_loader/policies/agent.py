@@ -22,7 +22,7 @@ _OTHER_TOPICS = 0.3
 """Limit of the total variation between the topics of two question sets.
 
 It is 0.10 to 0.18 between parts of MMLU, and at least 0.34 between MMLU and the 22 other sets compared
-(docs/influence.md).
+(docs/influence-results.md).
 """
 
 _OUT_OF_RANGE = 4.0
@@ -133,7 +133,7 @@ class AgentPolicy:
         """Warns if the topics of the questions to keep differ from those of the agent's training questions.
 
         An agent learns which topics help its own questions. With questions on other topics it can do worse than a
-        constant natural mix (docs/influence.md).
+        constant natural mix (docs/influence-results.md).
 
         Args:
             questions: Field of the environment -> texts of its questions and answers.

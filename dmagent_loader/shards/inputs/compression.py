@@ -68,8 +68,8 @@ def _check_compression(name: str, head: bytes, compression: str) -> None:
     if compression:
         if not head:
             raise ShardError(
-                f"{name} has no bytes, which no file of the kind {compression} is without, so it was cut: fetch or "
-                "write it again"
+                f"{name} has no bytes, but each {compression} file begins with a header, so it was cut: fetch or write "
+                "it again"
             )
         if head.isascii() and not head.startswith(_MAGIC[compression]) and b"\0" not in head:
             raise ShardError(f"{name} is not compressed, although its name ends in {compression}: rename it")
