@@ -385,11 +385,10 @@ class DataMixingTrainerMixin:
         trainer: Any = self
         if not isinstance(trainer.train_dataset, AgentWeightedSampler):
             return super().get_train_dataloader()  # type: ignore[misc, no-any-return]
-        args = trainer.args
+        args, workers = trainer.args, trainer.args.dataloader_num_workers
         # Attributes of the Trainer where it changes the arguments: `auto_find_batch_size` makes the batch smaller, and
         # adapters hide the columns that the base model takes.
         batch_size = trainer._train_batch_size
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="Training")
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, DataMixingCallback):
                 callback.report_to(trainer.callback_handler.callbacks)
@@ -397,12 +396,13 @@ class DataMixingTrainerMixin:
             trainer.train_dataset,
             batch_size,
             samples_per_step=_samples_per_step(args, batch_size),
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
+            collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator, description="Training"),
+            num_workers=workers,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+            # torch refuses one without workers, with which it would have no effect.
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None) if workers else None,
             generator=torch.Generator().manual_seed(args.seed),
             by_trainer=True,
         )

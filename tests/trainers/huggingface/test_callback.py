@@ -349,7 +349,7 @@ def test_the_loader_of_the_mixin_starts_its_workers_as_the_arguments_say(seeing)
 
     def between(trainer):
         loaders.append(trainer.get_train_dataloader())
-        trainer.args.dataloader_num_workers, trainer.args.dataloader_multiprocessing_context = 0, None
+        trainer.args.dataloader_num_workers = 0  # for which torch takes no context
 
     seeing(Seen(), TrainerWithOwnLoader, arguments, between)
     assert loaders[0].multiprocessing_context.get_start_method() == "spawn"

@@ -8,7 +8,7 @@ from itertools import combinations
 import fsspec
 import pytest
 
-from dmagent_loader.shards.index.cache import FORMAT
+from dmagent_loader.shards.index.entry_file import FORMAT
 from dmagent_loader.shards.index.stored import StoredIndexes
 
 
