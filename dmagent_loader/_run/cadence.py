@@ -92,7 +92,9 @@ class Cadence:
         interval = self.interval = self.interval or spread
         count = max(1, -(-total // interval))
         if self._is_restored:
-            is_ignored = self._asked is not None and interval != spread
+            # If the mix decides when the data end, the length of a run differs from start to start. That alone is no
+            # reason to warn of a run that makes as many decisions as were asked for.
+            is_ignored = self._asked not in (None, count) and interval != spread
             logger.log(
                 logging.WARNING if is_ignored else logging.INFO,
                 "the saved run decides after every %d samples, and this run keeps that interval: %d decisions in %d "

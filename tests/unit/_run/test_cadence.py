@@ -155,6 +155,20 @@ def test_a_resumed_run_keeps_the_interval_whatever_its_length(build, caplog):
     assert not logged(caplog, "decisions will differ")
 
 
+def test_a_resume_that_makes_the_decisions_asked_for_is_not_warned_of(caplog):
+    """The length of a run that ends with its data depends on the mix: 960 samples at the start, 930 at the resume."""
+    saved = Cadence(decisions=6, samples_per_reweight=None)
+    saved.begin(960, 2)
+    assert saved.interval == 160
+    for total, warnings in ((930, 0), (800, 1)):
+        resumed = Cadence(decisions=6, samples_per_reweight=None)
+        resumed.restore(saved.interval)
+        caplog.clear()
+        resumed.begin(total, 2)
+        assert sum("decisions=6 has no effect" in record.message for record in caplog.records) == warnings
+        assert resumed.interval == 160
+
+
 @pytest.mark.parametrize(("decisions", "warnings"), [(None, 0), (5, 0), (50, 1)])
 def test_a_number_of_decisions_that_a_resume_cannot_give_is_warned_of(build, caplog, decisions, warnings):
     state = begun(build, 400, decisions=5).state_dict(consumed=0)
