@@ -50,11 +50,18 @@ class MixtureLaw:
         optimize = require_extra("scipy.optimize", "baselines")
         r, n, loss = (np.asarray(values, dtype=np.float64) for values in (shares, tokens, losses))
         fits = r.shape == n.shape == loss.shape and r.ndim == 1 and len(np.unique(r)) >= 3
-        if not fits or not ((r >= 0) & (r <= 1)).all() or not (n > 0).all() or not (loss > 0).all():
+        if not fits or not ((r >= 0) & (r <= 1)).all():
             raise ConfigurationError(
                 "the law needs a positive loss at each of at least 3 shares between 0 and 1, but there are "
                 f"{loss.size} losses for the shares {shown(np.unique(r).tolist())}"
             )
+        for label, values in (("loss", loss), ("number of tokens", n)):
+            bad = np.flatnonzero(~((values > 0) & (values < np.inf)))
+            if len(bad):
+                raise ConfigurationError(
+                    f"the law needs a positive loss at each of at least 3 shares, but the {label} of measurement "
+                    f"{bad[0] + 1} of {loss.size} is {values[bad[0]]:g}, not a positive number: leave it out"
+                )
         if loss.size <= len(_LOW):
             raise ConfigurationError(
                 f"{loss.size} measurements cannot determine the {len(_LOW)} parameters of the law: measure the loss at "

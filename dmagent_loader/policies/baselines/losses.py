@@ -153,7 +153,7 @@ class LossPolicy(ABC):
             if learnt["mix"] is None:
                 raise ValueError("it has no mix")
             learnt["mix"] = validate_mix(learnt["mix"], names)
-        except (ConfigurationError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ConfigurationError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise StateError(
                 f"the state of policy {self.name!r} cannot be read ({error!r}): it is damaged or of another policy; "
                 "load an older one"

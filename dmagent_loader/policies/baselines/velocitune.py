@@ -99,9 +99,10 @@ def power_law_loss(tokens: Sequence[float], losses: Sequence[float], at: float) 
         2.3
     """
     n, loss = np.asarray(tokens, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    if n.shape != loss.shape or len(np.unique(n)) < 3 or (n <= 0).any() or not (loss > 0).all():
+    are_positive = all(((values > 0) & (values < np.inf)).all() for values in (n, loss))
+    if n.shape != loss.shape or len(np.unique(n)) < 3 or not are_positive:
         raise ConfigurationError(
-            "a scaling law needs positive losses after at least 3 numbers of tokens, but there are "
+            "a scaling law needs positive, finite losses after at least 3 numbers of tokens, but there are "
             f"{shown(list(losses))} after {shown(list(tokens))} tokens"
         )
     if not is_finite_number(at) or at <= 0:

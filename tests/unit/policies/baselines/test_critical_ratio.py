@@ -67,6 +67,13 @@ def test_what_is_no_law_or_no_two_fields_is_refused(law: MixtureLaw) -> None:
     for shares, losses in (([0.1, 0.5], [2.0, 2.1]), ([0.1, 0.5, 1.5], [2.0] * 3), ([0.1, 0.5, 0.9], [2.0, 2.0, -1.0])):
         with pytest.raises(ConfigurationError, match="at least 3 shares"):
             MixtureLaw(shares, [1e6] * len(shares), losses)
+    for tokens, losses, message in (
+        ([1e6, np.inf, 2e6], [2.0] * 3, "the number of tokens of measurement 2 of 3 is inf"),
+        ([1e6] * 3, [2.0, 2.0, np.inf], "the loss of measurement 3 of 3 is inf"),
+        ([1e6] * 3, [np.nan, 2.0, 2.0], "the loss of measurement 1 of 3 is nan"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            MixtureLaw([0.1, 0.5, 0.9], tokens, losses)
     with pytest.raises(ConfigurationError, match="7 measurements cannot determine the 7 parameters"):
         MixtureLaw([0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0], [1e6] * 7, [2.5, 2.4, 2.3, 2.3, 2.2, 2.2, 2.2])
     with pytest.raises(ConfigurationError, match="proxy_tokens is -1"):

@@ -139,6 +139,7 @@ def test_a_damaged_state_is_refused(maker: Any, two: DomainSpace) -> None:
     inform(policy, (4.0, 3.0))
     good = policy.state_dict()
     bad: list[Any] = [{}, {**good, "mix": None}, {**good, "mix": 3}, {**good, "updates": "x"}]
+    bad += [{**good, "informed": float("inf")}]
     bad += [{**good, "base_losses": dict.fromkeys(two.names, float("nan"))}]
     bad += [{**good, "mix": {"source/web": 0.9, "target/math": 0.9}}]
     for state in bad:
@@ -261,3 +262,6 @@ def test_a_curve_that_does_not_fall_has_no_scaling_law() -> None:
             power_law_loss([1e6, 2e6, 4e6], [2.3, 2.1, 2.0], at)
     with pytest.raises(ConfigurationError, match="at least 3"):
         power_law_loss([1e6, 2e6], [2.0, 1.9], 1e8)
+    for tokens, losses in (([1e6, 2e6, float("inf")], [2.0, 1.9, 1.8]), ([1e6, 2e6, 4e6], [float("inf"), 2.0, 1.9])):
+        with pytest.raises(ConfigurationError, match="needs positive, finite"):
+            power_law_loss(tokens, losses, 1e8)
