@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from dmagent_loader._validation import shown
+from dmagent_loader._validation import shown, whole_number
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import TARGET
 from dmagent_loader.mixture.simplex import FloatArray
@@ -51,7 +51,7 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
     in nats and ``shares`` of the attainable ranges.
 
     Args:
-        simulator: Simulator.
+        simulator: Simulator. It holds one run, so each environment needs one of its own.
         specs: The task, or tasks with equally many domains.
         ranges: Function from a task to the attainable range of each field, (K,); None: three static runs of the
             simulator, once for each task.
@@ -76,7 +76,7 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
             raise ConfigurationError("specs is empty; give a task, or several with equally many domains")
         self._spec = self._specs[0]
         self._start = simulator.reset(self._spec, 0)
-        self._step = 0
+        self._step = self._spec.steps  # no run has begun
         self._num_domains = count = len(self._start.natural)
         self.action_space = spaces.Box(0.0, 1.0, (count,), np.float64)
         unit = spaces.Box(0.0, 1.0, (count,), np.float64)
@@ -111,9 +111,19 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begins a run of a drawn task on a drawn stream; ``options={"task": NUMBER}`` chooses among the tasks."""
+        """Begins a run of a drawn task on a drawn stream; ``options={"task": NUMBER}`` chooses among the tasks.
+
+        Raises:
+            ConfigurationError: There is no task of that number, or it has another number of domains than the first.
+        """
         super().reset(seed=seed)
-        number = (options or {}).get("task", int(self.np_random.integers(len(self._specs))))
+        number = whole_number(
+            "options['task']", (options or {}).get("task", int(self.np_random.integers(len(self._specs)))), least=0
+        )
+        if number >= len(self._specs):
+            raise ConfigurationError(
+                f"options['task'] is {number}, but the tasks are numbered 0 to {len(self._specs) - 1}"
+            )
         self._spec = self._specs[number]
         if self._spec.id not in self._known:
             self._known[self._spec.id] = self._ranges_of(self._spec)
@@ -140,8 +150,13 @@ class MixingEnv(gymnasium.Env[dict[str, Any], Any]):
         """Trains for a step on a mix.
 
         Raises:
-            ConfigurationError: The action is not one finite number for each domain.
+            ConfigurationError: No run has begun or the run has ended, or the action is not one finite number for each
+                domain.
         """
+        if self._step >= self._spec.steps:
+            raise ConfigurationError(
+                "there is no run to go on with: call reset before the first step and after the last"
+            )
         weights = np.asarray(action, dtype=np.float64)
         if weights.shape != (self._num_domains,) or not np.isfinite(weights).all():
             raise ConfigurationError(

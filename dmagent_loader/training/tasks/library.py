@@ -161,7 +161,7 @@ class TaskLibrary:
             side: ``"keep"`` or ``"acquire"``: the field of the held-out documents, and the largest number of pairs.
 
         Raises:
-            ConfigurationError: There is no set of that name.
+            ConfigurationError: There is no set of that name, or it has fewer than two pairs that fit into a row.
         """
         corpus = self.corpus(target)
         most = MOST_KEPT if side == "keep" else MOST_ACQUIRED
@@ -176,6 +176,16 @@ class TaskLibrary:
             )
         encoder = PairEncoder(corpus.tokenizer())
         fitting = [q for q in listed if len(encoder.encode(*request(q, " "), q.origin).tokens) <= ROW_TOKENS + 1]
+        if len(fitting) < 2:
+            remedy = (
+                f"add documents to the field, of which 1 in {self._corpus_config.held_out_every} of a topic is held out"
+                if name == "text"
+                else "add shorter pairs to its files"
+            )
+            raise ConfigurationError(
+                f"question set {name!r} to {side} has {len(fitting)} of {len(listed)} pairs that fit into a row of "
+                f"{ROW_TOKENS} tokens, but a task needs two, one to read and one to score: {remedy}"
+            )
         chosen = evenly_spaced(fitting, most)
         return Halves(read=chosen[::2], scored=chosen[1::2])
 

@@ -140,6 +140,13 @@ def test_a_target_topic_is_no_source_domain(library: TaskLibrary, task: TaskSpec
     assert len(held_out_pairs(corpus, "target", 1000)) >= len(held_out_pairs(corpus, "target", 4)) > 0
 
 
+def test_a_question_set_without_pairs_is_named(library: TaskLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few documents none is held out: "none of the 0 pairs fits" sent the user to the length of the rows."""
+    monkeypatch.setattr("dmagent_loader.training.tasks.library.held_out_pairs", lambda *_: [])
+    with pytest.raises(ConfigurationError, match=r"'text' to acquire has 0 of 0 pairs .*: add documents to the field"):
+        library._questions("math", "text", "acquire")
+
+
 def test_few_questions_are_asked_if_they_are_noisy(simulator: ProxySimulator, task: TaskSpec) -> None:
     noisy = replace(task, perturbation=Perturbation(kind="noisy_questions"))
     assert [len(listed) for listed in simulator.reset(noisy, 0).questions.values()] == [8, 4]
@@ -188,6 +195,11 @@ def test_the_environment_refuses_what_it_cannot_run(simulator: ProxySimulator, t
     env = MixingEnv(simulator, [task, replace(task, space="merged-5")], ranges=lambda _: np.ones(2))
     with pytest.raises(ConfigurationError, match="task 1 has 5 domains, but the first of specs has 7"):
         env.reset(options={"task": 1})
+    with pytest.raises(ConfigurationError, match="call reset before the first step"):
+        MixingEnv(simulator, task).step(np.ones(7))
+    for number in (2, -1, "a"):
+        with pytest.raises(ConfigurationError, match=r"options\['task'\] is"):
+            env.reset(options={"task": number})
     env.reset(options={"task": 0})
     for action in (np.full(7, np.nan), np.ones(6)):
         with pytest.raises(ConfigurationError, match="a finite weight for each of 7 domains"):
@@ -206,6 +218,8 @@ def test_the_reward_comes_at_the_end(simulator: ProxySimulator, task: TaskSpec) 
         rewards.append(value)
     assert rewards[:-1] == [0.0] * (task.steps - 1)
     assert rewards[-1] == pytest.approx(np.array([0.8, 0.2]) @ info["shares"])
+    with pytest.raises(ConfigurationError, match="and after the last"):
+        env.step(np.zeros(len(env.start.natural)))
     np.testing.assert_allclose(observation["mix"], env.start.at(0.3))
     read = observation["exposure"] * np.maximum(env.start.length.rows, 1)
     assert read.sum() == pytest.approx(task.steps * task.tokens_per_step / 128)
