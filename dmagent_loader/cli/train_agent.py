@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmagent_loader.errors import ConfigurationError
 
@@ -104,7 +104,7 @@ def run_stage(args: argparse.Namespace) -> int:
     """Runs a stage and prints the paths of its results.
 
     Raises:
-        ConfigurationError: The settings file is not a JSON object of known settings.
+        ConfigurationError: The settings file is not a JSON object of known settings, or the notes cannot be read.
     """
     # Imported here, because it loads torch and the help of other commands should not wait for it.
     from dmagent_loader.training.proxies.workers import Workers
@@ -114,9 +114,9 @@ def run_stage(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     if getattr(args, "proxies_at_once", None) is not None:
         config = with_settings(config, {"feedback": {"proxies_at_once": args.proxies_at_once}})
-    optional = {}
+    optional: dict[str, Any] = {}
     if args.notes is not None:
-        optional["notes"] = args.notes.read_text(encoding="utf-8")
+        optional["notes"] = _notes(args.notes)
     if args.stage != "trajectories":
         backend = args.backend
         count = args.workers if args.workers is not None or backend == "ray" else 1
@@ -171,11 +171,23 @@ def run_plus(args: argparse.Namespace) -> int:
         calibration=calibration,
         record=FeedbackRecord.load(find_record(args.recorded)),
         output=args.output,
-        notes="" if args.notes is None else args.notes.read_text(encoding="utf-8"),
+        notes="" if args.notes is None else _notes(args.notes),
     )
     print(training.run())
     print(args.output / "plus.md")
     return 0
+
+
+def _notes(path: Path) -> str:
+    """Text of the notes.
+
+    Raises:
+        ConfigurationError: The file cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"the notes {str(path)!r} cannot be read: {error}; pass another --notes") from error
 
 
 def read_config(name: str) -> PipelineConfig:

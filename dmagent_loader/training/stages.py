@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 from dmagent_loader._files import write_atomically
+from dmagent_loader._validation import shown
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.agent.checkpoint import bundled_roots, only_in_repository
 from dmagent_loader.agent.critic import save_critics
@@ -126,12 +127,16 @@ def with_settings(config: T, values: Mapping[str, Any]) -> T:
     """Replaces some settings of a config by the values of nested mappings, as in a JSON file.
 
     Raises:
-        ConfigurationError: A name is not a setting.
+        ConfigurationError: A name is not a setting, or a value is of another kind than the setting.
 
     Example:
         >>> with_settings(PipelineConfig(), {"trajectories": {"steps": 5}}).trajectories.steps
         5
     """
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(
+            f"the settings of {type(config).__name__} are {shown(values)}: give an object, name -> value"
+        )
     known = {f.name for f in dataclasses.fields(config)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -143,7 +148,12 @@ def with_settings(config: T, values: Mapping[str, Any]) -> T:
             changes[name] = with_settings(present, value)
         else:
             changes[name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(config, **changes)
+    try:
+        return dataclasses.replace(config, **changes)
+    except TypeError as error:  # a comparison inside, as of a text and a number
+        raise ConfigurationError(
+            f"{type(config).__name__} does not take {shown(changes)} ({error}): give values like its defaults"
+        ) from error
 
 
 def find_record(name_or_path: str | Path) -> Path:
@@ -241,7 +251,11 @@ class Pipeline:
         return trajectories
 
     def questions(self, corpus: Corpus) -> ProxyQuestions:
-        """The question sets that score the proxies."""
+        """The question sets that score the proxies.
+
+        Raises:
+            EnvironmentDataError: A question file is missing or damaged, or none of its pairs is short enough.
+        """
         files = {name: self._data() / relative for name, relative in self.config.questions.items()}
         return ProxyQuestions.from_files(files, corpus.tokenizer(), self.config.feedback.questions)
 
@@ -259,8 +273,9 @@ class Pipeline:
             if record.settings["collection"] != json.loads(json.dumps(asdict(self.config.feedback))):
                 raise StateError(f"{path} was collected with other settings: use another output directory")
             return record
-        trajectories, corpus, config = self.trajectories(), self.corpus(), self.config.feedback
-        questions = self.questions(corpus)
+        corpus, config = self.corpus(), self.config.feedback
+        questions = self.questions(corpus)  # first: drawing the trajectories takes long
+        trajectories = self.trajectories()
         states = start_states(corpus.start_state, config.bases)
         bases = train_bases(
             corpus,

@@ -16,7 +16,7 @@ import torch
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.agent.critic import load_critics
 from dmagent_loader.cli.train_agent import add_train_agent_command
-from dmagent_loader.errors import ConfigurationError, ShardNotFoundError, StateError
+from dmagent_loader.errors import ConfigurationError, EnvironmentDataError, ShardNotFoundError, StateError
 from dmagent_loader.mixture.history import History
 from dmagent_loader.training.record import FeedbackRecord
 from dmagent_loader.training.stages import PipelineConfig, with_settings
@@ -150,9 +150,27 @@ def test_a_folder_of_another_layout_is_refused(tmp_path: Path) -> None:
         run("sft", "--output", tmp_path / "out")
 
 
+def test_a_missing_question_file_is_named_before_the_trajectories_are_drawn(data: Path, tmp_path: Path) -> None:
+    """Drawing the trajectories of the full settings takes longer than a quarter of an hour."""
+    settings = {**SETTINGS, "questions": {"general": "env/mmlu_val.jsonl.gz", "math": "env/none.jsonl"}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(EnvironmentDataError, match=r"there is no question file .*none\.jsonl"):
+        run("feedback", "--data", data, "--output", tmp_path / "out", "--config", tmp_path / "settings.json")
+    assert not (tmp_path / "out" / "trajectories.safetensors").exists()
+
+
+def test_notes_that_cannot_be_read_are_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"the notes '.*none\.md' cannot be read"):
+        run("sft", "--data", data, "--output", tmp_path / "out", "--notes", tmp_path / "none.md")
+
+
 def test_settings_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"TrajectoryConfig has no settings \['stepps'\]"):
         with_settings(PipelineConfig(), {"trajectories": {"stepps": 4}})
+    with pytest.raises(ConfigurationError, match="the settings of CQLConfig are 5: give an object"):
+        with_settings(PipelineConfig(), {"cql": 5})
+    with pytest.raises(ConfigurationError, match=r"CQLConfig does not take .*'ten'"):
+        with_settings(PipelineConfig(), {"cql": {"updates": "ten"}})
     (tmp_path / "broken.json").write_text("{", encoding="utf-8")
     for name in (str(tmp_path / "broken.json"), "smal"):
         with pytest.raises(ConfigurationError, match=r"cannot be read .* one of full, small"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,19 +144,40 @@ class Corpus:
 def read_documents(path: Path) -> Iterator[str]:
     """Texts of a JSON-lines file (column ``text``, plain or gzip), or of a plain text file as one document.
 
+    Blank lines of a JSON-lines file are ignored.
+
     Raises:
-        ConfigurationError: A line has no text.
+        ShardNotFoundError: There is no such file.
+        ConfigurationError: The file cannot be read to its end, is not UTF-8, or a line has no text.
     """
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as stream:
-        if ".jsonl" not in path.suffixes:
-            yield stream.read()
-            return
-        for number, line in enumerate(stream, start=1):
-            row = json.loads(line)
-            if not isinstance(row.get("text"), str):
-                raise ConfigurationError(f"{path} line {number} has no 'text': every line needs one")
-            yield row["text"]
+    try:
+        with opener(path, "rt", encoding="utf-8") as stream:
+            if ".jsonl" not in path.suffixes:
+                yield stream.read()
+                return
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield _text(line, f"{path} line {number}")
+    except FileNotFoundError as error:
+        raise ShardNotFoundError(f"there is no text file {path}: add it, or check the folder") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"{path} is not UTF-8 ({error}): convert it to UTF-8, plain or compressed by gzip as .gz"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigurationError(f"{path} cannot be read to its end ({error}): write it again") from error
+
+
+def _text(line: str, origin: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{origin} is not JSON ({error}): write one JSON object per line") from error
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise ConfigurationError(f"{origin} has no 'text': every line needs one, in a JSON object")
+    return text
 
 
 def build_corpus(source: Mapping[str, Sequence[Path]], target: Sequence[Path], config: CorpusConfig) -> Corpus:
@@ -169,7 +191,8 @@ def build_corpus(source: Mapping[str, Sequence[Path]], target: Sequence[Path], c
     Raises:
         DomainError: A topic is not canonical.
         ShardNotFoundError: There is no source file or no target file.
-        ConfigurationError: The vocabulary does not fit into 16 bits, or all documents would be held out.
+        ConfigurationError: The vocabulary does not fit into 16 bits, all documents would be held out, a file cannot be
+            read, or the target files hold no documents.
     """
     unknown = sorted(set(source) - set(CANONICAL_TOPICS))
     if unknown:
@@ -187,6 +210,10 @@ def build_corpus(source: Mapping[str, Sequence[Path]], target: Sequence[Path], c
     labelled = {topic: [text for path in source[topic] for text in read_documents(path)] for topic in source}
     classifier = TopicClassifier(labelled, config.classifier)
     unlabelled = [text for path in target for text in read_documents(path)]
+    if not unlabelled:
+        raise ConfigurationError(
+            f"the target files hold no documents ({', '.join(map(str, target))}): add text of the field to learn"
+        )
     by_domain: list[list[str]] = [list(labelled.get(topic, ())) for topic in CANONICAL_TOPICS]
     by_domain += [[] for _ in CANONICAL_TOPICS]
     for text, label in zip(unlabelled, classifier.predict(unlabelled), strict=True):

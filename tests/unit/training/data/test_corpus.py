@@ -138,3 +138,34 @@ def test_input_that_cannot_be_used_is_refused(files: tuple[dict[str, list[Path]]
     bad.write_text('{"text": "fine"}\n{"txt": "no"}\n', encoding="utf-8")
     with pytest.raises(ConfigurationError, match="line 2 has no 'text'"):
         list(read_documents(bad))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "cut', "line 2 is not JSON .*: write one JSON object per line"),
+        ("a.jsonl", b'["text"]\n', "line 1 has no 'text': every line needs one, in a JSON object"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x8d\x00", "a.jsonl.zst is not UTF-8"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be read to its end"),
+    ],
+)
+def test_text_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=message):
+        list(read_documents(tmp_path / name))
+
+
+def test_blank_lines_are_no_documents_and_a_missing_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n \n', encoding="utf-8")
+    assert list(read_documents(tmp_path / "a.jsonl")) == ["one", "two"]
+    with pytest.raises(ShardNotFoundError, match=r"there is no text file .*b\.jsonl\.gz"):
+        list(read_documents(tmp_path / "b.jsonl.gz"))
+
+
+def test_target_files_without_documents_are_refused(
+    files: tuple[dict[str, list[Path]], list[Path]], tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(ConfigurationError, match=r"the target files hold no documents .*empty\.jsonl"):
+        build_corpus(files[0], [empty], CONFIG)
