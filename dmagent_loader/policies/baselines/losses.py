@@ -49,6 +49,7 @@ class LossPolicy(ABC):
         self.updates = 0
         self._asked = self._informed = -1
         self._initial = self.mix
+        self._silence_reported = False
 
     @abstractmethod
     def updated(self, losses: FloatArray) -> FloatArray:
@@ -117,6 +118,15 @@ class LossPolicy(ABC):
             raise DomainError(
                 f"the history has the domains {shown(list(history.domains))}, but this policy was built for "
                 f"{shown(list(self.space.names))}"
+            )
+        if self._asked < 0 and self.base_losses is None and not self._silence_reported:
+            self._silence_reported = True
+            logger.warning(
+                "policy %r keeps its first mix, because nobody gives it the loss on each domain: use "
+                "DataMixingCallback or Mixing, which measure it before each decision, or call inform(%r, losses) "
+                "before each decision, domain -> nats per token",
+                self.name,
+                LOSSES,
             )
         return self.mix.copy()
 

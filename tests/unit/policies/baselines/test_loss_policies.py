@@ -134,6 +134,24 @@ def test_a_restored_policy_continues_as_if_nothing_had_happened(maker: Any, two:
 
 
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+def test_a_loop_that_gives_no_losses_is_warned_of_once(
+    maker: Any, two: DomainSpace, start: Callable[..., History], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loop with a bare `sampler.reweight` kept the first mix to its end, without a word."""
+    policy = maker(two, NATURAL)
+    for _ in range(2):
+        policy.propose(start(two))
+    assert caplog.text.count("nobody gives it the loss on each domain") == 1
+    caplog.clear()
+    informed, asked = maker(two, NATURAL), maker(two, NATURAL)
+    informed.inform("losses", {"source/web": 4.0, "target/math": 3.0})
+    asked.needed(0)
+    for other in (informed, asked):
+        other.propose(start(two))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
 def test_a_damaged_state_is_refused(maker: Any, two: DomainSpace) -> None:
     policy = maker(two, NATURAL)
     inform(policy, (4.0, 3.0))
