@@ -8,8 +8,8 @@ way is built again. Overviews of many shards lie beside the indexes (`dmagent_lo
 
 Shards that were touched or moved are not read through again. Links in ``content``, named by the size and a sample of
 the bytes of a local shard, or by the checksum that the store has of a remote one, lead to the index of the same
-content. A local shard of another path or time is taken for it if some of its rows are those that were indexed; every
-row is compared with its checksum when it is read.
+content. A local shard of another path or time is taken for it if some of its rows and headers are those that were
+indexed; every row is compared with its checksum when it is read.
 """
 
 from __future__ import annotations

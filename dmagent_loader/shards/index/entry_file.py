@@ -10,15 +10,17 @@ import numpy as np
 from dmagent_loader.shards.index.columns_file import read_columns, read_metadata, write_columns
 from dmagent_loader.shards.index.shard_index import ShardIndex
 from dmagent_loader.shards.sources.checksum import crc32
-from dmagent_loader.shards.sources.local import ShardVersion, open_source
+from dmagent_loader.shards.sources.local import ShardVersion, Source, open_source
 from dmagent_loader.shards.sources.urls import is_local
-from dmagent_loader.shards.tar import ShardDamage, padded
+from dmagent_loader.shards.tar import BLOCK, ShardDamage, padded, parse_header
 
 FORMAT = "5"
 """Raised whenever the same shard would get another index."""
 _COLUMNS = ("offset", "size", "extension", "row_first", "row_crc", "keys", "key_end")
 _SAMPLED_ROWS, _LARGEST_SAMPLED_BYTES = 8, 1 << 20
 """Rows that are compared where a file may have been replaced by one of the same size."""
+_SAMPLED_HEADERS, _LONGEST_NAME = 64, 100
+"""Headers that are compared there, and the bytes of a name up to which it stands in the header itself."""
 _MAX_PADDING_BYTES = 1 << 20
 """Padding of a tar with the largest blocking factor in use."""
 
@@ -79,7 +81,8 @@ def parse_entry(url: str, data: bytes, version: ShardVersion | None) -> ShardInd
 def looks_as_indexed(url: str, index: ShardIndex) -> bool:
     """Whether only zeros follow the last row, and some rows of a local shard are those that were indexed.
 
-    Rows written over the padding change neither size nor checksums.
+    Rows written over the padding change neither size nor checksums, and neither do other keys or bytes that are added
+    to a row within its last block: those show in headers.
     """
     end = padded(index.end_of_members)
     length = index.file_size - end
@@ -99,7 +102,22 @@ def looks_as_indexed(url: str, index: ShardIndex) -> bool:
             crc = crc32(source.read(index.offset.item(member), index.size.item(member)), crc)
         if crc != index.row_crc.item(row):
             return False
-    return True
+    sampled = np.unique(np.linspace(0, index.num_members - 1, _SAMPLED_HEADERS, dtype=np.int64))
+    rows = np.searchsorted(index.row_first, sampled, side="right") - 1
+    return all(_has_header(source, index, *place) for place in zip(rows.tolist(), sampled.tolist(), strict=True))
+
+
+def _has_header(source: Source, index: ShardIndex, row: int, member: int) -> bool:
+    """Whether the header before a payload gives it the size and the name that were indexed."""
+    offset = index.offset.item(member) - BLOCK
+    header = parse_header(source.read(offset, BLOCK)) if offset >= 0 else None
+    if header is None or header.size != index.size.item(member):
+        return False
+    key, extension = index.key(row), index.extensions[index.extension.item(member)]
+    name = f"{key}.{extension}"
+    if len(name) > _LONGEST_NAME or not name.isascii():
+        return True  # an extended header has the name
+    return header.name.startswith(f"{key}.") and header.name[len(key) + 1 :].lower() == extension
 
 
 def are_equal(a: ShardIndex, b: ShardIndex) -> bool:

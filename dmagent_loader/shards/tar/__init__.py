@@ -10,7 +10,7 @@ from dmagent_loader.shards.tar.damage import (
     rows_that_lack_members,
     stored_before,
 )
-from dmagent_loader.shards.tar.header import BLOCK, padded
+from dmagent_loader.shards.tar.header import BLOCK, padded, parse_header
 from dmagent_loader.shards.tar.members import Gap, MemberTable, shown
 from dmagent_loader.shards.tar.scanner import KeyEnd, ScanStopped, scan
 
@@ -24,6 +24,7 @@ __all__ = [
     "assess_damage",
     "incomplete_rows",
     "padded",
+    "parse_header",
     "rows_that_lack_members",
     "scan",
     "shown",
