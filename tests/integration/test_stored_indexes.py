@@ -440,7 +440,7 @@ TABLES = {
     "no JSON": b"shards",
     "a list": b"[]",
     "another format": b'{"format": "1", "shards": {}}',
-    "no shards": b'{"format": "5"}',
+    "no shards": b'{"format": "6"}',
     "more rows than bytes": None,
     "a checksum of text": None,
     "an inventory that is none": None,

@@ -14,7 +14,7 @@ from dmagent_loader.shards.sources.local import ShardVersion, Source, open_sourc
 from dmagent_loader.shards.sources.urls import is_local
 from dmagent_loader.shards.tar import BLOCK, ShardDamage, padded, parse_header
 
-FORMAT = "5"
+FORMAT = "6"
 """Raised whenever the same shard would get another index."""
 _COLUMNS = ("offset", "size", "extension", "row_first", "row_crc", "keys", "key_end")
 _SAMPLED_ROWS, _LARGEST_SAMPLED_BYTES = 8, 1 << 20

@@ -70,10 +70,10 @@ def incomplete_rows(
 ) -> list[int]:
     """The rows that seem to have lost a member to damage.
 
-    These are rows with a gap inside; rows beside a gap whose set of extensions no row away from gaps has; rows beside a
-    gap that lack an extension which otherwise equal rows have; and all rows that lack one, provided that they are no
-    more than the gaps explain. Where an end marker comes before the end of the file, only the row before it is in
-    doubt, and only for members that it lacks.
+    These are rows with a gap inside, or before one that reaches back into them; rows beside a gap whose set of
+    extensions no row away from gaps has; rows beside a gap that lack an extension which otherwise equal rows have; and
+    all rows that lack one, provided that they are no more than the gaps explain. Where an end marker comes before the
+    end of the file, only the row before it is in doubt, and only for members that it lacks.
 
     Args:
         gaps: Damaged places of the shard.
@@ -88,7 +88,9 @@ def incomplete_rows(
     if not beside and not ended:
         return []
     incomplete = {
-        gap.rows_before - 1 for gap in lossy if gap.rows_before and offset[first[gap.rows_before] - 1] > gap.start
+        gap.rows_before - 1
+        for gap in lossy
+        if gap.rows_before and (gap.reaches_back or offset[first[gap.rows_before] - 1] > gap.start)
     }
     signatures = _signatures(first, extension)
     intact = {signature for row, signature in enumerate(signatures) if row not in beside}

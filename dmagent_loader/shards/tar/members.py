@@ -33,6 +33,7 @@ class Gap:
         start, end: Span in bytes.
         rows_before: Number of rows that begin before the gap.
         may_hide_rows: The gap contains readable members that may or may not belong to the shard.
+        reaches_back: The bytes before the gap show that the member there is damaged, too.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Gap:
     end: int
     rows_before: int
     may_hide_rows: bool = False
+    reaches_back: bool = False
 
 
 class MemberTable:

@@ -11,7 +11,6 @@ import re
 import tarfile
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal, Protocol
 
 from dmagent_loader.errors import ShardLayoutError
@@ -54,6 +53,9 @@ _NAME_BYTES = 100
 _MAX_EXTENDED_HEADER = 1 << 20
 _NONZERO = re.compile(rb"[^\0]")
 _ZERO_BLOCK = bytes(BLOCK)
+_OF_ZEROS = (ZEROED_HEADER, ZEROED_TAIL)
+_DOUBTFUL_ZEROS = 8
+"""Zeros at the end of a member that are hardly its own before a gap of zeros; one, where bytes were lost."""
 _MAGIC_BYTES = 6
 
 
@@ -307,7 +309,9 @@ class _Scanner:
             return False
         data = self.bytes_at(position + BLOCK, header.size)
         if header.type == tarfile.GNUTYPE_LONGNAME:
-            self.next_name = data.partition(b"\0")[0]
+            name = self.next_name = data.partition(b"\0")[0]
+            # Zeroed blocks shorten a name to whole blocks, or to nothing.
+            return len(name) % BLOCK > 0 or len(name) >= header.size - 1 > 0
         if header.type not in PAX_TYPES:
             return True
         try:
@@ -355,16 +359,17 @@ class _Scanner:
                 break
         if end >= self.file_size:
             # The end cannot follow an extended header, which announces a member.
+            reaches_back = self.is_member_damaged(position, ZEROED_TAIL)
             if position == self.announced or not _may_be_padding(self.file_size - position, self.file_size):
-                self.gap(ZEROED_TAIL, position, self.file_size)
+                self.gap(ZEROED_TAIL, position, self.file_size, reaches_back=reaches_back)
             elif self.file_size % BLOCK:
-                self.gap(NO_BLOCKS, self.file_size, self.file_size)
+                self.gap(NO_BLOCKS, self.file_size, self.file_size, reaches_back=reaches_back)
             return None
         end -= end % BLOCK
         if end - position >= 2 * BLOCK and end % tarfile.RECORDSIZE == 0:
             # A full end marker, padded as writers pad it. The rest may belong to an older, longer file.
             hides_rows = self.next_header(end - 1)[0] is not None
-            self.gaps.append(replace(self.gap_at(TRAILING, end, self.file_size), may_hide_rows=hides_rows))
+            self.gap(TRAILING, end, self.file_size, may_hide_rows=hides_rows)
             return None
         ended = end - position >= 2 * BLOCK and bool(self.members.offset)
         return self.resynchronise(ZEROED_HEADER, position, kind_if_last=TRAILING if ended else ZEROED_HEADER)
@@ -373,8 +378,24 @@ class _Scanner:
         """Records a gap, less zeros at the end of the file; returns the position of the next valid header, or None."""
         self.next_name = self.next_size = None
         start, end = self.next_header(position)
-        self.gap(kind if start is not None else kind_if_last or kind, position, end)
+        is_shifted = start is not None and (end - position) % BLOCK > 0
+        kind = kind if start is not None else kind_if_last or kind
+        self.gap(kind, position, end, reaches_back=self.is_member_damaged(position, kind, is_shifted=is_shifted))
         return start
+
+    def is_member_damaged(self, end: int, kind: str, *, is_shifted: bool = False) -> bool:
+        """Whether the member that ends where a gap begins shows that the damage began in it.
+
+        Its padding is no zeros if its end was overwritten, or bytes were inserted or removed in it. Zeros at its own
+        end are in doubt where the gap is of zeros, too. `is_shifted`: the next header is not whole blocks away.
+        """
+        size = self.members.size[-1] if self.members.size else 0
+        if not size or self.members.offset[-1] + padded(size) != end:
+            return False
+        last = self.bytes_at(end - BLOCK, BLOCK)
+        used = (size - 1) % BLOCK + 1
+        zeros = 1 if self.file_size % BLOCK else min(used, _DOUBTFUL_ZEROS)
+        return is_shifted or any(last[used:]) or (kind in _OF_ZEROS and not any(last[used - zeros : used]))
 
     def next_header(self, position: int) -> tuple[int | None, int]:
         """Position of the next valid header after `position`, or None; and the end of the unreadable stretch."""
@@ -401,13 +422,13 @@ class _Scanner:
             return False
         return parse_header(self.bytes_at(start, BLOCK)) is not None
 
-    def gap(self, kind: str, start: int, end: int) -> None:
-        """Records a gap."""
-        self.gaps.append(self.gap_at(kind, start, end))
+    def gap(self, kind: str, start: int, end: int, **facts: bool) -> None:
+        """Records a gap, with its other attributes."""
+        self.gaps.append(self.gap_at(kind, start, end, **facts))
 
-    def gap_at(self, kind: str, start: int, end: int) -> Gap:
+    def gap_at(self, kind: str, start: int, end: int, **facts: bool) -> Gap:
         """A gap behind the rows so far."""
-        return Gap(kind=kind, start=min(start, end), end=end, rows_before=len(self.members.row_first))
+        return Gap(kind=kind, start=min(start, end), end=end, rows_before=len(self.members.row_first), **facts)
 
     def add_cut_names(self) -> None:
         """Records as gaps the members that lost the extended header with their full name.

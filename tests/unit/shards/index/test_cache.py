@@ -427,7 +427,7 @@ def test_relative_paths_mean_the_same_after_the_working_folder_was_changed(
     assert len(list((tmp_path / "own" / "index").iterdir())) == len(many)
 
 
-PINNED = ("5", "93f5433860695fd188661538ccf2edbf512998da3f73e53a221250d438663184")
+PINNED = ("6", "0a79eea237ca57ee342571878f8a944d5401fdd7824b3d3256a0e9fd18ddd070")
 
 
 def test_the_format_is_raised_when_shards_are_indexed_otherwise(write_tar: Callable[..., Path], tmp_path: Path) -> None:
@@ -442,6 +442,7 @@ def test_the_format_is_raised_when_shards_are_indexed_otherwise(write_tar: Calla
         path = write_tar("shard.tar", [*rows, *others], format=format)
         data = path.read_bytes()
         damaged = [data[: 9 * 1024], data[:4608], data[:4096] + bytes(512) + data[4608:], data[:3072] + data[4608:]]
+        damaged.append(data[:1124] + b"x" * 700 + data[1824:])
         for number, content in enumerate((data, *damaged)):
             path = tmp_path / f"{number}.tar"
             path.write_bytes(content)

@@ -47,14 +47,13 @@ def test_a_shard_with_other_headers_is_not_taken_for_the_indexed_one(
     assert path.stat().st_size == status.st_size
     time = status.st_mtime_ns if is_of_the_same_time else status.st_mtime_ns + 10**9
     os.utime(path, ns=(time, time))
-    try:
-        found = read_all(path)
-    except DamagedShardError as error:
-        assert is_of_the_same_time
-        assert "since it was indexed" in str(error)
-    else:
-        assert found != before
-        assert [(f"{key}.{extension}", data) for key, extension, data in found] == new
+    if is_of_the_same_time and name != "{:03d}.text":
+        with pytest.raises(DamagedShardError, match="since it was indexed"):
+            read_all(path)
+        return
+    found = read_all(path)
+    assert found != before
+    assert [(f"{key}.{extension}", data) for key, extension, data in found] == new
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
