@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from dmagent_loader.errors import HOW_TO_RESUME, DamagedShardError, ShardError, ShardLayoutError
 from dmagent_loader.shards.index.cache import IndexCache, build_and_cache
+from dmagent_loader.shards.index.entry_file import looks_as_indexed
 from dmagent_loader.shards.index.inventory import inventory_text
 from dmagent_loader.shards.index.overview import SHARDS_OF_OVERVIEW, KnownShard, KnownShards, Overview
 from dmagent_loader.shards.index.shard_index import ShardIndex
@@ -219,6 +220,9 @@ class Catalogue:
         index = self.cache.find(url, version, checksum)
         if index is None and self.stored is not None and self.may_be_stored(number):
             index = self.stored.load(url, int(self.rows[number]), checksum)
+            # Only its size was compared so far: the time of a local shard says nothing of that which was indexed.
+            if index is not None and is_local(url) and not looks_as_indexed(url, index):
+                index = None
             if index is not None:
                 self.cache.save(url, None, index)
         if index is None:
