@@ -17,6 +17,7 @@ code, or have no decoder here, are errors.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -286,6 +287,11 @@ def _gunzip(data: memoryview) -> bytes:
     unpacked = stream.decompress(data, MAX_UNPACKED_BYTES)
     if not stream.eof:
         raise DecodeError(f"cut short, or unpacks to more than {MAX_UNPACKED_BYTES} bytes")
+    if stream.unused_data.rstrip(b"\0"):  # files one after the other, as bgzip and `cat` write them, are one
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            unpacked = file.read(MAX_UNPACKED_BYTES + 1)
+        if len(unpacked) > MAX_UNPACKED_BYTES:
+            raise DecodeError(f"unpacks to more than {MAX_UNPACKED_BYTES} bytes")
     return unpacked
 
 

@@ -139,6 +139,19 @@ def test_a_header_that_declares_a_terabyte_allocates_nothing() -> None:
         Decoder()(sample(npy=data + bytes(8)))
 
 
+def test_gzip_files_one_after_the_other_are_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bgzip and ``cat a.gz b.gz`` write them; whoever stops at the end of the first loses the rest in silence."""
+    parts = [gzip.compress(b"x" * 6_000), gzip.compress(b"y" * 4_000)]
+    assert Decoder()(sample(txt__gz=b"".join(parts))) == {"txt.gz": "x" * 6_000 + "y" * 4_000}
+    assert Decoder()(sample(txt__gz=parts[0] + bytes(99))) == {"txt.gz": "x" * 6_000}
+    for tail in (parts[1][:-3], b"no gzip"):
+        with pytest.raises(DecodeError, match=r"txt\.gz"):
+            Decoder()(sample(txt__gz=parts[0] + tail))
+    monkeypatch.setattr("dmagent_loader.shards.decode.MAX_UNPACKED_BYTES", 9_999)
+    with pytest.raises(DecodeError, match="unpacks to more than 9999 bytes"):
+        Decoder()(sample(txt__gz=b"".join(parts)))
+
+
 def test_a_gzip_bomb_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmagent_loader.shards.decode.MAX_UNPACKED_BYTES", 10_000)
     assert Decoder()(sample(txt__gz=gzip.compress(b"x" * 10_000))) == {"txt.gz": "x" * 10_000}
