@@ -15,6 +15,7 @@ from dmagent_loader._validation import read_regular
 from dmagent_loader.errors import DomainError, ShardError, ShardNotFoundError
 from dmagent_loader.shards.inputs.kinds import DATASET_PREFIX, READ, Input, Kind, kind_of_name, remedy_for
 from dmagent_loader.shards.inputs.options import ReadOptions
+from dmagent_loader.shards.manifest import MANIFEST_NAME
 from dmagent_loader.shards.sources.local import version_tag
 from dmagent_loader.shards.sources.remote import remote_info, remote_names
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
@@ -84,8 +85,17 @@ def find_inputs(
 def _chosen(domain: str, path: str, names: list[str], is_named: bool, options: ReadOptions) -> Iterator[Input]:
     """The inputs among the files of one path; the others are named in a warning, or refused."""
     kinds = [_kind(name, options) for name in names]
+    has_manifest = Kind.TAR in kinds and any(os.path.basename(name) == MANIFEST_NAME for name in names)
+    if has_manifest:  # which is no document, where the shards are to be written again
+        names = [name for name in names if os.path.basename(name) != MANIFEST_NAME]
+        kinds = [_kind(name, options) for name in names]
     tars = [name for name, kind in zip(names, kinds, strict=True) if kind is Kind.TAR and options.tar_member is None]
     strays = [name for name, kind in zip(names, kinds, strict=True) if kind is None]
+    if has_manifest and tars:
+        raise ShardError(
+            f"domain {domain!r}: {display_url(path)} holds shards and their {MANIFEST_NAME}: give the folder to the "
+            "sampler, or name the member with the text to write the shards again (--tar-member txt, tar_member=)"
+        )
     if tars and (is_named or len(tars) + len(strays) == len(names)):
         raise ShardError(
             f"domain {domain!r}: {display_url(tars[0])} is a tar shard, which the sampler reads as it is, "

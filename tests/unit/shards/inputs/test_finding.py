@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,17 @@ def test_a_tar_shard_is_handed_to_the_sampler_unless_its_member_is_named(tmp_pat
         find_inputs("source/a", [shard])
     (found,) = find_inputs("source/a", [shard], ReadOptions(tar_member="txt"))
     assert found.kind is Kind.TAR
+
+
+def test_the_manifest_of_a_folder_of_shards_is_no_document(tmp_path: Path, write_tar: WriteTar) -> None:
+    """It was read as one, also where the shards were to be written again."""
+    folder = Path(write_tar("old.tar", [("a.txt", b"text")])).parent
+    for name in ("manifest.json", "more.jsonl"):
+        (folder / name).write_text("{}")
+    with pytest.raises(ShardError, match=r"holds shards and their manifest.json: give the folder to the sampler"):
+        find_inputs("source/a", [folder])
+    found = find_inputs("source/a", [folder], ReadOptions(tar_member="txt"))
+    assert sorted(os.path.basename(entry.url) for entry in found) == ["more.jsonl", "old.tar"]
 
 
 def test_an_input_that_is_listed_twice_is_read_once(tmp_path: Path) -> None:
