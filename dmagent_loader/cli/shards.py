@@ -7,13 +7,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
 from dmagent_loader._tasks import RayWorkers, Workers
 from dmagent_loader.errors import ConfigurationError
-from dmagent_loader.mixture.domains import FIELDS
+from dmagent_loader.mixture.domains import FIELDS, hint_of_field
 from dmagent_loader.shards.collection import ShardCollection
 from dmagent_loader.shards.inputs.finding import domain_name
 from dmagent_loader.shards.inputs.kinds import READ, kind_of_name
@@ -430,10 +429,9 @@ def _with_field(name: str, field: str | None) -> str:
     if "/" in name:
         prefix, _, rest = name.partition("/")
         if prefix not in FIELDS:
-            similar = get_close_matches(prefix, FIELDS, n=1)
-            meant = f" (is '{similar[0]}/{rest}' meant?)" if similar else ""
+            hint = hint_of_field(name)
             print(
-                f"domain {name!r} is neither source/{rest} nor target/{rest}{meant}: samplers will ask for its field",
+                f"domain {name!r} is neither source/{rest} nor target/{rest}{hint}: samplers will ask for its field",
                 file=sys.stderr,
             )
         return name

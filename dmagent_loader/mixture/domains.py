@@ -129,6 +129,18 @@ def nearest_topic(name: str) -> str | None:
     return None
 
 
+def hint_of_field(name: str) -> str:
+    """The probable name of a domain whose field is misspelt, for messages; empty if there is none.
+
+    Example:
+        >>> hint_of_field("sourc/web")
+        " (is 'source/web' meant?)"
+    """
+    prefix, slash, rest = name.partition("/")
+    similar = get_close_matches(prefix, FIELDS, n=1) if slash else []
+    return f" (is '{similar[0]}/{rest}' meant?)" if similar else ""
+
+
 def _is_text(name: str) -> bool:
     try:
         name.encode()
@@ -199,10 +211,9 @@ class DomainSpace:
             prefix = name.split("/", 1)[0]
             domain_field = fields.get(name, prefix if prefix in FIELDS else None)
             if domain_field is None:
-                similar = get_close_matches(prefix, FIELDS, n=1)
-                meant = f" (is '{similar[0]}{name[len(prefix) :]}' meant?)" if "/" in name and similar else ""
+                hint = hint_of_field(name)
                 raise DomainError(
-                    f"domain {name!r} belongs to no field, so it could be source or target data{meant}: name it "
+                    f"domain {name!r} belongs to no field, so it could be source or target data{hint}: name it "
                     f"'source/{name}' or 'target/{name}', or pass fields={{{name!r}: 'source'}}"
                 )
             domains.append(Domain(name=name, field=domain_field, composition=compositions.get(name)))

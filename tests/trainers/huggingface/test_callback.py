@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from seeing_model import Seen
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from dmagent_loader import AgentWeightedSampler, Environment, ReadingConfig
@@ -62,20 +63,6 @@ def parts(tmp_path):
         return trainer, callback, sampler
 
     return build
-
-
-class Seen(torch.nn.Module):
-    """Takes down which samples it is trained on."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.trained_on = torch.nn.Parameter(torch.zeros(())), []
-
-    def forward(self, input_ids=None, attention_mask=None, index=None):
-        if index is None:
-            return torch.zeros(*input_ids.shape, 64) + self.weight  # the environment asks
-        self.trained_on += index.tolist()
-        return {"loss": self.weight * 1.0}
 
 
 class TrainerWithOwnLoader(DataMixingTrainerMixin, Trainer):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from seeing_model import Seen
 from torch.utils.data import get_worker_info
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -14,20 +15,6 @@ from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.integrations.huggingface import DataMixingCallback
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.testing import write_toy_shards
-
-
-class Seen(torch.nn.Module):
-    """Takes down which samples it is trained on."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.trained_on = torch.nn.Parameter(torch.zeros(())), []
-
-    def forward(self, input_ids=None, attention_mask=None, index=None):
-        if index is None:
-            return torch.zeros(*input_ids.shape, 64) + self.weight  # the environment asks
-        self.trained_on += index.tolist()
-        return {"loss": self.weight * 1.0}
 
 
 class Wrapped(Seen):
