@@ -198,3 +198,14 @@ def _key_end(name: bytes) -> int | None:
 def padded(size: int) -> int:
     """A size in bytes, rounded up to whole blocks."""
     return (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+def may_be_padding(zeros: int, file_size: int) -> bool:
+    """Whether an intact file may end with this many zero bytes.
+
+    Writers end with two zero blocks and pad to a multiple of 1 to 20 blocks (``tar -b``; 20 is usual). More zeros are
+    rows that never reached the disk. A file with a blocking factor above 20 looks the same and is reported as well.
+    """
+    blocks, odd = divmod(file_size, BLOCK)
+    factor = 1 if odd else max(factor for factor in range(1, 21) if blocks % factor == 0)
+    return zeros < (2 + factor) * BLOCK

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dmagent_loader.errors import ShardLayoutError
+from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.tar.header import BLOCK
 
 BAD_HEADER = "header overwritten"
@@ -84,22 +90,7 @@ class MemberTable:
         Raises:
             ShardLayoutError: The row already has this extension, the extension is reserved, or there are too many.
         """
-        number = self._numbers.get(extension)
-        if number is None:
-            if extension.startswith(b"__") and extension.endswith(b"__"):
-                raise ShardLayoutError(
-                    f"shard {self._url}: key {shown(key)!r} has a member {shown(extension)!r}, a name that is "
-                    "reserved for tags of a sample, such as __index__: rename it when the shard is written"
-                )
-            if len(self.extensions) == _MAX_EXTENSIONS:
-                raise ShardLayoutError(
-                    f"shard {self._url}: more than {_MAX_EXTENSIONS} different extensions, the last one "
-                    f"{shown(extension)!r} (key {shown(key)!r}, byte {offset - BLOCK}): the key of a sample ends at "
-                    "the first dot of its name; for names with dots in them, pass "
-                    "reading=ReadingConfig(key_ends_at='last-dot') (--key-ends-at last-dot)"
-                )
-            number = self._numbers[extension] = len(self.extensions)
-            self.extensions.append(extension)
+        number = self._number(extension, key, offset)
         if key != self._key:
             self._key = key
             self._seen = {number}
@@ -120,6 +111,87 @@ class MemberTable:
         self.size.append(size)
         self.extension.append(number)
         return self.row_crc[-1]
+
+    def add_all(
+        self,
+        keys: Sequence[bytes],
+        extensions: Sequence[bytes],
+        offset: NDArray[np.int64],
+        size: NDArray[np.int64],
+        payloads: Sequence[memoryview],
+    ) -> None:
+        """Adds members that follow one another, and their bytes to the checksums of their rows.
+
+        Args:
+            keys: n keys of their samples.
+            extensions: n extensions, lower-cased.
+            offset, size: (n,) spans of their payloads in bytes.
+            payloads: n payloads.
+
+        Raises:
+            ShardLayoutError: See `add`.
+        """
+        known = self._numbers
+        if not known.keys() >= set(extensions):
+            for extension, key, start in zip(extensions, keys, offset.tolist(), strict=True):
+                self._number(extension, key, start)
+        numbers = [known[extension] for extension in extensions]
+        begins = [key != before for key, before in zip(keys, (self._key, *keys), strict=False)]
+        first = np.flatnonzero(begins)
+        if len(first) < len(keys) and self._have_twice(begins, numbers):
+            for key, extension, start, length in zip(keys, extensions, offset.tolist(), size.tolist(), strict=True):
+                self.add(key, extension, start, length)  # which names the first one
+        if len(first) == len(keys):
+            self.row_crc.extend(map(crc32, payloads))
+        else:
+            for begins_row, payload in zip(begins, payloads, strict=True):
+                if begins_row:
+                    self.row_crc.append(crc32(payload))
+                else:
+                    self.row_crc[-1] = crc32(payload, self.row_crc[-1])
+        new_keys = list(compress(keys, begins))
+        self.row_first.frombytes((len(self.offset) + first).tobytes())
+        self.key_end.frombytes((len(self.keys) + np.cumsum(list(map(len, new_keys)), dtype=np.int64)).tobytes())
+        self.keys += b"".join(new_keys)
+        self.key_hash.extend(map(hash, new_keys))
+        self.offset.frombytes(offset.tobytes())
+        self.size.frombytes(size.tobytes())
+        self.extension.extend(numbers)
+        self._key = keys[-1]
+        self._seen = set(numbers[first[-1] :]) if len(first) else self._seen.union(numbers)
+
+    def _have_twice(self, begins: Sequence[bool], numbers: Sequence[int]) -> bool:
+        """Whether a row would have an extension twice.
+
+        Args:
+            begins: n times, whether a member begins a row.
+            numbers: n numbers of their extensions.
+        """
+        present = sorted(self._seen)
+        row = np.concatenate([np.zeros(len(present), np.int64), np.cumsum(begins)])
+        members = row * _MAX_EXTENSIONS + [*present, *numbers]
+        return len(np.unique(members)) < len(members)
+
+    def _number(self, extension: bytes, key: bytes, offset: int) -> int:
+        """The number of an extension; those of a new one are checked."""
+        number = self._numbers.get(extension)
+        if number is not None:
+            return number
+        if extension.startswith(b"__") and extension.endswith(b"__"):
+            raise ShardLayoutError(
+                f"shard {self._url}: key {shown(key)!r} has a member {shown(extension)!r}, a name that is "
+                "reserved for tags of a sample, such as __index__: rename it when the shard is written"
+            )
+        if len(self.extensions) == _MAX_EXTENSIONS:
+            raise ShardLayoutError(
+                f"shard {self._url}: more than {_MAX_EXTENSIONS} different extensions, the last one "
+                f"{shown(extension)!r} (key {shown(key)!r}, byte {offset - BLOCK}): the key of a sample ends at "
+                "the first dot of its name; for names with dots in them, pass "
+                "reading=ReadingConfig(key_ends_at='last-dot') (--key-ends-at last-dot)"
+            )
+        number = self._numbers[extension] = len(self.extensions)
+        self.extensions.append(extension)
+        return number
 
 
 def shown(name: bytes) -> str:

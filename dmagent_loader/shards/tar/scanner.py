@@ -25,9 +25,9 @@ from dmagent_loader.shards.tar.header import (
     SPLIT_NAME,
     QuickHeaders,
     compression_of,
-    concerns_layout,
     is_hidden,
     may_be_header,
+    may_be_padding,
     padded,
     parse_header,
     pax_records,
@@ -45,6 +45,7 @@ from dmagent_loader.shards.tar.members import (
     MemberTable,
     shown,
 )
+from dmagent_loader.shards.tar.plain_runs import PlainRun, PlainRuns, is_harmless
 
 KeyEnd = Literal["first-dot", "last-dot"]
 
@@ -161,6 +162,7 @@ class _Scanner:
         if self.advance is not None and offset > self.reported:
             self.advance(offset - self.reported)
             self.reported = offset
+        self.view, self.buffer = memoryview(b""), bytearray()  # first, so that the system has no new memory to clear
         self.buffer = self.source.read(offset, min(_CHUNK_BYTES, self.file_size - offset))
         self.view = memoryview(self.buffer)
         self.base = offset
@@ -193,7 +195,7 @@ class _Scanner:
         """Scans the file up to its end, or up to damage after which nothing more can be read."""
         position = 0
         members, split_name = self.members, self.split_name
-        parse = QuickHeaders().parse
+        parse, runs = QuickHeaders().parse, PlainRuns(split_name)
         while True:
             relative = position - self.base
             if not 0 <= relative <= len(self.buffer) - BLOCK:
@@ -202,6 +204,11 @@ class _Scanner:
                     return
                 self.load(position)
                 relative = 0
+            if self.next_name is None and self.next_size is None:
+                run = runs.find(self.view, relative)
+                if run is not None:
+                    position = self.add_run(run)
+                    continue
             quick = parse(self.view, relative)
             if (
                 quick is not None
@@ -244,13 +251,16 @@ class _Scanner:
                 members.hidden += 1
             position = start + padded(size)
 
+    def add_run(self, run: PlainRun) -> int:
+        """Adds the members of a run; returns the position of the header behind them."""
+        begins, view = run.offset.tolist(), self.view
+        payloads = [view[begin:end] for begin, end in zip(begins, (run.offset + run.size).tolist(), strict=True)]
+        self.members.add_all(run.keys, run.extensions, self.base + run.offset, run.size, payloads)
+        return self.base + run.end
+
     def is_harmless(self, relative: int, size: int) -> bool:
         """Whether the records of a pax header are in the buffer and change neither name nor size of the member."""
-        if relative + padded(size) > len(self.buffer):
-            return False
-        records = self.buffer[relative : relative + size]
-        # A quick test for the form of pax records; `extend` parses everything else.
-        return records[:1].isdigit() and records.endswith(b"\n") and not concerns_layout(records)
+        return relative + padded(size) <= len(self.buffer) and is_harmless(self.buffer[relative : relative + size])
 
     def special_header(self, block: bytearray, position: int) -> tuple[tuple[bytes, int] | None, int] | None:
         """Handles everything but a plain header of a member.
@@ -360,7 +370,7 @@ class _Scanner:
         if end >= self.file_size:
             # The end cannot follow an extended header, which announces a member.
             reaches_back = self.is_member_damaged(position, ZEROED_TAIL)
-            if position == self.announced or not _may_be_padding(self.file_size - position, self.file_size):
+            if position == self.announced or not may_be_padding(self.file_size - position, self.file_size):
                 self.gap(ZEROED_TAIL, position, self.file_size, reaches_back=reaches_back)
             elif self.file_size % BLOCK:
                 self.gap(NO_BLOCKS, self.file_size, self.file_size, reaches_back=reaches_back)
@@ -437,14 +447,3 @@ class _Scanner:
         """
         if self.has_long_names:
             self.gaps = sorted([*self.gaps, *self.suspects], key=lambda gap: gap.start)
-
-
-def _may_be_padding(zeros: int, file_size: int) -> bool:
-    """Whether an intact file may end with this many zero bytes.
-
-    Writers end with two zero blocks and pad to a multiple of 1 to 20 blocks (``tar -b``; 20 is usual). More zeros are
-    rows that never reached the disk. A file with a blocking factor above 20 looks the same and is reported as well.
-    """
-    blocks, odd = divmod(file_size, BLOCK)
-    factor = 1 if odd else max(factor for factor in range(1, 21) if blocks % factor == 0)
-    return zeros < (2 + factor) * BLOCK
