@@ -73,6 +73,8 @@ class PlainRuns:
         self._sizes: dict[bytes, int] = {}
         self._skipped = self._to_skip = 0
         """Headers for which no run is looked for, after one was too short."""
+        self._most = 2 * _FEWEST_MEMBERS
+        """Members that are looked at: twice those of the last run, as odd ones may lie at small distances."""
 
     def find(self, buffer: memoryview, begin: int) -> PlainRun | None:
         """The run that begins with the header at `begin`; None if there is hardly one."""
@@ -80,6 +82,7 @@ class PlainRuns:
             self._to_skip -= 1
             return None
         run = self._run(buffer, begin)
+        self._most = 2 * max(_FEWEST_MEMBERS, 0 if run is None else len(run.keys))
         self._skipped = 0 if run is not None else min(_MOST_SKIPPED, max(_FEWEST_SKIPPED, 2 * self._skipped))
         self._to_skip = self._skipped
         return run
@@ -118,7 +121,7 @@ class PlainRuns:
         records: list[bytes] = []
         known, unpack, length = self._sizes, _SIZE_AND_TYPE.unpack_from, len(buffer)
         position, follows_extended = begin, False
-        while position + BLOCK <= length:
+        while position + BLOCK <= length and len(members) < self._most:
             field, kind = unpack(buffer, position + _SIZE_AT)
             size = known.get(field)
             if size is None:
