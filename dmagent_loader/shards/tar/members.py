@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -118,7 +118,7 @@ class MemberTable:
         extensions: Sequence[bytes],
         offset: NDArray[np.int64],
         size: NDArray[np.int64],
-        payloads: Sequence[memoryview],
+        payloads: Iterable[memoryview],
     ) -> None:
         """Adds members that follow one another, and their bytes to the checksums of their rows.
 

@@ -254,7 +254,8 @@ class _Scanner:
     def add_run(self, run: PlainRun) -> int:
         """Adds the members of a run; returns the position of the header behind them."""
         begins, view = run.offset.tolist(), self.view
-        payloads = [view[begin:end] for begin, end in zip(begins, (run.offset + run.size).tolist(), strict=True)]
+        # One at a time, because many views would wake the garbage collector.
+        payloads = (view[begin:end] for begin, end in zip(begins, (run.offset + run.size).tolist(), strict=True))
         self.members.add_all(run.keys, run.extensions, self.base + run.offset, run.size, payloads)
         return self.base + run.end
 
