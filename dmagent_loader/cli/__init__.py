@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from dmagent_loader._version import __version__
-from dmagent_loader.cli.compose import add_compose_commands
-from dmagent_loader.cli.demo import add_demo_command
-from dmagent_loader.cli.filter import add_filter_command
-from dmagent_loader.cli.fit_mix import add_fit_mix_command
-from dmagent_loader.cli.generate import add_generate_command
-from dmagent_loader.cli.inspect import add_inspect_command
-from dmagent_loader.cli.label import add_label_command
-from dmagent_loader.cli.plan import add_simulate_command
-from dmagent_loader.cli.report import add_report_command
-from dmagent_loader.cli.shards import add_shard_commands
-from dmagent_loader.cli.state import add_state_commands
-from dmagent_loader.cli.train_agent import add_train_agent_command
 from dmagent_loader.errors import DMAgentError
 
 __all__ = ["build_parser", "main"]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+_COMMANDS = {
+    "demo": ("demo", "compare four mixes on real text while a small model trains: a few minutes on two CPU cores"),
+    "shard": ("shards", "write shards per domain from JSON lines, parquet, CSV, data sets and other kinds of data"),
+    "index": ("shards", "index shards and list rows, bytes and damage"),
+    "generate": ("generate", "let a base model write the documents of a source field"),
+    "filter": ("filter", "drop repeated, contaminated, short and low-quality documents"),
+    "label": ("label", "find the topic of every document, and sort documents by topic"),
+    "compose": ("compose", "measure the topics of each domain on a sample of its rows"),
+    "start-state": ("compose", "measure the topics of the base model's own training data, or of texts that it writes"),
+    "simulate": ("plan", "predict when domains run out, before you spend GPU time"),
+    "state": ("state", "describe a saved state, and what it takes to resume it with other shards"),
+    "replay": ("state", "list the samples of a run from its saved state"),
+    "report": ("report", "write a page about a run: mix, feedback, passes, decisions, forecast"),
+    "inspect": ("inspect", "show an agent checkpoint, or what is in shards: topics, lengths, repeats"),
+    "fit-mix": (
+        "fit_mix",
+        "fit RegMix or Olmix to a table of your proxy runs, and write the mix it predicts to be best",
+    ),
+    "train-agent": ("train_agent", "train an agent on trajectories of small proxy models"),
+}
+"""Command -> module of this package whose ``configure_COMMAND`` adds its options, and its help."""
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        command: The only command that gets its options, which takes the import of its module, and for some commands of
+            torch; None: all commands get theirs.
+    """
     parser = argparse.ArgumentParser(
         prog="dmagent",
         description="Data mixing for continual pre-training: shards, plans, agents.",
@@ -34,24 +51,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dmagent-loader {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    add_demo_command(commands)
-    add_shard_commands(commands)
-    add_generate_command(commands)
-    add_filter_command(commands)
-    add_label_command(commands)
-    add_compose_commands(commands)
-    add_simulate_command(commands)
-    add_state_commands(commands)
-    add_report_command(commands)
-    add_inspect_command(commands)
-    add_fit_mix_command(commands)
-    add_train_agent_command(commands)
+    for name, (module, text) in _COMMANDS.items():
+        of_command = commands.add_parser(name, help=text)
+        if command in (None, name):
+            configure = f"configure_{name.replace('-', '_')}"
+            getattr(importlib.import_module(f"{__name__}.{module}"), configure)(of_command)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; an error of this package becomes one line on stderr and exit status 2."""
-    args = build_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = build_parser(given[0] if given else "").parse_args(given)
     try:
         return int(args.run(args) or 0)
     except DMAgentError as error:

@@ -46,20 +46,11 @@ from dmagent_loader.shards.sources.writing import refuse_unwritable, write_url
 from dmagent_loader.shards.writing.collecting import check_bad
 
 
-def add_compose_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``compose`` and ``start-state``."""
-    _add_compose(subparsers)
-    _add_start_state(subparsers)
-
-
-def _add_compose(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "compose",
-        help="measure the topics of each domain on a sample of its rows",
-        description=(
-            f"Writes {COMPOSITIONS_NAME} beside the manifest, from which a sampler takes the compositions by itself. "
-            "The sample of each domain is as large as --max-error needs."
-        ),
+def configure_compose(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``compose``."""
+    parser.description = (
+        f"Writes {COMPOSITIONS_NAME} beside the manifest, from which a sampler takes the compositions by itself. "
+        "The sample of each domain is as large as --max-error needs."
     )
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="a manifest.json or its folder, or NAME=PATTERN")
     parser.add_argument(
@@ -72,15 +63,12 @@ def _add_compose(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.set_defaults(run=compose_shards)
 
 
-def _add_start_state(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "start-state",
-        help="measure the topics of the base model's own training data, or of texts that it writes",
-        description=(
-            "Writes a file for AgentWeightedSampler(start_state=FILE). With --data or --shards, the base model's "
-            "training data are sampled. Where they are not available, --model samples texts that the model writes from "
-            "the start token alone (paper, appendix B)."
-        ),
+def configure_start_state(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``start-state``."""
+    parser.description = (
+        "Writes a file for AgentWeightedSampler(start_state=FILE). With --data or --shards, the base model's "
+        "training data are sampled. Where they are not available, --model samples texts that the model writes from "
+        "the start token alone (paper, appendix B)."
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument(

@@ -11,16 +11,12 @@ from dmagent_loader._demo.config import DEFAULT_AGENT, DemoConfig
 from dmagent_loader.errors import require_extra
 
 
-def add_demo_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``demo``."""
-    parser = subparsers.add_parser(
-        "demo",
-        help="compare four mixes on real text while a small model trains: a few minutes on two CPU cores",
-        description=(
-            "Trains a small language model on the documentation of this Python installation, then continues in four "
-            "ways with the same token budget: on source code only, half and half, and with mixes chosen by the agent "
-            "and by the policy 'influence'. Writes a table, a chart and an HTML page. Downloads nothing."
-        ),
+def configure_demo(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``demo``."""
+    parser.description = (
+        "Trains a small language model on the documentation of this Python installation, then continues in four "
+        "ways with the same token budget: on source code only, half and half, and with mixes chosen by the agent "
+        "and by the policy 'influence'. Writes a table, a chart and an HTML page. Downloads nothing."
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results (%(default)s)")
     parser.add_argument(

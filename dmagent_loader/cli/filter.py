@@ -24,18 +24,14 @@ from dmagent_loader.labelling.filtering import NGRAM, SHORTEST_QUESTION, Documen
 from dmagent_loader.shards.writing.place import place_of
 
 
-def add_filter_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``filter``."""
+def configure_filter(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``filter``."""
     defaults = FilterConfig()
-    parser = subparsers.add_parser(
-        "filter",
-        help="drop repeated, contaminated, short and low-quality documents",
-        description=(
-            "Writes the documents that are kept to OUTPUT/<field>/<domain>.jsonl.gz, for `dmagent shard --input "
-            "OUTPUT/<field> --field <field>`, and the reason for each of the others to OUTPUT/dropped. Of repeated "
-            "documents, the first is kept, over all domains in the order given. A job that was killed goes on where it "
-            "stood when it is run again."
-        ),
+    parser.description = (
+        "Writes the documents that are kept to OUTPUT/<field>/<domain>.jsonl.gz, for `dmagent shard --input "
+        "OUTPUT/<field> --field <field>`, and the reason for each of the others to OUTPUT/dropped. Of repeated "
+        "documents, the first is kept, over all domains in the order given. A job that was killed goes on where it "
+        "stood when it is run again."
     )
     add_input_arguments(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")

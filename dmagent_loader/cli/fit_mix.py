@@ -28,16 +28,12 @@ DEFAULT_KL = 0.1
 OBJECTIVE = "objective"
 
 
-def add_fit_mix_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``fit-mix``."""
-    parser = subparsers.add_parser(
-        "fit-mix",
-        help="fit RegMix or Olmix to a table of your proxy runs, and write the mix it predicts to be best",
-        description=(
-            "Fits a regression from the mixes of proxy runs to their losses, prints how well it ranks runs that it has "
-            "not seen (Spearman), and writes the mix it predicts to be best as JSON: domain -> weight, for "
-            "StaticPolicy or initial_mix. Olmix and the regressor lightgbm need the extra [baselines]."
-        ),
+def configure_fit_mix(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``fit-mix``."""
+    parser.description = (
+        "Fits a regression from the mixes of proxy runs to their losses, prints how well it ranks runs that it has "
+        "not seen (Spearman), and writes the mix it predicts to be best as JSON: domain -> weight, for "
+        "StaticPolicy or initial_mix. Olmix and the regressor lightgbm need the extra [baselines]."
     )
     files = (
         "CSV file with columns mix/<domain> and loss/<metric>; or one file of mixes and one of losses, matched by a "

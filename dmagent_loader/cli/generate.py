@@ -11,18 +11,14 @@ from dmagent_loader.labelling.generation import GenerationConfig
 from dmagent_loader.labelling.transformer import chosen_device
 
 
-def add_generate_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``generate``."""
+def configure_generate(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``generate``."""
     defaults = GenerationConfig()
-    parser = subparsers.add_parser(
-        "generate",
-        help="let a base model write the documents of a source field",
-        description=(
-            "Writes texts of a base model to OUTPUT/part-*.jsonl.gz, as a source field where the data that it was "
-            "trained on are not available. `dmagent filter`, `label` and `shard` read the folder. A text begins with "
-            "the start token alone, and ends with the end-of-text token, after --max-tokens, or where the model's "
-            "positions end. A job that was killed continues where it stood when it is run again, also for more texts."
-        ),
+    parser.description = (
+        "Writes texts of a base model to OUTPUT/part-*.jsonl.gz, as a source field where the data that it was "
+        "trained on are not available. `dmagent filter`, `label` and `shard` read the folder. A text begins with "
+        "the start token alone, and ends with the end-of-text token, after --max-tokens, or where the model's "
+        "positions end. A job that was killed continues where it stood when it is run again, also for more texts."
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a causal language model")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the texts")

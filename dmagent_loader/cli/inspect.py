@@ -33,16 +33,12 @@ DEFAULT_OUTPUT = Path("dmagent-data.html")
 SAMPLE = 1000
 
 
-def add_inspect_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``inspect NAME_OR_PATH``."""
-    parser = subparsers.add_parser(
-        "inspect",
-        help="show an agent checkpoint, or what is in shards: topics, lengths, repeats",
-        description=(
-            "Prints size, config, statistics, digest and card of an agent. Writes a page about shards: a treemap of "
-            "topics, also as a PNG, and a table of the domains: rows, lengths, repeats, topics, and on request "
-            "quality and sources."
-        ),
+def configure_inspect(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``inspect``."""
+    parser.description = (
+        "Prints size, config, statistics, digest and card of an agent. Writes a page about shards: a treemap of "
+        "topics, also as a PNG, and a table of the domains: rows, lengths, repeats, topics, and on request "
+        "quality and sources."
     )
     parser.add_argument(
         "shards",

@@ -36,17 +36,13 @@ from dmagent_loader.shards.writing.output import REJECTS_NAME
 from dmagent_loader.shards.writing.place import place_of
 
 
-def add_label_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``label``."""
-    parser = subparsers.add_parser(
-        "label",
-        help="find the topic of every document, and sort documents by topic",
-        description=(
-            "Writes the topic of every document to OUTPUT/labels/<domain>. With --split, the documents also go to "
-            "OUTPUT/<field>/<topic>.jsonl.gz, for `dmagent shard --input OUTPUT/<field> --field <field>`, and those "
-            "without a topic to OUTPUT/unsure. Labels that documents carry are used instead of the classifier. A job "
-            "that was killed continues where it stood when it is run again."
-        ),
+def configure_label(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``label``."""
+    parser.description = (
+        "Writes the topic of every document to OUTPUT/labels/<domain>. With --split, the documents also go to "
+        "OUTPUT/<field>/<topic>.jsonl.gz, for `dmagent shard --input OUTPUT/<field> --field <field>`, and those "
+        "without a topic to OUTPUT/unsure. Labels that documents carry are used instead of the classifier. A job "
+        "that was killed continues where it stood when it is run again."
     )
     where = parser.add_mutually_exclusive_group(required=True)
     add_input_arguments(where)

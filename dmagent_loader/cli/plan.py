@@ -16,16 +16,12 @@ from dmagent_loader.mixture.simplex import FloatArray
 from dmagent_loader.shards import ShardCollection, load_manifest
 
 
-def add_simulate_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``simulate``."""
-    parser = subparsers.add_parser(
-        "simulate",
-        help="predict when domains run out, before you spend GPU time",
-        description=(
-            "Simulates the plan of a run with a fixed mix, or a mix that changes linearly, and prints the number of "
-            "samples of each domain. A mix is NAME=WEIGHT,...; a name is a domain, or a field, whose weight is split "
-            "by rows."
-        ),
+def configure_simulate(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``simulate``."""
+    parser.description = (
+        "Simulates the plan of a run with a fixed mix, or a mix that changes linearly, and prints the number of "
+        "samples of each domain. A mix is NAME=WEIGHT,...; a name is a domain, or a field, whose weight is split "
+        "by rows."
     )
     parser.add_argument(
         "--shards", required=True, metavar="MANIFEST", help="manifest.json of the shards, or its folder"

@@ -12,15 +12,11 @@ from dmagent_loader.errors import ConfigurationError, require_extra
 DEFAULT_OUTPUT = Path("dmagent-report.html")
 
 
-def add_report_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``report``."""
-    parser = subparsers.add_parser(
-        "report",
-        help="write a page about a run: mix, feedback, passes, decisions, forecast",
-        description=(
-            "Writes a self-contained HTML page and a PNG about a run, from its saved state alone: no shards, no model, "
-            "no GPU. Nothing in the checkpoint is executed."
-        ),
+def configure_report(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``report``."""
+    parser.description = (
+        "Writes a self-contained HTML page and a PNG about a run, from its saved state alone: no shards, no model, "
+        "no GPU. Nothing in the checkpoint is executed."
     )
     parser.add_argument(
         "state",

@@ -27,23 +27,14 @@ from dmagent_loader.shards.writing.place import place_of
 from dmagent_loader.shards.writing.writer import shard_files
 
 
-def add_shard_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``shard`` and ``index``."""
-    _add_shard(subparsers)
-    _add_index(subparsers)
-
-
-def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def configure_shard(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``shard``."""
     defaults = ShardingConfig()
-    parser = subparsers.add_parser(
-        "shard",
-        help="write shards per domain from JSON lines, parquet, CSV, data sets and other kinds of data",
-        description=(
-            "Writes OUTPUT/<field>/<domain>/<domain>-000000.tar ... and OUTPUT/manifest.json for the sampler. Without "
-            "--tokenizer, every document is a row. With it, rows are packed with --sequence-length tokens, and the "
-            "end-of-text token separates documents; tokens at the end that do not fill a row are dropped and counted. "
-            "Run it again with other domains to add them, or after a kill to go on where it stood."
-        ),
+    parser.description = (
+        "Writes OUTPUT/<field>/<domain>/<domain>-000000.tar ... and OUTPUT/manifest.json for the sampler. Without "
+        "--tokenizer, every document is a row. With it, rows are packed with --sequence-length tokens, and the "
+        "end-of-text token separates documents; tokens at the end that do not fill a row are dropped and counted. "
+        "Run it again with other domains to add them, or after a kill to go on where it stood."
     )
     add_input_arguments(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument("--field", choices=["source", "target"], help="field of domains whose name has none")
@@ -93,15 +84,12 @@ def _add_shard(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=shard)
 
 
-def _add_index(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "index",
-        help="index shards and list rows, bytes and damage",
-        description=(
-            "Indexes every shard (or reads its cached index) and prints a table. Exits with 1 on damage. With --beside "
-            "or --to, also writes the indexes for everybody, so that a run on any machine starts without reading the "
-            "shards through."
-        ),
+def configure_index(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``index``."""
+    parser.description = (
+        "Indexes every shard (or reads its cached index) and prints a table. Exits with 1 on damage. With --beside "
+        "or --to, also writes the indexes for everybody, so that a run on any machine starts without reading the "
+        "shards through."
     )
     parser.add_argument(
         "shards",

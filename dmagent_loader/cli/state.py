@@ -30,21 +30,12 @@ _BATCH = 4096
 _STATE_HELP = "a saved state_dict() as JSON, a checkpoint, or a folder of one run's checkpoints"
 
 
-def add_state_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``state`` and ``replay``."""
-    _add_state(subparsers)
-    _add_replay(subparsers)
-
-
-def _add_state(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "state",
-        help="describe a saved state, and what it takes to resume it with other shards",
-        description=(
-            "Prints the progress of a saved run. With --shards, also every difference between these shards and those "
-            "of the run, and what load_state_dict(state) and load_state_dict(state, data='changed') would do. Nothing "
-            "is changed. Exit status 1 if an exact resumption is not possible."
-        ),
+def configure_state(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``state``."""
+    parser.description = (
+        "Prints the progress of a saved run. With --shards, also every difference between these shards and those "
+        "of the run, and what load_state_dict(state) and load_state_dict(state, data='changed') would do. Nothing "
+        "is changed. Exit status 1 if an exact resumption is not possible."
     )
     parser.add_argument("state", help=_STATE_HELP)
     parser.add_argument(
@@ -59,16 +50,13 @@ def _add_state(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=state)
 
 
-def _add_replay(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "replay",
-        help="list the samples of a run from its saved state",
-        description=(
-            "Prints a JSON line for each sample: global index, domain, shard, row and key. Shards are numbered as in "
-            "the list that the run had at that sample. The order follows from the state alone; the keys are read from "
-            "the shards. The samples of a single rank depend on the batch size, too, and on the sample at which it "
-            "began, with --start."
-        ),
+def configure_replay(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``replay``."""
+    parser.description = (
+        "Prints a JSON line for each sample: global index, domain, shard, row and key. Shards are numbered as in "
+        "the list that the run had at that sample. The order follows from the state alone; the keys are read from "
+        "the shards. The samples of a single rank depend on the batch size, too, and on the sample at which it "
+        "began, with --start."
     )
     parser.add_argument("state", help=_STATE_HELP)
     parser.add_argument(

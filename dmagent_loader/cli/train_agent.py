@@ -24,13 +24,9 @@ STAGES = {
 PLUS = "recorded runs -> calibrated surrogate -> evolution strategies -> dmagent-plus"
 
 
-def add_train_agent_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``train-agent`` with one command for each stage."""
-    parser = subparsers.add_parser(
-        "train-agent",
-        help="train an agent on trajectories of small proxy models",
-        description="Trains a mixing agent in stages: `all` runs them in order, and `plus` trains dmagent-plus.",
-    )
+def configure_train_agent(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``train-agent``."""
+    parser.description = "Trains a mixing agent in stages: `all` runs them in order, and `plus` trains dmagent-plus."
     commands = parser.add_subparsers(dest="stage", required=True)
     for stage, text in STAGES.items():
         command = commands.add_parser(

@@ -8,6 +8,7 @@ Shapes: N local values of all trainable parameters, P trainable parameters, V di
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -15,7 +16,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dmagent_loader.environment.scoring import scoring_state
 from dmagent_loader.errors import ConfigurationError, InfluenceError
@@ -45,7 +45,8 @@ class Parameters:
             raise ConfigurationError(
                 f"a {type(model).__name__} has no parameters, so training cannot change it: pass a torch.nn.Module"
             )
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody can have wrapped a model without it
+        if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
             raise InfluenceError(
                 "the model is wrapped in FullyShardedDataParallel (FSDP 1), whose flat parameters cannot be saved "
                 "and restored: shard it with torch.distributed.fsdp.fully_shard (FSDP 2), or use the policy "

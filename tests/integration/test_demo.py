@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
-from dmagent_loader.cli.demo import add_demo_command
+from dmagent_loader.cli.demo import configure_demo
 from dmagent_loader.errors import CheckpointError, ConfigurationError, MissingExtraError
 from dmagent_loader.mixture.history import FeedbackStatistics
 
@@ -131,7 +131,7 @@ def test_the_same_demo_gives_the_same_numbers(output: Path, agent: Path, numbers
 
 def _demo(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    add_demo_command(parser.add_subparsers())
+    configure_demo(parser.add_subparsers().add_parser("demo"))
     parsed = parser.parse_args(["demo", *arguments])
     code: int = parsed.run(parsed)
     return code

@@ -15,7 +15,7 @@ import torch
 
 from dmagent_loader.agent import MixingAgent
 from dmagent_loader.agent.critic import load_critics
-from dmagent_loader.cli.train_agent import add_train_agent_command
+from dmagent_loader.cli.train_agent import configure_train_agent
 from dmagent_loader.errors import ConfigurationError, EnvironmentDataError, ShardNotFoundError, StateError
 from dmagent_loader.mixture.history import History
 from dmagent_loader.training.record import FeedbackRecord
@@ -51,7 +51,7 @@ SETTINGS = {
 
 def run(stage: str, *arguments: str | Path) -> int:
     parser = argparse.ArgumentParser()
-    add_train_agent_command(parser.add_subparsers())
+    configure_train_agent(parser.add_subparsers().add_parser("train-agent"))
     args = parser.parse_args(["train-agent", stage, "--no-progress", *map(str, arguments)])
     return int(args.run(args))
 

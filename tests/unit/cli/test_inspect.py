@@ -11,7 +11,7 @@ from shard_fixtures import own_cache, write_jsonl
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
 from dmagent_loader.agent.checkpoint import resolve
-from dmagent_loader.cli.inspect import add_inspect_command
+from dmagent_loader.cli.inspect import configure_inspect
 from dmagent_loader.errors import CheckpointError, ConfigurationError
 from dmagent_loader.mixture.history import FeedbackStatistics
 from dmagent_loader.shards import ShardingConfig, shard_files
@@ -28,7 +28,7 @@ def saved(tmp_path: Path) -> Path:
 
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    add_inspect_command(parser.add_subparsers())
+    configure_inspect(parser.add_subparsers().add_parser("inspect"))
     args = parser.parse_args(["inspect", *arguments])
     return int(args.run(args))
 
