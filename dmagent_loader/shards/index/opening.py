@@ -18,7 +18,7 @@ from dmagent_loader.shards.index.overview import KnownShard, KnownShards, Overvi
 from dmagent_loader.shards.index.peers import Alone, Peers
 from dmagent_loader.shards.index.sharing import cache_groups, digest_of, lacking_on_ranks, owners, slices
 from dmagent_loader.shards.index.stored import StoredIndexes
-from dmagent_loader.shards.index.threads import INDEX_THREADS, in_threads
+from dmagent_loader.shards.index.threads import INDEX_THREADS, in_threads, in_threads_if_slow
 from dmagent_loader.shards.index.verify import are_verified, is_verified
 from dmagent_loader.shards.manifest import Manifests
 from dmagent_loader.shards.sources.listing import REQUESTS_IN_FLIGHT, remote_versions
@@ -104,7 +104,8 @@ class _Opening:
         self._versions = self._remote_versions()
         lacking = np.zeros(len(self._catalogue), bool)
         waiting: Counter[int] = Counter()
-        for task, found in in_threads(self._look_up, self._look_ups(waiting), self._peers.stop):
+        in_turn = in_threads_if_slow if self._catalogue.is_local else in_threads
+        for task, found in in_turn(self._look_up, self._look_ups(waiting), self._peers.stop):
             if isinstance(found, KnownShards):
                 self._catalogue.add_all(task.shards, found)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
@@ -15,6 +16,9 @@ from dmagent_loader.shards.sources.calls import ended_by
 INDEX_THREADS = 8
 _TASKS_AT_A_TIME = 64
 """Tasks submitted together: a pending task takes a kilobyte and keeps its overview in memory."""
+_PATIENCE_SECONDS, _MOSTLY_WAITING = 0.5, 8
+"""A slow disk or mount: waiting has taken so long, and so many times as long as the work itself. On a busy machine, the
+wait for a core takes a few times as long at most."""
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -40,3 +44,26 @@ def in_threads(
             pool.shutdown(wait=False, cancel_futures=True)  # first, so that stopped threads take no more tasks
             stop.set()
             raise
+
+
+def in_threads_if_slow(work: Callable[[_T], _R], tasks: Iterable[_T], stop: threading.Event) -> Iterator[tuple[_T, _R]]:
+    """Yields every task with its result, and turns to `in_threads` where most of the time is spent waiting.
+
+    Threads that wait for nothing only wait for each other: each of a million calls that take two microseconds gives the
+    interpreter lock away and asks for it again.
+    """
+    tasks = iter(tasks)
+    began, worked_before = time.perf_counter(), time.thread_time()
+    for task in tasks:
+        try:
+            with ended_by(stop):
+                result = work(task)
+        except BaseException:
+            stop.set()
+            raise
+        yield task, result
+        worked = time.thread_time() - worked_before
+        waited = time.perf_counter() - began - worked
+        if waited > max(_PATIENCE_SECONDS, _MOSTLY_WAITING * worked):
+            break
+    yield from in_threads(work, tasks, stop)
