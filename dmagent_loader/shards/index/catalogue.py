@@ -37,6 +37,9 @@ from dmagent_loader.shards.sources.local import ShardVersion, shard_version
 from dmagent_loader.shards.sources.urls import absolute, base_name, display_url, is_local
 from dmagent_loader.shards.tar import ShardDamage
 
+_AS_JSON = json.JSONEncoder().encode
+"""Many short texts as JSON: three times as fast as `json.dumps`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -172,16 +175,25 @@ class Catalogue:
         are_remote[self.remote] = True
         return are_remote
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 over domain names and, per shard, file name, rows and content, but not folders and hosts."""
         digest = hashlib.sha256()
-        for domain, span in zip(self.domains, self.spans, strict=True):
-            digest.update(json.dumps(domain).encode())
-            for number in range(*span):
-                shard = [base_name(self.url(number)), int(self.rows[number]), self._checksum(number).hex()]
-                digest.update(json.dumps(shard).encode())
+        for domain, (first, end) in zip(self.domains, self.spans, strict=True):
+            digest.update(_AS_JSON(domain).encode())
+            for start in range(first, end, SHARDS_OF_OVERVIEW):
+                digest.update(self._contents_as_json(range(start, min(start + SHARDS_OF_OVERVIEW, end))).encode())
         return digest.hexdigest()
+
+    def _contents_as_json(self, shards: range) -> str:
+        """File name, rows and checksum of each of consecutive shards, as one JSON list after the other."""
+        size = hashlib.sha256().digest_size
+        names = map(_AS_JSON, map(base_name, self.urls_of(shards)))
+        rows = self.rows[shards.start : shards.stop].tolist()
+        checksums = self._checksums[shards.start * size : shards.stop * size].hex(" ", size).split()
+        return "".join(
+            [f'[{name}, {count}, "{checksum}"]' for name, count, checksum in zip(names, rows, checksums, strict=True)]
+        )
 
     @cached_property
     def contents(self) -> NDArray[np.uint64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import pickle
@@ -73,6 +75,24 @@ def test_fingerprint_ignores_folders_and_sees_everything_else(write_tar: WriteTa
         fingerprint({"source/a": [rekeyed, b]}),
     ]
     assert len({base, *others}) == 7
+
+
+@pytest.mark.parametrize("at_a_time", [1024, 2])
+def test_fingerprint_is_that_of_saved_states(
+    write_tar: WriteTar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    """Catches another spelling of the same facts, with which no run could be resumed."""
+    monkeypatch.setattr("dmagent_loader.shards.index.catalogue.SHARDS_OF_OVERVIEW", at_a_time)
+    names = ["a.tar", 'a "b".tar', "ä 1.tar", os.fsdecode(b"\xff.tar"), "e.tar"]
+    paths = [write_tar(name, [(f"{number}.txt", name.encode(errors="replace"))]) for number, name in enumerate(names)]
+    shards = {"source/ä": paths[:4], "target/b": [f"file://{tmp_path}/e.tar"]}
+    collection = ShardCollection.open(shards, progress=False)
+    digest = hashlib.sha256()
+    for number, name in enumerate(names):
+        if number in (0, 4):
+            digest.update(json.dumps(list(shards)[number > 0]).encode())
+        digest.update(json.dumps([name, 1, collection._catalogue.index(number).checksum]).encode())
+    assert collection.fingerprint == digest.hexdigest()
 
 
 def test_rotten_bytes_are_found_when_read(twenty: Path) -> None:
