@@ -273,8 +273,10 @@ class IndexCache:
             remove_leftovers(self.folder / folder)
 
     def _overview(self, urls: Iterable[str]) -> Path:
-        identities = (without_signature(url) if "?" in url and not is_local(url) else url for url in urls)
-        digest = hashlib.sha256(os.fsencode("".join(f"{identity}\0" for identity in identities)))
+        identities = "\0".join([*urls, ""])
+        if "?" in identities:  # some may be signed
+            identities = "\0".join(url if is_local(url) else without_signature(url) for url in identities.split("\0"))
+        digest = hashlib.sha256(os.fsencode(identities))
         digest.update(self._suffix)
         return self.folder / "overview" / f"{digest.hexdigest()}.safetensors"
 

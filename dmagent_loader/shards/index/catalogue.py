@@ -152,11 +152,13 @@ class Catalogue:
 
     def urls_of(self, shards: range) -> list[str]:
         """The URLs of consecutive shards."""
-        ends = self._name_end[shards.start : shards.stop + 1].tolist()
+        ends = self._name_end[shards.start : shards.stop + 1]
         names = bytes(self._names[ends[0] : ends[-1]])
-        return [
-            str(names[begin - ends[0] : end - ends[0]], "utf-8", "surrogateescape") for begin, end in pairwise(ends)
-        ]
+        places = pairwise((ends - ends[0]).tolist())
+        if names.isascii():  # a text of as many characters as bytes, whose parts take half of the time
+            text = names.decode()
+            return [text[begin:end] for begin, end in places]
+        return [str(names[begin:end], "utf-8", "surrogateescape") for begin, end in places]
 
     @property
     def all_damage(self) -> tuple[ShardDamage, ...]:
@@ -361,7 +363,8 @@ class Catalogue:
         """Adds the facts about consecutive intact shards, whose indexes are cached."""
         chosen = slice(shards.start, shards.stop)
         self.rows[chosen] = known.rows
-        self.inventory[chosen] = list(map(self._number_of, known.inventories))
+        numbers = {inventory: self._number_of(inventory) for inventory in dict.fromkeys(known.inventories)}
+        self.inventory[chosen] = [numbers[inventory] for inventory in known.inventories]
         checksums = np.frombuffer(self._checksums, np.uint8).reshape(-1, hashlib.sha256().digest_size)
         checksums[chosen] = known.checksums
         if self.is_remote[chosen].any():

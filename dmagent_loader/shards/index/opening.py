@@ -135,9 +135,13 @@ class _Opening:
         known = self._versions.get(number)
         return shard_version(self._catalogue.url(number)) if known is None else known
 
-    def _facts_of(self, number: int, url: str) -> VersionFacts:
-        known = self._versions.get(number)
-        return local_facts(url) if known is None else known.facts
+    def _facts_of(self, shards: range, urls: Sequence[str]) -> list[VersionFacts]:
+        if not self._versions:
+            return list(map(local_facts, urls))
+        known = map(self._versions.get, shards)
+        return [
+            local_facts(url) if version is None else version.facts for url, version in zip(urls, known, strict=True)
+        ]
 
     def _look_ups(self, waiting: Counter[int]) -> Iterator[_LookUp]:
         """All shards, in tasks for threads; `waiting` counts the pending tasks of each group."""
@@ -151,8 +155,8 @@ class _Opening:
         """Facts about each shard; None if its index is not in the cache."""
         start = self._catalogue.groups[task.group].start
         urls = self._catalogue.urls_of(task.shards)
-        versions = list(map(self._facts_of, task.shards, urls))
-        self._sizes[task.shards.start : task.shards.stop] = [size for size, *_ in versions]
+        versions = self._facts_of(task.shards, urls)
+        self._sizes[task.shards.start : task.shards.stop] = [facts[0] for facts in versions]
         records = self._catalogue.manifests.records(urls)
         # No object is made for a single shard where none has changed, as at most starts.
         unchanged = task.overview.find_all(task.shards.start - start, versions)
