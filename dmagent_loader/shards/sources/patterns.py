@@ -102,6 +102,7 @@ def expand_shards(domain: str, shards: ShardPatterns) -> list[str]:
         ['s3://corpus/web-00.tar', 's3://corpus/web-01.tar', 's3://corpus/web-02.tar']
     """
     urls: list[str] = []
+    real_path = _RealPaths()
     for pattern in _patterns(shards):
         path = os.fspath(pattern) if isinstance(pattern, os.PathLike) else pattern
         if not isinstance(path, str):
@@ -109,11 +110,13 @@ def expand_shards(domain: str, shards: ShardPatterns) -> list[str]:
                 f"domain {domain!r} lists {shown(pattern)} as its shards: give it a path, a URL or a pattern, or a "
                 "list of these"
             )
-        urls.extend(_expand_one(domain, path))
+        urls.extend(_expand_one(domain, path, real_path))
     if not urls:
         raise ShardNotFoundError(f"domain {domain!r} lists no shards: give it a path, a URL or a pattern")
+    if real_path.are_distinct(urls):
+        return urls
     first_use: dict[str, str] = {}
-    real_path = _RealPaths(lists_folders=len(urls) >= _LISTED_FROM)
+    real_path.lists_folders = len(urls) >= _LISTED_FROM
     for url in urls:
         if "://" not in url:  # faster than `is_local`
             identity = real_path(url)
@@ -150,19 +153,44 @@ def _differing_queries(
 class _RealPaths:
     """`os.path.realpath` of files; the real paths of their folders, which take most of the time, are remembered.
 
-    Args:
+    Attributes:
         lists_folders: Find out which files are links by listing their folders, which is faster for many files.
     """
 
-    def __init__(self, *, lists_folders: bool) -> None:
-        self._lists_folders = lists_folders
+    def __init__(self) -> None:
+        self.lists_folders = False
         self._folders: dict[str, tuple[str, set[str] | None]] = {}
+        """Real path and links of each folder; no links are known of one that was not listed."""
+
+    def tars_of(self, folder: str) -> list[str]:
+        """Sorted paths of the ``*.tar`` in a folder."""
+        names, links = [], set()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.endswith(".tar"):
+                    names.append(name)
+                if entry.is_symlink():
+                    links.add(name)
+        prefix = os.path.join(folder, "")
+        self._folders[prefix.removesuffix(os.sep)] = os.path.join(os.path.realpath(folder), ""), links
+        return [prefix + name for name in sorted(names)]
+
+    def are_distinct(self, urls: Sequence[str]) -> bool:
+        """Whether all are different files because they were listed in different folders without links."""
+        folders = {url.rpartition(os.sep)[0] for url in urls}
+        listed = [self._folders[folder] for folder in folders if folder in self._folders]
+        return (
+            len(listed) == len(folders) == len({real for real, _ in listed})
+            and all(links == set() for _, links in listed)
+            and len(set(urls)) == len(urls)
+        )
 
     def __call__(self, path: str) -> str:
         folder, _, name = path.rpartition(os.sep)
         if folder not in self._folders:
             real = os.path.realpath(folder or (os.sep if path.startswith(os.sep) else os.curdir))
-            self._folders[folder] = os.path.join(real, ""), _links(real) if self._lists_folders else None
+            self._folders[folder] = os.path.join(real, ""), _links(real) if self.lists_folders else None
         real, links = self._folders[folder]
         file = real + name
         is_link = os.path.islink(file) if links is None else name in links
@@ -178,7 +206,7 @@ def _links(folder: str) -> set[str] | None:
         return None
 
 
-def _expand_one(domain: str, pattern: str) -> list[str]:
+def _expand_one(domain: str, pattern: str, real_path: _RealPaths) -> list[str]:
     if re.match(r"^\s*(pipe:|\|)", pattern):
         raise ConfigurationError(
             f"domain {domain!r}: {display_url(pattern)!r} would run a shell command; commands are never run from a "
@@ -196,7 +224,9 @@ def _expand_one(domain: str, pattern: str) -> list[str]:
                 f"domain {domain!r}: the braces in {display_url(part)!r} do not match: open and close each"
             ) from None
         for url in expanded:
-            urls.extend(_local_matches(domain, pattern, url) if is_local(url) else _remote_matches(domain, url))
+            urls.extend(
+                _local_matches(domain, pattern, url, real_path) if is_local(url) else _remote_matches(domain, url)
+            )
     return urls
 
 
@@ -224,13 +254,12 @@ def _refuse_too_many(domain: str, pattern: str) -> None:
             )
 
 
-def _local_matches(domain: str, pattern: str, url: str) -> list[str]:
+def _local_matches(domain: str, pattern: str, url: str, real_path: _RealPaths) -> list[str]:
     path = local_path(url)
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        folder = os.path.join(path, "")
-        matches = [folder + name for name in sorted(os.listdir(path)) if name.endswith(".tar")]
+        matches = real_path.tars_of(path)
         if not matches:
             raise ShardNotFoundError(
                 f"domain {domain!r}: the folder {path!r} holds no *.tar file (pattern {display_url(pattern)!r})"

@@ -147,6 +147,39 @@ def test_a_shard_listed_twice_is_refused_even_under_two_names(folder: Path) -> N
             expand_shards("d", [f"{folder}/b.tar", f"{folder}/{second}"])
 
 
+def test_a_shard_of_a_folder_listed_twice_is_refused(folder: Path) -> None:
+    """A whole folder without links lists each file once: catches a check that is left out where it does not."""
+    linked = folder / "of links"
+    linked.mkdir()
+    (linked / "c.tar").symlink_to(folder / "b.tar")
+    (folder / "same").symlink_to(folder)
+    for second in (".", "", "same", "./same/", "b.tar", "b*.tar", "of links", f"file://{folder}/b.tar"):
+        other = second if "://" in second else f"{folder}/{second}"
+        for both in ([str(folder), other], [other, str(folder)]):
+            with pytest.raises(ConfigurationError, match=r"\.tar twice"):
+                expand_shards("d", both)
+    (folder / "same").unlink()
+    with pytest.raises(ConfigurationError, match=r"\.tar twice"):
+        expand_shards("d", [str(folder), f"{folder}/."])
+    (linked / "c.tar").unlink()
+    (linked / "b.tar").write_bytes(b"")
+    assert len(expand_shards("d", [str(folder), f"{linked}/"])) == 7
+    (linked / "d.tar").symlink_to("b.tar")
+    with pytest.raises(ConfigurationError, match=r"\.tar twice"):
+        expand_shards("d", str(linked))
+
+
+@pytest.mark.parametrize(("pattern", "first"), [(".", "./a-000.tar"), ("./", "./a-000.tar"), ("{}//", "{}//a-000.tar")])
+def test_the_shards_of_a_folder_are_named_as_the_folder_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, first: str
+) -> None:
+    monkeypatch.chdir(folder)
+    urls = expand_shards("d", pattern.format(folder))
+    assert urls[0] == first.format(folder)
+    with pytest.raises(ConfigurationError, match=r"\.tar twice"):
+        expand_shards("d", [pattern.format(folder), "b.tar"])
+
+
 PARTS = [f"https://host/get.tar?part={part}&X-Amz-Signature=f" for part in (1, 2)]
 
 
