@@ -89,7 +89,7 @@ def looks_as_indexed(url: str, index: ShardIndex) -> bool:
     if length > _MAX_PADDING_BYTES:
         return False
     source = open_source(url)
-    if length > 0 and any(source.read(end, length)):
+    if length > 0 and source.read(end, length) != bytes(length):
         return False
     if not is_local(url) or not index.num_rows:
         return True
