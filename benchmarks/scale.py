@@ -151,7 +151,8 @@ def _memory(results: dict[str, Any]) -> str:
         "Opening real shards of 4 rows of 200 bytes, in 1,000 domains, each time in a new process; after the first "
         "time the indexes are cached. Memory: the peak of the collection and of reading 1,024 rows, above the imports. "
         "The last line opens links to a few such shards, as a whole sampler with "
-        f"{first['decisions']} changes of the mix. If every shard's own index has to be read, because the overviews "
+        f"{first['decisions']} changes of the mix, and computes the fingerprint as it opens. "
+        "If every shard's own index has to be read, because the overviews "
         f"are missing, it takes {number(first['open_seconds'])} s and {number(first['peak_mb'])} MB, measured once.\n\n"
         + table(header, rows)
         + f"\n\nThe plan alone, with {sizes['shards']:,} shards, {sizes['domains']:,} domains and "
