@@ -14,7 +14,7 @@ from shard_fixtures import published, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dmagent_loader._files import locked
-from dmagent_loader.cli.shards import configure_shard
+from dmagent_loader.cli.shards import configure_index, configure_shard
 from dmagent_loader.errors import (
     ConfigurationError,
     DMAgentError,
@@ -258,7 +258,9 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    configure_shard(parser.add_subparsers(required=True).add_parser("shard"))
+    commands = parser.add_subparsers(required=True)
+    configure_shard(commands.add_parser("shard"))
+    configure_index(commands.add_parser("index"))
     parsed = parser.parse_args([*arguments, "--no-progress"])
     return int(parsed.run(parsed))
 
