@@ -36,8 +36,8 @@ class RowsAhead:
         self._plan, self._arrays = plan, arrays
         self._first: IntArray = np.zeros(len(plan.space), dtype=np.int64)
         """(D,) first known draw of each domain."""
-        self._end: IntArray = np.zeros_like(self._first)
-        """(D,) draw after the last known one."""
+        self._length: IntArray = np.zeros_like(self._first)
+        """(D,) number of known draws."""
         self._begin: IntArray = np.zeros_like(self._first)
         """(D,) place of the first known draw in the table."""
         self._table: IntArray = np.empty((0, 2 if arrays is None else 8), dtype=np.int64)
@@ -54,10 +54,13 @@ class RowsAhead:
         Returns:
             Their addresses, and their positions as `ArrayRows.find` returns them; None: these were not looked up.
         """
-        is_known = (draw < self._end[domain]).all() and (draw >= self._first[domain]).all()
-        if not is_known and not self._look_up(domain, draw):
-            return Located(domain, draw, *self._plan.rows(domain, draw)), None
-        columns = self._table[(self._begin - self._first)[domain] + draw].T
+        place = draw - self._first[domain]
+        # Without a sign, a negative number is larger than any length.
+        if (place.view(np.uint64) >= self._length.view(np.uint64)[domain]).any():
+            if not self._look_up(domain, draw):
+                return Located(domain, draw, *self._plan.rows(domain, draw)), None
+            place = draw - self._first[domain]
+        columns = self._table[self._begin[domain] + place].T
         return Located(domain, draw, columns[0], columns[1]), None if self._arrays is None else columns[2:]
 
     def _look_up(self, domain: IntArray, draw: IntArray) -> bool:
@@ -79,17 +82,38 @@ class RowsAhead:
         past = span + np.maximum(first - self._first, 0)
         share = _AS_BEFORE * past / past.sum() + (1 - _AS_BEFORE) / len(past)
         more = np.ceil(self._ahead * share).astype(np.int64)
-        end = np.maximum(np.where(is_used, high + more, self._end), np.where(first < self._first, 0, self._end))
+        end = self._first + self._length
+        is_back = first < self._first
+        num_known = np.where(is_back, 0, np.maximum(end - first, 0))
+        end = np.maximum(np.where(is_used, high + more, end), np.where(is_back, 0, end))
         self._ahead = min(max(2 * self._ahead, len(draw)), _MOST_AHEAD)
         length = end - first
-        begin = np.cumsum(length) - length
-        num_known = np.where(first < self._first, 0, np.maximum(self._end - first, 0))
         num_new = length - num_known
-        table = np.empty((int(length.sum()), self._table.shape[1]), dtype=np.int64)
-        table[ranges(begin, num_known)] = self._table[ranges(self._begin + first - self._first, num_known)]
-        domains, new = np.arange(len(length)).repeat(num_new), ranges(begin + num_known, num_new)
+        domains = np.arange(len(length)).repeat(num_new)
         shard, row = self._plan.rows(domains, ranges(first + num_known, num_new))
         found = (shard, row) if self._arrays is None else (shard, row, *self._arrays.find(domains, shard, row))
-        table[new] = np.stack(found, axis=1)
-        self._first, self._end, self._begin, self._table = first, end, begin, table
+        known = self._begin + first - self._first
+        self._table = _alternating(self._table, known, num_known, np.stack(found, axis=1), num_new)
+        self._first, self._length, self._begin = first, length, np.cumsum(length) - length
         return True
+
+
+def _alternating(
+    ones: IntArray, first: IntArray, lengths: IntArray, others: IntArray, lengths_of_others: IntArray
+) -> IntArray:
+    """Rows of one table and rows of another in turn, for each domain.
+
+    Args:
+        ones: One table.
+        first: (D,) first row to take from it for each domain.
+        lengths: (D,) number of its rows to take.
+        others: The other table, domain by domain, of which all rows are taken.
+        lengths_of_others: (D,) its rows of each domain.
+    """
+    # Slices are copied several times as fast as rows that are chosen by their numbers.
+    pieces, begin = [], 0
+    columns = (first, lengths, lengths_of_others)
+    for start, count, of_others in zip(*(column.tolist() for column in columns), strict=True):
+        pieces += (ones[start : start + count], others[begin : begin + of_others])
+        begin += of_others
+    return np.concatenate(pieces)
