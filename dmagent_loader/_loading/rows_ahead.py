@@ -111,7 +111,8 @@ def _alternating(
         lengths_of_others: (D,) its rows of each domain.
     """
     # Slices are copied several times as fast as rows that are chosen by their numbers.
-    pieces, begin = [], 0
+    pieces: list[IntArray] = []
+    begin = 0
     columns = (first, lengths, lengths_of_others)
     for start, count, of_others in zip(*(column.tolist() for column in columns), strict=True):
         pieces += (ones[start : start + count], others[begin : begin + of_others])

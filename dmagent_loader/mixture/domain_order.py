@@ -69,7 +69,7 @@ class DomainOrder:
         self._reached: tuple[int, IntArray] | None = None
         """The end of the last range that was located, and `_received` there: the next one mostly begins there."""
         self._range: tuple[int, IntArray, IntArray] | None = None
-        """First sample of this range, counts before it, and the domain of each sample."""
+        """First sample of this range, `_received` there, and the domain of each sample."""
         self._total, self._minor, self._lowest, self._width = tree.total, tree.minor, tree.lowest, tree.width
         self._key: UIntArray = random_bits(key, np.arange(len(tree.total), dtype=np.int64))
         # The debt to the lighter child beyond its share of the node's debt, in the units of m p: the carry of L(m).
@@ -80,11 +80,12 @@ class DomainOrder:
         shift = of_minor / RESOLUTION * self._total - self._minor * ((high - low) / RESOLUTION)
         self._shift: IntArray = np.rint(shift).astype(np.int64)
 
-    def locate(self, samples: IntArray) -> tuple[IntArray, IntArray]:
+    def locate(self, samples: IntArray, span: tuple[int, int] | None = None) -> tuple[IntArray, IntArray]:
         """The domain of each sample, and the number of earlier samples of that domain under this mix.
 
         Args:
             samples: (n,) int64 positions, counted from the start of this mix.
+            span: The least and the largest of them, if they are known.
 
         Returns:
             Domain numbers (n,) and counts (n,).
@@ -94,7 +95,8 @@ class DomainOrder:
             return np.full(samples.shape, self._leaves[0]), samples.copy()
         if not len(samples):
             return samples.copy(), samples.copy()
-        first, end = int(samples.min()), int(samples.max()) + 1
+        first, last = (int(samples.min()), int(samples.max())) if span is None else span
+        end = last + 1
         if end - first > min(_DENSE * len(samples), _MOST_IN_RANGE) or end > _DIRECT_LIMIT:
             return self._locate_each(samples, end)
         domain, rank = self._locate_range(first, end)
@@ -127,28 +129,27 @@ class DomainOrder:
         tree, num_nodes = self._tree, len(self._total)
         reached = self._reached
         before = self._received(first) if reached is None or reached[0] != first else reached[1]
-        after, node, k, received = self._passed(before, end)
+        after, received = self._passed(before, end)
         number = after - before
         begin = number.cumsum() - number
-        shift = begin - before
-        lighter = shift[node] + received - 1
+        to_lighter, to_heavier = number[tree.lighter], number[tree.heavier]
+        lighter = (begin - before)[:num_nodes].repeat(to_lighter) + received - 1
         is_heavier = np.ones(int(begin[num_nodes]), dtype=bool)
         is_heavier[lighter] = False
-        to_heavier = number[tree.heavier]
         parent = np.arange(int(begin[-1] + number[-1]))
-        parent[shift[tree.lighter][node] + k] = lighter
+        parent[ranges(begin[tree.lighter], to_lighter)] = lighter
         parent[ranges(begin[tree.heavier], to_heavier)] = is_heavier.nonzero()[0]
         sample = parent[len(is_heavier) :]
         for _ in tree.levels[2:]:
-            sample = parent[sample]
+            sample = parent.take(sample)
         of_leaves = number[num_nodes:]
         domain, rank = np.empty_like(sample), np.empty_like(sample)
         domain[sample] = self._leaves[::-1].repeat(of_leaves)
         rank[sample] = ranges(before[num_nodes:], of_leaves)
-        self._reached, self._range = (end, after), (first, self._of_domains(before), domain)
+        self._reached, self._range = (end, after), (first, before, domain)
         return domain, rank
 
-    def _passed(self, before: IntArray, end: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    def _passed(self, before: IntArray, end: int) -> tuple[IntArray, IntArray]:
         """The samples of a range that nodes pass to their lighter children.
 
         Args:
@@ -156,29 +157,28 @@ class DomainOrder:
             end: Sample after the last one.
 
         Returns:
-            `_received` at the end of the range, (N + L,); and for each sample passed, node by node, the node, the
-            number of the sample in the child, and the samples that the node has received with it, (n,) each.
+            `_received` at the end of the range, (N + L,); and for each sample passed, node by node, the number of
+            samples that the node has received with it, (n,).
         """
         if len(self._total) <= _FEW_NODES:
             # The least number of samples of a node with which its child gets each of the next ones tells how many it
             # gets in the range. The other way is to find that number first, level by level.
             likely = ((end - int(before[_ROOT])) * self._minor >> _HASH_BITS) + _MORE
-            node, k, received = self._next_passed(before, likely)
+            received = self._next_passed(before, likely)
             after = self._received_after(before, end, likely, received)
             if after is not None:
-                chosen = (received <= after[node]).nonzero()[0]
-                return after, node[chosen], k[chosen], received[chosen]
+                return after, received[received <= after[: len(likely)].repeat(likely)]
         after = self._received(end)
-        return after, *self._next_passed(before, (after - before)[self._tree.lighter])
+        return after, self._next_passed(before, (after - before)[self._tree.lighter])
 
-    def _next_passed(self, before: IntArray, number: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """The next samples, (N,) of each node, that go to its lighter child; the result is described in `_passed`."""
-        node = np.arange(len(number)).repeat(number)
+    def _next_passed(self, before: IntArray, number: IntArray) -> IntArray:
+        """For the next samples, (N,) of each node, that go to its lighter child: see `_passed`."""
         k = ranges(before[self._tree.lighter], number)
-        # The lighter child gets its sample k once the node has received m of them, with m p + carry >= k q + T_k. The
-        # bound holds for a large carry, as in `_to_minor`.
-        due = k * self._total[node] + self._threshold(node, k) - self._shift[node]
-        return node, k, np.maximum(-(-due // self._minor[node]), k + 1)
+        # The lighter child gets its sample k once the node has received m of them, with m p + carry >= k q + T_k: m is
+        # the quotient, rounded up. The bound holds for a large carry, as in `_to_minor`.
+        rest = (self._lowest - self._shift + self._minor - 1).repeat(number)
+        due = k * self._total.repeat(number) + self._drawn(self._key.repeat(number), k, self._width.repeat(number))
+        return np.maximum((due + rest) // self._minor.repeat(number), k + 1)
 
     def _received_after(self, before: IntArray, end: int, number: IntArray, received: IntArray) -> IntArray | None:
         """`_received` at the end of a range, by the samples that nodes pass next (`_next_passed`).
@@ -186,12 +186,11 @@ class DomainOrder:
         Returns:
             (N + L,). None: a node may pass more samples than these.
         """
-        tree, in_plain_numbers = self._tree, received.tolist()
-        after = [end] * len(before)
+        tree = self._tree
+        after, in_order, first = [end] * len(before), memoryview(received), 0  # type: ignore[arg-type]
         columns = (tree.lighter, tree.heavier, before[tree.lighter], number)
-        first = 0
         for node, (lighter, heavier, k, count) in enumerate(zip(*(its.tolist() for its in columns), strict=True)):
-            found = bisect_right(in_plain_numbers, after[node], first, first + count) - first
+            found = bisect_right(in_order, after[node], first, first + count) - first
             if found == count:
                 return None
             after[lighter], after[heavier] = k + found, after[node] - k - found
@@ -211,7 +210,8 @@ class DomainOrder:
         if self._range is not None:
             first, before, domain = self._range
             if first <= num_samples <= first + len(domain):
-                return before + np.bincount(domain[: num_samples - first], minlength=len(before))
+                counts = self._of_domains(before)
+                return counts + np.bincount(domain[: num_samples - first], minlength=len(counts))
         return self._of_domains(self._received(num_samples))
 
     def _of_domains(self, received: IntArray) -> IntArray:
@@ -295,9 +295,13 @@ class DomainOrder:
 
     def _threshold(self, node: IntArray | slice, k: IntArray) -> IntArray:
         """T_k of each node: uniform over an interval of length `_width` in the middle of its cycle."""
-        bits = random_bits(self._key[node], k) >> _UNUSED_BITS
-        drawn: IntArray = (bits.view(np.int64) * self._width[node]) >> _HASH_BITS
-        return self._lowest[node] + drawn
+        return self._lowest[node] + self._drawn(self._key[node], k, self._width[node])
+
+    @staticmethod
+    def _drawn(key: UIntArray, k: IntArray, width: IntArray) -> IntArray:
+        """The part of T_k that is drawn: uniform below `width`."""
+        bits = random_bits(key, k) >> _UNUSED_BITS
+        return np.asarray((bits.view(np.int64) * width) >> _HASH_BITS)
 
 
 def ranges(first: IntArray, lengths: IntArray) -> IntArray:

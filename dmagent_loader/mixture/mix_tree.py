@@ -88,6 +88,12 @@ def grow(mixes: Sequence[IntArray]) -> list[MixTree]:
         mixes: M mixes in units of 1 / RESOLUTION, (D,) int64.
     """
     leaves = [_leaves(quanta) for quanta in mixes]
+    if len(mixes) == 1 and len(leaves[0]) < _FEW_LEAVES:
+        before = np.zeros(len(leaves[0]) + 1, dtype=np.int64)
+        mixes[0][leaves[0]].cumsum(out=before[1:])
+        splits = _split_in_plain_numbers(before.tolist())
+        columns = _columns(before, splits)
+        return [MixTree(mixes[0], leaves[0], bounds=splits.bounds, levels=splits.levels[0], **columns)]
     ends = list(accumulate(len(its) + 1 for its in leaves))
     first = [end - len(its) - 1 for end, its in zip(ends, leaves, strict=True)]
     # The first mix takes the weights 0 to RESOLUTION, the next one those after them.
@@ -96,38 +102,41 @@ def grow(mixes: Sequence[IntArray]) -> list[MixTree]:
     for begin, end, quanta, its in zip(first, ends, mixes, leaves, strict=True):
         before[begin + 1 : end] = quanta[its]
     before = before.cumsum()
-    if len(mixes) == 1 and len(before) <= _FEW_LEAVES:
-        splits = _split_in_plain_numbers(before.tolist())
-    else:
-        splits = _split_together(before, np.array(first), np.array(ends) - 1)
+    splits = _split_together(before, np.array(first), np.array(ends) - 1)
+    columns = _columns(before, splits)
+    trees, begin = [], 0
+    for quanta, its, start, levels in zip(mixes, leaves, first, splits.levels, strict=True):
+        own = slice(begin, begin + levels[-1])
+        of_tree = {name: column[own] for name, column in columns.items()}
+        trees.append(MixTree(quanta, its, bounds=splits.bounds[:, own] - start, levels=levels, **of_tree))
+        begin += levels[-1]
+    return trees
+
+
+def _columns(before: IntArray, splits: _Splits) -> dict[str, np.ndarray]:
+    """Children, weights and thresholds of nodes, by the names that they have in `MixTree`.
+
+    Args:
+        before: Weight before each leaf of all trees.
+        splits: The nodes.
+    """
     low, split, high = before[splits.bounds]
     total, left = high - low, split - low
     right = total - left
     is_left = left <= right
     minor, slack = np.minimum(left, right), np.maximum(left, right)
     width = (slack * np.minimum(np.maximum(splits.freedom, 0.0), 1.0)).astype(np.int64)
-    lowest = (minor + 1) // 2 + (slack - width) // 2
+    lowest = ((minor + 1) >> 1) + ((slack - width) >> 1)
     lighter, heavier = np.where(is_left, splits.children, splits.children[::-1])
-    trees, begin = [], 0
-    for quanta, its, start, levels in zip(mixes, leaves, first, splits.levels, strict=True):
-        own = slice(begin, begin + levels[-1])
-        trees.append(
-            MixTree(
-                quanta=quanta,
-                leaves=its,
-                bounds=splits.bounds[:, own] - start,
-                heavier=heavier[own],
-                lighter=lighter[own],
-                is_left=is_left[own],
-                total=total[own],
-                minor=minor[own],
-                lowest=lowest[own],
-                width=width[own],
-                levels=levels,
-            )
-        )
-        begin += levels[-1]
-    return trees
+    return {
+        "heavier": heavier,
+        "lighter": lighter,
+        "is_left": is_left,
+        "total": total,
+        "minor": minor,
+        "lowest": lowest,
+        "width": width,
+    }
 
 
 def _leaves(quanta: IntArray) -> IntArray:
@@ -156,24 +165,35 @@ def _split_in_plain_numbers(before: list[int]) -> _Splits:
         if node == levels[-1]:
             levels.append(len(nodes))
         start, stop = before[low], before[high]
-        # The first boundary that is not below half of the weight, or the one before it if that is not farther from it.
-        split = bisect_left(before, (start + stop + 1) // 2, low, high)
-        if split - 1 > low and before[split - 1] + before[split] >= start + stop:
-            split -= 1
+        split = low + 1
+        if split + 1 < high:
+            # The first boundary that is not below half of the weight, or the one before it, unless it is farther off.
+            split = bisect_left(before, (start + stop + 1) // 2, low, high)
+            if split - 1 > low and before[split - 1] + before[split] >= start + stop:
+                split -= 1
         bounds += (low, split, high)
         whole, left = stop - start, before[split] - start
-        added = (1 - min(left, whole - left) / whole) / 2
-        share = left / whole
-        for first, last, part in ((low, split, share), (split, high, 1 - share)):
-            # A child inherits its share of the parent's error. Its own split adds up to half a sample by rounding, and
-            # up to half of the threshold range.
-            child_rounding, child_irregular = 0.5 + part * rounding, added + part * irregular
-            if last - first == 1:
-                freedom[first] = (DISCREPANCY - child_rounding) / child_irregular
-                children.append(~first)
-            else:
-                children.append(len(nodes))
-                nodes.append((first, last, child_rounding, child_irregular))
+        right = whole - left
+        added = (1 - (left if left <= right else right) / whole) / 2
+        # A child inherits its share of the parent's error. Its own split adds up to half a sample by rounding, and up
+        # to half of the threshold range. A loop over the two children would take a quarter longer.
+        part = left / whole
+        child_rounding, child_irregular = 0.5 + part * rounding, added + part * irregular
+        if low + 1 == split:
+            freedom[low] = (DISCREPANCY - child_rounding) / child_irregular
+            left_child = ~low
+        else:
+            left_child = len(nodes)
+            nodes.append((low, split, child_rounding, child_irregular))
+        part = 1 - part
+        child_rounding, child_irregular = 0.5 + part * rounding, added + part * irregular
+        if split + 1 == high:
+            freedom[split] = (DISCREPANCY - child_rounding) / child_irregular
+            right_child = ~split
+        else:
+            right_child = len(nodes)
+            nodes.append((split, high, child_rounding, child_irregular))
+        children += (left_child, right_child)
     table = np.array(bounds, dtype=np.int64).reshape(-1, 3)
     return _Splits(
         table.T,

@@ -344,24 +344,28 @@ class Segment:
 
     def draws(self, indices: IntArray) -> tuple[IntArray, IntArray]:
         """Domain and draw of samples."""
-        domain, draw = np.empty_like(indices), np.empty_like(indices)
         if not len(indices):
-            return domain, draw
+            return indices.copy(), indices.copy()
         low, high = int(indices.min()), int(indices.max())
         self._extend(high)
         first, last = bisect_right(self._starts, low) - 1, bisect_right(self._starts, high) - 1
         if first == last:
-            return self._draws_in(self._stretches[first], indices)
+            return self._draws_in(self._stretches[first], indices, (low, high))
+        domain, draw = np.empty_like(indices), np.empty_like(indices)
         stretch_of = first + np.searchsorted(self._starts[first + 1 : last + 1], indices, side="right")
         for number in np.unique(stretch_of).tolist():
             chosen = stretch_of == number
             domain[chosen], draw[chosen] = self._draws_in(self._stretches[number], indices[chosen])
         return domain, draw
 
-    def _draws_in(self, stretch: _Stretch, indices: IntArray) -> tuple[IntArray, IntArray]:
-        """`draws` of samples of one stretch."""
+    def _draws_in(
+        self, stretch: _Stretch, indices: IntArray, span: tuple[int, int] | None = None
+    ) -> tuple[IntArray, IntArray]:
+        """`draws` of samples of one stretch; `span` is the least and the largest of them, if they are known."""
         self._refuse(stretch)
-        domain, rank = self._order(stretch).locate(indices - stretch.start)
+        if span is not None:
+            span = span[0] - stretch.start, span[1] - stretch.start
+        domain, rank = self._order(stretch).locate(indices - stretch.start, span)
         return domain, stretch.base[domain] + rank
 
     def left(self, index: int) -> dict[str, ShardsLeft]:
