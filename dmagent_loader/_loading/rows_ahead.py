@@ -56,7 +56,7 @@ class RowsAhead:
         """
         place = draw - self._first[domain]
         # Without a sign, a negative number is larger than any length.
-        if (place.view(np.uint64) >= self._length.view(np.uint64)[domain]).any():
+        if np.count_nonzero(place.view(np.uint64) >= self._length.view(np.uint64)[domain]):
             if not self._look_up(domain, draw):
                 return Located(domain, draw, *self._plan.rows(domain, draw)), None
             place = draw - self._first[domain]

@@ -195,8 +195,8 @@ class Segment:
         """
         mix = self.ledger.last.weights()
         used_up = self._limited & (base >= self.first_pass)
-        weights = self._effective(mix, used_up)
         members = tuple(used_up.nonzero()[0].tolist())
+        weights = self._effective(mix, used_up) if members else mix
         # A used-up domain that the mix does not draw from is not a failure.
         failed = tuple(i for i in members if self.rules[i] == "error" and (mix > 0 if drawn is None else drawn)[i])
         if weights is None or failed:
@@ -235,8 +235,6 @@ class Segment:
 
     def _effective(self, mix: FloatArray, used_up: np.ndarray) -> FloatArray | None:
         """The mix after the weights of used-up domains moved to others; None: the run ends here."""
-        if not used_up.any():
-            return mix
         weights = np.where(used_up, 0.0, mix)
         for field_name in self.space.fields:
             members = list(self.space.members(field_name))
@@ -256,7 +254,7 @@ class Segment:
     def _safe_length(self, quanta: IntArray, base: IntArray, owed: IntArray) -> int:
         """Lower bound on `_until_used_up`: cheap, and a few samples below it."""
         waiting = self._limited & (quanta > 0)
-        if not waiting.any():
+        if not np.count_nonzero(waiting):
             return int(_NEVER)
         share = quanta[waiting] / RESOLUTION
         # A debt is paid at once, as far as it is larger than the share of the debts to all domains with weight. Those

@@ -49,8 +49,8 @@ def validate_mix(
     """
     if isinstance(weights, Mapping):
         known = set(names)
-        unknown = [name for name in weights if name not in known]
-        if unknown:
+        if not weights.keys() <= known:
+            unknown = [name for name in weights if name not in known]
             raise DomainError(f"the mix names unknown domains {_shorten(unknown)}; the domains are {_shorten(names)}")
         mix = numbers([weights.get(name, 0.0) for name in names])
     else:
@@ -117,7 +117,7 @@ def largest_remainder(mix: FloatArray, total: int) -> IntArray:
         counts[order[:missing]] += 1
     elif missing < 0:
         counts[(-counts).argsort(kind="stable")[:-missing]] -= 1
-    if not counts.all():
+    if np.count_nonzero(counts) < len(counts):
         for index in ((counts == 0) & (mix > 0)).nonzero()[0]:
             counts[counts.argmax()] -= 1
             counts[index] = 1
