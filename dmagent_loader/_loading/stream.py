@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 _FIRST_RUN, _LARGEST_RUN = 512, 16_384
 """Positions planned at a time without reading threads: few after a new mix, because another may follow soon, then twice
-as many each time, because the cost of planning hardly grows with their number."""
+as many each time, because the cost of planning hardly grows with their number. A rank or worker that delivered fewer
+under the last mix plans a quarter more than these first."""
 _LARGEST_RUN_OF_AHEAD = 2048
 """Positions of a run up to which its rows are looked up in `RowsAhead`: longer ones mean that mixes change rarely."""
 _LARGEST_DEAL = 1 << 16
@@ -125,6 +126,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._planned: deque[_Run] = deque()
         """Runs after the present one."""
         self._run_length, self._num_ahead = _FIRST_RUN, _LEAST_AHEAD
+        self._first_run, self._replanned = _FIRST_RUN, 0
+        """Positions planned first after the newest mix, and those delivered before it."""
 
     @property
     def taken(self) -> int:
@@ -272,7 +275,10 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._version = self._feed.version
         self._enter(_Run(self.taken, _NOTHING, _NOWHERE))
         self._planned.clear()
-        self._run_length = _FIRST_RUN
+        # Not less than half as many as the last time: two mixes may follow each other at once.
+        likely = max((self.taken - self._replanned) * 5 // 4, self._first_run // 2)
+        self._run_length = self._first_run = min(likely, _FIRST_RUN)
+        self._replanned = self.taken
         if self._blocks is not None:
             self._num_ahead = min(self._num_ahead, _MOST_AHEAD_OF_A_NEW_MIX)
             self._blocks.replan(self._feed.plan.ledger.last.weights())
