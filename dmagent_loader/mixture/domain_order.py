@@ -39,6 +39,8 @@ _FEW_NODES = 512
 """Nodes up to which plain numbers are faster than numpy, because most levels have few of them."""
 _MORE = 8
 """More samples than a node passes to its lighter child beyond its share, but for large debts."""
+_NEAR = 64
+"""Samples for each level of a tree that are followed one by one in the time in which the level is computed."""
 _DENSE, _MOST_IN_RANGE = 4, 1 << 16
 """Samples of a range for each one of them that is looked up, and in all, up to which all of the range are."""
 
@@ -212,7 +214,10 @@ class DomainOrder:
             if first <= num_samples <= first + len(domain):
                 counts = self._of_domains(before)
                 return counts + np.bincount(domain[: num_samples - first], minlength=len(counts))
-        return self._of_domains(self._received(num_samples))
+        # Where few samples follow on those that were located, it is cheaper to follow each than to go down the tree.
+        begin, before = self._reached or (0, self._received(0))
+        is_near = 0 <= num_samples - begin <= _NEAR * len(self._tree.levels) and len(self._total) <= _FEW_NODES
+        return self._of_domains(self._passed(before, num_samples)[0] if is_near else self._received(num_samples))
 
     def _of_domains(self, received: IntArray) -> IntArray:
         """Samples of each domain, (D,), by those that each node and leaf has received."""
