@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from dmagent_loader import _distributed as distributed
@@ -12,8 +12,7 @@ from dmagent_loader._run.settings import RunSettings
 from dmagent_loader.errors import RankError
 
 
-@contextmanager
-def together(step: str, settings: Callable[[], RunSettings], rank: int) -> Iterator[dict[str, Any]]:
+def together(step: str, settings: Callable[[], RunSettings], rank: int) -> AbstractContextManager[dict[str, Any]]:
     """`distributed.together` for a step of a run, whose settings must be the same on all ranks.
 
     Args:
@@ -24,9 +23,12 @@ def together(step: str, settings: Callable[[], RunSettings], rank: int) -> Itera
     Raises:
         RankError: Another rank failed, differs, is at another step, or does not answer.
     """
-    if not distributed.is_active():
-        yield {}
-        return
+    return _together(step, settings, rank) if distributed.is_active() else nullcontext({})
+
+
+@contextmanager
+def _together(step: str, settings: Callable[[], RunSettings], rank: int) -> Iterator[dict[str, Any]]:
+    """`together` with several ranks."""
     with distributed.together(step) as facts:
         facts |= settings().to_compare()
         yield facts

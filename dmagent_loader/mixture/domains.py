@@ -269,7 +269,7 @@ class DomainSpace:
             DomainError: A name is neither a domain nor, with `shares`, a field.
             MixError: The weights are not a distribution.
         """
-        if shares is not None and isinstance(weights, Mapping) and any(f in weights for f in self.fields):
+        if shares is not None and isinstance(weights, Mapping) and not weights.keys().isdisjoint(self.fields):
             split: dict[str, float] = {}
             for name, weight in zip(weights, numbers(list(weights.values())).tolist(), strict=True):
                 if name in self.fields and name not in self.names:
