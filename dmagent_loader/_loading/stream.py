@@ -272,13 +272,14 @@ class SampleStream(Iterator[Mapping[str, Any]]):
 
     def _replan(self) -> None:
         """Drops the positions planned under an older ledger."""
-        self._version = self._feed.version
         self._enter(_Run(self.taken, _NOTHING, _NOWHERE))
         self._planned.clear()
-        # Not less than half as many as the last time: two mixes may follow each other at once.
-        likely = max((self.taken - self._replanned) * 5 // 4, self._first_run // 2)
-        self._run_length = self._first_run = min(likely, _FIRST_RUN)
-        self._replanned = self.taken
+        if self._version >= 0:
+            # Not less than half as many as the last time: two mixes may follow each other at once.
+            likely = max(1, (self.taken - self._replanned) * 5 // 4, self._first_run // 2)
+            self._first_run = min(likely, _FIRST_RUN)
+        self._run_length, self._replanned = self._first_run, self.taken
+        self._version = self._feed.version
         if self._blocks is not None:
             self._num_ahead = min(self._num_ahead, _MOST_AHEAD_OF_A_NEW_MIX)
             self._blocks.replan(self._feed.plan.ledger.last.weights())
