@@ -275,7 +275,9 @@ class IndexCache:
     def _overview(self, urls: Iterable[str]) -> Path:
         identities = "\0".join([*urls, ""])
         if "?" in identities:  # some may be signed
-            identities = "\0".join(url if is_local(url) else without_signature(url) for url in identities.split("\0"))
+            identities = "\0".join(
+                without_signature(url) if "?" in url and not is_local(url) else url for url in identities.split("\0")
+            )
         digest = hashlib.sha256(os.fsencode(identities))
         digest.update(self._suffix)
         return self.folder / "overview" / f"{digest.hexdigest()}.safetensors"

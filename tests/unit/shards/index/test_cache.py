@@ -28,6 +28,13 @@ def open_one(path: Path, **settings: object) -> ShardCollection:
     return ShardCollection.open({"source/a": str(path)}, progress=False, **settings)  # type: ignore[arg-type]
 
 
+def test_the_overview_of_a_shard_in_a_chain_is_the_same_beside_a_signed_one(tmp_path: Path) -> None:
+    """Its name must stay that of earlier versions, or all indexes are looked up one by one."""
+    signed, chain = "https://host/a.tar?X-Amz-Signature=f", "simplecache::s3://bucket/a.tar"
+    found = IndexCache(tmp_path)._overview([signed, chain])
+    assert found == IndexCache(tmp_path)._overview(["https://host/a.tar", chain])
+
+
 def entries(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache" / "index").glob("*"))
 
