@@ -160,7 +160,8 @@ class _RealPaths:
     def __init__(self) -> None:
         self.lists_folders = False
         self._folders: dict[str, tuple[str, set[str] | None]] = {}
-        """Real path and links of each folder; no links are known of one that was not listed."""
+        """Real path and links of each folder; no links are known of one that was not listed. The path of a folder ends
+        with a slash, and that of the working folder is empty."""
 
     def tars_of(self, folder: str) -> list[str]:
         """Sorted paths of the ``*.tar`` in a folder."""
@@ -173,12 +174,12 @@ class _RealPaths:
                 if entry.is_symlink():
                     links.add(name)
         prefix = os.path.join(folder, "")
-        self._folders[prefix.removesuffix(os.sep)] = os.path.join(os.path.realpath(folder), ""), links
+        self._folders[prefix] = os.path.join(os.path.realpath(folder), ""), links
         return [prefix + name for name in sorted(names)]
 
     def are_distinct(self, urls: Sequence[str]) -> bool:
         """Whether all are different files because they were listed in different folders without links."""
-        folders = {url.rpartition(os.sep)[0] for url in urls}
+        folders = {url[: url.rfind(os.sep) + 1] for url in urls}
         listed = [self._folders[folder] for folder in folders if folder in self._folders]
         return (
             len(listed) == len(folders) == len({real for real, _ in listed})
@@ -187,9 +188,10 @@ class _RealPaths:
         )
 
     def __call__(self, path: str) -> str:
-        folder, _, name = path.rpartition(os.sep)
+        begin = path.rfind(os.sep) + 1
+        folder, name = path[:begin], path[begin:]
         if folder not in self._folders:
-            real = os.path.realpath(folder or (os.sep if path.startswith(os.sep) else os.curdir))
+            real = os.path.realpath(folder or os.curdir)
             self._folders[folder] = os.path.join(real, ""), _links(real) if self.lists_folders else None
         real, links = self._folders[folder]
         file = real + name

@@ -180,6 +180,18 @@ def test_the_shards_of_a_folder_are_named_as_the_folder_is(
         expand_shards("d", [pattern.format(folder), "b.tar"])
 
 
+def test_shards_in_the_root_are_not_those_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.path.isfile", lambda _: True)
+    monkeypatch.chdir(tmp_path)
+    for both in (["/a.tar", "a.tar"], ["a.tar", "/a.tar"]):
+        assert expand_shards("d", both) == both
+    monkeypatch.chdir("/")
+    with pytest.raises(ConfigurationError, match=r"a\.tar twice"):
+        expand_shards("d", ["/a.tar", "a.tar"])
+
+
 PARTS = [f"https://host/get.tar?part={part}&X-Amz-Signature=f" for part in (1, 2)]
 
 
