@@ -178,7 +178,7 @@ def _packed_tokens_of_rows(rows: np.ndarray[Any, Any]) -> dict[str, torch.Tensor
 
 def _widened(rows: np.ndarray[Any, Any]) -> torch.Tensor:
     """Rows as a new tensor of int64."""
-    wide = torch.empty(rows.shape, dtype=torch.int64)
+    wide = torch.empty(rows.shape, dtype=torch.int64, device="cpu")
     _widen(rows, wide)
     return wide
 
@@ -188,9 +188,9 @@ def _widen(rows: np.ndarray[Any, Any], wide: torch.Tensor) -> None:
 
     With several threads, torch shares this out among them, and they wait for each other. Where other processes use all
     cores, that takes more than ten times as long as the conversion itself; numpy takes a quarter longer than one thread
-    of torch.
+    of torch. With `torch.set_default_device`, the tensor may lie on another device, where numpy cannot write.
     """
-    if torch.get_num_threads() == 1:
+    if torch.get_num_threads() == 1 or not wide.is_cpu:
         wide.copy_(_as_tensor(rows))
     else:
         np.copyto(wide.numpy(), rows, casting="unsafe")

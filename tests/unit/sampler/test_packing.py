@@ -25,7 +25,8 @@ from dmagent_loader.mixture.ledger import LedgerEntry
 from dmagent_loader.policies import StaticPolicy
 from dmagent_loader.shards import ShardingConfig, shard_files
 from dmagent_loader.testing import assert_same_after_resume
-from dmagent_loader.transforms import IGNORED_LABEL, PACKED_MEMBER, ShiftedTokens, collate_packed
+from dmagent_loader.transforms import IGNORED_LABEL, PACKED_MEMBER, ShiftedTokens, collate_packed, packed_tokens
+from dmagent_loader.transforms.packed import of_packed_rows
 
 LENGTH = 16
 DOMAINS = {"source/long": (2, 6, 300), "source/short": (3, 40, 8), "target/math": (2, 25, 40)}
@@ -285,3 +286,19 @@ def test_collate_packed_keeps_the_documents_apart(cache, tmp_path, parse):
     else:  # the end token is text of many bytes
         assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2]
         assert batch["position_ids"][1:3].tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_batches_are_made_where_tensors_have_another_device_by_default(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """As with `torch.set_default_device("cuda")`: numpy cannot write to such a tensor."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rows = np.arange(6, dtype=np.uint16).reshape(2, 3)
+    samples = [{"__index__": 0, "__domain__": "a", "__key__": "0", PACKED_MEMBER: row} for row in rows]
+    of_rows = of_packed_rows(packed_tokens)
+    assert of_rows is not None
+    with torch.device("meta"):
+        assert collate_packed(samples)["input_ids"].shape == rows.shape
+        found = [of_rows(rows)["input_ids"], ShiftedTokens(length=3).of_rows(rows)["tokens"]]
+    assert [tensor.tolist() for tensor in found] == [rows.tolist()] * 2
