@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import random
 import tarfile
+from time import thread_time
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmagent_loader.errors import DamagedShardError, ShardLayoutError
 from dmagent_loader.shards.tar import plain_runs, scan, scanner
+from dmagent_loader.shards.tar.members import BAD_HEADER, MemberTable
 from dmagent_loader.shards.tar.scanner import KeyEnd
 
 PARTS = ["a", "b.c", "7", "x" * 90, "ü", "__m", "__m__", ".h", "", "a\nb", "A", "..", "long" * 40]
@@ -132,3 +136,44 @@ def test_members_that_never_make_a_run_are_soon_left_alone() -> None:
         for _ in range(10_000):
             runs.find(memoryview(b""), 0)
     assert looked.call_count < 25
+
+
+def member(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = len(data), kind
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+
+TIMES = member("pax", b"30 mtime=1700000000.123456789\n", tarfile.XHDTYPE)
+LONG_LINK = member("././@LongLink", b"short\0", tarfile.GNUTYPE_LONGLINK)
+ROWS = b"".join(member(f"{row:03d}.txt") for row in range(100)) + bytes(1024)
+
+
+@pytest.mark.parametrize("before", range(12))
+@pytest.mark.parametrize("between", [b"", LONG_LINK], ids=["nothing", "long link"])
+def test_a_member_lost_between_two_pax_headers_is_noticed(before: int, between: bytes) -> None:
+    """Wherever the first header lies: a run is looked for at some of the headers only."""
+    tar = b"".join(member(f"README{number}") for number in range(before)) + TIMES + between + TIMES + ROWS
+    _, gaps = scan("a.tar", Memory(tar), len(tar))
+    assert [gap.kind for gap in gaps] == [BAD_HEADER]
+
+
+@pytest.mark.parametrize(("first", "second"), [("009.txt", "b.__index__"), ("b.__index__", "a.txt")])
+def test_of_two_errors_in_a_run_the_first_is_reported(first: str, second: str) -> None:
+    rows = [member(f"{row:03d}.txt") for row in range(100)]
+    tar = b"".join([*rows[:10], member(first), *rows[10:50], member("a.txt"), member(second), *rows[50:]])
+    with pytest.raises(ShardLayoutError, match="has the extension 'txt' twice" if first == "009.txt" else "reserved"):
+        scan("a.tar", Memory(tar), len(tar))
+
+
+def test_a_row_of_many_members_takes_no_longer_toward_its_end() -> None:
+    members, seconds = MemberTable("a.tar"), []
+    extensions = [b"%d" % number for number in range(1 << 16)]
+    zeros = np.zeros(64, np.int64)
+    for part in range(4):
+        began = thread_time()
+        for first in range(part << 14, (part + 1) << 14, 64):
+            members.add_all([b"a"] * 64, extensions[first : first + 64], zeros, zeros, [memoryview(b"")] * 64)
+        seconds.append(thread_time() - began)
+    assert len(members.row_first) == 1
+    assert seconds[3] < 3 * seconds[0] + 0.1

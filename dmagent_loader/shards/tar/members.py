@@ -132,15 +132,20 @@ class MemberTable:
             ShardLayoutError: See `add`.
         """
         known = self._numbers
-        if not known.keys() >= set(extensions):
-            for extension, key, start in zip(extensions, keys, offset.tolist(), strict=True):
-                self._number(extension, key, start)
-        numbers = [known[extension] for extension in extensions]
         begins = [key != before for key, before in zip(keys, (self._key, *keys), strict=False)]
         first = np.flatnonzero(begins)
-        if len(first) < len(keys) and self._have_twice(begins, numbers):
+        try:
+            if not known.keys() >= set(extensions):
+                for extension, key, start in zip(extensions, keys, offset.tolist(), strict=True):
+                    self._number(extension, key, start)
+            numbers = [known[extension] for extension in extensions]
+            continued = int(first[0]) if len(first) else len(keys)
+            is_refused = len(first) < len(keys) and self._have_twice(begins, numbers, continued)
+        except ShardLayoutError:
+            is_refused = True
+        if is_refused:
             for key, extension, start, length in zip(keys, extensions, offset.tolist(), size.tolist(), strict=True):
-                self.add(key, extension, start, length)  # which names the first one
+                self.add(key, extension, start, length)  # which raises the error of the first one
         if len(first) == len(keys):
             self.row_crc.extend(map(crc32, payloads))
         else:
@@ -158,18 +163,22 @@ class MemberTable:
         self.size.frombytes(size.tobytes())
         self.extension.extend(numbers)
         self._key = keys[-1]
-        self._seen = set(numbers[first[-1] :]) if len(first) else self._seen.union(numbers)
+        if len(first):
+            self._seen = set(numbers[first[-1] :])
+        else:
+            self._seen.update(numbers)
 
-    def _have_twice(self, begins: Sequence[bool], numbers: Sequence[int]) -> bool:
+    def _have_twice(self, begins: Sequence[bool], numbers: Sequence[int], continued: int) -> bool:
         """Whether a row would have an extension twice.
 
         Args:
             begins: n times, whether a member begins a row.
             numbers: n numbers of their extensions.
+            continued: The number of members before the first one that begins a row.
         """
-        present = sorted(self._seen)
-        row = np.concatenate([np.zeros(len(present), np.int64), np.cumsum(begins)])
-        members = row * _MAX_EXTENSIONS + [*present, *numbers]
+        if not self._seen.isdisjoint(numbers[:continued]):
+            return True
+        members = np.cumsum(begins) * _MAX_EXTENSIONS + numbers
         return len(np.unique(members)) < len(members)
 
     def _number(self, extension: bytes, key: bytes, offset: int) -> int:

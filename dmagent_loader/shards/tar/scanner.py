@@ -204,17 +204,17 @@ class _Scanner:
                     return
                 self.load(position)
                 relative = 0
-            if self.next_name is None and self.next_size is None:
-                run = runs.find(self.view, relative)
-                if run is not None:
-                    position = self.add_run(run)
-                    continue
+            is_plain = self.next_name is None and self.next_size is None
+            # No run begins where an extended header announced a member: it would not notice that the member was lost.
+            run = runs.find(self.view, relative) if is_plain and position != self.announced else None
+            if run is not None:
+                position = self.add_run(run)
+                continue
             quick = parse(self.view, relative)
             if (
                 quick is not None
                 and quick[0] == tarfile.REGTYPE
-                and self.next_name is None
-                and self.next_size is None
+                and is_plain
                 and (len(quick[1]) != _NAME_BYTES or split_name(quick[1]) is not None)
             ):
                 _, name, size = quick
