@@ -108,7 +108,7 @@ def _alternating(
         first: (D,) first row to take from it for each domain.
         lengths: (D,) number of its rows to take.
         others: The other table, domain by domain, of which all rows are taken.
-        lengths_of_others: (D,) its rows of each domain.
+        lengths_of_others: (D,) number of rows of each domain in it.
     """
     # Slices are copied several times as fast as rows that are chosen by their numbers.
     pieces: list[IntArray] = []

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _FIRST_RUN, _LARGEST_RUN = 512, 16_384
 """Positions planned at a time without reading threads: few after a new mix, because another may follow soon, then twice
 as many each time, because the cost of planning hardly grows with their number. A rank or worker that delivered fewer
-under the last mix plans a quarter more than these first."""
+under the last mix first plans a quarter more than it delivered."""
 _LARGEST_RUN_OF_AHEAD = 2048
 """Positions of a run up to which its rows are looked up in `RowsAhead`: longer ones mean that mixes change rarely."""
 _LARGEST_DEAL = 1 << 16

@@ -41,8 +41,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands.
 
     Args:
-        command: The only command that gets its options, which takes the import of its module, and for some commands of
-            torch; None: all commands get theirs.
+        command: The only command that gets its options, which imports its module and, for some commands, torch; None: all commands get theirs.
     """
     parser = argparse.ArgumentParser(
         prog="dmagent",

@@ -40,7 +40,7 @@ _FEW_NODES = 512
 _MORE = 8
 """More samples than a node passes to its lighter child beyond its share, but for large debts."""
 _NEAR = 64
-"""Samples for each level of a tree that are followed one by one in the time in which the level is computed."""
+"""Samples that can be followed one by one in the time it takes to compute one level of the tree."""
 _DENSE, _MOST_IN_RANGE = 4, 1 << 16
 """Samples of a range for each one of them that is looked up, and in all, up to which all of the range are."""
 

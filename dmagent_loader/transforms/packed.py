@@ -186,7 +186,7 @@ def _widened(rows: np.ndarray[Any, Any]) -> torch.Tensor:
 def _widen(rows: np.ndarray[Any, Any], wide: torch.Tensor) -> None:
     """Writes rows, (B, T), to a tensor of int64, (..., B, T).
 
-    With several threads, torch shares this out among them, and they wait for each other. Where other processes use all
+    With several threads, torch splits the copy across them, and they wait for each other. Where other processes use all
     cores, that takes more than ten times as long as the conversion itself; numpy takes a quarter longer than one thread
     of torch. With `torch.set_default_device`, the tensor may lie on another device, where numpy cannot write.
     """

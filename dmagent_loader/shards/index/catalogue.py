@@ -155,7 +155,7 @@ class Catalogue:
         ends = self._name_end[shards.start : shards.stop + 1]
         names = bytes(self._names[ends[0] : ends[-1]])
         places = pairwise((ends - ends[0]).tolist())
-        if names.isascii():  # a text of as many characters as bytes, whose parts take half of the time
+        if names.isascii():  # byte offsets are character offsets, and slicing text takes half the time
             text = names.decode()
             return [text[begin:end] for begin, end in places]
         return [str(names[begin:end], "utf-8", "surrogateescape") for begin, end in places]

@@ -17,8 +17,8 @@ INDEX_THREADS = 8
 _TASKS_AT_A_TIME = 64
 """Tasks submitted together: a pending task takes a kilobyte and keeps its overview in memory."""
 _PATIENCE_SECONDS, _MOSTLY_WAITING = 0.5, 8
-"""A slow disk or mount: waiting has taken so long, and so many times as long as the work itself. On a busy machine, the
-wait for a core takes a few times as long at most."""
+"""A disk counts as slow once waiting has taken this many seconds, and this many times the CPU time. On a busy machine,
+the wait for a core takes a few times as long at most."""
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -49,8 +49,8 @@ def in_threads(
 def in_threads_if_slow(work: Callable[[_T], _R], tasks: Iterable[_T], stop: threading.Event) -> Iterator[tuple[_T, _R]]:
     """Yields every task with its result, and turns to `in_threads` where most of the time is spent waiting.
 
-    Threads that wait for nothing only wait for each other: each of a million calls that take two microseconds gives the
-    interpreter lock away and asks for it again.
+    Threads gain nothing where no call blocks: a million calls of two microseconds each release the interpreter lock, and
+    then contend for it.
     """
     tasks = iter(tasks)
     began, worked_before = time.perf_counter(), time.thread_time()

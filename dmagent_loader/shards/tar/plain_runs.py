@@ -74,10 +74,10 @@ class PlainRuns:
         self._skipped = self._to_skip = 0
         """Headers for which no run is looked for, after one was too short."""
         self._most = 2 * _FEWEST_MEMBERS
-        """Members that are looked at: twice those of the last run, as odd ones may lie at small distances."""
+        """Most members to look at: twice the length of the last run, since irregular members may be frequent."""
 
     def find(self, buffer: memoryview, begin: int) -> PlainRun | None:
-        """The run that begins with the header at `begin`; None if there is hardly one."""
+        """The run that begins with the header at `begin`; None if there is none worth parsing as a run."""
         if self._to_skip:
             self._to_skip -= 1
             return None

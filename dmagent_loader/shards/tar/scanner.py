@@ -162,7 +162,7 @@ class _Scanner:
         if self.advance is not None and offset > self.reported:
             self.advance(offset - self.reported)
             self.reported = offset
-        self.view, self.buffer = memoryview(b""), bytearray()  # first, so that the system has no new memory to clear
+        self.view, self.buffer = memoryview(b""), bytearray()  # freed first: its memory is used again
         self.buffer = self.source.read(offset, min(_CHUNK_BYTES, self.file_size - offset))
         self.view = memoryview(self.buffer)
         self.base = offset
