@@ -41,7 +41,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands.
 
     Args:
-        command: The only command that gets its options, which imports its module and, for some commands, torch; None: all commands get theirs.
+        command: The only command that gets its options, which imports its module and, for some commands, torch; None:
+            all commands get theirs.
     """
     parser = argparse.ArgumentParser(
         prog="dmagent",
