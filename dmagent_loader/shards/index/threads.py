@@ -49,8 +49,8 @@ def in_threads(
 def in_threads_if_slow(work: Callable[[_T], _R], tasks: Iterable[_T], stop: threading.Event) -> Iterator[tuple[_T, _R]]:
     """Yields every task with its result, and turns to `in_threads` where most of the time is spent waiting.
 
-    Threads gain nothing where no call blocks: a million calls of two microseconds release the interpreter lock, and then
-    contend for it.
+    Threads gain nothing where no call blocks: a million calls of two microseconds each would release the interpreter
+    lock, and then contend for it.
     """
     tasks = iter(tasks)
     began, worked_before = time.perf_counter(), time.thread_time()
