@@ -14,24 +14,34 @@ from dmagent_loader.shards.writing.packing import encode_npy
 from dmagent_loader.shards.writing.tar_writer import TarWriter
 
 PROGRAM = """
-import os, sys, torch
+import os, sys, time, torch
 from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig
 from dmagent_loader.transforms import ShiftedTokens, collate_packed, packed_tokens
 
-torch.get_num_threads()
+def num_threads():
+    # Once those that end have ended.
+    counts = [-1, -2]
+    while len(set(counts[-4:])) > 1:
+        time.sleep(0.1)
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts[-1]
+
 folder, kind = sys.argv[1:]
 transform = {"collate_packed": None, "packed_tokens": packed_tokens, "ShiftedTokens": ShiftedTokens(length=2048)}[kind]
 sampler = AgentWeightedSampler(
-    {"source/a": folder}, transform=transform, samples_per_reweight=1000, reading=ReadingConfig(cache_dir=folder)
+    {"source/a": folder},
+    transform=transform,
+    samples_per_reweight=1000,
+    reading=ReadingConfig(cache_dir=folder, progress=False),
 )
 collate = collate_packed if transform is None else (lambda samples: samples)
 batches = iter(MixingDataLoader(sampler, batch_size=64, collate_fn=collate))
-before = len(os.listdir("/proc/self/task"))
+before = num_threads()
 next(batches)
-print(len(os.listdir("/proc/self/task")) - before)
+print(num_threads() - before)
 tokens = torch.zeros((64, 2048), dtype=torch.int32)
 tokens.to(torch.int64)
-print(len(os.listdir("/proc/self/task")) - before)
+print(num_threads() - before)
 """
 
 

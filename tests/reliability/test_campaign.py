@@ -34,5 +34,5 @@ def test_no_damage_among_thousands_costs_rows_in_silence() -> None:
 
 
 def test_the_campaign_finds_a_reader_that_takes_all_zeros_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmagent_loader.shards.tar.scanner._may_be_padding", lambda zeros, file_size: True)
+    monkeypatch.setattr("dmagent_loader.shards.tar.scanner.may_be_padding", lambda zeros, file_size: True)
     assert {trial.kind for trial in unnoticed(run_campaign(336, seed=1))} >= {"zeroed tail"}
