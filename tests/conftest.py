@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import re
 import shutil
+import signal
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
         if getattr(integration, "variant", False) and not getattr(parameters.get("setting"), "for_variants", False):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is tested, and shells start background jobs with its signal ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
