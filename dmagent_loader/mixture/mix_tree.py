@@ -173,27 +173,18 @@ def _split_in_plain_numbers(before: list[int]) -> _Splits:
                 split -= 1
         bounds += (low, split, high)
         whole, left = stop - start, before[split] - start
-        right = whole - left
-        added = (1 - (left if left <= right else right) / whole) / 2
-        # A child inherits its share of the parent's error. Its own split adds up to half a sample by rounding, and up
-        # to half of the threshold range. A loop over the two children would take a quarter longer.
-        part = left / whole
-        child_rounding, child_irregular = 0.5 + part * rounding, added + part * irregular
-        if low + 1 == split:
-            freedom[low] = (DISCREPANCY - child_rounding) / child_irregular
-            left_child = ~low
-        else:
-            left_child = len(nodes)
-            nodes.append((low, split, child_rounding, child_irregular))
-        part = 1 - part
-        child_rounding, child_irregular = 0.5 + part * rounding, added + part * irregular
-        if split + 1 == high:
-            freedom[split] = (DISCREPANCY - child_rounding) / child_irregular
-            right_child = ~split
-        else:
-            right_child = len(nodes)
-            nodes.append((split, high, child_rounding, child_irregular))
-        children += (left_child, right_child)
+        added = (1 - min(left, whole - left) / whole) / 2
+        share = left / whole
+        for first, last, part in ((low, split, share), (split, high, 1 - share)):
+            # A child inherits its share of the parent's error. Its own split adds up to half a sample by rounding, and
+            # up to half of the threshold range.
+            child_rounding, child_irregular = 0.5 + part * rounding, added + part * irregular
+            if last - first == 1:
+                freedom[first] = (DISCREPANCY - child_rounding) / child_irregular
+                children.append(~first)
+            else:
+                children.append(len(nodes))
+                nodes.append((first, last, child_rounding, child_irregular))
     table = np.array(bounds, dtype=np.int64).reshape(-1, 3)
     return _Splits(
         table.T,

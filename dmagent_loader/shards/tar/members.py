@@ -146,6 +146,7 @@ class MemberTable:
         if is_refused:
             for key, extension, start, length in zip(keys, extensions, offset.tolist(), size.tolist(), strict=True):
                 self.add(key, extension, start, length)  # which raises the error of the first one
+            raise AssertionError("unreachable")
         if len(first) == len(keys):
             self.row_crc.extend(map(crc32, payloads))
         else:
