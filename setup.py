@@ -1,16 +1,33 @@
-"""What `setup.cfg` cannot say: links of the package's page, and the project URLs, follow from the address in it."""
+"""What `setup.cfg` cannot say: the compiled loops, and the links that follow from the address of the project."""
 
 from __future__ import annotations
 
 import configparser
+import os
 import re
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 FOLDER = Path(__file__).resolve().parent
 _IMAGE = re.compile(r'<img src="([^":]+)"([^>]*?) alt="([^"]*)">')
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s:]+)\)")
+
+
+def compiled_loops() -> list[Extension]:
+    """The loops of `dmagent_loader/mixture/_compiled.c`, in one file for all versions of Python.
+
+    They are optional: without a compiler, the package does the same in Python. ``DMAGENT_PURE_PYTHON=1`` leaves them
+    out, for a wheel that fits any machine. The options make overflow and rounding those of numpy, because samples must
+    not depend on the machine.
+    """
+    if os.environ.get("DMAGENT_PURE_PYTHON", "") not in ("", "0"):
+        return []
+    options = [] if sys.platform == "win32" else ["-O2", "-fwrapv", "-ffp-contract=off"]
+    source = "dmagent_loader/mixture/_compiled.c"
+    name = source.removesuffix(".c").replace("/", ".")
+    return [Extension(name, [source], extra_compile_args=options, py_limited_api=True, optional=True)]
 
 
 def package_page(readme: str, address: str) -> str:
@@ -46,4 +63,6 @@ if __name__ == "__main__":
         long_description=package_page((FOLDER / "README.md").read_text(encoding="utf-8"), address),
         long_description_content_type="text/markdown",
         project_urls=project_urls(address),
+        ext_modules=compiled_loops(),
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
     )

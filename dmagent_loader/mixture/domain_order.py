@@ -25,6 +25,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from dmagent_loader.mixture.compiled import COMPILED
 from dmagent_loader.mixture.hashing import UIntArray, random_bits
 from dmagent_loader.mixture.mix_tree import RESOLUTION, MixTree, grow
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, largest_remainder
@@ -73,14 +74,26 @@ class DomainOrder:
         self._range: tuple[int, IntArray, IntArray] | None = None
         """First sample of this range, `_received` there, and the domain of each sample."""
         self._total, self._minor, self._lowest, self._width = tree.total, tree.minor, tree.lowest, tree.width
-        self._key: UIntArray = random_bits(key, np.arange(len(tree.total), dtype=np.int64))
-        # The debt to the lighter child beyond its share of the node's debt, in the units of m p: the carry of L(m).
+        self._key, self._shift = self._prepared(key) if tree.table is None else self._prepared_compiled(key)
+
+    def _prepared(self, key: int) -> tuple[UIntArray, IntArray]:
+        """Key and carry of each node, (N,) and (N,).
+
+        The carry is the debt to the lighter child beyond its share of the node's debt, in the units of m p.
+        """
+        tree = self._tree
         owed = np.zeros(len(self._leaves) + 1, dtype=np.int64)
         self._carry[self._leaves].cumsum(out=owed[1:])
         low, split, high = owed[tree.bounds]
         of_minor = np.where(tree.is_left, split - low, high - split)
         shift = of_minor / RESOLUTION * self._total - self._minor * ((high - low) / RESOLUTION)
-        self._shift: IntArray = np.rint(shift).astype(np.int64)
+        return random_bits(key, np.arange(len(tree.total), dtype=np.int64)), np.rint(shift).astype(np.int64)
+
+    def _prepared_compiled(self, key: int) -> tuple[UIntArray, IntArray]:
+        assert COMPILED is not None
+        keys, shift = np.empty(len(self._total), dtype=np.uint64), np.empty(len(self._total), dtype=np.int64)
+        COMPILED.prepare(key, np.ascontiguousarray(self._carry), self._leaves, self._tree.table, keys, shift)
+        return keys, shift
 
     def locate(self, samples: IntArray, span: tuple[int, int] | None = None) -> tuple[IntArray, IntArray]:
         """The domain of each sample, and the number of earlier samples of that domain under this mix.
@@ -131,6 +144,8 @@ class DomainOrder:
         tree, num_nodes = self._tree, len(self._total)
         reached = self._reached
         before = self._received(first) if reached is None or reached[0] != first else reached[1]
+        if tree.table is not None:
+            return self._follow(before, first, end)
         after, received = self._passed(before, end)
         number = after - before
         begin = number.cumsum() - number
@@ -148,6 +163,14 @@ class DomainOrder:
         domain, rank = np.empty_like(sample), np.empty_like(sample)
         domain[sample] = self._leaves[::-1].repeat(of_leaves)
         rank[sample] = ranges(before[num_nodes:], of_leaves)
+        self._reached, self._range = (end, after), (first, before, domain)
+        return domain, rank
+
+    def _follow(self, before: IntArray, first: int, end: int) -> tuple[IntArray, IntArray]:
+        """`_locate_range` by the compiled loop, which follows one sample after the other."""
+        assert COMPILED is not None
+        after, domain, rank = np.empty_like(before), *np.empty((2, end - first), dtype=np.int64)
+        COMPILED.follow(self._tree.table, self._leaves, self._key, self._shift, before, after, domain, rank)
         self._reached, self._range = (end, after), (first, before, domain)
         return domain, rank
 

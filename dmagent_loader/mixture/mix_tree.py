@@ -18,6 +18,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from dmagent_loader.mixture.compiled import COMPILED
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
 RESOLUTION = 1 << 30
@@ -27,6 +28,8 @@ DISCREPANCY = 1.25
 """Largest deviation of a domain from its share, in samples, up to which the order is made irregular."""
 
 _DOMAIN_BITS = 32
+_COLUMNS = 10
+"""Rows of `MixTree.table`."""
 
 _FEW_LEAVES = 512
 """Leaves of all mixes up to which plain numbers are faster than numpy, because most levels have few nodes."""
@@ -45,6 +48,7 @@ class MixTree:
         total, minor: (N,) weight of each node, and of its lighter child.
         lowest, width: (N,) least threshold of each node, and length of their range.
         levels: First node of each level, and N.
+        table: (10, N), `bounds` to `width` one after the other, if the tree was grown by the compiled loops.
     """
 
     quanta: IntArray
@@ -58,6 +62,7 @@ class MixTree:
     lowest: IntArray
     width: IntArray
     levels: Sequence[int]
+    table: IntArray | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ def grow(mixes: Sequence[IntArray]) -> list[MixTree]:
     Args:
         mixes: M mixes in units of 1 / RESOLUTION, (D,) int64.
     """
+    if COMPILED is not None:
+        return [_grown_compiled(quanta) for quanta in mixes]
     leaves = [_leaves(quanta) for quanta in mixes]
     if len(mixes) == 1 and len(leaves[0]) < _FEW_LEAVES:
         before = np.zeros(len(leaves[0]) + 1, dtype=np.int64)
@@ -111,6 +118,15 @@ def grow(mixes: Sequence[IntArray]) -> list[MixTree]:
         trees.append(MixTree(quanta, its, bounds=splits.bounds[:, own] - start, levels=levels, **of_tree))
         begin += levels[-1]
     return trees
+
+
+def _grown_compiled(quanta: IntArray) -> MixTree:
+    assert COMPILED is not None
+    quanta = np.ascontiguousarray(quanta)
+    leaves = np.empty(np.count_nonzero(quanta), dtype=np.int64)
+    table = np.empty((_COLUMNS, len(leaves) - 1), dtype=np.int64)
+    levels = COMPILED.grow(quanta, leaves, table)
+    return MixTree(quanta, leaves, table[:3], *table[3:], levels=levels, table=table)  # type: ignore[misc]
 
 
 def _columns(before: IntArray, splits: _Splits) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
+from dmagent_loader.mixture.compiled import COMPILED
 from dmagent_loader.mixture.hashing import UIntArray, permutations, random_bits, stream_key
 from dmagent_loader.mixture.rest_of_pass import RowsLeft
 from dmagent_loader.mixture.shuffle import Lanes, Shuffle
@@ -58,6 +59,8 @@ class RowOrders:
         Returns:
             Shard numbers within the domain (n,) and row numbers (n,).
         """
+        if COMPILED is not None:
+            return self._located_compiled(domain, draw)
         key, position = self._in_pass(domain, draw)
         sequential = self._lanes.locate(domain, key, position) + self._first_row[domain]
         order, starts = self._sequence
@@ -68,6 +71,14 @@ class RowOrders:
         shard, row = np.empty_like(draw), np.empty_like(draw)
         shard[rising] = order[found]
         row[rising] = sequential - starts[found]
+        return shard, row
+
+    def _located_compiled(self, domain: IntArray, draw: IntArray) -> tuple[IntArray, IntArray]:
+        assert COMPILED is not None
+        shard, row = np.empty((2, len(draw)), dtype=np.int64)
+        draws = np.ascontiguousarray(domain), np.ascontiguousarray(draw)
+        of_domains = self._lanes.settings, self._keys, self.num_rows, self._first_shard
+        COMPILED.locate(*of_domains, *self._sequence, *draws, shard, row)
         return shard, row
 
     def lane(self, domain: IntArray, draw: IntArray) -> IntArray:

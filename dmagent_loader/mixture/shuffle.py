@@ -101,6 +101,8 @@ class Lanes:
         # The golden ratio spreads consecutive draws most evenly over the lanes.
         near = round(self._lanes * (math.sqrt(5) - 1) / 2)
         self._stride = next(n for n in range(max(1, near), 2 * self._lanes) if math.gcd(n, self._lanes) == 1)
+        self.settings: IntArray = np.array([self._lanes, self._tile, self._stride])
+        """(3,) number of lanes, rows of a tile, and stride."""
 
     def lane(self, key: UIntArray, position: IntArray) -> IntArray:
         """The lane of each draw: (n,).

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from email.message import Message
 from email.parser import Parser
@@ -22,14 +25,15 @@ from dmagent_loader.training.stages import find_record
 
 MOST_BYTES = 9_500_000
 """Limit on the wheel's size; the weights of the agent take 7.9 MB of it."""
+HAS_COMPILER = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) is not None
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 ADDRESS = "https://example.org/owner/name"
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as the README says, from a copy, because a build leaves files of earlier builds in its folder."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files, because a build leaves those of earlier builds in its folder."""
+    source = tmp_path_factory.mktemp("source")
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--deduplicate"],
         cwd=REPOSITORY,
@@ -40,7 +44,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (REPOSITORY / name).is_file() and not name.startswith("tests/"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(REPOSITORY / name, source / name)
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", target, ".", cwd=source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as the README says."""
+    return built_wheel(source, tmp_path_factory.mktemp("dist"))
+
+
+def built_wheel(source: Path, target: Path, **variables: str) -> Path:
+    command = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", target, ".")
+    run(*command, cwd=source, **variables)
     [built] = target.iterdir()
     return built
 
@@ -87,9 +102,18 @@ def test_the_wheel_holds_the_package_and_what_a_run_needs(wheel: Path) -> None:
         )
     }
     inside = {name for name in names if not name.startswith(f"dmagent_loader-{__version__}.dist-info/")}
-    assert inside == package | checkpoints | {"dmagent_loader/py.typed"}
+    compiled = {"dmagent_loader/mixture/_compiled.abi3.so"} if HAS_COMPILER else set()
+    assert inside == package | checkpoints | compiled | {"dmagent_loader/py.typed"}
     assert wheel.stat().st_size < MOST_BYTES
-    assert f"dist/{wheel.name}" in README
+    [pattern] = re.findall(r"dist/(dmagent_loader-\S*\.whl)", README)
+    assert fnmatch.fnmatch(wheel.name, pattern)
+
+
+def test_a_wheel_without_compiled_loops_fits_any_machine(source: Path, tmp_path: Path) -> None:
+    wheel = built_wheel(source, tmp_path, DMAGENT_PURE_PYTHON="1")
+    assert wheel.name == f"dmagent_loader-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith((".so", ".c"))]
 
 
 def test_the_page_of_the_package_has_no_link_that_leads_nowhere(wheel: Path) -> None:
