@@ -16,7 +16,7 @@ _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s:]+)\)")
 
 
 def compiled_loops() -> list[Extension]:
-    """The loops of `dmagent_loader/mixture/_compiled.c`, in one file for all versions of Python.
+    """The loops in C, in one file each for all versions of Python.
 
     They are optional: without a compiler, the package does the same in Python. ``DMAGENT_PURE_PYTHON=1`` leaves them
     out, for a wheel that fits any machine. The options make overflow and rounding those of numpy, because samples must
@@ -25,9 +25,16 @@ def compiled_loops() -> list[Extension]:
     if os.environ.get("DMAGENT_PURE_PYTHON", "") not in ("", "0"):
         return []
     options = [] if sys.platform == "win32" else ["-O2", "-fwrapv", "-ffp-contract=off"]
-    source = "dmagent_loader/mixture/_compiled.c"
-    name = source.removesuffix(".c").replace("/", ".")
-    return [Extension(name, [source], extra_compile_args=options, py_limited_api=True, optional=True)]
+    return [
+        Extension(
+            ".".join(source.with_suffix("").parts),
+            [str(source)],
+            extra_compile_args=options,
+            py_limited_api=True,
+            optional=True,
+        )
+        for source in (Path("dmagent_loader/mixture/_order.c"), Path("dmagent_loader/shards/_reading.c"))
+    ]
 
 
 def package_page(readme: str, address: str) -> str:

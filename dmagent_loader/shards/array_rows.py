@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dmagent_loader._compiled import compiled_loops
 from dmagent_loader.errors import DecodeError, ShardError
 from dmagent_loader.shards.decode import decode_npy
 from dmagent_loader.shards.sources.blocks import BLOCK_BITS
@@ -20,6 +21,7 @@ from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import Readable
 from dmagent_loader.shards.table import RowTable
 
+COMPILED = compiled_loops("dmagent_loader.shards._reading", interface=1)
 _NOT_AN_ARRAY = -1
 """Size of a row that has another member than the one to be read, or several, or whose shard cannot be used."""
 _NOWHERE = (_NOT_AN_ARRAY,) * 5
@@ -113,6 +115,51 @@ class _Buffer:
         self.lent: weakref.ref[Any] | None = None
 
 
+def _gather(
+    tables: list[tuple[np.ndarray[Any, Any], ...] | None],
+    ends: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    found: NDArray[np.int64],
+) -> None:
+    """Looks up n rows in the columns of T tables.
+
+    Args:
+        tables: C columns each; None: its rows are skipped.
+        ends: (T,) end of the rows of each table among all.
+        rows: (n,) rows, table by table.
+        found: (C, n), to be filled.
+    """
+    if COMPILED is not None:
+        COMPILED.gather(tables, ends, rows, found)
+        return
+    begin = 0
+    for columns, end in zip(tables, ends.tolist(), strict=True):
+        if columns is not None:
+            chosen = rows[begin:end]
+            for column, values in zip(columns, found, strict=True):
+                values[begin:end] = column[chosen]
+        begin = end
+
+
+def _read_rows(sources: Iterable[Readable | None], offsets: list[int], buffer: _Buffer, size: int) -> bool:
+    """Reads rows of one size into a buffer; False: a row cannot be had, or ends early.
+
+    Raises:
+        OSError: A row cannot be read.
+        ShardError: A shard cannot be opened.
+    """
+    if COMPILED is not None:
+        sources = list(sources)
+        descriptors = [-1 if source is None else source.descriptor for source in sources]
+        if min(descriptors) >= 0:
+            is_whole: bool = COMPILED.read_rows(descriptors, offsets, buffer.headers, buffer.memory)
+            return is_whole
+    for source, offset, row in zip(sources, offsets, buffer.rows, strict=True):
+        if source is None or source.read_into(row, offset) != size:
+            return False
+    return True
+
+
 class ArrayRows:
     """Reads rows whose only member is a one-dimensional npy array, many at a time.
 
@@ -158,21 +205,18 @@ class ArrayRows:
         both.sort()
         gathered = both & 0xFFFFFFFF
         ends = np.flatnonzero(np.diff(number[gathered], append=-1)) + 1
-        sorted_row, found = row[gathered], np.empty((5, len(number)), np.int64)
-        begin = 0
-        for one, end in zip(number[gathered[ends - 1]].tolist(), ends.tolist(), strict=True):
-            table = self._table_with_arrays(one)
-            if table is not None:
-                chosen = sorted_row[begin:end]
-                for column, values in zip(table.arrays, found, strict=True):
-                    values[begin:end] = column[chosen]
-                if self._is_remote is not None and self._is_remote[one]:
-                    block, start = table.blocks.of_rows(chosen)
+        numbers = number[gathered[ends - 1]].tolist()
+        tables = [self._table_with_arrays(one) for one in numbers]
+        sorted_row, found = row[gathered], np.full((5, len(number)), _NOT_AN_ARRAY)
+        _gather([None if table is None else table.arrays for table in tables], ends, sorted_row, found)
+        if self._is_remote is not None:
+            begin = 0
+            for one, table, end in zip(numbers, tables, ends.tolist(), strict=True):
+                if table is not None and self._is_remote[one]:
+                    block, start = table.blocks.of_rows(sorted_row[begin:end])
                     found[0, begin:end] -= start
                     place[gathered[begin:end]] += block
-            else:
-                found[:, begin:end] = _NOT_AN_ARRAY
-            begin = end
+                begin = end
         columns = np.empty((6, len(number)), np.int64)
         columns[0], columns[1:, gathered] = place, found
         return columns
@@ -220,9 +264,8 @@ class ArrayRows:
             if form is None:
                 return None
             buffer = buffers.take(count, form)
-            for source, offset, row in zip(self._sources(spans.place), spans.offset, buffer.rows, strict=True):
-                if source is None or source.read_into(row, offset) != size:
-                    return None
+            if not _read_rows(self._sources(spans.place), spans.offset, buffer, size):
+                return None
         except (OSError, ShardError):
             return None
         if buffer.headers != buffer.expected_headers:

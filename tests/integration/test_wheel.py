@@ -102,7 +102,7 @@ def test_the_wheel_holds_the_package_and_what_a_run_needs(wheel: Path) -> None:
         )
     }
     inside = {name for name in names if not name.startswith(f"dmagent_loader-{__version__}.dist-info/")}
-    compiled = {"dmagent_loader/mixture/_compiled.abi3.so"} if HAS_COMPILER else set()
+    compiled = {f"dmagent_loader/{name}.abi3.so" for name in ("mixture/_order", "shards/_reading") if HAS_COMPILER}
     assert inside == package | checkpoints | compiled | {"dmagent_loader/py.typed"}
     assert wheel.stat().st_size < MOST_BYTES
     [pattern] = re.findall(r"dist/(dmagent_loader-\S*\.whl)", README)

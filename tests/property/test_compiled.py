@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import shutil
 import sysconfig
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -13,31 +17,45 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmagent_loader.mixture import compiled, domain_order, mix_tree, row_order
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig, _compiled
+from dmagent_loader.mixture import domain_order, mix_tree, row_order
 from dmagent_loader.mixture.domain_order import DomainOrder, in_quanta
 from dmagent_loader.mixture.mix_tree import RESOLUTION
 from dmagent_loader.mixture.row_order import RowOrders
 from dmagent_loader.mixture.shuffle import Shuffle
+from dmagent_loader.shards import array_rows
+from dmagent_loader.testing import write_toy_shards
+from dmagent_loader.transforms import collate_packed
 
 T = TypeVar("T")
 HAS_COMPILER = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) is not None
 
 
+USERS = (mix_tree, domain_order, row_order, array_rows)
+
+
 @pytest.fixture(autouse=True)
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled loops, whatever the environment says."""
-    monkeypatch.delenv(compiled.PURE_PYTHON_VARIABLE, raising=False)
-    loops = compiled.compiled_loops()
-    if loops is None and not HAS_COMPILER:
+    monkeypatch.delenv(_compiled.PURE_PYTHON_VARIABLE, raising=False)
+    order, reading = loops("mixture._order"), loops("shards._reading")
+    for module in USERS:
+        monkeypatch.setattr(module, "COMPILED", reading if module is array_rows else order)
+
+
+def loops(name: str) -> ModuleType:
+    found = _compiled.compiled_loops(f"dmagent_loader.{name}", interface=1)
+    if found is None and not HAS_COMPILER:
         pytest.skip("there is no C compiler")
-    assert loops is not None, "_compiled was not built, or from other code: pip install -e . builds it"
-    for module in (mix_tree, domain_order, row_order):
-        monkeypatch.setattr(module, "COMPILED", loops)
+    assert found is not None, f"{name} was not built, or from other code: pip install -e . builds it"
+    return found
 
 
 def in_python(action: Callable[[], T]) -> T:
     """The result of an action without the compiled loops."""
-    with mock.patch.object(mix_tree, "COMPILED", None), mock.patch.object(row_order, "COMPILED", None):
+    with contextlib.ExitStack() as stack:
+        for module in USERS:
+            stack.enter_context(mock.patch.object(module, "COMPILED", None))
         return action()
 
 
@@ -125,43 +143,129 @@ def test_columns_that_are_no_arrays_of_a_row_each_are_taken_as_they_are():
 
 def test_arrays_that_do_not_fit_are_refused():
     """Nothing is read or written beyond the end of an array."""
-    loops = compiled.compiled_loops()
-    assert loops is not None
+    order = loops("mixture._order")
     quanta = in_quanta(np.array([0.5, 0.0, 0.5]))
     leaves, table = np.empty(2, np.int64), np.empty((10, 1), np.int64)
-    loops.grow(quanta, leaves, table)
+    order.grow(quanta, leaves, table)
     keys, shift, before = np.empty(1, np.uint64), np.empty(1, np.int64), np.zeros(3, np.int64)
-    loops.prepare(7, np.zeros(3, np.int64), leaves, table, keys, shift)
+    order.prepare(7, np.zeros(3, np.int64), leaves, table, keys, shift)
     tree, ends, samples = (table, leaves, keys, shift), (before, before.copy()), np.empty((2, 5), np.int64)
-    loops.follow(*tree, *ends, *samples)
+    order.follow(*tree, *ends, *samples)
     refused = [
-        lambda: loops.grow(quanta, leaves[:1], table),
-        lambda: loops.grow(quanta, np.empty(3, np.int64), np.empty((10, 2), np.int64)),
-        lambda: loops.grow(quanta, leaves, table[:9]),
-        lambda: loops.grow(-quanta, leaves, table),
-        lambda: loops.prepare(7, np.zeros(2, np.int64), leaves, table, keys, shift),
-        lambda: loops.prepare(7, np.zeros(3, np.int64), leaves, table, keys[:0], shift),
-        lambda: loops.follow(*tree, before[:2], before.copy(), *samples),
-        lambda: loops.follow(*tree, *ends, samples[0], samples[1][:4]),
+        lambda: order.grow(quanta, leaves[:1], table),
+        lambda: order.grow(quanta, np.empty(3, np.int64), np.empty((10, 2), np.int64)),
+        lambda: order.grow(quanta, leaves, table[:9]),
+        lambda: order.grow(-quanta, leaves, table),
+        lambda: order.prepare(7, np.zeros(2, np.int64), leaves, table, keys, shift),
+        lambda: order.prepare(7, np.zeros(3, np.int64), leaves, table, keys[:0], shift),
+        lambda: order.follow(*tree, before[:2], before.copy(), *samples),
+        lambda: order.follow(*tree, *ends, samples[0], samples[1][:4]),
     ]
     for wrong in refused:
         with pytest.raises(ValueError, match="do not fit"):
             wrong()
-    orders = RowOrders(1, ["source/a"], [np.array([40, 2])])
+    rows = RowOrders(1, ["source/a"], [np.array([40, 2])])
     for domain, draw in (([1], [0]), ([-1], [0]), ([0], [-1]), ([0], [0, 1])):
         with pytest.raises(ValueError, match="do not fit"):
-            orders.locate(np.array(domain), np.array(draw))
+            rows.locate(np.array(domain), np.array(draw))
     with pytest.raises(TypeError, match="3 arguments were expected, and 1 given"):
-        loops.grow(quanta)
+        order.grow(quanta)
     with pytest.raises((BufferError, TypeError)):
-        loops.grow(quanta, leaves, bytes(80))
+        order.grow(quanta, leaves, bytes(80))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 30), max_size=9), min_size=1, max_size=6),
+    st.lists(st.sampled_from([np.int64, np.uint8, np.uint16, np.int32, np.uint32, np.int16]), min_size=1, max_size=4),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=100, deadline=None)
+def test_rows_are_looked_up_alike(rows, types, seed):
+    """In columns of any type, side by side as in a `RowTable`; the rows of a shard without a table are left alone."""
+    generator = np.random.default_rng(seed)
+    tables: list[tuple[np.ndarray, ...] | None] = []
+    for _ in rows:
+        fields = [(str(number), kind) for number, kind in enumerate(types)]
+        records = np.empty(31, np.dtype(fields, align=True))
+        for name in records.dtype.names or ():
+            limits = np.iinfo(records[name].dtype)
+            records[name] = generator.integers(limits.min, limits.max, 31, records[name].dtype, endpoint=True)
+        tables.append(tuple(records[str(number)] for number in range(len(types))) if generator.random() < 0.8 else None)
+    ends, chosen = np.cumsum([len(its) for its in rows]), np.array([one for its in rows for one in its], np.int64)
+    found, expected = (np.full((len(types), len(chosen)), -1) for _ in range(2))
+    array_rows._gather(tables, ends, chosen, found)
+    in_python(lambda: array_rows._gather(tables, ends, chosen, expected))
+    assert found.tolist() == expected.tolist()
+
+
+def test_tables_that_do_not_fit_are_refused():
+    reading, column = loops("shards._reading"), np.arange(5)
+    found = np.empty((1, 2), np.int64)
+    for tables, ends, rows in (
+        ([(column,)], [2], [0, 5]),
+        ([(column,)], [2], [0, -1]),
+        ([(column,)], [3], [0, 1]),
+        ([(column,)] * 2, [2, 1], [0, 1]),
+        ([(column, column)], [2], [0, 1]),
+        ([(column.astype(np.float64),)], [2], [0, 1]),
+        ([(column.astype(column.dtype.newbyteorder()),)], [2], [0, 1]),
+        ([(column.reshape(5, 1),)], [2], [0, 1]),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            reading.gather(tables, np.array(ends), np.array(rows), found)
+
+
+def test_rows_that_cannot_be_read_whole_are_no_batch(tmp_path):
+    reading, path = loops("shards._reading"), tmp_path / "file"
+    path.write_bytes(bytes(range(20)))
+    heads, bodies = bytearray(4), bytearray(8)
+    with path.open("rb") as file:
+        number = file.fileno()
+        assert reading.read_rows([number] * 2, [14, 3], heads, bodies)
+        assert (bytes(heads), bytes(bodies)) == (bytes([14, 15, 3, 4]), bytes([16, 17, 18, 19, 5, 6, 7, 8]))
+        assert not reading.read_rows([number] * 2, [0, 15], heads, bodies), "the second ends early"
+        for descriptors, offsets in (([number], [0, 1]), ([], []), ([number] * 3, [0, 1, 2])):
+            with pytest.raises(ValueError, match="do not fit"):
+                reading.read_rows(descriptors, offsets, heads, bodies)
+        with pytest.raises(TypeError):
+            reading.read_rows([number, "file"], [0, 1], heads, bodies)
+        with pytest.raises(OverflowError):
+            reading.read_rows([number] * 2, [0, 2**70], heads, bodies)
+    assert not reading.read_rows([number] * 2, [0, 1], heads, bodies), "a closed file"
+
+
+def test_a_run_has_the_same_batches(tmp_path):
+    """With new mixes, and a damaged row whose batch is read row by row."""
+    shards = write_toy_shards(tmp_path, {"source/a": 90, "source/b": 30, "target/x": 60}, tokens=16)
+
+    def run() -> list[Any]:
+        reading = ReadingConfig(cache_dir=tmp_path / "cache", progress=False)
+        sampler = AgentWeightedSampler(shards, samples_per_reweight=8, reading=reading, on_bad_row="skip")
+        batches, generator = [], np.random.default_rng(0)
+        for batch in itertools.islice(MixingDataLoader(sampler, 8, collate_fn=collate_packed), 40):
+            batches.append(
+                {name: value if isinstance(value, list) else value.tolist() for name, value in batch.items()}
+            )
+            sampler.set_mix(dict(zip(shards, generator.dirichlet(np.ones(3)), strict=True)), renormalize=True)
+        return batches
+
+    expected = in_python(run)
+    assert run() == expected
+    damaged = Path(shards["source/a"][0])
+    data = bytearray(damaged.read_bytes())
+    place = data.index(b"NUMPY") + 130
+    data[place] ^= 1
+    damaged.write_bytes(data)
+    expected = in_python(run)
+    assert run() == expected
 
 
 def test_they_are_left_out_if_the_environment_says_so_or_they_are_of_other_code(monkeypatch):
-    monkeypatch.setenv(compiled.PURE_PYTHON_VARIABLE, "1")
-    assert compiled.compiled_loops() is None
-    monkeypatch.setenv(compiled.PURE_PYTHON_VARIABLE, "0")
-    loops = compiled.compiled_loops()
-    assert loops is not None
-    monkeypatch.setattr(loops, "INTERFACE", -1)
-    assert compiled.compiled_loops() is None
+    name = "dmagent_loader.mixture._order"
+    assert loops("mixture._order") is not None
+    assert _compiled.compiled_loops(name, interface=2) is None
+    assert _compiled.compiled_loops("dmagent_loader.mixture.nothing", interface=1) is None
+    monkeypatch.setenv(_compiled.PURE_PYTHON_VARIABLE, "1")
+    assert _compiled.compiled_loops(name, interface=1) is None
+    monkeypatch.setenv(_compiled.PURE_PYTHON_VARIABLE, "0")
+    assert _compiled.compiled_loops(name, interface=1) is not None

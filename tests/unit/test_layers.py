@@ -14,7 +14,7 @@ import dmagent_loader
 PACKAGE = Path(dmagent_loader.__file__).parent
 ROOT = PACKAGE.parent
 
-GROUND = {"errors", "_files", "_tasks", "_validation", "_version"}
+GROUND = {"errors", "_compiled", "_files", "_tasks", "_validation", "_version"}
 CORE = GROUND | {"mixture"}
 READING = CORE | {"_distributed", "shards", "_loading"}
 DECIDING = CORE | {"_distributed", "agent", "labelling", "policies"}
@@ -54,7 +54,7 @@ ROOMS = {
     },
 }
 """What each room may import besides itself. Imports for type checkers and inside functions count."""
-NO_TORCH = {"errors", "_files", "_tasks", "_validation", "_version", "mixture", "shards"}
+NO_TORCH = {"errors", "_compiled", "_files", "_tasks", "_validation", "_version", "mixture", "shards"}
 
 
 def imported(file: Path) -> set[str]:

@@ -19,6 +19,7 @@ class BlockInMemory:
     def __init__(self, start: int, data: bytearray) -> None:
         self._start, self._data = start, data
         self.read_into: ReadInto = partial(_copy_into, memoryview(data))
+        self.descriptor = -1
 
     def read(self, offset: int, length: int) -> bytearray:
         first = offset - self._start
@@ -30,7 +31,7 @@ class _BlockOnDisk:
 
     def __init__(self, start: int, path: str) -> None:
         self._start, self._file = start, LocalSource(path)
-        self.read_into = self._file.read_into
+        self.read_into, self.descriptor = self._file.read_into, self._file.descriptor
 
     def read(self, offset: int, length: int) -> bytearray:
         return self._file.read(offset - self._start, length)

@@ -83,9 +83,11 @@ class Readable(Protocol):
 
     Attributes:
         read_into: Reads from an offset in it, for as long as this object lives.
+        descriptor: Descriptor of the open file, for as long; -1: it is no file.
     """
 
     read_into: ReadInto
+    descriptor: int
 
 
 class Source(Protocol):
@@ -105,21 +107,22 @@ class LocalSource:
 
     Attributes:
         read_into: ``preadv`` of the open file.
+        descriptor: Its descriptor.
     """
 
-    __slots__ = ("_descriptor", "_url", "read_into")
+    __slots__ = ("_url", "descriptor", "read_into")
 
     def __init__(self, url: str) -> None:
-        self._descriptor = -1
+        self.descriptor = -1
         self._url = url
         try:
             # Without O_NONBLOCK, opening a pipe that has taken the place of the shard would wait for a writer.
-            self._descriptor = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.descriptor = os.open(local_path(url), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise ShardNotFoundError(f"shard {display_url(url)} does not exist (any more)") from error
         except OSError as error:
             raise ShardError(f"shard {display_url(url)} cannot be opened: {error}") from error
-        self.read_into: ReadInto = partial(os.preadv, self._descriptor)
+        self.read_into: ReadInto = partial(os.preadv, self.descriptor)
 
     def read(self, offset: int, length: int) -> bytearray:
         try:
@@ -138,8 +141,8 @@ class LocalSource:
         return buffer
 
     def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 def open_source(url: str) -> Source:

@@ -478,16 +478,16 @@ static PyMethodDef functions[] = {
 
 static int add_interface(PyObject *module)
 {
-    return PyModule_AddIntConstant(module, "INTERFACE", 1); /* see compiled.py */
+    return PyModule_AddIntConstant(module, "INTERFACE", 1); /* see compiled_loops() */
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_interface}, {0, NULL}};
 
 static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_compiled", "Loops of the order of samples, in C.", 0, functions, slots, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "_order", "Loops of the order of samples, in C.", 0, functions, slots, NULL, NULL, NULL,
 };
 
-PyMODINIT_FUNC PyInit__compiled(void)
+PyMODINIT_FUNC PyInit__order(void)
 {
     return PyModuleDef_Init(&module);
 }

@@ -1,0 +1,217 @@
+/* The loops of reading: where the rows of a batch lie, and their bytes.
+
+   Each function does what Python code beside its caller does (`array_rows.py`), which is in use where this module was not
+   built. Only the stable interface of Python is used, so that one file serves all its versions from 3.11 on. */
+
+#define Py_LIMITED_API 0x030b0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <errno.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+static PyObject *wrong_sizes(void)
+{
+    PyErr_SetString(PyExc_ValueError, "the arguments do not fit together");
+    return NULL;
+}
+
+static int expects(Py_ssize_t given, Py_ssize_t expected)
+{
+    if (given == expected)
+        return 0;
+    PyErr_Format(PyExc_TypeError, "%zd arguments were expected, and %zd given", expected, given);
+    return -1;
+}
+
+/* A row to read. */
+typedef struct {
+    int descriptor;
+    off_t offset;
+} Place;
+
+/* Reads the head and the body of a row; 0 if it cannot be read, or ends early. */
+static int read_row(Place place, char *head, size_t head_size, char *body, size_t body_size)
+{
+    struct iovec parts[2] = {{head, head_size}, {body, body_size}};
+    ssize_t taken;
+    do
+        taken = preadv(place.descriptor, parts, 2, place.offset);
+    while (taken < 0 && errno == EINTR);
+    return taken == (ssize_t)(head_size + body_size);
+}
+
+PyDoc_STRVAR(read_rows_doc, "read_rows(descriptors, offsets, heads, bodies)\n--\n\n"
+                            "Reads the rows of a batch, which have the same size.\n\n"
+                            "Other threads run meanwhile. They take turns once, and not once for each row.\n\n"
+                            "Args:\n"
+                            "    descriptors: List of n descriptors of open files.\n"
+                            "    offsets: List of n offsets in them.\n"
+                            "    heads, bodies: Memory for the first bytes of all rows, and for all others.\n\n"
+                            "Returns:\n"
+                            "    Whether all were read whole.");
+
+static PyObject *read_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (expects(nargs, 4) < 0)
+        return NULL;
+    Py_ssize_t count = PyList_Size(args[0]), offsets = PyList_Size(args[1]);
+    if (count < 0 || offsets < 0)
+        return NULL;
+    if (count != offsets || count == 0)
+        return wrong_sizes();
+    Py_buffer heads, bodies;
+    if (PyObject_GetBuffer(args[2], &heads, PyBUF_WRITABLE) < 0)
+        return NULL;
+    if (PyObject_GetBuffer(args[3], &bodies, PyBUF_WRITABLE) < 0) {
+        PyBuffer_Release(&heads);
+        return NULL;
+    }
+    PyObject *result = NULL;
+    Place *places = malloc((size_t)count * sizeof *places);
+    if (!places) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    if (heads.len % count || bodies.len % count) {
+        wrong_sizes();
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        places[i].descriptor = (int)PyLong_AsLong(PyList_GetItem(args[0], i));
+        places[i].offset = (off_t)PyLong_AsLongLong(PyList_GetItem(args[1], i));
+    }
+    if (PyErr_Occurred())
+        goto done;
+    size_t head_size = (size_t)(heads.len / count), body_size = (size_t)(bodies.len / count);
+    int is_whole = 1;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; is_whole && i < count; i++)
+        is_whole = read_row(places[i], (char *)heads.buf + (size_t)i * head_size, head_size,
+                            (char *)bodies.buf + (size_t)i * body_size, body_size);
+    Py_END_ALLOW_THREADS
+    result = PyBool_FromLong(is_whole);
+done:
+    free(places);
+    PyBuffer_Release(&heads);
+    PyBuffer_Release(&bodies);
+    return result;
+}
+
+/* The number at a place of a column whose type has this letter in the buffer protocol. */
+static inline int64_t number_at(const char *place, char type)
+{
+    switch (type) {
+    case 'b':
+        return *(const signed char *)place;
+    case 'B':
+        return *(const unsigned char *)place;
+    case 'h':
+        return *(const short *)place;
+    case 'H':
+        return *(const unsigned short *)place;
+    case 'i':
+        return *(const int *)place;
+    case 'I':
+        return *(const unsigned int *)place;
+    case 'l':
+        return *(const long *)place;
+    case 'L':
+        return (int64_t) * (const unsigned long *)place;
+    default:
+        return *(const int64_t *)place;
+    }
+}
+
+static int is_known(char type)
+{
+    return type && strchr("bBhHiIlLqQ", type) != NULL;
+}
+
+PyDoc_STRVAR(gather_doc, "gather(tables, ends, rows, found)\n--\n\n"
+                         "Looks up rows in the tables of their shards.\n\n"
+                         "Args:\n"
+                         "    tables: List of T tuples of C columns of integers; None: its rows are skipped.\n"
+                         "    ends: (T,) int64, the end of the rows of each table among all.\n"
+                         "    rows: (n,) int64, rows, table by table.\n"
+                         "    found: (C, n) int64, to be filled.");
+
+static PyObject *gather(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (expects(nargs, 4) < 0)
+        return NULL;
+    Py_ssize_t tables = PyList_Size(args[0]), taken = 0;
+    if (tables < 0)
+        return NULL;
+    Py_buffer views[3];
+    for (; taken < 3; taken++)
+        if (PyObject_GetBuffer(args[1 + taken], &views[taken], taken < 2 ? PyBUF_SIMPLE : PyBUF_WRITABLE) < 0)
+            goto done;
+    const int64_t *ends = views[0].buf, *rows = views[1].buf;
+    int64_t *found = views[2].buf;
+    Py_ssize_t count = views[1].len / 8, columns = count ? views[2].len / 8 / count : 0, begin = 0;
+    if (views[0].len != 8 * tables || views[2].len != 8 * columns * count) {
+        wrong_sizes();
+        goto done;
+    }
+    for (Py_ssize_t table = 0; count && table < tables; begin = ends[table++]) {
+        PyObject *its = PyList_GetItem(args[0], table);
+        if (ends[table] < begin || ends[table] > count) {
+            wrong_sizes();
+            goto done;
+        }
+        if (its == Py_None)
+            continue;
+        if (PyTuple_Size(its) != columns) {
+            if (!PyErr_Occurred())
+                wrong_sizes();
+            goto done;
+        }
+        for (Py_ssize_t column = 0; column < columns; column++) {
+            Py_buffer view;
+            if (PyObject_GetBuffer(PyTuple_GetItem(its, column), &view, PyBUF_STRIDES | PyBUF_FORMAT) < 0)
+                goto done;
+            char type = view.format && !view.format[1] ? view.format[0] : 0;
+            int fits = view.ndim == 1 && is_known(type);
+            for (int64_t i = begin; fits && i < ends[table]; i++) {
+                fits = rows[i] >= 0 && rows[i] < view.shape[0];
+                if (fits)
+                    found[column * count + i] = number_at((const char *)view.buf + rows[i] * view.strides[0], type);
+            }
+            PyBuffer_Release(&view);
+            if (!fits) {
+                wrong_sizes();
+                goto done;
+            }
+        }
+    }
+done:
+    while (taken > 0)
+        PyBuffer_Release(&views[--taken]);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+static PyMethodDef functions[] = {
+    {"read_rows", (PyCFunction)(void (*)(void))read_rows, METH_FASTCALL, read_rows_doc},
+    {"gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL, gather_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int add_interface(PyObject *module)
+{
+    return PyModule_AddIntConstant(module, "INTERFACE", 1); /* see compiled_loops() */
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_interface}, {0, NULL}};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_reading", "Loops of reading, in C.", 0, functions, slots, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__reading(void)
+{
+    return PyModuleDef_Init(&module);
+}
