@@ -34,12 +34,6 @@ static inline uint64_t random_bits(uint64_t key, uint64_t counter)
     return z ^ (z >> 31);
 }
 
-static inline int64_t floor_divide(int64_t a, int64_t b)
-{
-    int64_t quotient = a / b;
-    return quotient - (a % b != 0 && (a < 0) != (b < 0));
-}
-
 /* Arguments: arrays of 8-byte numbers. */
 
 typedef struct {
@@ -292,7 +286,8 @@ static inline int64_t next_passed(const Node *node)
 {
     uint64_t bits = random_bits(node->key, (uint64_t)node->to_lighter) >> UNUSED_BITS;
     int64_t drawn = (int64_t)((bits * (uint64_t)node->width) >> RESOLUTION_BITS);
-    int64_t next = floor_divide(node->to_lighter * node->total + drawn + node->rest, node->minor);
+    /* A quotient below 0 is rounded another way than by numpy, and replaced as well. */
+    int64_t next = (node->to_lighter * node->total + drawn + node->rest) / node->minor;
     return next > node->to_lighter + 1 ? next : node->to_lighter + 1;
 }
 

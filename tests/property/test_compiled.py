@@ -115,7 +115,7 @@ def test_orders_of_domains_are_the_same(mix, key, debt, first, lengths):
 
 @given(
     st.lists(st.lists(st.integers(0, 900), min_size=1, max_size=12).filter(any), min_size=1, max_size=8),
-    st.sampled_from([1, 7, 64, 1000, 65_536]),
+    st.sampled_from([1, 7, 17, 64, 1000, 65_536]),
     st.sampled_from([1, 2, 11, 64]),
     st.sampled_from([100, 10**5, 10**12]),
     st.integers(0, 2**32),
@@ -224,6 +224,7 @@ def test_rows_that_cannot_be_read_whole_are_no_batch(tmp_path):
         assert reading.read_rows([number] * 2, [14, 3], heads, bodies)
         assert (bytes(heads), bytes(bodies)) == (bytes([14, 15, 3, 4]), bytes([16, 17, 18, 19, 5, 6, 7, 8]))
         assert not reading.read_rows([number] * 2, [0, 15], heads, bodies), "the second ends early"
+        assert not reading.read_rows([number] * 2, [15, 0], heads, bodies), "the first ends early"
         for descriptors, offsets in (([number], [0, 1]), ([], []), ([number] * 3, [0, 1, 2])):
             with pytest.raises(ValueError, match="do not fit"):
                 reading.read_rows(descriptors, offsets, heads, bodies)
