@@ -33,6 +33,9 @@ import numpy as np
 from dmagent_loader.mixture.hashing import random_bits, stream_key
 from dmagent_loader.mixture.simplex import IntArray
 
+_FROM_LANES, _IN_RANKS = 1 << 61, 1 << 62
+"""Counters of the random stream from which on it chooses the first lane of each global batch, and orders the samples of
+each rank; those before are for the order of the samples of a lane."""
 StreamKind = Literal["sharded", "whole"]
 _Number = TypeVar("_Number", int, IntArray)
 
@@ -126,16 +129,38 @@ class StreamLayout:
         first = np.cumsum(sizes) - sizes  # of each global batch, in the columns below
         begin, number = np.repeat(first, sizes), np.arange(int(sizes.sum()))
         indices = np.repeat(starts, sizes) + number - begin
-        random, length, num_lanes = random_bits(self.key, indices), np.repeat(sizes, sizes), laned.num_lanes
+        length, num_lanes = np.repeat(sizes, sizes), laned.num_lanes
         # Lanes have a few samples more or less in a batch. The lane from which they are counted is drawn for each, for
         # ranks next to a fixed one would differ from the others. Ranks begin in the middle of a lane, so that two
         # nodes share this lane, instead of each having samples of the next lane of the other.
-        from_lane = np.repeat((random_bits(self.key, starts) >> np.uint64(32)).view(np.int64) % num_lanes, sizes)
+        from_lane = (random_bits(self.key, _FROM_LANES + starts) >> np.uint64(32)).view(np.int64) % num_lanes
+        from_lane = np.repeat(from_lane, sizes)
+        lane = (laned.lanes(indices) - from_lane) % num_lanes
         place = np.empty_like(number)
-        place[np.lexsort((random, (laned.lanes(indices) - from_lane) % num_lanes, begin))] = number - begin
-        place = (place + (2 * from_lane - 1) * length // (2 * num_lanes)) % length
+        place[np.lexsort((random_bits(self.key, indices), lane, begin))] = number - begin
+        to_middle = (2 * from_lane - 1) * length // (2 * num_lanes)
+        place = (place + to_middle - np.repeat(self._off(lane, sizes, num_lanes), sizes)) % length
+        # In another order than that of a lane: its samples would come first in one rank, and last in the next.
+        random = random_bits(self.key, _IN_RANKS + indices)
         order = np.lexsort((random, place // (length // self.world_size), begin))
         return np.asarray(indices[order[first[batch] + slot]], dtype=np.int64)
+
+    @staticmethod
+    def _off(lane: IntArray, sizes: IntArray, num_lanes: int) -> IntArray:
+        """How far the ends of the lanes are off in each global batch: (m,), the middle of the least and the most.
+
+        Without this correction, lanes whose samples are counted late would be off by all that those before them have
+        too few or too many, which is several samples of a batch with many domains.
+
+        Args:
+            lane: (n,) lane of each sample, counted from the first lane of its batch.
+            sizes: (m,) samples of each batch.
+            num_lanes: Number of lanes.
+        """
+        batch = np.repeat(np.arange(len(sizes)) * num_lanes, sizes)
+        counts = np.bincount(batch + lane, minlength=len(sizes) * num_lanes).reshape(-1, num_lanes)
+        off = num_lanes * counts.cumsum(axis=1) - np.arange(1, num_lanes + 1) * sizes[:, None]
+        return np.asarray((off.max(axis=1) + off.min(axis=1)) // (2 * num_lanes))
 
     @property
     def global_batch(self) -> int:
