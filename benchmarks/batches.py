@@ -4,7 +4,8 @@
 
 Batches of 32 rows of 2,048 tokens in 52 domains, a warm page cache. Each measurement is a process of its own, and a
 round goes through all of them, so that whatever else the machine does disturbs all alike. The CPU time of a row is that
-of the trainer's process (*trainer*) and of all processes (*all*); ratios are medians of the rounds. *torch* passes the
+of the trainer's process (*trainer*) and of all processes (*all*); ratios are medians of the rounds. The other version is
+measured with rows that `packed_tokens` converts one by one, and with lazy rows and `collate_packed`, its fastest way. *torch* passes the
 same ready batch of one tensor again and again, int64 or, for the narrow batches, uint16: its own limit with data
 workers. With `--every`, each loader is also measured with a new random mix every so many samples; *lost* is the share
 of the CPU time that the changes take.
@@ -46,8 +47,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 TORCH, TORCH_NARROW = "torch", "torch, narrow"
 READY = {TORCH: torch.int64, TORCH_NARROW: torch.uint16}
-BASE = "collate_packed"
-"""What narrow batches, which an older version may not have, are compared with there."""
+BASES = ("packed_tokens", "collate_packed")
+"""The batches of another version with which all are compared."""
 
 
 class Again(IterableDataset[Any]):
@@ -145,12 +146,13 @@ def compare(args: argparse.Namespace) -> None:
     for number in range(args.repeats):
         for kind, workers in random.Random(number).sample(configurations, len(configurations)):
             found.setdefault(("here", kind, workers), []).append(child(here, kind, workers, args))
-            if args.against and not kind.startswith("narrow") and kind not in READY:
+            if args.against and kind in BASES:
                 there = child(args.against.resolve(), kind, workers, args)
                 found.setdefault(("there", kind, workers), []).append(there)
             if args.every and kind not in READY:
                 found.setdefault(("changing", kind, workers), []).append(child(here, kind, workers, args, args.every))
-    columns = ("rows/s", "trainer, us a row", "all, us a row", "CPU of --against / ours", "rows/s of torch", "lost")
+    bases = [f"{base} of --against / ours" for base in BASES]
+    columns = ("rows/s", "trainer, us a row", "all, us a row", *bases, "rows/s of torch", "lost")
     print(f"| workers | batches | {' | '.join(columns)} |")
     print("| ---: | --- |" + " ---: |" * len(columns))
     for kind, workers in configurations:
@@ -158,14 +160,12 @@ def compare(args: argparse.Namespace) -> None:
         rate, trainer, everything = (
             statistics.median(one[name] for one in ours) for name in ("rate", "trainer", "all")
         )
-        older = (
-            None if kind in READY else found.get(("there", kind if not kind.startswith("narrow") else BASE, workers))
-        )
-        ratio = f"{_ratio(older, ours, 'all'):.2f}" if older else "-"
+        older = [None if kind in READY else found.get(("there", base, workers)) for base in BASES]
+        ratios = " | ".join(f"{_ratio(its, ours, 'all'):.2f}" if its else "-" for its in older)
         share = f"{_ratio(ours, found['here', limit(kind), workers], 'rate'):.0%}" if workers else "-"
         changed = found.get(("changing", kind, workers))
         lost = f"{1 - _ratio(ours, changed, 'all'):.0%}" if changed else "-"
-        print(f"| {workers} | {kind} | {rate:,.0f} | {trainer:.2f} | {everything:.2f} | {ratio} | {share} | {lost} |")
+        print(f"| {workers} | {kind} | {rate:,.0f} | {trainer:.2f} | {everything:.2f} | {ratios} | {share} | {lost} |")
 
 
 def _ratio(ones: list[dict[str, float]], others: list[dict[str, float]], name: str) -> float:
