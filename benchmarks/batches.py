@@ -4,11 +4,11 @@
 
 Batches of 32 rows of 2,048 tokens in 52 domains, a warm page cache. Each measurement is a process of its own, and a
 round goes through all of them, so that whatever else the machine does disturbs all alike. The CPU time of a row is that
-of the trainer's process (*trainer*) and of all processes (*all*); ratios are medians of the rounds. The other version is
-measured with rows that `packed_tokens` converts one by one, and with lazy rows and `collate_packed`, its fastest way. *torch* passes the
-same ready batch of one tensor again and again, int64 or, for the narrow batches, uint16: its own limit with data
-workers. With `--every`, each loader is also measured with a new random mix every so many samples; *lost* is the share
-of the CPU time that the changes take.
+of the trainer's process (*trainer*) and of all processes (*all*); ratios are medians of the rounds. The other version
+is measured with rows that `packed_tokens` converts one by one, and with lazy rows and `collate_packed`, its fastest
+way. *torch* passes the same ready batch of one tensor again and again, int64 or, for the narrow batches, uint16: its
+own limit with data workers. With `--every`, each loader is also measured with a new random mix every so many samples;
+*lost* is the share of the CPU time that the changes take.
 """
 
 from __future__ import annotations
