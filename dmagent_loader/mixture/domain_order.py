@@ -74,7 +74,12 @@ class DomainOrder:
         self._range: tuple[int, IntArray, IntArray] | None = None
         """First sample of this range, `_received` there, and the domain of each sample."""
         self._total, self._minor, self._lowest, self._width = tree.total, tree.minor, tree.lowest, tree.width
-        self._key, self._shift = self._prepared(key) if tree.table is None else self._prepared_compiled(key)
+        self._key, self._shift = self._prepared_compiled(key) if self._is_compiled else self._prepared(key)
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether the compiled loops can be used: an order may come from a process that has them, and this one not."""
+        return COMPILED is not None and self._tree.table is not None
 
     def _prepared(self, key: int) -> tuple[UIntArray, IntArray]:
         """Key and carry of each node, (N,) and (N,).
@@ -144,7 +149,7 @@ class DomainOrder:
         tree, num_nodes = self._tree, len(self._total)
         reached = self._reached
         before = self._received(first) if reached is None or reached[0] != first else reached[1]
-        if tree.table is not None:
+        if self._is_compiled:
             return self._follow(before, first, end)
         after, received = self._passed(before, end)
         number = after - before

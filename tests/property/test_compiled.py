@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import pickle
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -111,6 +112,21 @@ def test_orders_of_domains_are_the_same(mix, key, debt, first, lengths):
         ):
             assert found.tolist() == expected.tolist()
         first += length
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_order_goes_on_in_a_process_without_the_compiled_loops(is_first):
+    """Such as a spawned data worker for which `DMAGENT_PURE_PYTHON` was set after the import, or another machine."""
+    quanta = in_quanta(np.array([0.5, 0.3, 0.2]))
+    order = DomainOrder(quanta, 7)
+    if not is_first:
+        order.locate(np.arange(50))
+    sent = pickle.dumps(order)
+    tree = order._tree
+    expected = [its.tolist() for its in order.locate(np.arange(50, 90))]
+    assert [its.tolist() for its in in_python(lambda: pickle.loads(sent).locate(np.arange(50, 90)))] == expected
+    again = in_python(lambda: DomainOrder(quanta, 7, tree=tree).locate(np.arange(50, 90)))
+    assert [its.tolist() for its in again] == expected
 
 
 @given(
