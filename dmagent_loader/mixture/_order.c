@@ -57,6 +57,11 @@ static int take(PyObject *const *args, Py_ssize_t count, Py_ssize_t written, Col
             release(columns, i);
             return -1;
         }
+        if (columns[i].view.itemsize != sizeof(int64_t)) {
+            PyErr_SetString(PyExc_TypeError, "an array has no numbers of 8 bytes");
+            release(columns, i + 1);
+            return -1;
+        }
         columns[i].data = columns[i].view.buf;
         columns[i].size = columns[i].view.len / (Py_ssize_t)sizeof(int64_t);
     }
@@ -189,7 +194,7 @@ static PyObject *grow(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     }
     for (Py_ssize_t domain = 0; domain < quanta.size; domain++)
         if (quanta.data[domain]) {
-            if (found == size || quanta.data[domain] < 0) {
+            if (found == size || quanta.data[domain] < 0 || quanta.data[domain] > RESOLUTION) {
                 wrong_sizes();
                 goto done;
             }
@@ -405,6 +410,7 @@ static int64_t row_of(uint64_t key, int64_t position, int64_t rows, int64_t leng
     }
     int64_t shift = (int64_t)(random_bits(key, (uint64_t)turn) >> 32);
     int64_t lane = ((position - turn * lanes) * stride + shift) % lanes;
+    lane += lane < 0 ? lanes : 0; /* from 2**32 lanes on, the sum wraps around; numpy rounds down */
     int64_t begins = lane ? (int64_t)(random_bits(key, FIRST_ROWS + (uint64_t)lane) >> 32) : 0;
     int64_t place = (turn + begins) % length, begin = place / tile * tile, first = lane * length + begin;
     int64_t size = length - begin < tile ? length - begin : tile;

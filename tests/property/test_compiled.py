@@ -149,6 +149,15 @@ def test_orders_of_rows_are_the_same(shard_rows, window, shards, beyond, seed):
         assert found.tolist() == its.tolist()
 
 
+@pytest.mark.parametrize("lanes", [2**31, 2**33])
+def test_numbers_that_wrap_around_do_so_alike(lanes):
+    orders = RowOrders(3, ["source/a"], [np.array([2**34, 5])], Shuffle(window=lanes, shards=lanes))
+    draw = np.random.default_rng(0).integers(0, 2**62, 300)
+    expected = in_python(lambda: orders.locate(np.zeros_like(draw), draw))
+    for found, its in zip(orders.locate(np.zeros_like(draw), draw), expected, strict=True):
+        assert found.tolist() == its.tolist()
+
+
 def test_columns_that_are_no_arrays_of_a_row_each_are_taken_as_they_are():
     """Slices of a table with a column for each name, as `RowsAhead` has them, are not contiguous."""
     orders = RowOrders(1, ["source/a", "source/b"], [np.array([40, 2]), np.array([17])])
@@ -172,6 +181,8 @@ def test_arrays_that_do_not_fit_are_refused():
         lambda: order.grow(quanta, np.empty(3, np.int64), np.empty((10, 2), np.int64)),
         lambda: order.grow(quanta, leaves, table[:9]),
         lambda: order.grow(-quanta, leaves, table),
+        lambda: order.grow(quanta << 33, leaves, table),  # whose sum is too large for int64
+        lambda: order.grow(quanta.astype(np.float64), leaves, table),
         lambda: order.prepare(7, np.zeros(2, np.int64), leaves, table, keys, shift),
         lambda: order.prepare(7, np.zeros(3, np.int64), leaves, table, keys[:0], shift),
         lambda: order.follow(*tree, before[:2], before.copy(), *samples),
@@ -188,6 +199,11 @@ def test_arrays_that_do_not_fit_are_refused():
         order.grow(quanta)
     with pytest.raises((BufferError, TypeError)):
         order.grow(quanta, leaves, bytes(80))
+    for kind in (np.int32, np.bool_):
+        with pytest.raises(TypeError, match="no numbers of 8 bytes"):
+            order.grow(quanta.astype(kind), leaves, table)
+    with pytest.raises(ValueError, match="contiguous"):
+        order.grow(np.column_stack([quanta, quanta])[:, 0], leaves, table)
 
 
 @given(
