@@ -33,15 +33,16 @@ typedef struct {
     off_t offset;
 } Place;
 
-/* Reads the head and the body of a row; 0 if it cannot be read, or ends early. */
-static int read_row(Place place, char *head, size_t head_size, char *body, size_t body_size)
+typedef enum { WHOLE, NOT_WHOLE, INTERRUPTED } Outcome;
+
+/* Reads the head and the body of a row. */
+static Outcome read_row(Place place, char *head, size_t head_size, char *body, size_t body_size)
 {
     struct iovec parts[2] = {{head, head_size}, {body, body_size}};
-    ssize_t taken;
-    do
-        taken = preadv(place.descriptor, parts, 2, place.offset);
-    while (taken < 0 && errno == EINTR);
-    return taken == (ssize_t)(head_size + body_size);
+    ssize_t taken = preadv(place.descriptor, parts, 2, place.offset);
+    if (taken < 0 && errno == EINTR)
+        return INTERRUPTED;
+    return taken == (ssize_t)(head_size + body_size) ? WHOLE : NOT_WHOLE;
 }
 
 PyDoc_STRVAR(read_rows_doc, "read_rows(descriptors, offsets, heads, bodies)\n--\n\n"
@@ -52,7 +53,9 @@ PyDoc_STRVAR(read_rows_doc, "read_rows(descriptors, offsets, heads, bodies)\n--\
                             "    offsets: List of n offsets in them.\n"
                             "    heads, bodies: Memory for the first bytes of all rows, and for all others.\n\n"
                             "Returns:\n"
-                            "    Whether all were read whole.");
+                            "    Whether all were read whole.\n\n"
+                            "Raises:\n"
+                            "    Exception: A handler of a signal has raised it, such as KeyboardInterrupt.");
 
 static PyObject *read_rows(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -87,13 +90,21 @@ static PyObject *read_rows(PyObject *self, PyObject *const *args, Py_ssize_t nar
     if (PyErr_Occurred())
         goto done;
     size_t head_size = (size_t)(heads.len / count), body_size = (size_t)(bodies.len / count);
-    int is_whole = 1;
-    Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; is_whole && i < count; i++)
-        is_whole = read_row(places[i], (char *)heads.buf + (size_t)i * head_size, head_size,
-                            (char *)bodies.buf + (size_t)i * body_size, body_size);
-    Py_END_ALLOW_THREADS
-    result = PyBool_FromLong(is_whole);
+    Outcome outcome = WHOLE;
+    Py_ssize_t row = 0;
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        for (; row < count; row++) {
+            outcome = read_row(places[row], (char *)heads.buf + (size_t)row * head_size, head_size,
+                               (char *)bodies.buf + (size_t)row * body_size, body_size);
+            if (outcome != WHOLE)
+                break;
+        }
+        Py_END_ALLOW_THREADS
+        if (outcome == INTERRUPTED && PyErr_CheckSignals() < 0)
+            goto done;
+    } while (outcome == INTERRUPTED);
+    result = PyBool_FromLong(outcome == WHOLE);
 done:
     free(places);
     PyBuffer_Release(&heads);
