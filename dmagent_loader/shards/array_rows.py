@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,8 @@ COMPILED = compiled_loops("dmagent_loader.shards._reading", interface=1)
 _NOT_AN_ARRAY = -1
 """Size of a row that has another member than the one to be read, or several, or whose shard cannot be used."""
 _NOWHERE = (_NOT_AN_ARRAY,) * 5
+_READ_TOGETHER = 64
+"""Rows that are read in one call: as many files are open for it, beside those in the cache."""
 _MOST_FREE = 4
 """Free buffers that are kept: whoever holds many batches at a time gives the others back to the system."""
 
@@ -114,6 +116,14 @@ class _Buffer:
         self.rows = list(zip(headers, self.arrays, strict=True))
         self.lent: weakref.ref[Any] | None = None
 
+    def part(self, rows: slice) -> tuple[memoryview, memoryview]:
+        """The headers of some rows that follow each other, and their arrays."""
+        header, size = len(self.headers) // self.count, len(self.memory) // self.count
+        return (
+            memoryview(self.headers)[rows.start * header : rows.stop * header],
+            self.memory[rows.start * size : rows.stop * size],
+        )
+
 
 def _gather(
     tables: list[tuple[np.ndarray[Any, Any], ...] | None],
@@ -148,13 +158,32 @@ def _read_rows(sources: Iterable[Readable | None], offsets: list[int], buffer: _
         OSError: A row cannot be read.
         ShardError: A shard cannot be opened.
     """
-    if COMPILED is not None:
-        sources = list(sources)
-        descriptors = [-1 if source is None else source.descriptor for source in sources]
-        if min(descriptors) >= 0:
-            is_whole: bool = COMPILED.read_rows(descriptors, offsets, buffer.headers, buffer.memory)
-            return is_whole
-    for source, offset, row in zip(sources, offsets, buffer.rows, strict=True):
+    if COMPILED is None:
+        return _read_each(sources, offsets, buffer.rows, size)
+    remaining, count = iter(sources), len(offsets)
+    for begin in range(0, count, _READ_TOGETHER):
+        rows = slice(begin, min(begin + _READ_TOGETHER, count))
+        # The list keeps the files open until they are read, and nothing keeps the list.
+        if not _read_together(list(islice(remaining, rows.stop - begin)), offsets[rows], buffer, rows, size):
+            return False
+    return True
+
+
+def _read_together(sources: list[Readable | None], offsets: list[int], buffer: _Buffer, rows: slice, size: int) -> bool:
+    """`_read_rows` for some rows of the buffer, in one call if all of them lie in files."""
+    assert COMPILED is not None
+    descriptors = [-1 if source is None else source.descriptor for source in sources]
+    if min(descriptors) < 0:
+        return _read_each(sources, offsets, buffer.rows[rows], size)
+    is_whole: bool = COMPILED.read_rows(descriptors, offsets, *buffer.part(rows))
+    return is_whole
+
+
+def _read_each(
+    sources: Iterable[Readable | None], offsets: list[int], rows: list[tuple[memoryview, memoryview]], size: int
+) -> bool:
+    """`_read_rows`, one row after the other."""
+    for source, offset, row in zip(sources, offsets, rows, strict=True):
         if source is None or source.read_into(row, offset) != size:
             return False
     return True

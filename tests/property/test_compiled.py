@@ -7,7 +7,7 @@ import itertools
 import pickle
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -25,6 +25,8 @@ from dmagent_loader.mixture.mix_tree import RESOLUTION
 from dmagent_loader.mixture.row_order import RowOrders
 from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.shards import array_rows
+from dmagent_loader.shards.sources.block_sources import BlockInMemory
+from dmagent_loader.shards.sources.local import LocalSource
 from dmagent_loader.testing import write_toy_shards
 from dmagent_loader.transforms import collate_packed
 
@@ -265,6 +267,51 @@ def test_rows_that_cannot_be_read_whole_are_no_batch(tmp_path):
         with pytest.raises(OverflowError):
             reading.read_rows([number] * 2, [0, 2**70], heads, bodies)
     assert not reading.read_rows([number] * 2, [0, 1], heads, bodies), "a closed file"
+
+
+def test_few_files_are_open_for_a_batch(tmp_path):
+    """Blocks of remote shards are opened one after the other: a batch may lie in more of them than may be open."""
+    path, count = tmp_path / "file", 200
+    path.write_bytes(bytes(range(256)) * 2)
+    form = array_rows._Format(b"head", np.dtype(np.uint8), 6)
+    most = 0
+
+    def sources() -> Iterator[LocalSource]:
+        nonlocal most
+        for _ in range(count):
+            source = LocalSource(str(path))
+            most = max(most, source.descriptor)
+            yield source
+
+    with path.open("rb") as file:
+        first = file.fileno()
+    for read in (lambda read: read(), in_python):
+        buffer, offsets = array_rows._Buffer(count, form), list(range(count))
+        assert read(lambda buffer=buffer, offsets=offsets: array_rows._read_rows(sources(), offsets, buffer, 10))
+        assert most < first + 80
+        content = path.read_bytes()
+        assert bytes(buffer.headers) == b"".join(content[place : place + 4] for place in offsets)
+        assert bytes(buffer.memory) == b"".join(content[place + 4 : place + 10] for place in offsets)
+        offsets[150] = 505
+        assert not read(lambda buffer=buffer, offsets=offsets: array_rows._read_rows(sources(), offsets, buffer, 10))
+
+
+@pytest.mark.parametrize("absent", [None, 3, 70])
+def test_files_blocks_in_memory_and_blocks_that_cannot_be_had_are_read_alike(tmp_path, absent):
+    path, count = tmp_path / "file", 130
+    path.write_bytes(bytes(range(256)))
+    form = array_rows._Format(b"head", np.dtype(np.uint8), 6)
+    sources: list[Any] = [LocalSource(str(path)) for _ in range(count)]
+    sources[64:80] = [BlockInMemory(0, bytearray(path.read_bytes()))] * 16
+    if absent is not None:
+        sources[absent] = None
+    found = []
+    for read in (lambda read: read(), in_python):
+        buffer = array_rows._Buffer(count, form)
+        is_whole = read(lambda buffer=buffer: array_rows._read_rows(sources, list(range(count)), buffer, 10))
+        assert is_whole is (absent is None)
+        found.append((bytes(buffer.headers), bytes(buffer.memory)) if is_whole else None)
+    assert found[0] == found[1]
 
 
 def test_a_run_has_the_same_batches(tmp_path):
