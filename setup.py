@@ -6,6 +6,7 @@ import configparser
 import os
 import re
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,10 +20,10 @@ def compiled_loops() -> list[Extension]:
     """The loops in C, in one file each for all versions of Python.
 
     They are optional: without a compiler, the package does the same in Python. ``DMAGENT_PURE_PYTHON=1`` leaves them
-    out, for a wheel that fits any machine. The options make overflow and rounding those of numpy, because samples must
-    not depend on the machine.
+    out, for a wheel that fits any machine, and so does a Python without the interpreter lock, which has no stable
+    interface. The options make overflow and rounding those of numpy, because samples must not depend on the machine.
     """
-    if os.environ.get("DMAGENT_PURE_PYTHON", "") not in ("", "0"):
+    if os.environ.get("DMAGENT_PURE_PYTHON", "") not in ("", "0") or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return []
     options = [] if sys.platform == "win32" else ["-O2", "-fwrapv", "-ffp-contract=off"]
     return [
@@ -66,10 +67,11 @@ if __name__ == "__main__":
     settings = configparser.ConfigParser()
     settings.read(FOLDER / "setup.cfg", encoding="utf-8")
     address = settings["dmagent-loader"]["repository"].rstrip("/")
+    loops = compiled_loops()
     setup(
         long_description=package_page((FOLDER / "README.md").read_text(encoding="utf-8"), address),
         long_description_content_type="text/markdown",
         project_urls=project_urls(address),
-        ext_modules=compiled_loops(),
-        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+        ext_modules=loops,
+        options={"bdist_wheel": {"py_limited_api": "cp311"}} if loops else {},
     )

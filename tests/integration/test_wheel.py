@@ -116,6 +116,15 @@ def test_a_wheel_without_compiled_loops_fits_any_machine(source: Path, tmp_path:
         assert not [name for name in archive.namelist() if name.endswith((".so", ".c"))]
 
 
+def test_the_loops_are_compiled_where_python_has_a_stable_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DMAGENT_PURE_PYTHON", raising=False)
+    functions = runpy.run_path(str(REPOSITORY / "setup.py"))
+    names = ["dmagent_loader.mixture._order", "dmagent_loader.shards._reading"]
+    for without_lock, expected in ((0, names), (None, names), (1, [])):
+        monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": without_lock}.get)
+        assert [loop.name for loop in functions["compiled_loops"]()] == expected
+
+
 def test_the_page_of_the_package_has_no_link_that_leads_nowhere(wheel: Path) -> None:
     found = metadata(wheel)
     page = str(found.get_payload())
