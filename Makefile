@@ -181,4 +181,4 @@ fuzz: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) $(NEMO_VENV) $(MEGATRON_VENV) $(VENV313) .venv-transformers-* $(BENCH_VENV) $(STREAMING_VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEMO_VENV) $(MEGATRON_VENV) $(VENV313) .venv-transformers-* $(BENCH_VENV) $(STREAMING_VENV) build dist *.egg-info dmagent_loader/*/*.so demo_output .pytest_cache .mypy_cache .ruff_cache
