@@ -11,15 +11,34 @@ Shapes: D domains, n samples.
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
-from dmagent_loader.mixture.segment import Located
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 from dmagent_loader.shards import RowSource, forks
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 
 _NEVER = np.iinfo(np.int64).max
+
+
+class BlocksOfRows(NamedTuple):
+    """The blocks of n rows.
+
+    Attributes:
+        keys: (K,) keys of blocks, not only of those of the rows; -1 stands for local shards, which have none.
+        numbers: (n,) places in `keys` of the first block of each row; and of the last, unless it is the first for all.
+    """
+
+    keys: IntArray
+    numbers: tuple[IntArray, ...]
+
+    @classmethod
+    def of(cls, first: IntArray, last: IntArray) -> BlocksOfRows:
+        """From the keys of the first and the last block of each row, as `RowSource.blocks_of` returns them."""
+        columns = (first,) if first is last else (first, last)
+        keys, numbers = np.unique(np.concatenate(columns), return_inverse=True)
+        return cls(keys, tuple(numbers.reshape(len(columns), -1)))
 
 
 class BlocksAhead:
@@ -59,27 +78,29 @@ class BlocksAhead:
         waits, self._waits = self._waits, self._fetcher.waits
         return waits < self._waits
 
-    def request(self, located: Located, position: int) -> None:
+    def request(self, domain: IntArray, draw: IntArray, blocks: BlocksOfRows, position: int) -> None:
         """Has the blocks of planned samples fetched.
 
         Args:
-            located: The samples.
+            domain: (n,) domains of the samples.
+            draw: (n,) their draws.
+            blocks: Their blocks.
             position: Position of the first of them in the iterator.
         """
-        domain, draw = located.domain, located.draw
-        first, last = self._rows.blocks_of(domain, located.shard, located.row)
-        for keys in (first,) if first is last else (first, last):
-            blocks, begins, of_sample = np.unique(keys, return_index=True, return_inverse=True)
-            latest = np.zeros(len(blocks), np.int64)
-            np.maximum.at(latest, of_sample, draw)
-            for key, begin, use in zip(blocks.tolist(), begins.tolist(), latest.tolist(), strict=True):
-                if key < 0:
-                    continue
-                before = self._last_use.get(key)
-                if before is None:
-                    self._fetcher.want(key, position + begin)
-                if before is None or before[1] < use:
-                    self._last_use[key] = (int(domain[begin]), use)
+        begin, latest = np.full(len(blocks.keys), _NEVER), np.full(len(blocks.keys), -1)
+        for numbers in blocks.numbers:
+            np.minimum.at(begin, numbers, np.arange(len(draw)))
+            np.maximum.at(latest, numbers, draw)
+        used = np.flatnonzero(latest >= 0)
+        columns = (blocks.keys[used], begin[used], domain[begin[used]], latest[used])
+        for key, first, of_domain, use in zip(*(column.tolist() for column in columns), strict=True):
+            if key < 0:
+                continue
+            before = self._last_use.get(key)
+            if before is None:
+                self._fetcher.want(key, position + first)
+            if before is None or before[1] < use:
+                self._last_use[key] = (of_domain, use)
         lowest, beyond = np.full(len(self._passed), _NEVER), np.zeros_like(self._passed)
         np.minimum.at(lowest, domain, draw)
         np.maximum.at(beyond, domain, draw + 1)
@@ -110,15 +131,16 @@ class BlocksAhead:
             if self._fetcher.cancel(key):
                 del self._last_use[key]
 
-    def unavailable(self, located: Located) -> np.ndarray:
-        """Which samples have to be read row by row, because a block of theirs cannot be had: (n,) bool."""
+    def unavailable(self, blocks: BlocksOfRows) -> np.ndarray:
+        """Which samples have to be read row by row, because a block of theirs cannot be had: (n,) bool.
+
+        Args:
+            blocks: The blocks of the samples.
+        """
         if all(map(self._fetcher.comes, self._last_use)):
-            return np.zeros(len(located.domain), bool)
-        first, last = self._rows.blocks_of(located.domain, located.shard, located.row)
-        comes = {key: key < 0 or self._fetcher.comes(key) for key in np.unique([first, last]).tolist()}
-        if all(comes.values()):
-            return np.zeros(len(first), bool)
-        return np.array([not (comes[a] and comes[b]) for a, b in zip(first.tolist(), last.tolist(), strict=True)])
+            return np.zeros(len(blocks.numbers[0]), bool)
+        comes = np.array([key < 0 or self._fetcher.comes(key) for key in blocks.keys.tolist()], bool)
+        return np.asarray(~np.all([comes[numbers] for numbers in blocks.numbers], axis=0))
 
     def reset_after_fork(self) -> None:
         """Forgets blocks that the fetcher of a forked child does not have."""

@@ -2,14 +2,20 @@
 
 A new mix changes the order of the domains, but not the order of the rows of a domain. If mixes change often, the runs
 of positions between them are short, and to look up their rows costs about as much for a few rows as for thousands.
+Where shards are remote, thousands of positions are planned ahead, and each new mix has nearly all of their rows drawn
+again.
 
 Shapes: D domains, n samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
+from dmagent_loader._loading.blocks_ahead import BlocksOfRows
 from dmagent_loader.mixture.domain_order import ranges
 from dmagent_loader.mixture.plan import Plan
 from dmagent_loader.mixture.segment import Located
@@ -22,6 +28,25 @@ _AS_BEFORE = 0.75
 """Share of them that follows the draws since the last look-up."""
 _MOST_OF_OTHERS = 3
 """Rows of other ranks and workers for each own one, up to which the rows between two own ones are looked up, too."""
+_MOST_KNOWN = 1 << 18
+"""Rows of all domains above which those of domains that a run does not draw from are forgotten."""
+_POSITIONS = 6
+"""Columns of `ArrayRows.find`."""
+_NEVER = np.iinfo(np.int64).max
+
+
+class FoundRows(NamedTuple):
+    """The rows of a run.
+
+    Attributes:
+        located: Their addresses.
+        positions: Their positions as `ArrayRows.find` returns them; None: these were not looked up.
+        blocks: Their blocks; None: shards are local.
+    """
+
+    located: Located
+    positions: IntArray | None = None
+    blocks: BlocksOfRows | None = None
 
 
 class RowsAhead:
@@ -30,38 +55,59 @@ class RowsAhead:
     Args:
         plan: Order of the samples.
         arrays: Reader of whole batches, whose positions of rows are looked up, too; None: it is not used.
+        blocks_of: `RowSource.blocks_of`, if there are remote shards.
     """
 
-    def __init__(self, plan: Plan, arrays: ArrayRows | None) -> None:
-        self._plan, self._arrays = plan, arrays
-        self._first: IntArray = np.zeros(len(plan.space), dtype=np.int64)
+    def __init__(
+        self,
+        plan: Plan,
+        arrays: ArrayRows | None,
+        blocks_of: Callable[[IntArray, IntArray, IntArray], tuple[IntArray, IntArray]] | None = None,
+    ) -> None:
+        self._plan, self._arrays, self._blocks_of = plan, arrays, blocks_of
+        self._floor: IntArray = np.zeros(len(plan.space), dtype=np.int64)
+        """(D,) lowest draw of each domain in the run in use."""
+        self._first: IntArray = np.zeros_like(self._floor)
         """(D,) first known draw of each domain."""
-        self._length: IntArray = np.zeros_like(self._first)
+        self._length: IntArray = np.zeros_like(self._floor)
         """(D,) number of known draws."""
-        self._begin: IntArray = np.zeros_like(self._first)
+        self._begin: IntArray = np.zeros_like(self._floor)
         """(D,) place of the first known draw in the table."""
-        self._table: IntArray = np.empty((0, 2 if arrays is None else 8), dtype=np.int64)
-        """Shard and row of each known draw, domain by domain; and its position, as `ArrayRows.find` returns it."""
+        self._table: IntArray = np.empty((0, 0), dtype=np.int64)
+        """Shard and row of each known draw, domain by domain; its position, as `ArrayRows.find` returns it; and the
+        places of its blocks in the keys below."""
+        self._end_of_positions = 2 if arrays is None else 2 + _POSITIONS
+        self._keys: IntArray = np.empty(0, dtype=np.int64)
+        """Keys of the blocks of the table, rising."""
         self._ahead = 0
 
-    def find(self, domain: IntArray, draw: IntArray) -> tuple[Located, IntArray | None]:
+    def begin(self, run: Located) -> None:
+        """Marks a run as the one in use: what comes before its draws may be forgotten."""
+        low = np.full_like(self._floor, _NEVER)
+        np.minimum.at(low, run.domain, run.draw)
+        self._floor = np.where(low < _NEVER, low, self._floor)
+
+    def find(self, domain: IntArray, draw: IntArray) -> FoundRows:
         """The rows of a run.
 
         Args:
             domain: (n,) domain numbers.
             draw: (n,) number of earlier samples of the domain.
-
-        Returns:
-            Their addresses, and their positions as `ArrayRows.find` returns them; None: these were not looked up.
         """
         place = draw - self._first[domain]
         # Without a sign, a negative number is larger than any length.
         if np.count_nonzero(place.view(np.uint64) >= self._length.view(np.uint64)[domain]):
             if not self._look_up(domain, draw):
-                return Located(domain, draw, *self._plan.rows(domain, draw)), None
+                shard, row = self._plan.rows(domain, draw)
+                blocks = None if self._blocks_of is None else BlocksOfRows.of(*self._blocks_of(domain, shard, row))
+                return FoundRows(Located(domain, draw, shard, row), blocks=blocks)
             place = draw - self._first[domain]
-        columns = self._table[self._begin[domain] + place].T
-        return Located(domain, draw, columns[0], columns[1]), None if self._arrays is None else columns[2:]
+        columns, end = self._table.take(self._begin[domain] + place, axis=0).T, self._end_of_positions
+        return FoundRows(
+            Located(domain, draw, columns[0], columns[1]),
+            None if self._arrays is None else columns[2:end],
+            None if self._blocks_of is None else BlocksOfRows(self._keys, tuple(columns[end:])),
+        )
 
     def _look_up(self, domain: IntArray, draw: IntArray) -> bool:
         """Makes the rows of a run known, and more of each domain, twice as many as the last time.
@@ -69,7 +115,7 @@ class RowsAhead:
         Returns:
             False: too many of the rows between them belong to other ranks or workers.
         """
-        low, high = np.full_like(self._first, np.iinfo(np.int64).max), np.zeros_like(self._first)
+        low, high = np.full_like(self._first, _NEVER), np.zeros_like(self._first)
         np.minimum.at(low, domain, draw)
         np.maximum.at(high, domain, draw + 1)
         is_used = high > 0
@@ -77,25 +123,57 @@ class RowsAhead:
         total = int(span.sum())
         if total > (1 + _MOST_OF_OTHERS) * len(draw):
             return False
-        first = np.where(is_used, low, self._first)
+        first = np.maximum(self._first, self._floor)
+        end = np.maximum(self._first + self._length, first)
+        is_apart = is_used & ((low < first) | (low > end))
+        first = np.where(is_apart, low, first)
         # Most of the additional rows are shared out as those since the last time, and some evenly: mixes change.
         past = span + np.maximum(first - self._first, 0)
         share = _AS_BEFORE * past / past.sum() + (1 - _AS_BEFORE) / len(past)
         more = np.ceil(self._ahead * share).astype(np.int64)
-        end = self._first + self._length
-        is_back = first < self._first
-        num_known = np.where(is_back, 0, np.maximum(end - first, 0))
-        end = np.maximum(np.where(is_used, high + more, end), np.where(is_back, 0, end))
+        num_known = np.where(is_apart, 0, end - first)
+        num_new = np.where(is_used, np.maximum(high + more - first - num_known, 0), 0)
+        if int((num_known + num_new).sum()) > _MOST_KNOWN:
+            num_known[~is_used] = 0
+        domains = np.arange(len(first)).repeat(num_new)
+        new = self._columns(domains, ranges(first + num_known, num_new))
         self._ahead = min(max(2 * self._ahead, len(draw)), _MOST_AHEAD)
-        length = end - first
-        num_new = length - num_known
-        domains = np.arange(len(length)).repeat(num_new)
-        shard, row = self._plan.rows(domains, ranges(first + num_known, num_new))
-        found = (shard, row) if self._arrays is None else (shard, row, *self._arrays.find(domains, shard, row))
         known = self._begin + first - self._first
-        self._table = _alternating(self._table, known, num_known, np.stack(found, axis=1), num_new)
-        self._first, self._length, self._begin = first, length, np.cumsum(length) - length
+        self._table = _alternating(self._table.reshape(-1, new.shape[1]), known, num_known, new, num_new)
+        self._first, self._length = first, num_known + num_new
+        self._begin = np.cumsum(self._length) - self._length
+        self._forget_blocks()
         return True
+
+    def _columns(self, domain: IntArray, draw: IntArray) -> IntArray:
+        """The part of the table for draws that are not known yet."""
+        shard, row = self._plan.rows(domain, draw)
+        columns = [shard, row]
+        keys = None if self._blocks_of is None else self._blocks_of(domain, shard, row)
+        if self._arrays is not None:
+            columns.extend(self._arrays.find(domain, shard, row))
+        if keys is not None:
+            blocks = BlocksOfRows.of(*keys)
+            all_keys = np.union1d(self._keys, blocks.keys)
+            self._number_anew(np.searchsorted(all_keys, self._keys))
+            place = np.searchsorted(all_keys, blocks.keys)
+            columns.extend(place[numbers] for numbers in blocks.numbers)
+            self._keys = all_keys
+        return np.stack(columns, axis=1)
+
+    def _forget_blocks(self) -> None:
+        """Drops the keys of blocks that the table does not name any more."""
+        is_named = np.zeros(len(self._keys), dtype=bool)
+        for numbers in self._table[:, self._end_of_positions :].T:
+            is_named[numbers] = True
+        if not is_named.all():
+            self._number_anew(is_named.cumsum() - 1)
+            self._keys = self._keys[is_named]
+
+    def _number_anew(self, place: IntArray) -> None:
+        """Replaces the places of blocks in the keys by others: (K,)."""
+        for numbers in self._table[:, self._end_of_positions :].T:
+            numbers[:] = place[numbers]
 
 
 def _alternating(

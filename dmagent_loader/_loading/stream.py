@@ -20,11 +20,11 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from dmagent_loader._loading.bad_rows import Substitution
-from dmagent_loader._loading.blocks_ahead import BlocksAhead
+from dmagent_loader._loading.blocks_ahead import BlocksAhead, BlocksOfRows
 from dmagent_loader._loading.feed import Feed
 from dmagent_loader._loading.lazy import Columns, LazyRow, RowAddress, RowReader
 from dmagent_loader._loading.readahead import Readahead
-from dmagent_loader._loading.rows_ahead import RowsAhead
+from dmagent_loader._loading.rows_ahead import FoundRows, RowsAhead
 from dmagent_loader.errors import ConfigurationError, ExhaustedError, StateError
 from dmagent_loader.mixture.segment import Located
 from dmagent_loader.mixture.sharding import StreamLayout
@@ -40,7 +40,8 @@ _FIRST_RUN, _LARGEST_RUN = 512, 16_384
 as many each time, because the cost of planning hardly grows with their number. A rank or worker that delivered fewer
 under the last mix first plans a quarter more than it delivered."""
 _LARGEST_RUN_OF_AHEAD = 2048
-"""Positions of a run up to which its rows are looked up in `RowsAhead`: longer ones mean that mixes change rarely."""
+"""Positions of a run up to which rows of local shards are looked up in `RowsAhead`: longer ones mean that mixes change
+rarely."""
 _LARGEST_DEAL = 1 << 16
 """Positions of all ranks planned at a time if samples are dealt by lane, unless one global batch has more."""
 _RUN_AHEAD = 2048
@@ -63,6 +64,8 @@ class _Run:
     located: Located
     positions: IntArray | None = None
     """Positions of the rows, as `ArrayRows.find` returns them; None: not looked up yet."""
+    blocks: BlocksOfRows | None = None
+    """Blocks of the rows, if there are remote shards."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -293,6 +296,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         if not self._planned and not self._plan_next(self.taken):
             return False
         self._enter(self._planned.popleft())
+        if self._rows_ahead is not None:
+            self._rows_ahead.begin(self._run.located)
         if self._blocks is not None:
             self._run_length = _RUN_AHEAD
             if self._blocks.has_waited():
@@ -312,7 +317,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
     def _read_rows_without_blocks(self, blocks: BlocksAhead) -> None:
         """Starts reading rows of this run and the next whose blocks cannot be had."""
         for run in (self._run, *islice(self._planned, 1)):
-            chosen = blocks.unavailable(run.located)
+            assert run.blocks is not None
+            chosen = blocks.unavailable(run.blocks)
             if chosen.any():
                 if self._readahead is None:
                     self._readahead = Readahead(self._feed.collection, _THREADS_FOR_ROWS, _RUN_AHEAD)
@@ -339,7 +345,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         if run is None:
             return False
         if self._blocks is not None:
-            self._blocks.request(run.located, first)
+            assert run.blocks is not None
+            self._blocks.request(run.located.domain, run.located.draw, run.blocks, first)
         self._planned.append(run)
         return True
 
@@ -361,7 +368,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
             indices = self._layout.indices(first, count, end, laned)
             if not len(indices):
                 return None
-            located, positions = self._located(indices)
+            found = self._located(indices)
         except ExhaustedError:
             # The end lies inside the run: deliver the samples before it one by one. A global batch that cannot be
             # planned whole is dealt in runs.
@@ -369,17 +376,17 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 indices = self._layout.indices(first, 1, end, laned)
             except ExhaustedError:
                 indices = self._layout.indices(first, 1, end)
-            located, positions = self._located(indices)
-        return _Run(first, indices, located, positions)
+            found = self._located(indices)
+        return _Run(first, indices, *found)
 
-    def _located(self, indices: IntArray) -> tuple[Located, IntArray | None]:
-        """Addresses of samples, and the positions of their rows if these are known at once."""
-        plan = self._feed.plan
-        if self._blocks is not None or self._readahead is not None or len(indices) > _LARGEST_RUN_OF_AHEAD:
+    def _located(self, indices: IntArray) -> FoundRows:
+        """Addresses of samples, the positions of their rows if these are known at once, and their blocks."""
+        plan, blocks_of = self._feed.plan, None if self._blocks is None else self._feed.collection.blocks_of
+        if blocks_of is None and (self._readahead is not None or len(indices) > _LARGEST_RUN_OF_AHEAD):
             self._rows_ahead = None
-            return plan.locate(indices), None
+            return FoundRows(plan.locate(indices))
         if self._rows_ahead is None:
-            self._rows_ahead = RowsAhead(plan, self._arrays if self._reads_columns else None)
+            self._rows_ahead = RowsAhead(plan, self._arrays if self._reads_columns else None, blocks_of)
         return self._rows_ahead.find(*plan.draws(indices))
 
     def _close(self) -> None:
