@@ -11,6 +11,8 @@ Shapes: D domains, n samples.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -40,11 +42,15 @@ class BlocksOfRows(NamedTuple):
         keys, numbers = np.unique(np.concatenate(columns), return_inverse=True)
         return cls(keys, tuple(numbers.reshape(len(columns), -1)))
 
+    def chosen(self, which: slice) -> BlocksOfRows:
+        """The blocks of some of the rows."""
+        return BlocksOfRows(self.keys, tuple(numbers[which] for numbers in self.numbers))
+
 
 class BlocksAhead:
     """The blocks that one iterator needs.
 
-    The iterator calls `request` for each run of samples that it plans, in order, and `advance` each time that it goes
+    The iterator calls `request` for the runs of samples that it plans, in order, and `advance` each time that it goes
     on to the next of these runs.
 
     Args:
@@ -78,7 +84,9 @@ class BlocksAhead:
         waits, self._waits = self._waits, self._fetcher.waits
         return waits < self._waits
 
-    def request(self, domain: IntArray, draw: IntArray, blocks: BlocksOfRows, position: int) -> None:
+    def request(
+        self, domain: IntArray, draw: IntArray, blocks: BlocksOfRows, position: int, ends: Sequence[int]
+    ) -> None:
         """Has the blocks of planned samples fetched.
 
         Args:
@@ -86,6 +94,7 @@ class BlocksAhead:
             draw: (n,) their draws.
             blocks: Their blocks.
             position: Position of the first of them in the iterator.
+            ends: Number of samples up to the end of each run: they may be those of several.
         """
         begin, latest = np.full(len(blocks.keys), _NEVER), np.full(len(blocks.keys), -1)
         for numbers in blocks.numbers:
@@ -101,10 +110,11 @@ class BlocksAhead:
                 self._fetcher.want(key, position + first)
             if before is None or before[1] < use:
                 self._last_use[key] = (of_domain, use)
-        lowest, beyond = np.full(len(self._passed), _NEVER), np.zeros_like(self._passed)
-        np.minimum.at(lowest, domain, draw)
-        np.maximum.at(beyond, domain, draw + 1)
-        self._planned.append((lowest, beyond))
+        for first, end in pairwise((0, *ends)):
+            lowest, beyond = np.full(len(self._passed), _NEVER), np.zeros_like(self._passed)
+            np.minimum.at(lowest, domain[first:end], draw[first:end])
+            np.maximum.at(beyond, domain[first:end], draw[first:end] + 1)
+            self._planned.append((lowest, beyond))
 
     def advance(self) -> None:
         """Releases the blocks that are used up, as far as samples are planned."""
@@ -131,14 +141,16 @@ class BlocksAhead:
             if self._fetcher.cancel(key):
                 del self._last_use[key]
 
+    def all_come(self) -> bool:
+        """Whether each block that is asked for is here or on its way."""
+        return all(map(self._fetcher.comes, self._last_use))
+
     def unavailable(self, blocks: BlocksOfRows) -> np.ndarray:
         """Which samples have to be read row by row, because a block of theirs cannot be had: (n,) bool.
 
         Args:
             blocks: The blocks of the samples.
         """
-        if all(map(self._fetcher.comes, self._last_use)):
-            return np.zeros(len(blocks.numbers[0]), bool)
         comes = np.array([key < 0 or self._fetcher.comes(key) for key in blocks.keys.tolist()], bool)
         return np.asarray(~np.all([comes[numbers] for numbers in blocks.numbers], axis=0))
 

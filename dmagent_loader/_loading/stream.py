@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise, starmap
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ _LARGEST_DEAL = 1 << 16
 """Positions of all ranks planned at a time if samples are dealt by lane, unless one global batch has more."""
 _RUN_AHEAD = 2048
 """Positions planned at a time ahead of those in use, if shards are remote."""
+_MOST_AT_ONCE = 8192
+"""Positions of several such runs that are planned together: that is cheaper."""
 _LEAST_AHEAD, _MOST_AHEAD_OF_A_NEW_MIX, _MOST_AHEAD = 2048, 8192, 1 << 17
 """Positions planned ahead if shards are remote: few at first, then twice as many after each run that had to wait."""
 _MOST_BYTES_AHEAD = 256 << 20
@@ -69,6 +71,17 @@ class _Run:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def part(self, begin: int, end: int) -> _Run:
+        """Some of the positions."""
+        part, located = slice(begin, end), self.located
+        return _Run(
+            self.first + begin,
+            self.indices[part],
+            Located(located.domain[part], located.draw[part], located.shard[part], located.row[part]),
+            None if self.positions is None else self.positions[:, part],
+            None if self.blocks is None else self.blocks.chosen(part),
+        )
 
     @cached_property
     def rows(self) -> list[RowAddress]:
@@ -316,6 +329,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
 
     def _read_rows_without_blocks(self, blocks: BlocksAhead) -> None:
         """Starts reading rows of this run and the next whose blocks cannot be had."""
+        if blocks.all_come():
+            return
         for run in (self._run, *islice(self._planned, 1)):
             assert run.blocks is not None
             chosen = blocks.unavailable(run.blocks)
@@ -330,39 +345,47 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         with contextlib.suppress(ExhaustedError):
             while True:
                 last = self._planned[-1] if self._planned else self._run
-                if last.first + len(last) >= end or not self._plan_next(last.first + len(last)):
+                first = last.first + len(last)
+                if first >= end or not self._plan_next(first, end - first):
                     return
                 if len(self._planned[-1]) == 1:
                     return  # near the end of the data, where positions are planned one by one
 
-    def _plan_next(self, first: int) -> bool:
-        """Plans the run of positions from `first` on; False: the data are used up there.
+    def _plan_next(self, first: int, count: int = 1) -> bool:
+        """Plans the runs of positions from `first` on; False: the data are used up there.
 
-        Raises:
-            ExhaustedError: A domain with rule ``error`` is used up before `first`.
-        """
-        run = self._plan(first)
-        if run is None:
-            return False
-        if self._blocks is not None:
-            assert run.blocks is not None
-            self._blocks.request(run.located.domain, run.located.draw, run.blocks, first)
-        self._planned.append(run)
-        return True
-
-    def _plan(self, first: int) -> _Run | None:
-        """Plans the positions from `first` on; None: the run has ended.
+        Args:
+            first: The first position.
+            count: Positions. At least one run is planned, and no more than `_MOST_AT_ONCE` positions or one run.
 
         Raises:
             ExhaustedError: A domain with rule ``error`` is used up before `first`.
         """
         assert self._layout is not None
-        plan, own_batch = self._feed.plan, self._layout.own_batch
-        count = self._feed.reading.num_rows if self._feed.reading.num_threads else self._run_length
-        count = max(1, count // self._batch_size) * self._batch_size
+        length = self._feed.reading.num_rows if self._feed.reading.num_threads else self._run_length
+        length, most = max(1, length // self._batch_size) * self._batch_size, _MOST_AT_ONCE
+        if self._feed.own_shards:
+            own_batch, most = self._layout.own_batch, _LARGEST_DEAL // self._layout.world_size
+            length = max(1, min(length, most) // own_batch) * own_batch
+        run = self._plan(first, length, max(1, min(-(-count // length), most // length)))
+        if run is None:
+            return False
+        ends = [*range(length, len(run), length), len(run)]
+        if self._blocks is not None:
+            assert run.blocks is not None
+            self._blocks.request(run.located.domain, run.located.draw, run.blocks, first, ends)
+        self._planned.extend([run] if len(ends) == 1 else starmap(run.part, pairwise((0, *ends))))
+        return True
+
+    def _plan(self, first: int, length: int, num_runs: int) -> _Run | None:
+        """Plans several runs of positions as one; None: there are no samples from `first` on.
+
+        Raises:
+            ExhaustedError: A domain with rule ``error`` is used up before `first`.
+        """
+        assert self._layout is not None
+        plan, count = self._feed.plan, num_runs * length
         laned = plan if self._feed.own_shards else None
-        if laned is not None:
-            count = max(1, min(count, _LARGEST_DEAL // self._layout.world_size) // own_batch) * own_batch
         end = plan.ends_by(self._layout.frontier(first + count) + self._layout.samples_per_step_all_ranks)
         try:
             indices = self._layout.indices(first, count, end, laned)
@@ -370,6 +393,8 @@ class SampleStream(Iterator[Mapping[str, Any]]):
                 return None
             found = self._located(indices)
         except ExhaustedError:
+            if num_runs > 1:
+                return self._plan(first, length, 1)
             # The end lies inside the run: deliver the samples before it one by one. A global batch that cannot be
             # planned whole is dealt in runs.
             try:

@@ -47,6 +47,7 @@ class _State(Enum):
     FAILED = "not to be had"
 
 
+_WAITING = (_State.QUEUED, _State.NO_ROOM)
 _STATES = {
     Outcome.ON_DISK: _State.HERE,
     Outcome.IN_MEMORY: _State.HERE,
@@ -190,8 +191,10 @@ class BlockFetcher:
 
     def cancel(self, key: int) -> bool:
         """Ends one use of a block, unless it is here or being fetched."""
+        if self._entries[key].state not in _WAITING:  # mostly, and seen without the lock
+            return False
         with self._changed:
-            waits = self._entries[key].state in (_State.QUEUED, _State.NO_ROOM)
+            waits = self._entries[key].state in _WAITING
             if waits:
                 self.release(key)
             return waits
@@ -350,7 +353,7 @@ class BlockFetcher:
         while self._queue:
             _, number, entry = self._queue[0]
             length = entry.block.length
-            if not entry.uses or entry.state not in (_State.QUEUED, _State.NO_ROOM):
+            if not entry.uses or entry.state not in _WAITING:
                 heapq.heappop(self._queue)
             elif now < self._full_until:
                 heapq.heappop(self._queue)
