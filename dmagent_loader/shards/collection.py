@@ -329,12 +329,12 @@ class ShardCollection:
         if self.fetcher is None:
             return ArrayRows(extension, first, self._tables.get, self._sources.get_all)  # type: ignore[arg-type]
         is_remote = self._catalogue.is_remote
-        source = (
-            self.fetcher.get
+        sources = (
+            self.fetcher.get_all
             if is_remote.all()
-            else partial(_block_or_shard, self.fetcher, is_remote.tolist(), self._sources.get)
+            else partial(map, partial(_block_or_shard, self.fetcher, is_remote.tolist(), self._sources.get))
         )
-        return ArrayRows(extension, first, self._tables.get, partial(map, source), is_remote)
+        return ArrayRows(extension, first, self._tables.get, sources, is_remote)
 
     def display(self, domain: int, shard: int) -> str:
         """The URL of a shard, for messages."""

@@ -98,7 +98,8 @@ class BlockStore:
     def __init__(self, folder: Path | None, limit: int | None, *, max_open_files: int, lock: threading.RLock) -> None:
         self._folder, self._limit, self._lock = folder, limit, lock
         self._cache: NodeCache | None = None
-        self._files = BoundedCache(open_block, max_open_files)
+        self._max_open_files = max_open_files
+        self._files = BoundedCache(_open_file, max_open_files)
         self._memory_bytes = 0
         self._disk_full_until = 0.0
         """Until then no block looks for room on disk."""
@@ -172,7 +173,7 @@ class BlockStore:
         if data is not None:
             return data
         try:
-            return self._files.get(stored.place)
+            return self._files.get(stored)
         except ShardNotFoundError:
             raise
         except ShardError as error:  # such as a file of another user, which would be found again without end
@@ -183,6 +184,19 @@ class BlockStore:
                 str(error),
             )
             return None
+
+    def open_all(self, stored: list[StoredBlock]) -> list[BlockSource] | None:
+        """As `open`, for many blocks; faster than a call for each.
+
+        Returns:
+            None if they have to be opened one by one, because some are in memory, or they might be too many.
+
+        Raises:
+            ShardError: One of them cannot be opened: `open` says which, and why.
+        """
+        if self._memory_bytes or len(stored) > self._max_open_files:
+            return None
+        return self._files.get_all(stored)
 
     def release(self, stored: StoredBlock) -> None:
         """Ends the need for a block, in either place; the caller holds the lock."""
@@ -201,7 +215,7 @@ class BlockStore:
         if stored.is_needed:
             assert self._cache is not None
             stored.is_needed = False
-            self._files.drop(stored.place)
+            self._files.drop(stored)
             self._cache.release(stored.block.name)
 
     def _write(self, claim: Claim, source: RemoteSource, block: Block, folder: Path) -> Outcome | None:
@@ -265,6 +279,10 @@ class BlockStore:
             "block_cache_dir of ReadingConfig to a folder with free space on a local disk",
             error.strerror or str(error),
         )
+
+
+def _open_file(stored: StoredBlock) -> BlockSource:
+    return open_block(stored.place)
 
 
 def _warn_once(text: str, reason: str) -> None:

@@ -7,6 +7,7 @@ one by one, and fail one by one.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -18,7 +19,7 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 
-from dmagent_loader.errors import DamagedShardError, ShardNotFoundError
+from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError
 from dmagent_loader.shards import forks
 from dmagent_loader.shards.sources.block_sources import BlockSource
 from dmagent_loader.shards.sources.block_store import BlockStore, Outcome, StoredBlock
@@ -224,6 +225,15 @@ class BlockFetcher:
             if state in (_State.NO_ROOM, _State.FAILED) or not self._wait(entry):
                 return None
         return None
+
+    def get_all(self, keys: list[int]) -> Iterable[BlockSource | None]:
+        """As `get`, for many keys; faster than a call for each if all blocks are here."""
+        here = _State.HERE
+        with contextlib.suppress(KeyError, ShardError):  # `get` says what that means
+            stored = [entry.stored for entry in map(self._entries.__getitem__, keys) if entry.state is here]
+            if len(stored) == len(keys) and (blocks := self._store.open_all(stored)) is not None:
+                return blocks
+        return map(self.get, keys)
 
     def forget(self, key: int) -> None:
         """Removes a block whose bytes are wrong, and has its rows read from the shard."""

@@ -288,3 +288,57 @@ def test_a_block_that_finds_the_disk_full_halfway_stays_in_memory(
     assert "cannot be stored in the folder" in caplog.text
     assert [path.suffix for path in (tmp_path / "blocks").iterdir()] == [".needs"]
     fetcher.release(0)
+
+
+def test_many_blocks_are_those_that_are_found_one_by_one(fetcher: BlockFetcher) -> None:
+    """Whatever became of one of them, and in the order in which they were asked for."""
+    fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
+    for key in range(4):
+        fetcher.want(key, key)
+    blocks = [fetcher.get(key) for key in range(4)]
+    assert None not in blocks
+    assert list(fetcher.get_all([2, 0, 2, 3])) == [blocks[2], blocks[0], blocks[2], blocks[3]]
+    assert list(fetcher.get_all([1, 7])) == [blocks[1], None], "nobody asked for the last one"
+    fetcher.release(0)
+    fetcher.forget(1)
+    assert list(fetcher.get_all([0, 1, 2])) == [None, None, blocks[2]]
+    assert list(fetcher.get_all([])) == []
+    assert fetcher._store._cache is not None
+    fetcher._store._cache.remove(name(3))
+    fetcher._store._files.clear()
+    again = list(fetcher.get_all([2, 3]))
+    assert [block is not None and block.read(0, 9) for block in again] == [b"x" * 9] * 2, "one was fetched again"
+    for key in (1, 2, 3):
+        fetcher.release(key)
+    assert not fetcher._store._files._entries
+    assert not fetcher._store._cache._needed
+
+
+def test_many_blocks_may_be_in_memory_or_in_either_place(fetcher: BlockFetcher) -> None:
+    fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
+    fetcher.want(0, 0)
+    assert fetcher.get(0) is not None
+    assert is_on_disk(fetcher, 0)
+    fetcher._store._can_store = False
+    for key in (1, 2):
+        fetcher.want(key, 0)
+        assert fetcher.get(key) is not None
+        assert not is_on_disk(fetcher, key)
+    for keys in ([1, 2], [0, 1]):
+        assert list(fetcher.get_all(keys)) == [fetcher.get(key) for key in keys]
+    for key in range(3):
+        fetcher.release(key)
+    assert list(fetcher.get_all([0, 1])) == [None, None]
+
+
+def test_more_blocks_than_may_be_open_are_opened_one_by_one(
+    fetcher: BlockFetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
+    monkeypatch.setattr(fetcher._store, "_max_open_files", 3)
+    for key in range(4):
+        fetcher.want(key, key)
+        assert fetcher.get(key) is not None
+    assert isinstance(fetcher.get_all([0, 1, 2]), list)
+    assert isinstance(fetcher.get_all([0, 1, 2, 3]), map)
+    assert None not in list(fetcher.get_all([0, 1, 2, 3]))
