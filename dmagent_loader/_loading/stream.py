@@ -47,7 +47,7 @@ _LARGEST_DEAL = 1 << 16
 _RUN_AHEAD = 2048
 """Positions planned at a time ahead of those in use, if shards are remote."""
 _MOST_AT_ONCE = 8192
-"""Positions of several such runs that are planned together: that is cheaper."""
+"""Positions of all ranks and workers in several such runs that are planned together: that is cheaper."""
 _LEAST_AHEAD, _MOST_AHEAD_OF_A_NEW_MIX, _MOST_AHEAD = 2048, 8192, 1 << 17
 """Positions planned ahead if shards are remote: few at first, then twice as many after each run that had to wait."""
 _MOST_BYTES_AHEAD = 256 << 20
@@ -356,17 +356,18 @@ class SampleStream(Iterator[Mapping[str, Any]]):
 
         Args:
             first: The first position.
-            count: Positions. At least one run is planned, and no more than `_MOST_AT_ONCE` positions or one run.
+            count: Positions. At least one run is planned, and several only up to `_MOST_AT_ONCE`.
 
         Raises:
             ExhaustedError: A domain with rule ``error`` is used up before `first`.
         """
         assert self._layout is not None
         length = self._feed.reading.num_rows if self._feed.reading.num_threads else self._run_length
-        length, most = max(1, length // self._batch_size) * self._batch_size, _MOST_AT_ONCE
+        length, num_ranks = max(1, length // self._batch_size) * self._batch_size, self._layout.world_size
         if self._feed.own_shards:
-            own_batch, most = self._layout.own_batch, _LARGEST_DEAL // self._layout.world_size
-            length = max(1, min(length, most) // own_batch) * own_batch
+            own_batch = self._layout.own_batch
+            length = max(1, min(length, _LARGEST_DEAL // num_ranks) // own_batch) * own_batch
+        most = _MOST_AT_ONCE // (num_ranks * self._layout.num_workers)
         run = self._plan(first, length, max(1, min(-(-count // length), most // length)))
         if run is None:
             return False
