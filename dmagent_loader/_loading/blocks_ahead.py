@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
-from dmagent_loader.shards import RowSource, forks
+from dmagent_loader.shards import forks
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 
 _NEVER = np.iinfo(np.int64).max
@@ -54,23 +54,23 @@ class BlocksAhead:
     on to the next of these runs.
 
     Args:
-        rows: The rows of all domains.
-        fetcher: Their blocks.
+        num_domains: D.
+        fetcher: The blocks of all domains.
     """
 
-    def __init__(self, rows: RowSource, fetcher: BlockFetcher) -> None:
-        self._rows, self._fetcher = rows, fetcher
+    def __init__(self, num_domains: int, fetcher: BlockFetcher) -> None:
+        self._fetcher = fetcher
         self._waits = fetcher.waits
         self._last_use: dict[int, tuple[int, int]] = {}
         """Key of each block that is asked for -> domain, and its last planned draw from the block."""
         self._planned: deque[tuple[IntArray, IntArray]] = deque()
         """(D,) lowest draw and (D,) first draw after the highest, of the run of samples in use and those ahead."""
-        nothing = (np.full(len(rows.domains), _NEVER), np.zeros(len(rows.domains), np.int64))
+        nothing = (np.full(num_domains, _NEVER), np.zeros(num_domains, np.int64))
         self._left = nothing
         """The same of the run before: its samples may be lazy, and not read yet."""
         self._passed = nothing[1]
         """(D,) first draw after all that were delivered before it."""
-        self._has_weight = np.ones(len(rows.domains), bool)
+        self._has_weight = np.ones(num_domains, bool)
         """(D,) whether the newest mix has samples of a domain."""
         forks.register(self)
 

@@ -119,7 +119,7 @@ class SampleStream(Iterator[Mapping[str, Any]]):
         self._layout: StreamLayout | None = None
         self._readahead = Readahead.configured(feed.collection, feed.reading)
         fetcher = feed.collection.fetcher
-        self._blocks = None if fetcher is None else BlocksAhead(feed.collection, fetcher)
+        self._blocks = None if fetcher is None else BlocksAhead(len(feed.collection.domains), fetcher)
         self._reader = RowReader(
             feed.collection,
             feed.decoder,

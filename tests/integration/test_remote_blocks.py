@@ -26,7 +26,7 @@ from text_shards import byte_tokenizer
 from benchmarks.far_server import FarServer
 from dmagent_loader import AgentWeightedSampler, MixingDataLoader, PackText, ReadingConfig
 from dmagent_loader._loading import stream
-from dmagent_loader.errors import DamagedShardError, ShardError
+from dmagent_loader.errors import DamagedShardError, ExhaustedError, ShardError
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.sources import block_store, blocks, fetching
 from dmagent_loader.shards.writing.tar_writer import TarWriter
@@ -355,6 +355,31 @@ def test_rows_are_the_same_under_any_limits_and_mixes(
         if limit:
             size = sum(path.stat().st_size for path in (tmp_path / "blocks").glob("*.block"))
             assert size <= limit
+
+
+def test_samples_before_the_end_of_a_domain_are_delivered_wherever_it_lies_in_those_planned_together(
+    server: FarServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_RUN_AHEAD", "_FIRST_RUN"):
+        monkeypatch.setattr(stream, name, 24)
+    monkeypatch.setattr(stream, "_LEAST_AHEAD", 200)
+
+    def delivered(shards: Mapping[str, str]) -> list[str]:
+        sampler = AgentWeightedSampler(
+            shards,
+            samples_per_reweight=10**9,
+            exhausted="error",
+            initial_mix={"source/a": 0.5, "source/b": 0.3, "target/c": 0.2},
+            reading=ReadingConfig(progress=False, cache_dir=tmp_path / "index", block_cache_dir=tmp_path / "blocks"),
+        )
+        found: list[str] = []
+        with pytest.raises(ExhaustedError, match="source/a"):
+            found.extend(sample["__key__"] for sample in sampler)
+        return found
+
+    found = delivered(remote(server))
+    assert found == delivered(local(folder))
+    assert len(found) >= 2 * SHARDS * ROWS - 4
 
 
 def close_inherited(sampler: AgentWeightedSampler, results: multiprocessing.Queue[Any]) -> None:

@@ -34,14 +34,10 @@ class Fetcher:
         return key not in self.absent and key in dict(self.wanted)
 
 
-class Rows:
-    domains = ("a", "b")
-
-
 def asked(cuts):
     """Blocks ahead that were asked for samples in one request for each part, with a run for each number in it."""
     fetcher = Fetcher()
-    ahead, blocks, begin = BlocksAhead(Rows(), fetcher), BlocksOfRows.of(FIRST, LAST), 0
+    ahead, blocks, begin = BlocksAhead(2, fetcher), BlocksOfRows.of(FIRST, LAST), 0
     for ends in cuts:
         part = slice(begin, ends[-1])
         ahead.request(DOMAIN[part], DRAW[part], blocks.chosen(part), 100 + begin, [end - begin for end in ends])
