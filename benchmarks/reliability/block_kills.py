@@ -29,8 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.far_server import serving
-from dmagent_loader._loading.blocks_ahead import BlocksAhead
-from dmagent_loader.mixture.segment import Located
+from dmagent_loader._loading.blocks_ahead import BlocksAhead, BlocksOfRows
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.sources import blocks, fetching
 from dmagent_loader.shards.sources.node_cache import NodeCache
@@ -78,14 +77,15 @@ def read(collection: ShardCollection, results: Any) -> None:
     """Reads all rows in order, planned ahead, and reports their digest."""
     rows, digest = order(), hashlib.sha256()
     assert collection.fetcher is not None
-    ahead = BlocksAhead(collection, collection.fetcher)
+    ahead = BlocksAhead(1, collection.fetcher)
     runs = np.array_split(np.arange(len(rows)), len(rows) // RUN)
     planned = 0
     for number, run in enumerate(runs):
         while planned < min(len(runs), number + RUNS_AHEAD):
             draws = runs[planned]
-            located = Located(np.zeros(len(draws), np.int64), draws, rows[draws, 0], rows[draws, 1])
-            ahead.request(located, int(draws[0]))
+            domain = np.zeros(len(draws), np.int64)
+            blocks = BlocksOfRows.of(*collection.blocks_of(domain, rows[draws, 0], rows[draws, 1]))
+            ahead.request(domain, draws, blocks, int(draws[0]), [len(draws)])
             planned += 1
         ahead.advance()
         for shard, row in rows[run].tolist():
