@@ -417,12 +417,46 @@ static int64_t row_of(uint64_t key, int64_t position, int64_t rows, int64_t leng
     return first + scatter(random_bits(key, TILES + (uint64_t)first), place - begin, size);
 }
 
-PyDoc_STRVAR(locate_doc, "locate(shuffle, keys, num_rows, first_shard, order, starts, domain, draw, shard, row)\n--\n\n"
+#if defined(__GNUC__) || defined(__clang__)
+#define PREFETCH(place) __builtin_prefetch(place)
+#else
+#define PREFETCH(place) ((void)(place))
+#endif
+
+/* The last shard from `low` to `high` - 1 that does not begin after a place; it is sought from a likely one on, in growing
+   steps. */
+static int64_t shard_of(const int64_t *starts, int64_t low, int64_t high, int64_t likely, int64_t place)
+{
+    int64_t step = 1;
+    if (starts[likely] <= place) {
+        low = likely;
+        while (step < high - low && starts[low + step] <= place)
+            low += step, step *= 2;
+        high = step < high - low ? low + step : high;
+    } else {
+        high = likely;
+        while (step < high - low && starts[high - step] > place)
+            high -= step, step *= 2;
+        low = step < high - low ? high - step : low;
+    }
+    while (high - low > 1) {
+        int64_t middle = low + (high - low) / 2;
+        if (starts[middle] <= place)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+PyDoc_STRVAR(locate_doc, "locate(shuffle, keys, num_rows, first_row, first_shard, order, starts, domain, draw, shard, row)"
+                         "\n--\n\n"
                          "Shard and row of draws: see `RowOrders.locate`.\n\n"
                          "Args:\n"
                          "    shuffle: (3,) int64, lanes, rows of a tile, and stride (`Lanes`).\n"
                          "    keys: (D,) uint64, key of each domain.\n"
                          "    num_rows: (D,) int64, rows of each domain.\n"
+                         "    first_row: (D,) int64, rows of all domains before each.\n"
                          "    first_shard: (D + 1,) int64, first shard of each domain, and the number of all.\n"
                          "    order, starts: (S,) int64, the shards, and the rows before each (`RowOrders._sequence`).\n"
                          "    domain, draw: (n,) int64, the draws.\n"
@@ -430,42 +464,49 @@ PyDoc_STRVAR(locate_doc, "locate(shuffle, keys, num_rows, first_shard, order, st
 
 static PyObject *locate(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    Column columns[10];
-    if (expects(nargs, 10) < 0 || take(args, 10, 2, columns) < 0)
+    Column columns[11];
+    if (expects(nargs, 11) < 0 || take(args, 11, 2, columns) < 0)
         return NULL;
     const int64_t *shuffle = columns[0].data, *keys = columns[1].data, *num_rows = columns[2].data;
-    const int64_t *first_shard = columns[3].data, *order = columns[4].data, *starts = columns[5].data;
-    const int64_t *domain = columns[6].data, *draw = columns[7].data;
-    Py_ssize_t domains = columns[2].size, shards = columns[4].size, count = columns[6].size;
+    const int64_t *first_row = columns[3].data, *first_shard = columns[4].data, *order = columns[5].data;
+    const int64_t *starts = columns[6].data, *domain = columns[7].data, *draw = columns[8].data;
+    int64_t *shard = columns[9].data, *row = columns[10].data;
+    Py_ssize_t domains = columns[2].size, shards = columns[5].size, count = columns[7].size;
     PyObject *result = NULL;
-    if (columns[0].size != 3 || columns[1].size != domains || columns[3].size != domains + 1 ||
-        columns[5].size != shards || first_shard[domains] != shards || columns[7].size != count ||
-        columns[8].size != count || columns[9].size != count || shuffle[0] < 1 || shuffle[1] < 1) {
+    if (columns[0].size != 3 || columns[1].size != domains || columns[3].size != domains ||
+        columns[4].size != domains + 1 || first_shard[domains] != shards || columns[6].size != shards ||
+        columns[8].size != count || columns[9].size != count || columns[10].size != count || shuffle[0] < 1 ||
+        shuffle[1] < 1) {
         wrong_sizes();
         goto done;
     }
+    /* A million shards do not fit into the caches of a core, so in each of three turns the memory for the next one is
+       asked for. A row is likely in the shard where it would be if all shards of its domain had as many rows. */
     for (Py_ssize_t i = 0; i < count; i++) {
         int64_t of = domain[i];
         if (of < 0 || of >= domains || num_rows[of] < 1 || draw[i] < 0) {
             wrong_sizes();
             goto done;
         }
-        int64_t rows = num_rows[of], epoch = draw[i] / rows, low = first_shard[of], high = first_shard[of + 1];
-        int64_t place = starts[low] + row_of(random_bits((uint64_t)keys[of], (uint64_t)epoch), draw[i] - epoch * rows,
-                                             rows, rows / shuffle[0], shuffle[0], shuffle[1], shuffle[2]);
-        while (high - low > 1) { /* to the last shard that does not begin after the place */
-            int64_t middle = low + (high - low) / 2;
-            if (starts[middle] <= place)
-                low = middle;
-            else
-                high = middle;
-        }
-        columns[8].data[i] = order[low];
-        columns[9].data[i] = place - starts[low];
+        int64_t rows = num_rows[of], epoch = draw[i] / rows, own_shards = first_shard[of + 1] - first_shard[of];
+        int64_t place = row_of(random_bits((uint64_t)keys[of], (uint64_t)epoch), draw[i] - epoch * rows, rows,
+                               rows / shuffle[0], shuffle[0], shuffle[1], shuffle[2]);
+        int64_t likely = (int64_t)((double)place / (double)rows * (double)own_shards);
+        row[i] = first_row[of] + place;
+        shard[i] = first_shard[of] + (likely < own_shards ? likely : own_shards - 1);
+        PREFETCH(&starts[shard[i]]);
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        shard[i] = shard_of(starts, first_shard[domain[i]], first_shard[domain[i] + 1], shard[i], row[i]);
+        PREFETCH(&order[shard[i]]);
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        row[i] -= starts[shard[i]];
+        shard[i] = order[shard[i]];
     }
     result = Py_NewRef(Py_None);
 done:
-    release(columns, 10);
+    release(columns, 11);
     return result;
 }
 
@@ -479,7 +520,7 @@ static PyMethodDef functions[] = {
 
 static int add_interface(PyObject *module)
 {
-    return PyModule_AddIntConstant(module, "INTERFACE", 1); /* see compiled_loops() */
+    return PyModule_AddIntConstant(module, "INTERFACE", 2); /* see compiled_loops() */
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_interface}, {0, NULL}};

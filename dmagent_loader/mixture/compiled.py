@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from dmagent_loader._compiled import compiled_loops
 
-COMPILED = compiled_loops("dmagent_loader.mixture._order", interface=1)
+COMPILED = compiled_loops("dmagent_loader.mixture._order", interface=2)

@@ -77,7 +77,7 @@ class RowOrders:
         assert COMPILED is not None
         shard, row = np.empty((2, len(draw)), dtype=np.int64)
         draws = np.ascontiguousarray(domain), np.ascontiguousarray(draw)
-        of_domains = self._lanes.settings, self._keys, self.num_rows, self._first_shard
+        of_domains = self._lanes.settings, self._keys, self.num_rows, self._first_row, self._first_shard
         COMPILED.locate(*of_domains, *self._sequence, *draws, shard, row)
         return shard, row
 

@@ -34,6 +34,7 @@ T = TypeVar("T")
 HAS_COMPILER = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) is not None
 
 
+INTERFACES = {"mixture._order": 2, "shards._reading": 1}
 USERS = (mix_tree, domain_order, row_order, array_rows)
 
 
@@ -47,7 +48,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loops(name: str) -> ModuleType:
-    found = _compiled.compiled_loops(f"dmagent_loader.{name}", interface=1)
+    found = _compiled.compiled_loops(f"dmagent_loader.{name}", INTERFACES[name])
     if found is None and not HAS_COMPILER:
         pytest.skip("there is no C compiler")
     assert found is not None, f"{name} was not built, or from other code: pip install -e . builds it"
@@ -343,9 +344,9 @@ def test_a_run_has_the_same_batches(tmp_path):
 def test_they_are_left_out_if_the_environment_says_so_or_they_are_of_other_code(monkeypatch):
     name = "dmagent_loader.mixture._order"
     assert loops("mixture._order") is not None
-    assert _compiled.compiled_loops(name, interface=2) is None
+    assert _compiled.compiled_loops(name, interface=INTERFACES["mixture._order"] + 1) is None
     assert _compiled.compiled_loops("dmagent_loader.mixture.nothing", interface=1) is None
     monkeypatch.setenv(_compiled.PURE_PYTHON_VARIABLE, "1")
-    assert _compiled.compiled_loops(name, interface=1) is None
+    assert _compiled.compiled_loops(name, INTERFACES["mixture._order"]) is None
     monkeypatch.setenv(_compiled.PURE_PYTHON_VARIABLE, "0")
-    assert _compiled.compiled_loops(name, interface=1) is not None
+    assert _compiled.compiled_loops(name, INTERFACES["mixture._order"]) is not None
