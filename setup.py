@@ -30,11 +30,12 @@ def compiled_loops() -> list[Extension]:
         Extension(
             ".".join(source.with_suffix("").parts),
             [str(source)],
+            depends=["dmagent_loader/mixture/_columns.h"],
             extra_compile_args=options,
             py_limited_api=True,
             optional=True,
         )
-        for source in (Path("dmagent_loader/mixture/_order.c"), Path("dmagent_loader/shards/_reading.c"))
+        for source in map(Path("dmagent_loader").joinpath, ("mixture/_order.c", "mixture/_rows.c", "shards/_reading.c"))
     ]
 
 

@@ -25,7 +25,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from dmagent_loader.mixture.compiled import COMPILED
+from dmagent_loader.mixture.compiled import ORDER as COMPILED
 from dmagent_loader.mixture.hashing import UIntArray, random_bits
 from dmagent_loader.mixture.mix_tree import RESOLUTION, MixTree, grow
 from dmagent_loader.mixture.simplex import FloatArray, IntArray, largest_remainder

@@ -18,7 +18,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from dmagent_loader.mixture.compiled import COMPILED
+from dmagent_loader.mixture.compiled import ORDER as COMPILED
 from dmagent_loader.mixture.simplex import FloatArray, IntArray
 
 RESOLUTION = 1 << 30

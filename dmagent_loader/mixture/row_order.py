@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dmagent_loader.mixture.compiled import COMPILED
+from dmagent_loader.mixture.compiled import ROWS as COMPILED
 from dmagent_loader.mixture.hashing import UIntArray, permutations, random_bits, stream_key
 from dmagent_loader.mixture.rest_of_pass import RowsLeft
 from dmagent_loader.mixture.shuffle import Lanes, Shuffle

@@ -1,7 +1,7 @@
 /* The loops of reading: where the rows of a batch lie, and their bytes.
 
-   Each function does what Python code beside its caller does (`array_rows.py`), which is in use where this module was not
-   built. Only the stable interface of Python is used, so that one file serves all its versions from 3.11 on. */
+   Each function does what Python code beside its caller does (`array_rows.py`), which is in use where this module was
+   not built. Only the stable interface of Python is used, so that one build serves all its versions from 3.11 on. */
 
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN

@@ -102,7 +102,11 @@ def test_the_wheel_holds_the_package_and_what_a_run_needs(wheel: Path) -> None:
         )
     }
     inside = {name for name in names if not name.startswith(f"dmagent_loader-{__version__}.dist-info/")}
-    compiled = {f"dmagent_loader/{name}.abi3.so" for name in ("mixture/_order", "shards/_reading") if HAS_COMPILER}
+    compiled = {
+        f"dmagent_loader/{name}.abi3.so"
+        for name in ("mixture/_order", "mixture/_rows", "shards/_reading")
+        if HAS_COMPILER
+    }
     assert inside == package | checkpoints | compiled | {"dmagent_loader/py.typed"}
     assert wheel.stat().st_size < MOST_BYTES
     [pattern] = re.findall(r"dist/(dmagent_loader-\S*\.whl)", README)
@@ -113,13 +117,13 @@ def test_a_wheel_without_compiled_loops_fits_any_machine(source: Path, tmp_path:
     wheel = built_wheel(source, tmp_path, DMAGENT_PURE_PYTHON="1")
     assert wheel.name == f"dmagent_loader-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.endswith((".so", ".c"))]
+        assert not [name for name in archive.namelist() if name.endswith((".so", ".c", ".h"))]
 
 
 def test_the_loops_are_compiled_where_python_has_a_stable_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DMAGENT_PURE_PYTHON", raising=False)
     functions = runpy.run_path(str(REPOSITORY / "setup.py"))
-    names = ["dmagent_loader.mixture._order", "dmagent_loader.shards._reading"]
+    names = [f"dmagent_loader.{name}" for name in ("mixture._order", "mixture._rows", "shards._reading")]
     for without_lock, expected in ((0, names), (None, names), (1, [])):
         monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": without_lock}.get)
         assert [loop.name for loop in functions["compiled_loops"]()] == expected

@@ -34,7 +34,7 @@ T = TypeVar("T")
 HAS_COMPILER = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) is not None
 
 
-INTERFACES = {"mixture._order": 2, "shards._reading": 1}
+INTERFACES = {"mixture._order": 2, "mixture._rows": 1, "shards._reading": 1}
 USERS = (mix_tree, domain_order, row_order, array_rows)
 
 
@@ -42,9 +42,9 @@ USERS = (mix_tree, domain_order, row_order, array_rows)
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled loops, whatever the environment says."""
     monkeypatch.delenv(_compiled.PURE_PYTHON_VARIABLE, raising=False)
-    order, reading = loops("mixture._order"), loops("shards._reading")
+    order, rows, reading = map(loops, INTERFACES)
     for module in USERS:
-        monkeypatch.setattr(module, "COMPILED", reading if module is array_rows else order)
+        monkeypatch.setattr(module, "COMPILED", {row_order: rows, array_rows: reading}.get(module, order))
 
 
 def loops(name: str) -> ModuleType:
