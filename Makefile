@@ -43,7 +43,7 @@ BENCHMARKS := $(filter $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py))
 
 .PHONY: demo test test-unit test-all test-nemo test-megatron test-python313 test-transformers lint docs bench bench-quick fuzz clean
 
-$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard dmagent_loader/*/*.[ch])
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt $(wildcard dmagent_loader/*.h dmagent_loader/*/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip -c constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'

@@ -30,7 +30,7 @@ def compiled_loops() -> list[Extension]:
         Extension(
             ".".join(source.with_suffix("").parts),
             [str(source)],
-            depends=["dmagent_loader/mixture/_columns.h"],
+            depends=["dmagent_loader/_module.h", "dmagent_loader/mixture/_columns.h"],
             extra_compile_args=options,
             py_limited_api=True,
             optional=True,

@@ -1,15 +1,9 @@
-/* Arrays of 8-byte numbers as arguments, and the random numbers of `hashing.py`, for the C files beside this one.
-
-   Only the stable interface of Python is used, so that one build serves all its versions from 3.11 on. */
+/* Arrays of 8-byte numbers as arguments, and the random numbers of `hashing.py`, for the C files beside this one. */
 
 #ifndef DMAGENT_COLUMNS_H
 #define DMAGENT_COLUMNS_H
 
-#define Py_LIMITED_API 0x030b0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <stdlib.h>
+#include "../_module.h"
 
 #define GAMMA 0x9E3779B97F4A7C15ULL
 #define MULTIPLIER_1 0xBF58476D1CE4E5B9ULL
@@ -55,25 +49,6 @@ static int take(PyObject *const *args, Py_ssize_t count, Py_ssize_t written, Col
         columns[i].size = columns[i].view.len / (Py_ssize_t)sizeof(int64_t);
     }
     return 0;
-}
-
-static PyObject *wrong_sizes(void)
-{
-    PyErr_SetString(PyExc_ValueError, "the arrays do not fit together");
-    return NULL;
-}
-
-static int expects(Py_ssize_t given, Py_ssize_t expected)
-{
-    if (given == expected)
-        return 0;
-    PyErr_Format(PyExc_TypeError, "%zd arguments were expected, and %zd given", expected, given);
-    return -1;
-}
-
-static int add_interface(PyObject *module)
-{
-    return PyModule_AddIntConstant(module, "INTERFACE", INTERFACE); /* see compiled_loops() */
 }
 
 #endif

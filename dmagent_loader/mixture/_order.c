@@ -4,8 +4,6 @@
    where this module was not built. The samples of a run do not depend on that: integers wrap around, and floating-point
    numbers are rounded, as in numpy (see the options of the compiler in setup.py). Tests compare the two. */
 
-#define INTERFACE 2
-
 #include "_columns.h"
 
 #include <math.h>
@@ -300,20 +298,4 @@ done:
     return result;
 }
 
-static PyMethodDef functions[] = {
-    {"grow", (PyCFunction)(void (*)(void))grow, METH_FASTCALL, grow_doc},
-    {"prepare", (PyCFunction)(void (*)(void))prepare, METH_FASTCALL, prepare_doc},
-    {"follow", (PyCFunction)(void (*)(void))follow, METH_FASTCALL, follow_doc},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_interface}, {0, NULL}};
-
-static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_order", "Loops of the order of domains, in C.", 0, functions, slots, NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__order(void)
-{
-    return PyModuleDef_Init(&module);
-}
+MODULE(_order, "Loops of the order of domains, in C.", 2, FUNCTION(grow), FUNCTION(prepare), FUNCTION(follow))

@@ -3,8 +3,6 @@
    It gives what the Python code of `row_order.py` gives, which is in use where this module was not built. The samples
    of a run do not depend on that: integers wrap around as in numpy. Tests compare the two. */
 
-#define INTERFACE 1
-
 #include "_columns.h"
 
 #define ROUNDS 4
@@ -153,18 +151,4 @@ done:
     return result;
 }
 
-static PyMethodDef functions[] = {
-    {"locate", (PyCFunction)(void (*)(void))locate, METH_FASTCALL, locate_doc},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_interface}, {0, NULL}};
-
-static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_rows", "Loops of the order of rows, in C.", 0, functions, slots, NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__rows(void)
-{
-    return PyModuleDef_Init(&module);
-}
+MODULE(_rows, "Loops of the order of rows, in C.", 1, FUNCTION(locate))

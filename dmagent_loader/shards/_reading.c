@@ -1,31 +1,14 @@
 /* The loops of reading: where the rows of a batch lie, and their bytes.
 
    Each function does what Python code beside its caller does (`array_rows.py`), which is in use where this module was
-   not built. Only the stable interface of Python is used, so that one build serves all its versions from 3.11 on. */
+   not built. */
 
-#define Py_LIMITED_API 0x030b0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "../_module.h"
+
 #include <errno.h>
-#include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
 #include <sys/uio.h>
-
-static PyObject *wrong_sizes(void)
-{
-    PyErr_SetString(PyExc_ValueError, "the arguments do not fit together");
-    return NULL;
-}
-
-static int expects(Py_ssize_t given, Py_ssize_t expected)
-{
-    if (given == expected)
-        return 0;
-    PyErr_Format(PyExc_TypeError, "%zd arguments were expected, and %zd given", expected, given);
-    return -1;
-}
 
 /* A row to read. */
 typedef struct {
@@ -205,24 +188,4 @@ done:
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-static PyMethodDef functions[] = {
-    {"read_rows", (PyCFunction)(void (*)(void))read_rows, METH_FASTCALL, read_rows_doc},
-    {"gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL, gather_doc},
-    {NULL, NULL, 0, NULL},
-};
-
-static int add_interface(PyObject *module)
-{
-    return PyModule_AddIntConstant(module, "INTERFACE", 1); /* see compiled_loops() */
-}
-
-static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_interface}, {0, NULL}};
-
-static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_reading", "Loops of reading, in C.", 0, functions, slots, NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__reading(void)
-{
-    return PyModuleDef_Init(&module);
-}
+MODULE(_reading, "Loops of reading, in C.", 1, FUNCTION(read_rows), FUNCTION(gather))
