@@ -55,7 +55,7 @@ demo: $(STAMP)
 # Files whole, in their own order: those whose tests take longest come first.
 DEALT := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(DEALT) -m 'not slow' $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(DEALT) -m 'not slow and not megatron' $(PYTEST_ARGS)
 
 # One process; none is started and nothing is waited for (tests/unit/conftest.py).
 test-unit: $(STAMP)

@@ -19,6 +19,9 @@ import pytest
 TEST = re.compile(
     r"tests/trainers/conformance/.*::test_(?P<promise>\w+)\[(?P<integration>.*?)(?:-\d processes.*)?\](@.*)?$"
 )
+MEGATRON = re.compile(r"/trainers/(.*/)?test_megatron\w*\.py$|/trainers/megatron_lm/")
+"""Tests that `make test-megatron` runs, with a newer version; of the others, `make test` has one run of the conformance
+suite."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,8 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         integration = parameters.get("integration")
         group = f"{item.path.relative_to(item.config.rootpath)}{getattr(integration, 'name', '')}"
         item.add_marker(pytest.mark.xdist_group(group))
-        if getattr(integration, "variant", False) and not getattr(parameters.get("setting"), "for_variants", False):
+        is_variant = getattr(integration, "variant", False)
+        is_first_setting = getattr(parameters.get("setting"), "for_variants", False)
+        if is_variant and not is_first_setting:
             item.add_marker(pytest.mark.slow)
+        is_megatron = MEGATRON.search(item.path.as_posix()) or getattr(integration, "name", "").startswith("Megatron")
+        if is_megatron and (is_variant or not is_first_setting):
+            item.add_marker(pytest.mark.megatron)
 
 
 def pytest_configure() -> None:
