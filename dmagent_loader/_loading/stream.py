@@ -50,7 +50,7 @@ _MOST_AT_ONCE = 8192
 """Positions of all ranks and workers in several such runs that are planned together: that is cheaper."""
 _LEAST_AHEAD, _MOST_AHEAD_OF_A_NEW_MIX, _MOST_AHEAD = 2048, 8192, 1 << 17
 """Positions planned ahead if shards are remote: few at first, then twice as many after each run that had to wait."""
-_MOST_BYTES_AHEAD = 256 << 20
+_MOST_BYTES_AHEAD = 128 << 20
 """Bytes of the rows of these positions."""
 _THREADS_FOR_ROWS = 16
 """Threads that read the rows of blocks for which there is no room, or which could not be fetched."""

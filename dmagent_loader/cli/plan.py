@@ -78,7 +78,7 @@ def simulate(args: argparse.Namespace) -> int:
         reason = f"the run fails there, because {', '.join(failure[1])} are used up and the rule is 'error'"
     print(f"the run ends after {stop:,} samples (step {stop / args.samples_per_reweight:.1f}): {reason}")
     if args.storage:
-        print("\n".join(storage_lines(args, collection, counts)))
+        print("\n".join(storage_lines(args, collection, plan.shuffle, counts)))
     return 0 if failure is None or failure[0] >= budget else 1
 
 

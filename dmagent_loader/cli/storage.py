@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from dmagent_loader._loading.request_cost import StoreConditions, reading_cost
 from dmagent_loader.errors import ConfigurationError
+from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.shards import ShardCollection
-from dmagent_loader.shards.sources.blocks import BLOCK_BYTES
+from dmagent_loader.shards.sources.blocks import BLOCK_BYTES, REQUEST_BYTES
 from dmagent_loader.shards.sources.fetching import FETCHES
 
 
@@ -54,12 +55,15 @@ def add_storage_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def storage_lines(args: argparse.Namespace, collection: ShardCollection, counts: NDArray[np.int64]) -> list[str]:
+def storage_lines(
+    args: argparse.Namespace, collection: ShardCollection, shuffle: Shuffle, counts: NDArray[np.int64]
+) -> list[str]:
     """The prediction, as lines.
 
     Args:
         args: Arguments of `add_storage_arguments`.
         collection: The shards.
+        shuffle: Settings of the shuffle.
         counts: (D,) samples of each domain.
     """
     if args.readers < 1:
@@ -74,16 +78,18 @@ def storage_lines(args: argparse.Namespace, collection: ShardCollection, counts:
     by_domain = [[summary for summary in summaries if summary.domain == name] for name in collection.domains]
     payload = np.array([sum(summary.payload_bytes for summary in shards) for shards in by_domain])
     shard_bytes = payload / [len(shards) for shards in by_domain]
+    row_bytes = payload / collection.num_rows
+    of_tile = row_bytes * shuffle.window / shuffle.lanes  # a request brings the rows of a tile that lie in one shard
     cost = reading_cost(
         np.asarray(counts, np.float64),
-        payload / collection.num_rows,
+        row_bytes,
         conditions,
-        bytes_per_request=np.minimum(BLOCK_BYTES, shard_bytes),
+        bytes_per_request=np.minimum(np.clip(of_tile, BLOCK_BYTES, REQUEST_BYTES), shard_bytes),
         in_flight=FETCHES,
     )
     stored = sum(summary.file_bytes for summary in summaries)
     return [
-        f"reading: {cost.requests:,} requests of up to {BLOCK_BYTES >> 20} MiB, {cost.bytes / 1e9:,.2f} GB, "
+        f"reading: {cost.requests:,} requests of up to {REQUEST_BYTES >> 20} MiB, {cost.bytes / 1e9:,.2f} GB, "
         f"{cost.dollars:,.2f} dollars",
         f"rate: at most {cost.rows_per_second * args.readers:,.0f} rows/s from the store by {args.readers} reading "
         f"process(es) with up to {FETCHES} requests at a time each",

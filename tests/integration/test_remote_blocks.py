@@ -497,7 +497,7 @@ def test_a_shard_that_is_cut_loses_only_the_rows_behind_the_cut(
     (server.folder / "source/a/s-1.tar").write_bytes(whole[: table.offset[ROWS - 1]])
     none = np.zeros(ROWS, np.int64)
     for key in set(collection.blocks_of(none, none, np.arange(ROWS))[0].tolist()):
-        collection.fetcher.want(key, 0)
+        collection.fetcher.want([(key, 0)])
     found = [bytes(collection.read(0, 0, row).members["txt"]) for row in range(ROWS - 1)]
     assert found == expected[:-1]
     with pytest.raises(DamagedShardError, match=r"s-1\.tar"):

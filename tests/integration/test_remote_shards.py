@@ -443,7 +443,7 @@ def test_simulate_predicts_the_requests_of_a_run(
     command += ["--exhausted", "stop"]
     assert main([*command, "--samples-per-reweight", "10", "--storage", "--latency", "0.1"]) == 0
     found = re.search(
-        r"reading: (\d+) requests of up to 8 MiB, .*\nrate: at most (\d+) rows/s", capsys.readouterr().out
+        r"reading: (\d+) requests of up to 16 MiB, .*\nrate: at most (\d+) rows/s", capsys.readouterr().out
     )
     assert found is not None
     shards = load_manifest(server.url("manifest.json"))

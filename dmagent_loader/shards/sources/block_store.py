@@ -12,8 +12,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 
 from dmagent_loader.errors import ShardError, ShardNotFoundError
@@ -44,6 +45,7 @@ class Outcome(Enum):
     IN_MEMORY = "in memory"
     NOT_YET = "being fetched by another process, or removed by someone before it was complete"
     NO_ROOM = "no room in either place"
+    FAILED = "not to be had"
 
 
 class StoredBlock:
@@ -52,14 +54,15 @@ class StoredBlock:
     Attributes:
         block: The block.
         data: The block, if it is in memory.
+        is_spare: Whether nobody has asked for it: it is fetched only if the folder has room for it.
         is_needed: Whether the folder has noted the need for it.
         place: Path of the block, once the folder has noted the need for it, and its first byte in the shard.
     """
 
-    __slots__ = ("block", "data", "is_needed", "place")
+    __slots__ = ("block", "data", "is_needed", "is_spare", "place")
 
-    def __init__(self, block: Block) -> None:
-        self.block = block
+    def __init__(self, block: Block, is_spare: bool = False) -> None:
+        self.block, self.is_spare = block, is_spare
         self.data: BlockInMemory | None = None
         self.is_needed = False
         self.place = ("", block.start)
@@ -110,20 +113,41 @@ class BlockStore:
         """Whether blocks go to the folder; None: it is not open yet."""
         return self._can_store
 
-    def obtain(self, stored: StoredBlock, source_of: Callable[[], RemoteSource]) -> tuple[Outcome, float]:
-        """Finds a block in the folder, or fetches it.
+    def obtain(self, run: Sequence[StoredBlock], source_of: Callable[[], RemoteSource]) -> list[tuple[Outcome, float]]:
+        """Finds blocks in the folder, or fetches them, neighbours with one request.
 
         Args:
-            stored: The block. Where this raises, or the outcome is `NO_ROOM`, the caller releases it.
-            source_of: Function that opens its shard.
+            run: Blocks of one shard, one behind the other. Where the outcome is `NO_ROOM` or `FAILED`, the caller
+                releases them.
+            source_of: Function that opens the shard.
 
         Returns:
-            The outcome; seconds until another attempt, if there is to be one.
-
-        Raises:
-            ShardError: The block cannot be fetched.
+            For each block, the outcome; seconds until another attempt, if there is to be one.
         """
-        block, cache, claim = stored.block, self._opened_cache(), None
+        outcomes: dict[StoredBlock, tuple[Outcome, float]] = {}
+        groups: list[list[_Piece]] = [[]]
+        try:
+            for stored in run:
+                found = self._find(stored)
+                if isinstance(found, _Piece):
+                    groups[-1].append(found)
+                else:
+                    outcomes[stored] = found
+                    groups.append([])
+            for group in filter(None, groups):
+                self._fetch(group, source_of(), outcomes)
+        except Exception as error:
+            # Of a shard that has become shorter, the rows before its end are whole, and reading the others says which
+            # are not.
+            logger.debug("blocks from %s on could not be fetched: %s", run[0].block.name, error)
+        finally:
+            for piece in chain(*groups):
+                self._give_back(piece)
+        return [outcomes.get(stored, (Outcome.FAILED, 0.0)) for stored in run]
+
+    def _find(self, stored: StoredBlock) -> tuple[Outcome, float] | _Piece:
+        """The outcome for a block that need not or cannot be fetched; otherwise the place for it."""
+        block, cache = stored.block, self._opened_cache()
         if cache is not None:
             if not stored.is_needed:
                 cache.need(block.name)
@@ -140,25 +164,75 @@ class BlockStore:
                 except OSError as error:
                     self._cannot_store(cache.folder, error)
                 else:
-                    if claim is None:
+                    if claim is not None:
+                        return _Piece(stored, claim)
+                    if not stored.is_spare:
                         self._disk_full_until = time.monotonic() + _TRY_AGAIN_SECONDS
-        source = source_of()
-        if claim is not None:
-            assert cache is not None
-            outcome = self._write(claim, source, block, cache.folder)
-            if outcome is not None:
-                return outcome, 0.0 if outcome is Outcome.ON_DISK else _LOOK_AGAIN_SECONDS
-        if not self._reserve_memory(block):
-            return Outcome.NO_ROOM, _TRY_AGAIN_SECONDS
-        try:
-            data = source.read(block.start, block.length)
-        except BaseException:
-            self._free_memory(block)
-            raise
+        return self._in_memory(stored)
+
+    def _in_memory(self, stored: StoredBlock) -> tuple[Outcome, float] | _Piece:
+        """Memory for a block, if there is room."""
+        if stored.is_spare:
+            return Outcome.FAILED, 0.0
         with self._lock:
-            self._leave_disk(stored)
-            stored.data = BlockInMemory(block.start, data)
-        return Outcome.IN_MEMORY, 0.0
+            if self._memory_bytes and self._memory_bytes + stored.block.length > _MEMORY_BYTES:
+                return Outcome.NO_ROOM, _TRY_AGAIN_SECONDS
+            self._memory_bytes += stored.block.length
+        return _Piece(stored, None)
+
+    def _fetch(
+        self, group: list[_Piece], source: RemoteSource, outcomes: dict[StoredBlock, tuple[Outcome, float]]
+    ) -> None:
+        """Fetches neighbours with one request. Those that are whole in the end have an outcome, even if others fail.
+
+        Raises:
+            ShardError: Others cannot be fetched.
+        """
+        start, last = group[0].stored.block.start, group[-1].stored.block
+        try:
+            source.copy(start, last.start + last.length - start, _Distribution(group).write)
+        except SinkError as error:
+            assert self._cache is not None
+            self._cannot_store(self._cache.folder, error.reason)
+        finally:
+            for piece in group:
+                if piece.is_whole:
+                    outcomes[piece.stored] = self._complete(piece)
+        for piece in [piece for piece in group if piece.stored not in outcomes]:  # whose bytes the folder did not take
+            self._give_back(piece)
+            found = self._in_memory(piece.stored)
+            if isinstance(found, _Piece):
+                group.append(found)  # to be given back if it cannot be fetched
+                found.write(0, source.read(piece.stored.block.start, piece.stored.block.length))
+                found = self._complete(found)
+            outcomes[piece.stored] = found
+
+    def _complete(self, piece: _Piece) -> tuple[Outcome, float]:
+        """Makes a block that was fetched visible."""
+        piece.is_open = False
+        if piece.claim is None:
+            with self._lock:
+                self._leave_disk(piece.stored)
+                piece.stored.data = BlockInMemory(piece.stored.block.start, piece.data)
+            return Outcome.IN_MEMORY, 0.0
+        assert self._cache is not None
+        try:
+            piece.claim.complete()
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):  # someone has emptied the folder: it is fetched again
+                self._cannot_store(self._cache.folder, error)
+            return Outcome.NOT_YET, _LOOK_AGAIN_SECONDS
+        return Outcome.ON_DISK, 0.0
+
+    def _give_back(self, piece: _Piece) -> None:
+        """Gives back the place of a block that was not fetched."""
+        if piece.is_open:
+            piece.is_open = False
+            if piece.claim is not None:
+                piece.claim.give_back()
+            else:
+                with self._lock:
+                    self._memory_bytes -= piece.stored.block.length
 
     def open(self, stored: StoredBlock) -> BlockSource | None:
         """A block that is here, as a source for its part of the shard.
@@ -218,37 +292,6 @@ class BlockStore:
             self._files.drop(stored)
             self._cache.release(stored.block.name)
 
-    def _write(self, claim: Claim, source: RemoteSource, block: Block, folder: Path) -> Outcome | None:
-        """Fetches a block into the folder; None if the folder cannot take it."""
-        try:
-            source.copy(block.start, block.length, claim.write)
-        except SinkError as error:
-            claim.give_back()
-            self._cannot_store(folder, error.reason)
-            return None
-        except BaseException:
-            claim.give_back()
-            raise
-        try:
-            claim.complete()
-        except FileNotFoundError:  # someone has emptied the folder: it is fetched again
-            return Outcome.NOT_YET
-        except OSError as error:
-            self._cannot_store(folder, error)
-            return None
-        return Outcome.ON_DISK
-
-    def _reserve_memory(self, block: Block) -> bool:
-        with self._lock:
-            if self._memory_bytes and self._memory_bytes + block.length > _MEMORY_BYTES:
-                return False
-            self._memory_bytes += block.length
-            return True
-
-    def _free_memory(self, block: Block) -> None:
-        with self._lock:
-            self._memory_bytes -= block.length
-
     def _opened_cache(self) -> NodeCache | None:
         """The folder of the node; None if it cannot be used."""
         with self._lock:
@@ -279,6 +322,60 @@ class BlockStore:
             "block_cache_dir of ReadingConfig to a folder with free space on a local disk",
             error.strerror or str(error),
         )
+
+
+class _Piece:
+    """The place of a block that is being fetched.
+
+    Args:
+        stored: The block.
+        claim: The right to write it to the folder; None: it goes to memory.
+
+    Attributes:
+        is_open: Whether the place is to be given back if nothing comes of it.
+    """
+
+    def __init__(self, stored: StoredBlock, claim: Claim | None) -> None:
+        self.stored, self.claim, self.is_open = stored, claim, True
+        self.data = bytearray(stored.block.length if claim is None else 0)
+        self._written = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all bytes have come."""
+        return self._written == self.stored.block.length
+
+    def write(self, position: int, part: bytes | bytearray | memoryview) -> None:
+        """Takes the bytes from a position of the block on; they come in order, and again from the start after a fault.
+
+        Raises:
+            OSError: The folder cannot take them.
+        """
+        if self.claim is None:
+            self.data[position : position + len(part)] = part
+        else:
+            self.claim.write(position, part)
+        self._written = position + len(part)
+
+
+class _Distribution:
+    """Passes on the bytes of one request to several blocks.
+
+    Args:
+        pieces: Their places, one behind the other; bytes between two blocks are dropped.
+    """
+
+    def __init__(self, pieces: Sequence[_Piece]) -> None:
+        start = pieces[0].stored.block.start
+        self._pieces = [(piece.stored.block.start - start, piece.stored.block.length, piece) for piece in pieces]
+
+    def write(self, position: int, part: bytes) -> None:
+        """Takes a part, with its position behind the start of the first block."""
+        end, view = position + len(part), memoryview(part)
+        for begin, length, piece in self._pieces:
+            if position < begin + length and begin < end:
+                low, high = max(begin, position), min(begin + length, end)
+                piece.write(low - begin, view[low - position : high - position])
 
 
 def _open_file(stored: StoredBlock) -> BlockSource:

@@ -21,10 +21,14 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 
-BLOCK_BYTES = 8 << 20
-"""Aim for the size of a block. One request then brings 1,600 rows of 4 KB, and its bytes take as long as three round
-trips of 30 ms at 100 MB/s. Larger blocks would add little to the rate, and more bytes that are not used soon."""
-
+BLOCK_BYTES = 2 << 20
+"""Aim for the size of a block: 400 rows of 4 KB. Smaller ones would leave fewer bytes unused at the bounds of what is
+needed, but each block takes some CPU time."""
+REQUEST_BYTES = 16 << 20
+"""Most bytes of neighbouring blocks that are fetched with one request. They take as long as five round trips of 30 ms
+at 100 MB/s, so larger requests would add little to the rate."""
+_MOST_BETWEEN = 1 << 16
+"""Bytes between two blocks that may be fetched for nothing: headers, and files that belong to no row."""
 
 BLOCK_BITS = 24
 """The key of a block is the number of its shard, and in this many bits behind it the number of the block there."""
@@ -45,6 +49,11 @@ class Block:
     start: int
     length: int
     rows: int
+
+
+def is_behind(block: Block, other: Block) -> bool:
+    """Whether a block lies close behind the one before it in the shard, so that one request may bring both."""
+    return 0 <= other.start - (block.start + block.length) <= _MOST_BETWEEN
 
 
 class BlockLayout:

@@ -19,11 +19,11 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 
-from dmagent_loader.errors import DamagedShardError, ShardError, ShardNotFoundError
+from dmagent_loader.errors import ShardError, ShardNotFoundError
 from dmagent_loader.shards import forks
 from dmagent_loader.shards.sources.block_sources import BlockSource
 from dmagent_loader.shards.sources.block_store import BlockStore, Outcome, StoredBlock
-from dmagent_loader.shards.sources.blocks import Block
+from dmagent_loader.shards.sources.blocks import REQUEST_BYTES, Block, is_behind
 from dmagent_loader.shards.sources.calls import SLOWEST_BYTES_PER_SECOND, timeout_seconds
 from dmagent_loader.shards.sources.remote import RemoteSource
 
@@ -31,6 +31,8 @@ FETCHES = 32
 """Requests in flight, in each process."""
 _FETCHED_BYTES = 256 << 20
 """Memory for blocks in flight; one block may be larger."""
+_SPARE_SHARE = 1 / 16
+"""Bytes that may have been fetched although nobody asked for them, for each one that was asked for."""
 _IDLE_SECONDS = 5.0
 """Time after which a thread without work ends."""
 _MOST_RARELY_SECONDS = 0.5
@@ -48,6 +50,7 @@ class _State(Enum):
     FAILED = "not to be had"
 
 
+_NO_TURN = -1
 _HERE = _State.HERE
 """A name of its own, as that of a member of an enumeration takes ten times as long to look up."""
 _WAITING, _NOT_COMING = (_State.QUEUED, _State.NO_ROOM), (_State.NO_ROOM, _State.FAILED)
@@ -56,21 +59,25 @@ _STATES = {
     Outcome.IN_MEMORY: _State.HERE,
     Outcome.NOT_YET: _State.QUEUED,
     Outcome.NO_ROOM: _State.NO_ROOM,
+    Outcome.FAILED: _State.FAILED,
 }
 
 
 class _Entry:
     """A block that was asked for."""
 
-    __slots__ = ("block", "pause", "shard", "state", "stored", "urgency", "uses")
+    __slots__ = ("block", "key", "pause", "shard", "state", "stored", "turn", "urgency", "uses")
 
-    def __init__(self, shard: int, block: Block, urgency: int) -> None:
-        self.shard, self.block, self.urgency = shard, block, urgency
-        self.uses = 1
+    def __init__(self, key: int, shard: int, block: Block, urgency: int, uses: int = 1) -> None:
+        self.key, self.shard, self.block, self.urgency = key, shard, block, urgency
+        self.uses = uses
+        """Uses that were not released yet; none of a spare block (`_add_spares`)."""
         self.state = _State.QUEUED
-        self.stored = StoredBlock(block)
+        self.stored = StoredBlock(block, is_spare=not uses)
         self.pause = 0.0
         """Seconds between the last two looks at the block, if another process is fetching it."""
+        self.turn = _NO_TURN
+        """Number of its newest place in the queues; older ones do not count."""
 
 
 class BlockFetcher:
@@ -122,6 +129,9 @@ class BlockFetcher:
         self._full_until = 0.0
         """Until then no other block looks for room."""
         self._wanted_bytes = self._wanted_rows = self.waits = 0
+        self._spare: dict[int, int] = {}
+        """Key -> bytes of each block that was fetched although nobody had asked for it, and nobody has since."""
+        self._spare_bytes = 0
 
     def reset_after_fork(self) -> None:
         """Forgets the blocks of the parent in a forked child."""
@@ -134,23 +144,24 @@ class BlockFetcher:
 
     # Asking for blocks
 
-    def want(self, key: int, urgency: int) -> None:
-        """Has a block fetched, and kept until as many calls of `release`.
+    def want(self, keys: Iterable[tuple[int, int]]) -> None:
+        """Has blocks fetched, and each of them kept until as many calls of `release`.
 
         Args:
-            key: Key of the block.
-            urgency: The lower, the sooner it is fetched.
+            keys: Key of each block, and its urgency: the lower, the sooner it is fetched.
         """
-        with self._changed:
+        with self._changed:  # of all: a thread that takes the first one sees its neighbours
             self._release_dropped()
-            entry = self._entries.get(key)
-            if entry is not None:
-                entry.uses += 1
-                return
-            entry = self._entries[key] = _Entry(*self._block_of(key), urgency)
-            self._wanted_bytes += entry.block.length
-            self._wanted_rows += entry.block.rows
-            self._enqueue(entry)
+            for key, urgency in keys:
+                entry = self._entries.get(key)
+                if entry is not None:
+                    entry.uses += 1
+                    continue
+                entry = self._entries[key] = _Entry(key, *self._block_of(key), urgency)
+                self._spare_bytes -= self._spare.pop(key, 0)
+                self._wanted_bytes += entry.block.length
+                self._wanted_rows += entry.block.rows
+                self._enqueue(entry)
 
     @property
     def mean_row_bytes(self) -> float:
@@ -277,7 +288,7 @@ class BlockFetcher:
 
     def _enqueue(self, entry: _Entry, after: float = 0.0) -> None:
         """Puts a block into the queue; the caller holds the lock."""
-        number = next(self._number)
+        number = entry.turn = next(self._number)
         if after:
             heapq.heappush(self._later, (time.monotonic() + after, number, entry))
         else:
@@ -298,21 +309,19 @@ class BlockFetcher:
 
     def _work(self, tasks: threading.Condition) -> None:
         """Fetches blocks until there are none. `tasks` stays that of this process in a forked child."""
-        while (entry := self._next(tasks)) is not None:
-            state, after = _State.FAILED, 0.0
+        while run := self._next(tasks):
+            outcomes = [(Outcome.FAILED, 0.0)] * len(run)
             try:
-                outcome, after = self._store.obtain(entry.stored, partial(self._source_of, entry.shard))
-                state = _STATES[outcome]
-                if state is _State.NO_ROOM:
-                    self._full_until = time.monotonic() + after
-            except DamagedShardError:
-                pass  # its rows before the end are whole, and reading the others says which are not
-            except Exception as error:
-                logger.debug("block %s could not be fetched: %s", entry.block.name, error)
+                outcomes = self._store.obtain([its.stored for its in run], partial(self._source_of, run[0].shard))
             finally:
                 with tasks:
-                    self._fetched_bytes -= entry.block.length
-                    self._settle(entry, state, after)
+                    for entry, (outcome, after) in zip(run, outcomes, strict=True):
+                        if outcome is Outcome.NO_ROOM:
+                            self._full_until = time.monotonic() + after
+                        self._fetched_bytes -= entry.block.length
+                        self._settle(entry, _STATES[outcome], after)
+                        if entry.stored.is_spare:
+                            self._settle_spare(entry.key, outcome)
                     self._changed.notify_all()
                     tasks.notify()
 
@@ -328,8 +337,16 @@ class BlockFetcher:
             if after:
                 self._enqueue(entry, entry.pause if state is _State.QUEUED and entry.urgency > -1 else after)
 
-    def _next(self, tasks: threading.Condition) -> _Entry | None:
-        """The next block to fetch; None: there has been none for a while.
+    def _settle_spare(self, key: int, outcome: Outcome) -> None:
+        """Records what came of a block that nobody had asked for; the caller holds the lock."""
+        if outcome is not Outcome.ON_DISK:
+            self._spare_bytes -= self._spare.pop(key, 0)
+        asked = self._entries.get(key)
+        if asked is not None and asked.state is _State.QUEUED:
+            self._enqueue(asked)  # it need not wait for its next look at the folder
+
+    def _next(self, tasks: threading.Condition) -> list[_Entry]:
+        """The next block to fetch, with its neighbours; none: there has been none for a while.
 
         One thread stays as long as blocks are in use: nobody else might release those of a dropped iterator.
         """
@@ -345,11 +362,11 @@ class BlockFetcher:
                 if first is not None:
                     if self._queue or self._later:
                         tasks.notify()
-                    return first
+                    return self._with_neighbours(first)
                 is_needed = self._queue or self._later or (self._threads == 1 and self._entries)
                 if now >= until and not is_needed:
                     self._threads -= 1
-                    return None
+                    return []
                 self._idle += 1
                 if self._later and not self._is_timed:
                     self._is_timed = True
@@ -364,7 +381,7 @@ class BlockFetcher:
         while self._queue:
             _, number, entry = self._queue[0]
             length = entry.block.length
-            if not entry.uses or entry.state not in _WAITING:
+            if number != entry.turn or not entry.uses or entry.state not in _WAITING:
                 heapq.heappop(self._queue)
             elif now < self._full_until:
                 heapq.heappop(self._queue)
@@ -375,7 +392,54 @@ class BlockFetcher:
                 return None
             else:
                 heapq.heappop(self._queue)
-                entry.state = _State.FETCHING
-                self._fetched_bytes += length
+                self._begin_fetching(entry)
                 return entry
         return None
+
+    def _with_neighbours(self, entry: _Entry) -> list[_Entry]:
+        """A block that is to be fetched, with those around it that are, too: one request brings them all."""
+        run, length = deque([entry]), entry.block.length
+        for end, step in ((-1, 1), (0, -1)):
+            while (other := self._entries.get(run[end].key + step)) is not None:
+                first, last = (run[-1], other) if step > 0 else (other, run[0])
+                waits = other.state is _State.QUEUED and not other.pause and is_behind(first.block, last.block)
+                has_room = self._fetched_bytes + other.block.length <= _FETCHED_BYTES
+                length += other.block.length
+                if not waits or not has_room or length > REQUEST_BYTES:
+                    length -= other.block.length
+                    break
+                self._begin_fetching(other)
+                run.insert(len(run) if step > 0 else 0, other)
+        self._add_spares(run, length)
+        return list(run)
+
+    def _add_spares(self, run: deque[_Entry], length: int) -> None:
+        """Adds the blocks behind those of a request, which will be needed a little later, unless the run ends before.
+
+        They are a small part of all, and go to the folder only.
+
+        Args:
+            run: Blocks of the request.
+            length: Their bytes.
+        """
+        while self._store.can_store and run[-1].key + 1 not in self._entries:
+            key = run[-1].key + 1
+            try:
+                entry = _Entry(key, *self._block_of(key), 0, uses=0)
+            except IndexError:  # it was the last one of the shard
+                return
+            length += entry.block.length
+            has_room = length <= REQUEST_BYTES and self._fetched_bytes + entry.block.length <= _FETCHED_BYTES
+            is_affordable = self._spare_bytes + entry.block.length <= _SPARE_SHARE * self._wanted_bytes
+            is_new = key not in self._spare
+            if not (has_room and is_affordable and is_new and is_behind(run[-1].block, entry.block)):
+                return
+            self._begin_fetching(entry)
+            self._spare[key] = entry.block.length
+            self._spare_bytes += entry.block.length
+            run.append(entry)
+
+    def _begin_fetching(self, entry: _Entry) -> None:
+        """Marks a block as being fetched; the caller holds the lock."""
+        entry.state, entry.turn = _State.FETCHING, _NO_TURN
+        self._fetched_bytes += entry.block.length

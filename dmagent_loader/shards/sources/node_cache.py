@@ -81,7 +81,7 @@ class Claim:
     def __init__(self, cache: NodeCache, name: str, descriptor: int) -> None:
         self._cache, self._name, self._descriptor = cache, name, descriptor
 
-    def write(self, position: int, data: bytes) -> None:
+    def write(self, position: int, data: bytes | bytearray | memoryview) -> None:
         """Writes a part of the block.
 
         Raises:

@@ -21,8 +21,8 @@ class Fetcher:
     def __init__(self):
         self.wanted, self.released, self.absent = [], [], set()
 
-    def want(self, key, urgency):
-        self.wanted.append((key, urgency))
+    def want(self, keys):
+        self.wanted.extend(keys)
 
     def release(self, key):
         self.released.append(key)

@@ -48,7 +48,7 @@ def test_a_block_that_cannot_be_opened_is_not_fetched_without_end(
     fetcher: BlockFetcher, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its rows come from the shard. The limit on open files stands in for another user's file."""
-    fetcher.want(0, 0)
+    fetcher.want([(0, 0)])
     assert fetcher.get(0) is not None
     fetcher._store._files.clear()
     found: list[Source | None] = []
@@ -75,7 +75,7 @@ def test_a_reader_does_not_wait_for_a_block_that_was_released(fetcher: BlockFetc
         return source_of(shard)
 
     fetcher._source_of = when_allowed
-    fetcher.want(0, 0)
+    fetcher.want([(0, 0)])
     found: list[Source | None] = []
     reader = threading.Thread(target=lambda: found.append(fetcher.get(0)), daemon=True)
     reader.start()
@@ -84,7 +84,7 @@ def test_a_reader_does_not_wait_for_a_block_that_was_released(fetcher: BlockFetc
     with fetcher._changed:
         fetcher.release(0)
         if is_wanted_again:
-            fetcher.want(0, 0)
+            fetcher.want([(0, 0)])
             may_fetch.set()
     reader.join(10)
     may_fetch.set()
@@ -98,7 +98,7 @@ def test_a_moment_without_descriptors_does_not_cost_the_folder(
     monkeypatch.setattr(block_store, "_TRY_AGAIN_SECONDS", 0.05)
     fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
     if is_open:
-        fetcher.want(0, 0)
+        fetcher.want([(0, 0)])
         assert fetcher.get(0) is not None
     opened, is_refused = os.open, True
 
@@ -108,13 +108,13 @@ def test_a_moment_without_descriptors_does_not_cost_the_folder(
         return opened(path, *arguments)
 
     monkeypatch.setattr(os, "open", refused)
-    fetcher.want(1, 0)
+    fetcher.want([(1, 0)])
     assert fetcher.get(1) is not None
     assert not is_on_disk(fetcher, 1)
     assert "for the moment" in caplog.text
     is_refused = False
     fetcher._store._disk_full_until = 0.0
-    fetcher.want(2, 0)
+    fetcher.want([(2, 0)])
     assert fetcher.get(2) is not None
     assert is_on_disk(fetcher, 2)
     for key in (1, 2):
@@ -146,7 +146,7 @@ def test_blocks_are_fetched_by_the_threads_that_can_be_started(
     fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
     monkeypatch.setattr(threading.Thread, "start", start_if_allowed)
     for key in range(2 * fetching.FETCHES):
-        fetcher.want(key, key)
+        fetcher.want([(key, key)])
     if not num_threads:
         assert fetcher.get(1) is None, "a reader waited for a block that nobody fetches"
         num_threads = 1
@@ -174,7 +174,7 @@ def test_a_block_whose_file_is_removed_halfway_is_fetched_again(
         return source_of(shard)
 
     fetcher._source_of = once
-    fetcher.want(0, 0)
+    fetcher.want([(0, 0)])
     assert fetcher.get(0) is not None
     assert is_on_disk(fetcher, 0)
     fetcher.release(0)
@@ -184,7 +184,7 @@ def test_a_reader_does_not_wait_for_a_block_whose_bytes_were_wrong(
     fetcher: BlockFetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One reader finds its file gone and waits for the next one; another one has read wrong bytes from the first."""
-    fetcher.want(0, 0)
+    fetcher.want([(0, 0)])
     assert fetcher.get(0) is not None
     assert fetcher._store._cache is not None
     may_fetch, obtain, waits = threading.Event(), fetcher._store.obtain, fetcher.waits
@@ -227,7 +227,7 @@ def test_looks_at_a_block_that_another_process_fetches_become_rare(
     other = NodeCache(tmp_path / "blocks", 10 * SIZE)
     claim = other.claim(name(1), SIZE)
     assert claim is not None
-    fetcher.want(0, 0)
+    fetcher.want([(0, 0)])
     assert has_looked.wait(10)
     cache = fetcher._store._cache
     assert cache is not None
@@ -279,7 +279,7 @@ def test_a_block_that_finds_the_disk_full_halfway_stays_in_memory(
         max_open_files=8,
     )
     try:
-        fetcher.want(0, 0)
+        fetcher.want([(0, 0)])
         block = fetcher.get(0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -294,7 +294,7 @@ def test_many_blocks_are_those_that_are_found_one_by_one(fetcher: BlockFetcher) 
     """Whatever became of one of them, and in the order in which they were asked for."""
     fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
     for key in range(4):
-        fetcher.want(key, key)
+        fetcher.want([(key, key)])
     blocks = [fetcher.get(key) for key in range(4)]
     assert None not in blocks
     assert list(fetcher.get_all([2, 0, 2, 3])) == [blocks[2], blocks[0], blocks[2], blocks[3]]
@@ -316,12 +316,12 @@ def test_many_blocks_are_those_that_are_found_one_by_one(fetcher: BlockFetcher) 
 
 def test_many_blocks_may_be_in_memory_or_in_either_place(fetcher: BlockFetcher) -> None:
     fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
-    fetcher.want(0, 0)
+    fetcher.want([(0, 0)])
     assert fetcher.get(0) is not None
     assert is_on_disk(fetcher, 0)
     fetcher._store._can_store = False
     for key in (1, 2):
-        fetcher.want(key, 0)
+        fetcher.want([(key, 0)])
         assert fetcher.get(key) is not None
         assert not is_on_disk(fetcher, key)
     for keys in ([1, 2], [0, 1]):
@@ -337,7 +337,7 @@ def test_more_blocks_than_may_be_open_are_opened_one_by_one(
     fetcher._block_of = lambda key: (0, Block(name(key), 0, SIZE, 1))
     monkeypatch.setattr(fetcher._store, "_max_open_files", 3)
     for key in range(4):
-        fetcher.want(key, key)
+        fetcher.want([(key, key)])
         assert fetcher.get(key) is not None
     assert isinstance(fetcher.get_all([0, 1, 2]), list)
     assert isinstance(fetcher.get_all([0, 1, 2, 3]), map)
