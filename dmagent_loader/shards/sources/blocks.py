@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 
-BLOCK_BYTES = 2 << 20
-"""Aim for the size of a block: 400 rows of 4 KB. Smaller ones would leave fewer bytes unused at the bounds of what is
+BLOCK_BYTES = 4 << 20
+"""Aim for the size of a block: 800 rows of 4 KB. Smaller ones would leave fewer bytes unused at the bounds of what is
 needed, but each block takes some CPU time."""
 REQUEST_BYTES = 16 << 20
 """Most bytes of neighbouring blocks that are fetched with one request. They take as long as five round trips of 30 ms
