@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ TORCH, TORCH_NARROW = "torch", "torch, narrow"
 READY = {TORCH: torch.int64, TORCH_NARROW: torch.uint16}
 BASES = ("packed_tokens", "collate_packed")
 """The batches of another version with which all are compared."""
+NUM_MIXES = 1000
+"""Different mixes; afterwards they come again."""
 
 
 class Again(IterableDataset[Any]):
@@ -89,14 +91,20 @@ def loader(kind: str, workers: int, folder: Path, lazy: bool) -> Any:
     return MixingDataLoader(sampler, BATCH_SIZE, num_workers=workers, **options)
 
 
+def random_mixes(names: Sequence[str]) -> list[dict[str, float]]:
+    """Mixes of an agent that changes its mind completely; made beforehand, because that is not the loader's work."""
+    weights = np.random.default_rng(0).dirichlet(np.ones(len(names)), NUM_MIXES)
+    return [dict(zip(names, its, strict=True)) for its in weights.tolist()]
+
+
 def measure(kind: str, workers: int, folder: Path, seconds: float, lazy: bool, every: int) -> dict[str, float]:
     """Rows per second, and microseconds of CPU for each."""
     torch.set_num_threads(1)
     source = loader(kind, workers, folder, lazy)
     batches: Any = iter(source)
     held: Any = None
-    generator = np.random.default_rng(0)
     taken = 0
+    mixes = itertools.cycle(random_mixes(source.dataset.space.names) if every else ())
 
     def take(count: int) -> None:
         nonlocal taken, held
@@ -106,9 +114,7 @@ def measure(kind: str, workers: int, folder: Path, seconds: float, lazy: bool, e
             if every:
                 source.dataset.reweight_due(taken * BATCH_SIZE)
             if every and taken % (every // BATCH_SIZE) == 0:
-                names = source.dataset.space.names
-                mix = generator.dirichlet(np.ones(len(names)))
-                source.dataset.set_mix(dict(zip(names, mix.tolist(), strict=True)))
+                source.dataset.set_mix(next(mixes))
 
     take(64 if workers else 512)  # without workers, all shards are open from here on
     began, trainer, before = time.perf_counter(), time.process_time(), taken

@@ -66,7 +66,9 @@ class RowsAhead:
     ) -> None:
         self._plan, self._arrays, self._blocks_of = plan, arrays, blocks_of
         self._floor: IntArray = np.zeros(len(plan.space), dtype=np.int64)
-        """(D,) lowest draw of each domain in the run in use."""
+        """(D,) lowest draw of each domain in the last run in use that drew from it, as far as `_look_up` knows."""
+        self._begun: list[Located] = []
+        """Runs in use since the last look-up."""
         self._first: IntArray = np.zeros_like(self._floor)
         """(D,) first known draw of each domain."""
         self._length: IntArray = np.zeros_like(self._floor)
@@ -83,9 +85,7 @@ class RowsAhead:
 
     def begin(self, run: Located) -> None:
         """Marks a run as the one in use: what comes before its draws may be forgotten."""
-        low = np.full_like(self._floor, _NEVER)
-        np.minimum.at(low, run.domain, run.draw)
-        self._floor = np.where(low < _NEVER, low, self._floor)
+        self._begun.append(run)
 
     def find(self, domain: IntArray, draw: IntArray) -> FoundRows:
         """The rows of a run.
@@ -123,7 +123,7 @@ class RowsAhead:
         total = int(span.sum())
         if total > (1 + _MOST_OF_OTHERS) * len(draw):
             return False
-        first = np.maximum(self._first, self._floor)
+        first = np.maximum(self._first, self._lowest_in_use())
         end = np.maximum(self._first + self._length, first)
         is_apart = is_used & ((low < first) | (low > end))
         first = np.where(is_apart, low, first)
@@ -144,6 +144,17 @@ class RowsAhead:
         self._begin = np.cumsum(self._length) - self._length
         self._forget_blocks()
         return True
+
+    def _lowest_in_use(self) -> IntArray:
+        """`_floor`, with the runs that have begun since the last look-up."""
+        # Not when they begin: a look-up follows on about every tenth new mix, and each of these steps takes three times
+        # as long when it comes alone, between batches.
+        for run in self._begun:
+            low = np.full_like(self._floor, _NEVER)
+            np.minimum.at(low, run.domain, run.draw)
+            self._floor = np.where(low < _NEVER, low, self._floor)
+        self._begun.clear()
+        return self._floor
 
     def _columns(self, domain: IntArray, draw: IntArray) -> IntArray:
         """The part of the table for draws that are not known yet."""
