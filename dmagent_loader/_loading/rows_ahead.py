@@ -115,6 +115,7 @@ class RowsAhead:
         Returns:
             False: too many of the rows between them belong to other ranks or workers.
         """
+        floor = self._lowest_in_use()  # in any case: the runs that have begun would add up
         low, high = np.full_like(self._first, _NEVER), np.zeros_like(self._first)
         np.minimum.at(low, domain, draw)
         np.maximum.at(high, domain, draw + 1)
@@ -123,7 +124,7 @@ class RowsAhead:
         total = int(span.sum())
         if total > (1 + _MOST_OF_OTHERS) * len(draw):
             return False
-        first = np.maximum(self._first, self._lowest_in_use())
+        first = np.maximum(self._first, floor)
         end = np.maximum(self._first + self._length, first)
         is_apart = is_used & ((low < first) | (low > end))
         first = np.where(is_apart, low, first)

@@ -60,6 +60,16 @@ def test_rows_survive_a_change_of_the_mix():
     assert plan.asked <= 10
 
 
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_runs_that_were_in_use_are_not_kept(world_size):
+    """With eight ranks, each run is looked up on its own."""
+    plan = changing_plan(1, 1)
+    ahead = RowsAhead(plan, None, first_blocks)
+    for first in range(0, 100_000, 1000):
+        ahead.begin(ahead.find(*plan.draws(np.arange(first, first + 1000)[::world_size])).located)
+    assert len(ahead._begun) < 50
+
+
 def test_a_run_that_goes_back_finds_its_rows():
     plan = changing_plan(20, 50)
     ahead = RowsAhead(plan, None)
