@@ -266,7 +266,7 @@ class BlockFetcher:
 
     def _wait(self, entry: _Entry) -> bool:
         """Waits until a block is here or released, for as long as one request may take; False: it did not come."""
-        patience = timeout_seconds() + entry.block.length / SLOWEST_BYTES_PER_SECOND
+        patience = timeout_seconds() + max(entry.block.length, REQUEST_BYTES) / SLOWEST_BYTES_PER_SECOND
         with self._changed:
             self.waits += 1
             if entry.uses and entry.state in (_State.QUEUED, _State.FETCHING) and entry.urgency > -1:

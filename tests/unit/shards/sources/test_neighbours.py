@@ -238,3 +238,18 @@ def test_blocks_that_are_being_fetched_are_not_cancelled_or_fetched_again(
     fetcher.want([(1, 0)])
     assert found(fetcher, shard, 1)
     assert len(shard.requests) == 1, "it is on disk"
+
+
+def test_a_reader_waits_as_long_as_a_request_for_all_neighbours_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event
+) -> None:
+    """A block of 1000 bytes may take 0.11 s, and a request for four of them 0.41 s."""
+    monkeypatch.setenv("DMAGENT_REMOTE_TIMEOUT", "0.01")
+    monkeypatch.setattr(fetching, "SLOWEST_BYTES_PER_SECOND", 10_000)
+    shard = Shard([1000] * 4)
+    shard.part = 4000
+    shard.before = lambda position: held.wait(0.25)
+    fetcher = fetcher_of(shard, tmp_path)
+    fetcher.want((key, key) for key in range(4))
+    assert found(fetcher, shard, 0)
+    assert shard.numbers() == [[0, 1, 2, 3]]
