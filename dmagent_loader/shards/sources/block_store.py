@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
-from itertools import chain
 from pathlib import Path
 
 from dmagent_loader.errors import ShardError, ShardNotFoundError
@@ -44,6 +43,7 @@ class Outcome(Enum):
     ON_DISK = "on disk"
     IN_MEMORY = "in memory"
     NOT_YET = "being fetched by another process, or removed by someone before it was complete"
+    LEFT_OUT = "for another request"
     NO_ROOM = "no room in either place"
     FAILED = "not to be had"
 
@@ -66,6 +66,10 @@ class StoredBlock:
         self.data: BlockInMemory | None = None
         self.is_needed = False
         self.place = ("", block.start)
+
+
+Outcomes = dict[StoredBlock, tuple[Outcome, float]]
+"""Outcomes of attempts, and the seconds until another one, if there is to be one."""
 
 
 def default_block_folder() -> Path:
@@ -113,37 +117,42 @@ class BlockStore:
         """Whether blocks go to the folder; None: it is not open yet."""
         return self._can_store
 
-    def obtain(self, run: Sequence[StoredBlock], source_of: Callable[[], RemoteSource]) -> list[tuple[Outcome, float]]:
+    def obtain(
+        self, run: Sequence[StoredBlock], source_of: Callable[[], RemoteSource], settle: Callable[[Outcomes], object]
+    ) -> None:
         """Finds blocks in the folder, or fetches them, neighbours with one request.
 
         Args:
-            run: Blocks of one shard, one behind the other. Where the outcome is `NO_ROOM` or `FAILED`, the caller
-                releases them.
+            run: Blocks of one shard, one behind the other.
             source_of: Function that opens the shard.
-
-        Returns:
-            For each block, the outcome; seconds until another attempt, if there is to be one.
+            settle: Function that takes the outcomes: of blocks that need no request before those of the others. Where
+                an outcome is `NO_ROOM` or `FAILED`, it releases the block. Blocks without an outcome have failed.
         """
-        outcomes: dict[StoredBlock, tuple[Outcome, float]] = {}
-        groups: list[list[_Piece]] = [[]]
+        outcomes: Outcomes = {}
+        group: list[_Piece] = []
         try:
-            for stored in run:
+            for number, stored in enumerate(run):
                 found = self._find(stored)
                 if isinstance(found, _Piece):
-                    groups[-1].append(found)
-                else:
-                    outcomes[stored] = found
-                    groups.append([])
-            for group in filter(None, groups):
+                    group.append(found)
+                    continue
+                outcomes[stored] = found
+                if group:
+                    outcomes.update(dict.fromkeys(run[number + 1 :], (Outcome.LEFT_OUT, 0.0)))
+                    break
+            if group:
+                if outcomes:
+                    settle(outcomes)
+                    outcomes = {}
                 self._fetch(group, source_of(), outcomes)
         except Exception as error:
             # Of a shard that has become shorter, the rows before its end are whole, and reading the others says which
             # are not.
             logger.debug("blocks from %s on could not be fetched: %s", run[0].block.name, error)
         finally:
-            for piece in chain(*groups):
+            for piece in group:
                 self._give_back(piece)
-        return [outcomes.get(stored, (Outcome.FAILED, 0.0)) for stored in run]
+            settle(outcomes)
 
     def _find(self, stored: StoredBlock) -> tuple[Outcome, float] | _Piece:
         """The outcome for a block that need not or cannot be fetched; otherwise the place for it."""
@@ -180,9 +189,7 @@ class BlockStore:
             self._memory_bytes += stored.block.length
         return _Piece(stored, None)
 
-    def _fetch(
-        self, group: list[_Piece], source: RemoteSource, outcomes: dict[StoredBlock, tuple[Outcome, float]]
-    ) -> None:
+    def _fetch(self, group: list[_Piece], source: RemoteSource, outcomes: Outcomes) -> None:
         """Fetches neighbours with one request. Those that are whole in the end have an outcome, even if others fail.
 
         Raises:

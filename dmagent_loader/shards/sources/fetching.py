@@ -22,17 +22,16 @@ from pathlib import Path
 from dmagent_loader.errors import ShardError, ShardNotFoundError
 from dmagent_loader.shards import forks
 from dmagent_loader.shards.sources.block_sources import BlockSource
-from dmagent_loader.shards.sources.block_store import BlockStore, Outcome, StoredBlock
+from dmagent_loader.shards.sources.block_store import BlockStore, Outcome, Outcomes, StoredBlock
 from dmagent_loader.shards.sources.blocks import REQUEST_BYTES, Block, is_behind
 from dmagent_loader.shards.sources.calls import SLOWEST_BYTES_PER_SECOND, timeout_seconds
 from dmagent_loader.shards.sources.remote import RemoteSource
+from dmagent_loader.shards.sources.spares import Spares
 
 FETCHES = 32
 """Requests in flight, in each process."""
 _FETCHED_BYTES = 256 << 20
 """Memory for blocks in flight; one block may be larger."""
-_SPARE_SHARE = 1 / 16
-"""Bytes that may have been fetched although nobody asked for them, for each one that was asked for."""
 _IDLE_SECONDS = 5.0
 """Time after which a thread without work ends."""
 _MOST_RARELY_SECONDS = 0.5
@@ -58,6 +57,7 @@ _STATES = {
     Outcome.ON_DISK: _State.HERE,
     Outcome.IN_MEMORY: _State.HERE,
     Outcome.NOT_YET: _State.QUEUED,
+    Outcome.LEFT_OUT: _State.QUEUED,
     Outcome.NO_ROOM: _State.NO_ROOM,
     Outcome.FAILED: _State.FAILED,
 }
@@ -129,9 +129,7 @@ class BlockFetcher:
         self._full_until = 0.0
         """Until then no other block looks for room."""
         self._wanted_bytes = self._wanted_rows = self.waits = 0
-        self._spare: dict[int, int] = {}
-        """Key -> bytes of each block that was fetched although nobody had asked for it, and nobody has since."""
-        self._spare_bytes = 0
+        self._spares = Spares()
 
     def reset_after_fork(self) -> None:
         """Forgets the blocks of the parent in a forked child."""
@@ -158,7 +156,8 @@ class BlockFetcher:
                     entry.uses += 1
                     continue
                 entry = self._entries[key] = _Entry(key, *self._block_of(key), urgency)
-                self._spare_bytes -= self._spare.pop(key, 0)
+                self._spares.remove(key)
+                self._spares.count_asked(entry.block.length)
                 self._wanted_bytes += entry.block.length
                 self._wanted_rows += entry.block.rows
                 self._enqueue(entry)
@@ -310,20 +309,28 @@ class BlockFetcher:
     def _work(self, tasks: threading.Condition) -> None:
         """Fetches blocks until there are none. `tasks` stays that of this process in a forked child."""
         while run := self._next(tasks):
-            outcomes = [(Outcome.FAILED, 0.0)] * len(run)
+            entries = {entry.stored: entry for entry in run}
+            settle = partial(self._settle_all, tasks, entries)
             try:
-                outcomes = self._store.obtain([its.stored for its in run], partial(self._source_of, run[0].shard))
+                self._store.obtain(list(entries), partial(self._source_of, run[0].shard), settle)
             finally:
-                with tasks:
-                    for entry, (outcome, after) in zip(run, outcomes, strict=True):
-                        if outcome is Outcome.NO_ROOM:
-                            self._full_until = time.monotonic() + after
-                        self._fetched_bytes -= entry.block.length
-                        self._settle(entry, _STATES[outcome], after)
-                        if entry.stored.is_spare:
-                            self._settle_spare(entry.key, outcome)
-                    self._changed.notify_all()
-                    tasks.notify()
+                settle(dict.fromkeys(entries, (Outcome.FAILED, 0.0)))
+
+    def _settle_all(self, tasks: threading.Condition, entries: dict[StoredBlock, _Entry], outcomes: Outcomes) -> None:
+        """Records what came of some blocks of a run, and takes them from `entries`: the others of the run."""
+        if not outcomes:
+            return
+        with tasks:
+            for stored, (outcome, after) in outcomes.items():
+                entry = entries.pop(stored)
+                if outcome is Outcome.NO_ROOM:
+                    self._full_until = time.monotonic() + after
+                self._fetched_bytes -= entry.block.length
+                self._settle(entry, _STATES[outcome], after)
+                if stored.is_spare:
+                    self._settle_spare(entry.key, outcome)
+            self._changed.notify_all()
+            tasks.notify()
 
     def _settle(self, entry: _Entry, state: _State, after: float) -> None:
         """Records what came of a block; the caller holds the lock."""
@@ -333,14 +340,15 @@ class BlockFetcher:
             self._store.release(entry.stored)
         if is_used:
             entry.state = state
-            entry.pause = min(max(after, 2 * entry.pause), _MOST_RARELY_SECONDS) if state is _State.QUEUED else 0.0
-            if after:
-                self._enqueue(entry, entry.pause if state is _State.QUEUED and entry.urgency > -1 else after)
+            is_elsewhere = state is _State.QUEUED and after > 0
+            entry.pause = min(max(after, 2 * entry.pause), _MOST_RARELY_SECONDS) if is_elsewhere else 0.0
+            if after or state is _State.QUEUED:
+                self._enqueue(entry, entry.pause if is_elsewhere and entry.urgency > -1 else after)
 
     def _settle_spare(self, key: int, outcome: Outcome) -> None:
         """Records what came of a block that nobody had asked for; the caller holds the lock."""
         if outcome is not Outcome.ON_DISK:
-            self._spare_bytes -= self._spare.pop(key, 0)
+            self._spares.remove(key)
         asked = self._entries.get(key)
         if asked is not None and asked.state is _State.QUEUED:
             self._enqueue(asked)  # it need not wait for its next look at the folder
@@ -416,11 +424,7 @@ class BlockFetcher:
     def _add_spares(self, run: deque[_Entry], length: int) -> None:
         """Adds the blocks behind those of a request, which will be needed a little later, unless the run ends before.
 
-        They are a small part of all, and go to the folder only.
-
-        Args:
-            run: Blocks of the request.
-            length: Their bytes.
+        They are a small part of all, and go to the folder only. `length` is the number of bytes of the request.
         """
         while self._store.can_store and run[-1].key + 1 not in self._entries:
             key = run[-1].key + 1
@@ -430,13 +434,9 @@ class BlockFetcher:
                 return
             length += entry.block.length
             has_room = length <= REQUEST_BYTES and self._fetched_bytes + entry.block.length <= _FETCHED_BYTES
-            is_affordable = self._spare_bytes + entry.block.length <= _SPARE_SHARE * self._wanted_bytes
-            is_new = key not in self._spare
-            if not (has_room and is_affordable and is_new and is_behind(run[-1].block, entry.block)):
+            if not (has_room and is_behind(run[-1].block, entry.block) and self._spares.add(key, entry.block.length)):
                 return
             self._begin_fetching(entry)
-            self._spare[key] = entry.block.length
-            self._spare_bytes += entry.block.length
             run.append(entry)
 
     def _begin_fetching(self, entry: _Entry) -> None:

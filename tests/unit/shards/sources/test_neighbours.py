@@ -212,6 +212,13 @@ def _is_fetching(fetcher: BlockFetcher, key: int) -> bool:
     return fetcher._entries[key].state is fetching._State.FETCHING
 
 
+def _comes_true(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
 @pytest.fixture
 def held() -> Iterator[threading.Event]:
     event = threading.Event()
@@ -226,9 +233,7 @@ def test_blocks_that_are_being_fetched_are_not_cancelled_or_fetched_again(
     shard.before = lambda position: held.wait(30)
     fetcher = fetcher_of(shard, tmp_path)
     fetcher.want((key, key) for key in range(3))
-    deadline = time.monotonic() + 10
-    while not all(_is_fetching(fetcher, key) for key in range(3)) and time.monotonic() < deadline:
-        time.sleep(0.001)
+    assert _comes_true(lambda: all(_is_fetching(fetcher, key) for key in range(3)))
     assert not any(fetcher.cancel(key) for key in range(3))
     fetcher.release(1)  # whoever wanted it is gone
     held.set()
@@ -253,3 +258,33 @@ def test_a_reader_waits_as_long_as_a_request_for_all_neighbours_may_take(
     fetcher.want((key, key) for key in range(4))
     assert found(fetcher, shard, 0)
     assert shard.numbers() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("case", ["on disk", "no room", "behind one of another process"])
+def test_what_need_not_be_fetched_does_not_wait_for_the_request_of_its_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: threading.Event, case: str
+) -> None:
+    monkeypatch.setattr(block_store, "_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(fetching, "timeout_seconds", lambda: 10.0)
+    shard = Shard([1000] * 3)
+    shard.before = lambda position: held.wait(10) if position < 1000 else None
+    fetcher = fetcher_of(shard, tmp_path, 0 if case == "no room" else None)
+    other = NodeCache(tmp_path, None)
+    claim = other.claim(shard.blocks[1].name, 1000)
+    assert claim is not None
+    if case == "on disk":
+        claim.write(0, shard.content[1000:2000])
+        claim.complete()
+    fetcher.want((key, key) for key in range(3))
+    expected = {"on disk": (1, True), "no room": (1, False), "behind one of another process": (2, True)}[case]
+    begin = time.monotonic()
+    assert (expected[0], found(fetcher, shard, expected[0])) == expected
+    assert time.monotonic() - begin < 5
+    assert _is_fetching(fetcher, 0)
+    held.set()
+    assert found(fetcher, shard, 0)
+    if case != "on disk":
+        claim.give_back()
+    for key in range(3):
+        fetcher.release(key)
+    assert _comes_true(lambda: fetcher._fetched_bytes == fetcher._store._memory_bytes == 0)
