@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dmagent_loader.errors import ShardError
-from dmagent_loader.shards.sources import block_store, blocks, fetching
+from dmagent_loader.shards.sources import block_store, blocks, fetching, spares
 from dmagent_loader.shards.sources.blocks import Block
 from dmagent_loader.shards.sources.fetching import BlockFetcher
 from dmagent_loader.shards.sources.node_cache import Claim, NodeCache
@@ -32,6 +32,7 @@ BETWEEN = 100
 def _small_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "REQUEST_BYTES", LIMIT)
     monkeypatch.setattr(blocks, "_MOST_BETWEEN", BETWEEN)
+    monkeypatch.setattr(spares, "_SHARE", 0.0)  # those have tests of their own
     monkeypatch.setattr(block_store, "_reported", set())
 
 
