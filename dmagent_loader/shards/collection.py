@@ -98,6 +98,7 @@ class ShardCollection:
                 folder=folder,
                 limit=limit,
                 max_open_files=self._max_open_files,
+                is_loaded=self._tables.__contains__,
             )
 
     @classmethod

@@ -92,6 +92,7 @@ class BlockFetcher:
         folder: Folder of the node; None: `block_store.default_block_folder`.
         limit: Largest number of bytes in the folder; None: see `NodeCache`; 0: blocks stay in memory.
         max_open_files: Largest number of open blocks.
+        is_loaded: Function that says whether `block_of` is quick for the blocks of a shard: others are never spare.
 
     Attributes:
         waits: Number of times that a reader had to wait for a block.
@@ -105,8 +106,9 @@ class BlockFetcher:
         folder: Path | None,
         limit: int | None,
         max_open_files: int,
+        is_loaded: Callable[[int], bool] = lambda shard: True,
     ) -> None:
-        self._block_of, self._source_of = block_of, source_of
+        self._block_of, self._source_of, self._is_loaded = block_of, source_of, is_loaded
         self._folder, self._limit, self._max_open_files = folder, limit, max_open_files
         self._start()
         forks.register(self)
@@ -426,11 +428,11 @@ class BlockFetcher:
 
         They are a small part of all, and go to the folder only. `length` is the number of bytes of the request.
         """
-        while self._store.can_store and run[-1].key + 1 not in self._entries:
+        while self._store.can_store and self._is_loaded(run[-1].shard) and run[-1].key + 1 not in self._entries:
             key = run[-1].key + 1
             try:
                 entry = _Entry(key, *self._block_of(key), 0, uses=0)
-            except IndexError:  # it was the last one of the shard
+            except Exception:  # it was the last one of the shard, or the index of the shard was dropped just now
                 return
             length += entry.block.length
             has_room = length <= REQUEST_BYTES and self._fetched_bytes + entry.block.length <= _FETCHED_BYTES

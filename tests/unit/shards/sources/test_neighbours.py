@@ -289,3 +289,63 @@ def test_what_need_not_be_fetched_does_not_wait_for_the_request_of_its_neighbour
     for key in range(3):
         fetcher.release(key)
     assert _comes_true(lambda: fetcher._fetched_bytes == fetcher._store._memory_bytes == 0)
+
+
+@pytest.fixture
+def with_spares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Shard, BlockFetcher]:
+    """A fetcher that may fetch as many spare blocks as others, and has block 0."""
+    monkeypatch.setattr(spares, "_SHARE", 1.0)
+    shard = Shard([1000] * 20)
+    fetcher = fetcher_of(shard, tmp_path)
+    fetcher.want([(0, 0)])
+    assert found(fetcher, shard, 0)
+    assert shard.numbers() == [[0]], "the folder is not open yet"
+    shard.requests.clear()
+    return shard, fetcher
+
+
+def test_a_spare_block_is_there_when_it_is_asked_for(with_spares: tuple[Shard, BlockFetcher]) -> None:
+    shard, fetcher = with_spares
+    fetcher.want([(5, 0)])
+    assert found(fetcher, shard, 5)
+    assert shard.numbers() == [[5, 6, 7]]
+    fetcher.want([(6, 0), (7, 0)])
+    assert found(fetcher, shard, 6)
+    assert found(fetcher, shard, 7)
+    assert sorted(sum(shard.numbers(), []))[:4] == [5, 6, 7, 8]
+
+
+def test_a_spare_block_that_is_asked_for_while_it_comes_is_not_fetched_again(
+    with_spares: tuple[Shard, BlockFetcher], held: threading.Event
+) -> None:
+    shard, fetcher = with_spares
+    shard.before = lambda position: held.wait(30)
+    fetcher.want([(5, 0)])
+    assert _comes_true(lambda: len(shard.requests) == 1)
+    fetcher.want([(6, 0)])
+    assert _comes_true(lambda: fetcher._entries[6].pause > 0)
+    held.set()
+    assert found(fetcher, shard, 6)
+    assert shard.numbers() == [[5, 6, 7]]
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_a_spare_block_that_cannot_be_looked_up_does_no_harm(
+    with_spares: tuple[Shard, BlockFetcher], is_loaded: bool
+) -> None:
+    """The index of its shard may be gone from memory: it is not read for that, while others wait for the lock."""
+    shard, fetcher = with_spares
+    block_of, asked = fetcher._block_of, []
+
+    def of_known(key: int) -> tuple[int, Block]:
+        asked.append(key)
+        if key > 5:
+            raise ShardError("the index is gone")
+        return block_of(key)
+
+    fetcher._block_of, fetcher._is_loaded = of_known, lambda number: is_loaded
+    fetcher.want([(5, 0)])
+    assert _comes_true(lambda: fetcher._entries[5].state is fetching._State.HERE)
+    assert asked == ([5, 6] if is_loaded else [5])
+    assert fetcher._fetched_bytes == 0
+    assert shard.numbers() == [[5]]
