@@ -43,7 +43,7 @@ class Outcome(Enum):
     ON_DISK = "on disk"
     IN_MEMORY = "in memory"
     NOT_YET = "being fetched by another process, or removed by someone before it was complete"
-    LEFT_OUT = "for another request"
+    LEFT_OUT = "left out of the request"
     NO_ROOM = "no room in either place"
     FAILED = "not to be had"
 
@@ -132,7 +132,8 @@ class BlockStore:
         group: list[_Piece] = []
         try:
             for number, stored in enumerate(run):
-                found = self._find(stored)
+                # A spare block saves a request if it comes with others, and is not worth one of its own.
+                found = self._find(stored) if group or not stored.is_spare else (Outcome.LEFT_OUT, 0.0)
                 if isinstance(found, _Piece):
                     group.append(found)
                     continue
@@ -158,6 +159,8 @@ class BlockStore:
         """The outcome for a block that need not or cannot be fetched; otherwise the place for it."""
         block, cache = stored.block, self._opened_cache()
         if cache is not None:
+            if stored.is_spare and cache.holds(block.name, block.length):
+                return Outcome.LEFT_OUT, 0.0
             if not stored.is_needed:
                 cache.need(block.name)
                 stored.place, stored.is_needed = (cache.path(block.name), block.start), True
