@@ -194,6 +194,8 @@ class BlockFetcher:
         if entry.uses:
             return
         del self._entries[key]
+        if entry.state in _WAITING:
+            self._spares.count_asked(-entry.block.length)
         if entry.state is _State.HERE:
             self._store.release(entry.stored)
         else:

@@ -15,7 +15,7 @@ class Spares:
         self._bytes = self._asked_bytes = 0
 
     def count_asked(self, length: int) -> None:
-        """Counts the bytes of a block that was asked for."""
+        """Counts the bytes of a block that was asked for; less than 0: it was given up before it was fetched."""
         self._asked_bytes += length
 
     def add(self, key: int, length: int) -> bool:

@@ -365,3 +365,18 @@ def test_a_spare_block_that_others_have_stored_does_not_count(
         fetcher.want([(key, 0)])
         assert found(fetcher, shard, key)
     assert shard.numbers() == [[5], [12, 13, 14, 15]]
+
+
+def test_blocks_that_are_not_fetched_in_the_end_allow_no_spare_ones(
+    with_spares: tuple[Shard, BlockFetcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each new mix cancels blocks that lie ahead, and most of them are asked for again."""
+    shard, fetcher = with_spares
+    monkeypatch.setattr(spares, "_SHARE", 0.5)
+    with fetcher._changed:
+        for _ in range(10):
+            fetcher.want([(10, 0)])
+            assert fetcher.cancel(10)
+    fetcher.want([(5, 0)])
+    assert found(fetcher, shard, 5)
+    assert shard.numbers() == [[5, 6]]
