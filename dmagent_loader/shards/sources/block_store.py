@@ -190,7 +190,12 @@ class BlockStore:
             if self._memory_bytes and self._memory_bytes + stored.block.length > _MEMORY_BYTES:
                 return Outcome.NO_ROOM, _TRY_AGAIN_SECONDS
             self._memory_bytes += stored.block.length
-        return _Piece(stored, None)
+        try:
+            return _Piece(stored, None)
+        except MemoryError:
+            with self._lock:
+                self._memory_bytes -= stored.block.length
+            raise
 
     def _fetch(self, group: list[_Piece], source: RemoteSource, outcomes: Outcomes) -> None:
         """Fetches neighbours with one request. Those that are whole in the end have an outcome, even if others fail.

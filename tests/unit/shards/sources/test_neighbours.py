@@ -380,3 +380,19 @@ def test_blocks_that_are_not_fetched_in_the_end_allow_no_spare_ones(
     fetcher.want([(5, 0)])
     assert found(fetcher, shard, 5)
     assert shard.numbers() == [[5, 6]]
+
+
+def test_memory_that_the_system_refuses_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = Shard([1000] * 3)
+    fetcher, given = fetcher_of(shard, tmp_path, 0), []
+
+    def refused(length: int) -> bytearray:
+        given.append(length)
+        if len(given) == 2:
+            raise MemoryError
+        return bytearray(length)
+
+    monkeypatch.setattr(block_store, "bytearray", refused, raising=False)
+    fetcher.want((key, key) for key in range(3))
+    assert not any(found(fetcher, shard, key) for key in range(3))
+    assert fetcher._store._memory_bytes == 0
