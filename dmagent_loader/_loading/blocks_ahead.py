@@ -102,7 +102,7 @@ class BlocksAhead:
             np.maximum.at(latest, numbers, draw)
         used = np.flatnonzero(latest >= 0)
         columns = (blocks.keys[used], begin[used], domain[begin[used]], latest[used])
-        wanted = []
+        wanted, uses = [], {}
         for key, first, of_domain, use in zip(*(column.tolist() for column in columns), strict=True):
             if key < 0:
                 continue
@@ -110,8 +110,9 @@ class BlocksAhead:
             if before is None:
                 wanted.append((key, position + first))
             if before is None or before[1] < use:
-                self._last_use[key] = (of_domain, use)
+                uses[key] = (of_domain, use)
         self._fetcher.want(wanted)
+        self._last_use.update(uses)  # not before: if that fails, none of them is to be released
         for first, end in pairwise((0, *ends)):
             lowest, beyond = np.full(len(self._passed), _NEVER), np.zeros_like(self._passed)
             np.minimum.at(lowest, domain[first:end], draw[first:end])

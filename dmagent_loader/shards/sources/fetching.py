@@ -53,6 +53,7 @@ _NO_TURN = -1
 _HERE = _State.HERE
 """A name of its own, as that of a member of an enumeration takes ten times as long to look up."""
 _WAITING, _NOT_COMING = (_State.QUEUED, _State.NO_ROOM), (_State.NO_ROOM, _State.FAILED)
+_COMING = (_State.QUEUED, _State.FETCHING)
 _STATES = {
     Outcome.ON_DISK: _State.HERE,
     Outcome.IN_MEMORY: _State.HERE,
@@ -145,19 +146,21 @@ class BlockFetcher:
     # Asking for blocks
 
     def want(self, keys: Iterable[tuple[int, int]]) -> None:
-        """Has blocks fetched, and each of them kept until as many calls of `release`.
+        """Has blocks fetched, and each of them kept until as many calls of `release`; if this raises, none of them is.
 
         Args:
             keys: Key of each block, and its urgency: the lower, the sooner it is fetched.
         """
+        keys = list(keys)
         with self._changed:  # of all: a thread that takes the first one sees its neighbours
             self._release_dropped()
+            found = {key: self._block_of(key) for key, _ in keys if key not in self._entries}
             for key, urgency in keys:
                 entry = self._entries.get(key)
                 if entry is not None:
                     entry.uses += 1
                     continue
-                entry = self._entries[key] = _Entry(key, *self._block_of(key), urgency)
+                entry = self._entries[key] = _Entry(key, *found[key], urgency)
                 self._spares.remove(key)
                 self._spares.count_asked(entry.block.length)
                 self._wanted_bytes += entry.block.length
@@ -272,7 +275,7 @@ class BlockFetcher:
         patience = timeout_seconds() + max(entry.block.length, REQUEST_BYTES) / SLOWEST_BYTES_PER_SECOND
         with self._changed:
             self.waits += 1
-            if entry.uses and entry.state in (_State.QUEUED, _State.FETCHING) and entry.urgency > -1:
+            if entry.uses and entry.state in _COMING and entry.urgency > -1:
                 entry.urgency = -1
                 if entry.state is _State.QUEUED:
                     self._enqueue(entry)
@@ -280,9 +283,7 @@ class BlockFetcher:
                 self._start_thread()
                 if not self._threads:
                     return False
-            if self._changed.wait_for(
-                lambda: not entry.uses or entry.state not in (_State.QUEUED, _State.FETCHING), patience
-            ):
+            if self._changed.wait_for(lambda: not entry.uses or entry.state not in _COMING, patience):
                 return True
             self._fail(entry)
             return False

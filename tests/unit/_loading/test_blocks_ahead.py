@@ -81,3 +81,13 @@ def test_one_column_stands_for_both_blocks_if_they_are_the_same():
     blocks = BlocksOfRows.of(FIRST, FIRST)
     assert len(blocks.numbers) == 1
     assert np.array_equal(blocks.keys[blocks.numbers[0]], FIRST)
+
+
+def test_blocks_that_could_not_be_asked_for_are_not_released():
+    """Their index could not be read, say; the finalizer of the iterator releases the others."""
+    ahead, fetcher = asked([[3]])
+    fetcher.want = lambda keys: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        ahead.request(DOMAIN, DRAW, BlocksOfRows.of(FIRST, LAST), 103, [8])
+    ahead.close()
+    assert sorted(fetcher.released) == sorted(key for key, _ in fetcher.wanted)

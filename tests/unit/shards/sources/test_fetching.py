@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from node_blocks import SIZE, name
 
+from dmagent_loader.errors import ShardError
 from dmagent_loader.shards.sources import block_store, fetching
 from dmagent_loader.shards.sources.blocks import Block
 from dmagent_loader.shards.sources.fetching import BlockFetcher
@@ -342,3 +343,19 @@ def test_more_blocks_than_may_be_open_are_opened_one_by_one(
     assert isinstance(fetcher.get_all([0, 1, 2]), list)
     assert isinstance(fetcher.get_all([0, 1, 2, 3]), map)
     assert None not in list(fetcher.get_all([0, 1, 2, 3]))
+
+
+def test_either_all_of_some_blocks_are_asked_for_or_none(fetcher: BlockFetcher) -> None:
+    def block_of(key: int) -> tuple[int, Block]:
+        if key > 1:
+            raise ShardError("its index cannot be read")
+        return 0, Block(name(key), 0, SIZE, 1)
+
+    fetcher._block_of = block_of
+    fetcher.want([(0, 0)])
+    with pytest.raises(ShardError):
+        fetcher.want([(0, 0), (1, 0), (2, 0)])
+    assert fetcher.comes(0)
+    assert not fetcher.comes(1)
+    fetcher.release(0)
+    assert not fetcher.comes(0)
