@@ -40,7 +40,8 @@ _reported: set[str] = set()
 class Outcome(Enum):
     """Outcome of an attempt to obtain a block."""
 
-    ON_DISK = "on disk"
+    FOUND = "on disk before"
+    ON_DISK = "fetched to disk"
     IN_MEMORY = "in memory"
     NOT_YET = "being fetched by another process, or removed by someone before it was complete"
     LEFT_OUT = "left out of the request"
@@ -165,13 +166,13 @@ class BlockStore:
                 cache.need(block.name)
                 stored.place, stored.is_needed = (cache.path(block.name), block.start), True
             if cache.holds(block.name, block.length):
-                return Outcome.ON_DISK, 0.0
+                return Outcome.FOUND, 0.0
             if self._can_store and time.monotonic() >= self._disk_full_until:
                 try:
                     claim = cache.claim(block.name, block.length)
                 except BlockInUse:
                     if cache.holds(block.name, block.length):
-                        return Outcome.ON_DISK, 0.0
+                        return Outcome.FOUND, 0.0
                     return Outcome.NOT_YET, _LOOK_AGAIN_SECONDS
                 except OSError as error:
                     self._cannot_store(cache.folder, error)

@@ -55,6 +55,7 @@ _HERE = _State.HERE
 _WAITING, _NOT_COMING = (_State.QUEUED, _State.NO_ROOM), (_State.NO_ROOM, _State.FAILED)
 _COMING = (_State.QUEUED, _State.FETCHING)
 _STATES = {
+    Outcome.FOUND: _State.HERE,
     Outcome.ON_DISK: _State.HERE,
     Outcome.IN_MEMORY: _State.HERE,
     Outcome.NOT_YET: _State.QUEUED,
@@ -127,8 +128,7 @@ class BlockFetcher:
         self._number = itertools.count()
         self._dropped: deque[int] = deque()
         """Keys that finalizers have released, once for each use."""
-        self._threads = self._idle = 0
-        self._fetched_bytes = 0
+        self._threads = self._idle = self._fetched_bytes = 0
         self._full_until = 0.0
         """Until then no other block looks for room."""
         self._wanted_bytes = self._wanted_rows = self.waits = 0
@@ -161,7 +161,6 @@ class BlockFetcher:
                     entry.uses += 1
                     continue
                 entry = self._entries[key] = _Entry(key, *found[key], urgency)
-                self._spares.remove(key)
                 self._spares.count_asked(entry.block.length)
                 self._wanted_bytes += entry.block.length
                 self._wanted_rows += entry.block.rows
@@ -334,6 +333,8 @@ class BlockFetcher:
                 self._settle(entry, _STATES[outcome], after)
                 if stored.is_spare:
                     self._settle_spare(entry.key, outcome)
+                elif outcome is Outcome.FOUND:
+                    self._spares.remove(entry.key)  # it has paid off, if it was one
             self._changed.notify_all()
             tasks.notify()
 
@@ -416,11 +417,10 @@ class BlockFetcher:
             while (other := self._entries.get(run[end].key + step)) is not None:
                 first, last = (run[-1], other) if step > 0 else (other, run[0])
                 waits = other.state is _State.QUEUED and not other.pause and is_behind(first.block, last.block)
-                has_room = self._fetched_bytes + other.block.length <= _FETCHED_BYTES
-                length += other.block.length
-                if not waits or not has_room or length > REQUEST_BYTES:
-                    length -= other.block.length
+                more = other.block.length
+                if not waits or length + more > REQUEST_BYTES or self._fetched_bytes + more > _FETCHED_BYTES:
                     break
+                length += more
                 self._begin_fetching(other)
                 run.insert(len(run) if step > 0 else 0, other)
         self._add_spares(run, length)

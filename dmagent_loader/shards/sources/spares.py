@@ -11,7 +11,7 @@ class Spares:
 
     def __init__(self) -> None:
         self._lengths: dict[int, int] = {}
-        """Key -> bytes of each block that was fetched although nobody had asked for it, and nobody has since."""
+        """Key -> bytes of each block that was fetched although nobody had asked for it, and has not paid off yet."""
         self._bytes = self._asked_bytes = 0
 
     def count_asked(self, length: int) -> None:
@@ -27,5 +27,5 @@ class Spares:
         return True
 
     def remove(self, key: int) -> None:
-        """Forgets a block, if it is noted: somebody has asked for it, or it did not come."""
+        """Forgets a block, if it is noted: somebody has asked for it and found it, or it did not come."""
         self._bytes -= self._lengths.pop(key, 0)

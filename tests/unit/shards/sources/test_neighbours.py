@@ -382,6 +382,20 @@ def test_blocks_that_are_not_fetched_in_the_end_allow_no_spare_ones(
     assert shard.numbers() == [[5, 6]]
 
 
+def test_a_spare_block_that_was_evicted_before_it_was_asked_for_counts(
+    with_spares: tuple[Shard, BlockFetcher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a full folder, blocks that nobody needs go first."""
+    shard, fetcher = with_spares
+    monkeypatch.setattr(spares, "_SHARE", 0.5)
+    for key in (5, 6, 12):
+        fetcher.want([(key, 0)])
+        assert found(fetcher, shard, key)
+        if key == 5:
+            (tmp_path / f"{shard.blocks[6].name}.block").unlink()
+    assert shard.numbers() == [[5, 6], [6], [12, 13]]
+
+
 def test_memory_that_the_system_refuses_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = Shard([1000] * 3)
     fetcher, given = fetcher_of(shard, tmp_path, 0), []
