@@ -36,6 +36,25 @@ def _small_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_store, "_reported", set())
 
 
+@pytest.fixture(autouse=True)
+def _all_end(_small_requests: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fetchers end with their test: other tests count threads and open files."""
+    monkeypatch.setattr(fetching, "_IDLE_SECONDS", 0.05)
+    yield
+    while made:
+        fetcher = made.pop()
+        with fetcher._changed:
+            for key, entry in list(fetcher._entries.items()):
+                for _ in range(entry.uses):
+                    fetcher.release(key)
+            fetcher._tasks.notify_all()
+        assert _comes_true(lambda fetcher=fetcher: not fetcher._threads)
+
+
+made: list[BlockFetcher] = []
+"""All fetchers of a test."""
+
+
 class Shard:
     """A shard in memory that notes what is read of it.
 
@@ -86,13 +105,15 @@ class Shard:
 
 def fetcher_of(shard: Shard, folder: Path, limit: int | None = None) -> BlockFetcher:
     source: Any = shard
-    return BlockFetcher(
+    fetcher = BlockFetcher(
         lambda key: (0, shard.blocks[key]),
         lambda number: source,
         folder=folder,
         limit=limit,
         max_open_files=1000,
     )
+    made.append(fetcher)
+    return fetcher
 
 
 def found(fetcher: BlockFetcher, shard: Shard, key: int) -> bool:
