@@ -46,13 +46,15 @@ def open_files(folder: Path) -> int:
 
 
 def test_open_files_are_bounded(hundred: dict[str, list[str]], tmp_path: Path) -> None:
-    copies = {name: [shutil.copy(path, tmp_path) for path in paths] for name, paths in hundred.items()}
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    copies = {name: [shutil.copy(path, folder) for path in paths] for name, paths in hundred.items()}
     collection = ShardCollection.open(copies, progress=False, max_open_files=16)
-    assert open_files(tmp_path) == 0
+    assert open_files(folder) == 0
     read_and_check(collection, 0, 2000)
-    assert open_files(tmp_path) == 16
+    assert open_files(folder) == 16
     collection.close()
-    assert open_files(tmp_path) == 0
+    assert open_files(folder) == 0
     read_and_check(collection, 1, 10)
 
 
