@@ -12,7 +12,7 @@ from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.shuffle import Shuffle
 from dmagent_loader.shards import ShardCollection
 from dmagent_loader.shards.sources.blocks import BLOCK_BYTES, REQUEST_BYTES
-from dmagent_loader.shards.sources.fetching import FETCHES
+from dmagent_loader.shards.sources.fetching import FETCHED_BYTES, FETCHES
 
 
 def add_storage_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,12 +80,13 @@ def storage_lines(
     shard_bytes = payload / [len(shards) for shards in by_domain]
     row_bytes = payload / collection.num_rows
     of_tile = row_bytes * shuffle.window / shuffle.lanes  # a request brings the rows of a tile that lie in one shard
+    bytes_per_request = np.minimum(np.clip(of_tile, BLOCK_BYTES, REQUEST_BYTES), shard_bytes)
     cost = reading_cost(
         np.asarray(counts, np.float64),
         row_bytes,
         conditions,
-        bytes_per_request=np.minimum(np.clip(of_tile, BLOCK_BYTES, REQUEST_BYTES), shard_bytes),
-        in_flight=FETCHES,
+        bytes_per_request=bytes_per_request,
+        in_flight=min(FETCHES, int(FETCHED_BYTES / max(1.0, bytes_per_request.max()))),
     )
     stored = sum(summary.file_bytes for summary in summaries)
     return [

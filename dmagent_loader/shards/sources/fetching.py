@@ -30,7 +30,7 @@ from dmagent_loader.shards.sources.spares import Spares
 
 FETCHES = 32
 """Requests in flight, in each process."""
-_FETCHED_BYTES = 256 << 20
+FETCHED_BYTES = 256 << 20
 """Memory for blocks in flight; one block may be larger."""
 _IDLE_SECONDS = 5.0
 """Time after which a thread without work ends."""
@@ -402,7 +402,7 @@ class BlockFetcher:
                 entry.state = _State.NO_ROOM
                 heapq.heappush(self._later, (self._full_until, number, entry))
                 self._changed.notify_all()
-            elif self._fetched_bytes and self._fetched_bytes + length > _FETCHED_BYTES:
+            elif self._fetched_bytes and self._fetched_bytes + length > FETCHED_BYTES:
                 return None
             else:
                 heapq.heappop(self._queue)
@@ -418,7 +418,7 @@ class BlockFetcher:
                 first, last = (run[-1], other) if step > 0 else (other, run[0])
                 waits = other.state is _State.QUEUED and not other.pause and is_behind(first.block, last.block)
                 more = other.block.length
-                if not waits or length + more > REQUEST_BYTES or self._fetched_bytes + more > _FETCHED_BYTES:
+                if not waits or length + more > REQUEST_BYTES or self._fetched_bytes + more > FETCHED_BYTES:
                     break
                 length += more
                 self._begin_fetching(other)
@@ -438,7 +438,7 @@ class BlockFetcher:
             except Exception:  # it was the last one of the shard, or the index of the shard was dropped just now
                 return
             length += entry.block.length
-            has_room = length <= REQUEST_BYTES and self._fetched_bytes + entry.block.length <= _FETCHED_BYTES
+            has_room = length <= REQUEST_BYTES and self._fetched_bytes + entry.block.length <= FETCHED_BYTES
             if not (has_room and is_behind(run[-1].block, entry.block) and self._spares.add(key, entry.block.length)):
                 return
             self._begin_fetching(entry)

@@ -397,7 +397,7 @@ async def _http_range(filesystem: Any, url: str, offset: int, length: int, sink:
     """A byte range by HTTP, with checks that ``cat_file`` leaves out: status, range and number of bytes.
 
     The parts are written here, in the thread of the event loop, while they are in the cache of the processor. To
-    collect 8 MiB for another thread would take three times as much CPU time, most of it for fresh memory.
+    collect them for another thread would take three times as much CPU time, most of it for fresh memory.
     """
     session = await filesystem.set_session()
     settings = {"read_bufsize": _READ_AHEAD_BYTES, **filesystem.kwargs}
