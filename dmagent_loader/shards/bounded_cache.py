@@ -57,6 +57,11 @@ class BoundedCache(Generic[K, V]):
                 found.append(entry.value)
         return found
 
+    def if_open(self, key: K) -> V | None:
+        """The resource of a key if it is open; nothing is opened."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry.value
+
     def __contains__(self, key: K) -> bool:
         return key in self._entries
 

@@ -98,7 +98,7 @@ class ShardCollection:
                 folder=folder,
                 limit=limit,
                 max_open_files=self._max_open_files,
-                is_loaded=self._tables.__contains__,
+                block_behind=partial(_block_behind, self._tables.if_open),
             )
 
     @classmethod
@@ -404,3 +404,9 @@ def _block_or_shard(
 def _block_of(table_of: Callable[[int], RowTable], key: int) -> tuple[int, Block]:
     number = key >> BLOCK_BITS
     return number, table_of(number).blocks[key & (1 << BLOCK_BITS) - 1]
+
+
+def _block_behind(table_if_open: Callable[[int], RowTable | None], key: int) -> Block | None:
+    """The block behind one of the same shard, if the table of the shard is in memory; None: there is none."""
+    table, number = table_if_open(key >> BLOCK_BITS), (key & (1 << BLOCK_BITS) - 1) + 1
+    return table.blocks[number] if table is not None and number < len(table.blocks) else None

@@ -154,6 +154,17 @@ def test_rows_are_those_of_local_shards_and_every_byte_comes_once(
     assert fetched(server) == (0, 0), "blocks on disk were fetched again"
 
 
+def test_the_block_behind_another_is_known_where_the_table_of_the_shard_is(server: FarServer, tmp_path: Path) -> None:
+    collection = build(remote(server), tmp_path).collection
+    collection._tables.clear()
+    behind = collection.fetcher._block_behind
+    assert behind(1 << blocks.BLOCK_BITS) is None
+    table = collection._tables.get(1)
+    assert len(table.blocks) > 2
+    found = [behind(1 << blocks.BLOCK_BITS | number) for number in range(len(table.blocks))]
+    assert found == [*(table.blocks[number] for number in range(1, len(table.blocks))), None]
+
+
 def test_what_is_fetched_is_what_lies_ahead(server: FarServer, tmp_path: Path) -> None:
     """A domain without weight costs nothing, and of the others only what is needed soon is fetched."""
     sampler = build(remote(server), tmp_path)

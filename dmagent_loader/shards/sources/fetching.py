@@ -94,7 +94,8 @@ class BlockFetcher:
         folder: Folder of the node; None: `block_store.default_block_folder`.
         limit: Largest number of bytes in the folder; None: see `NodeCache`; 0: blocks stay in memory.
         max_open_files: Largest number of open blocks.
-        is_loaded: Function that says whether `block_of` is quick for the blocks of a shard: others are never spare.
+        block_behind: Function from the key of a block to the one behind it in its shard; None: there is none, or it
+            would take long to look it up. It is called under the lock.
 
     Attributes:
         waits: Number of times that a reader had to wait for a block.
@@ -108,9 +109,9 @@ class BlockFetcher:
         folder: Path | None,
         limit: int | None,
         max_open_files: int,
-        is_loaded: Callable[[int], bool] = lambda shard: True,
+        block_behind: Callable[[int], Block | None] = lambda key: None,
     ) -> None:
-        self._block_of, self._source_of, self._is_loaded = block_of, source_of, is_loaded
+        self._block_of, self._source_of, self._block_behind = block_of, source_of, block_behind
         self._folder, self._limit, self._max_open_files = folder, limit, max_open_files
         self._start()
         forks.register(self)
@@ -431,16 +432,15 @@ class BlockFetcher:
 
         They are a small part of all, and go to the folder only. `length` is the number of bytes of the request.
         """
-        while self._store.can_store and self._is_loaded(run[-1].shard) and run[-1].key + 1 not in self._entries:
-            key = run[-1].key + 1
-            try:
-                entry = _Entry(key, *self._block_of(key), 0, uses=0)
-            except Exception:  # it was the last one of the shard, or the index of the shard was dropped just now
+        while self._store.can_store and (key := run[-1].key + 1) not in self._entries:
+            block = self._block_behind(run[-1].key)
+            if block is None or not is_behind(run[-1].block, block):
                 return
-            length += entry.block.length
-            has_room = length <= REQUEST_BYTES and self._fetched_bytes + entry.block.length <= FETCHED_BYTES
-            if not (has_room and is_behind(run[-1].block, entry.block) and self._spares.add(key, entry.block.length)):
+            length += block.length
+            has_room = length <= REQUEST_BYTES and self._fetched_bytes + block.length <= FETCHED_BYTES
+            if not has_room or not self._spares.add(key, block.length):
                 return
+            entry = _Entry(key, run[-1].shard, block, 0, uses=0)
             self._begin_fetching(entry)
             run.append(entry)
 

@@ -13,9 +13,12 @@ def test_what_is_used_stays_and_the_number_is_bounded() -> None:
         return -key
 
     cache = BoundedCache(open_one, 3)
+    assert cache.if_open(0) is None
+    assert not opened
     for key in range(20):
         assert cache.get(key) == -key
         assert cache.get(0) == 0, "asked for all the time"
+        assert cache.if_open(key) == -key
     assert opened == list(range(20)), "0 was dropped although it was in use"
     cache.clear()
     cache.get(0)

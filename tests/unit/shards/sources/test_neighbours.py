@@ -111,6 +111,7 @@ def fetcher_of(shard: Shard, folder: Path, limit: int | None = None) -> BlockFet
         folder=folder,
         limit=limit,
         max_open_files=1000,
+        block_behind=lambda key: shard.blocks[key + 1] if key + 1 < len(shard.blocks) else None,
     )
     made.append(fetcher)
     return fetcher
@@ -350,26 +351,21 @@ def test_a_spare_block_that_is_asked_for_while_it_comes_is_not_fetched_again(
     assert shard.numbers() == [[5, 6, 7]]
 
 
-@pytest.mark.parametrize("is_loaded", [True, False])
-def test_a_spare_block_that_cannot_be_looked_up_does_no_harm(
-    with_spares: tuple[Shard, BlockFetcher], is_loaded: bool
-) -> None:
+def test_a_block_that_would_have_to_be_looked_up_is_not_spare(with_spares: tuple[Shard, BlockFetcher]) -> None:
     """The index of its shard may be gone from memory: it is not read for that, while others wait for the lock."""
     shard, fetcher = with_spares
     block_of, asked = fetcher._block_of, []
 
-    def of_known(key: int) -> tuple[int, Block]:
+    def recorded(key: int) -> tuple[int, Block]:
         asked.append(key)
-        if key > 5:
-            raise ShardError("the index is gone")
         return block_of(key)
 
-    fetcher._block_of, fetcher._is_loaded = of_known, lambda number: is_loaded
-    fetcher.want([(5, 0)])
-    assert _comes_true(lambda: fetcher._entries[5].state is fetching._State.HERE)
-    assert asked == ([5, 6] if is_loaded else [5])
-    assert fetcher._fetched_bytes == 0
-    assert shard.numbers() == [[5]]
+    fetcher._block_of, fetcher._block_behind = recorded, lambda key: shard.blocks[key + 1] if key < 5 else None
+    fetcher.want([(4, 0)])
+    assert found(fetcher, shard, 4)
+    assert asked == [4]
+    assert shard.numbers() == [[4, 5]]
+    assert _comes_true(lambda: fetcher._fetched_bytes == 0)
 
 
 def test_a_spare_block_that_others_have_stored_does_not_count(
