@@ -81,18 +81,19 @@ def storage_lines(
     row_bytes = payload / collection.num_rows
     of_tile = row_bytes * shuffle.window / shuffle.lanes  # a request brings the rows of a tile that lie in one shard
     bytes_per_request = np.minimum(np.clip(of_tile, BLOCK_BYTES, REQUEST_BYTES), shard_bytes)
+    in_flight = min(FETCHES, int(FETCHED_BYTES / max(1.0, bytes_per_request.max())))
     cost = reading_cost(
         np.asarray(counts, np.float64),
         row_bytes,
         conditions,
         bytes_per_request=bytes_per_request,
-        in_flight=min(FETCHES, int(FETCHED_BYTES / max(1.0, bytes_per_request.max()))),
+        in_flight=in_flight,
     )
     stored = sum(summary.file_bytes for summary in summaries)
     return [
         f"reading: {cost.requests:,} requests of up to {REQUEST_BYTES >> 20} MiB, {cost.bytes / 1e9:,.2f} GB, "
         f"{cost.dollars:,.2f} dollars",
         f"rate: at most {cost.rows_per_second * args.readers:,.0f} rows/s from the store by {args.readers} reading "
-        f"process(es) with up to {FETCHES} requests at a time each",
+        f"process(es) with up to {in_flight} requests at a time each",
         f"first start: shards whose index is not known yet are read through once, {stored / 1e9:,.2f} GB if it is none",
     ]
