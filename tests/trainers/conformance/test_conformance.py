@@ -313,7 +313,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(integration, setting, 
 
 @pytest.mark.parametrize(
     "integration",
-    [i if i.name in ("HF Trainer", "NeMo") else pytest.param(i, marks=pytest.mark.slow) for i in INTEGRATIONS],
+    [pytest.param(i, marks=pytest.mark.slow) if i.name in ("Lightning", "Megatron-core") else i for i in INTEGRATIONS],
     ids=lambda integration: integration.name,
 )
 def test_a_run_continues_with_changed_data(integration, start):

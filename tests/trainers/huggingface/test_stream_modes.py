@@ -14,7 +14,7 @@ MODES = [
     pytest.param("nodispatch", 2, 0, 1, marks=pytest.mark.slow),
     ("nodispatch", 2, 2, 1),
     ("split", 2, 0, 1),
-    pytest.param("mixin", 2, 2, 1, marks=pytest.mark.slow),
+    ("mixin", 2, 2, 1),
 ]
 
 
