@@ -218,6 +218,8 @@ def main() -> None:
     parser.add_argument("--streaming-path", type=Path, help="folder of packages with mosaicml-streaming")
     parser.add_argument("--lit-path", type=Path, help="folder of packages with litdata")
     args = parser.parse_args()
+    if "limit" not in args.readers:
+        parser.error("--readers lacks 'limit', with which all others are compared: add it")
     if args.quick:
         args.repeats, args.megabytes, args.rows = 1, 256, 20_000
     with tempfile.TemporaryDirectory() as scratch:
