@@ -34,7 +34,7 @@ from dmagent_loader.shards.index.opening import open_catalogue
 from dmagent_loader.shards.index.peers import Peers
 from dmagent_loader.shards.index.stored import StoredIndexes
 from dmagent_loader.shards.index.storing import write_indexes
-from dmagent_loader.shards.index.threads import in_threads
+from dmagent_loader.shards.index.threads import in_threads, in_threads_if_slow
 from dmagent_loader.shards.manifest import Manifest, Manifests
 from dmagent_loader.shards.sources.blocks import BLOCK_BITS, Block, IntArray
 from dmagent_loader.shards.sources.fetching import BlockFetcher
@@ -298,7 +298,8 @@ class ShardCollection:
     def _first_rows(self, numbers: IntArray) -> dict[int, IntArray]:
         """The first rows of the blocks of those shards that are remote, by number.
 
-        The table of a shard may take a request, so many are fetched at a time. They are not kept beyond the cache.
+        The table of a shard may take a request, so those are fetched at the same time. They are not kept beyond the
+        cache.
         """
 
         def first_rows(number: int) -> IntArray:
@@ -306,9 +307,12 @@ class ShardCollection:
 
         remote = numbers[self._catalogue.is_remote[numbers]].tolist()
         missing = [number for number in remote if number not in self._tables]
-        found = {}
-        if len(missing) > 1:
-            found = dict(in_threads(first_rows, missing, threading.Event(), REQUESTS_IN_FLIGHT))
+        # To start a thread takes longer than to read an index from a local disk.
+        at_hand = [number for number in missing if self._catalogue.has_index(number)]
+        found = dict(in_threads_if_slow(first_rows, at_hand, threading.Event()))
+        if len(missing) > len(found) + 1:
+            others = [number for number in missing if number not in found]
+            found.update(in_threads(first_rows, others, threading.Event(), REQUESTS_IN_FLIGHT))
         return found | {number: first_rows(number) for number in remote if number not in found}
 
     def missing_members(self, domain: int, shard: int, row: int) -> tuple[str, ...]:

@@ -157,6 +157,31 @@ def test_a_start_fetches_the_indexes_of_its_shards_at_the_same_time(
     }
 
 
+def test_a_later_start_reads_its_indexes_from_the_cache_and_starts_no_thread_for_them(
+    store: str, tmp_path: Path, fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 threads that contend for the interpreter take longer than the files of 32 indexes."""
+    submit, submitted = ThreadPoolExecutor.submit, []
+
+    def noted(self: Any, *call: Any, **settings: Any) -> Any:
+        if self._thread_name_prefix == "dmagent-index" and isinstance(call[1], int):  # not the table of the folder
+            submitted.append(call[1])
+        return submit(self, *call, **settings)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", noted)
+    indexed(write_shards(tmp_path / "store", 8, rows=4), fresh())
+    reading = ReadingConfig(cache_dir=fresh(), progress=False)
+    found = []
+    for _ in ("first", "later"):
+        submitted.clear()
+        sampler = AgentWeightedSampler(
+            {"source/a": f"{store}/s-{{000..007}}.tar"}, samples_per_reweight=1000, reading=reading
+        )
+        keys = [sample["__key__"] for sample in islice(sampler, 32)]
+        found.append((keys, sorted(submitted)))
+    assert found == [(found[0][0], list(range(8))), (found[0][0], [])]
+
+
 def test_facts_about_all_shards_are_fetched_at_the_same_time(
     store: str, tmp_path: Path, fresh: Any, together: int
 ) -> None:

@@ -312,6 +312,10 @@ class Catalogue:
         """Whether the index of a shard is in the cache, and not in memory."""
         return number not in self._uncached
 
+    def has_index(self, number: int) -> bool:
+        """Whether the index of a shard is in memory, or in the cache under the URL of the shard."""
+        return number in self._uncached or self.cached_index(number).exists()
+
     def has_content(self, number: int, checksum: bytes) -> bool:
         """Whether the content of a shard has this checksum, as bytes."""
         return self._checksum(number) == checksum
