@@ -27,7 +27,7 @@ static int expects(Py_ssize_t given, Py_ssize_t expected)
 
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, name##_doc}
 
-/* Defines the module `name` with its functions; for the number of the interface see compiled_loops(). */
+/* Defines the module `name` with its functions; for the number of the interface see _compiled.py. */
 #define MODULE(name, doc, interface, ...)                                                                              \
     static PyMethodDef functions[] = {__VA_ARGS__, {NULL, NULL, 0, NULL}};                                             \
     static int add_interface(PyObject *module)                                                                         \

@@ -7,7 +7,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from dmagent_loader._compiled import why_in_python
 from dmagent_loader._version import __version__
 from dmagent_loader.errors import DMAgentError
 
@@ -37,6 +39,19 @@ _COMMANDS = {
 """Command -> module of this package whose ``configure_COMMAND`` adds its options, and its help."""
 
 
+class _Version(argparse.Action):
+    """Prints the version and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"dmagent-loader {__version__}")
+        if reason := why_in_python():
+            print(f"Samples are ordered, and packed rows read, by loops in Python, not in C: {reason}.")
+        parser.exit()
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands.
 
@@ -49,7 +64,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         description="Data mixing for continual pre-training: shards, plans, agents.",
         epilog="`dmagent COMMAND --help` describes a command. `dmagent demo` shows a whole run in a few minutes.",
     )
-    parser.add_argument("--version", action="version", version=f"dmagent-loader {__version__}")
+    parser.add_argument("--version", action=_Version, help="show the version, and whether the loops in C are in use")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in _COMMANDS.items():
         of_command = commands.add_parser(name, help=text)

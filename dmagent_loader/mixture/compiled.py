@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from dmagent_loader._compiled import compiled_loops
 
-ORDER = compiled_loops("dmagent_loader.mixture._order", interface=2)
-ROWS = compiled_loops("dmagent_loader.mixture._rows", interface=1)
+ORDER = compiled_loops("dmagent_loader.mixture._order")
+ROWS = compiled_loops("dmagent_loader.mixture._rows")

@@ -21,7 +21,7 @@ from dmagent_loader.shards.sources.checksum import crc32
 from dmagent_loader.shards.sources.local import Readable
 from dmagent_loader.shards.table import RowTable
 
-COMPILED = compiled_loops("dmagent_loader.shards._reading", interface=1)
+COMPILED = compiled_loops("dmagent_loader.shards._reading")
 _NOT_AN_ARRAY = -1
 """Size of a row that has another member than the one to be read, or several, or whose shard cannot be used."""
 _NOWHERE = (_NOT_AN_ARRAY,) * 5

@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import pickle
 import shutil
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig, _compiled
+from dmagent_loader import AgentWeightedSampler, MixingDataLoader, ReadingConfig, __version__, _compiled
+from dmagent_loader.cli import main
 from dmagent_loader.mixture import domain_order, mix_tree, row_order
 from dmagent_loader.mixture.domain_order import DomainOrder, in_quanta
 from dmagent_loader.mixture.mix_tree import RESOLUTION
@@ -35,7 +38,6 @@ T = TypeVar("T")
 HAS_COMPILER = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) is not None
 
 
-INTERFACES = {"mixture._order": 2, "mixture._rows": 1, "shards._reading": 1}
 USERS = (mix_tree, domain_order, row_order, array_rows)
 
 
@@ -43,13 +45,13 @@ USERS = (mix_tree, domain_order, row_order, array_rows)
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled loops, whatever the environment says."""
     monkeypatch.delenv(_compiled.PURE_PYTHON_VARIABLE, raising=False)
-    order, rows, reading = map(loops, INTERFACES)
+    order, rows, reading = map(loops, ("mixture._order", "mixture._rows", "shards._reading"))
     for module in USERS:
         monkeypatch.setattr(module, "COMPILED", {row_order: rows, array_rows: reading}.get(module, order))
 
 
 def loops(name: str) -> ModuleType:
-    found = _compiled.compiled_loops(f"dmagent_loader.{name}", INTERFACES[name])
+    found = _compiled.compiled_loops(f"dmagent_loader.{name}")
     if found is None and not HAS_COMPILER:
         pytest.skip("there is no C compiler")
     assert found is not None, f"{name} was not built, or from other code: pip install -e . builds it"
@@ -341,12 +343,29 @@ def test_a_run_has_the_same_batches(tmp_path):
     assert run() == expected
 
 
-def test_they_are_left_out_if_the_environment_says_so_or_they_are_of_other_code(monkeypatch):
+def version_lines() -> list[str]:
+    return subprocess.check_output([sys.executable, "-m", "dmagent_loader", "--version"], text=True).splitlines()
+
+
+def test_they_are_left_out_if_the_environment_says_so_and_the_version_says_that(monkeypatch):
     name = "dmagent_loader.mixture._order"
-    assert loops("mixture._order") is not None
-    assert _compiled.compiled_loops(name, interface=INTERFACES["mixture._order"] + 1) is None
-    assert _compiled.compiled_loops("dmagent_loader.mixture.nothing", interface=1) is None
+    assert _compiled.why_in_python() is None
+    assert version_lines() == [f"dmagent-loader {__version__}"]
     monkeypatch.setenv(_compiled.PURE_PYTHON_VARIABLE, "1")
-    assert _compiled.compiled_loops(name, INTERFACES["mixture._order"]) is None
+    assert _compiled.compiled_loops(name) is None
+    assert "by loops in Python, not in C: DMAGENT_PURE_PYTHON is set" in version_lines()[1]
     monkeypatch.setenv(_compiled.PURE_PYTHON_VARIABLE, "0")
-    assert _compiled.compiled_loops(name, INTERFACES["mixture._order"]) is not None
+    assert _compiled.compiled_loops(name) is not None
+
+
+@pytest.mark.parametrize("name", _compiled.INTERFACES)
+def test_they_are_left_out_if_they_are_of_other_code_or_were_not_built(monkeypatch, capsys, name):
+    monkeypatch.setitem(_compiled.INTERFACES, name, _compiled.INTERFACES[name] + 1)
+    assert _compiled.compiled_loops(name) is None
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert "install a C compiler and the headers of Python, and then the package again" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, name, None)  # as if there were no such file
+    assert _compiled.compiled_loops(name) is None
+    assert "install a C compiler" in (_compiled.why_in_python() or "")
