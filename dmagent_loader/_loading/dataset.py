@@ -12,6 +12,7 @@ from dmagent_loader._loading.accelerate import refuse_splitting
 from dmagent_loader._loading.config import LoaderSettings
 from dmagent_loader._loading.feed import Feed
 from dmagent_loader._loading.lazy import Sample
+from dmagent_loader._loading.orphans import end_with_parent
 from dmagent_loader._loading.stream import SampleStream
 from dmagent_loader._validation import whole_number
 from dmagent_loader.errors import DecodeError
@@ -43,6 +44,8 @@ class FeedDataset(IterableDataset[Sample]):
         worker = get_worker_info()
         if worker is None:
             self._feed.check_pass()
+        else:
+            end_with_parent()
         stream = SampleStream(self._feed, self._feed.cursor.begin_pass(worker, self._feed.handed_out))
         self._feed.cursor.stream = stream
         return stream
