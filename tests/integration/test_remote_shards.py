@@ -380,6 +380,15 @@ def test_a_server_that_stays_away_is_an_error_that_names_the_shard(
     with pytest.raises(ShardError, match=r"a\.tar.*could not be read in 6 attempts") as error:
         collection.read(0, 0, 3)
     assert "secret" not in str(error.value)
+    assert "start again when its server answers" in str(error.value)
+
+
+def test_a_shard_that_is_gone_when_a_row_is_read_is_an_error_with_a_remedy(server: Server) -> None:
+    server.files["a.tar"] = tar_bytes(TEXTS)
+    collection = ShardCollection.open({"source/a": server.url("a.tar")}, progress=False)
+    del server.files["a.tar"]
+    with pytest.raises(ShardNotFoundError, match=r"a\.tar does not exist: restore it, or leave it out$"):
+        collection.read(0, 0, 3)
 
 
 def test_a_server_without_ranges_is_named_as_such(server: Server) -> None:

@@ -292,7 +292,7 @@ def with_retries(url: str, limit: float, action: Callable[[], _T], doing: str = 
             if status_of(error) == 416:
                 raise ends_early(url, "the server has no such bytes") from error
             if kind is Kind.MISSING:
-                raise ShardNotFoundError(f"shard {shard} does not exist") from error
+                raise ShardNotFoundError(f"shard {shard} does not exist: restore it, or leave it out") from error
             if kind is Kind.REFUSED:
                 remedy = (
                     f"if its signature has expired, write newer URLs, one a line, to a file, and name it in "
@@ -308,7 +308,7 @@ def with_retries(url: str, limit: float, action: Callable[[], _T], doing: str = 
                     raise ends_early(url, str(error)) from error
                 raise ShardError(
                     f"shard {shard} could not be {doing} in {REMOTE_ATTEMPTS} attempts; the last one failed with "
-                    f"{_describe(error, limit)}"
+                    f"{_describe(error, limit)}; start again when its server answers: a run resumes from its last state"
                 ) from error
             seconds = _pause_seconds(error, attempt)
             logger.warning(
@@ -424,4 +424,5 @@ def _describe(error: BaseException, limit: float) -> str:
     fault = root_cause(error)
     if isinstance(fault, TimeoutError) or isinstance(fault.__cause__, TimeoutError):
         return f"no answer within {limit:.0f} s (the limit is {TIMEOUT_VARIABLE})"
-    return f"{type(fault).__name__}: {fault_text(fault)}"
+    name = "" if type(fault).__module__ == __name__ else f"{type(fault).__name__}: "
+    return f"{name}{fault_text(fault)}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dmagent_loader.shards.sources.remote import SinkError, _IgnoresRanges, _Sink
+from dmagent_loader.shards.sources.remote import SinkError, _describe, _IgnoresRanges, _ShortRead, _Sink
 from dmagent_loader.shards.sources.signed_urls import newest_url
 from dmagent_loader.shards.sources.urls import with_long_host
 
@@ -43,6 +43,11 @@ def test_an_error_of_the_disk_is_none_of_the_network() -> None:
     with pytest.raises(SinkError) as error:
         _Sink(write, 5).take(b"abc")
     assert error.value.reason.errno == errno.ENOSPC
+
+
+def test_an_answer_that_is_too_short_is_told_without_a_name_of_the_code() -> None:
+    text = _describe(_ShortRead(512, 100, 40), 60.0)
+    assert text == "100 bytes were expected at byte 512, but it ends after 40 of them"
 
 
 def test_a_newer_url_may_have_an_ipv6_address_as_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
