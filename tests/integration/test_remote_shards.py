@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import pickle
 import re
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -381,6 +382,20 @@ def test_a_server_that_stays_away_is_an_error_that_names_the_shard(
         collection.read(0, 0, 3)
     assert "secret" not in str(error.value)
     assert "start again when its server answers" in str(error.value)
+
+
+def test_a_server_that_cannot_be_reached_at_the_start_is_not_said_to_lack_the_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """fsspec hides the fault behind a FileNotFoundError, which would send the reader to look for the file."""
+    monkeypatch.setattr("dmagent_loader.shards.sources.remote.REMOTE_BACKOFF_SECONDS", 0.01)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # nobody listens there
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.tar?token=secret"
+        with pytest.raises(ShardError, match=r"a\.tar\?\.\.\. could not be read in 6.*Cannot connect to host") as error:
+            ShardCollection.open({"source/a": url}, progress=False)
+    assert "FileNotFoundError" not in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 def test_a_shard_that_is_gone_when_a_row_is_read_is_an_error_with_a_remedy(server: Server) -> None:

@@ -68,9 +68,11 @@ class Kind(enum.Enum):
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The exception that names the answer of the server, or `error` itself if none does."""
+    """The exception that names the answer of the server, or why there was none; `error` itself if none does."""
     chain = list(_chain(error))
-    return next((fault for fault in reversed(chain) if _status(fault) is not None or _lacks_credentials(fault)), error)
+    hides_cause = isinstance(error, FileNotFoundError) and _is_connection_fault(error.__cause__)
+    rest = chain[1] if hides_cause else error
+    return next((fault for fault in reversed(chain) if _status(fault) is not None or _lacks_credentials(fault)), rest)
 
 
 def kind_of_fault(error: BaseException) -> Kind:
