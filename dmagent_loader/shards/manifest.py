@@ -305,7 +305,8 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
         return parse_manifest(url, read_stored(url), version)
     except FileNotFoundError as error:
         raise ShardNotFoundError(
-            f"there is no manifest {display_url(url)}: `dmagent shard` writes one beside the shards"
+            f"there is no manifest {display_url(url)}: `dmagent shard` writes one beside the shards; name shards "
+            "without one by a pattern, such as web-{000..127}.tar"
         ) from error
     except OSError as error:
         raise ShardError(f"manifest {display_url(url)} cannot be read: {error}") from error

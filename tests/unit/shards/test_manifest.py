@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from shard_fixtures import rows_of, write_manifest
 
-from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError
+from dmagent_loader.errors import ConfigurationError, DamagedShardError, ShardError, ShardNotFoundError
 from dmagent_loader.shards import Manifest, ShardCollection, load_manifest, shard_files
 from dmagent_loader.shards.manifest import Manifests, names_manifest, parse_manifest
 
@@ -205,3 +205,10 @@ def test_a_name_that_comes_twice_is_refused() -> None:
     text = b'{"schema": 1, "domains": {"source/a": {"shards": []}, "source/a": {"shards": []}}}'
     with pytest.raises(ShardError, match="'source/a' comes twice"):
         parse_manifest("manifest.json", text)
+
+
+def test_a_folder_without_a_manifest_is_refused_with_the_way_to_name_its_shards(tmp_path: Path) -> None:
+    """`dmagent index FOLDER/` takes a folder for that of a manifest."""
+    (tmp_path / "a.tar").write_bytes(bytes(1024))
+    with pytest.raises(ShardNotFoundError, match=r"there is no manifest .*: .*name shards without one by a pattern"):
+        load_manifest(f"{tmp_path}/")
