@@ -178,11 +178,11 @@ class DataMixingCallback(TrainerCallback, ExportableState):  # type: ignore[misc
         refuse_as_evaluation_data(getattr(kwargs["eval_dataloader"], "dataset", None))
 
     def state(self) -> dict[str, Any]:
-        """State for the Trainer's checkpoint."""
-        return {
-            "args": {},
-            "attributes": {**self._mixing.state_dict(), "samples_per_step": self._samples_per_step},
-        }
+        """State for the Trainer's checkpoint. The Trainer asks for it before training begins, too."""
+        if not self._batches:  # else the sampler may stand within a step
+            self._mixing.follow_sampler()
+        attributes = {**self._mixing.state_dict(), "samples_per_step": self._samples_per_step}
+        return {"args": {}, "attributes": attributes}
 
     def report_to(self, callbacks: Sequence[TrainerCallback]) -> None:
         """Sets the callbacks whose `on_log` receives the metrics, for example ``trainer.callback_handler.callbacks``.

@@ -124,6 +124,19 @@ def test_a_state_of_another_loop_goes_on_in_a_trainer(build):
     assert mixing.consumed == 52
 
 
+def test_a_state_that_is_loaded_after_the_trainer_was_built_goes_on(build):
+    """The Trainer asks for the callback's state first, and the error was about a count of 0 that nobody had made."""
+    first, callback = build({"max_steps": 10})
+    first.train()
+    state = callback.state()["attributes"]["sampler"]
+    second, callback = build({"max_steps": 3, "save_strategy": "steps", "save_steps": 1})
+    callback.sampler.load_state_dict(state)
+    second.train()
+    assert second.model.trained_on == list(range(40, 52))
+    assert decisions(second) == [48]
+    assert callback.state()["attributes"]["sampler"]["consumed"] == 52
+
+
 class Reporter(TrainerCallback):
     """Takes down the metrics of decisions, as TensorBoard does."""
 
