@@ -331,7 +331,9 @@ def _start_state(state: Mapping[str, Any], plan: Plan) -> FloatArray:
 def _policy_state(
     state: Mapping[str, Any], decider: Decider, *, are_data_changed: bool, replaced: list[str]
 ) -> Mapping[str, Any] | None:
-    """The saved state of the policy, checked on a copy of it; None: it is another policy, or has no state.
+    """The saved state as a copy of the policy loads it; None: it is another policy, or has no state.
+
+    The policy itself then finds nothing in it to warn of again.
 
     Args:
         state: The saved state.
@@ -346,14 +348,15 @@ def _policy_state(
     if saved is None or state["policy"] != decider.policy_name or not isinstance(policy, InformedPolicy):
         return None
     reason = f"no row is left of {shown(replaced)}" if replaced else None
+    trial = copy.deepcopy(policy)
     try:
-        copy.deepcopy(policy).load_state_dict(saved)
+        trial.load_state_dict(saved)
     except DomainError as error:
         if not are_data_changed:
             raise
         reason = str(error)
     if reason is None:
-        return saved  # type: ignore[no-any-return]
+        return trial.state_dict()
     logger.warning(
         "the evidence of policy %r is not about all domains of this run (%s): it is collected again before the "
         "next decision",

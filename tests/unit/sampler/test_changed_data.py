@@ -337,6 +337,23 @@ def test_damaged_segments_are_refused(build, shards: Shards, damage: dict[str, A
         build(shards).load_state_dict(state, data=data)
 
 
+def test_a_policy_that_begins_anew_says_so_once(build, shards: Shards, tmp_path: Path, caplog) -> None:
+    """The state is tried on a copy of the policy first, which gave the same warning."""
+    run = build(shards, policy="odm")
+    run.policy.inform("losses", dict.fromkeys(run.space.names, 2.0))
+    run.reweight({"general": -1.0}, consumed=0)
+    state = json.loads(json.dumps(run.state_dict(consumed=16)))
+    again = build(shards, policy="odm")
+    again.load_state_dict(state, data="changed")
+    assert json.dumps(again.policy.state_dict()) == json.dumps(run.policy.state_dict())
+    assert "begins anew" not in caplog.text
+    changed = build(shards | write_toy_shards(tmp_path / "more", {"target/code": 16}), policy="odm")
+    fresh = json.dumps(changed.policy.state_dict())
+    changed.load_state_dict(state, data="changed")
+    assert caplog.text.count("begins anew") == 1
+    assert json.dumps(changed.policy.state_dict()) == fresh
+
+
 def test_influence_stays_for_domains_that_were_measured_and_is_measured_again_for_others(
     build, shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
