@@ -70,7 +70,7 @@ class InfluencePolicy:
 
     Raises:
         ConfigurationError: A setting is invalid.
-        DomainError: `balance` is for a field that the data do not have.
+        DomainError: `balance` is for a field that the data do not have, or for the only one.
     """
 
     always_answers = True
@@ -413,7 +413,7 @@ def field_masses(
 
     Raises:
         ConfigurationError: The weights are not a distribution.
-        DomainError: `balance` is for a field that the data do not have.
+        DomainError: `balance` is for a field that the data do not have, or for the only one.
     """
     masses = space.field_mass(natural)
     if balance is None:
@@ -429,6 +429,11 @@ def field_masses(
         raise DomainError(
             f"balance={balance} is the weight of the field 'target', but the fields are {list(masses)}: pass a mapping "
             "from field to weight"
+        )
+    if len(masses) == 1:
+        raise DomainError(
+            f"balance={balance} is the weight of the field 'target', but the data have no other field, so it would "
+            "have no effect: leave it out, or add domains of another field"
         )
     rest = sum(mass for name, mass in masses.items() if name != TARGET)
     return {

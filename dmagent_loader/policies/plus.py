@@ -117,6 +117,15 @@ class PlusPolicy:
         self.space, self.natural = space, self.prior.natural
         self._network, self._untrained = network, PlusNetwork.untrained()
         self._balance, self._floor = balance, floor
+        if (balance is not None or floor is not None) and not {TARGET} < set(space.fields):
+            logger.warning(
+                "policy %r has %s, but the data have no domains of %s, so their weight cannot change, and it only "
+                "shifts the mix inside %s a little: leave it out, or add such domains",
+                name,
+                f"balance={balance}" if floor is None else f"floor={floor}",
+                "the field 'target'" if TARGET not in space.fields else "a field other than 'target'",
+                shown(list(space.fields)),
+            )
         self._roles = None if roles is None else dict(roles)
         self._decisions = None if decisions is None else whole_number("decisions", decisions, least=1)
         self._learning_rate = _checked_schedule(learning_rate)

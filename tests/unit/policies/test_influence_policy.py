@@ -134,6 +134,15 @@ def test_balance_sets_the_weights_of_the_fields():
         assert mix[list(SPACE.members("target"))].sum() == pytest.approx(target)
 
 
+@pytest.mark.parametrize("field", ["source", "target"])
+def test_a_balance_of_a_single_field_is_refused(field):
+    """With target domains alone it was accepted, and the weight of the field stayed 1."""
+    space = DomainSpace.from_names([f"{field}/a", f"{field}/b"])
+    with pytest.raises(DomainError, match=r"balance=0\.4 is the weight of the field 'target', but"):
+        InfluencePolicy(space, np.array([0.5, 0.5]), balance=0.4)
+    InfluencePolicy(space, np.array([0.5, 0.5]), balance={field: 1.0})
+
+
 def test_domains_of_any_names_and_fields_will_do():
     space = DomainSpace.from_names(["web", "books", "code"], fields=dict.fromkeys(["web", "books", "code"], "all"))
     natural = np.array([0.5, 0.3, 0.2])

@@ -158,6 +158,26 @@ def test_more_weight_on_acquiring_never_lowers_the_target_share_of_the_untrained
     assert shares[-1] > 0.5
 
 
+@pytest.mark.parametrize("settings", [{"balance": 0.4}, {"floor": 0.02}])
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["target/x", "target/y"], "a field other than 'target'"),
+        (["source/a", "source/b"], "the field 'target'"),
+        (["source/a", "target/x"], None),
+    ],
+)
+def test_a_balance_or_floor_without_two_fields_to_weigh_is_warned_of(settings, names, missing, caplog):
+    """It was accepted without a word, and nobody saw that it could not keep more of anything."""
+    natural, space = np.array([0.5, 0.5]), DomainSpace.from_names(names)
+    PlusPolicy(PlusNetwork.untrained(), space, natural)
+    assert not caplog.records
+    PlusPolicy(PlusNetwork.untrained(), space, natural, **settings)
+    expected = [] if missing is None else [f"but the data have no domains of {missing}, so their weight cannot change"]
+    assert len(caplog.records) == len(expected)
+    assert all(text in caplog.text for text in expected)
+
+
 def test_a_floor_lowers_the_target_share_while_the_field_to_keep_is_below_it():
     below = informed(PlusPolicy(PlusNetwork.untrained(), SPACE, NATURAL, floor=0.02)).propose(history(keep=-0.01))
     above = informed(PlusPolicy(PlusNetwork.untrained(), SPACE, NATURAL, floor=0.02)).propose(history(keep=0.01))
