@@ -15,7 +15,7 @@ from dmagent_loader.shards.inputs.chat import fault_of_messages, fault_of_text, 
 from dmagent_loader.shards.inputs.kinds import Input
 from dmagent_loader.shards.inputs.options import TOOLS_KEY, ReadOptions
 from dmagent_loader.shards.inputs.pieces import Piece, divide
-from dmagent_loader.shards.inputs.records import Record, Reject, Rejected, TokenArray, rejected
+from dmagent_loader.shards.inputs.records import Record, Reject, Rejected, TokenArray, rejected, repeats_inside
 from dmagent_loader.shards.inputs.text import missing_column
 
 
@@ -62,6 +62,12 @@ class Documents:
         if isinstance(value, dict):
             options = self._options
             text = value.get(options.document_key)
+            repeating = self._repeating(value)
+            if repeating:
+                fault = (
+                    f"has a name more than once inside column {repeating!r}, so only the last would be read: rename it"
+                )
+                return rejected(place, fault, value[repeating])
             if self._render is not None and options.messages_key in value:
                 text = self._rendered(place, text, value.get(TOOLS_KEY))
         elif isinstance(value, str):
@@ -104,6 +110,13 @@ class Documents:
         if key not in row:
             return missing_column("", sorted(row), self._options).strip()
         return f"has no text in column {key!r}, but {shown(text)}: repair or remove the record"
+
+    def _repeating(self, row: dict[str, Any]) -> str | None:
+        """A column that is used and holds an object with a name more than once."""
+        used = self._kept(row)
+        if self._render is not None:
+            used |= {name: row[name] for name in (self._options.messages_key, TOOLS_KEY) if name in row}
+        return next((name for name, value in used.items() if repeats_inside(value)), None)
 
     def _kept(self, row: dict[str, Any]) -> dict[str, Any]:
         names = self._options.keep_columns

@@ -42,6 +42,27 @@ class Rejected(NamedTuple):
     excerpt: str
 
 
+class Repeating(dict[str, Any]):
+    """A JSON object that has a name more than once; it holds the last value."""
+
+
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, marked if a name comes more than once; an ``object_pairs_hook``."""
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Repeating(found)
+
+
+def repeats_inside(value: object) -> bool:
+    """Whether an object somewhere in a JSON value has a name more than once."""
+    left = [value]
+    while left:  # not recursive: values may be nested as deeply as the parser allows
+        found = left.pop()
+        if isinstance(found, Repeating):
+            return True
+        left += found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+    return False
+
+
 Reject = Callable[[Rejected], object]
 """What is done with a record that is not a document."""
 

@@ -15,7 +15,7 @@ from dmagent_loader.errors import ShardError
 from dmagent_loader.shards.inputs.compression import UNPACKING_ERRORS, damage_of, unpacked
 from dmagent_loader.shards.inputs.kinds import Input, Kind
 from dmagent_loader.shards.inputs.options import ReadOptions
-from dmagent_loader.shards.inputs.records import Record, Rejected, rejected
+from dmagent_loader.shards.inputs.records import Record, Rejected, Repeating, json_object, rejected
 from dmagent_loader.shards.sources.calls import timeout_seconds
 from dmagent_loader.shards.sources.remote import filesystem_of, with_retries
 from dmagent_loader.shards.sources.urls import display_url, is_local, local_path
@@ -26,16 +26,7 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What the error handler surrogateescape makes of bytes that are not UTF-8."""
 
 
-class _Repeating(dict[str, Any]):
-    """A JSON object that names a column more than once; it holds the last value."""
-
-
-def _json_object(columns: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(columns)
-    return found if len(found) == len(columns) else _Repeating(found)
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_json_object)
+_JSON = json.JSONDecoder(object_pairs_hook=json_object)
 
 
 @contextlib.contextmanager
@@ -156,7 +147,7 @@ def _json_array(name: str, file: IO[bytes]) -> Iterator[Record | Rejected]:
 
 
 def _object(place: str, value: Any) -> Record | Rejected:
-    if isinstance(value, _Repeating):
+    if isinstance(value, Repeating):
         return rejected(place, "names a column more than once, so only the last would be read: rename it", value)
     if isinstance(value, dict):
         return Record(place, value)

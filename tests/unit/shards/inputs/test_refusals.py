@@ -25,6 +25,25 @@ def texts(path: Path | str, options: ReadOptions | None = None) -> list[str]:
     return [document.text for document in DocumentReader(find_inputs("source/a", [path], options), options)]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_name_that_comes_twice_inside_a_column_is_refused_where_the_column_is_used(tmp_path: Path, name: str) -> None:
+    """Only the last was kept, in silence: the model would have learnt half of a message."""
+    row = (
+        '{"text": "t", "meta": {"id": 1, "id": 2}, "messages": '
+        '[{"role": "user", "content": "one", "content": "two"}], "tools": [{"name": "a", "name": "b"}]}'
+    )
+    (tmp_path / name).write_text(row if name == "a.jsonl" else f"[{row}]")
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+    assert texts(tmp_path / name) == ["t"]
+    with pytest.raises(ShardError, match=r"1 has a name more than once inside column 'meta', so only the last"):
+        texts(tmp_path / name, ReadOptions(keep_columns=("meta",)))
+    for used in ("messages", "tools"):
+        one = row.replace('"content": "one", ', "") if used == "tools" else row
+        (tmp_path / name).write_text(one if name == "a.jsonl" else f"[{one}]")
+        with pytest.raises(ShardError, match=f"1 has a name more than once inside column '{used}', so only the last"):
+            texts(tmp_path / name, ReadOptions(chat_template=str(tmp_path / "chat.jinja")))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
