@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
+from dmagent_loader._validation import without_repeats
 from dmagent_loader.errors import EnvironmentDataError
 
 COLUMNS = ("question", "answer")
@@ -99,7 +100,7 @@ def _lines(path: Path) -> list[tuple[int, bytes]]:
 
 def _parse(line: bytes, origin: str, cloze: bool) -> Question:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=without_repeats)
     except UnicodeDecodeError as error:
         raise EnvironmentDataError(f"{origin} is not UTF-8 ({error}): convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, brackets in brackets

@@ -50,6 +50,7 @@ def test_byte_order_mark_is_ignored(tmp_path):
         (b'{"question": "q", "answer": "\\ud800"}', r"column 'answer' in line 2 of .* surrogate"),
         (b'{"question": "q", ', r"line 2 of .* is not JSON"),
         (b"[" * 100_000, r"line 2 of .* is not JSON"),
+        (b'{"question": "q", "answer": "a", "answer": "b"}', r"line 2 of .* \(the name 'answer' comes twice\)"),
         (b'["q", "a"]', r"line 2 of .* is \['q', 'a'\], not a JSON object"),
         (b'{"question": "\xff", "answer": "a"}', r"line 2 of .* is not UTF-8"),
         (b'{"question": "q", "answer": ""}', r"the answer in line 2 of .* is empty"),
