@@ -74,6 +74,8 @@ class Mixing:
         self.sampler, self.environment = sampler, environment
         self.consumed = 0
         """Samples that training has consumed over all ranks since the run began."""
+        self._plan = sampler.plan
+        """Plan of the sampler when it was last looked at; a sampler that loads a state gets another one."""
         self._passes = Passes(sampler)
         self._loss_probe = self._new_loss_probe()
         self._limit: int | None = None
@@ -117,12 +119,20 @@ class Mixing:
     def follow_sampler(self) -> None:
         """Continues after the samples that the sampler was trained on before, if they are more than `consumed`.
 
-        The same sampler has then been used in this process, or has loaded the state of a run.
+        The same sampler has then been used in this process, or has loaded the state of a run. If it has loaded one
+        since it was last looked at, training continues there, even if that is earlier.
         """
+        self._follow_loaded_state()
         consumed = self.sampler.consumed
         if consumed > self.consumed:
             end = self.sampler.end
             self.consumed = max(self.consumed, consumed if end is None else min(consumed, end))
+
+    def _follow_loaded_state(self) -> None:
+        """Continues where a state ends that was loaded into the sampler itself, instead of by `load_state_dict`."""
+        if self.sampler.plan is not self._plan:
+            self._plan, self.consumed = self.sampler.plan, self.sampler.consumed
+            self._passes.begin(self.consumed)
 
     def warn_if_used(self) -> None:
         """Warns that training which begins now, without a checkpoint, continues an earlier one."""
@@ -153,6 +163,7 @@ class Mixing:
 
     def due(self) -> bool:
         """Whether an evaluation is due; the same on all ranks."""
+        self._follow_loaded_state()
         decides = self.environment is not None and self.sampler.policy is not None
         if (self.sampler.measurements or not decides) and not self.sampler.loader.by_trainer:
             self.announce()
@@ -239,6 +250,7 @@ class Mixing:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for the trainer's checkpoint."""
+        self._follow_loaded_state()
         return {
             "sampler": self.sampler.state_dict(consumed=self.consumed),
             "environment": None if self.environment is None else self.environment.fingerprint,
@@ -263,7 +275,7 @@ class Mixing:
                     "of Mixing or DataMixingCallback, not that of the sampler alone"
                 ) from error
         self.sampler.load_state_dict(self._without_former_questions(restored, questions))
-        self.consumed = consumed
+        self._plan, self.consumed = self.sampler.plan, consumed
         self._passes.begin(consumed)
         self.compare_environment(questions)
 
