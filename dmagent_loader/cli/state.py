@@ -225,6 +225,11 @@ def replay(args: argparse.Namespace) -> int:
     if args.start < 0:
         raise ConfigurationError(f"--start is {args.start}; the first sample is number 0")
     stop = consumed if args.stop is None else args.stop
+    if stop < args.start:
+        raise ConfigurationError(
+            f"--start is {args.start}, but the list stops before sample {stop} "
+            f"({'the consumed samples' if args.stop is None else '--stop'}), so it would be empty: pass a larger --stop"
+        )
     end = plan.ends_by(stop) if stop >= plan.begin else None
     if end is not None and end < stop:
         print(f"the run ends at sample {end}, because its data are used up", file=sys.stderr)

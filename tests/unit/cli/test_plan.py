@@ -86,6 +86,22 @@ def test_replay_ends_where_the_data_do_and_warns_of_nothing(manifest, tmp_path, 
     assert "--start is -3" in capsys.readouterr().err
 
 
+def test_replay_of_samples_that_cannot_be_listed_is_refused(manifest, tmp_path, capsys):
+    """It printed nothing, as if there were no such samples; those after the consumed ones need --stop."""
+    sampler = AgentWeightedSampler(manifest, samples_per_reweight=8, reading=ReadingConfig(progress=False))
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps(sampler.state_dict(consumed=3)))
+    for arguments, message in (
+        (["--start", "4"], "--start is 4, but the list stops before sample 3 (the consumed samples)"),
+        (["--start", "2", "--stop", "1"], "--start is 2, but the list stops before sample 1 (--stop)"),
+        (["--stop", "-1"], "--start is 0, but the list stops before sample -1 (--stop)"),
+    ):
+        assert main(["replay", str(state), *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["replay", str(state), "--start", "3"]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_a_domain_that_is_given_twice_is_refused(tmp_path, capsys):
     arguments = ["shard", "--domain", "source/a=a.jsonl", "--domain", "source/a=b.jsonl", "--output", str(tmp_path)]
     assert main(arguments) == 2
