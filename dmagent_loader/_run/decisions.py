@@ -69,6 +69,10 @@ class DecisionConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.guard, GuardConfig):
             raise ConfigurationError(f"guard is {shown(self.guard)}; it must be a GuardConfig")
+        if self.roles is not None and not isinstance(self.roles, Mapping):
+            raise ConfigurationError(
+                f"roles is {shown(self.roles)}; it must map each role of the agent to a field of the environment"
+            )
         if not isinstance(self.shadow, bool):
             raise ConfigurationError(f"shadow is {shown(self.shadow)}; it must be True or False")
         if self.history_mix not in get_args(HistoryMix):

@@ -56,6 +56,7 @@ def step(decider: Decider, consumed: int, **feedback: float) -> LedgerEntry:
         ({"shadow": "no"}, "shadow is 'no'"),
         ({"history_mix": "asked"}, "history_mix is 'asked'"),
         ({"guard": {"floor": 0.1}}, "guard is"),
+        ({"roles": ["general", "math"]}, "roles is ['general', 'math']; it must map each role"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
