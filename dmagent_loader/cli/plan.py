@@ -6,6 +6,7 @@ import argparse
 
 import numpy as np
 
+from dmagent_loader.cli.once import Once
 from dmagent_loader.cli.storage import add_storage_arguments, storage_lines
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import DomainSpace
@@ -24,7 +25,7 @@ def configure_simulate(parser: argparse.ArgumentParser) -> None:
         "by rows."
     )
     parser.add_argument(
-        "--shards", required=True, metavar="MANIFEST", help="manifest.json of the shards, or its folder"
+        "--shards", action=Once, required=True, metavar="MANIFEST", help="manifest.json of the shards, or its folder"
     )
     parser.add_argument("--mix", required=True, metavar="NAME=W,...", help="for example source=0.6,target=0.4")
     parser.add_argument("--final-mix", metavar="NAME=W,...", help="the mix reached linearly after --steps steps")

@@ -14,6 +14,7 @@ from dmagent_loader._run.differences import DomainDifference, differences
 from dmagent_loader._run.segments import RunData, read_segments
 from dmagent_loader._run.state import rebuild_state
 from dmagent_loader._validation import whole_number
+from dmagent_loader.cli.once import Once
 from dmagent_loader.cli.saved_states import find_saved_state
 from dmagent_loader.errors import ConfigurationError, StateError
 from dmagent_loader.mixture.domains import DomainSpace
@@ -39,7 +40,7 @@ def configure_state(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("state", help=_STATE_HELP)
     parser.add_argument(
-        "--shards", metavar="MANIFEST", help="manifest.json of the shards to resume with, or its folder"
+        "--shards", action=Once, metavar="MANIFEST", help="manifest.json of the shards to resume with, or its folder"
     )
     parser.add_argument(
         "--exhausted", choices=EXHAUSTION_RULES, help="rule for all domains (default: the rules of the run)"
