@@ -40,7 +40,9 @@ class FieldPolicy(Protocol):
 
 
 def report_roles(label: str, keep: str, acquire: str, space: DomainSpace, *, remedy: str | None) -> None:
-    """Logs which field of the environment is kept and which is acquired, and warns if the names speak for the opposite.
+    """Logs which field of the environment is kept and which is acquired.
+
+    Warns if both are the same, or if the names speak for the opposite.
 
     Args:
         label: Policy, as messages call it.
@@ -50,6 +52,13 @@ def report_roles(label: str, keep: str, acquire: str, space: DomainSpace, *, rem
         remedy: Way to exchange the roles; None: they were set on purpose.
     """
     logger.info("%s keeps the field %r of the environment and acquires %r", label, keep, acquire)
+    if keep == acquire:
+        logger.warning(
+            "both roles of %s are the field %r, so it has nothing to weigh what is learnt against: if the environment "
+            "has another field, name two in roles=",
+            label,
+            keep,
+        )
     source, target = (_words(d.name for d in space.domains if d.field == field) for field in (SOURCE, TARGET))
     misplaced = [
         f"{field!r}, the field to {role}, is named like {side} domains"

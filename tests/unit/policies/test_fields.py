@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dmagent_loader.agent import AgentConfig, MixingAgent
+from dmagent_loader.agent.plus.network import PlusNetwork
 from dmagent_loader.errors import ConfigurationError
 from dmagent_loader.mixture.domains import DomainSpace
-from dmagent_loader.policies import AgentPolicy, InfluencePolicy, QuestionTopics
+from dmagent_loader.policies import AgentPolicy, InfluencePolicy, PlusPolicy, QuestionTopics
 
 SPACE = DomainSpace.from_names(
     ["source/general_web", "source/Science", "target/mathematics", "target/Finance"],
@@ -86,6 +87,16 @@ def test_roles_by_name_are_logged_but_not_doubted(agent: MixingAgent, caplog: py
         policy.check_fields(["general", "math", "law"])
     assert "keeps the field 'math' of the environment and acquires 'general'" in caplog.text
     assert not warnings(caplog)
+
+
+def test_one_field_for_both_roles_is_warned_of(agent: MixingAgent, caplog: pytest.LogCaptureFixture) -> None:
+    """A slip: what the model should keep was weighed with itself."""
+    same = {"keep": "math", "acquire": "math"}
+    plus = PlusPolicy(PlusNetwork.untrained(), SPACE, NATURAL, roles=same)
+    for policy in (AgentPolicy(agent, SPACE, roles=same), plus):
+        caplog.clear()
+        policy.check_fields(["general", "math"])
+        assert ["are the field 'math', so it has nothing to weigh" in text for text in warnings(caplog)] == [True]
 
 
 def test_question_topics_tell_and_warn_as_well(caplog: pytest.LogCaptureFixture) -> None:
