@@ -25,17 +25,31 @@ def end_with_parent() -> None:
     parent = parent_process()
     if parent is not None and _watching != os.getpid():
         _watching = os.getpid()
-        threading.Thread(target=_exit_after, args=(parent.sentinel,), name="dmagent-parent", daemon=True).start()
+        arguments = (parent.pid, parent.sentinel)
+        threading.Thread(target=_exit_after, args=arguments, name="dmagent-parent", daemon=True).start()
 
 
-def _exit_after(sentinel: int) -> None:
-    """Ends the process when its parent is gone.
+def _exit_after(main: int | None, sentinel: int) -> None:
+    """Ends the process when its main process is gone.
 
     Args:
-        sentinel: Ready when the parent has ended. Later workers may hold the other end, too, so the number of the
-            parent is looked at as well.
+        main: Id of the main process, which may have ended before this looks for the first time.
+        sentinel: Ready when the main process has ended, unless later workers hold the other end, too.
     """
-    parent = os.getppid()
-    while not wait([sentinel], _LOOK_SECONDS) and os.getppid() == parent:
+    parent = os.getppid()  # the main process, or the server that forks for it
+    while not wait([sentinel], _LOOK_SECONDS) and os.getppid() == parent and _exists(main):
         pass
     os._exit(1)
+
+
+def _exists(process: int | None) -> bool:
+    """Whether there is a process; True where nobody can say."""
+    if process is None or os.name != "posix":  # elsewhere, signal 0 is one that arrives
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
