@@ -33,7 +33,7 @@ import multiprocessing, os, sys, time
 from dmagent_loader._loading.orphans import end_with_parent
 
 def work(is_late):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # at once, as the other one writes to the same pipe
     while is_late and os.getppid() == main:
         time.sleep(0.01)
     end_with_parent() if is_late else None
@@ -88,16 +88,18 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, method: str
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are looked up in /proc")
 def test_a_worker_whose_main_process_is_gone_before_it_first_looks_ends(tmp_path: Path) -> None:
     """The number of its parent is another's then, and stays the same."""
+    workers: list[int] = []
     with subprocess.Popen([sys.executable, "-c", LATE], stdout=subprocess.PIPE, text=True) as main:
-        assert main.stdout is not None
-        first, second = (int(main.stdout.readline()) for _ in range(2))
-        main.kill()
-        main.wait()
         try:
-            deadline = time.monotonic() + 30
-            while is_running(first) and is_running(second):
-                assert time.monotonic() < deadline, "a data worker still runs 30 s after the main process was killed"
-                time.sleep(0.1)
+            assert main.stdout is not None
+            workers += (int(main.stdout.readline()) for _ in range(2))
         finally:
-            for worker in filter(is_running, (first, second)):
-                os.kill(worker, signal.SIGKILL)
+            main.kill()
+    try:
+        deadline = time.monotonic() + 30
+        while all(map(is_running, workers)):
+            assert time.monotonic() < deadline, "a data worker still runs 30 s after the main process was killed"
+            time.sleep(0.1)
+    finally:
+        for worker in filter(is_running, workers):
+            os.kill(worker, signal.SIGKILL)
